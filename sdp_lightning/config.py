@@ -1,0 +1,163 @@
+"""Settings: frozen, validated when made, picklable.
+
+Each class is one concern. A setting that is out of range, or contradicts another one of its class,
+raises ``ConfigError`` with the value and the remedy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from sdp_lightning.errors import ConfigError
+
+MissingProximal = Literal["behavior", "loglinear", "decoupled", "drop"]
+TrustRegion = Literal["segment", "proximal", "behavior"]
+OnOverdue = Literal["drop", "wait", "mask"]
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """How rollouts are generated while the trainer trains. Counts are in groups, of the whole world.
+
+    Args:
+        enable_segment_wise_ppo: the switch. True: staleness is bounded, stale groups are purged and
+            their capacity given back, segments are scored under the version after their own. False:
+            standard decoupled PPO, in which ``max_head_lag`` bounds submission only.
+        batch_size: groups a training step consumes.
+        max_head_lag: the most versions that a trained token may be old; 0 is exactly on-policy.
+        max_concurrent: the most groups generated at once; None is ``(max_head_lag + 1) * batch_size``.
+        missing_proximal: what stands in for a segment proximal whose window has passed:
+            ``"behavior"`` (q := b), ``"loglinear"``, ``"decoupled"`` (q := x), or ``"drop"`` the group.
+        on_overdue: what happens to a group that is still running when it goes stale: ``"drop"`` it,
+            ``"wait"`` for it before a batch is handed out, or ``"mask"`` its stale tokens.
+        timeout_s: longest wait for a batch.
+        drain_s: longest wait, in a publish, for outstanding requests to come back.
+        max_failures: rollouts that may fail before the error reaches the trainer.
+        max_rejected_in_a_row: rejected groups, with none accepted between, that count as endless.
+        num_epochs: passes over the prompts; None repeats them for ever.
+        shuffle: reshuffle the prompts in every epoch, by (seed, epoch).
+        seed: of the order of prompts and of every sampled token.
+        requeue_dropped: submit the row of a dropped group again.
+
+    Raises:
+        ConfigError: naming the value.
+    """
+
+    enable_segment_wise_ppo: bool = True
+    batch_size: int = 8
+    max_head_lag: int = 2
+    max_concurrent: int | None = None
+    missing_proximal: MissingProximal = "behavior"
+    on_overdue: OnOverdue = "drop"
+    timeout_s: float = 600.0
+    drain_s: float = 30.0
+    max_failures: int = 0
+    max_rejected_in_a_row: int = 100
+    num_epochs: int | None = None
+    shuffle: bool = True
+    seed: int = 0
+    requeue_dropped: bool = False
+
+    def __post_init__(self) -> None:
+        _at_least("batch_size", self.batch_size, 1)
+        _at_least("max_head_lag", self.max_head_lag, 0)
+        _at_least("max_failures", self.max_failures, 0)
+        _at_least("max_rejected_in_a_row", self.max_rejected_in_a_row, 1)
+        if self.max_concurrent is not None:
+            _at_least("max_concurrent", self.max_concurrent, 1)
+        if self.num_epochs is not None:
+            _at_least("num_epochs", self.num_epochs, 1)
+        _one_of("missing_proximal", self.missing_proximal, ("behavior", "loglinear", "decoupled", "drop"))
+        _one_of("on_overdue", self.on_overdue, ("drop", "wait", "mask"))
+        for name, value in (("timeout_s", self.timeout_s), ("drain_s", self.drain_s)):
+            if not value > 0:
+                raise ConfigError(f"{name} must be positive, in seconds, got {value}.")
+
+    @property
+    def concurrency(self) -> int:
+        """The most groups generated at once."""
+        if self.max_concurrent is not None:
+            return self.max_concurrent
+        return (self.max_head_lag + 1) * self.batch_size
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """The policy loss: trust region, correction from the behavior policy, bounds on it.
+
+    Args:
+        clip_epsilon: the ratio is clipped to ``[1 - clip_epsilon, 1 + clip_epsilon_high]``.
+        clip_epsilon_high: None is ``clip_epsilon``.
+        dual_clip: caps the loss of tokens with negative advantage at ``dual_clip * |A|``; None is off.
+        behavior_weight_cap: tokens above it get weight 0 (masked, not clamped); None is off.
+        behavior_weight_floor: tokens below it get weight 0; None is off.
+        rejection_on: what cap and floor test: the ``"drift"`` exp(x - b), or the ``"weight"`` itself.
+        trust_region: the centre: ``"segment"`` (q), ``"proximal"`` (x) or ``"behavior"`` (b).
+        bridge_exponent: only for ``"proximal"``: 1 is decoupled PPO, 0 leaves the bridge out.
+        bridge_cap: only for ``"proximal"``: the bridge exp(x - q) is at most this; None is off.
+
+    Raises:
+        ConfigError: naming the value, or the two settings that contradict each other.
+    """
+
+    clip_epsilon: float = 0.2
+    clip_epsilon_high: float | None = None
+    dual_clip: float | None = None
+    behavior_weight_cap: float | None = 5.0
+    behavior_weight_floor: float | None = None
+    rejection_on: Literal["drift", "weight"] = "drift"
+    trust_region: TrustRegion = "segment"
+    bridge_exponent: float = 1.0
+    bridge_cap: float | None = None
+
+    def __post_init__(self) -> None:
+        _one_of("rejection_on", self.rejection_on, ("drift", "weight"))
+        _one_of("trust_region", self.trust_region, ("segment", "proximal", "behavior"))
+        if not 0 < self.clip_epsilon < 1:
+            raise ConfigError(f"clip_epsilon must be in (0, 1), got {self.clip_epsilon}.")
+        if self.clip_epsilon_high is not None and not self.clip_epsilon_high > 0:
+            raise ConfigError(f"clip_epsilon_high must be positive, got {self.clip_epsilon_high}.")
+        if self.dual_clip is not None and not self.dual_clip > 1:
+            raise ConfigError(f"dual_clip must be above 1, or None for off, got {self.dual_clip}.")
+        cap, floor = self.behavior_weight_cap, self.behavior_weight_floor
+        if cap is not None and not cap > 1:
+            raise ConfigError(f"behavior_weight_cap must be above 1, or None for off, got {cap}.")
+        if floor is not None and not 0 < floor < 1:
+            raise ConfigError(f"behavior_weight_floor must be in (0, 1), or None for off, got {floor}.")
+        if not 0 <= self.bridge_exponent <= 1:
+            raise ConfigError(f"bridge_exponent must be in [0, 1], got {self.bridge_exponent}.")
+        if self.bridge_cap is not None and not self.bridge_cap >= 1:
+            raise ConfigError(f"bridge_cap must be at least 1, or None for off, got {self.bridge_cap}.")
+        if self.trust_region != "proximal" and (self.bridge_exponent != 1 or self.bridge_cap is not None):
+            raise ConfigError(
+                f"bridge_exponent={self.bridge_exponent} and bridge_cap={self.bridge_cap} act only with "
+                f"trust_region='proximal', but it is {self.trust_region!r}. Remove one of the two."
+            )
+        if self.trust_region == "behavior" and self.rejection_on == "weight":
+            raise ConfigError(
+                "trust_region='behavior' has weight 1 for every token, so rejection_on='weight' would "
+                "reject nothing. Use rejection_on='drift'."
+            )
+
+    @property
+    def upper_epsilon(self) -> float:
+        """The epsilon of the upper clip bound."""
+        return self.clip_epsilon if self.clip_epsilon_high is None else self.clip_epsilon_high
+
+    @property
+    def needs_segment_proximal(self) -> bool:
+        """Whether the estimator reads q at all."""
+        if self.trust_region == "proximal":
+            return self.bridge_exponent != 1 or self.bridge_cap is not None
+        return self.trust_region == "segment"
+
+
+def _at_least(name: str, value: int, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(f"{name} must be an integer of at least {least}, got {value!r}.")
+
+
+def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name} must be one of {', '.join(choices)}; got {value!r}.")

@@ -1,0 +1,1 @@
+"""Inference engines: what samples, under which policy version."""

@@ -1,0 +1,302 @@
+"""What a rollout is made of: contexts, segments, trajectories, groups.
+
+Frozen data, numpy inside, no torch. Loss mask, versions and lags are derived from the parts, so
+they cannot disagree with them. The one thing that may still be written is a segment's proximal
+slot, and that only once.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from sdp_lightning.errors import ConfigError, RolloutError, VersionError
+
+IntArray = NDArray[np.int64]
+FloatArray = NDArray[np.float32]
+FinishReason = Literal["stop", "length", "abort"]
+KVPolicy = Literal["recompute", "keep"]
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How an engine samples.
+
+    Args:
+        max_new_tokens: budget of one ``generate``, over all its interruptions.
+        temperature: logits are divided by it; 0 is greedy (evaluation only: its log-probs are 0).
+        top_p: nucleus; 1 is off.
+        top_k: None is off.
+        stop_token_ids: sampling one of these ends the completion; the token is kept.
+        allow_truncated_sampling: accept ``top_p < 1`` or ``top_k``. The behavior log-probs are then
+            renormalised over the truncated support while the trainer's are not, so the behavior
+            weight carries a bias that no estimator here removes.
+
+    Raises:
+        ConfigError: if a value is out of range, or sampling is truncated without leave.
+    """
+
+    max_new_tokens: int = 512
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int | None = None
+    stop_token_ids: tuple[int, ...] = ()
+    allow_truncated_sampling: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        if self.max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}.")
+        if self.temperature < 0:
+            raise ConfigError(f"temperature must be 0 (greedy) or more, got {self.temperature}.")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p must be in (0, 1], got {self.top_p}.")
+        if self.top_k is not None and self.top_k < 1:
+            raise ConfigError(f"top_k must be at least 1, or None for off, got {self.top_k}.")
+        if (self.top_p < 1 or self.top_k is not None) and not self.allow_truncated_sampling:
+            raise ConfigError(
+                f"top_p={self.top_p} and top_k={self.top_k} truncate the sampled distribution: its "
+                "log-probs are renormalised, the trainer's are not. Use top_p=1, top_k=None, or "
+                "accept the bias with allow_truncated_sampling=True."
+            )
+
+
+class ProximalSlot:
+    """Holds a segment's proximal log-probs: empty, then set once, with the version of the scorer.
+
+    Shared by reference, so a segment that moves between containers while it is scored loses nothing.
+    """
+
+    __slots__ = ("_lock", "_value")
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._value: tuple[FloatArray, int] | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restore_slot, (self._value,)
+
+    @property
+    def is_set(self) -> bool:
+        """Whether the log-probs are there."""
+        return self._value is not None
+
+    @property
+    def logprobs(self) -> FloatArray | None:
+        """Nats, one a token of the segment, or None while unscored."""
+        return None if self._value is None else self._value[0]
+
+    @property
+    def version(self) -> int | None:
+        """The policy version that scored, or None while unscored."""
+        return None if self._value is None else self._value[1]
+
+    def set(self, logprobs: ArrayLike, version: int) -> None:
+        """Store the score. Raises ``VersionError`` if it was stored before."""
+        value = _read_only(np.array(logprobs, dtype=np.float32))
+        with self._lock:
+            if self._value is not None:
+                raise VersionError(
+                    f"this segment was scored under version {self._value[1]} already; "
+                    f"a second score under {version} would overwrite it."
+                )
+            self._value = (value, version)
+
+
+def _restore_slot(value: tuple[FloatArray, int] | None) -> ProximalSlot:
+    slot = ProximalSlot()
+    if value is not None:
+        slot.set(*value)
+    return slot
+
+
+@dataclass(frozen=True, eq=False)
+class Context:
+    """Tokens that the policy did not choose: a prompt, a tool's output. Never trained on.
+
+    Args:
+        token_ids: ``[n]`` integers, n >= 1.
+    """
+
+    token_ids: IntArray
+
+    def __init__(self, token_ids: ArrayLike) -> None:
+        object.__setattr__(self, "token_ids", _token_array(token_ids, "Context"))
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """A run of tokens sampled under one policy version.
+
+    Args:
+        version: the version that sampled them, 0 or more.
+        token_ids: ``[n]`` integers, n >= 1.
+        logprobs: ``[n]`` nats, of the distribution really sampled from; never changed.
+        temperature: of that distribution.
+        kv_on_update: what the engine did with the KV of earlier tokens when weights changed under
+            the request. Under ``"keep"`` the log-probs of a segment after an update belong to no
+            single version.
+
+    Raises:
+        VersionError: if the version is not an integer of 0 or more.
+        RolloutError: if lengths differ, there are no tokens, or a log-prob is not finite.
+    """
+
+    version: int
+    token_ids: IntArray
+    logprobs: FloatArray
+    temperature: float
+    kv_on_update: KVPolicy
+    proximal: ProximalSlot = field(repr=False)
+
+    def __init__(
+        self,
+        version: int,
+        token_ids: ArrayLike,
+        logprobs: ArrayLike,
+        temperature: float = 1.0,
+        kv_on_update: KVPolicy = "recompute",
+    ) -> None:
+        if isinstance(version, bool) or not isinstance(version, (int, np.integer)) or version < 0:
+            raise VersionError(f"a segment's version must be an integer of 0 or more, got {version!r}.")
+        tokens = _token_array(token_ids, "Segment")
+        values = _read_only(np.array(logprobs, dtype=np.float32))
+        if values.shape != tokens.shape:
+            raise RolloutError(f"Segment has {tokens.size} token_ids but {values.size} logprobs.")
+        if not np.isfinite(values).all():
+            raise RolloutError(f"Segment of version {version} has a log-prob that is not finite: {values}.")
+        for name, value in (
+            ("version", int(version)),
+            ("token_ids", tokens),
+            ("logprobs", values),
+            ("temperature", float(temperature)),
+            ("kv_on_update", kv_on_update),
+            ("proximal", ProximalSlot()),
+        ):
+            object.__setattr__(self, name, value)
+
+    def __len__(self) -> int:
+        return int(self.token_ids.size)
+
+
+@dataclass(frozen=True, eq=False)
+class Trajectory:
+    """One sampled sequence: contexts and segments in order, and its reward.
+
+    Args:
+        parts: begins with a :class:`Context`.
+        reward: of the whole sequence, finite.
+        finish_reason: why sampling ended.
+
+    Attributes:
+        head_version: the oldest version among its sampled tokens, None if there are none.
+        tail_version: the newest one.
+    """
+
+    parts: tuple[Context | Segment, ...]
+    reward: float = 0.0
+    finish_reason: FinishReason = "stop"
+    head_version: int | None = field(init=False)
+    tail_version: int | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "parts", tuple(self.parts))
+        object.__setattr__(self, "reward", float(self.reward))
+        if not self.parts or not isinstance(self.parts[0], Context):
+            raise RolloutError("a Trajectory must begin with a Context: its first token has no log-prob.")
+        if not np.isfinite(self.reward):
+            raise RolloutError(f"the reward of a Trajectory must be finite, got {self.reward}.")
+        versions = [part.version for part in self.segments]
+        object.__setattr__(self, "head_version", min(versions, default=None))
+        object.__setattr__(self, "tail_version", max(versions, default=None))
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """The sampled parts, in order."""
+        return tuple(part for part in self.parts if isinstance(part, Segment))
+
+    @property
+    def num_tokens(self) -> int:
+        """Length of the whole sequence, contexts included."""
+        return sum(int(part.token_ids.size) for part in self.parts)
+
+    @property
+    def num_sampled(self) -> int:
+        """How many tokens the policy chose."""
+        return sum(len(segment) for segment in self.segments)
+
+    @property
+    def token_ids(self) -> IntArray:
+        """``[num_tokens]``, contexts included."""
+        return np.concatenate([part.token_ids for part in self.parts])
+
+
+@dataclass(frozen=True, eq=False)
+class TrajectoryGroup:
+    """The trajectories of one prompt: the unit of work, of capacity, of drops.
+
+    Args:
+        trajectories: one or more.
+        row_id: which dataset row they answer.
+        order: place in the order of creation; batches are made of the lowest first.
+        created_version: the policy version when the group was submitted.
+
+    Attributes:
+        head_version: the oldest version among the sampled tokens of every member.
+        tail_version: the newest one.
+    """
+
+    trajectories: tuple[Trajectory, ...]
+    row_id: str = ""
+    order: int = 0
+    created_version: int = 0
+    head_version: int | None = field(init=False)
+    tail_version: int | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "trajectories", tuple(self.trajectories))
+        if not self.trajectories:
+            raise RolloutError(f"group of row {self.row_id!r} has no trajectories.")
+        heads = [t.head_version for t in self.trajectories if t.head_version is not None]
+        tails = [t.tail_version for t in self.trajectories if t.tail_version is not None]
+        object.__setattr__(self, "head_version", min(heads, default=None))
+        object.__setattr__(self, "tail_version", max(tails, default=None))
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """The sampled parts of every member."""
+        return tuple(segment for t in self.trajectories for segment in t.segments)
+
+    @property
+    def num_sampled(self) -> int:
+        """How many tokens the policy chose, over all members."""
+        return sum(t.num_sampled for t in self.trajectories)
+
+    @property
+    def reward(self) -> float:
+        """Mean reward of the members."""
+        return float(np.mean([t.reward for t in self.trajectories]))
+
+
+def count_tokens(groups: Iterable[TrajectoryGroup]) -> int:
+    """Sampled tokens over all groups."""
+    return sum(group.num_sampled for group in groups)
+
+
+def _token_array(token_ids: ArrayLike | Sequence[int], owner: str) -> IntArray:
+    array = np.array(token_ids)
+    if array.ndim != 1 or array.size == 0:
+        raise RolloutError(f"{owner} needs at least one token, in one dimension; got shape {array.shape}.")
+    if not np.issubdtype(array.dtype, np.integer) or (array < 0).any():
+        raise RolloutError(f"{owner} needs token ids of 0 or more, got {array!r}.")
+    return _read_only(array.astype(np.int64))
+
+
+def _read_only(array: NDArray[Any]) -> NDArray[Any]:
+    array.flags.writeable = False
+    return array
