@@ -18,7 +18,7 @@ OnOverdue = Literal["drop", "wait", "mask"]
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    """How rollouts are generated while the trainer trains. Counts are in groups, of the whole world.
+    """How rollouts are generated while the trainer trains. Counts: groups, of the whole world.
 
     Args:
         enable_segment_wise_ppo: the switch. True: staleness is bounded, stale groups are purged and
@@ -26,9 +26,9 @@ class RolloutConfig:
             standard decoupled PPO, in which ``max_head_lag`` bounds submission only.
         batch_size: groups a training step consumes.
         max_head_lag: the most versions that a trained token may be old; 0 is exactly on-policy.
-        max_concurrent: the most groups generated at once; None is ``(max_head_lag + 1) * batch_size``.
+        max_concurrent: the most groups generated at once; None: ``(max_head_lag + 1) * batch_size``.
         missing_proximal: what stands in for a segment proximal whose window has passed:
-            ``"behavior"`` (q := b), ``"loglinear"``, ``"decoupled"`` (q := x), or ``"drop"`` the group.
+            ``"behavior"`` (q := b), ``"loglinear"``, ``"decoupled"`` (q := x), or ``"drop"`` it.
         on_overdue: what happens to a group that is still running when it goes stale: ``"drop"`` it,
             ``"wait"`` for it before a batch is handed out, or ``"mask"`` its stale tokens.
         timeout_s: longest wait for a batch.
@@ -68,7 +68,11 @@ class RolloutConfig:
             _at_least("max_concurrent", self.max_concurrent, 1)
         if self.num_epochs is not None:
             _at_least("num_epochs", self.num_epochs, 1)
-        _one_of("missing_proximal", self.missing_proximal, ("behavior", "loglinear", "decoupled", "drop"))
+        _one_of(
+            "missing_proximal",
+            self.missing_proximal,
+            ("behavior", "loglinear", "decoupled", "drop"),
+        )
         _one_of("on_overdue", self.on_overdue, ("drop", "wait", "mask"))
         for name, value in (("timeout_s", self.timeout_s), ("drain_s", self.drain_s)):
             if not value > 0:
@@ -89,10 +93,10 @@ class LossConfig:
     Args:
         clip_epsilon: the ratio is clipped to ``[1 - clip_epsilon, 1 + clip_epsilon_high]``.
         clip_epsilon_high: None is ``clip_epsilon``.
-        dual_clip: caps the loss of tokens with negative advantage at ``dual_clip * |A|``; None is off.
+        dual_clip: caps the loss of tokens of negative advantage at ``dual_clip * |A|``; None is off.
         behavior_weight_cap: tokens above it get weight 0 (masked, not clamped); None is off.
         behavior_weight_floor: tokens below it get weight 0; None is off.
-        rejection_on: what cap and floor test: the ``"drift"`` exp(x - b), or the ``"weight"`` itself.
+        rejection_on: what cap and floor test: ``"drift"``, exp(x - b), or the ``"weight"`` itself.
         trust_region: the centre: ``"segment"`` (q), ``"proximal"`` (x) or ``"behavior"`` (b).
         bridge_exponent: only for ``"proximal"``: 1 is decoupled PPO, 0 leaves the bridge out.
         bridge_cap: only for ``"proximal"``: the bridge exp(x - q) is at most this; None is off.
@@ -124,20 +128,26 @@ class LossConfig:
         if cap is not None and not cap > 1:
             raise ConfigError(f"behavior_weight_cap must be above 1, or None for off, got {cap}.")
         if floor is not None and not 0 < floor < 1:
-            raise ConfigError(f"behavior_weight_floor must be in (0, 1), or None for off, got {floor}.")
+            raise ConfigError(
+                f"behavior_weight_floor must be in (0, 1), or None for off, got {floor}."
+            )
         if not 0 <= self.bridge_exponent <= 1:
             raise ConfigError(f"bridge_exponent must be in [0, 1], got {self.bridge_exponent}.")
         if self.bridge_cap is not None and not self.bridge_cap >= 1:
-            raise ConfigError(f"bridge_cap must be at least 1, or None for off, got {self.bridge_cap}.")
-        if self.trust_region != "proximal" and (self.bridge_exponent != 1 or self.bridge_cap is not None):
             raise ConfigError(
-                f"bridge_exponent={self.bridge_exponent} and bridge_cap={self.bridge_cap} act only with "
-                f"trust_region='proximal', but it is {self.trust_region!r}. Remove one of the two."
+                f"bridge_cap must be at least 1, or None for off, got {self.bridge_cap}."
+            )
+        if self.trust_region != "proximal" and (
+            self.bridge_exponent != 1 or self.bridge_cap is not None
+        ):
+            raise ConfigError(
+                f"bridge_exponent={self.bridge_exponent} and bridge_cap={self.bridge_cap} act only "
+                f"with trust_region='proximal', but it is {self.trust_region!r}. Remove one of the two."
             )
         if self.trust_region == "behavior" and self.rejection_on == "weight":
             raise ConfigError(
-                "trust_region='behavior' has weight 1 for every token, so rejection_on='weight' would "
-                "reject nothing. Use rejection_on='drift'."
+                "trust_region='behavior' has weight 1 for every token, so rejection_on='weight' "
+                "would reject nothing. Use rejection_on='drift'."
             )
 
     @property

@@ -69,7 +69,7 @@ class SamplingParams:
 class ProximalSlot:
     """Holds a segment's proximal log-probs: empty, then set once, with the version of the scorer.
 
-    Shared by reference, so a segment that moves between containers while it is scored loses nothing.
+    Shared by reference: a segment that moves between containers while it is scored loses nothing.
     """
 
     __slots__ = ("_lock", "_value")
@@ -163,13 +163,17 @@ class Segment:
         kv_on_update: KVPolicy = "recompute",
     ) -> None:
         if isinstance(version, bool) or not isinstance(version, (int, np.integer)) or version < 0:
-            raise VersionError(f"a segment's version must be an integer of 0 or more, got {version!r}.")
+            raise VersionError(
+                f"a segment's version must be an integer of 0 or more, got {version!r}."
+            )
         tokens = _token_array(token_ids, "Segment")
         values = _read_only(np.array(logprobs, dtype=np.float32))
         if values.shape != tokens.shape:
             raise RolloutError(f"Segment has {tokens.size} token_ids but {values.size} logprobs.")
         if not np.isfinite(values).all():
-            raise RolloutError(f"Segment of version {version} has a log-prob that is not finite: {values}.")
+            raise RolloutError(
+                f"Segment of version {version} has a log-prob that is not finite: {values}."
+            )
         for name, value in (
             ("version", int(version)),
             ("token_ids", tokens),
@@ -208,7 +212,9 @@ class Trajectory:
         object.__setattr__(self, "parts", tuple(self.parts))
         object.__setattr__(self, "reward", float(self.reward))
         if not self.parts or not isinstance(self.parts[0], Context):
-            raise RolloutError("a Trajectory must begin with a Context: its first token has no log-prob.")
+            raise RolloutError(
+                "a Trajectory must begin with a Context: its first token has no log-prob."
+            )
         if not np.isfinite(self.reward):
             raise RolloutError(f"the reward of a Trajectory must be finite, got {self.reward}.")
         versions = [part.version for part in self.segments]
@@ -291,7 +297,9 @@ def count_tokens(groups: Iterable[TrajectoryGroup]) -> int:
 def _token_array(token_ids: ArrayLike | Sequence[int], owner: str) -> IntArray:
     array = np.array(token_ids)
     if array.ndim != 1 or array.size == 0:
-        raise RolloutError(f"{owner} needs at least one token, in one dimension; got shape {array.shape}.")
+        raise RolloutError(
+            f"{owner} needs at least one token, in one dimension; got shape {array.shape}."
+        )
     if not np.issubdtype(array.dtype, np.integer) or (array < 0).any():
         raise RolloutError(f"{owner} needs token ids of 0 or more, got {array!r}.")
     return _read_only(array.astype(np.int64))

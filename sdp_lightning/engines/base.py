@@ -26,8 +26,8 @@ class GenerationRequest:
     Args:
         token_ids: ``[n]`` everything so far: contexts and tokens sampled before.
         params: ``max_new_tokens`` is what is left of the budget.
-        seed: the random number of the token at position p comes from (seed, p) alone, so neither the
-            batch that a request decodes in nor an interruption changes it.
+        seed: the random number of the token at position p comes from (seed, p) alone, so neither
+            the batch that a request decodes in nor an interruption changes it.
         group_key: requests that share it share a prompt; engines may use it for affinity.
     """
 
@@ -60,8 +60,8 @@ class InferenceEngine(Protocol):
     before it has been handed to the sink of its request, stamped with the version that sampled it.
 
     ``start``, ``pause``, ``update_weights``, ``resume`` and ``close`` are called from the trainer's
-    thread, ``generate`` from an event loop in another one. A failure in ``update_weights`` leaves the
-    engine as it was or unusable (every later call raises ``EngineError``), never half-updated.
+    thread, ``generate`` from an event loop in another one. A failure in ``update_weights`` leaves
+    the engine as it was or unusable (every later call raises ``EngineError``), never half-updated.
     """
 
     @property
@@ -89,8 +89,8 @@ class InferenceEngine(Protocol):
     async def generate(self, request: GenerationRequest, sink: SegmentSink) -> FinishReason:
         """Sample until a stop token or the budget; every token reaches ``sink``, once, in order.
 
-        Segments arrive when they close: at a weight update, at the end, before this returns. The sink
-        may be called from any thread. ``"abort"`` means interrupted: resend for the rest.
+        Segments arrive when they close: at a weight update, or at the end, before this returns. The
+        sink may be called from any thread. ``"abort"`` means interrupted: resend for the rest.
 
         Raises:
             EngineError: if this request cannot be served; others go on.
