@@ -26,7 +26,7 @@ class RolloutConfig:
             standard decoupled PPO, in which ``max_head_lag`` bounds submission only.
         batch_size: groups a training step consumes.
         max_head_lag: the most versions that a trained token may be old; 0 is exactly on-policy.
-        max_concurrent: the most groups generated at once; None: ``(max_head_lag + 1) * batch_size``.
+        max_concurrent: the most groups at once; None: ``(max_head_lag + 1) * batch_size``.
         missing_proximal: what stands in for a segment proximal whose window has passed:
             ``"behavior"`` (q := b), ``"loglinear"``, ``"decoupled"`` (q := x), or ``"drop"`` it.
         on_overdue: what happens to a group that is still running when it goes stale: ``"drop"`` it,
@@ -93,7 +93,7 @@ class LossConfig:
     Args:
         clip_epsilon: the ratio is clipped to ``[1 - clip_epsilon, 1 + clip_epsilon_high]``.
         clip_epsilon_high: None is ``clip_epsilon``.
-        dual_clip: caps the loss of tokens of negative advantage at ``dual_clip * |A|``; None is off.
+        dual_clip: caps the loss where the advantage is negative at ``dual_clip * |A|``; None is off.
         behavior_weight_cap: tokens above it get weight 0 (masked, not clamped); None is off.
         behavior_weight_floor: tokens below it get weight 0; None is off.
         rejection_on: what cap and floor test: ``"drift"``, exp(x - b), or the ``"weight"`` itself.
@@ -142,7 +142,7 @@ class LossConfig:
         ):
             raise ConfigError(
                 f"bridge_exponent={self.bridge_exponent} and bridge_cap={self.bridge_cap} act only "
-                f"with trust_region='proximal', but it is {self.trust_region!r}. Remove one of the two."
+                f"with trust_region='proximal', not {self.trust_region!r}. Remove one of the two."
             )
         if self.trust_region == "behavior" and self.rejection_on == "weight":
             raise ConfigError(
