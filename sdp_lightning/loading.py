@@ -1,0 +1,116 @@
+"""Objects named by strings, and folders that are built once.
+
+``package.module:name`` or ``path/to/file.py:name`` names anything importable, so that a config file
+can point at a list of prompts, a reward function or a function that returns a model's folder.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib
+import importlib.util
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from sdp_lightning.errors import ConfigError
+
+_FORM = "Write 'package.module:name' or 'path/to/file.py:name'."
+
+
+def load_object(spec: str) -> object:
+    """The object that ``spec`` names.
+
+    A file is run once a process, however often it is named; its folder is importable while it runs,
+    so that a recipe's files can import each other as they do when they are run as scripts.
+
+    Args:
+        spec: ``package.module:name`` or ``path/to/file.py:name`` (relative to the working folder);
+            the name may have dots.
+
+    Raises:
+        ConfigError: if the form is wrong, or the module, file or name does not exist. Errors raised
+            by the module itself pass through.
+    """
+    place, colon, name = spec.rpartition(":")
+    if not (place and colon and name) or not all(part.isidentifier() for part in name.split(".")):
+        raise ConfigError(f"{spec!r} does not name an object. {_FORM}")
+    found: object = _load_file(place) if place.endswith(".py") else _load_module(place, spec)
+    for part in name.split("."):
+        try:
+            found = getattr(found, part)
+        except AttributeError as error:
+            raise ConfigError(f"{place} has no {name!r}.{_near(part, dir(found))}") from error
+    return found
+
+
+def cache_folder() -> Path:
+    """Where this package keeps files: ``$XDG_CACHE_HOME/sdp_lightning``, or under ``~/.cache``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdp_lightning"
+
+
+def build_once(name: str, build: Callable[[Path], None]) -> Path:
+    """The folder ``name`` in the cache; ``build`` fills it if it is not there.
+
+    A folder with its final name is always complete. Of several processes that call this at the same
+    time one builds and the others wait; what an interrupted build left is thrown away.
+    """
+    from filelock import FileLock
+
+    target = cache_folder() / name
+    if not target.is_dir():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(target.with_name(f".{name}.lock")):
+            if not target.is_dir():
+                work = target.with_name(f".{name}.part")
+                shutil.rmtree(work, ignore_errors=True)
+                work.mkdir()
+                build(work)
+                work.rename(target)
+    return target
+
+
+def _load_file(place: str) -> object:
+    path = Path(place).expanduser().resolve()
+    if not path.is_file():
+        others = [file.name for file in path.parent.glob("*.py")] if path.parent.is_dir() else []
+        raise ConfigError(
+            f"there is no file {place!r} (looked for {path}).{_near(path.name, others)}"
+        )
+    key = f"_sdp_file_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}_{path.stem}"
+    if key in sys.modules:
+        return sys.modules[key]
+    module_spec = importlib.util.spec_from_file_location(key, path)
+    assert module_spec is not None and module_spec.loader is not None  # it ends in .py
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules[key] = module  # before it runs: dataclasses and pickle look it up
+    sys.path.insert(0, str(path.parent))
+    try:
+        module_spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[key]
+        raise
+    finally:
+        sys.path.remove(str(path.parent))
+    return module
+
+
+def _load_module(place: str, spec: str) -> object:
+    if not all(part.isidentifier() for part in place.split(".")):
+        raise ConfigError(f"{spec!r} does not name an object. {_FORM}")
+    try:
+        return importlib.import_module(place)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{place}.".startswith(f"{error.name}."):
+            raise  # the module exists and misses one of its own imports
+        raise ConfigError(
+            f"there is no module {error.name!r}, named in {spec!r}. {_FORM}"
+        ) from error
+
+
+def _near(name: str, candidates: list[str]) -> str:
+    near = difflib.get_close_matches(name, candidates, n=3)
+    return f" Did you mean {' or '.join(near)}?" if near else ""

@@ -1,0 +1,145 @@
+"""Objects named by strings, and folders that are built once."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sdp_lightning.errors import ConfigError
+from sdp_lightning.loading import build_once, cache_folder, load_object
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "sdp_lightning"
+
+
+def test_a_module_object_is_loaded_by_name():
+    import os.path
+
+    assert load_object("os.path:join") is os.path.join
+
+
+def test_a_dotted_name_reaches_into_the_object():
+    assert load_object("pathlib:Path.home") == Path.home
+
+
+def test_a_file_is_relative_to_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "task.py").write_text("rows = [1, 2]\n")
+    monkeypatch.chdir(tmp_path)
+    assert load_object("task.py:rows") == [1, 2]
+
+
+def test_a_file_runs_once_however_often_it_is_named(tmp_path: Path):
+    file = tmp_path / "once.py"
+    file.write_text("first, second = object(), object()\n")
+    assert load_object(f"{file}:first") is load_object(f"{tmp_path}/./once.py:first")
+
+
+def test_a_file_imports_its_neighbours_and_leaves_the_path_as_it_was(tmp_path: Path):
+    (tmp_path / "neighbour_of_task.py").write_text("value = 7\n")
+    (tmp_path / "task.py").write_text("from neighbour_of_task import value\n")
+    before = list(sys.path)
+    assert load_object(f"{tmp_path}/task.py:value") == 7
+    assert sys.path == before
+
+
+def test_classes_of_a_file_can_be_pickled(tmp_path: Path):
+    import pickle
+
+    (tmp_path / "kinds.py").write_text("class Kind:\n    pass\n")
+    kind = load_object(f"{tmp_path}/kinds.py:Kind")
+    assert pickle.loads(pickle.dumps(kind)) is kind
+
+
+def test_a_file_that_fails_passes_its_error_and_is_run_again(tmp_path: Path):
+    file = tmp_path / "broken.py"
+    file.write_text("1 / 0\n")
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            load_object(f"{file}:anything")
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        pytest.param("no_colon", "does not name an object", id="no colon"),
+        pytest.param(":name", "does not name an object", id="nothing before the colon"),
+        pytest.param("os.path:", "does not name an object", id="nothing after the colon"),
+        pytest.param("os path:join", "does not name an object", id="a module with a space"),
+        pytest.param("os:a-b", "does not name an object", id="a name that is no identifier"),
+        pytest.param("os.path:joim", "Did you mean join", id="a near miss is suggested"),
+        pytest.param("os.path:zzzzzz", "has no 'zzzzzz'.$", id="no near miss, no suggestion"),
+        pytest.param("no_such_package.x:y", "no module 'no_such_package'", id="no package"),
+        pytest.param("os.nowhere:y", "no module 'os.nowhere'", id="no submodule"),
+        pytest.param("no/such/folder/file.py:y", "there is no file", id="no folder"),
+    ],
+)
+def test_a_wrong_spec_is_a_config_error_that_says_what_is_wrong(spec: str, message: str):
+    with pytest.raises(ConfigError, match=message):
+        load_object(spec)
+
+
+def test_a_missing_file_names_its_near_neighbours(tmp_path: Path):
+    (tmp_path / "rewards.py").touch()
+    with pytest.raises(ConfigError, match=r"Did you mean rewards\.py"):
+        load_object(f"{tmp_path}/reward.py:x")
+
+
+def test_a_module_that_misses_an_import_of_its_own_keeps_that_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "needs_absent_thing.py").write_text("import absent_thing\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ModuleNotFoundError, match="absent_thing"):
+        load_object("needs_absent_thing:x")
+
+
+def test_without_xdg_the_cache_is_in_the_home_folder(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert cache_folder() == Path.home() / ".cache" / "sdp_lightning"
+
+
+def test_a_folder_is_built_once(cache: Path):
+    calls: list[Path] = []
+
+    def build(folder: Path) -> None:
+        calls.append(folder)
+        (folder / "file").write_text("x")
+
+    assert build_once("thing", build) == build_once("thing", build) == cache / "thing"
+    assert len(calls) == 1
+    assert (cache / "thing" / "file").read_text() == "x"
+
+
+def test_a_build_that_failed_leaves_no_folder_and_is_done_again(cache: Path):
+    def fail(folder: Path) -> None:
+        (folder / "half").touch()
+        raise RuntimeError("interrupted")
+
+    with pytest.raises(RuntimeError, match="interrupted"):
+        build_once("thing", fail)
+    assert not (cache / "thing").exists()
+    build_once("thing", lambda folder: (folder / "whole").touch())
+    assert [file.name for file in (cache / "thing").iterdir()] == ["whole"]
+
+
+def test_of_two_processes_one_builds_and_both_find_the_folder_complete(cache: Path):
+    script = (
+        "import sys, time\n"
+        "from sdp_lightning.loading import build_once\n"
+        "def build(folder):\n"
+        "    print('built'); time.sleep(0.5); (folder / 'done').touch()\n"
+        "assert (build_once('thing', build) / 'done').exists()\n"
+    )
+    processes = [
+        subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    outputs = [process.communicate(timeout=60)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert sorted(outputs) == ["", "built\n"]
