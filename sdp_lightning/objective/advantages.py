@@ -1,0 +1,49 @@
+"""How much better a trajectory did than its siblings. Pure; B trajectories."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def group_relative_advantages(
+    rewards: Tensor, group_ids: Tensor, *, scale_by_std: bool = True, eps: float = 1e-6
+) -> Tensor:
+    r"""Reward minus the mean of its group, over the standard deviation of the group.
+
+    .. math:: A_i = (R_i - \bar R_{g(i)}) / (\sigma_{g(i)} + \epsilon)
+
+    The deviation is the population's. A group of one, or of equal rewards, gets exactly 0.
+
+    Sources: Shao et al. 2024 (GRPO), https://arxiv.org/abs/2402.03300; without the division: Liu et
+    al. 2025 (Dr. GRPO), https://arxiv.org/abs/2503.20783.
+
+    Args:
+        rewards: [B].
+        group_ids: [B] integers, in any order; equal ids are siblings.
+        scale_by_std: divide by the deviation.
+        eps: added to the deviation.
+
+    Returns:
+        [B], float32, or float64 for float64 rewards.
+
+    Raises:
+        ValueError: if the two are not one-dimensional and of the same length.
+    """
+    if rewards.dim() != 1 or rewards.shape != group_ids.shape:
+        raise ValueError(
+            f"rewards and group_ids must both be [B], got {tuple(rewards.shape)} and "
+            f"{tuple(group_ids.shape)}."
+        )
+    ids, group = torch.unique(group_ids, return_inverse=True)
+    values = rewards.detach().double()
+    zeros = values.new_zeros(ids.numel())
+    size = zeros.index_add(0, group, torch.ones_like(values))
+    deviation = values - (zeros.index_add(0, group, values) / size)[group]
+    if scale_by_std:
+        std = (zeros.index_add(0, group, deviation.square()) / size).sqrt()
+        deviation = deviation / (std + eps)[group]
+    highest = zeros.scatter_reduce(0, group, values, "amax", include_self=False)
+    lowest = zeros.scatter_reduce(0, group, values, "amin", include_self=False)
+    advantages = torch.where((highest == lowest)[group], 0.0, deviation)
+    return advantages.to(torch.promote_types(rewards.dtype, torch.float32))

@@ -1,0 +1,178 @@
+"""Log-probs of given tokens over a large vocabulary, without the table of logits.
+
+Shapes: N tokens, D hidden units, V vocabulary. Only one chunk of logits, [chunk, V], exists at a
+time, forward and backward. Logits, softmax and gradients are accumulated in float32 (float64 for
+float64 inputs), under autocast too: half-precision logits would move log-probs by a few percent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_HALVES = (torch.bfloat16, torch.float16)
+
+
+def token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    temperature: float | Tensor,
+    *,
+    bias: Tensor | None = None,
+    chunk_size: int = 512,
+) -> tuple[Tensor, Tensor]:
+    r"""Log-probs of ``targets`` under softmax((hidden W^T + bias) / temperature), and its entropy.
+
+    Gradients of hidden, weight and bias are exact; one that is not required is not computed. With a
+    frozen head the gradient is taken in the forward pass, which saves one of three products.
+
+    Args:
+        hidden: [N, D].
+        weight: [V, D] of the language-model head.
+        targets: [N] token ids.
+        temperature: positive; one number, or [N].
+        bias: [V] of the head, if it has one.
+        chunk_size: tokens whose logits exist at once.
+
+    Returns:
+        Log-probs [N] in nats, and the entropy [N] in nats, detached. float32, or float64 where an
+        input is.
+
+    Raises:
+        ValueError: if shapes do not fit, or a number is not positive.
+    """
+    _check(hidden, weight, targets, chunk_size)
+    if isinstance(temperature, Tensor):
+        if temperature.shape != targets.shape:
+            raise ValueError(
+                f"temperature must be a number or {tuple(targets.shape)}, got "
+                f"{tuple(temperature.shape)}."
+            )
+    elif not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature}.")
+    dtype = torch.promote_types(
+        torch.promote_types(hidden.dtype, weight.dtype), torch.float32
+    )  # of logits and results
+    scale = torch.as_tensor(temperature, dtype=dtype, device=hidden.device).detach()
+    scale = scale.expand(targets.shape[0]).reciprocal()
+    head_trained = weight.requires_grad or (bias is not None and bias.requires_grad)
+    eager = torch.is_grad_enabled() and hidden.requires_grad and not head_trained
+    return _TokenLogprobs.apply(hidden, weight, bias, targets, scale, (chunk_size, eager))  # pyright: ignore[reportReturnType]
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    """See :func:`token_logprobs`. ``scale`` is 1 / temperature, [N]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        scale: Tensor,
+        options: tuple[int, bool],
+    ) -> tuple[Tensor, Tensor]:
+        chunk_size, eager = options
+        logprobs, entropy, normalizer = (torch.empty_like(scale) for _ in range(3))
+        slope = hidden.new_empty(hidden.shape if eager else (0,), dtype=scale.dtype)
+        with torch.autocast(hidden.device.type, enabled=False):
+            head = _head(weight, hidden, scale.dtype)
+            for rows in _chunks(targets.shape[0], chunk_size):
+                logits = _logits(hidden[rows], head, bias, scale[rows])
+                log_z = logits.logsumexp(-1)
+                index = targets[rows, None]
+                logprobs[rows] = logits.gather(-1, index).squeeze(-1) - log_z
+                normalizer[rows] = log_z
+                probs = (logits - log_z[:, None]).exp_()
+                entropy[rows] = log_z - torch.linalg.vecdot(probs, logits)
+                if eager:
+                    slope[rows] = _product(_logit_slope(probs, index, scale[rows]), head)
+        ctx.options = options
+        # With a frozen head the slope is all that backward needs; [N, D] as hidden would be.
+        empty = hidden.new_empty(0)
+        saved = (empty,) * 6 if eager else (hidden, weight, bias, targets, scale, normalizer)
+        ctx.save_for_backward(slope, *saved)
+        ctx.hidden_dtype = hidden.dtype
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        grad = grads[0]
+        chunk_size, eager = ctx.options
+        slope, hidden, weight, bias, targets, scale, normalizer = ctx.saved_tensors
+        if eager:
+            return (slope * grad[:, None]).to(ctx.hidden_dtype), None, None, None, None, None
+        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+        d_hidden = torch.zeros_like(hidden) if need_hidden else None
+        d_weight = torch.zeros_like(weight, dtype=scale.dtype) if need_weight else None
+        d_bias = torch.zeros_like(bias, dtype=scale.dtype) if need_bias else None
+        with torch.autocast(hidden.device.type, enabled=False):
+            head = _head(weight, hidden, scale.dtype)
+            for rows in _chunks(targets.shape[0], chunk_size):
+                logits = _logits(hidden[rows], head, bias, scale[rows])
+                probs = logits.sub_(normalizer[rows, None]).exp_()
+                d_logits = _logit_slope(probs, targets[rows, None], scale[rows] * grad[rows])
+                if d_hidden is not None:
+                    d_hidden[rows] = _product(d_logits, head).to(d_hidden.dtype)
+                if d_weight is not None:
+                    d_weight += _product(d_logits.t(), hidden[rows])
+                if d_bias is not None:
+                    d_bias += d_logits.sum(0)
+        if d_weight is not None:
+            d_weight = d_weight.to(weight.dtype)
+        if d_bias is not None:
+            d_bias = d_bias.to(bias.dtype)
+        return d_hidden, d_weight, d_bias, None, None, None
+
+
+def _logits(hidden: Tensor, head: Tensor, bias: Tensor | None, scale: Tensor) -> Tensor:
+    """[chunk, V], over temperature."""
+    logits = _product(hidden, head.t())
+    if bias is not None:
+        logits += bias
+    return logits.mul_(scale[:, None])
+
+
+def _logit_slope(probs: Tensor, index: Tensor, factor: Tensor) -> Tensor:
+    """(one-hot - probs) * factor, [chunk, V]; overwrites ``probs``."""
+    slope = probs.neg_()
+    slope.scatter_add_(-1, index, torch.ones_like(index, dtype=slope.dtype))
+    return slope.mul_(factor[:, None])
+
+
+def _head(weight: Tensor, hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight in the type in which products are taken; cast once for all chunks."""
+    halves = weight.is_cuda and weight.dtype == hidden.dtype and weight.dtype in _HALVES
+    return weight if halves else weight.to(dtype)
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """Product with a result of at least float32.
+
+    Tensor cores multiply halves into float32; elsewhere a cast has to come first.
+    """
+    if left.is_cuda and right.dtype in _HALVES:  # pragma: no cover (needs a GPU)
+        return torch.mm(left.to(right.dtype), right, out_dtype=torch.float32)
+    dtype = torch.promote_types(torch.promote_types(left.dtype, right.dtype), torch.float32)
+    return left.to(dtype) @ right.to(dtype)
+
+
+def _chunks(count: int, size: int) -> Iterator[slice]:
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))
+
+
+def _check(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_size: int) -> None:
+    shapes = tuple(hidden.shape), tuple(weight.shape), tuple(targets.shape)
+    if hidden.dim() != 2 or weight.dim() != 2 or targets.dim() != 1:
+        raise ValueError(f"hidden, weight, targets must be [N, D], [V, D], [N]; got {shapes}.")
+    if hidden.shape[1] != weight.shape[1] or hidden.shape[0] != targets.shape[0]:
+        raise ValueError(f"hidden, weight, targets must agree on N and D; got {shapes}.")
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
