@@ -1,4 +1,4 @@
-"""Objects named by strings, and folders that are built once.
+"""Objects named by strings, folders that are built once, transformers kept quiet.
 
 ``package.module:name`` or ``path/to/file.py:name`` names anything importable, so that a config file
 can point at a list of prompts, a reward function or a function that returns a model's folder.
@@ -6,14 +6,16 @@ can point at a list of prompts, a reward function or a function that returns a m
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
 import importlib
 import importlib.util
+import io
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from sdp_lightning.errors import ConfigError
@@ -71,6 +73,23 @@ def build_once(name: str, build: Callable[[Path], None]) -> Path:
                 build(work)
                 work.rename(target)
     return target
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keeps progress bars and advice of transformers off the terminal; errors still raise."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # its GGUF reader has a bar of its own
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _load_file(place: str) -> object:

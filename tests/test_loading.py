@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sdp_lightning.errors import ConfigError
-from sdp_lightning.loading import build_once, cache_folder, load_object
+from sdp_lightning.loading import build_once, cache_folder, load_object, quiet_transformers
 
 
 @pytest.fixture
@@ -143,3 +143,16 @@ def test_of_two_processes_one_builds_and_both_find_the_folder_complete(cache: Pa
     outputs = [process.communicate(timeout=60)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
     assert sorted(outputs) == ["", "built\n"]
+
+
+def test_transformers_is_quiet_inside_and_as_before_after(capsys: pytest.CaptureFixture[str]):
+    from transformers.utils import logging
+
+    before = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    with pytest.raises(RuntimeError), quiet_transformers():
+        logging.get_logger("transformers").warning("advice")
+        list(logging.tqdm([1, 2]))
+        print("a bar", file=sys.stderr)
+        raise RuntimeError
+    assert capsys.readouterr().err == ""
+    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before

