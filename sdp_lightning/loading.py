@@ -15,7 +15,7 @@ import io
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 from sdp_lightning.errors import ConfigError
@@ -76,7 +76,7 @@ def build_once(name: str, build: Callable[[Path], None]) -> Path:
 
 
 @contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Generator[None]:
     """Keeps progress bars and advice of transformers off the terminal; errors still raise."""
     from transformers.utils import logging
 

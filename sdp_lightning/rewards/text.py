@@ -1,0 +1,130 @@
+"""Rewards that compare a completion with the answer in its row.
+
+A reward is ``reward(completion, row) -> float``. These are 1.0 or 0.0; ``functools.partial`` fixes
+their options. No model, no state.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from decimal import Decimal
+from typing import Any, Literal
+
+from sdp_lightning.errors import ConfigError, RolloutError
+
+_NUMBER = re.compile(
+    r"""
+    (?<!\w) (?<!\d\.)                    # x2 is a name, 1.2.3 is a version
+    (?P<sign> (?<![\w)\].]) [-+\u2212] )?  # in 3-1 the minus stands between two numbers
+    (?P<number>
+        (?: \d{1,3} (?:,\d{3})+ (?![\d]) | \d+ ) (?:\.\d+)?   # 1,234.5 is one number, 1,2 are two
+      | (?<!\.) \.\d+
+    )
+    (?P<exponent> [eE][-+]?\d+ )?
+    """,
+    re.VERBOSE,
+)
+
+
+def exact_match(
+    completion: str,
+    row: Mapping[str, Any],
+    *,
+    answer_key: str = "answer",
+    strip: bool = True,
+    ignore_case: bool = False,
+) -> float:
+    r"""1.0 if the completion is the row's answer, character by character.
+
+    >>> exact_match("Paris\n", {"answer": "Paris"}), exact_match("paris", {"answer": "Paris"})
+    (1.0, 0.0)
+
+    Args:
+        completion: what was sampled, stop text included.
+        row: of the dataset.
+        answer_key: where the answer is; it is compared as text.
+        strip: ignore white space at both ends.
+        ignore_case: compare without regard to case.
+
+    Raises:
+        RolloutError: if the row has no answer.
+    """
+    found, expected = completion, str(_answer(row, answer_key))
+    if strip:
+        found, expected = found.strip(), expected.strip()
+    if ignore_case:
+        found, expected = found.casefold(), expected.casefold()
+    return float(found == expected)
+
+
+def numeric_match(
+    completion: str,
+    row: Mapping[str, Any],
+    *,
+    answer_key: str = "answer",
+    which: Literal["first", "last"] = "last",
+    tolerance: float = 0.0,
+) -> float:
+    """1.0 if the first or last number in the completion is the row's answer.
+
+    >>> numeric_match("So 4 of them make $1,200.00.", {"answer": 1200})
+    1.0
+
+    Args:
+        completion: what was sampled.
+        row: of the dataset.
+        answer_key: where the answer is: a number, or a text with exactly one number in it.
+        which: number of the completion to compare.
+        tolerance: the largest difference that counts as equal, absolute; 0 compares exactly.
+
+    Raises:
+        RolloutError: if the row's answer is not one number.
+        ConfigError: if an option is out of range.
+    """
+    if which not in ("first", "last"):
+        raise ConfigError(f"which must be 'first' or 'last', got {which!r}.")
+    if not tolerance >= 0:
+        raise ConfigError(f"tolerance must be 0 or more, got {tolerance}.")
+    expected = _expected_number(row, answer_key)
+    numbers = find_numbers(completion)
+    if not numbers:
+        return 0.0
+    found = numbers[0 if which == "first" else -1]
+    near = tolerance > 0 and abs(float(found) - float(expected)) <= tolerance
+    return float(found == expected or near)
+
+
+def find_numbers(text: str) -> list[Decimal]:
+    """The numbers in a text, in order: signs, decimals, thousands commas, powers of ten.
+
+    >>> [str(number) for number in find_numbers("-2 of 1,234.5 or 3-1, in v1.2 of x7")]
+    ['-2', '1234.5', '3', '1']
+
+    A fraction such as 1/2 is two numbers, and 50% is 50.
+    """
+    return [
+        Decimal(
+            ("-" if match["sign"] in ("-", "\u2212") else "")
+            + match["number"].replace(",", "")
+            + (match["exponent"] or "")
+        )
+        for match in _NUMBER.finditer(text)
+    ]
+
+
+def _expected_number(row: Mapping[str, Any], key: str) -> Decimal:
+    answer = _answer(row, key)
+    numbers = [] if isinstance(answer, bool) else find_numbers(str(answer))
+    if len(numbers) != 1:
+        raise RolloutError(
+            f"the row's {key!r} is {answer!r}, with {len(numbers)} numbers in it; it must be one "
+            "number. Take it out of its text when the rows are made."
+        )
+    return numbers[0]
+
+
+def _answer(row: Mapping[str, Any], key: str) -> Any:
+    if key not in row:
+        raise RolloutError(f"row has no {key!r}; its keys are {sorted(row)}. Set answer_key.")
+    return row[key]
