@@ -49,8 +49,8 @@ def complete_segment_logprobs(
         count = int((old & ~scored).sum())
         if count:
             raise ValueError(
-                f"{count} tokens of lag 2 or more have no segment proximal: missing_proximal='drop' "
-                "should have dropped their groups before they were collated."
+                f"{count} tokens of lag 2 or more have no segment proximal: under "
+                "missing_proximal='drop' their groups must be dropped before they are collated."
             )
         substitute = proximal
     elif missing == "behavior":

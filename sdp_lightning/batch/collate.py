@@ -1,0 +1,108 @@
+"""From groups of trajectories to one batch of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from sdp_lightning.batch.data import NO_VERSION, Batch
+from sdp_lightning.errors import RolloutError, VersionError
+from sdp_lightning.types import Segment, Trajectory, TrajectoryGroup
+
+
+def collate(
+    groups: Sequence[TrajectoryGroup],
+    *,
+    version: int,
+    pad_token_id: int = 0,
+    segment_wise: bool = True,
+) -> Batch:
+    """Put groups into tensors. Rows keep the order of the groups and of their members.
+
+    Args:
+        groups: one or more; ``group_ids`` are their places.
+        version: the policy version that trains, c.
+        pad_token_id: what ``input_ids`` holds beyond the length of a row.
+        segment_wise: read the scores of segments; False leaves every token unscored.
+
+    Raises:
+        VersionError: if a token is newer than ``version``, or a segment was scored under another
+            version than the one after its own; names the group.
+        RolloutError: if there is no group, a trajectory has no sampled token, or its temperature
+            was 0 (greedy: it has no log-probs to correct with).
+    """
+    if not groups:
+        raise RolloutError("collate needs at least one group.")
+    owned = [(index, t) for index, group in enumerate(groups) for t in group.trajectories]
+    for index, trajectory in owned:
+        _check(trajectory, groups[index], version)
+    shape = len(owned), max(trajectory.num_tokens for _, trajectory in owned)
+    rows = _Rows(shape, pad_token_id)
+    for row, (_, trajectory) in enumerate(owned):
+        rows.write(row, trajectory, segment_wise)
+    return Batch(
+        version=version,
+        position_ids=torch.arange(shape[1]).repeat(shape[0], 1),
+        lengths=torch.tensor([trajectory.num_tokens for _, trajectory in owned]),
+        rewards=torch.tensor([t.reward for _, t in owned], dtype=torch.float32),
+        group_ids=torch.tensor([index for index, _ in owned]),
+        truncated=torch.tensor([t.finish_reason != "stop" for _, t in owned]),
+        **{name: torch.from_numpy(array) for name, array in rows.arrays.items()},
+    )
+
+
+class _Rows:
+    """The [B, T] arrays of a batch while they are written, row by row."""
+
+    def __init__(self, shape: tuple[int, int], pad_token_id: int) -> None:
+        self.arrays: dict[str, NDArray[Any]] = {
+            "input_ids": np.full(shape, pad_token_id, dtype=np.int64),
+            "loss_mask": np.zeros(shape, dtype=np.bool_),
+            "versions": np.full(shape, NO_VERSION, dtype=np.int64),
+            "behavior_logprobs": np.zeros(shape, dtype=np.float32),
+            "segment_logprobs": np.zeros(shape, dtype=np.float32),
+            "segment_scored": np.zeros(shape, dtype=np.bool_),
+            "temperatures": np.ones(shape, dtype=np.float32),
+        }
+
+    def write(self, row: int, trajectory: Trajectory, segment_wise: bool) -> None:
+        start = 0
+        for part in trajectory.parts:
+            place = row, slice(start, start + part.token_ids.size)
+            self.arrays["input_ids"][place] = part.token_ids
+            start += part.token_ids.size
+            if not isinstance(part, Segment):
+                continue
+            score = part.proximal.logprobs if segment_wise else None
+            self.arrays["loss_mask"][place] = True
+            self.arrays["versions"][place] = part.version
+            self.arrays["behavior_logprobs"][place] = part.logprobs
+            self.arrays["segment_logprobs"][place] = np.nan if score is None else score
+            self.arrays["segment_scored"][place] = score is not None
+            self.arrays["temperatures"][place] = part.temperature
+
+
+def _check(trajectory: Trajectory, group: TrajectoryGroup, version: int) -> None:
+    name = f"group of row {group.row_id!r} (order {group.order})"
+    if not trajectory.segments:
+        raise RolloutError(f"{name} has a trajectory without sampled tokens: nothing to train on.")
+    for segment in trajectory.segments:
+        if segment.version > version:
+            raise VersionError(
+                f"{name} has tokens of version {segment.version}, but the trainer is at {version}."
+            )
+        if not segment.temperature > 0:
+            raise RolloutError(
+                f"{name} was sampled at temperature {segment.temperature}: greedy tokens have no "
+                "log-probs to train with. Sample at a positive temperature."
+            )
+        scorer = segment.proximal.version
+        if scorer is not None and scorer != segment.version + 1:
+            raise VersionError(
+                f"{name} has a segment of version {segment.version} scored under {scorer}; its "
+                f"segment proximal policy is version {segment.version + 1}."
+            )
