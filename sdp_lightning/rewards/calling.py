@@ -1,0 +1,73 @@
+"""Calls reward functions, plain or async, with a deadline."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from sdp_lightning.errors import RolloutError
+
+
+async def call_reward(function: Callable[..., Any], *args: Any, timeout_s: float) -> float:
+    """``function(*args)`` as a float.
+
+    A plain function runs in a daemon thread of its own, so one that blocks stalls nothing else; it
+    cannot be killed, though: past its deadline its result is ignored.
+
+    Raises:
+        RolloutError: if it takes longer than ``timeout_s``, or returns no finite number.
+    """
+    deadline = asyncio.timeout(timeout_s)
+    name = str(getattr(function, "__name__", function))
+    try:
+        async with deadline:
+            if inspect.iscoroutinefunction(function):
+                value = await function(*args)
+            else:
+                value = await _in_thread(function, *args)
+    except TimeoutError as error:
+        if not deadline.expired():
+            raise
+        raise RolloutError(f"reward {name!r} took longer than {timeout_s} s.") from error
+    try:
+        reward = float(value)
+    except (TypeError, ValueError) as error:
+        raise RolloutError(f"reward {name!r} returned {value!r}; it must be a number.") from error
+    if reward != reward or reward in (float("inf"), float("-inf")):
+        raise RolloutError(f"reward {name!r} returned {reward}; it must be finite.")
+    return reward
+
+
+async def _in_thread(function: Callable[..., Any], *args: Any) -> Any:
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[tuple[Any, Exception | None]] = loop.create_future()
+
+    def work() -> None:
+        value, failure = None, None
+        try:
+            value = function(*args)
+        except Exception as error:  # raised again where the reward is awaited
+            failure = error
+        _deliver(loop, future, (value, failure))
+
+    threading.Thread(target=work, name="sdp-reward", daemon=True).start()
+    value, failure = await future
+    if failure is not None:
+        raise failure
+    return await value if inspect.isawaitable(value) else value
+
+
+def _deliver(loop: asyncio.AbstractEventLoop, future: asyncio.Future[Any], outcome: Any) -> None:
+    try:
+        loop.call_soon_threadsafe(_set_result, future, outcome)
+    except RuntimeError:
+        if not loop.is_closed():  # closed: nobody waits for this reward any more
+            raise
+
+
+def _set_result(future: asyncio.Future[Any], outcome: Any) -> None:
+    if not future.done():
+        future.set_result(outcome)

@@ -1,0 +1,360 @@
+"""The workflow executor: rollouts in a thread of their own, batches for the trainer's.
+
+Nothing polls: every event that may free capacity submits the next rows. What a group is and where
+it stands is the registry's; this file connects it to prompts, workflow, engine and threads.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from sdp_lightning.config import RolloutConfig
+from sdp_lightning.engines.base import InferenceEngine, NamedWeights, PublishReport
+from sdp_lightning.errors import ConfigError, RolloutError, RolloutTimeout, VersionError
+from sdp_lightning.rollout.capacity import RolloutStat, StalenessManager
+from sdp_lightning.rollout.prompts import PromptRow, PromptStream, derive_seed
+from sdp_lightning.rollout.recompute import LogprobScorer, ProximalRecomputer, RecomputeReport
+from sdp_lightning.rollout.registry import GroupRegistry, LiveGroup, RolloutTelemetry
+from sdp_lightning.rollout.runner import AsyncTaskRunner, TaskResult
+from sdp_lightning.rollout.staleness import StalenessControlStrategy
+from sdp_lightning.rollout.state import group_from_state, group_to_state
+from sdp_lightning.types import Trajectory, TrajectoryGroup
+from sdp_lightning.workflows.base import RolloutSession, RolloutWorkflow, Row, Tokenizer
+from sdp_lightning.workflows.episode import Episode
+from sdp_lightning.workflows.gate import SendGate
+
+logger = logging.getLogger(__name__)
+
+STOP_CHECK_S = 0.2
+EVALUATION_EPOCH = 2**31
+
+
+class WorkflowExecutor:
+    """Keeps rollouts going while the trainer trains, and hands out batches of bounded staleness.
+
+    Use :func:`~sdp_lightning.rollout.factory.create_workflow_executor` to make one.
+
+    Life: ``publish(weights, version, reset=True)`` sets the clock; ``resume`` starts generation;
+    then ``take``, train, ``publish(weights, version + 1)``, and so on; ``close`` at the end, also
+    after an exception. Nothing is generated before the first publish.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: RolloutConfig,
+        engine: InferenceEngine,
+        workflow: RolloutWorkflow,
+        prompts: PromptStream,
+        tokenizer: Tokenizer,
+        strategy: StalenessControlStrategy,
+        manager: StalenessManager,
+        recomputer: ProximalRecomputer | None,
+    ) -> None:
+        self.config, self.engine, self.manager = config, engine, manager
+        self._recomputer = recomputer
+        self.registry = GroupRegistry(config, strategy, manager, on_drop=self._on_drop)
+        self._workflow, self._prompts, self._tokenizer = workflow, prompts, tokenizer
+        self._gate = SendGate()
+        self._runner = AsyncTaskRunner(name="sdp-rollout", on_result=self._on_task_result)
+        self._next_order = 0
+        self._generating = self._closed = False
+
+    @property
+    def version(self) -> int:
+        """The policy version that the trainer holds. ``VersionError`` before the first publish."""
+        version = self.registry.version
+        if version is None:
+            raise VersionError("nothing was published yet: call publish(..., reset=True) first.")
+        return version
+
+    @property
+    def is_published(self) -> bool:
+        """Whether the first publish has happened."""
+        return self.registry.version is not None
+
+    @property
+    def stat(self) -> RolloutStat:
+        """The ledger."""
+        return self.manager.stat
+
+    @property
+    def telemetry(self) -> RolloutTelemetry:
+        """Why groups were lost, and how long they were."""
+        return self.registry.telemetry
+
+    # Versions ------------------------------------------------------------------------------------
+
+    def publish(self, weights: NamedWeights, version: int, *, reset: bool = False) -> PublishReport:
+        """Give the engine ``weights`` as ``version``, then commit it: clock, purge, overdue groups.
+
+        With ``reset`` (a start, fresh or resumed) any version is taken, and the ledger is re-based.
+        When this returns, every token sampled before is in its Episode. If it raises, the engine
+        stays paused: nothing is sampled by weights of which nobody knows the version.
+
+        Raises:
+            VersionError: if ``version`` is not the next one, or the engine reports another.
+            EngineError: if the transfer failed.
+            RolloutTimeout: if outstanding requests did not come back.
+        """
+        if not reset and version != self.version + 1:
+            raise VersionError(
+                f"the policy is at version {self.version}; cannot publish {version}. "
+                "Versions advance by 1."
+            )
+        if not self.engine.in_process:
+            self._gate.close()
+        self.engine.pause()
+        if not self.engine.in_process:
+            self._gate.drain(self.config.drain_s)
+        report = self.engine.update_weights(weights, version, reset=reset)
+        if self.engine.version != version:
+            raise VersionError(
+                f"version {version} was published, but the engine reports {self.engine.version}."
+            )
+        if reset:
+            self.registry.rebase(version)
+        else:
+            for live in self.registry.commit(version):
+                self._cancel(live)
+        self.engine.resume()
+        self._gate.open()
+        self._submit_rows()
+        return report
+
+    # Batches -------------------------------------------------------------------------------------
+
+    def resume(self) -> None:
+        """Keep submitting rows from now on. ``VersionError`` before the first publish."""
+        logger.debug("rollouts start at version %d", self.version)
+        self._generating = True
+        self._submit_rows()
+
+    def pause(self) -> None:
+        """Submit nothing new; what runs goes on."""
+        self._generating = False
+
+    def take(
+        self, timeout_s: float | None = None, *, interrupted: Callable[[], bool] = lambda: False
+    ) -> list[TrajectoryGroup] | None:
+        """The oldest ``batch_size`` groups, or None when the prompts have ended.
+
+        Args:
+            timeout_s: longest wait; None is the configured one, 0 does not wait.
+            interrupted: looked at while waiting; True ends the wait.
+
+        Raises:
+            RolloutTimeout: at the deadline, or interrupted. Nothing is lost.
+            RolloutError: if a rollout failed, or the rollout thread died.
+        """
+        limit = self.config.timeout_s if timeout_s is None else timeout_s
+        deadline = time.monotonic() + limit
+        with self.registry.changed:
+            while True:
+                self._raise_failure()
+                batch = self.registry.take()
+                if batch or self._is_exhausted():
+                    return batch or None
+                left = deadline - time.monotonic()
+                stopped = interrupted()
+                if left <= 0 or stopped:
+                    why = "interrupted while waiting" if stopped else f"waited {limit:.1f} s"
+                    raise RolloutTimeout(
+                        f"{why} for {self.config.batch_size} groups: {self._describe()}"
+                    )
+                self.registry.changed.wait(min(left, STOP_CHECK_S))
+
+    def evaluate(
+        self, rows: Sequence[Row], workflow: RolloutWorkflow, *, timeout_s: float | None = None
+    ) -> list[TrajectoryGroup]:
+        """Roll ``rows`` out on the published version: no ledger, no capacity, no training.
+
+        Rejected rows are left out.
+
+        Raises:
+            RolloutTimeout: at the deadline.
+            RolloutError: if a rollout failed, naming the row.
+        """
+        version = self.version
+        limit = self.config.timeout_s if timeout_s is None else timeout_s
+        runner = AsyncTaskRunner(name="sdp-evaluation")
+        try:
+            for index, row in enumerate(rows):
+                prompt = PromptRow(EVALUATION_EPOCH, index, row)
+                live = LiveGroup(index, prompt, version, self._new_session(prompt))
+                runner.submit(self._evaluate_row, live, workflow)
+            groups: list[TrajectoryGroup | None] = runner.wait(len(rows), limit)
+        finally:
+            runner.close()
+        return sorted((g for g in groups if g is not None), key=lambda group: group.order)
+
+    def close(self) -> None:
+        """End the rollout thread; what ran is cancelled. Safe to call twice."""
+        self._closed, self._generating = True, False
+        with self.registry.changed:
+            self.registry.changed.notify_all()
+        self._gate.open()
+        self._runner.close()
+
+    def recompute(self, scorer: LogprobScorer) -> RecomputeReport:
+        """Score live segments under the present version, which ``scorer`` must hold.
+
+        Call it after ``take`` and before the optimizer moves the weights. Nothing when the
+        segment-wise mode is off. Generation goes on meanwhile.
+        """
+        if self._recomputer is None:
+            return RecomputeReport()
+        return self._recomputer.run(self.registry, scorer, self.version)
+
+    # Checkpoints ---------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position in the prompts, finished groups, rows on their way: one consistent snapshot."""
+        with self.registry.changed:
+            stream = self._prompts.state_dict()
+            live = self.registry.snapshot()
+            running = [[g.row.epoch, g.row.index] for g in live if g.group is None]
+            stream["returned"] = running + stream["returned"]
+            return {
+                "prompts": stream,
+                "next_order": self._next_order,
+                "pending": [group_to_state(g.group, g.row) for g in live if g.group is not None],
+            }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from ``state``: finished groups are pending again, the others are resubmitted.
+
+        Raises:
+            ConfigError: if something was published already.
+        """
+        if self.is_published:
+            raise ConfigError("load_state_dict() must come before the first publish.")
+        self._prompts.load_state_dict(state["prompts"])
+        self._next_order = int(state["next_order"])
+        restored: list[tuple[LiveGroup, TrajectoryGroup]] = []
+        for saved in state["pending"]:
+            group = group_from_state(saved)
+            row = PromptRow(int(saved["epoch"]), int(saved["index"]), {"id": group.row_id})
+            session = self._new_session(row)
+            restored.append((LiveGroup(group.order, row, group.created_version, session), group))
+        self.registry.restore(restored)
+
+    # Submitting and finishing, in whichever thread -----------------------------------------------
+
+    def _submit_rows(self) -> None:
+        with self.registry.changed:
+            while self._generating and not self._closed and self.registry.failure is None:
+                if self.manager.capacity(self.version) <= 0:
+                    return
+                try:
+                    row = self._prompts.next()
+                except RolloutError as error:  # raised again in take()
+                    self.registry.fail(error)
+                    return
+                if row is None:
+                    self.registry.changed.notify_all()
+                    return
+                self._submit_row(row)
+
+    def _submit_row(self, row: PromptRow) -> None:
+        live = LiveGroup(self._next_order, row, self.version, self._new_session(row))
+        try:
+            live.task_id = self._runner.submit(self._roll_out, live)
+        except RolloutError:
+            self._prompts.give_back([row])
+            raise
+        self._next_order += 1
+        self.registry.add(live)
+
+    async def _roll_out(self, live: LiveGroup) -> None:
+        try:
+            trajectories = await self._workflow.run(live.row.data, live.session)
+            if reason := _why_rejected(trajectories):
+                self.registry.reject(live, reason)
+            else:
+                self.registry.finish(live, _make_group(live, trajectories or ()))
+        except Exception as error:  # handed to the trainer, which raises it in take()
+            self._on_failed(live, error)
+        self._submit_rows()
+
+    def _on_failed(self, live: LiveGroup, error: Exception) -> None:
+        failure = RolloutError(
+            f"the rollout of row {live.row.row_id!r}, submitted at version "
+            f"{live.created_version}, failed: {error!r}"
+        )
+        failure.__cause__ = error
+        if self.registry.count_failed(live):
+            logger.warning("%s (within max_failures=%d)", failure, self.config.max_failures)
+        else:
+            self.registry.fail(failure)
+
+    def _on_task_result(self, result: TaskResult) -> None:
+        if result.error is not None:
+            self.registry.fail(result.error)
+
+    def _on_drop(self, live: LiveGroup) -> None:
+        if self.config.requeue_dropped:
+            self._prompts.give_back([live.row])
+
+    def _cancel(self, live: LiveGroup) -> None:
+        if live.task_id is not None:
+            self._runner.cancel(live.task_id)
+
+    async def _evaluate_row(
+        self, live: LiveGroup, workflow: RolloutWorkflow
+    ) -> TrajectoryGroup | None:
+        try:
+            trajectories = await workflow.run(live.row.data, live.session)
+        except Exception as error:
+            raise RolloutError(f"evaluating row {live.row.row_id!r} failed: {error!r}") from error
+        return None if _why_rejected(trajectories) else _make_group(live, trajectories or ())
+
+    def _new_session(self, row: PromptRow) -> RolloutSession:
+        key = f"{row.epoch}/{row.index}"
+
+        def new_episode(sample: int) -> Episode:
+            seed = derive_seed(self.config.seed, row.epoch, row.index, sample)
+            return Episode(self.engine, self._gate, seed=seed, group_key=key)
+
+        return RolloutSession(self._tokenizer, new_episode)
+
+    def _is_exhausted(self) -> bool:
+        return self._generating and self._prompts.is_exhausted and self.stat.running == 0
+
+    def _raise_failure(self) -> None:
+        if self.registry.failure is not None:
+            raise self.registry.failure
+        if self._closed:
+            raise RolloutError("the executor is closed.")
+        self._runner.raise_if_dead()
+
+    def _describe(self) -> str:
+        stat = self.stat
+        return (
+            f"{stat.pending} are ready, {stat.running} run, {stat.dropped} were dropped, "
+            f"{stat.rejected} rejected and {stat.failed} failed so far; capacity is "
+            f"{self.manager.capacity(self.version)} at version {self.version}; the engine has "
+            f"sampled {self.engine.num_generated} tokens."
+        )
+
+
+def _why_rejected(trajectories: Sequence[Trajectory] | None) -> str:
+    if trajectories is None:
+        return "the workflow returned None"
+    if len(trajectories) == 0:
+        return "the workflow returned no trajectories"
+    if any(trajectory.head_version is None for trajectory in trajectories):
+        return "a trajectory has no sampled tokens"
+    return ""
+
+
+def _make_group(live: LiveGroup, trajectories: Sequence[Trajectory]) -> TrajectoryGroup:
+    return TrajectoryGroup(
+        tuple(trajectories),
+        row_id=live.row.row_id,
+        order=live.order,
+        created_version=live.created_version,
+    )

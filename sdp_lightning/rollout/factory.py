@@ -1,0 +1,88 @@
+"""The switch table: what ``RolloutConfig.enable_segment_wise_ppo`` turns on and off."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sdp_lightning.config import RolloutConfig
+from sdp_lightning.engines.base import InferenceEngine
+from sdp_lightning.rollout.capacity import (
+    CapacityModifier,
+    FilteredSamplesCapacityModifier,
+    StalenessManager,
+)
+from sdp_lightning.rollout.executor import WorkflowExecutor
+from sdp_lightning.rollout.prompts import PromptStream
+from sdp_lightning.rollout.recompute import ProximalRecomputer
+from sdp_lightning.rollout.staleness import (
+    SegmentWisePPOStrategy,
+    StalenessControlStrategy,
+    StandardPPOStrategy,
+)
+from sdp_lightning.workflows.base import RolloutWorkflow, Row, Tokenizer
+
+
+def create_staleness_strategy(config: RolloutConfig) -> StalenessControlStrategy:
+    """The strategy that ``config`` asks for."""
+    if not config.enable_segment_wise_ppo:
+        return StandardPPOStrategy()
+    return SegmentWisePPOStrategy(
+        max_head_lag=config.max_head_lag,
+        missing_proximal=config.missing_proximal,
+        mask_overdue=config.on_overdue == "mask",
+    )
+
+
+def create_capacity_modifiers(config: RolloutConfig) -> tuple[CapacityModifier, ...]:
+    """The capacity modifiers that ``config`` asks for."""
+    return (FilteredSamplesCapacityModifier(),) if config.enable_segment_wise_ppo else ()
+
+
+def create_recomputer(config: RolloutConfig) -> ProximalRecomputer | None:
+    """The recomputer that ``config`` asks for; None when the mode is off."""
+    if not config.enable_segment_wise_ppo:
+        return None
+    return ProximalRecomputer(
+        max_head_lag=config.max_head_lag, mask_overdue=config.on_overdue == "mask"
+    )
+
+
+def create_workflow_executor(
+    *,
+    config: RolloutConfig,
+    engine: InferenceEngine,
+    workflow: RolloutWorkflow,
+    prompts: Sequence[Row],
+    tokenizer: Tokenizer,
+) -> WorkflowExecutor:
+    """An executor with the strategy and the capacity modifiers that ``config`` asks for.
+
+    Args:
+        config: of this process: counts are its share of the world's.
+        engine: started, or started before the first publish.
+        workflow: what one rollout does.
+        prompts: rows; indexed, so any sequence will do.
+        tokenizer: of the policy.
+
+    Raises:
+        ConfigError: if ``prompts`` is empty.
+    """
+    stream = PromptStream(
+        prompts, seed=config.seed, shuffle=config.shuffle, num_epochs=config.num_epochs
+    )
+    manager = StalenessManager(
+        max_concurrent=config.concurrency,
+        batch_size=config.batch_size,
+        max_head_lag=config.max_head_lag,
+        modifiers=create_capacity_modifiers(config),
+    )
+    return WorkflowExecutor(
+        config=config,
+        engine=engine,
+        workflow=workflow,
+        prompts=stream,
+        tokenizer=tokenizer,
+        strategy=create_staleness_strategy(config),
+        manager=manager,
+        recomputer=create_recomputer(config),
+    )

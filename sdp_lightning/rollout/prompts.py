@@ -1,0 +1,134 @@
+"""Which row comes next: an order that (seed, epoch) fixes, and a position in it.
+
+Not thread-safe: its owner locks.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from sdp_lightning.errors import ConfigError, RolloutError
+from sdp_lightning.workflows.base import Row
+
+
+@dataclass(frozen=True, eq=False)
+class PromptRow:
+    """One row on its way: the same (epoch, index) is the same work.
+
+    Attributes:
+        row_id: the row's ``"id"``, else its index in the dataset.
+    """
+
+    epoch: int
+    index: int
+    data: Row
+
+    @property
+    def row_id(self) -> str:
+        return str(self.data.get("id", self.index))
+
+
+class PromptStream:
+    """Cycles through the rows, reshuffled in every epoch, until ``num_epochs`` end them.
+
+    Rows that were given back come first, in the order in which they were given.
+
+    Raises:
+        ConfigError: if there are no rows.
+    """
+
+    def __init__(
+        self, rows: Sequence[Row], *, seed: int = 0, shuffle: bool = True, num_epochs: int | None
+    ) -> None:
+        if len(rows) == 0:
+            raise ConfigError("prompts is empty: a run needs at least one row.")
+        self._rows, self._seed, self._shuffle = rows, seed, shuffle
+        self._num_epochs = num_epochs
+        self._epoch, self._position = 0, 0
+        self._order = self._order_of(0)
+        self._returned: deque[tuple[int, int]] = deque()
+
+    @property
+    def is_exhausted(self) -> bool:
+        """Whether no row will ever come again, unless one is given back."""
+        return (
+            not self._returned
+            and self._num_epochs is not None
+            and (self._epoch >= self._num_epochs)
+        )
+
+    def next(self) -> PromptRow | None:
+        """The next row, or None when exhausted.
+
+        Raises:
+            RolloutError: naming the row that could not be read; the position does not move.
+        """
+        if self.is_exhausted:
+            return None
+        epoch, index = self._returned[0] if self._returned else self._current()
+        try:
+            data = self._rows[index]
+        except Exception as error:
+            raise RolloutError(f"reading row {index} of the prompts failed: {error!r}") from error
+        if not isinstance(data, Mapping):
+            raise RolloutError(
+                f"row {index} of the prompts is {type(data).__name__}; rows must be mappings."
+            )
+        if self._returned:
+            self._returned.popleft()
+        else:
+            self._advance()
+        return PromptRow(epoch, index, data)
+
+    def give_back(self, rows: Iterable[PromptRow]) -> None:
+        """Hand these rows out again, before any other."""
+        self._returned.extend((row.epoch, row.index) for row in rows)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position and rows given back, in plain types."""
+        return {
+            "epoch": self._epoch,
+            "position": self._position,
+            "num_rows": len(self._rows),
+            "returned": [list(pair) for pair in self._returned],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where ``state`` was taken.
+
+        Raises:
+            ConfigError: if it was taken over another number of rows.
+        """
+        if state["num_rows"] != len(self._rows):
+            raise ConfigError(
+                f"the checkpoint was made with {state['num_rows']} prompts, now there are "
+                f"{len(self._rows)}: positions would not mean the same rows."
+            )
+        self._epoch, self._position = int(state["epoch"]), int(state["position"])
+        self._order = self._order_of(self._epoch)
+        self._returned = deque((int(e), int(i)) for e, i in state["returned"])
+
+    def _current(self) -> tuple[int, int]:
+        return self._epoch, self._order[self._position]
+
+    def _advance(self) -> None:
+        self._position += 1
+        if self._position == len(self._rows):
+            self._epoch, self._position = self._epoch + 1, 0
+            self._order = self._order_of(self._epoch)
+
+    def _order_of(self, epoch: int) -> list[int]:
+        if not self._shuffle:
+            return list(range(len(self._rows)))
+        generator = np.random.default_rng([self._seed, epoch])
+        return [int(index) for index in generator.permutation(len(self._rows))]
+
+
+def derive_seed(*parts: int) -> int:
+    """One 63-bit seed from several integers of 0 or more."""
+    return int(np.random.SeedSequence(list(parts)).generate_state(1, np.uint64)[0] >> 1)

@@ -1,0 +1,86 @@
+"""Scores segments at the one moment when their segment proximal policy exists.
+
+At step c the trainer holds version c, the first one after the tokens of version c - 1. Those that
+are not trained in this very step are scored now, or never.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from sdp_lightning.errors import RolloutError
+from sdp_lightning.rollout.registry import GroupRegistry
+from sdp_lightning.types import Context, FloatArray, Segment, Trajectory
+
+
+class LogprobScorer(Protocol):
+    """Scores sampled tokens under the weights that the trainer holds.
+
+    No gradient, the temperature of each segment, the dtype rules of the training forward. Raises
+    what the forward raises; nothing is swallowed.
+    """
+
+    def score(self, trajectories: Sequence[Trajectory]) -> list[list[FloatArray]]:
+        """Log-probs in nats: for each trajectory, one ``[n]`` array a segment, in order."""
+        ...
+
+
+@dataclass(frozen=True)
+class RecomputeReport:
+    """What one recomputation did: segments and tokens that now have their proximal."""
+
+    num_segments: int = 0
+    num_tokens: int = 0
+
+
+class ProximalRecomputer:
+    """Fills the proximal slots of live segments of version c - 1, each once.
+
+    It looks at every live group that is not in the trainer's hands (running, waiting for a reward
+    or for siblings, queued, cached), all members, and passes over groups that the next commit will
+    purge. With ``max_head_lag <= 1`` no token ever needs the score, and nothing is done.
+    """
+
+    def __init__(self, *, max_head_lag: int, mask_overdue: bool = False) -> None:
+        self._max_head_lag, self._mask_overdue = max_head_lag, mask_overdue
+
+    def run(self, registry: GroupRegistry, scorer: LogprobScorer, version: int) -> RecomputeReport:
+        """Score under ``version``, which the scorer must hold."""
+        if self._max_head_lag <= 1 or version < 1:
+            return RecomputeReport()
+        open_parts = self._find(registry, version)
+        if not open_parts:
+            return RecomputeReport()
+        trajectories = [Trajectory(parts) for parts in open_parts]
+        scores = scorer.score(trajectories)
+        if len(scores) != len(trajectories):
+            raise RolloutError(
+                f"the scorer got {len(trajectories)} trajectories and returned {len(scores)}."
+            )
+        num_segments = num_tokens = 0
+        for trajectory, rows in zip(trajectories, scores, strict=True):
+            for segment, logprobs in zip(trajectory.segments, rows, strict=True):
+                if _is_wanted(segment, version):
+                    segment.proximal.set(logprobs, version)
+                    num_segments, num_tokens = num_segments + 1, num_tokens + len(segment)
+        return RecomputeReport(num_segments, num_tokens)
+
+    def _find(self, registry: GroupRegistry, version: int) -> list[tuple[Context | Segment, ...]]:
+        found: list[tuple[Context | Segment, ...]] = []
+        for live in registry.snapshot():
+            versions = live.versions
+            if live.in_hand or versions is None:
+                continue
+            if not self._mask_overdue and version + 1 - versions[0] > self._max_head_lag:
+                continue  # the next commit purges it
+            for parts in live.parts:
+                wanted = [i for i, p in enumerate(parts) if _is_wanted(p, version)]
+                if wanted:
+                    found.append(parts[: wanted[-1] + 1])
+        return found
+
+
+def _is_wanted(part: Context | Segment, version: int) -> bool:
+    return isinstance(part, Segment) and part.version == version - 1 and not part.proximal.is_set

@@ -1,0 +1,268 @@
+"""The live groups of one executor: one lock, one clock, every transition of the ledger.
+
+A group is live from its submission until the version that trained on it is committed, or it was
+dropped, rejected or failed. No threads of its own, no engine.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from sdp_lightning.config import RolloutConfig
+from sdp_lightning.errors import RolloutError, VersionError
+from sdp_lightning.rollout.buffer import RolloutCache, RolloutQueue
+from sdp_lightning.rollout.capacity import StalenessManager
+from sdp_lightning.rollout.prompts import PromptRow
+from sdp_lightning.rollout.staleness import StalenessControlStrategy
+from sdp_lightning.types import Context, Segment, TrajectoryGroup
+from sdp_lightning.workflows.base import RolloutSession
+
+Parts = tuple[Context | Segment, ...]
+
+
+@dataclass(eq=False)
+class LiveGroup:
+    """One submitted row and what it has become so far.
+
+    Attributes:
+        group: set when the workflow has returned; None while it runs.
+        in_hand: handed to the trainer, its version not committed yet.
+    """
+
+    order: int
+    row: PromptRow
+    created_version: int
+    session: RolloutSession
+    task_id: int | None = None
+    group: TrajectoryGroup | None = None
+    in_hand: bool = field(default=False)
+
+    @property
+    def parts(self) -> list[Parts]:
+        """What each trajectory has so far, finished or not."""
+        if self.group is not None:
+            return [trajectory.parts for trajectory in self.group.trajectories]
+        return [episode.parts for episode in self.session.episodes]
+
+    @property
+    def versions(self) -> tuple[int, int] | None:
+        """Head and tail version so far, None before the first closed segment."""
+        found = [p.version for parts in self.parts for p in parts if isinstance(p, Segment)]
+        return (min(found), max(found)) if found else None
+
+    @property
+    def num_sampled(self) -> int:
+        """Tokens sampled so far."""
+        return sum(len(p) for parts in self.parts for p in parts if isinstance(p, Segment))
+
+
+@dataclass
+class RolloutTelemetry:
+    """What the ledger does not hold: why groups were lost, and how long they were.
+
+    Lengths are sampled tokens of whole groups.
+    """
+
+    num_overdue: int = 0
+    trained_groups: int = 0
+    trained_tokens: int = 0
+    dropped_groups: int = 0
+    dropped_tokens: int = 0
+    rejections: dict[str, int] = field(default_factory=dict[str, int])
+
+
+class GroupRegistry:
+    """Every live group, where it stands, and the policy version that judges it.
+
+    ``changed`` is the one lock, and is notified at every transition. Methods take it themselves.
+    ``on_drop`` is called under it, for each group that is dropped.
+
+    Attributes:
+        failure: the first error that the trainer must see, None so far.
+    """
+
+    def __init__(
+        self,
+        config: RolloutConfig,
+        strategy: StalenessControlStrategy,
+        manager: StalenessManager,
+        *,
+        on_drop: Callable[[LiveGroup], None],
+    ) -> None:
+        self.changed = threading.Condition()
+        self.telemetry = RolloutTelemetry()
+        self.failure: Exception | None = None
+        self._config, self._strategy, self._manager = config, strategy, manager
+        self._on_drop = on_drop
+        self._live: dict[int, LiveGroup] = {}
+        self._held: list[LiveGroup] = []
+        self._queue = RolloutQueue((config.max_head_lag + 1) * config.batch_size)
+        self._cache = RolloutCache()
+        self._restored: list[TrajectoryGroup] = []
+        self._version: int | None = None
+        self._rejected_in_a_row = 0
+
+    @property
+    def version(self) -> int | None:
+        """The policy version, None before the first publish."""
+        return self._version
+
+    def snapshot(self) -> list[LiveGroup]:
+        """Every live group, in the order of submission."""
+        with self.changed:
+            return list(self._live.values())
+
+    def fail(self, error: Exception) -> None:
+        """Keep the first error, for the trainer to raise."""
+        with self.changed:
+            self.failure = self.failure or error
+            self.changed.notify_all()
+
+    # One group -----------------------------------------------------------------------------------
+
+    def add(self, live: LiveGroup) -> None:
+        """A group was submitted."""
+        with self.changed:
+            self._manager.on_submitted()
+            self._live[live.order] = live
+
+    def finish(self, live: LiveGroup, group: TrajectoryGroup) -> None:
+        """A workflow returned ``group``: it waits to be trained, unless it is stale already."""
+        with self.changed:
+            if live.order in self._live:  # else it was dropped as overdue while it finished
+                live.group = group
+                self._admit(live)
+            self.changed.notify_all()
+
+    def reject(self, live: LiveGroup, reason: str) -> None:
+        """A workflow returned nothing to train on."""
+        with self.changed:
+            if self._live.pop(live.order, None) is None:
+                return
+            self._manager.on_rejected()
+            self.telemetry.rejections[reason] = self.telemetry.rejections.get(reason, 0) + 1
+            self._rejected_in_a_row += 1
+            if self._rejected_in_a_row >= self._config.max_rejected_in_a_row:
+                self.fail(
+                    RolloutError(
+                        f"{self._rejected_in_a_row} groups in a row were rejected, the last one "
+                        f"(row {live.row.row_id!r}) because {reason}."
+                    )
+                )
+            self.changed.notify_all()
+
+    def count_failed(self, live: LiveGroup) -> bool:
+        """A workflow raised. True if that is within ``max_failures``, or it was dropped before."""
+        with self.changed:
+            if self._live.pop(live.order, None) is None:
+                return True
+            self._manager.on_failed()
+            self.changed.notify_all()
+            return self._manager.stat.failed <= self._config.max_failures
+
+    # The trainer's batches and versions ----------------------------------------------------------
+
+    def restore(self, groups: Sequence[tuple[LiveGroup, TrajectoryGroup]]) -> None:
+        """Finished groups of a checkpoint; they wait to be trained from the first publish on."""
+        with self.changed:
+            for live, group in groups:
+                live.group = group
+                self._live[live.order] = live
+                self._restored.append(group)
+
+    def rebase(self, version: int) -> None:
+        """A start at ``version``: set the clock, re-base the ledger, take restored groups in."""
+        with self.changed:
+            self._version = version
+            self._manager.on_version_recovered(version)
+            restored, self._restored = self._restored, []
+            self._manager.on_submitted(len(restored))
+            self._manager.on_accepted(len(restored))
+            self._cache.add(restored)
+            self._purge(version)
+            self.changed.notify_all()
+
+    def commit(self, version: int) -> list[LiveGroup]:
+        """Advance the clock by one, purge what went stale; returns overdue groups to cancel.
+
+        Raises:
+            VersionError: if ``version`` is not the next one.
+        """
+        with self.changed:
+            if self._version is None or version != self._version + 1:
+                raise VersionError(
+                    f"the policy is at version {self._version}; cannot commit {version}. "
+                    "Versions advance by 1."
+                )
+            self._version = version
+            for order in [live.order for live in self._live.values() if live.in_hand]:
+                del self._live[order]
+            self._purge(version)
+            overdue = [live for live in self._running() if self._is_overdue(live, version)]
+            for live in overdue:
+                self._drop_running(live)
+            self.changed.notify_all()
+            return overdue
+
+    def take(self) -> list[TrajectoryGroup]:
+        """The oldest ``batch_size`` groups, or none if they are not ready."""
+        with self.changed:
+            self._cache.add(self._queue.drain())
+            self._admit_held()
+            version = self._version or 0
+            if self._config.on_overdue == "wait" and any(
+                self._is_overdue(live, version + 1) for live in self._running()
+            ):
+                return []
+            batch = self._cache.take(self._config.batch_size)
+            self._manager.on_consumed(len(batch))
+            for group in batch:
+                self._live[group.order].in_hand = True
+                self.telemetry.trained_groups += 1
+                self.telemetry.trained_tokens += group.num_sampled
+            return batch
+
+    # Helpers, under the lock ---------------------------------------------------------------------
+
+    def _running(self) -> list[LiveGroup]:
+        return [live for live in self._live.values() if live.group is None]
+
+    def _is_overdue(self, live: LiveGroup, version: int) -> bool:
+        versions = live.versions
+        return versions is not None and self._strategy.is_overdue(*versions, version)
+
+    def _purge(self, version: int) -> None:
+        def is_stale(group: TrajectoryGroup) -> bool:
+            return self._strategy.is_stale(group, version)
+
+        for group in [*self._queue.purge(is_stale), *self._cache.purge(is_stale)]:
+            self._manager.on_dropped()
+            self._record_drop(self._live.pop(group.order))
+        self._admit_held()
+
+    def _drop_running(self, live: LiveGroup) -> None:
+        self._manager.on_overdue()
+        self.telemetry.num_overdue += 1
+        self._record_drop(self._live.pop(live.order))
+
+    def _record_drop(self, live: LiveGroup) -> None:
+        self.telemetry.dropped_groups += 1
+        self.telemetry.dropped_tokens += live.num_sampled
+        self._on_drop(live)
+
+    def _admit_held(self) -> None:
+        held, self._held = self._held, []
+        for live in held:
+            self._admit(live)
+
+    def _admit(self, live: LiveGroup) -> None:
+        assert live.group is not None and self._version is not None
+        if self._strategy.is_stale(live.group, self._version):
+            self._drop_running(live)
+        elif self._queue.put(live.group):
+            self._manager.on_accepted()
+            self._rejected_in_a_row = 0
+        else:  # back-pressure: it stays running in the ledger until there is space
+            self._held.append(live)

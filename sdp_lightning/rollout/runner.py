@@ -1,0 +1,271 @@
+"""Coroutines in an event loop of its own thread, with results for another thread.
+
+Event-driven: nothing here polls. Knows nothing of rollouts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any
+
+from sdp_lightning.errors import ConfigError, RolloutError, RolloutTimeout
+
+logger = logging.getLogger(__name__)
+
+AsyncFunction = Callable[..., Coroutine[Any, Any, Any]]
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """What became of one task: its value, or the error it ended in."""
+
+    task_id: int
+    value: object = None
+    error: Exception | None = None
+
+
+class AsyncTaskRunner:
+    """Runs coroutine functions concurrently; every submitted task yields one result, in any type.
+
+    Args:
+        name: of the thread.
+        max_running: tasks that run at once; None is no bound.
+        max_pending: tasks that may wait for a place; one more is refused.
+        max_failures: failed tasks that ``wait`` passes over (counted in ``num_failed``); one more
+            raises.
+        on_result: takes each result, in the loop's thread, instead of ``wait``.
+
+    The thread starts with the first ``submit`` or ``start``, never in the constructor. If it dies,
+    every waiter is woken with its error.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str = "sdp-runner",
+        max_running: int | None = None,
+        max_pending: int = 100_000,
+        max_failures: int = 0,
+        on_result: Callable[[TaskResult], None] | None = None,
+    ) -> None:
+        if (max_running is not None and max_running < 1) or max_pending < 1 or max_failures < 0:
+            raise ConfigError(
+                "AsyncTaskRunner needs max_running >= 1 (or None), max_pending >= 1 and "
+                f"max_failures >= 0; got {max_running}, {max_pending} and {max_failures}."
+            )
+        self.name = name
+        self.num_failed = 0
+        self._max_running, self._max_pending = max_running, max_pending
+        self._max_failures, self._on_result = max_failures, on_result
+        self._ids = itertools.count()
+        self._inputs: deque[tuple[int, AsyncFunction, tuple[Any, ...]]] = deque()
+        self._running: dict[int, asyncio.Task[None]] = {}
+        self._results: deque[TaskResult] = deque()
+        self._changed = threading.Condition()
+        self._paused = self._closed = False
+        self._death: BaseException | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+
+    @property
+    def num_outstanding(self) -> int:
+        """Tasks that wait or run."""
+        return len(self._inputs) + len(self._running)
+
+    def start(self) -> None:
+        """Start the thread, if it does not run yet."""
+        with self._changed:
+            if self._closed:
+                raise RolloutError(f"runner {self.name!r} is closed.")
+            if self._thread is not None:
+                return
+            self._loop = asyncio.new_event_loop()
+            self._thread = threading.Thread(target=self._serve, name=self.name, daemon=True)
+            self._thread.start()
+
+    def submit(self, function: AsyncFunction, *args: Any) -> int:
+        """Queue ``function(*args)``; returns its id. Any thread may call.
+
+        Raises:
+            RolloutError: if ``max_pending`` tasks wait already, or the runner is closed or dead.
+        """
+        self.start()
+        with self._changed:
+            self.raise_if_dead()
+            if len(self._inputs) >= self._max_pending:
+                raise RolloutError(f"{self._max_pending} tasks wait already; take results first.")
+            task_id = next(self._ids)
+            self._inputs.append((task_id, function, args))
+        self._poke(self._start_tasks)
+        return task_id
+
+    def wait(self, count: int, timeout: float | None = None) -> list[Any]:
+        """The values of the ``count`` tasks that finished first; the rest stay for the next call.
+
+        Raises:
+            RolloutTimeout: at the deadline (seconds); nothing is taken.
+            RolloutError: if a task failed beyond ``max_failures``, or too few are left to ever
+                make up ``count``.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        with self._changed:
+            while True:
+                self._raise_failures()
+                if len(self._results) >= count:
+                    return [self._results.popleft().value for _ in range(count)]
+                self.raise_if_dead()
+                if len(self._results) + self.num_outstanding < count:
+                    raise RolloutError(
+                        f"asked for {count} results, but {len(self._results)} are ready and "
+                        f"{self.num_outstanding} tasks are left."
+                    )
+                left = None if deadline is None else deadline - time.monotonic()
+                if left is not None and left <= 0:
+                    raise RolloutTimeout(
+                        f"waited {timeout} s for {count} results: {len(self._results)} are ready, "
+                        f"{len(self._running)} run, {len(self._inputs)} wait to start."
+                    )
+                self._changed.wait(left)
+
+    def cancel(self, task_id: int) -> None:
+        """Cancel a running task; it yields no result. Unknown ids are ignored."""
+        self._poke(self._cancel_now, task_id)
+
+    def pause(self) -> None:
+        """Start nothing new; what runs goes on."""
+        self._paused = True
+
+    def resume(self) -> None:
+        """Start what waits."""
+        self._paused = False
+        self._poke(self._start_tasks)
+
+    def close(self, timeout: float = 10.0) -> None:
+        """Cancel what is left, end the thread. Safe to call twice.
+
+        Raises:
+            RolloutTimeout: if the thread has not ended by the deadline: a task blocks its loop.
+        """
+        with self._changed:
+            already, self._closed = self._closed, True
+            self._changed.notify_all()
+        if self._thread is None or threading.current_thread() is self._thread:
+            return
+        if not already:
+            self._poke(self._shut_down)
+        self._thread.join(timeout)
+        if self._thread.is_alive():
+            raise RolloutTimeout(
+                f"thread {self.name!r} did not end within {timeout} s of close(): a task blocks "
+                "its event loop. Use await, or a plain reward function, which gets its own thread."
+            )
+
+    # In the loop's thread ------------------------------------------------------------------------
+
+    def _serve(self) -> None:
+        assert self._loop is not None
+        asyncio.set_event_loop(self._loop)
+        try:
+            self._loop.run_forever()
+        except BaseException as error:  # raised again in every waiter, by raise_if_dead
+            self._death = error
+        finally:
+            with self._changed:
+                if self._death is None and not self._closed:
+                    self._death = RolloutError("its event loop was stopped")
+                self._changed.notify_all()
+            self._loop.close()
+
+    def _start_tasks(self) -> None:
+        assert self._loop is not None
+        while self._inputs and not self._paused and not self._closed:
+            if self._max_running is not None and len(self._running) >= self._max_running:
+                return
+            with self._changed:
+                task_id, function, args = self._inputs.popleft()
+                self._running[task_id] = self._loop.create_task(
+                    self._run(task_id, function, args), name=f"{self.name}-{task_id}"
+                )
+
+    async def _run(self, task_id: int, function: AsyncFunction, args: tuple[Any, ...]) -> None:
+        result: TaskResult | None = None
+        try:
+            result = TaskResult(task_id, value=await function(*args))
+        except Exception as error:  # handed to whoever takes the result, which raises it
+            result = TaskResult(task_id, error=error)
+        finally:
+            with self._changed:
+                self._running.pop(task_id, None)
+                if result is not None and self._on_result is None:
+                    self._results.append(result)
+                self._changed.notify_all()
+            if result is not None and self._on_result is not None:
+                self._deliver(result, self._on_result)
+            self._start_tasks()
+
+    def _deliver(self, result: TaskResult, on_result: Callable[[TaskResult], None]) -> None:
+        assert self._loop is not None
+        try:
+            on_result(result)
+        except Exception as error:  # raised again in every waiter, by raise_if_dead
+            with self._changed:
+                self._death = error
+                self._changed.notify_all()
+            self._loop.stop()
+
+    def _cancel_now(self, task_id: int) -> None:
+        task = self._running.get(task_id)
+        if task is not None:
+            task.cancel()
+
+    def _shut_down(self) -> None:
+        assert self._loop is not None
+        self._inputs.clear()
+        self._loop.create_task(self._cancel_all_and_stop())
+
+    async def _cancel_all_and_stop(self) -> None:
+        assert self._loop is not None
+        others = [t for t in asyncio.all_tasks() if t is not asyncio.current_task()]
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        self._loop.stop()
+
+    # Helpers -------------------------------------------------------------------------------------
+
+    def _poke(self, callback: Callable[..., None], *args: Any) -> None:
+        loop = self._loop
+        if loop is None:
+            return
+        try:
+            loop.call_soon_threadsafe(callback, *args)
+        except RuntimeError:
+            if not loop.is_closed():
+                raise
+
+    def _raise_failures(self) -> None:
+        failures = [result for result in self._results if result.error is not None]
+        if not failures:
+            return
+        self._results = deque(result for result in self._results if result.error is None)
+        self.num_failed += len(failures)
+        if self.num_failed > self._max_failures:
+            first = failures[0]
+            raise RolloutError(
+                f"task {first.task_id} failed ({self.num_failed} failed, {self._max_failures} "
+                f"tolerated): {first.error!r}"
+            ) from first.error
+
+    def raise_if_dead(self) -> None:
+        """Raise ``RolloutError`` with the cause if the thread died, or was closed."""
+        if self._death is not None:
+            raise RolloutError(f"thread {self.name!r} died: {self._death!r}") from self._death
+        if self._closed:
+            raise RolloutError(f"runner {self.name!r} is closed.")

@@ -1,0 +1,94 @@
+"""Which finished groups are too old to train on.
+
+``head lag`` is the policy version minus that of the oldest sampled token of any member,
+``tail lag`` minus that of the newest. Both are kept per group, so a verdict costs O(1).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from sdp_lightning.config import MissingProximal
+from sdp_lightning.errors import ConfigError, RolloutError, VersionError
+from sdp_lightning.types import TrajectoryGroup
+
+
+class StalenessControlStrategy(ABC):
+    """Says of a group whether it is stale at a policy version."""
+
+    @abstractmethod
+    def is_stale(self, group: TrajectoryGroup, version: int) -> bool:
+        """Whether ``group`` must not be trained on at ``version``.
+
+        Raises:
+            VersionError: if the group holds a token of a later version.
+            RolloutError: if it holds no sampled token at all.
+        """
+
+    @abstractmethod
+    def is_overdue(self, head_version: int, tail_version: int, version: int) -> bool:
+        """Whether a group that still runs, with these versions so far, is stale at ``version``."""
+
+
+class StandardPPOStrategy(StalenessControlStrategy):
+    """Never stale: standard decoupled PPO bounds submission only."""
+
+    def is_stale(self, group: TrajectoryGroup, version: int) -> bool:
+        versions_of(group, version)
+        return False
+
+    def is_overdue(self, head_version: int, tail_version: int, version: int) -> bool:
+        return False
+
+
+class SegmentWisePPOStrategy(StalenessControlStrategy):
+    """Stale when the head lag of any member is above ``max_head_lag``.
+
+    Args:
+        max_head_lag: 0 keeps lag 0 only: exactly on-policy.
+        missing_proximal: with ``"drop"`` a group is stale, too, when one of its segments is 2 or
+            more versions old and was never scored: the window for its proximal has passed.
+        mask_overdue: judge by the tail lag: tokens beyond the bound are masked by the loss, and the
+            group is stale only when no token is within it.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_head_lag: int,
+        missing_proximal: MissingProximal = "behavior",
+        mask_overdue: bool = False,
+    ) -> None:
+        if max_head_lag < 0:
+            raise ConfigError(f"max_head_lag must be 0 or more, got {max_head_lag}.")
+        self.max_head_lag = max_head_lag
+        self.missing_proximal = missing_proximal
+        self.mask_overdue = mask_overdue
+
+    def is_stale(self, group: TrajectoryGroup, version: int) -> bool:
+        head, tail = versions_of(group, version)
+        if self.is_overdue(head, tail, version):
+            return True
+        if self.missing_proximal != "drop" or version - head < 2:
+            return False
+        return any(
+            version - segment.version >= 2 and not segment.proximal.is_set
+            for segment in group.segments
+        )
+
+    def is_overdue(self, head_version: int, tail_version: int, version: int) -> bool:
+        oldest = tail_version if self.mask_overdue else head_version
+        return version - oldest > self.max_head_lag
+
+
+def versions_of(group: TrajectoryGroup, version: int) -> tuple[int, int]:
+    """Head and tail version of a group; raises, naming it, where they make no sense."""
+    head, tail = group.head_version, group.tail_version
+    if head is None or tail is None:
+        raise RolloutError(f"group {group.order} of row {group.row_id!r} has no sampled tokens.")
+    if tail > version:
+        raise VersionError(
+            f"group {group.order} of row {group.row_id!r} holds a token of version {tail}, "
+            f"but the policy is at version {version}."
+        )
+    return head, tail

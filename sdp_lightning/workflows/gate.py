@@ -1,0 +1,113 @@
+"""The send gate: no request leaves while weights are being published.
+
+Closed and drained by the trainer's thread, passed by requests in the event loop's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Coroutine
+from typing import Any
+
+from sdp_lightning.errors import RolloutTimeout
+from sdp_lightning.types import FinishReason
+
+
+class SendGate:
+    """Counts requests that are out, and holds back new ones while it is closed.
+
+    A request that passed before ``close`` returned is counted by ``drain``; one that comes later
+    waits for ``open``. So a request sent under a version is admitted under it.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._is_open = True
+        self._out: dict[asyncio.Task[FinishReason], asyncio.AbstractEventLoop] = {}
+        self._waiting: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
+        self._cancelled: set[asyncio.Task[FinishReason]] = set()
+
+    @property
+    def num_outstanding(self) -> int:
+        """Requests that are out."""
+        return len(self._out)
+
+    def close(self) -> None:
+        """Hold back every request that has not passed yet."""
+        with self._changed:
+            self._is_open = False
+
+    def open(self) -> None:
+        """Let requests pass again."""
+        with self._changed:
+            self._is_open = True
+            waiting, self._waiting = self._waiting, []
+        for loop, future in waiting:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(_wake, future)
+
+    def drain(self, timeout_s: float) -> int:
+        """Wait until every request that is out has come back; cancel those that do not.
+
+        Returns:
+            How many were cancelled. Their unfinished tokens are discarded and sampled again.
+
+        Raises:
+            RolloutTimeout: if one does not even return when it is cancelled.
+        """
+        deadline = time.monotonic() + timeout_s
+        with self._changed:
+            while self._out and (left := deadline - time.monotonic()) > 0:
+                self._changed.wait(left)
+            stragglers = list(self._out.items())
+            self._cancelled.update(task for task, _ in stragglers)
+            for task, loop in stragglers:
+                loop.call_soon_threadsafe(task.cancel)
+            deadline = time.monotonic() + timeout_s
+            while self._out:
+                if (left := deadline - time.monotonic()) <= 0:
+                    raise RolloutTimeout(
+                        f"{len(self._out)} requests neither returned nor could be cancelled "
+                        f"within {2 * timeout_s} s: the engine's generate() ignores cancellation."
+                    )
+                self._changed.wait(left)
+        return len(stragglers)
+
+    async def send(self, request: Coroutine[Any, Any, FinishReason]) -> FinishReason:
+        """Await ``request`` once the gate is open; ``"abort"`` if a drain cancelled it."""
+        try:
+            task = await self._pass(request)
+        except BaseException:
+            request.close()
+            raise
+        try:
+            return await task
+        except asyncio.CancelledError:
+            if task in self._cancelled and task.cancelled():
+                return "abort"
+            task.cancel()
+            raise
+        finally:
+            with self._changed:
+                self._out.pop(task, None)
+                self._cancelled.discard(task)
+                self._changed.notify_all()
+
+    async def _pass(self, request: Coroutine[Any, Any, FinishReason]) -> asyncio.Task[FinishReason]:
+        loop = asyncio.get_running_loop()
+        while True:
+            with self._changed:
+                if self._is_open:
+                    task = loop.create_task(request)
+                    self._out[task] = loop
+                    return task
+                future: asyncio.Future[None] = loop.create_future()
+                self._waiting.append((loop, future))
+            await future
+
+
+def _wake(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)

@@ -1,0 +1,131 @@
+"""RL with verifiable rewards: one prompt, n samples, one reward each."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from sdp_lightning.errors import ConfigError, RolloutError
+from sdp_lightning.loading import load_object
+from sdp_lightning.rewards.calling import call_reward
+from sdp_lightning.types import SamplingParams, Trajectory
+from sdp_lightning.workflows.base import RolloutSession, RolloutWorkflow, Row, Tokenizer
+from sdp_lightning.workflows.episode import Episode
+
+Reward = Callable[[str, Row], float | Awaitable[float]]
+
+
+class RLVRWorkflow(RolloutWorkflow):
+    """Samples ``group_size`` completions of one prompt and scores each.
+
+    Args:
+        reward: ``reward(completion, row) -> float``, plain or async, or where to find one:
+            ``"package.module:name"`` or ``"path/to/file.py:name"``. A plain function runs in a
+            thread of its own, so it may block.
+        group_size: samples a prompt.
+        sampling: how; the tokenizer's end of text and the tokens of ``stop`` are added to its
+            ``stop_token_ids``.
+        prompt_key: the row's prompt: text, or a list of ``{"role", "content"}`` messages.
+        use_chat_template: wrap a text prompt as one user message; message lists always are.
+        stop: texts of one token each that end a completion, such as a newline.
+        reward_timeout_s: a reward that takes longer fails its group, with an error naming the row.
+    """
+
+    def __init__(
+        self,
+        reward: Reward | str,
+        *,
+        group_size: int = 8,
+        sampling: SamplingParams | None = None,
+        prompt_key: str = "prompt",
+        use_chat_template: bool = False,
+        stop: Sequence[str] = (),
+        reward_timeout_s: float = 30.0,
+    ) -> None:
+        if group_size < 1:
+            raise ConfigError(f"group_size must be at least 1, got {group_size}.")
+        if not reward_timeout_s > 0:
+            raise ConfigError(f"reward_timeout_s must be positive, got {reward_timeout_s}.")
+        self._reward: Any = load_object(reward) if isinstance(reward, str) else reward
+        if not callable(self._reward):
+            raise ConfigError(f"reward must be a function, got {self._reward!r}.")
+        self._sampling = sampling if sampling is not None else SamplingParams()
+        self.group_size = group_size
+        self.prompt_key = prompt_key
+        self.use_chat_template = use_chat_template
+        self.stop = tuple(stop)
+        self.reward_timeout_s = reward_timeout_s
+
+    @property
+    def sampling(self) -> SamplingParams:
+        return self._sampling
+
+    async def run(self, row: Row, session: RolloutSession) -> Sequence[Trajectory]:
+        prompt = encode_prompt(
+            row, session.tokenizer, key=self.prompt_key, use_chat_template=self.use_chat_template
+        )
+        params = with_stops(self._sampling, session.tokenizer, self.stop)
+        episodes = [session.open() for _ in range(self.group_size)]
+        samples = [self._sample(row, session.tokenizer, e, prompt, params) for e in episodes]
+        return await gather_or_cancel(samples)
+
+    async def _sample(
+        self,
+        row: Row,
+        tokenizer: Tokenizer,
+        episode: Episode,
+        prompt: list[int],
+        params: SamplingParams,
+    ) -> Trajectory:
+        episode.add_context(prompt)
+        await episode.generate(params)
+        completion = tokenizer.decode(episode.sampled_token_ids.tolist(), skip_special_tokens=True)
+        reward = await call_reward(self._reward, completion, row, timeout_s=self.reward_timeout_s)
+        return episode.finish(reward)
+
+
+def encode_prompt(
+    row: Row, tokenizer: Tokenizer, *, key: str, use_chat_template: bool
+) -> list[int]:
+    """The prompt's tokens. Raises ``RolloutError`` naming what the row lacks."""
+    if key not in row:
+        raise RolloutError(f"row has no {key!r}; its keys are {sorted(row)}. Set prompt_key.")
+    prompt: Any = row[key]
+    if isinstance(prompt, str) and not use_chat_template:
+        tokens = tokenizer.encode(prompt, add_special_tokens=False)
+    else:
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        tokens = tokenizer.encode(text, add_special_tokens=False)
+    if not tokens:
+        raise RolloutError(f"the prompt {prompt!r} has no tokens.")
+    return tokens
+
+
+def with_stops(params: SamplingParams, tokenizer: Tokenizer, stop: Sequence[str]) -> SamplingParams:
+    """``params`` that also stop at the end of text, and at the one token of each text."""
+    stops = dict.fromkeys(params.stop_token_ids)
+    if tokenizer.eos_token_id is not None:
+        stops[tokenizer.eos_token_id] = None
+    for text in stop:
+        tokens = tokenizer.encode(text, add_special_tokens=False)
+        if len(tokens) != 1:
+            raise ConfigError(
+                f"stop text {text!r} is {len(tokens)} tokens for this tokenizer; only texts of "
+                "one token can stop a completion."
+            )
+        stops[tokens[0]] = None
+    return replace(params, stop_token_ids=tuple(stops))
+
+
+async def gather_or_cancel(samples: Sequence[Any]) -> list[Trajectory]:
+    """Await all; if one fails, the others are cancelled before its error goes on."""
+    tasks = [asyncio.ensure_future(sample) for sample in samples]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
