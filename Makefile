@@ -1,0 +1,35 @@
+# Every target makes or repairs its environment in .venv first; a second call finds it ready.
+PYTHON := .venv/bin/python
+READY := .venv/.ready
+COVERAGE ?= 0
+ARGS ?=
+
+.PHONY: help demo test check setup clean
+
+help:
+	@echo "make demo    train a real 135M model by asynchronous RL, here, in minutes"
+	@echo "make test    the tests, but for those that need minutes or a vLLM server; ARGS=... to pytest"
+	@echo "make check   ruff, pyright and the tests"
+	@echo "make clean   remove caches, runs and logs; the environment stays"
+
+demo: $(READY)
+	@$(PYTHON) recipes/arithmetic_cpu/train.py $(ARGS)
+
+test: $(READY)
+	@$(PYTHON) -m pytest -q -m "not vllm and not slow" --cov --cov-fail-under=$(COVERAGE) $(ARGS)
+
+check: $(READY)
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m pyright
+	@$(MAKE) --no-print-directory test
+
+setup: $(READY)
+
+$(READY): pyproject.toml .ci/constraints.txt .ci/setup
+	@bash .ci/setup
+	@touch $@
+
+clean:
+	rm -rf .pytest_cache .ruff_cache .hypothesis .coverage htmlcov lightning_logs runs build
+	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
