@@ -44,7 +44,7 @@ class LagMetrics(Metric):
     - ``lag/mean``, ``lag/max``, ``lag/share_0`` to ``lag/share_3``, ``lag/share_4plus``;
     - ``loss/behavior_weight`` and ``loss/clip_fraction``, over kept tokens;
       ``loss/rejected_fraction`` and ``loss/entropy``, over all loss tokens;
-    - ``bridge/abs_log_mean``, ``bridge/abs_log_p95``: abs(x - q) over tokens whose q is known: those
+    - ``bridge/abs_log_mean``, ``bridge/abs_log_p95``: abs(x - q) where q is known: for tokens
       of lag 0 and 1 and the scored ones. The percentile is that of a histogram with 32 bins a
       decade (within 4 %), 0 below 1e-6. ``bridge/approximated_share``: the other tokens;
     - ``drift/abs_log_mean``: abs(x - b); ``drift/k1``: the mean of b - x, an estimate of
