@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -17,6 +17,7 @@ from sdp_lightning.errors import ConfigError
 from sdp_lightning.objective import PolicyLoss, complete_segment_logprobs, segment_wise_ppo_loss
 
 torch.set_num_threads(1)
+untimed = settings(deadline=None, max_examples=50)
 FREE = LossConfig(clip_epsilon=0.999, clip_epsilon_high=1e9, behavior_weight_cap=None)
 SEEDS = st.integers(0, 2**32 - 1)
 CENTRES = ("segment", "proximal", "behavior")
@@ -107,6 +108,7 @@ TABLE = [
 
 
 @pytest.mark.parametrize("config", TABLE)
+@untimed
 @given(seed=SEEDS)
 def test_agrees_with_the_formula_token_by_token(config: LossConfig, seed: int) -> None:
     case = Case.random(seed)
@@ -116,6 +118,7 @@ def test_agrees_with_the_formula_token_by_token(config: LossConfig, seed: int) -
     assert torch.equal(result.kept, kept)
 
 
+@untimed
 @given(seed=SEEDS)
 def test_all_centres_telescope_to_the_same_gradient_without_bounds(seed: int) -> None:
     case = Case.random(seed, spread=1.0)
@@ -126,6 +129,7 @@ def test_all_centres_telescope_to_the_same_gradient_without_bounds(seed: int) ->
         assert torch.allclose(case.gradient(config), expected, rtol=1e-10, atol=1e-14)
 
 
+@untimed
 @given(seed=SEEDS, exponent=st.floats(0, 1), cap=st.none() | st.floats(1, 3))
 def test_segment_and_proximal_agree_when_every_lag_is_at_most_one(
     seed: int, exponent: float, cap: float | None
@@ -140,6 +144,7 @@ def test_segment_and_proximal_agree_when_every_lag_is_at_most_one(
     assert case.loss(segment).loss.item() == pytest.approx(case.loss(proximal).loss.item())
 
 
+@untimed
 @given(seed=SEEDS)
 def test_proximal_with_the_whole_bridge_is_decoupled_ppo(seed: int) -> None:
     case = Case.random(seed)
@@ -151,6 +156,7 @@ def test_proximal_with_the_whole_bridge_is_decoupled_ppo(seed: int) -> None:
     assert case.loss(config).loss.item() == pytest.approx(expected.item())
 
 
+@untimed
 @given(seed=SEEDS)
 def test_proximal_without_the_bridge_is_the_origins_estimator(seed: int) -> None:
     case = Case.random(seed)
@@ -163,6 +169,7 @@ def test_proximal_without_the_bridge_is_the_origins_estimator(seed: int) -> None
 
 
 @pytest.mark.parametrize("centre", CENTRES)
+@untimed
 @given(seed=SEEDS)
 def test_on_policy_the_gradient_is_that_of_reinforce(centre: str, seed: int) -> None:
     case = Case.random(seed)
@@ -173,6 +180,7 @@ def test_on_policy_the_gradient_is_that_of_reinforce(centre: str, seed: int) -> 
 
 
 @pytest.mark.parametrize("config", TABLE)
+@untimed
 @given(seed=SEEDS, junk=st.sampled_from([math.inf, -math.inf, math.nan, -200.0, 1e30]))
 def test_junk_at_masked_positions_changes_nothing(
     config: LossConfig, seed: int, junk: float
@@ -186,6 +194,7 @@ def test_junk_at_masked_positions_changes_nothing(
 
 
 @pytest.mark.parametrize("config", TABLE)
+@untimed
 @given(seed=SEEDS)
 def test_splitting_into_microbatches_changes_nothing_when_all_divide_by_the_same_number(
     config: LossConfig, seed: int
@@ -201,6 +210,7 @@ def test_splitting_into_microbatches_changes_nothing_when_all_divide_by_the_same
         assert torch.allclose(case.rows(rows).gradient(config, count), gradient[rows], atol=1e-14)
 
 
+@untimed
 @given(seed=SEEDS)
 def test_only_the_target_policy_gets_a_gradient(seed: int) -> None:
     case = Case.random(seed)
@@ -407,6 +417,7 @@ def test_completion_refuses_unscored_old_tokens_under_drop_and_only_those() -> N
     assert torch.equal(complete_segment_logprobs(*args, torch.tensor([2, 1]), "drop"), two)
 
 
+@untimed
 @given(seed=SEEDS)
 def test_loglinear_at_lag_one_is_the_proximal_policy(seed: int) -> None:
     case = Case.random(seed)

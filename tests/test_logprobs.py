@@ -1,0 +1,194 @@
+"""Chunked log-probs against log_softmax and gather."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sdp_lightning.objective import token_logprobs
+
+torch.set_num_threads(1)
+untimed = settings(deadline=None, max_examples=50)
+
+
+def inputs(
+    count: int = 11, *, dtype: torch.dtype = torch.float64, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Hidden [N, 6], weight [13, 6], bias [13], targets [N], temperature [N]."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden, weight, bias = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+        for shape in ((count, 6), (13, 6), (13,))
+    )
+    targets = torch.randint(13, (count,), generator=generator)
+    return hidden, weight, bias, targets, 0.5 + torch.rand(count, generator=generator)
+
+
+def plain(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: Tensor
+) -> tuple[Tensor, Tensor]:
+    """With the whole table of logits, in float64."""
+    logits = hidden.double() @ weight.double().t()
+    if bias is not None:
+        logits = logits + bias.double()
+    table = (logits / temperature.double()[:, None]).log_softmax(-1)
+    return table.gather(-1, targets[:, None])[:, 0], -(table.exp() * table).sum(-1)
+
+
+@untimed
+@given(
+    seed=st.integers(0, 999),
+    count=st.integers(0, 12),
+    chunk_size=st.integers(1, 14),
+    with_bias=st.booleans(),
+    trained=st.tuples(st.booleans(), st.booleans()),
+)
+def test_values_and_gradients_equal_log_softmax_for_any_chunk(
+    seed: int, count: int, chunk_size: int, with_bias: bool, trained: tuple[bool, bool]
+) -> None:
+    hidden, weight, bias, targets, temperature = inputs(count, seed=seed)
+    hidden.requires_grad_(trained[0])
+    weight.requires_grad_(trained[1])
+    bias = bias.requires_grad_(trained[1]) if with_bias else None
+    leaves = [t for t in (hidden, weight, bias) if t is not None and t.requires_grad]
+    slope = torch.linspace(-1, 1, count, dtype=torch.float64)
+
+    logprobs, entropy = token_logprobs(
+        hidden, weight, targets, temperature, bias=bias, chunk_size=chunk_size
+    )
+    expected, expected_entropy = plain(hidden, weight, bias, targets, temperature)
+    torch.testing.assert_close(logprobs, expected)
+    torch.testing.assert_close(entropy, expected_entropy.detach())
+    assert not entropy.requires_grad
+    assert logprobs.requires_grad == any(trained)
+    if leaves:
+        grads = torch.autograd.grad((logprobs * slope).sum(), leaves)
+        wanted = torch.autograd.grad((expected * slope).sum(), leaves)
+        for grad, other in zip(grads, wanted, strict=True):
+            torch.testing.assert_close(grad, other)
+
+
+@pytest.mark.parametrize("frozen_head", [False, True])
+def test_gradient_matches_finite_differences(frozen_head: bool) -> None:
+    hidden, weight, bias, targets, temperature = inputs(5)
+    trained = (hidden,) if frozen_head else (hidden, weight, bias)
+    for tensor in trained:
+        tensor.requires_grad_()
+
+    def logprobs(*_: Tensor) -> Tensor:
+        return token_logprobs(hidden, weight, targets, temperature, bias=bias, chunk_size=2)[0]
+
+    assert torch.autograd.gradcheck(logprobs, trained)
+
+
+@pytest.mark.parametrize("frozen_head", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_results_are_float32_and_accurate_whatever_comes_in_and_under_autocast(
+    dtype: torch.dtype, autocast: bool, frozen_head: bool
+) -> None:
+    hidden, weight, bias, targets, temperature = inputs(40, dtype=dtype)
+    trained = [hidden] if frozen_head else [hidden, weight, bias]
+    for tensor in trained:
+        tensor.requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        logprobs, entropy = token_logprobs(
+            hidden, weight, targets, temperature, bias=bias, chunk_size=16
+        )
+        grads = torch.autograd.grad(logprobs.sum(), trained)
+    expected, expected_entropy = plain(hidden, weight, bias, targets, temperature)
+    assert (logprobs.dtype, entropy.dtype) == (torch.float32, torch.float32)
+    torch.testing.assert_close(logprobs.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(entropy.double(), expected_entropy.detach(), rtol=1e-5, atol=1e-5)
+    for grad, other in zip(grads, torch.autograd.grad(expected.sum(), trained), strict=True):
+        assert grad.dtype == dtype
+        torch.testing.assert_close(grad, other)
+
+
+def test_one_temperature_for_all_equals_one_for_each() -> None:
+    hidden, weight, _, targets, _ = inputs()
+    one = token_logprobs(hidden, weight, targets, 0.7)
+    each = token_logprobs(hidden, weight, targets, torch.full((11,), 0.7, dtype=torch.float64))
+    torch.testing.assert_close(one, each)
+
+
+def test_agrees_with_linear_cross_entropy_of_torch() -> None:
+    functional = torch.nn.functional
+    if not hasattr(functional, "linear_cross_entropy"):
+        pytest.skip("this torch has no linear_cross_entropy")
+    hidden, weight, _, targets, _ = inputs()
+    expected = -functional.linear_cross_entropy(hidden, weight, targets, reduction="none")
+    torch.testing.assert_close(token_logprobs(hidden, weight, targets, 1.0)[0], expected)
+
+
+def test_a_gradient_that_is_not_required_is_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes: list[tuple[int, ...]] = []
+    original = torch.Tensor.__matmul__
+
+    def record(left: Tensor, right: Tensor) -> Tensor:
+        shapes.append((*left.shape, right.shape[-1]))
+        return original(left, right)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", record)
+    hidden, weight, _, targets, _ = inputs()
+    logprobs, _ = token_logprobs(hidden.requires_grad_(), weight, targets, 1.0)
+    logprobs.sum().backward()
+    assert shapes == [(11, 6, 13), (11, 13, 6)]  # logits and their pull-back; nothing twice
+    shapes.clear()
+    logprobs, _ = token_logprobs(hidden.detach(), weight.requires_grad_(), targets, 1.0)
+    logprobs.sum().backward()
+    assert shapes == [(11, 6, 13), (11, 6, 13), (13, 11, 6)]  # logits twice, the head's gradient
+    shapes.clear()
+    with torch.no_grad():
+        token_logprobs(hidden, weight, targets, 1.0)
+    assert shapes == [(11, 6, 13)]
+
+
+def test_logits_exist_for_one_chunk_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    tallest = 0
+    original = torch.Tensor.__matmul__
+
+    def record(left: Tensor, right: Tensor) -> Tensor:
+        nonlocal tallest
+        if right.shape[-1] == 13:
+            tallest = max(tallest, left.shape[0])
+        return original(left, right)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", record)
+    hidden, weight, _, targets, _ = inputs()
+    logprobs, _ = token_logprobs(
+        hidden.requires_grad_(), weight.requires_grad_(), targets, 1.0, chunk_size=4
+    )
+    logprobs.sum().backward()
+    assert tallest == 4
+
+
+def test_extreme_logits_stay_finite() -> None:
+    hidden = torch.full((2, 1), 1e4, requires_grad=True)
+    weight = torch.tensor([[1.0], [-1.0], [0.0]], requires_grad=True)
+    logprobs, entropy = token_logprobs(hidden, weight, torch.tensor([0, 1]), 0.5)
+    logprobs.sum().backward()
+    assert logprobs.tolist() == [0.0, -4e4]
+    assert entropy.tolist() == [0.0, 0.0]
+    assert weight.grad is not None and torch.isfinite(weight.grad).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"temperature": 0.0}, "temperature must be positive, got 0"),
+        ({"temperature": torch.ones(3)}, r"a number or \(11,\), got \(3,\)"),
+        ({"chunk_size": 0}, "chunk_size must be at least 1, got 0"),
+        ({"targets": torch.zeros(4, dtype=torch.long)}, "must agree on N and D"),
+        ({"weight": torch.zeros(13, 5)}, "must agree on N and D"),
+        ({"hidden": torch.zeros(1, 11, 6)}, r"must be \[N, D\], \[V, D\], \[N\]"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change: dict[str, object], message: str) -> None:
+    hidden, weight, _, targets, _ = inputs()
+    arguments = {"hidden": hidden, "weight": weight, "targets": targets, "temperature": 1.0}
+    with pytest.raises(ValueError, match=message):
+        token_logprobs(**(arguments | change))  # type: ignore[arg-type]
