@@ -93,7 +93,7 @@ class LossConfig:
     Args:
         clip_epsilon: the ratio is clipped to ``[1 - clip_epsilon, 1 + clip_epsilon_high]``.
         clip_epsilon_high: None is ``clip_epsilon``.
-        dual_clip: caps the loss where the advantage is negative at ``dual_clip * |A|``; None is off.
+        dual_clip: caps the loss where the advantage is negative: ``dual_clip * |A|``; None is off.
         behavior_weight_cap: tokens above it get weight 0 (masked, not clamped); None is off.
         behavior_weight_floor: tokens below it get weight 0; None is off.
         rejection_on: what cap and floor test: ``"drift"``, exp(x - b), or the ``"weight"`` itself.
@@ -161,6 +161,78 @@ class LossConfig:
         if self.trust_region == "proximal":
             return self.bridge_exponent != 1 or self.bridge_cap is not None
         return self.trust_region == "segment"
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its schedule. Steps are optimizer steps.
+
+    Args:
+        lr: peak learning rate.
+        weight_decay: decoupled.
+        betas: of AdamW.
+        gradient_clip_val: largest L2 norm of the gradient; None is off.
+        schedule: after the warm-up: ``"constant"``, or ``"linear"`` or ``"cosine"`` decay to 0.
+        warmup_steps: steps of linear warm-up.
+        total_steps: where the decay ends; None is the Trainer's ``max_steps``.
+
+    Raises:
+        ConfigError: naming the value.
+    """
+
+    lr: float = 1e-6
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.95)
+    gradient_clip_val: float | None = 1.0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = 0
+    total_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        _one_of("schedule", self.schedule, ("constant", "linear", "cosine"))
+        _at_least("warmup_steps", self.warmup_steps, 0)
+        if not self.lr > 0:
+            raise ConfigError(f"lr must be positive, got {self.lr}.")
+        if self.gradient_clip_val is not None and not self.gradient_clip_val > 0:
+            raise ConfigError(
+                f"gradient_clip_val must be positive, or None: got {self.gradient_clip_val}."
+            )
+        if self.total_steps is not None:
+            _at_least("total_steps", self.total_steps, 1)
+
+
+@dataclass(frozen=True)
+class UpdateConfig:
+    """How one consumed batch becomes optimizer steps: ``num_minibatches * num_epochs`` of them.
+
+    Args:
+        num_minibatches: groups are dealt out to this many minibatches, whole.
+        num_epochs: passes over the batch.
+        max_tokens_per_microbatch: tokens computed at once; bounds memory, does not change the loss.
+        layout: ``"shared_prefix"`` computes the prompt of a group once, ``"padded"`` works with
+            every model, ``"auto"`` takes the first where the model allows it and it is cheaper.
+        scale_advantages_by_std: GRPO's division by the standard deviation of the group.
+
+    Raises:
+        ConfigError: naming the value.
+    """
+
+    num_minibatches: int = 1
+    num_epochs: int = 1
+    max_tokens_per_microbatch: int = 4096
+    layout: Literal["auto", "padded", "shared_prefix"] = "auto"
+    scale_advantages_by_std: bool = True
+
+    def __post_init__(self) -> None:
+        _at_least("num_minibatches", self.num_minibatches, 1)
+        _at_least("num_epochs", self.num_epochs, 1)
+        _at_least("max_tokens_per_microbatch", self.max_tokens_per_microbatch, 1)
+        _one_of("layout", self.layout, ("auto", "padded", "shared_prefix"))
+
+    @property
+    def steps_per_batch(self) -> int:
+        """Optimizer steps that one consumed batch makes."""
+        return self.num_minibatches * self.num_epochs
 
 
 def _at_least(name: str, value: int, least: int) -> None:

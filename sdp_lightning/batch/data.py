@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sdp_lightning.batch.plan import plan_microbatches
+from sdp_lightning.config import MissingProximal
 
 Layout = Literal["padded", "shared_prefix"]
 NO_VERSION = -1  # of tokens that the policy did not choose
@@ -41,6 +42,8 @@ class Batch:
         group_ids: [B] int64, equal among siblings.
         truncated: [B] bool, sampling did not end by itself.
         advantages: [B, T] float32, None until the module sets it.
+        missing_proximal: what stands in for the score of an unscored token of lag 2 or more.
+        max_lag: tokens older than this get weight 0, and still count in N; None is no bound.
     """
 
     version: int
@@ -57,6 +60,8 @@ class Batch:
     group_ids: Tensor
     truncated: Tensor
     advantages: Tensor | None = None
+    missing_proximal: MissingProximal = "behavior"
+    max_lag: int | None = None
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
@@ -114,6 +119,25 @@ class Batch:
         prefixes: list[int] = self.prefix_lengths.tolist()
         groups: list[int] = self.group_ids.tolist()
         return plan_microbatches(lengths, max_tokens, group_ids=groups, prefix_lengths=prefixes)
+
+    def cheapest_layout(self, max_tokens: int, hidden_size: int) -> Layout:
+        """The layout with fewer multiplications: linear layers cost by token, attention by pair.
+
+        With D hidden units a layer costs about 24 D^2 a token and 4 D a pair; both layouts compute
+        every pair of a row, or of a packed micro-batch.
+        """
+        lengths: list[int] = self.scored_lengths.tolist()
+        prefixes: list[int] = self.prefix_lengths.tolist()
+        groups: list[int] = self.group_ids.tolist()
+        padded = shared = 0.0
+        for rows in self.microbatches(max_tokens, "padded"):
+            width = max(lengths[row] for row in rows)
+            padded += len(rows) * (width + width**2 / (6 * hidden_size))
+        for rows in self.microbatches(max_tokens, "shared_prefix"):
+            own = sum(lengths[row] - prefixes[row] for row in rows)
+            tokens = own + sum({groups[row]: prefixes[row] for row in rows}.values())
+            shared += tokens + tokens**2 / (6 * hidden_size)
+        return "shared_prefix" if shared < padded else "padded"
 
     def _each(self, function: Callable[[Tensor], Tensor]) -> Batch:
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}

@@ -1,0 +1,123 @@
+"""Asynchronous RL post-training of language models as an ordinary PyTorch Lightning fit.
+
+The public names load what they need when they are first used: importing this package imports
+neither lightning nor transformers.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sdp_lightning.batch import Batch
+    from sdp_lightning.callbacks import WeightSyncCallback
+    from sdp_lightning.config import LossConfig, OptimizerConfig, RolloutConfig, UpdateConfig
+    from sdp_lightning.datamodule import RolloutDataModule
+    from sdp_lightning.engines.base import InferenceEngine
+    from sdp_lightning.engines.connect import connect_engine
+    from sdp_lightning.engines.embedded import EmbeddedEngine
+    from sdp_lightning.errors import (
+        ConfigError,
+        EngineError,
+        RolloutError,
+        RolloutTimeout,
+        SDPError,
+        VersionError,
+    )
+    from sdp_lightning.module import SegmentWisePPOModule
+    from sdp_lightning.objective import segment_wise_ppo_loss
+    from sdp_lightning.rollout.capacity import (
+        FilteredSamplesCapacityModifier,
+        StalenessManager,
+    )
+    from sdp_lightning.rollout.executor import WorkflowExecutor
+    from sdp_lightning.rollout.factory import create_staleness_strategy, create_workflow_executor
+    from sdp_lightning.rollout.recompute import ProximalRecomputer
+    from sdp_lightning.rollout.runner import AsyncTaskRunner
+    from sdp_lightning.rollout.staleness import SegmentWisePPOStrategy, StandardPPOStrategy
+    from sdp_lightning.summary import RunSummary
+    from sdp_lightning.types import Context, SamplingParams, Segment, Trajectory, TrajectoryGroup
+    from sdp_lightning.workflows import Episode, RLVRWorkflow, RolloutWorkflow
+
+_HOMES = {
+    "batch": ("Batch",),
+    "callbacks": ("WeightSyncCallback",),
+    "config": ("LossConfig", "OptimizerConfig", "RolloutConfig", "UpdateConfig"),
+    "datamodule": ("RolloutDataModule",),
+    "engines.base": ("InferenceEngine",),
+    "engines.connect": ("connect_engine",),
+    "engines.embedded": ("EmbeddedEngine",),
+    "errors": (
+        "ConfigError",
+        "EngineError",
+        "RolloutError",
+        "RolloutTimeout",
+        "SDPError",
+        "VersionError",
+    ),
+    "module": ("SegmentWisePPOModule",),
+    "objective": ("segment_wise_ppo_loss",),
+    "rollout.capacity": ("FilteredSamplesCapacityModifier", "StalenessManager"),
+    "rollout.executor": ("WorkflowExecutor",),
+    "rollout.factory": ("create_staleness_strategy", "create_workflow_executor"),
+    "rollout.recompute": ("ProximalRecomputer",),
+    "rollout.runner": ("AsyncTaskRunner",),
+    "rollout.staleness": ("SegmentWisePPOStrategy", "StandardPPOStrategy"),
+    "summary": ("RunSummary",),
+    "types": ("Context", "SamplingParams", "Segment", "Trajectory", "TrajectoryGroup"),
+    "workflows": ("Episode", "RLVRWorkflow", "RolloutWorkflow"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__version__ = version("sdp-lightning")
+
+__all__ = [
+    "AsyncTaskRunner",
+    "Batch",
+    "ConfigError",
+    "Context",
+    "EmbeddedEngine",
+    "EngineError",
+    "Episode",
+    "FilteredSamplesCapacityModifier",
+    "InferenceEngine",
+    "LossConfig",
+    "OptimizerConfig",
+    "ProximalRecomputer",
+    "RLVRWorkflow",
+    "RolloutConfig",
+    "RolloutDataModule",
+    "RolloutError",
+    "RolloutTimeout",
+    "RolloutWorkflow",
+    "RunSummary",
+    "SDPError",
+    "SamplingParams",
+    "Segment",
+    "SegmentWisePPOModule",
+    "SegmentWisePPOStrategy",
+    "StalenessManager",
+    "StandardPPOStrategy",
+    "Trajectory",
+    "TrajectoryGroup",
+    "UpdateConfig",
+    "VersionError",
+    "WeightSyncCallback",
+    "WorkflowExecutor",
+    "connect_engine",
+    "create_staleness_strategy",
+    "create_workflow_executor",
+    "segment_wise_ppo_loss",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

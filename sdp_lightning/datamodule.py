@@ -1,0 +1,290 @@
+"""The data side of ``Trainer.fit``: an engine, an executor, and loaders that pull from it.
+
+The train loader has a length, so Lightning never fetches ahead: a batch is taken when the step
+before it has been published.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from sdp_lightning.batch import Batch, SealedBatch, collate
+from sdp_lightning.config import RolloutConfig
+from sdp_lightning.engines.base import InferenceEngine
+from sdp_lightning.engines.connect import connect_engine
+from sdp_lightning.errors import ConfigError, RolloutError, RolloutTimeout
+from sdp_lightning.loading import load_object
+from sdp_lightning.module import SegmentWisePPOModule
+from sdp_lightning.rollout.executor import WorkflowExecutor
+from sdp_lightning.rollout.factory import create_workflow_executor
+from sdp_lightning.types import TrajectoryGroup
+from sdp_lightning.workflows.base import RolloutWorkflow, Row
+
+logger = logging.getLogger(__name__)
+
+ENDLESS = 10**9
+
+
+class RolloutDataModule(L.LightningDataModule):
+    """Generates rollouts while the trainer trains, and hands them out as batches.
+
+    Needs a :class:`SegmentWisePPOModule` (for model and tokenizer) and a ``WeightSyncCallback``.
+
+    Args:
+        prompts: rows (mappings), or where to find them: ``"package.module:name"`` or
+            ``"path/to/file.py:name"`` of a sequence, or of a function that returns one.
+        workflow: what one rollout does.
+        engine: ``"embedded"``, or an engine of one's own.
+        engine_options: passed on to :func:`connect_engine`.
+        rollout: counts are of the whole world.
+        val_prompts: rows of ``validate`` and ``test``; None leaves them out.
+        val_workflow: how they are rolled out; None is ``workflow``.
+
+    Raises:
+        ConfigError: if there are no prompts, or settings contradict each other.
+    """
+
+    def __init__(
+        self,
+        prompts: str | Sequence[Mapping[str, Any]],
+        workflow: RolloutWorkflow,
+        *,
+        engine: str | InferenceEngine = "embedded",
+        engine_options: dict[str, Any] | None = None,
+        rollout: RolloutConfig = RolloutConfig(),
+        val_prompts: str | Sequence[Mapping[str, Any]] | None = None,
+        val_workflow: RolloutWorkflow | None = None,
+    ) -> None:
+        super().__init__()
+        if workflow.sampling.temperature == 0:
+            raise ConfigError(
+                "the training workflow samples at temperature 0: greedy tokens have no log-probs "
+                "to learn from. Use a positive temperature; val_workflow may be greedy."
+            )
+        self.rollout, self.workflow = rollout, workflow
+        self.val_workflow = workflow if val_workflow is None else val_workflow
+        self._prompts, self._val_prompts = prompts, val_prompts
+        self._engine_source, self._engine_options = engine, dict(engine_options or {})
+        self._engine: InferenceEngine | None = None
+        self._executor: WorkflowExecutor | None = None
+        self._loader: RolloutLoader | None = None
+
+    @property
+    def executor(self) -> WorkflowExecutor:
+        """The executor of this process, from ``setup`` to ``teardown``."""
+        if self._executor is None:
+            raise ConfigError("the executor exists from setup() to teardown() only.")
+        return self._executor
+
+    @property
+    def last_wait_s(self) -> float:
+        """How long the last batch was waited for."""
+        return 0.0 if self._loader is None else self._loader.last_wait_s
+
+    def setup(self, stage: str) -> None:
+        if self._executor is not None:
+            return
+        module = self._module()
+        if self.trainer is not None and self.trainer.world_size > 1:
+            raise ConfigError(
+                f"the Trainer has {self.trainer.world_size} processes; this version trains in one. "
+                "Use devices=1."
+            )
+        if self.rollout.missing_proximal == "drop" and not module.loss.needs_segment_proximal:
+            raise ConfigError(
+                "missing_proximal='drop' drops every group older than 1 version, because the "
+                f"estimator (trust_region={module.loss.trust_region!r}) never has segments scored. "
+                "Use another missing_proximal, or trust_region='segment'."
+            )
+        options = dict(self._engine_options)
+        if isinstance(self._engine_source, str):
+            options = {"model": module.model_id, **options}
+        engine = connect_engine(self._engine_source, **options)
+        self._executor = create_workflow_executor(
+            config=self.rollout,
+            engine=engine,
+            workflow=self.workflow,
+            prompts=_rows(self._prompts),
+            tokenizer=module.tokenizer,
+        )
+        self._engine = engine
+        engine.start()
+
+    def train_dataloader(self) -> RolloutLoader:
+        module, trainer = self._module(), self.trainer
+        assert trainer is not None
+        self._loader = RolloutLoader(
+            self.executor,
+            pad_token_id=module.tokenizer.pad_token_id or 0,
+            length=_num_batches(trainer, self.rollout, module.update.steps_per_batch),
+            trainer=trainer,
+        )
+        return self._loader
+
+    def val_dataloader(self) -> EvaluationLoader | list[Any]:
+        if self._val_prompts is None:
+            return []
+        rows = _rows(self._val_prompts)
+        return EvaluationLoader(self.executor, rows, self.val_workflow)
+
+    def test_dataloader(self) -> EvaluationLoader | list[Any]:
+        return self.val_dataloader()
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return batch.batch if isinstance(batch, SealedBatch) else batch
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self._executor is None else self._executor.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if state_dict:
+            self.executor.load_state_dict(state_dict)
+
+    def teardown(self, stage: str) -> None:
+        self.close()
+
+    def on_exception(self, exception: BaseException) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End rollouts and engine. Safe to call twice."""
+        executor, self._executor = self._executor, None
+        engine, self._engine = self._engine, None
+        try:
+            if executor is not None:
+                executor.close()
+        finally:
+            if engine is not None:
+                engine.close()
+
+    def _module(self) -> SegmentWisePPOModule:
+        module = None if self.trainer is None else self.trainer.lightning_module
+        if not isinstance(module, SegmentWisePPOModule):
+            raise ConfigError(
+                "RolloutDataModule takes model and tokenizer from the Trainer's module, which must "
+                f"be a SegmentWisePPOModule; found {type(module).__name__}."
+            )
+        return module
+
+
+class RolloutLoader:
+    """Pulls one batch a training step from the executor, as soon as it is ready.
+
+    Args:
+        executor: where rollouts are.
+        pad_token_id: for the padding of a batch.
+        length: how many batches an epoch has.
+        trainer: asked for SIGTERM while waiting.
+    """
+
+    def __init__(
+        self, executor: WorkflowExecutor, *, pad_token_id: int, length: int, trainer: L.Trainer
+    ) -> None:
+        self.last_wait_s = 0.0
+        self._executor, self._pad_token_id = executor, pad_token_id
+        self._length, self._trainer = length, trainer
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[SealedBatch]:
+        while (groups := self._take()) is not None:
+            yield SealedBatch(self._collate(groups))
+
+    def _take(self) -> list[TrajectoryGroup] | None:
+        start = time.monotonic()
+
+        def interrupted() -> bool:
+            return self._trainer.received_sigterm
+
+        try:
+            groups = self._executor.take(interrupted=interrupted)
+        except RolloutTimeout as error:
+            if interrupted():
+                raise SIGTERMException() from error
+            raise
+        self.last_wait_s = time.monotonic() - start
+        return groups
+
+    def _collate(self, groups: list[TrajectoryGroup]) -> Batch:
+        config = self._executor.config
+        batch = collate(
+            groups,
+            version=self._executor.version,
+            pad_token_id=self._pad_token_id,
+            segment_wise=config.enable_segment_wise_ppo,
+        )
+        if not config.enable_segment_wise_ppo:
+            return replace(batch, missing_proximal="decoupled")
+        return replace(
+            batch,
+            missing_proximal=config.missing_proximal,
+            max_lag=config.max_head_lag if config.on_overdue == "mask" else None,
+        )
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What rolling out a set of rows gave.
+
+    Attributes:
+        version: of the policy that was evaluated.
+        reward: mean over all trajectories.
+        num_trajectories: how many.
+    """
+
+    version: int
+    reward: float
+    num_trajectories: int
+
+
+class EvaluationLoader:
+    """Rolls its rows out on the published version when it is iterated: one item, no training."""
+
+    def __init__(
+        self, executor: WorkflowExecutor, rows: Sequence[Row], workflow: RolloutWorkflow
+    ) -> None:
+        self._executor, self._rows, self._workflow = executor, rows, workflow
+
+    def __len__(self) -> int:
+        return 1
+
+    def __iter__(self) -> Iterator[Evaluation]:
+        version = self._executor.version
+        groups = self._executor.evaluate(self._rows, self._workflow)
+        rewards = [t.reward for group in groups for t in group.trajectories]
+        if not rewards:
+            raise RolloutError(f"all {len(self._rows)} evaluation rows were rejected.")
+        yield Evaluation(version, math.fsum(rewards) / len(rewards), len(rewards))
+
+
+def _rows(source: str | Sequence[Mapping[str, Any]]) -> Sequence[Row]:
+    if not isinstance(source, str):
+        return source
+    found: Any = load_object(source)
+    rows: Sequence[Row] = found() if callable(found) else found
+    return rows
+
+
+def _has_timer(trainer: L.Trainer) -> bool:
+    return any(isinstance(callback, Timer) for callback in trainer.callbacks)  # type: ignore
+
+
+def _num_batches(trainer: L.Trainer, rollout: RolloutConfig, steps_per_batch: int) -> int:
+    if trainer.max_steps > 0:
+        return trainer.max_steps // steps_per_batch
+    if rollout.num_epochs is None and not _has_timer(trainer):
+        raise ConfigError(
+            "nothing ends this run: set the Trainer's max_steps or max_time, or num_epochs of the "
+            "RolloutConfig."
+        )
+    return ENDLESS
