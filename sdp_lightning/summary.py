@@ -1,0 +1,254 @@
+"""What a run has been: a line while it goes on, a page and a plot when it ends.
+
+Reads the Trainer's metrics and nothing else. Times in seconds, rewards as means of a batch.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+Row = Mapping[str, float]
+PHASES = {
+    "wait": "waiting for rollouts",
+    "score": "scoring",
+    "train": "training",
+    "publish": "publishing weights",
+}
+DROPS = {
+    "rollout/dropped_stale": "dropped, stale",
+    "rollout/dropped_overdue": "dropped, overdue",
+    "rollout/rejected": "rejected",
+    "rollout/failed": "failed",
+}
+
+
+class RunSummary(Callback):
+    """Prints what a fit has been when it ends, and writes the plot of its reward.
+
+    Place it after ``WeightSyncCallback``, whose metrics it reads.
+
+    Args:
+        window: batches in a moving mean.
+        plot: file name of the plot, in the logger's folder; None is none. Needs matplotlib.
+        console: where to print; None is the terminal.
+
+    Attributes:
+        rows: the metrics of every batch of the last fit.
+    """
+
+    def __init__(
+        self, window: int = 5, plot: str | None = "reward.png", console: Console | None = None
+    ) -> None:
+        self.window, self.plot = window, plot
+        self.rows: list[dict[str, float]] = []
+        self._console = console
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.rows = []
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.is_global_zero:
+            self.rows.append({k: float(value) for k, value in trainer.callback_metrics.items()})
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.is_global_zero or not self.rows:
+            return
+        from rich.console import Console
+
+        console = self._console or Console()
+        for part in render(self.rows, window=self.window):
+            console.print(part)
+        if self.plot is not None and self._rewards():
+            folder = Path(trainer.log_dir or trainer.default_root_dir)
+            console.print(write_plot(self._rewards(), folder / self.plot, window=self.window))
+
+    def _rewards(self) -> list[float]:
+        return series(self.rows, "train/reward")
+
+
+class ProgressLine(ProgressBar):
+    """One line that tells where the run is; rewritten on a terminal, else one line a step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._enabled = True
+        self._started = 0.0
+
+    def enable(self) -> None:
+        self._enabled = True
+
+    def disable(self) -> None:
+        self._enabled = False
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        self._end_line()
+        print(*args, **kwargs)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._started = time.monotonic()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        row = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        elapsed = time.monotonic() - self._started
+        self._write(progress_text(row, trainer.global_step, trainer.max_steps, elapsed))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._end_line()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._write("evaluating")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        value = trainer.callback_metrics.get("val/reward")
+        self._write("evaluated" if value is None else f"evaluated  reward {float(value):.3f}")
+        self._end_line()
+
+    def _write(self, text: str) -> None:
+        if not (self._enabled and self.trainer.is_global_zero):
+            return
+        live = sys.stdout.isatty()
+        print(f"\r\x1b[2K{text}" if live else text, end="" if live else "\n", flush=True)
+
+    def _end_line(self) -> None:
+        if self._enabled and self.trainer.is_global_zero and sys.stdout.isatty():
+            print(flush=True)
+
+
+def progress_text(row: Row, step: int, max_steps: int, elapsed_s: float) -> str:
+    """The line of one step; what is not in ``row`` is left out.
+
+    >>> progress_text({"train/reward": 0.5, "lag/mean": 1.25}, 3, 20, 75)
+    'step  3/20  reward 0.500  lag 1.2  1:15'
+    """
+    of = f"{step:>{len(str(max_steps))}}/{max_steps}" if max_steps > 0 else str(step)
+    parts = [f"step {of}"]
+    for name, label, form in (
+        ("train/reward", "reward", ".3f"),
+        ("lag/mean", "lag", ".1f"),
+        ("time/step_s", "step", ".1f"),
+    ):
+        if name in row:
+            parts.append(f"{label} {row[name]:{form}}" + (" s" if name.endswith("_s") else ""))
+    return "  ".join([*parts, f"{int(elapsed_s) // 60}:{int(elapsed_s) % 60:02d}"])
+
+
+def render(rows: Sequence[Row], *, window: int) -> list[RenderableType]:
+    """The page: plot, reward, lags, time, drops, speed; parts without metrics are left out."""
+    from rich.table import Table
+
+    parts: list[RenderableType] = []
+    rewards = series(rows, "train/reward")
+    if rewards:
+        parts.append("\n".join(draw(moving_mean(rewards, window))))
+    table = Table.grid(padding=(0, 2))
+    if rewards:
+        means = moving_mean(rewards, window)
+        first = means[min(window, len(means)) - 1]
+        text = f"{first:.3f} -> {means[-1]:.3f}"
+        table.add_row("reward", text, f"means of the first and last {min(window, len(rewards))}")
+    for title, shares in (("lag", lag_shares(rows)), ("time", phase_shares(rows))):
+        for label, share in shares.items():
+            table.add_row(title, f"{share:6.1%} {'█' * round(30 * share)}", label)
+            title = ""
+    for name, label in DROPS.items():
+        if values := series(rows, name):
+            table.add_row("groups", f"{values[-1]:.0f}", label)
+    for name, label in (("generated", "generated"), ("train", "trained")):
+        if values := series(rows, f"speed/{name}_tokens_per_s"):
+            table.add_row("tokens/s", f"{mean(values):.0f}", label)
+    return [*parts, table]
+
+
+def series(rows: Sequence[Row], name: str) -> list[float]:
+    """The values of one metric, where it was logged."""
+    return [row[name] for row in rows if name in row]
+
+
+def mean(values: Sequence[float]) -> float:
+    """Of at least one value."""
+    return sum(values) / len(values)
+
+
+def moving_mean(values: Sequence[float], window: int) -> list[float]:
+    """Of the last ``window`` values; at the beginning of those that there are.
+
+    >>> moving_mean([1, 2, 3, 4], 2)
+    [1.0, 1.5, 2.5, 3.5]
+    """
+    return [mean(values[max(0, end - window) : end]) for end in range(1, len(values) + 1)]
+
+
+def lag_shares(rows: Sequence[Row]) -> dict[str, float]:
+    """Share of tokens of every lag, averaged over batches."""
+    prefix = "lag/share_"
+    names = dict.fromkeys(name for row in rows for name in row if name.startswith(prefix))
+    shares = {name.removeprefix(prefix): mean(series(rows, name)) for name in sorted(names)}
+    return {
+        f"{lag.replace('plus', ' or more')} version{'' if lag == '1' else 's'} old": share
+        for lag, share in shares.items()
+    }
+
+
+def phase_shares(rows: Sequence[Row]) -> dict[str, float]:
+    """Share of the steps' time spent in every phase, the rest last; they add up to 1."""
+    total = sum(series(rows, "time/step_s"))
+    if total <= 0:
+        return {}
+    spent = {label: sum(series(rows, f"time/{name}_s")) for name, label in PHASES.items()}
+    total = max(total, sum(spent.values()))
+    shares = {label: seconds / total for label, seconds in spent.items()}
+    return {**shares, "the rest": 1 - sum(shares.values())}
+
+
+def draw(values: Sequence[float], *, width: int = 60, height: int = 8) -> list[str]:
+    """A plot of text, one column a value or, if there are too many, one for several.
+
+    >>> for line in draw([0.0, 0.5, 1.0], height=3): print(line)
+     1.00 ┤  ●
+     0.50 ┤ ●
+     0.00 ┤●
+    """
+    columns = min(width, len(values))
+    edges = [round(i * len(values) / columns) for i in range(columns + 1)]
+    points = [mean(values[a:b]) for a, b in pairwise(edges)]
+    low, high = min(points), max(points)
+    step = (high - low) / (height - 1) or 1.0
+    levels = [round((point - low) / step) for point in points]
+    return [
+        f"{low + level * step:5.2f} ┤"
+        + "".join("●" if at == level else " " for at in levels).rstrip()
+        for level in (reversed(range(height)) if high > low else (0,))
+    ]
+
+
+def write_plot(rewards: Sequence[float], path: Path, *, window: int) -> str:
+    """Draw the rewards of all batches and their moving mean; returns what to tell the user."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return f"{path} was not drawn: matplotlib is not installed (pip install matplotlib)."
+    steps = range(1, len(rewards) + 1)
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(steps, rewards, "o", alpha=0.35, label="batch")
+    axes.plot(steps, moving_mean(rewards, window), "-", label=f"mean of the last {window}")
+    axes.set(xlabel="training step", ylabel="reward", title="Reward of the sampled completions")
+    axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    return f"The reward is drawn in {path}."
