@@ -1,0 +1,253 @@
+"""The engine that lives in the trainer's process: checks, versions, weights.
+
+The decode thread is in ``loop``, batching in ``decoder``, keys and values in ``slots``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from sdp_lightning.engines.base import GenerationRequest, NamedWeights, PublishReport, SegmentSink
+from sdp_lightning.engines.embedded.decoder import SlotDecoder, SlotSequence
+from sdp_lightning.engines.embedded.loading import (
+    check_decoding,
+    count_layers,
+    count_tokens,
+    load_model,
+    resolve_max_length,
+)
+from sdp_lightning.engines.embedded.loop import DecodeLoop, Job
+from sdp_lightning.errors import ConfigError, EngineError, VersionError
+from sdp_lightning.types import FinishReason, KVPolicy
+from sdp_lightning.weights.inprocess import check_weights, copy_weights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class _Running:
+    """What exists once the engine has started."""
+
+    model: PreTrainedModel
+    decoder: SlotDecoder
+    loop: DecodeLoop
+    max_length: int
+    num_tokens: int
+
+
+class EmbeddedEngine:
+    """Samples from its own copy of a transformers causal LM, in this process.
+
+    Requests beyond ``max_slots`` wait in order of arrival. Weights are swapped between two decode
+    steps with requests in flight: their open segments close under the old version and they go on
+    under the new one. ``pause`` is a state, not a count: one ``resume`` ends it.
+
+    Args:
+        model: a Hugging Face id, a folder, or a module, which ``start`` copies: the engine never
+            shares weights with a trainer.
+        device: ``"auto"`` is the current GPU, else the CPU.
+        dtype: None keeps a module's; from an id, float32 on CPU and the checkpoint's elsewhere.
+        max_slots: sequences decoded at once.
+        max_length: tokens of a sequence, prompt included; None: 1024 or what the model allows.
+        kv_on_update: ``"recompute"`` rebuilds the KV of requests in flight under new weights (in
+            the decode thread, after ``update_weights`` returned); ``"keep"`` goes on with the old
+            KV, so that log-probs after an update belong to no single version.
+        num_threads: of torch on CPU, for the decode thread.
+        model_kwargs: for ``from_pretrained``.
+
+    Raises:
+        ConfigError: if a value is out of range.
+    """
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        *,
+        device: str = "auto",
+        dtype: torch.dtype | None = None,
+        max_slots: int = 64,
+        max_length: int | None = None,
+        kv_on_update: KVPolicy = "recompute",
+        num_threads: int = 1,
+        model_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        for name, value in (("max_slots", max_slots), ("num_threads", num_threads)):
+            if value < 1:
+                raise ConfigError(f"{name} must be at least 1, got {value}.")
+        if max_length is not None and max_length < 2:
+            raise ConfigError(f"max_length must be at least 2, got {max_length}.")
+        if kv_on_update not in ("recompute", "keep"):
+            raise ConfigError(f"kv_on_update must be 'recompute' or 'keep', got {kv_on_update!r}.")
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._source = model
+        self._device = torch.device(device)
+        self._dtype = dtype
+        self._max_slots = max_slots
+        self._max_length = max_length
+        self._kv_on_update: KVPolicy = kv_on_update
+        self._num_threads = num_threads
+        self._model_kwargs = dict(model_kwargs or {})
+        self._running: _Running | None = None
+        self._closed = False
+        self._update_lock = threading.Lock()
+
+    @property
+    def version(self) -> int | None:
+        return None if self._running is None else self._running.loop.version
+
+    @property
+    def in_process(self) -> bool:
+        return True
+
+    @property
+    def num_generated(self) -> int:
+        return 0 if self._running is None else self._running.decoder.num_generated
+
+    @property
+    def num_prefill_tokens(self) -> int:
+        """Prompt tokens computed, those of rebuilt KV included, those copied from a slot not."""
+        return 0 if self._running is None else self._running.decoder.num_prefill_tokens
+
+    @property
+    def num_active(self) -> int:
+        """Requests that hold a slot."""
+        return 0 if self._running is None else self._running.decoder.num_active
+
+    def start(self) -> None:
+        """Load the model, prove that slots decode it, start the thread. Does nothing if running.
+
+        Raises:
+            EngineError: if this type of model cannot be served, or the engine was closed.
+        """
+        if self._closed:
+            raise EngineError("the engine is closed. Make a new one.")
+        if self._running is not None:
+            self._running.loop.require_usable()
+            return
+        model = load_model(
+            self._source, device=self._device, dtype=self._dtype, model_kwargs=self._model_kwargs
+        )
+        max_length = resolve_max_length(model, self._max_length)
+        check_decoding(model)
+        decoder = SlotDecoder(model, num_layers=count_layers(model), max_slots=self._max_slots)
+        on_cpu = self._device.type == "cpu"
+        loop = DecodeLoop(
+            decoder,
+            num_threads=self._num_threads if on_cpu else None,
+            kv_on_update=self._kv_on_update,
+        )
+        self._running = _Running(model, decoder, loop, max_length, count_tokens(model))
+        loop.start()
+
+    async def generate(self, request: GenerationRequest, sink: SegmentSink) -> FinishReason:
+        """See the protocol. Cancelling the task that awaits this frees the slot."""
+        running = self._require_usable()
+        _check_request(request, num_tokens=running.num_tokens, max_length=running.max_length)
+        events = asyncio.get_running_loop()
+        job = Job(SlotSequence.of(request), sink, events, events.create_future())
+        running.loop.submit(job)
+        try:
+            return await job.future
+        finally:
+            running.loop.forget(job)
+
+    def pause(self) -> None:
+        self._require_usable().loop.pause()
+
+    def resume(self) -> None:
+        self._require_usable().loop.resume()
+
+    def update_weights(
+        self, weights: NamedWeights, version: int, *, reset: bool = False
+    ) -> PublishReport:
+        """See the protocol. ``weights`` is read to its end before anything changes."""
+        with self._update_lock:
+            running = self._require_usable()
+            _check_version(version, self.version, reset=reset)
+            source = list(weights)
+            check_weights(source, running.model, full=reset)
+            begin_s = time.perf_counter()
+            with running.loop.hold():
+                running.loop.close_segments()
+                num_bytes = _swap(
+                    source, version, running, keep_kv=self._kv_on_update == "keep" and not reset
+                )
+            return PublishReport(int(version), time.perf_counter() - begin_s, num_bytes)
+
+    def close(self) -> None:
+        self._closed = True
+        if self._running is not None:
+            self._running.loop.close()
+
+    def _require_usable(self) -> _Running:
+        if self._running is None:
+            state = "is closed. Make a new one" if self._closed else "has not started. Call start()"
+            raise EngineError(f"the engine {state}.")
+        self._running.loop.require_usable()
+        return self._running
+
+
+def _swap(
+    source: list[tuple[str, torch.Tensor]], version: int, running: _Running, *, keep_kv: bool
+) -> int:
+    try:
+        num_bytes = copy_weights(source, running.model)
+        if keep_kv:
+            running.decoder.keep()
+        else:
+            running.decoder.restart()
+        running.loop.version = int(version)
+        return num_bytes
+    except Exception as error:
+        running.loop.fail(error)
+        raise EngineError(
+            f"copying the weights of version {version} failed half way, so the engine is unusable: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    except BaseException as error:  # an interrupt: the same, but it stays what it is
+        running.loop.fail(error)
+        raise
+
+
+def _check_version(version: int, current: int | None, *, reset: bool) -> None:
+    if isinstance(version, bool) or not isinstance(version, (int, np.integer)) or version < 0:
+        raise VersionError(f"a policy version is an integer of 0 or more, got {version!r}.")
+    if reset:
+        return
+    if current is None:
+        raise VersionError(
+            f"the engine has no version yet; cannot commit {version}. Publish all weights with "
+            "reset=True first."
+        )
+    if version != current + 1:
+        raise VersionError(
+            f"engine is at version {current}; cannot commit {version}. Versions advance by 1: was "
+            "a push skipped? After a restart publish with reset=True."
+        )
+
+
+def _check_request(request: GenerationRequest, *, num_tokens: int, max_length: int) -> None:
+    tokens, budget = request.token_ids, request.params.max_new_tokens
+    if tokens.ndim != 1 or tokens.size == 0 or not np.issubdtype(tokens.dtype, np.integer):
+        raise EngineError(
+            f"token_ids must be one row of integers, got shape {tokens.shape} of {tokens.dtype}."
+        )
+    if tokens.min() < 0 or tokens.max() >= num_tokens:
+        raise EngineError(
+            f"token ids go from {tokens.min()} to {tokens.max()}, but the model's vocabulary has "
+            f"{num_tokens}. Do tokenizer and model belong together?"
+        )
+    if tokens.size + budget > max_length:
+        raise EngineError(
+            f"a prompt of {tokens.size} tokens and max_new_tokens={budget} do not fit the engine's "
+            f"max_length={max_length}. Shorten one of them, or raise max_length."
+        )

@@ -1,0 +1,169 @@
+"""A model that the slot loop can decode, or a plain refusal.
+
+What is refused by its configuration would decode well at first and go wrong later; everything else
+has to prove itself by decoding a few tokens that a full forward then scores.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from sdp_lightning.engines.base import GenerationRequest
+from sdp_lightning.engines.embedded.decoder import SlotDecoder, SlotSequence
+from sdp_lightning.engines.embedded.slots import ATTENTION_NAME
+from sdp_lightning.errors import EngineError
+from sdp_lightning.types import IntArray, SamplingParams
+
+_DEFAULT_LENGTH = 1024
+_NUM_CHECKED = 8
+_ROTARY = "This engine decodes rotary decoders with full attention (Llama, Qwen, SmolLM, ...)"
+
+
+def load_model(
+    model: str | PreTrainedModel,
+    *,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    model_kwargs: dict[str, Any],
+) -> PreTrainedModel:
+    """The engine's own copy, in eval mode and without gradients.
+
+    Args:
+        model: an id or a folder, or a module, which is copied and stays as it is.
+        device: where the copy lives.
+        dtype: None keeps a module's; from an id, float32 on CPU and the checkpoint's elsewhere.
+        model_kwargs: for ``from_pretrained``.
+    """
+    if isinstance(model, str):
+        wanted = dtype or (torch.float32 if device.type == "cpu" else "auto")
+        loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=wanted, **model_kwargs)
+    else:
+        loaded = copy.deepcopy(model)
+        if dtype is not None:
+            loaded = loaded.to(dtype)
+    loaded = loaded.to(device).eval().requires_grad_(False)
+    return loaded
+
+
+def resolve_max_length(model: PreTrainedModel, max_length: int | None) -> int:
+    """``max_length``, by default 1024 or what the model allows.
+
+    Raises:
+        EngineError: if the model is known not to decode sequences of that length by slots.
+    """
+    config: Any = model.config.get_text_config(decoder=True)
+    kind = config.model_type
+    limit = getattr(config, "max_position_embeddings", None) or _DEFAULT_LENGTH
+    length = min(_DEFAULT_LENGTH, limit) if max_length is None else max_length
+    if length > limit:
+        raise EngineError(
+            f"max_length={length} exceeds the {limit} positions of model type {kind}."
+        )
+    rope = getattr(config, "rope_parameters", None)
+    if not rope:
+        raise EngineError(f"model type {kind} has no rotary positions. {_ROTARY}.")
+    if rope.get("rope_type") in ("dynamic", "longrope"):
+        raise EngineError(
+            f"model type {kind} scales its rotary positions by the length of the batch "
+            f"(rope_type={rope['rope_type']!r}), so KV depends on the batch. {_ROTARY}."
+        )
+    layers: set[str] = set(getattr(config, "layer_types", None) or ())
+    if other := layers - {"full_attention", "sliding_attention"}:
+        raise EngineError(f"model type {kind} has layers of {', '.join(sorted(other))}. {_ROTARY}.")
+    window = getattr(config, "sliding_window", None)
+    slides = "sliding_attention" in layers or not layers
+    if slides and window is not None and length > window:
+        raise EngineError(
+            f"model type {kind} attends within a sliding window of {window} tokens. {_ROTARY}; "
+            f"up to max_length={window} the window does not act: pass that."
+        )
+    return length
+
+
+def check_decoding(model: PreTrainedModel) -> None:
+    """Decode 8 tokens of each of four sequences and compare with full forwards.
+
+    Allowed is 1e-4 nats in the median and 1e-2 at most in float32 (single tokens of real models lie
+    further than 1e-4 from float64 under any kernel); 0.05 and 0.5 where products are rounded to
+    bfloat16, float16 or TF32. Leaves the model with the attention function of the slots.
+
+    Raises:
+        EngineError: naming the model type, if they differ or the model cannot run this way.
+    """
+    kind = model.config.model_type
+    try:
+        own = model.config._attn_implementation or "eager"  # pyright: ignore[reportPrivateUsage]
+        model.set_attn_implementation(ATTENTION_NAME)
+        sequences = _decode_some(model)
+        model.set_attn_implementation(own)
+        errors = [_errors(model, sequence) for sequence in sequences]
+        model.set_attn_implementation(ATTENTION_NAME)
+    except Exception as error:  # whatever a foreign model raises, the answer is the same
+        raise EngineError(
+            f"model type {kind} cannot be decoded by slots ({type(error).__name__}: {error}). "
+            f"{_ROTARY}."
+        ) from error
+    median = max(float(error.median()) for error in errors)
+    worst = max(float(error.max()) for error in errors)
+    median_allowed, worst_allowed = _tolerances(model)
+    if not (median <= median_allowed and worst <= worst_allowed):
+        raise EngineError(
+            f"model type {kind}: log-probs decoded by slots differ from a full forward by "
+            f"{median:.2g} nats in the median and {worst:.2g} at most (allowed are "
+            f"{median_allowed:g} and {worst_allowed:g}). {_ROTARY}."
+        )
+
+
+def _decode_some(model: PreTrainedModel) -> list[SlotSequence]:
+    """Four sequences, three over prefixes of one that the model wrote: padded, copied, moved."""
+    decoder = SlotDecoder(model, num_layers=count_layers(model), max_slots=4)
+
+    def decode(*prompts: IntArray) -> list[SlotSequence]:
+        params = SamplingParams(max_new_tokens=_NUM_CHECKED)
+        sequences = [
+            SlotSequence.of(GenerationRequest(prompt, params, seed))
+            for seed, prompt in enumerate(prompts)
+        ]
+        for sequence in sequences:
+            decoder.add(sequence)
+        while decoder.has_work:
+            decoder.step(0)
+        return sequences
+
+    start = np.random.default_rng(0).integers(count_tokens(model), size=3)
+    (written,) = decode(start)
+    decoder.restart()
+    other = start[::-1].copy()
+    return decode(written.tokens[:9], other, written.tokens[:7], written.tokens[:7])
+
+
+@torch.inference_mode()
+def _errors(model: Any, sequence: SlotSequence) -> Tensor:
+    tokens = torch.from_numpy(sequence.tokens).to(model.device)[None]
+    logits: Tensor = model(input_ids=tokens, use_cache=False).logits[0, :-1]
+    expected = logits.float().log_softmax(-1).gather(1, tokens[0, 1:, None])[:, 0]
+    sampled = torch.tensor(sequence.logprobs, device=expected.device)
+    return (expected[sequence.segment_start - 1 :] - sampled).abs()
+
+
+def _tolerances(model: PreTrainedModel) -> tuple[float, float]:
+    on_gpu = model.device.type == "cuda"
+    rounds = model.dtype != torch.float32 and model.dtype != torch.float64
+    tf32 = on_gpu and torch.get_float32_matmul_precision() != "highest"
+    return (0.05, 0.5) if rounds or tf32 else (1e-4, 1e-2)
+
+
+def count_tokens(model: Any) -> int:
+    """Size of the vocabulary that the embedding holds."""
+    return int(model.get_input_embeddings().weight.shape[0])
+
+
+def count_layers(model: PreTrainedModel) -> int:
+    """Decoder layers, each with its own keys and values."""
+    return int(model.config.get_text_config(decoder=True).num_hidden_layers)

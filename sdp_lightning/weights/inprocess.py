@@ -1,0 +1,102 @@
+"""Weights from one module into another of the same process, checked before the first byte moves.
+
+No threads and no versions: whoever calls holds the target still.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from sdp_lightning.errors import EngineError
+
+_SHOWN = 5  # names listed in an error
+
+
+def check_weights(source: Sequence[tuple[str, Tensor]], model: nn.Module, *, full: bool) -> None:
+    """Refuse weights that do not fit ``model``. Nothing is copied.
+
+    Args:
+        source: names and tensors as in ``model.state_dict()``. Of names that share one tensor (a
+            tied ``lm_head``) any may be absent, and those present must agree.
+        model: the target.
+        full: every tensor of the model must be there.
+
+    Raises:
+        EngineError: naming what is unknown, doubled, misshapen, contradictory or missing.
+    """
+    target = model.state_dict()
+    names = [name for name, _ in source]
+    if unknown := [name for name in names if name not in target]:
+        raise EngineError(
+            f"the engine's model has no weights named {_shorten(unknown)}. Send names as in the "
+            "state_dict of the same model class, without a wrapper's prefix."
+        )
+    if len(set(names)) != len(names):
+        doubled = sorted({name for name in names if names.count(name) > 1})
+        raise EngineError(f"weights sent twice in one update: {_shorten(doubled)}.")
+    seen: dict[int, tuple[str, Tensor]] = {}
+    for name, tensor in source:
+        if tensor.shape != target[name].shape:
+            raise EngineError(
+                f"{name} has shape {tuple(tensor.shape)}, but the engine's model holds "
+                f"{tuple(target[name].shape)}. Trainer and engine must load the same model."
+            )
+        place = _place(target[name])
+        if place in seen and not _agree(seen[place][1], tensor):
+            raise EngineError(
+                f"{seen[place][0]} and {name} are one tied tensor in the engine's model but were "
+                "sent with different values. Tie them in the trainer too, or untie the engine's."
+            )
+        seen[place] = (name, tensor)
+    missing = [name for name, tensor in target.items() if _place(tensor) not in seen]
+    if full and missing:
+        raise EngineError(
+            f"a reset needs every weight, but {_shorten(missing)} are missing. Send the whole "
+            "state_dict (tied names may be left out)."
+        )
+
+
+def copy_weights(source: Iterable[tuple[str, Tensor]], model: nn.Module) -> int:
+    """Copy each tensor of ``source`` into ``model`` in place; when this returns they are there.
+
+    Args:
+        source: names and tensors that :func:`check_weights` accepted, of any dtype and device.
+        model: the target, which nobody reads meanwhile.
+
+    Returns:
+        Bytes sent, a tied tensor counted once.
+    """
+    target = model.state_dict()
+    copied: set[int] = set()
+    devices: set[torch.device] = set()
+    num_bytes = 0
+    with torch.no_grad():
+        for name, tensor in source:
+            place = _place(target[name])
+            if place in copied:
+                continue
+            target[name].copy_(tensor.detach())
+            copied.add(place)
+            devices.update((target[name].device, tensor.device))
+            num_bytes += tensor.numel() * tensor.element_size()
+    for device in devices:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # the reader may use another stream
+    return num_bytes
+
+
+def _place(tensor: Tensor) -> int:
+    return tensor.data_ptr()
+
+
+def _agree(first: Tensor, second: Tensor) -> bool:
+    same_memory = first.device == second.device and first.data_ptr() == second.data_ptr()
+    return same_memory or torch.equal(first, second.to(first.device))
+
+
+def _shorten(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:_SHOWN])
+    return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN} more"
