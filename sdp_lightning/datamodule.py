@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 from lightning.pytorch.callbacks import Timer
@@ -270,9 +270,8 @@ class EvaluationLoader:
 def _rows(source: str | Sequence[Mapping[str, Any]]) -> Sequence[Row]:
     if not isinstance(source, str):
         return source
-    found: Any = load_object(source)
-    rows: Sequence[Row] = found() if callable(found) else found
-    return rows
+    found = load_object(source)
+    return cast(Sequence[Row], found() if callable(found) else found)
 
 
 def _has_timer(trainer: L.Trainer) -> bool:
