@@ -5,7 +5,20 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+from sdp_lightning.engines.base import (
+    GenerationRequest,
+    NamedWeights,
+    PublishReport,
+    SegmentSink,
+)
+from sdp_lightning.errors import EngineError, VersionError
+from sdp_lightning.types import FinishReason, Segment
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -57,3 +70,186 @@ def tiny_model(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return LlamaForCausalLM(config)
+
+
+@dataclass(eq=False)
+class _FakeRequest:
+    request: GenerationRequest
+    sink: SegmentSink
+    loop: asyncio.AbstractEventLoop
+    done: asyncio.Future[FinishReason]
+    length: int
+    open_tokens: list[int] = field(default_factory=list[int])
+    num_sampled: int = 0
+
+
+class FakeEngine:
+    """An inference engine without a model, that obeys the whole protocol.
+
+    Every reply is ``reply(request)`` tokens long (at most the budget); the token at position p is
+    ``p % 7 + 3`` and its log-prob ``-(version + 1) / 10``, so a wrong stamp shows in the numbers.
+
+    Args:
+        reply: how many tokens a request wants in all, interruptions included.
+        manual: nothing is sampled until ``advance`` is called; otherwise each reply takes
+            ``latency_s``, in ``chunks`` equal steps.
+        in_process: swap weights under requests; False interrupts them at ``pause``, as a server.
+        latency_s: of a reply, in seconds.
+        chunks: steps of a reply; weights may change between them.
+    """
+
+    def __init__(
+        self,
+        reply: Callable[[GenerationRequest], int] | int = 4,
+        *,
+        manual: bool = False,
+        in_process: bool = True,
+        latency_s: float = 0.0,
+        chunks: int = 1,
+    ) -> None:
+        self._reply, self._manual, self._in_process = reply, manual, in_process
+        self._latency_s, self._chunks = latency_s, chunks
+        self._version: int | None = None
+        self._paused = self._closed = False
+        self._error: EngineError | None = None
+        self._lock = threading.RLock()
+        self._requests: list[_FakeRequest] = []
+        self.num_generated = 0
+        self.num_requests = 0
+        self.published: list[tuple[int, tuple[str, ...]]] = []
+
+    @property
+    def version(self) -> int | None:
+        return self._version
+
+    @property
+    def in_process(self) -> bool:
+        return self._in_process
+
+    @property
+    def num_in_flight(self) -> int:
+        """Requests that have neither ended nor been interrupted."""
+        return len(self._requests)
+
+    def start(self) -> None:
+        pass
+
+    async def generate(self, request: GenerationRequest, sink: SegmentSink) -> FinishReason:
+        loop = asyncio.get_running_loop()
+        with self._lock:
+            self._raise_if_unusable()
+            wanted = self._reply if isinstance(self._reply, int) else self._reply(request)
+            length = max(1, min(wanted, request.params.max_new_tokens))
+            entry = _FakeRequest(request, sink, loop, loop.create_future(), length)
+            self._requests.append(entry)
+            self.num_requests += 1
+        try:
+            if not self._manual:
+                await self._run(entry)
+            return await entry.done
+        finally:
+            with self._lock:
+                if entry in self._requests:
+                    self._requests.remove(entry)
+
+    def advance(self, num_tokens: int = 1, *, only: int | None = None) -> None:
+        """Sample up to ``num_tokens`` for every request in flight, or for the ``only``-th one."""
+        with self._lock:
+            chosen = list(self._requests) if only is None else [self._requests[only]]
+            for entry in chosen:
+                self._sample(entry, num_tokens)
+
+    def fail(self, message: str) -> None:
+        """Fail every request in flight and every later call."""
+        with self._lock:
+            self._error = EngineError(message)
+            self._fail_all(self._error)
+
+    def pause(self) -> None:
+        with self._lock:
+            self._paused = True
+            if not self._in_process:
+                for entry in list(self._requests):
+                    self._end(entry, "abort")
+
+    def update_weights(
+        self, weights: NamedWeights, version: int, *, reset: bool = False
+    ) -> PublishReport:
+        with self._lock:
+            self._raise_if_unusable()
+            if not reset and (self._version is None or version != self._version + 1):
+                raise VersionError(
+                    f"engine is at version {self._version}; cannot commit {version}. "
+                    "Versions advance by 1: was a push skipped?"
+                )
+            for entry in self._requests:
+                self._close_segment(entry)
+            named = list(weights)
+            self._version = version
+            self.published.append((version, tuple(name for name, _ in named)))
+            return PublishReport(version, paused_s=0.0, num_bytes=sum(t.nbytes for _, t in named))
+
+    def resume(self) -> None:
+        with self._lock:
+            self._paused = False
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            self._fail_all(EngineError("the engine was closed."))
+
+    async def _run(self, entry: _FakeRequest) -> None:
+        per_chunk = -(-entry.length // self._chunks)
+        while not entry.done.done():
+            await asyncio.sleep(self._latency_s / self._chunks)
+            with self._lock:
+                self._sample(entry, per_chunk)
+            if self._paused or self._version is None:
+                await asyncio.sleep(0.001)
+
+    def _sample(self, entry: _FakeRequest, num_tokens: int) -> None:
+        if self._paused or self._version is None or entry not in self._requests:
+            return
+        for _ in range(min(num_tokens, entry.length - entry.num_sampled)):
+            position = entry.request.token_ids.size + entry.num_sampled
+            entry.open_tokens.append(int(position) % 7 + 3)
+            entry.num_sampled += 1
+            self.num_generated += 1
+        if entry.num_sampled == entry.length:
+            full = entry.num_sampled == entry.request.params.max_new_tokens
+            self._end(entry, "length" if full else "stop")
+
+    def _close_segment(self, entry: _FakeRequest) -> None:
+        if entry.open_tokens and self._version is not None:
+            logprobs = [-(self._version + 1) / 10] * len(entry.open_tokens)
+            temperature = entry.request.params.temperature
+            entry.sink(Segment(self._version, entry.open_tokens, logprobs, temperature))
+            entry.open_tokens = []
+
+    def _end(self, entry: _FakeRequest, reason: FinishReason) -> None:
+        self._close_segment(entry)
+        self._requests.remove(entry)
+        entry.loop.call_soon_threadsafe(_settle, entry.done, reason, None)
+
+    def _fail_all(self, error: EngineError) -> None:
+        for entry in list(self._requests):
+            self._requests.remove(entry)
+            if not entry.loop.is_closed():
+                entry.loop.call_soon_threadsafe(_settle, entry.done, None, error)
+
+    def _raise_if_unusable(self) -> None:
+        if self._error is not None:
+            raise self._error
+        if self._closed:
+            raise EngineError("the engine was closed.")
+
+
+def _settle(
+    done: asyncio.Future[FinishReason], reason: FinishReason | None, error: EngineError | None
+) -> None:
+    if done.done():
+        return
+    if error is not None:
+        done.set_exception(error)
+    elif reason is not None:
+        done.set_result(reason)
