@@ -53,8 +53,10 @@ def sequence_logprobs(
 ) -> SequenceLogprobs:
     """Score the loss-mask tokens of a batch under a model.
 
-    Frozen layers below the first trained one keep nothing for backward. Without any loss token the
-    decoder still runs, over one token, and the result is 0 with a graph to every trained parameter.
+    Frozen layers below the first trained one keep nothing for backward, unless the model was told
+    to ``enable_input_require_grads``, which ``gradient_checkpointing_enable`` does unasked and which
+    checkpointing without re-entry does not need. Without any loss token the decoder still runs, over
+    one token, and the result is 0 with a graph to every trained parameter.
 
     Args:
         model: a decoder with a linear head, ``get_decoder`` and ``get_output_embeddings``.
@@ -142,8 +144,8 @@ def _packed_hidden(model: PreTrainedModel, batch: Batch, pack: _Pack) -> Tensor:
     decoder = model.get_decoder()
     config: Any = decoder.config
     if config._attn_implementation == "eager":  # adds its mask instead of choosing by it
-        dtype = decoder.dtype
-        mask = torch.where(mask, 0.0, torch.finfo(dtype).min).to(dtype)
+        low = torch.finfo(decoder.dtype).min
+        mask = torch.zeros_like(mask, dtype=decoder.dtype).masked_fill(~mask, low)
     return decoder(
         input_ids=batch.input_ids[pack.row, pack.column][None],
         attention_mask=mask,

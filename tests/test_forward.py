@@ -1,0 +1,284 @@
+"""The forward: both layouts against a plain full forward, values and gradients."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sdp_lightning.batch import Batch, Layout, collate
+from sdp_lightning.errors import ConfigError
+from sdp_lightning.forward import SequenceLogprobs, check_model, sequence_logprobs
+from sdp_lightning.testing import tiny_model
+from sdp_lightning.types import Context, Segment, Trajectory, TrajectoryGroup
+
+torch.set_num_threads(1)
+LAYOUTS: tuple[Layout, ...] = ("padded", "shared_prefix")
+
+
+def random_batch(seed: int, sizes: tuple[int, ...] = (3, 1, 4)) -> Batch:
+    """Groups with a prompt each, several turns, several temperatures; rows of unlike length."""
+    rng = np.random.default_rng(seed)
+    groups: list[TrajectoryGroup] = []
+    for size in sizes:
+        prompt = rng.integers(3, 40, rng.integers(1, 8))
+        members: list[Trajectory] = []
+        for _ in range(size):
+            parts: list[Context | Segment] = [Context(prompt)]
+            for version in range(rng.integers(1, 4)):
+                n = rng.integers(1, 5)
+                tokens, logprobs = rng.integers(3, 40, n), -rng.random(n)
+                parts.append(Segment(version, tokens, logprobs, 0.5 + 0.5 * version))
+                if rng.random() < 0.5:
+                    parts.append(Context(rng.integers(3, 40, 2)))
+            members.append(Trajectory(tuple(parts)))
+        groups.append(TrajectoryGroup(tuple(members)))
+    return collate(groups, version=3)
+
+
+def plain(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    """[B, T] log-probs and entropy, row by row, through the model's own head."""
+    logprobs, entropy = (torch.zeros(batch.loss_mask.shape, dtype=model.dtype) for _ in range(2))
+    for row, length in enumerate(batch.lengths.tolist()):
+        logits = model(input_ids=batch.input_ids[row : row + 1, :length], use_cache=False).logits[0]
+        for t in batch.loss_mask[row].nonzero()[:, 0].tolist():
+            table = (logits[t - 1] / batch.temperatures[row, t]).log_softmax(-1)
+            logprobs[row, t] = table[batch.input_ids[row, t]]
+            entropy[row, t] = -(table.exp() * table).sum()
+    return logprobs, entropy
+
+
+def gradients(model: Any, logprobs: Tensor) -> dict[str, Tensor]:
+    slope = torch.linspace(-1, 1, logprobs.numel(), dtype=logprobs.dtype).view_as(logprobs)
+    model.zero_grad()
+    (logprobs * slope).sum().backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+@settings(deadline=None, max_examples=15)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    layout=st.sampled_from(LAYOUTS),
+    attention=st.sampled_from(["sdpa", "eager"]),
+    tied=st.booleans(),
+)
+def test_both_layouts_equal_a_forward_row_by_row(
+    seed: int, layout: Layout, attention: str, tied: bool
+) -> None:
+    model = tiny_model(tie_word_embeddings=tied).double()
+    model.set_attn_implementation(attention)
+    batch = random_batch(seed)
+    result = sequence_logprobs(model, batch, layout=layout, chunk_size=5)
+    expected, entropy = plain(model, batch)
+    close = 1e-9 if attention == "sdpa" else 1e-5  # eager attention rounds its softmax to float32
+    torch.testing.assert_close(result.logprobs, expected, rtol=close, atol=close)
+    torch.testing.assert_close(result.entropy, entropy.detach(), rtol=close, atol=close)
+    assert not result.entropy.requires_grad
+    wanted = gradients(model, expected)
+    for name, grad in gradients(model, result.logprobs).items():
+        torch.testing.assert_close(grad, wanted[name], rtol=10 * close, atol=10 * close)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_shared_prefix_equals_padded_in_float32(attention: str) -> None:
+    model = tiny_model(num_layers=3)
+    model.set_attn_implementation(attention)
+    batch = random_batch(1, sizes=(8, 8))
+    results = [sequence_logprobs(model, batch, layout=layout) for layout in LAYOUTS]
+    torch.testing.assert_close(results[0].logprobs, results[1].logprobs, rtol=1e-5, atol=1e-5)
+    grads = [gradients(model, result.logprobs) for result in results]
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grad, grads[1][name], rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_padding_and_other_rows_do_not_leak_into_a_row(layout: Layout) -> None:
+    model = tiny_model()
+    batch = random_batch(2)
+    changed = batch.input_ids.clone()
+    columns = torch.arange(changed.shape[1])
+    changed[columns >= batch.lengths[:, None]] = 33
+    changed[-1, 1:] = 34
+    other = dataclasses.replace(batch, input_ids=changed)
+    before, after = (sequence_logprobs(model, b, layout=layout).logprobs for b in (batch, other))
+    unrelated = batch.group_ids != batch.group_ids[-1]
+    torch.testing.assert_close(after[unrelated], before[unrelated])
+    assert not torch.allclose(after[-1], before[-1])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_pieces_of_a_batch_give_what_the_whole_gives(layout: Layout) -> None:
+    model = tiny_model()
+    batch = random_batch(3, sizes=(4, 2, 5))
+    whole = sequence_logprobs(model, batch, layout=layout).logprobs
+    plan = batch.microbatches(25, layout)
+    assert len(plan) > 2
+    for rows in plan:
+        part = sequence_logprobs(model, batch.select(rows), layout=layout).logprobs
+        torch.testing.assert_close(part, whole[rows], rtol=1e-5, atol=1e-5)
+
+
+class TokenCounter:
+    """Counts the tokens that a decoder is given."""
+
+    def __init__(self, model: Any) -> None:
+        self.tokens = 0
+        model.get_decoder().register_forward_pre_hook(self, with_kwargs=True)
+
+    def __call__(self, module: Any, args: Any, kwargs: dict[str, Tensor]) -> None:
+        self.tokens += kwargs["input_ids"].numel()
+        assert kwargs["use_cache"] is False
+
+
+def test_a_prompt_is_computed_once_and_last_tokens_not_at_all() -> None:
+    # 8 answers of 3 tokens to a prompt of 10. The last token of each is scored from the one before.
+    prompt = Context(range(3, 13))
+    members = [Trajectory((prompt, Segment(0, [k, 5, 1], [-1.0] * 3))) for k in range(20, 28)]
+    batch = collate([TrajectoryGroup(tuple(members))], version=0)
+    model = tiny_model()
+    counts = {}
+    for layout in LAYOUTS:
+        counter = TokenCounter(model)
+        sequence_logprobs(model, batch, layout=layout)
+        counts[layout] = counter.tokens
+    assert counts == {"padded": 8 * 12, "shared_prefix": 10 + 8 * 2}
+    assert batch.microbatches(26, "shared_prefix") == [list(range(8))]
+    assert len(batch.microbatches(25, "shared_prefix")) == 2
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_idle_batch_gives_zero_with_a_graph_to_every_parameter(layout: Layout) -> None:
+    model = tiny_model(tie_word_embeddings=False)
+    result = sequence_logprobs(model, random_batch(0).idle(), layout=layout)
+    assert not result.logprobs.any()
+    result.logprobs.sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and not parameter.grad.any(), name
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_rows_without_loss_tokens_do_not_disturb_their_siblings(layout: Layout) -> None:
+    model = tiny_model()
+    batch = random_batch(4, sizes=(3, 2))
+    mask = batch.loss_mask.clone()
+    mask[0] = False
+    mask[3:] = False
+    masked = dataclasses.replace(batch, loss_mask=mask)
+    expected = sequence_logprobs(model, batch, layout="padded").logprobs
+    actual = sequence_logprobs(model, masked, layout=layout).logprobs
+    torch.testing.assert_close(actual, torch.where(mask, expected, 0.0), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_frozen_layers_keep_no_graph(layout: Layout, checkpointing: bool) -> None:
+    model = tiny_model(num_layers=3).train()
+    model.requires_grad_(False)
+    model.model.layers[2].requires_grad_()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.disable_input_require_grads()
+    graph: list[bool] = []
+
+    def record(module: Any, args: Any, output: Any) -> None:
+        tensor: Tensor = output[0] if isinstance(output, tuple) else output
+        graph.append(tensor.requires_grad)
+
+    for layer in model.model.layers:
+        layer.register_forward_hook(record)
+    result = sequence_logprobs(model, random_batch(0), layout=layout)
+    assert graph[:3] == [False, False, True]
+    result.logprobs.sum().backward()
+    trained = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert trained == {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_log_probs_are_float32_for_a_bfloat16_model_and_under_autocast(layout: Layout) -> None:
+    batch = random_batch(0)
+    exact = sequence_logprobs(tiny_model(), batch, layout=layout)
+    low = sequence_logprobs(tiny_model().bfloat16(), batch, layout=layout)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = sequence_logprobs(tiny_model(), batch, layout=layout)
+    for result in (low, mixed):
+        assert (result.logprobs.dtype, result.entropy.dtype) == (torch.float32, torch.float32)
+        torch.testing.assert_close(result.logprobs, exact.logprobs, rtol=0.1, atol=0.3)
+        result.logprobs.sum().backward()
+
+
+def build(kind: str, **settings: Any) -> Any:
+    """A model of another type, as small as the tiny one."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(
+        kind,
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=1,
+        **settings,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(config)
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "mistral", "gpt_neox", "phi", "olmo2"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_other_model_types_score_as_their_own_forward_does(kind: str, layout: Layout) -> None:
+    extra = {"sliding_window": None} if kind == "mistral" else {}
+    model = build(kind, **extra).eval()
+    batch = random_batch(0)
+    with torch.no_grad():
+        result: SequenceLogprobs = sequence_logprobs(model, batch, layout=layout)
+        torch.testing.assert_close(result.logprobs, plain(model, batch)[0], rtol=1e-5, atol=1e-5)
+
+
+REFUSED = [
+    ("gemma2", {}, "padded", "gemma2.*final_logit_softcapping=30"),
+    ("granite", {"logits_scaling": 8.0}, "padded", r"granite.*logits_scaling=8"),
+    ("cohere", {}, "padded", r"cohere.*logit_scale=0\.0625"),
+    ("mistral", {"sliding_window": 4}, "shared_prefix", "mistral.*sliding_window=4.*'padded'"),
+    ("gemma3_text", {}, "shared_prefix", "gemma3_text.*sliding_attention"),
+]
+
+
+@pytest.mark.parametrize(("kind", "extra", "layout", "message"), REFUSED)
+def test_models_that_would_come_out_wrong_are_refused(
+    kind: str, extra: dict[str, Any], layout: Layout, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        sequence_logprobs(build(kind, **extra), random_batch(0), layout=layout)
+
+
+def test_a_sliding_window_is_allowed_in_the_padded_layout() -> None:
+    model = build("mistral", sliding_window=4).eval()
+    batch = random_batch(0)
+    with torch.no_grad():
+        result = sequence_logprobs(model, batch, layout="padded")
+        torch.testing.assert_close(result.logprobs, plain(model, batch)[0], rtol=1e-5, atol=1e-5)
+
+
+def test_attention_that_takes_no_mask_is_refused_for_the_shared_prefix() -> None:
+    model = tiny_model()
+    model.config._attn_implementation_internal = "flash_attention_2"
+    check_model(model, "padded")
+    with pytest.raises(ConfigError, match=r"'llama' runs with attention 'flash_attention_2'"):
+        check_model(model, "shared_prefix")
+
+
+def test_a_model_without_a_head_is_refused() -> None:
+    with pytest.raises(ConfigError, match="'llama' has no language-model head"):
+        check_model(tiny_model().model, "padded")
