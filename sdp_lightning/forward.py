@@ -54,9 +54,9 @@ def sequence_logprobs(
     """Score the loss-mask tokens of a batch under a model.
 
     Frozen layers below the first trained one keep nothing for backward, unless the model was told
-    to ``enable_input_require_grads``, which ``gradient_checkpointing_enable`` does unasked and which
-    checkpointing without re-entry does not need. Without any loss token the decoder still runs, over
-    one token, and the result is 0 with a graph to every trained parameter.
+    to ``enable_input_require_grads``. ``gradient_checkpointing_enable`` does that unasked, and
+    checkpointing without re-entry does not need it: undo it. Without any loss token the decoder
+    runs over one token, and the result is 0 with a graph to every trained parameter.
 
     Args:
         model: a decoder with a linear head, ``get_decoder`` and ``get_output_embeddings``.
