@@ -5,8 +5,10 @@ Reads the Trainer's metrics and nothing else. Times in seconds, rewards as means
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -26,11 +28,25 @@ PHASES = {
     "publish": "publishing weights",
 }
 DROPS = {
-    "rollout/dropped_stale": "dropped, stale",
-    "rollout/dropped_overdue": "dropped, overdue",
+    "rollout/dropped_stale": "dropped (stale)",
+    "rollout/dropped_overdue": "dropped (overdue)",
     "rollout/rejected": "rejected",
     "rollout/failed": "failed",
 }
+SPEEDS = {"generated": "generated", "train": "trained"}
+
+
+def quiet_logs() -> None:
+    """Keep what Lightning and transformers say about themselves off the terminal, to the end.
+
+    Their warnings still show, but for one of torch about a name that Lightning uses.
+    """
+    from transformers.utils import logging as transformers_logging
+
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")
 
 
 class RunSummary(Callback):
@@ -159,18 +175,20 @@ def render(rows: Sequence[Row], *, window: int) -> list[RenderableType]:
     if rewards:
         means = moving_mean(rewards, window)
         first = means[min(window, len(means)) - 1]
-        text = f"{first:.3f} -> {means[-1]:.3f}"
-        table.add_row("reward", text, f"means of the first and last {min(window, len(rewards))}")
+        text = f"{first:.3f} -> {means[-1]:.3f}, means of the first and last {window} batches"
+        table.add_row("reward", "", text)
     for title, shares in (("lag", lag_shares(rows)), ("time", phase_shares(rows))):
         for label, share in shares.items():
-            table.add_row(title, f"{share:6.1%} {'█' * round(30 * share)}", label)
+            table.add_row(title, f"{share:6.1%}", f"{'█' * round(30 * share):30} {label}")
             title = ""
-    for name, label in DROPS.items():
-        if values := series(rows, name):
-            table.add_row("groups", f"{values[-1]:.0f}", label)
-    for name, label in (("generated", "generated"), ("train", "trained")):
-        if values := series(rows, f"speed/{name}_tokens_per_s"):
-            table.add_row("tokens/s", f"{mean(values):.0f}", label)
+    counts = {label: series(rows, name) for name, label in DROPS.items()}
+    lost = [f"{values[-1]:.0f} {label}" for label, values in counts.items() if values]
+    if lost:
+        table.add_row("groups", "", ", ".join(lost))
+    speeds = {label: series(rows, f"speed/{label}_tokens_per_s") for label in SPEEDS}
+    told = [f"{mean(values):.0f} {SPEEDS[label]}" for label, values in speeds.items() if values]
+    if told:
+        table.add_row("tokens/s", "", ", ".join(told))
     return [*parts, table]
 
 
@@ -194,10 +212,12 @@ def moving_mean(values: Sequence[float], window: int) -> list[float]:
 
 
 def lag_shares(rows: Sequence[Row]) -> dict[str, float]:
-    """Share of tokens of every lag, averaged over batches."""
+    """Share of tokens of every lag up to the largest there was, averaged over batches."""
     prefix = "lag/share_"
     names = dict.fromkeys(name for row in rows for name in row if name.startswith(prefix))
     shares = {name.removeprefix(prefix): mean(series(rows, name)) for name in sorted(names)}
+    while shares and not shares[last := max(shares)]:
+        del shares[last]
     return {
         f"{lag.replace('plus', ' or more')} version{'' if lag == '1' else 's'} old": share
         for lag, share in shares.items()
