@@ -6,6 +6,7 @@ seed and its position alone.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,7 +17,6 @@ from torch.nn import functional
 
 from sdp_lightning.types import SamplingParams
 
-_BLOCK = 256  # logits summed together on the first level of the inverse CDF
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 _POSITION = np.uint64(0xD1342543DE82EF95)
 
@@ -87,20 +87,21 @@ def _inverse_cdf(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     On two levels, blocks and then tokens of one block, in float64: one float32 running sum over a
     large vocabulary would never reach its rare tokens.
     """
-    padded = functional.pad(logits, (0, -logits.shape[-1] % _BLOCK), value=-torch.inf)
+    size = 2 ** math.ceil(math.log2(logits.shape[-1]) / 2)  # of a block: about sqrt(V)
+    padded = functional.pad(logits, (0, -logits.shape[-1] % size), value=-torch.inf)
     peak = padded.amax(-1, keepdim=True)
-    mass = (padded - peak).exp_().unflatten(-1, (-1, _BLOCK))
+    mass = (padded - peak).exp_().unflatten(-1, (-1, size))
     cumulative = mass.sum(-1, dtype=torch.float64).cumsum(-1)
     total = cumulative[:, -1:]
     target = uniform[:, None] * total
     block = torch.searchsorted(cumulative, target, right=True).clamp_(max=mass.shape[1] - 1)
     before = torch.where(block > 0, cumulative.gather(1, (block - 1).clamp_(min=0)), 0.0)
-    inner = mass.gather(1, block[:, :, None].expand(-1, -1, _BLOCK)).squeeze(1).double()
+    inner = mass.gather(1, block[:, :, None].expand(-1, -1, size)).squeeze(1).double()
     rest = (target - before).clamp_(min=0)
     offset = torch.searchsorted(inner.cumsum(-1), rest, right=True)
-    possible = (inner > 0) * torch.arange(_BLOCK, device=logits.device)
+    possible = (inner > 0) * torch.arange(size, device=logits.device)
     offset = torch.minimum(offset, possible.amax(-1, keepdim=True))
-    token = block * _BLOCK + offset
+    token = block * size + offset
     logprob = (padded.gather(1, token) - peak).double() - total.log()
     return token.squeeze(1), logprob.squeeze(1)
 
