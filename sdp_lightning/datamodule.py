@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import logging
 import math
+import os
+import sys
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, cast
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -21,6 +25,7 @@ from sdp_lightning.batch import Batch, SealedBatch, collate
 from sdp_lightning.config import RolloutConfig
 from sdp_lightning.engines.base import InferenceEngine
 from sdp_lightning.engines.connect import connect_engine
+from sdp_lightning.engines.embedded import EmbeddedEngine
 from sdp_lightning.errors import ConfigError, RolloutError, RolloutTimeout
 from sdp_lightning.loading import load_object
 from sdp_lightning.module import SegmentWisePPOModule
@@ -30,6 +35,9 @@ from sdp_lightning.types import TrajectoryGroup
 from sdp_lightning.workflows.base import RolloutWorkflow, Row
 
 logger = logging.getLogger(__name__)
+
+# Lightning 2.6 asks torch 2.13 a question that torch would rather have asked otherwise.
+warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
 
 ENDLESS = 10**9
 
@@ -77,6 +85,7 @@ class RolloutDataModule(L.LightningDataModule):
         self._engine: InferenceEngine | None = None
         self._executor: WorkflowExecutor | None = None
         self._loader: RolloutLoader | None = None
+        self._trainer_threads: int | None = None
 
     @property
     def executor(self) -> WorkflowExecutor:
@@ -117,7 +126,10 @@ class RolloutDataModule(L.LightningDataModule):
             tokenizer=module.tokenizer,
         )
         self._engine = engine
+        if self._val_prompts is None and stage == "fit" and self.trainer is not None:
+            self.trainer.limit_val_batches = 0
         engine.start()
+        self._share_cores(engine)
 
     def train_dataloader(self) -> RolloutLoader:
         module, trainer = self._module(), self.trainer
@@ -130,13 +142,12 @@ class RolloutDataModule(L.LightningDataModule):
         )
         return self._loader
 
-    def val_dataloader(self) -> EvaluationLoader | list[Any]:
+    def val_dataloader(self) -> EvaluationLoader:
         if self._val_prompts is None:
-            return []
-        rows = _rows(self._val_prompts)
-        return EvaluationLoader(self.executor, rows, self.val_workflow)
+            raise ConfigError("there is nothing to evaluate: pass val_prompts.")
+        return EvaluationLoader(self.executor, _rows(self._val_prompts), self.val_workflow)
 
-    def test_dataloader(self) -> EvaluationLoader | list[Any]:
+    def test_dataloader(self) -> EvaluationLoader:
         return self.val_dataloader()
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
@@ -165,6 +176,19 @@ class RolloutDataModule(L.LightningDataModule):
         finally:
             if engine is not None:
                 engine.close()
+            if self._trainer_threads is not None:
+                torch.set_num_threads(self._trainer_threads)
+                self._trainer_threads = None
+
+    def _share_cores(self, engine: InferenceEngine) -> None:
+        """Leave the engine its cores: on shared ones two OpenMP pools spin against each other."""
+        if not isinstance(engine, EmbeddedEngine) or "OMP_NUM_THREADS" in os.environ:
+            return
+        cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+        share = max(1, cores - engine.num_cpu_threads)
+        if engine.num_cpu_threads and share < torch.get_num_threads():
+            self._trainer_threads = torch.get_num_threads()
+            torch.set_num_threads(share)
 
     def _module(self) -> SegmentWisePPOModule:
         module = None if self.trainer is None else self.trainer.lightning_module
@@ -232,9 +256,8 @@ class RolloutLoader:
         )
 
 
-@dataclass(frozen=True)
 class Evaluation:
-    """What rolling out a set of rows gave.
+    """What rolling out a set of rows gave. Like a sealed batch, Lightning moves it whole.
 
     Attributes:
         version: of the policy that was evaluated.
@@ -242,9 +265,16 @@ class Evaluation:
         num_trajectories: how many.
     """
 
-    version: int
-    reward: float
-    num_trajectories: int
+    __slots__ = ("num_trajectories", "reward", "version")
+
+    def __init__(self, *, version: int, rewards: Sequence[float]) -> None:
+        self.version = version
+        self.reward = math.fsum(rewards) / len(rewards)
+        self.num_trajectories = len(rewards)
+
+    def to(self, device: Any, *, non_blocking: bool = False) -> Evaluation:
+        """Itself: nothing here lives on a device."""
+        return self
 
 
 class EvaluationLoader:
@@ -264,7 +294,7 @@ class EvaluationLoader:
         rewards = [t.reward for group in groups for t in group.trajectories]
         if not rewards:
             raise RolloutError(f"all {len(self._rows)} evaluation rows were rejected.")
-        yield Evaluation(version, math.fsum(rewards) / len(rewards), len(rewards))
+        yield Evaluation(version=version, rewards=rewards)
 
 
 def _rows(source: str | Sequence[Mapping[str, Any]]) -> Sequence[Row]:

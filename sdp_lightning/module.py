@@ -21,7 +21,7 @@ from sdp_lightning.batch import Batch, Layout, collate, split_minibatches
 from sdp_lightning.config import LossConfig, OptimizerConfig, UpdateConfig
 from sdp_lightning.errors import ConfigError
 from sdp_lightning.forward import SequenceLogprobs, check_model, sequence_logprobs
-from sdp_lightning.loading import load_object
+from sdp_lightning.loading import load_object, quiet_transformers
 from sdp_lightning.metrics import LagMetrics
 from sdp_lightning.objective import (
     complete_segment_logprobs,
@@ -87,7 +87,8 @@ class SegmentWisePPOModule(L.LightningModule):
         if self.policy is not None:
             return
         options = {"dtype": torch.float32, **self._model_kwargs}
-        policy = AutoModelForCausalLM.from_pretrained(self.model_id, **options)
+        with quiet_transformers():
+            policy = AutoModelForCausalLM.from_pretrained(self.model_id, **options)
         select_trainable(policy, self.trainable)
         silence_dropout(policy)
         if self.gradient_checkpointing:

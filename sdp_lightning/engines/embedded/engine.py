@@ -122,6 +122,11 @@ class EmbeddedEngine:
         """Requests that hold a slot."""
         return 0 if self._running is None else self._running.decoder.num_active
 
+    @property
+    def num_cpu_threads(self) -> int:
+        """CPU threads that decoding keeps busy; 0 on a GPU."""
+        return self._num_threads if self._device.type == "cpu" else 0
+
     def start(self) -> None:
         """Load the model, prove that slots decode it, start the thread. Does nothing if running.
 
