@@ -207,7 +207,7 @@ class RolloutLoader:
         executor: where rollouts are.
         pad_token_id: for the padding of a batch.
         length: how many batches an epoch has.
-        trainer: asked for SIGTERM while waiting.
+        trainer: asked for SIGTERM while waiting, and told when the prompts have ended.
     """
 
     def __init__(
@@ -216,13 +216,21 @@ class RolloutLoader:
         self.last_wait_s = 0.0
         self._executor, self._pad_token_id = executor, pad_token_id
         self._length, self._trainer = length, trainer
+        self._ended = False
 
     def __len__(self) -> int:
         return self._length
 
     def __iter__(self) -> Iterator[SealedBatch]:
+        if self._ended:
+            raise RolloutError(
+                "the prompts have ended, but the Trainer goes on: leave out its min_steps and "
+                "min_epochs, or raise num_epochs of the RolloutConfig."
+            )
         while (groups := self._take()) is not None:
             yield SealedBatch(self._collate(groups))
+        self._ended = True
+        self._trainer.should_stop = True  # else Lightning begins one empty epoch after another
 
     def _take(self) -> list[TrajectoryGroup] | None:
         start = time.monotonic()

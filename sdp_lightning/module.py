@@ -183,9 +183,9 @@ class SegmentWisePPOModule(L.LightningModule):
         norm = self._gradient_norm()
         finite = torch.isfinite(norm)
         if finite:
+            schedulers: Any = self.lr_schedulers()
             optimizer.step()
-        schedulers: Any = self.lr_schedulers()
-        schedulers.step()
+            schedulers.step()
         return {"loss": total, "grad_norm": norm, "skipped": (~finite).float()}
 
     def _loss(
