@@ -66,8 +66,10 @@ def doctor() -> int:
 
 def run_trainer(arguments: list[str]) -> int:
     """``fit``, ``validate`` or ``test``. A setting that is refused is one line, not a traceback."""
+    from sdp_lightning.summary import quiet_logs
     from sdp_lightning.trainer_cli import run
 
+    quiet_logs()
     try:
         run(arguments)
     except ConfigError as error:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import sys
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -37,16 +36,12 @@ SPEEDS = {"generated": "generated", "train": "trained"}
 
 
 def quiet_logs() -> None:
-    """Keep what Lightning and transformers say about themselves off the terminal, to the end.
-
-    Their warnings still show, but for one of torch about a name that Lightning uses.
-    """
+    """Keep what Lightning and transformers say about themselves off the terminal, not warnings."""
     from transformers.utils import logging as transformers_logging
 
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     transformers_logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")
 
 
 class RunSummary(Callback):
@@ -101,6 +96,7 @@ class ProgressLine(ProgressBar):
     def __init__(self) -> None:
         super().__init__()
         self._enabled = True
+        self._open = False  # whether the cursor is behind a line that may be rewritten
         self._started = 0.0
 
     def enable(self) -> None:
@@ -127,6 +123,7 @@ class ProgressLine(ProgressBar):
         self._end_line()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._end_line()
         self._write("evaluating")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -139,10 +136,12 @@ class ProgressLine(ProgressBar):
             return
         live = sys.stdout.isatty()
         print(f"\r\x1b[2K{text}" if live else text, end="" if live else "\n", flush=True)
+        self._open = live
 
     def _end_line(self) -> None:
-        if self._enabled and self.trainer.is_global_zero and sys.stdout.isatty():
+        if self._open:
             print(flush=True)
+            self._open = False
 
 
 def progress_text(row: Row, step: int, max_steps: int, elapsed_s: float) -> str:

@@ -1,7 +1,6 @@
 """SmolLM2-135M learns one-digit sums by asynchronous RL, on the CPU, in minutes."""
 
 import lightning as L
-import torch
 from lightning.pytorch.loggers import CSVLogger
 from model import model_path
 from task import reward, rows
@@ -12,7 +11,6 @@ from sdp_lightning.summary import ProgressLine, RunSummary, quiet_logs
 
 def main() -> None:
     quiet_logs()
-    torch.set_num_threads(1)  # the engine computes in a thread of its own; two cores are assumed
     L.seed_everything(0)
 
     sampling = sdp.SamplingParams(max_new_tokens=4)

@@ -1,7 +1,6 @@
 """A 0.4 M-parameter model learns to sort six digits and stop, in well under a minute."""
 
 import lightning as L
-import torch
 from lightning.pytorch.loggers import CSVLogger
 from model import model_path
 from task import reward, rows, val_rows
@@ -12,12 +11,11 @@ from sdp_lightning.summary import ProgressLine, RunSummary, quiet_logs
 
 def main() -> None:
     quiet_logs()
-    torch.set_num_threads(1)  # the engine computes in a thread of its own; two cores are assumed
     L.seed_everything(0)
 
     sampling = sdp.SamplingParams(max_new_tokens=9)
     workflow = sdp.RLVRWorkflow(reward, group_size=8, sampling=sampling, stop=("\n",))
-    rollout = sdp.RolloutConfig(batch_size=16, max_head_lag=2, max_concurrent=16)
+    rollout = sdp.RolloutConfig(batch_size=16, max_head_lag=2, max_concurrent=8)
     data = sdp.RolloutDataModule(rows, workflow, rollout=rollout, val_prompts=val_rows)
     model = sdp.SegmentWisePPOModule(
         model_path(),

@@ -1,0 +1,202 @@
+"""The command line, from its arguments to its exit status."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import sdp_lightning as sdp
+from sdp_lightning.cli import main
+
+# Lightning calls functions of jsonargparse by their old names; Python shows that to nobody else.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning"
+)
+
+TASK = """
+prompts = [{"prompt": f"{i}+{i}="} for i in range(8)]
+
+def reward(completion, row):
+    return len(set(completion)) / 10
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_folder: str) -> dict[str, Any]:
+    """A config that fits in a second, with files of its own in the working folder."""
+    monkeypatch.chdir(tmp_path)
+    Path("task.py").write_text(TASK)
+    return {
+        "trainer": {
+            "max_steps": 2,
+            "accelerator": "cpu",
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+        },
+        "model": {"model": model_folder},
+        "data": {
+            "prompts": "task.py:prompts",
+            "workflow": {
+                "class_path": "sdp_lightning.RLVRWorkflow",
+                "init_args": {
+                    "reward": "task.py:reward",
+                    "group_size": 2,
+                    "sampling": {"max_new_tokens": 4},
+                },
+            },
+            "engine_options": {"device": "cpu", "max_slots": 8},
+            "rollout": {"batch_size": 2, "timeout_s": 60.0},
+        },
+    }
+
+
+def run(command: str, config: dict[str, Any], *flags: str) -> int:
+    Path("config.yaml").write_text(yaml.safe_dump(config))
+    return main([command, "--config", "config.yaml", *flags])
+
+
+# Quick commands ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("argument", ["--version", "doctor", "--help"])
+def test_a_quick_command_imports_neither_lightning_nor_transformers(argument: str):
+    script = (
+        "import sys\n"
+        "from sdp_lightning.cli import main\n"
+        f"main([{argument!r}])\n"
+        "heavy = {'lightning', 'transformers', 'pytorch_lightning'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
+def test_version_is_the_package_s(capsys: pytest.CaptureFixture[str]):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"sdp-lightning {sdp.__version__}\n"
+
+
+def test_without_a_command_the_help_is_shown_and_the_status_is_2(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sys, "argv", ["sdp-lightning"])
+    assert main() == 2
+    assert "sdp-lightning doctor" in capsys.readouterr().out
+
+
+def test_an_unknown_command_is_refused_with_a_near_one(capsys: pytest.CaptureFixture[str]):
+    assert main(["docter"]) == 2
+    assert "Did you mean doctor?" in capsys.readouterr().err
+
+
+def test_predict_is_no_command(capsys: pytest.CaptureFixture[str]):
+    assert main(["predict"]) == 2
+    assert "no command 'predict'" in capsys.readouterr().err
+
+
+# fit, validate, test ------------------------------------------------------------
+
+
+def test_a_config_without_the_callback_fits_and_its_settings_are_saved(config: dict[str, Any]):
+    assert run("fit", config) == 0
+    folder = Path("runs/version_0")
+    assert "train/reward" in (folder / "metrics.csv").read_text()
+    saved = yaml.safe_load((folder / "config.yaml").read_text())
+    workflow = saved["data"]["workflow"]["init_args"]
+    assert workflow["reward"] == "task.py:reward"
+    assert workflow["sampling"]["max_new_tokens"] == 4
+    assert saved["seed_everything"] == 0
+
+
+def test_a_saved_config_can_be_fitted_again_into_the_same_folder(config: dict[str, Any]):
+    logger = {"class_path": "lightning.pytorch.loggers.CSVLogger"}
+    logger["init_args"] = {"save_dir": "again", "name": "", "version": ""}  # type: ignore
+    config["trainer"]["logger"] = logger
+    assert run("fit", config) == 0
+    saved = yaml.safe_load(Path("again/config.yaml").read_text())
+    for log in Path("again").glob("*.csv"):  # of which Lightning would warn
+        log.unlink()
+    assert run("fit", saved) == 0
+
+
+def test_the_callback_that_publishes_is_added_only_if_the_config_has_none(
+    config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+):
+    from sdp_lightning import trainer_cli
+
+    made: list[Any] = []
+    instantiate = trainer_cli.RolloutCLI.instantiate_trainer
+
+    def keep(self: Any, **kwargs: Any) -> Any:
+        made.append(instantiate(self, **kwargs))
+        return made[-1]
+
+    monkeypatch.setattr(trainer_cli.RolloutCLI, "instantiate_trainer", keep)
+    assert run("fit", config) == 0
+    config["trainer"]["callbacks"] = [{"class_path": "sdp_lightning.WeightSyncCallback"}]
+    assert run("fit", config) == 0
+    for trainer in made:
+        kinds = [type(callback).__name__ for callback in trainer.callbacks]
+        assert kinds.count("WeightSyncCallback") == 1
+    assert type(made[0].callbacks[0]).__name__ == "WeightSyncCallback"
+
+
+@pytest.mark.parametrize(
+    ("command", "metric"), [("validate", "val/reward"), ("test", "test/reward")]
+)
+def test_rows_are_evaluated(
+    command: str, metric: str, config: dict[str, Any], capsys: pytest.CaptureFixture[str]
+):
+    config["data"]["val_prompts"] = "task.py:prompts"
+    assert run(command, config) == 0
+    assert metric in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "--model.loss.clip_eps=0.1",
+        "--data.rollout.batch=4",
+        "--trainer.max_step=4",
+        "--data.workflow.group=3",
+        "--data.workflow.init_args.group=3",
+        "--conf=config.yaml",
+    ],
+)
+def test_an_abbreviated_flag_is_refused(
+    flag: str, config: dict[str, Any], capsys: pytest.CaptureFixture[str]
+):
+    with pytest.raises(SystemExit) as refusal:
+        run("fit", config, flag)
+    assert refusal.value.code == 2
+    assert flag.partition("=")[0].rpartition(".")[2] in capsys.readouterr().err
+
+
+def test_print_config_shows_every_setting_and_can_be_read_back(
+    config: dict[str, Any], capsys: pytest.CaptureFixture[str]
+):
+    with pytest.raises(SystemExit) as done:
+        run("fit", config, "--model.loss.clip_epsilon=0.3", "--print_config")
+    assert done.value.code == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert shown["model"]["loss"]["clip_epsilon"] == 0.3
+    assert shown["model"]["loss"]["trust_region"] == "segment"
+    assert shown["data"]["rollout"]["max_head_lag"] == 2
+    assert shown["data"]["workflow"]["init_args"]["reward"] == "task.py:reward"
+
+
+def test_a_refused_setting_is_one_line_and_status_2(
+    config: dict[str, Any], capsys: pytest.CaptureFixture[str]
+):
+    assert run("fit", config, "--model.loss.clip_epsilon=3") == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("sdp-lightning: clip_epsilon must be in (0, 1), got 3")
+    assert "\n" not in error

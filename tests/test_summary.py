@@ -1,0 +1,226 @@
+"""The line, the page and the plot of a run."""
+
+from __future__ import annotations
+
+import io
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from rich.console import Console
+
+from sdp_lightning import summary
+from sdp_lightning.summary import ProgressLine, RunSummary
+
+ROWS: list[dict[str, float]] = [
+    {
+        "train/reward": reward,
+        "lag/share_0": 0.5,
+        "lag/share_1": 0.5,
+        "lag/share_2": 0.0,
+        "lag/share_4plus": 0.0,
+        "time/step_s": 2.0,
+        "time/wait_s": 0.5,
+        "time/train_s": 1.0,
+        "rollout/dropped_stale": count,
+        "speed/generated_tokens_per_s": 100.0,
+        "speed/train_tokens_per_s": 80.0,
+    }
+    for reward, count in ((0.25, 0.0), (0.75, 1.0), (0.75, 3.0))
+]
+
+
+def page(rows: list[dict[str, float]], *, window: int = 2) -> str:
+    out = io.StringIO()
+    console = Console(file=out, width=100)
+    for part in summary.render(rows, window=window):
+        console.print(part)
+    return out.getvalue()
+
+
+def line_of(text: str, word: str) -> str:
+    return next(line for line in text.splitlines() if word in line)
+
+
+class Replay(L.LightningModule):
+    """Logs the given metrics, step by step, as the callbacks of a real run do."""
+
+    def __init__(self, rows: list[dict[str, float]]) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.rows = rows
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        self.log_dict(self.rows[batch_idx])
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val/reward", 0.625, batch_size=1)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def replay(folder: Path, *callbacks: L.Callback, rows: list[dict[str, float]] = ROWS) -> None:
+    trainer = L.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        default_root_dir=folder,
+        callbacks=list(callbacks),
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        enable_progress_bar=any(isinstance(callback, ProgressLine) for callback in callbacks),
+    )
+    trainer.fit(Replay(rows), [0] * len(rows), [0])
+
+
+# The page --------------------------------------------------------------------
+
+
+def test_a_fit_ends_with_the_page_and_the_plot(tmp_path: Path):
+    out = io.StringIO()
+    replay(tmp_path, RunSummary(window=2, console=Console(file=out, width=200)))
+    text = out.getvalue()
+    assert "0.500 -> 0.750, means of the first and last 2 batches" in text
+    assert f"The reward is drawn in {tmp_path / 'reward.png'}" in text
+    assert (tmp_path / "reward.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_second_fit_starts_a_new_page(tmp_path: Path):
+    callback = RunSummary(plot=None, console=Console(file=io.StringIO()))
+    replay(tmp_path, callback)
+    replay(tmp_path, callback, rows=ROWS[:1])
+    assert len(callback.rows) == 1
+    assert not (tmp_path / "reward.png").exists()
+
+
+def test_a_run_without_metrics_of_ours_has_no_plot_and_no_lines(tmp_path: Path):
+    out = io.StringIO()
+    replay(tmp_path, RunSummary(console=Console(file=out)), rows=[{"other": 1.0}])
+    assert out.getvalue().strip() == ""
+
+
+def test_the_first_mean_is_of_the_first_window_and_the_last_of_the_last():
+    assert "0.500 -> 0.750" in page(ROWS, window=2)
+    assert "0.250 -> 0.750" in page(ROWS, window=1)
+
+
+def test_lags_end_at_the_largest_that_there_was():
+    text = page(ROWS)
+    assert "50.0%" in line_of(text, "0 versions old")
+    assert "50.0%" in line_of(text, "1 version old")
+    assert "2 versions" not in text
+    assert "4 or more" not in text
+
+
+def test_a_lag_between_is_shown_though_it_is_empty():
+    assert list(summary.lag_shares([{"lag/share_0": 0.5, "lag/share_1": 0.0, "lag/share_2": 0.5}]))[
+        1
+    ] == ("1 version old")
+
+
+def test_phases_and_the_rest_add_up_to_all_of_the_time():
+    # 2 s a step: 0.5 waiting, 1.0 training, nothing else measured, so 0.5 is the rest
+    shares = summary.phase_shares(ROWS)
+    assert shares["waiting for rollouts"] == pytest.approx(0.25)
+    assert shares["training"] == pytest.approx(0.5)
+    assert shares["the rest"] == pytest.approx(0.25)
+
+
+def test_phases_longer_than_the_steps_leave_no_rest():
+    shares = summary.phase_shares([{"time/step_s": 1.0, "time/train_s": 2.0}])
+    assert shares["training"] == 1.0
+    assert shares["the rest"] == 0.0
+
+
+def test_counts_of_groups_are_the_last_and_speeds_are_means():
+    text = page(ROWS)
+    assert "3 dropped (stale)" in text
+    assert "100 generated, 80 trained" in text
+
+
+@pytest.mark.parametrize("count", [1, 59, 60, 61, 200])
+def test_a_plot_of_text_has_at_most_its_width_in_columns(count: int):
+    lines = summary.draw([float(i) for i in range(count)], width=60, height=8)
+    assert sum(line.count("●") for line in lines) == min(count, 60)
+    assert max(map(len, lines)) <= 60 + len(" 0.00 ┤") + 3
+
+
+def test_a_constant_reward_is_one_line():
+    assert summary.draw([0.5, 0.5]) == [" 0.50 ┤●●"]
+
+
+def test_without_matplotlib_the_user_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    told = summary.write_plot([0.1], tmp_path / "reward.png", window=5)
+    assert "pip install matplotlib" in told
+    assert not (tmp_path / "reward.png").exists()
+
+
+# The line --------------------------------------------------------------------
+
+
+def test_off_a_terminal_every_step_is_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    replay(tmp_path, ProgressLine())
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[1] for line in lines[:2]] == ["reward 0.250", "reward 0.750"]
+    assert lines[3:] == ["evaluating", "evaluated  reward 0.625"]
+
+
+def test_on_a_terminal_the_line_is_rewritten(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    replay(tmp_path, ProgressLine())
+    out = capsys.readouterr().out
+    assert out.count("\r\x1b[2K") == len(ROWS) + 2
+    assert out.count("\n") == 2  # after the last step, and after the evaluation
+
+
+def test_a_disabled_line_is_silent(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    line = ProgressLine()
+    line.disable()
+    replay(tmp_path, line)
+    assert capsys.readouterr().out == ""
+    line.enable()
+    replay(tmp_path, line)
+    assert "step" in capsys.readouterr().out
+
+
+def test_what_the_module_prints_gets_a_line_of_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    class Talking(Replay):
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            self.print("hello")
+
+    trainer = L.Trainer(
+        max_epochs=1,
+        limit_val_batches=0,
+        accelerator="cpu",
+        callbacks=[ProgressLine()],
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(Talking([]), [0], [0])
+    assert "hello\n" in capsys.readouterr().out
+
+
+def test_quiet_logs_keeps_information_off_and_warnings_on():
+    names = ("lightning.pytorch", "lightning.fabric")
+    before = {name: logging.getLogger(name).level for name in names}
+    try:
+        summary.quiet_logs()
+        for name in names:
+            assert not logging.getLogger(name).isEnabledFor(logging.INFO)
+            assert logging.getLogger(name).isEnabledFor(logging.WARNING)
+    finally:
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)
