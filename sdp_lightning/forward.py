@@ -161,7 +161,7 @@ class _Pack:
     First all prefixes, then all remainders: G + B blocks, some of them empty.
 
     Args:
-        row: [N] of the batch; for a prefix, its group's first row that is computed.
+        row: [N] of the batch; for a prefix, the first row of its group.
         column: [N].
         group: [N].
         block: [N], below G for a prefix.
@@ -191,8 +191,7 @@ class _Pack:
         count = ids.numel()
         rows = torch.arange(len(batch), device=used.device)
         shared = used.new_zeros(count).scatter_reduce(0, groups, prefixes, "amax")
-        source = torch.where(used > 0, rows, len(batch) - 1)
-        first = used.new_full((count,), len(batch) - 1).scatter_reduce(0, groups, source, "amin")
+        first = used.new_full((count,), len(batch)).scatter_reduce(0, groups, rows, "amin")
         lengths = torch.cat([shared, (used - prefixes).clamp(min=0)])
         starts = lengths.cumsum(0) - lengths
         block = torch.repeat_interleave(lengths)

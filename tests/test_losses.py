@@ -290,6 +290,18 @@ def test_a_tiny_weight_times_a_huge_ratio_is_finite_and_right(
     assert case.gradient(config).item() == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.parametrize("centre", CENTRES)
+@pytest.mark.parametrize("advantage", [1.0, -1.0, 0.0])
+def test_a_rejected_token_whose_weight_overflows_has_no_gradient(
+    centre: str, advantage: float
+) -> None:
+    values = (-0.1, -0.1, -150.0, -300.0, advantage)
+    case = Case(*(torch.full((1, 1), value) for value in values), torch.tensor([[True]]))
+    config = LossConfig(trust_region=centre)
+    assert case.loss(config).loss.item() == 0.0
+    assert case.gradient(config).item() == 0.0
+
+
 BOUNDS = [
     ("at the cap", 5.0, True),
     ("above the cap", 5.001, False),

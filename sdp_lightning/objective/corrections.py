@@ -43,7 +43,9 @@ def complete_segment_logprobs(
         ValueError: for an unscored token of lag >= 2 under ``"drop"``: its group should have been
             dropped before it reached a batch.
     """
-    segment, proximal, behavior = (_wide(t.detach()) for t in (segment, proximal, behavior))
+    segment, proximal, behavior = (
+        at_least_float32(t.detach()) for t in (segment, proximal, behavior)
+    )
     old = lags >= 2
     if missing == "drop":
         count = int((old & ~scored).sum())
@@ -102,5 +104,6 @@ def within_bounds(log_value: Tensor, *, floor: float | None, cap: float | None) 
     return kept
 
 
-def _wide(values: Tensor) -> Tensor:
+def at_least_float32(values: Tensor) -> Tensor:
+    """The same numbers; halves become float32, float64 stays."""
     return values.to(torch.promote_types(values.dtype, torch.float32))

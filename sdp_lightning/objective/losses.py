@@ -12,7 +12,11 @@ import torch
 from torch import Tensor
 
 from sdp_lightning.config import LossConfig
-from sdp_lightning.objective.corrections import centre_and_log_weight, within_bounds
+from sdp_lightning.objective.corrections import (
+    at_least_float32,
+    centre_and_log_weight,
+    within_bounds,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +82,7 @@ def segment_wise_ppo_loss(
     """
     tensors = (target_logprobs, proximal_logprobs, segment_logprobs, behavior_logprobs, advantages)
     _check(tensors, loss_mask, num_tokens)
-    target, *others = (_masked(tensor, loss_mask) for tensor in tensors)
+    target, *others = map(at_least_float32, tensors)
     proximal, segment, behavior, advantage = (tensor.detach() for tensor in others)
 
     centre, log_weight = centre_and_log_weight(proximal, segment, behavior, config)
@@ -89,7 +93,7 @@ def segment_wise_ppo_loss(
     log_ratio = target - centre
     bound, clipped = _clip(log_ratio.detach(), advantage, config)
     log_surrogate = log_weight + torch.where(clipped, bound, log_ratio)
-    acting = kept & (advantage != 0)
+    acting = kept & (advantage != 0)  # before exp: what overflows elsewhere would give nan * 0
     surrogate = torch.where(acting, log_surrogate, 0.0).exp() * torch.where(acting, advantage, 0.0)
     count = loss_mask.sum() if num_tokens is None else torch.as_tensor(num_tokens)
     loss = -surrogate.sum() / count.to(surrogate).clamp(min=1)
@@ -120,11 +124,6 @@ def _clip(log_ratio: Tensor, advantage: Tensor, config: LossConfig) -> tuple[Ten
         bound = torch.where(dual, most, bound)
         clipped = clipped | dual
     return bound, clipped
-
-
-def _masked(values: Tensor, mask: Tensor) -> Tensor:
-    wide = values.to(torch.promote_types(values.dtype, torch.float32))
-    return torch.where(mask, wide, 0.0)
 
 
 def _check(tensors: tuple[Tensor, ...], loss_mask: Tensor, num_tokens: float | None) -> None:
