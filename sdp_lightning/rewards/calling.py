@@ -34,7 +34,7 @@ async def call_reward(function: Callable[..., Any], *args: Any, timeout_s: float
         raise RolloutError(f"reward {name!r} took longer than {timeout_s} s.") from error
     try:
         reward = float(value)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise RolloutError(f"reward {name!r} returned {value!r}; it must be a number.") from error
     if reward != reward or reward in (float("inf"), float("-inf")):
         raise RolloutError(f"reward {name!r} returned {reward}; it must be finite.")

@@ -18,17 +18,15 @@ IsStale = Callable[[TrajectoryGroup], bool]
 class RolloutQueue:
     """A bounded queue from the rollout thread to the trainer's; no call ever blocks or loses.
 
-    A full queue answers ``put`` with False: the producer keeps the group and offers it again when
-    ``on_space`` is called, from the thread that made the space.
+    A full queue answers ``put`` with False: the producer keeps the group and offers it again.
     """
 
-    def __init__(self, maxsize: int, *, on_space: Callable[[], None] | None = None) -> None:
+    def __init__(self, maxsize: int) -> None:
         if maxsize < 1:
             raise ConfigError(f"a RolloutQueue must hold at least 1 group, got maxsize={maxsize}.")
         self.maxsize = maxsize
         self._groups: list[TrajectoryGroup] = []
         self._lock = threading.Lock()
-        self._on_space = on_space
 
     def __len__(self) -> int:
         return len(self._groups)
@@ -45,24 +43,18 @@ class RolloutQueue:
         """Take everything out, oldest first."""
         with self._lock:
             groups, self._groups = self._groups, []
-        self._made_space(groups)
-        return groups
+            return groups
 
     def purge(self, is_stale: IsStale) -> list[TrajectoryGroup]:
         """Take the stale groups out; the others keep their places."""
         with self._lock:
             dropped, self._groups = _split(self._groups, is_stale)
-        self._made_space(dropped)
-        return dropped
+            return dropped
 
     def snapshot(self) -> list[TrajectoryGroup]:
         """What waits, oldest first."""
         with self._lock:
             return list(self._groups)
-
-    def _made_space(self, removed: Sequence[TrajectoryGroup]) -> None:
-        if removed and self._on_space is not None:
-            self._on_space()
 
 
 class RolloutCache:

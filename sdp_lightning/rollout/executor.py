@@ -6,6 +6,7 @@ it stands is the registry's; this file connects it to prompts, workflow, engine 
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,10 +22,16 @@ from sdp_lightning.rollout.registry import GroupRegistry, LiveGroup, RolloutTele
 from sdp_lightning.rollout.runner import AsyncTaskRunner, TaskResult
 from sdp_lightning.rollout.staleness import StalenessControlStrategy
 from sdp_lightning.rollout.state import group_from_state, group_to_state
-from sdp_lightning.types import Trajectory, TrajectoryGroup
-from sdp_lightning.workflows.base import RolloutSession, RolloutWorkflow, Row, Tokenizer
+from sdp_lightning.types import TrajectoryGroup
+from sdp_lightning.workflows.base import (
+    RolloutSession,
+    RolloutWorkflow,
+    Row,
+    Tokenizer,
+    why_rejected,
+)
 from sdp_lightning.workflows.episode import Episode
-from sdp_lightning.workflows.gate import SendGate
+from sdp_lightning.workflows.gate import SendGate, is_being_cancelled
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +142,8 @@ class WorkflowExecutor:
 
     def pause(self) -> None:
         """Submit nothing new; what runs goes on."""
-        self._generating = False
+        with self.registry.changed:
+            self._generating = False
 
     def take(
         self, timeout_s: float | None = None, *, interrupted: Callable[[], bool] = lambda: False
@@ -149,7 +157,9 @@ class WorkflowExecutor:
         Raises:
             RolloutTimeout: at the deadline, or interrupted. Nothing is lost.
             RolloutError: if a rollout failed, or the rollout thread died.
+            VersionError: before the first publish.
         """
+        version = self.version
         limit = self.config.timeout_s if timeout_s is None else timeout_s
         deadline = time.monotonic() + limit
         with self.registry.changed:
@@ -163,7 +173,7 @@ class WorkflowExecutor:
                 if left <= 0 or stopped:
                     why = "interrupted while waiting" if stopped else f"waited {limit:.1f} s"
                     raise RolloutTimeout(
-                        f"{why} for {self.config.batch_size} groups: {self._describe()}"
+                        f"{why} for {self.config.batch_size} groups: {self._describe(version)}"
                     )
                 self.registry.changed.wait(min(left, STOP_CHECK_S))
 
@@ -193,10 +203,9 @@ class WorkflowExecutor:
 
     def close(self) -> None:
         """End the rollout thread; what ran is cancelled. Safe to call twice."""
-        self._closed, self._generating = True, False
         with self.registry.changed:
+            self._closed, self._generating = True, False
             self.registry.changed.notify_all()
-        self._gate.open()
         self._runner.close()
 
     def recompute(self, scorer: LogprobScorer) -> RecomputeReport:
@@ -272,24 +281,17 @@ class WorkflowExecutor:
     async def _roll_out(self, live: LiveGroup) -> None:
         try:
             trajectories = await self._workflow.run(live.row.data, live.session)
-            if reason := _why_rejected(trajectories):
+            if reason := why_rejected(trajectories):
                 self.registry.reject(live, reason)
             else:
-                self.registry.finish(live, _make_group(live, trajectories or ()))
+                self.registry.finish(live, live.make_group(trajectories or ()))
+        except asyncio.CancelledError as error:
+            if is_being_cancelled():
+                raise
+            self.registry.record_failure(live, error)  # it came from inside the workflow
         except Exception as error:  # handed to the trainer, which raises it in take()
-            self._on_failed(live, error)
+            self.registry.record_failure(live, error)
         self._submit_rows()
-
-    def _on_failed(self, live: LiveGroup, error: Exception) -> None:
-        failure = RolloutError(
-            f"the rollout of row {live.row.row_id!r}, submitted at version "
-            f"{live.created_version}, failed: {error!r}"
-        )
-        failure.__cause__ = error
-        if self.registry.count_failed(live):
-            logger.warning("%s (within max_failures=%d)", failure, self.config.max_failures)
-        else:
-            self.registry.fail(failure)
 
     def _on_task_result(self, result: TaskResult) -> None:
         if result.error is not None:
@@ -310,7 +312,7 @@ class WorkflowExecutor:
             trajectories = await workflow.run(live.row.data, live.session)
         except Exception as error:
             raise RolloutError(f"evaluating row {live.row.row_id!r} failed: {error!r}") from error
-        return None if _why_rejected(trajectories) else _make_group(live, trajectories or ())
+        return None if why_rejected(trajectories) else live.make_group(trajectories or ())
 
     def _new_session(self, row: PromptRow) -> RolloutSession:
         key = f"{row.epoch}/{row.index}"
@@ -331,30 +333,11 @@ class WorkflowExecutor:
             raise RolloutError("the executor is closed.")
         self._runner.raise_if_dead()
 
-    def _describe(self) -> str:
+    def _describe(self, version: int) -> str:
         stat = self.stat
         return (
             f"{stat.pending} are ready, {stat.running} run, {stat.dropped} were dropped, "
             f"{stat.rejected} rejected and {stat.failed} failed so far; capacity is "
-            f"{self.manager.capacity(self.version)} at version {self.version}; the engine has "
+            f"{self.manager.capacity(version)} at version {version}; the engine has "
             f"sampled {self.engine.num_generated} tokens."
         )
-
-
-def _why_rejected(trajectories: Sequence[Trajectory] | None) -> str:
-    if trajectories is None:
-        return "the workflow returned None"
-    if len(trajectories) == 0:
-        return "the workflow returned no trajectories"
-    if any(trajectory.head_version is None for trajectory in trajectories):
-        return "a trajectory has no sampled tokens"
-    return ""
-
-
-def _make_group(live: LiveGroup, trajectories: Sequence[Trajectory]) -> TrajectoryGroup:
-    return TrajectoryGroup(
-        tuple(trajectories),
-        row_id=live.row.row_id,
-        order=live.order,
-        created_version=live.created_version,
-    )

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+
 from sdp_lightning.errors import RolloutError
 from sdp_lightning.rollout.registry import GroupRegistry
 from sdp_lightning.types import Context, FloatArray, Segment, Trajectory
@@ -59,13 +61,15 @@ class ProximalRecomputer:
             raise RolloutError(
                 f"the scorer got {len(trajectories)} trajectories and returned {len(scores)}."
             )
-        num_segments = num_tokens = 0
-        for trajectory, rows in zip(trajectories, scores, strict=True):
-            for segment, logprobs in zip(trajectory.segments, rows, strict=True):
-                if _is_wanted(segment, version):
-                    segment.proximal.set(logprobs, version)
-                    num_segments, num_tokens = num_segments + 1, num_tokens + len(segment)
-        return RecomputeReport(num_segments, num_tokens)
+        wanted = {  # trajectories may share a segment
+            id(segment): (segment, _checked(logprobs, segment))
+            for trajectory, rows in zip(trajectories, scores, strict=True)
+            for segment, logprobs in zip(trajectory.segments, rows, strict=True)
+            if _is_wanted(segment, version)
+        }
+        for segment, logprobs in wanted.values():
+            segment.proximal.set(logprobs, version)
+        return RecomputeReport(len(wanted), sum(len(segment) for segment, _ in wanted.values()))
 
     def _find(self, registry: GroupRegistry, version: int) -> list[tuple[Context | Segment, ...]]:
         found: list[tuple[Context | Segment, ...]] = []
@@ -84,3 +88,12 @@ class ProximalRecomputer:
 
 def _is_wanted(part: Context | Segment, version: int) -> bool:
     return isinstance(part, Segment) and part.version == version - 1 and not part.proximal.is_set
+
+
+def _checked(logprobs: FloatArray, segment: Segment) -> FloatArray:
+    if logprobs.shape != segment.logprobs.shape or not np.isfinite(logprobs).all():
+        raise RolloutError(
+            f"the scorer returned {logprobs!r} for a segment of {len(segment)} tokens: one finite "
+            "log-prob a token is needed."
+        )
+    return logprobs

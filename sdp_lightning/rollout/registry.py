@@ -6,6 +6,7 @@ dropped, rejected or failed. No threads of its own, no engine.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,8 +17,10 @@ from sdp_lightning.rollout.buffer import RolloutCache, RolloutQueue
 from sdp_lightning.rollout.capacity import StalenessManager
 from sdp_lightning.rollout.prompts import PromptRow
 from sdp_lightning.rollout.staleness import StalenessControlStrategy
-from sdp_lightning.types import Context, Segment, TrajectoryGroup
+from sdp_lightning.types import Context, Segment, Trajectory, TrajectoryGroup
 from sdp_lightning.workflows.base import RolloutSession
+
+logger = logging.getLogger(__name__)
 
 Parts = tuple[Context | Segment, ...]
 
@@ -49,6 +52,9 @@ class LiveGroup:
     @property
     def versions(self) -> tuple[int, int] | None:
         """Head and tail version so far, None before the first closed segment."""
+        if self.group is not None:
+            head, tail = self.group.head_version, self.group.tail_version
+            return None if head is None or tail is None else (head, tail)
         found = [p.version for parts in self.parts for p in parts if isinstance(p, Segment)]
         return (min(found), max(found)) if found else None
 
@@ -56,6 +62,15 @@ class LiveGroup:
     def num_sampled(self) -> int:
         """Tokens sampled so far."""
         return sum(len(p) for parts in self.parts for p in parts if isinstance(p, Segment))
+
+    def make_group(self, trajectories: Sequence[Trajectory]) -> TrajectoryGroup:
+        """The group that its workflow returned."""
+        return TrajectoryGroup(
+            tuple(trajectories),
+            row_id=self.row.row_id,
+            order=self.order,
+            created_version=self.created_version,
+        )
 
 
 @dataclass
@@ -153,14 +168,23 @@ class GroupRegistry:
                 )
             self.changed.notify_all()
 
-    def count_failed(self, live: LiveGroup) -> bool:
-        """A workflow raised. True if that is within ``max_failures``, or it was dropped before."""
+    def record_failure(self, live: LiveGroup, error: BaseException) -> None:
+        """A workflow raised: count it, and beyond ``max_failures`` let the trainer see it."""
         with self.changed:
             if self._live.pop(live.order, None) is None:
-                return True
+                return  # dropped as overdue before
             self._manager.on_failed()
+            failure = RolloutError(
+                f"the rollout of row {live.row.row_id!r}, submitted at version "
+                f"{live.created_version}, failed: {error!r}"
+            )
+            failure.__cause__ = error
+            if self._manager.stat.failed > self._config.max_failures:
+                self.fail(failure)
+            else:
+                limit = self._config.max_failures
+                logger.warning("%s (within max_failures=%d)", failure, limit)
             self.changed.notify_all()
-            return self._manager.stat.failed <= self._config.max_failures
 
     # The trainer's batches and versions ----------------------------------------------------------
 
@@ -210,11 +234,10 @@ class GroupRegistry:
         """The oldest ``batch_size`` groups, or none if they are not ready."""
         with self.changed:
             self._cache.add(self._queue.drain())
-            self._admit_held()
-            version = self._version or 0
-            if self._config.on_overdue == "wait" and any(
-                self._is_overdue(live, version + 1) for live in self._running()
-            ):
+            while self._held:
+                self._admit_held()
+                self._cache.add(self._queue.drain())
+            if self._config.on_overdue == "wait" and self._must_wait():
                 return []
             batch = self._cache.take(self._config.batch_size)
             self._manager.on_consumed(len(batch))
@@ -232,6 +255,30 @@ class GroupRegistry:
     def _is_overdue(self, live: LiveGroup, version: int) -> bool:
         versions = live.versions
         return versions is not None and self._strategy.is_overdue(*versions, version)
+
+    def _must_wait(self) -> bool:
+        """Whether the oldest batch now would leave more old groups than later ones can take.
+
+        Each later batch takes ``batch_size`` groups, so after j of them at most ``j * batch_size``
+        of those left may be stale. A group counts from its creation: that is the order of batches.
+        """
+        size, version = self._config.batch_size, self._version
+        batch = self._cache.snapshot()[:size]
+        if version is None or len(batch) < size:
+            return False
+        if not any(live.order < batch[-1].order for live in self._running()):
+            return False  # waiting would change nothing
+        taken = {group.order for group in batch}
+        left = [
+            live.created_version
+            for live in self._live.values()
+            if not live.in_hand and live.order not in taken
+        ]
+        return any(
+            sum(self._strategy.is_overdue(created, created, version + 1 + j) for created in left)
+            > j * size
+            for j in range(self._config.max_head_lag + 1)
+        )
 
     def _purge(self, version: int) -> None:
         def is_stale(group: TrajectoryGroup) -> bool:

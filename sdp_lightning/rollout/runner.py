@@ -6,8 +6,8 @@ Event-driven: nothing here polls. Knows nothing of rollouts.
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
-import logging
 import threading
 import time
 from collections import deque
@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from sdp_lightning.errors import ConfigError, RolloutError, RolloutTimeout
-
-logger = logging.getLogger(__name__)
 
 AsyncFunction = Callable[..., Coroutine[Any, Any, Any]]
 
@@ -66,10 +64,10 @@ class AsyncTaskRunner:
         self._max_failures, self._on_result = max_failures, on_result
         self._ids = itertools.count()
         self._inputs: deque[tuple[int, AsyncFunction, tuple[Any, ...]]] = deque()
-        self._running: dict[int, asyncio.Task[None]] = {}
+        self._running: dict[int, asyncio.Task[object]] = {}
         self._results: deque[TaskResult] = deque()
         self._changed = threading.Condition()
-        self._paused = self._closed = False
+        self._paused = self._closed = self._ending = False
         self._death: BaseException | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
@@ -135,7 +133,7 @@ class AsyncTaskRunner:
                 self._changed.wait(left)
 
     def cancel(self, task_id: int) -> None:
-        """Cancel a running task; it yields no result. Unknown ids are ignored."""
+        """Cancel a task that waits or runs; it yields no result. Unknown ids are ignored."""
         self._poke(self._cancel_now, task_id)
 
     def pause(self) -> None:
@@ -156,10 +154,10 @@ class AsyncTaskRunner:
         with self._changed:
             already, self._closed = self._closed, True
             self._changed.notify_all()
+        if not already:
+            self._poke(self._stop)
         if self._thread is None or threading.current_thread() is self._thread:
             return
-        if not already:
-            self._poke(self._shut_down)
         self._thread.join(timeout)
         if self._thread.is_alive():
             raise RolloutTimeout(
@@ -175,13 +173,19 @@ class AsyncTaskRunner:
         try:
             self._loop.run_forever()
         except BaseException as error:  # raised again in every waiter, by raise_if_dead
-            self._death = error
+            self._die(error)
         finally:
-            with self._changed:
-                if self._death is None and not self._closed:
-                    self._death = RolloutError("its event loop was stopped")
-                self._changed.notify_all()
+            if not self._closed:
+                self._die(RolloutError("its event loop was stopped"))
+            self._ending = True
+            self._inputs.clear()
+            _cancel_all(self._loop)
             self._loop.close()
+
+    def _die(self, error: BaseException) -> None:
+        with self._changed:
+            self._death = self._death or error
+            self._changed.notify_all()
 
     def _start_tasks(self) -> None:
         assert self._loop is not None
@@ -190,53 +194,47 @@ class AsyncTaskRunner:
                 return
             with self._changed:
                 task_id, function, args = self._inputs.popleft()
-                self._running[task_id] = self._loop.create_task(
-                    self._run(task_id, function, args), name=f"{self.name}-{task_id}"
-                )
+                task = self._loop.create_task(_call(function, args), name=f"{self.name}-{task_id}")
+                self._running[task_id] = task
+            task.add_done_callback(functools.partial(self._on_done, task_id))
 
-    async def _run(self, task_id: int, function: AsyncFunction, args: tuple[Any, ...]) -> None:
+    def _on_done(self, task_id: int, task: asyncio.Task[object]) -> None:
+        # A callback, not a finally in the task: one cancelled before its first step never runs it.
         result: TaskResult | None = None
-        try:
-            result = TaskResult(task_id, value=await function(*args))
-        except Exception as error:  # handed to whoever takes the result, which raises it
-            result = TaskResult(task_id, error=error)
-        finally:
-            with self._changed:
-                self._running.pop(task_id, None)
-                if result is not None and self._on_result is None:
-                    self._results.append(result)
-                self._changed.notify_all()
-            if result is not None and self._on_result is not None:
-                self._deliver(result, self._on_result)
-            self._start_tasks()
+        if not task.cancelled():
+            error = task.exception()
+            if error is None:
+                result = TaskResult(task_id, value=task.result())
+            elif isinstance(error, Exception):
+                result = TaskResult(task_id, error=error)
+        with self._changed:
+            self._running.pop(task_id, None)
+            if result is not None and self._on_result is None:
+                self._results.append(result)
+            self._changed.notify_all()
+        if result is not None and self._on_result is not None:
+            self._deliver(result, self._on_result)
+        self._start_tasks()
 
     def _deliver(self, result: TaskResult, on_result: Callable[[TaskResult], None]) -> None:
-        assert self._loop is not None
         try:
             on_result(result)
         except Exception as error:  # raised again in every waiter, by raise_if_dead
-            with self._changed:
-                self._death = error
-                self._changed.notify_all()
+            self._die(error)
+            self._stop()
+
+    def _stop(self) -> None:
+        if self._loop is not None and not self._ending:
             self._loop.stop()
 
     def _cancel_now(self, task_id: int) -> None:
         task = self._running.get(task_id)
         if task is not None:
             task.cancel()
-
-    def _shut_down(self) -> None:
-        assert self._loop is not None
-        self._inputs.clear()
-        self._loop.create_task(self._cancel_all_and_stop())
-
-    async def _cancel_all_and_stop(self) -> None:
-        assert self._loop is not None
-        others = [t for t in asyncio.all_tasks() if t is not asyncio.current_task()]
-        for task in others:
-            task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
-        self._loop.stop()
+        else:
+            with self._changed:
+                self._inputs = deque(entry for entry in self._inputs if entry[0] != task_id)
+                self._changed.notify_all()
 
     # Helpers -------------------------------------------------------------------------------------
 
@@ -269,3 +267,16 @@ class AsyncTaskRunner:
             raise RolloutError(f"thread {self.name!r} died: {self._death!r}") from self._death
         if self._closed:
             raise RolloutError(f"runner {self.name!r} is closed.")
+
+
+async def _call(function: AsyncFunction, args: tuple[Any, ...]) -> object:
+    return await function(*args)
+
+
+def _cancel_all(loop: asyncio.AbstractEventLoop) -> None:
+    tasks = asyncio.all_tasks(loop)
+    for task in tasks:
+        task.cancel()
+    if tasks:
+        loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+    loop.run_until_complete(loop.shutdown_asyncgens())

@@ -89,3 +89,14 @@ class RolloutWorkflow(ABC):
         Raises:
             Exception: any; the group is counted failed, others go on.
         """
+
+
+def why_rejected(trajectories: Sequence[Trajectory] | None) -> str:
+    """Why there is nothing to train on in what a workflow returned; empty if there is."""
+    if trajectories is None:
+        return "the workflow returned None"
+    if len(trajectories) == 0:
+        return "the workflow returned no trajectories"
+    if any(trajectory.head_version is None for trajectory in trajectories):
+        return "a trajectory has no sampled tokens"
+    return ""

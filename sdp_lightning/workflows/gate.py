@@ -45,8 +45,11 @@ class SendGate:
             self._is_open = True
             waiting, self._waiting = self._waiting, []
         for loop, future in waiting:
-            if not loop.is_closed():
+            try:
                 loop.call_soon_threadsafe(_wake, future)
+            except RuntimeError:
+                if not loop.is_closed():  # closed: its request was cancelled
+                    raise
 
     def drain(self, timeout_s: float) -> int:
         """Wait until every request that is out has come back; cancel those that do not.
@@ -85,7 +88,7 @@ class SendGate:
         try:
             return await task
         except asyncio.CancelledError:
-            if task in self._cancelled and task.cancelled():
+            if task in self._cancelled and task.cancelled() and not is_being_cancelled():
                 return "abort"
             task.cancel()
             raise
@@ -111,3 +114,9 @@ class SendGate:
 def _wake(future: asyncio.Future[None]) -> None:
     if not future.done():
         future.set_result(None)
+
+
+def is_being_cancelled() -> bool:
+    """Whether the current task was told to end; False if the ``CancelledError`` is another's."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
