@@ -352,3 +352,15 @@ def test_minibatches_are_shuffled_by_the_generator_alone() -> None:
     assert split(1) == split(1)
     assert split(1) != split(2)
     assert split_minibatches(list(range(8)), 2) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer", "layout"), [(14, 4, "shared_prefix"), (1, 200, "padded")]
+)
+def test_the_cheapest_layout_shares_prompts_unless_pairs_cost_more(
+    prompt: int, answer: int, layout: str
+) -> None:
+    tokens, logprobs = [5] * answer, [-1.0] * answer
+    member = Trajectory((Context(range(3, 3 + prompt)), Segment(0, tokens, logprobs)))
+    batch = collate([TrajectoryGroup((member,) * 8)], version=0)
+    assert batch.cheapest_layout(4096, 32) == layout

@@ -44,6 +44,7 @@ def collate(
     rows = _Rows(shape, pad_token_id)
     for row, (_, trajectory) in enumerate(owned):
         rows.write(row, trajectory, segment_wise)
+    tensors: dict[str, Any] = {name: torch.from_numpy(a) for name, a in rows.arrays.items()}
     return Batch(
         version=version,
         position_ids=torch.arange(shape[1]).repeat(shape[0], 1),
@@ -51,7 +52,7 @@ def collate(
         rewards=torch.tensor([t.reward for _, t in owned], dtype=torch.float32),
         group_ids=torch.tensor([index for index, _ in owned]),
         truncated=torch.tensor([t.finish_reason != "stop" for _, t in owned]),
-        **{name: torch.from_numpy(array) for name, array in rows.arrays.items()},
+        **tensors,
     )
 
 
