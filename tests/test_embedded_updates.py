@@ -1,10 +1,12 @@
 import asyncio
+import threading
 from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
 import torch
 from embedded_harness import (
+    PATIENCE_S,
     Control,
     MakeEngine,
     engine_maker,
@@ -206,3 +208,49 @@ def test_nothing_is_sampled_before_the_first_update_nor_while_paused(make_engine
         return await task
 
     assert run(scenario()) == "length"
+
+
+def test_requests_in_flight_keep_their_slots_through_an_update(make_engine):
+    control, model = Control(), tiny_model()
+    engine = make_engine(control.watch(tiny_model()), max_slots=2)
+    finished: list[int] = []
+
+    async def scenario():
+        control.arm(engine, pause_at=3)
+        requests = [request([5, 6 + i], budget) for i, budget in enumerate((10, 11, 1))]
+        tasks, _ = await launch(engine, requests)
+        for index, task in enumerate(tasks):
+            task.add_done_callback(lambda _, index=index: finished.append(index))
+        await control.wait()
+        await asyncio.to_thread(engine.update_weights, model.state_dict().items(), 1)
+        engine.resume()
+        await asyncio.gather(*tasks)
+
+    run(scenario())
+    assert finished == [0, 2, 1], "the one that waited begins when the first slot is free"
+
+
+def test_weights_change_only_between_steps(make_engine):
+    entered, released = threading.Event(), threading.Event()
+    model, armed = tiny_model(), threading.Event()
+
+    def block(module, args) -> None:
+        if armed.is_set():
+            entered.set()
+            assert released.wait(PATIENCE_S)
+
+    model.register_forward_pre_hook(block)
+    engine = make_engine(model)
+
+    async def scenario():
+        armed.set()
+        task = asyncio.create_task(engine.generate(request([5, 6]), [].append))
+        await asyncio.to_thread(entered.wait, PATIENCE_S)
+        new = tiny_model(seed=1).state_dict().items()
+        update = asyncio.create_task(asyncio.to_thread(engine.update_weights, new, 1))
+        await asyncio.wait([update], timeout=0.2)
+        assert not update.done() and engine.version == 0
+        released.set()
+        await asyncio.gather(update, task)
+
+    run(scenario())

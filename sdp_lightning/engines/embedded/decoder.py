@@ -118,6 +118,11 @@ class SlotDecoder:
         return bool(self._waiting or self._active)
 
     @property
+    def max_slots(self) -> int:
+        """The most sequences that decode together."""
+        return self._max_slots
+
+    @property
     def num_active(self) -> int:
         """Sequences in slots."""
         return len(self._active)
@@ -138,16 +143,13 @@ class SlotDecoder:
         self._active = []
         self._table.clear()
 
-    def keep(self) -> None:
-        """Leave the KV of sequences under way as it is, but share none of it with new ones."""
-        self._table.disown()
-
     @torch.inference_mode()
     def step(self, version: int) -> list[SlotSequence]:
         """Prefill some that wait, then sample one token of each active one.
 
         Args:
-            version: of the weights; only prefixes computed under it are shared.
+            version: of the weights; only prefixes computed under it alone are shared. It may go
+                back only after a :meth:`restart`.
 
         Returns:
             The sequences that finished; they have left their slots.

@@ -180,8 +180,8 @@ class EmbeddedEngine:
             _check_version(version, self.version, reset=reset)
             source = list(weights)
             check_weights(source, running.model, full=reset)
-            begin_s = time.perf_counter()
             with running.loop.hold():
+                begin_s = time.perf_counter()
                 running.loop.close_segments()
                 num_bytes = _swap(
                     source, version, running, keep_kv=self._kv_on_update == "keep" and not reset
@@ -206,9 +206,7 @@ def _swap(
 ) -> int:
     try:
         num_bytes = copy_weights(source, running.model)
-        if keep_kv:
-            running.decoder.keep()
-        else:
+        if not keep_kv:
             running.decoder.restart()
         running.loop.version = int(version)
         return num_bytes

@@ -19,6 +19,7 @@ from sdp_lightning.errors import EngineError
 from sdp_lightning.types import FinishReason, KVPolicy, Segment
 
 STEP_DEADLINE_S = 600.0  # longest wait for one decode step to end
+GATHER_S = 0.001  # an idle engine waits so long for the next request of a burst
 THREAD_NAME = "sdp-embedded-engine"
 
 
@@ -159,13 +160,23 @@ class DecodeLoop:
         """Wait for something to decode; the version to decode under, or None at the end."""
         with self._changed:
             while not (self._closing or self._failure is not None):
-                if self._num_holds == 0:
+                self._gather()
+                if self._num_holds == 0 and not self._closing:
                     self._admit()
                     if not self._paused and self.version is not None and self._decoder.has_work:
                         self._stepping = True
                         return self.version
                 self._changed.wait()
             return None
+
+    def _gather(self) -> None:
+        """Requests of one burst come one by one: let an idle decoder begin with all of them."""
+        seen = 0
+        while seen < min(len(self._arrived), self._decoder.max_slots):
+            if self._num_holds or self._decoder.has_work:
+                return
+            seen = len(self._arrived)
+            self._changed.wait(GATHER_S)
 
     def _admit(self) -> None:
         for job in self._arrived:

@@ -25,7 +25,6 @@ from sdp_lightning.types import IntArray
 
 ATTENTION_NAME = "sdp_slots"
 _GROWTH = 64  # tokens; KV length is allocated in multiples of it
-_UNHELD = -1
 
 
 @dataclass
@@ -47,9 +46,9 @@ class _Window:
 class SlotTable:
     """KV rows that grow on demand, and for each the tokens and weights that its KV belongs to.
 
-    A row's record is exact: positions [0, length) hold the KV of its tokens, all computed under its
-    version, or the row is unheld. One position past the capacity takes the writes of padding and is
-    never read.
+    A row's record is exact: positions [0, length) hold the KV of its tokens, and its version is the
+    oldest that computed any of them. One position past the capacity takes the writes of padding and
+    is never read.
     """
 
     def __init__(self, num_layers: int, max_rows: int, device: torch.device) -> None:
@@ -79,7 +78,7 @@ class SlotTable:
         self._tokens = tokens
         added = rows - old_rows
         self._lengths = np.pad(self._lengths, (0, added))
-        self._versions = np.pad(self._versions, (0, added), constant_values=_UNHELD)
+        self._versions = np.pad(self._versions, (0, added))
         self.num_rows, self.capacity = rows, capacity
         for layer in self._layers:
             layer.grow(old_rows, old_capacity)
@@ -118,18 +117,12 @@ class SlotTable:
         sources, targets = [*first, *second], [*second, *first]
         self.move(sources, targets, [int(self._lengths[row]) for row in sources])
 
-    def hold(self, first: int, tokens: Sequence[IntArray], version: int | None) -> None:
-        """Record that rows from ``first`` on hold exactly ``tokens``.
-
-        Args:
-            first: the first row.
-            tokens: one array a row.
-            version: of the weights, or None if the KV belongs to no single version.
-        """
+    def hold(self, first: int, tokens: Sequence[IntArray], version: int) -> None:
+        """Record that rows from ``first`` on hold ``tokens``, computed under ``version``."""
         for row, held in enumerate(tokens, first):
             self._tokens[row, : held.size] = held
             self._lengths[row] = held.size
-            self._versions[row] = _UNHELD if version is None else version
+            self._versions[row] = version
 
     def extend(self, positions: IntArray, tokens: IntArray) -> None:
         """Record one more token of each row from 0 on, computed under its row's version."""
@@ -137,13 +130,8 @@ class SlotTable:
         self._tokens[rows, positions] = tokens
         self._lengths[: positions.size] = positions + 1
 
-    def disown(self) -> None:
-        """Weights changed, KV stays: no row may serve as another's prefix any more."""
-        self._versions[:] = _UNHELD
-
     def clear(self) -> None:
         """Forget every row."""
-        self.disown()
         self._lengths[:] = 0
         for layer in self._layers:
             layer.clear()
