@@ -99,6 +99,11 @@ class ProgressLine(ProgressBar):
         self._open = False  # whether the cursor is behind a line that may be rewritten
         self._started = 0.0
 
+    @property
+    def is_enabled(self) -> bool:
+        """Lightning asks it before the module prints."""
+        return self._enabled
+
     def enable(self) -> None:
         self._enabled = True
 
