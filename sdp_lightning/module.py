@@ -93,6 +93,7 @@ class SegmentWisePPOModule(L.LightningModule):
         silence_dropout(policy)
         if self.gradient_checkpointing:
             policy.gradient_checkpointing_enable({"use_reentrant": False})
+            policy.disable_input_require_grads()  # frozen layers need no graph
         self.policy = policy.train()
 
     def named_weights(self, *, changed_only: bool = False) -> Iterator[tuple[str, Tensor]]:
@@ -113,10 +114,11 @@ class SegmentWisePPOModule(L.LightningModule):
             )
         steps, every = self.trainer.max_steps, self.update.steps_per_batch
         if stage == "fit" and steps > 0 and steps % every:
+            near = [str(n) for n in (steps // every * every, (steps // every + 1) * every) if n]
             raise ConfigError(
                 f"max_steps={steps} is no multiple of {every}, the optimizer steps of one batch "
                 f"({self.update.num_minibatches} minibatches x {self.update.num_epochs} epochs): "
-                f"use {steps // every * every} or {(steps // every + 1) * every}."
+                f"use {' or '.join(near)}."
             )
 
     def configure_optimizers(self) -> Any:
@@ -139,7 +141,7 @@ class SegmentWisePPOModule(L.LightningModule):
         batch = replace(batch, advantages=self._advantages(batch))
         single = self.update.steps_per_batch == 1
         proximal = None if single else self._logprobs(batch)
-        self._metrics.reset()
+        self._metrics = LagMetrics().to(self.device)  # a kept one would be made bfloat16, too
         steps: list[dict[str, Tensor]] = []
         for _ in range(self.update.num_epochs):
             shuffler = None if single else self._shuffler
@@ -172,7 +174,7 @@ class SegmentWisePPOModule(L.LightningModule):
     def _optimizer_step(self, batch: Batch, proximal: Tensor | None) -> dict[str, Tensor]:
         optimizer: Any = self.optimizers()
         num_tokens = batch.num_tokens
-        total = torch.zeros((), device=self.device)
+        total = torch.zeros((), dtype=torch.float32, device=self.device)
         optimizer.zero_grad()
         layout = self._layout(batch)
         for rows in batch.microbatches(self.update.max_tokens_per_microbatch, layout):
@@ -182,11 +184,13 @@ class SegmentWisePPOModule(L.LightningModule):
             total += loss.detach()
         norm = self._gradient_norm()
         finite = torch.isfinite(norm)
+        schedulers: Any = self.lr_schedulers()
+        rate = torch.tensor(schedulers.get_last_lr()[0], dtype=torch.float32)
         if finite:
-            schedulers: Any = self.lr_schedulers()
             optimizer.step()
             schedulers.step()
-        return {"loss": total, "grad_norm": norm, "skipped": (~finite).float()}
+        skipped = (~finite).float()
+        return {"loss": total, "grad_norm": norm.float(), "lr": rate, "skipped": skipped}
 
     def _loss(
         self, batch: Batch, proximal: Tensor | None, num_tokens: int, layout: Layout
@@ -219,7 +223,7 @@ class SegmentWisePPOModule(L.LightningModule):
     def _logprobs(self, batch: Batch) -> Tensor:
         """[B, T] under the present weights, no gradient."""
         layout = self._layout(batch)
-        out = torch.zeros(batch.loss_mask.shape, device=batch.loss_mask.device)
+        out = torch.zeros_like(batch.behavior_logprobs)  # float32, also under bf16-true
         with torch.no_grad(), self._precision():
             for rows in batch.microbatches(self.update.max_tokens_per_microbatch, layout):
                 out[rows] = self._forward(batch.select(rows), layout).logprobs.float()
@@ -256,12 +260,10 @@ class SegmentWisePPOModule(L.LightningModule):
     def _log_step(self, batch: Batch, steps: list[dict[str, Tensor]]) -> None:
         means = {name: torch.stack([s[name] for s in steps]).mean() for name in steps[0]}
         self.log("train/reward", batch.rewards.mean(), prog_bar=True, batch_size=len(batch))
-        rates: Any = self.lr_schedulers()
         self.log_dict(
             {
                 **{f"train/{name}": value for name, value in means.items()},
-                "train/lr": rates.get_last_lr()[0],
-                "train/tokens": float(batch.num_tokens),
+                "train/tokens": batch.loss_mask.sum(dtype=torch.float32),
                 "train/truncated": batch.truncated.float().mean(),
                 **{name: value.float() for name, value in self._metrics.compute().items()},
             },

@@ -225,16 +225,20 @@ class Judge:
     """Log-probs by transformers' own forward under saved weights: the reference."""
 
     def __init__(self, folder: str) -> None:
-        self._model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+    def weights(self) -> dict[str, Tensor]:
+        """Those of the folder, or the last that were judged."""
+        return {name: value.clone() for name, value in self.model.state_dict().items()}
 
     def segment_logprobs(
         self, weights: Mapping[str, Tensor], trajectory: sdp.Trajectory
     ) -> list[Tensor]:
         """[n] for every segment of ``trajectory``, under ``weights``."""
-        self._model.load_state_dict(weights)
+        self.model.load_state_dict(weights)
         tokens = torch.tensor(trajectory.token_ids)
         with torch.no_grad():
-            table = self._model(input_ids=tokens[None]).logits[0]
+            table = self.model(input_ids=tokens[None]).logits[0]
         found: list[Tensor] = []
         start = 0
         for part in trajectory.parts:
