@@ -18,10 +18,12 @@ from sdp_lightning.engines.base import GenerationRequest
 from sdp_lightning.engines.embedded.decoder import SlotDecoder, SlotSequence
 from sdp_lightning.engines.embedded.slots import ATTENTION_NAME
 from sdp_lightning.errors import EngineError
+from sdp_lightning.loading import quiet_transformers
 from sdp_lightning.types import IntArray, SamplingParams
 
 _DEFAULT_LENGTH = 1024
 _NUM_CHECKED = 8
+_NUM_TEXTS = 3
 _ROTARY = "This engine decodes rotary decoders with full attention (Llama, Qwen, SmolLM, ...)"
 
 
@@ -42,7 +44,8 @@ def load_model(
     """
     if isinstance(model, str):
         wanted = dtype or (torch.float32 if device.type == "cpu" else "auto")
-        loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=wanted, **model_kwargs)
+        with quiet_transformers():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=wanted, **model_kwargs)
     else:
         loaded = copy.deepcopy(model)
         if dtype is not None:
@@ -89,38 +92,45 @@ def resolve_max_length(model: PreTrainedModel, max_length: int | None) -> int:
 def check_decoding(model: PreTrainedModel) -> None:
     """Decode 8 tokens of each of four sequences and compare with full forwards.
 
-    Allowed is 1e-4 nats in the median and 1e-2 at most in float32 (single tokens of real models lie
-    further than 1e-4 from float64 under any kernel); 0.05 and 0.5 where products are rounded to
-    bfloat16, float16 or TF32. Leaves the model with the attention function of the slots.
+    Allowed is 1e-4 nats in float32, 0.5 where products are rounded to bfloat16, float16 or TF32.
+    Now and then a single token of a real model lies further than that from float64 under any
+    kernel, so up to three texts are tried: a wrong cache fails on all of them. Leaves the model
+    with the attention function of the slots.
 
     Raises:
         EngineError: naming the model type, if they differ or the model cannot run this way.
     """
     kind = model.config.model_type
-    try:
-        own = model.config._attn_implementation or "eager"  # pyright: ignore[reportPrivateUsage]
-        model.set_attn_implementation(ATTENTION_NAME)
-        sequences = _decode_some(model)
-        model.set_attn_implementation(own)
-        errors = [_errors(model, sequence) for sequence in sequences]
-        model.set_attn_implementation(ATTENTION_NAME)
-    except Exception as error:  # whatever a foreign model raises, the answer is the same
-        raise EngineError(
-            f"model type {kind} cannot be decoded by slots ({type(error).__name__}: {error}). "
-            f"{_ROTARY}."
-        ) from error
-    median = max(float(error.median()) for error in errors)
-    worst = max(float(error.max()) for error in errors)
-    median_allowed, worst_allowed = _tolerances(model)
-    if not (median <= median_allowed and worst <= worst_allowed):
-        raise EngineError(
-            f"model type {kind}: log-probs decoded by slots differ from a full forward by "
-            f"{median:.2g} nats in the median and {worst:.2g} at most (allowed are "
-            f"{median_allowed:g} and {worst_allowed:g}). {_ROTARY}."
-        )
+    own = model.config._attn_implementation or "eager"  # pyright: ignore[reportPrivateUsage]
+    allowed = _tolerance(model)
+    worst: list[float] = []
+    for attempt in range(_NUM_TEXTS):
+        try:
+            worst.append(_largest_error(model, own, attempt))
+        except Exception as error:  # whatever a foreign model raises, the answer is the same
+            raise EngineError(
+                f"model type {kind} cannot be decoded by slots ({type(error).__name__}: {error}). "
+                f"{_ROTARY}."
+            ) from error
+        if worst[-1] <= allowed:
+            return
+    raise EngineError(
+        f"model type {kind}: log-probs decoded by slots differ from a full forward by "
+        f"{min(worst):.2g} nats or more on each of {_NUM_TEXTS} texts (allowed is {allowed:g}). "
+        f"{_ROTARY}."
+    )
 
 
-def _decode_some(model: PreTrainedModel) -> list[SlotSequence]:
+def _largest_error(model: PreTrainedModel, own: str, seed: int) -> float:
+    model.set_attn_implementation(ATTENTION_NAME)
+    sequences = _decode_some(model, seed)
+    model.set_attn_implementation(own)
+    errors = [float(_errors(model, sequence).max()) for sequence in sequences]
+    model.set_attn_implementation(ATTENTION_NAME)
+    return max(errors) if np.isfinite(errors).all() else float("inf")
+
+
+def _decode_some(model: PreTrainedModel, seed: int) -> list[SlotSequence]:
     """Four sequences, three over prefixes of one that the model wrote: padded, copied, moved."""
     decoder = SlotDecoder(model, num_layers=count_layers(model), max_slots=4)
 
@@ -136,7 +146,7 @@ def _decode_some(model: PreTrainedModel) -> list[SlotSequence]:
             decoder.step(0)
         return sequences
 
-    start = np.random.default_rng(0).integers(count_tokens(model), size=3)
+    start = np.random.default_rng(seed).integers(count_tokens(model), size=3)
     (written,) = decode(start)
     decoder.restart()
     other = start[::-1].copy()
@@ -152,11 +162,11 @@ def _errors(model: Any, sequence: SlotSequence) -> Tensor:
     return (expected[sequence.segment_start - 1 :] - sampled).abs()
 
 
-def _tolerances(model: PreTrainedModel) -> tuple[float, float]:
+def _tolerance(model: PreTrainedModel) -> float:
     on_gpu = model.device.type == "cuda"
     rounds = model.dtype != torch.float32 and model.dtype != torch.float64
     tf32 = on_gpu and torch.get_float32_matmul_precision() != "highest"
-    return (0.05, 0.5) if rounds or tf32 else (1e-4, 1e-2)
+    return 0.5 if rounds or tf32 else 1e-4
 
 
 def count_tokens(model: Any) -> int:
