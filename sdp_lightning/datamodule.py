@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import signal
 import sys
 import time
 import warnings
@@ -157,13 +158,15 @@ class RolloutDataModule(L.LightningDataModule):
         return {} if self._executor is None else self._executor.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if state_dict:
-            self.executor.load_state_dict(state_dict)
+        if state_dict and self.trainer is not None and self.trainer.state.fn == "fit":
+            self.executor.load_state_dict(state_dict)  # evaluation trains on no prompt
 
     def teardown(self, stage: str) -> None:
         self.close()
 
     def on_exception(self, exception: BaseException) -> None:
+        if isinstance(exception, SIGTERMException) and exception.code is None:
+            exception.code = 128 + signal.SIGTERM  # Lightning's own would exit with 0, as success
         self.close()
 
     def close(self) -> None:
@@ -231,6 +234,13 @@ class RolloutLoader:
             yield SealedBatch(self._collate(groups))
         self._ended = True
         self._trainer.should_stop = True  # else Lightning begins one empty epoch after another
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: the data module has it all. Lightning asks here whether a resume is exact."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing to load."""
 
     def _take(self) -> list[TrajectoryGroup] | None:
         start = time.monotonic()

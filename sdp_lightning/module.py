@@ -6,6 +6,7 @@ It knows batches and log-probs, and nothing of rollouts or engines.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -30,6 +31,11 @@ from sdp_lightning.objective import (
 )
 from sdp_lightning.scoring import group_by_prompt, split_by_segment
 from sdp_lightning.types import FloatArray, Trajectory
+
+# The weights after the step, with the version published for them, are what a resume needs.
+warnings.filterwarnings(
+    "ignore", message="Using ModelCheckpoint with manual optimization and every_n_train_steps"
+)
 
 
 class SegmentWisePPOModule(L.LightningModule):

@@ -1,0 +1,327 @@
+"""How a run ends that does not end by itself: the error by name, no thread, no process."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+from fitting import executor_of, make_data, make_module, make_rows, make_trainer, make_workflow
+from lightning.pytorch.callbacks import Callback
+
+import sdp_lightning as sdp
+from sdp_lightning.engines.base import NamedWeights, PublishReport
+from sdp_lightning.engines.embedded import EmbeddedEngine
+from sdp_lightning.testing import FakeEngine
+
+DEADLINE_S = 90
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left() -> Iterator[None]:
+    before = set(threading.enumerate())
+    yield
+    assert set(threading.enumerate()) <= before
+
+
+def fit(folder: str, data: sdp.RolloutDataModule, *callbacks: Callback, **settings: Any) -> None:
+    trainer = make_trainer(sdp.WeightSyncCallback(), *callbacks, **({"max_steps": 4} | settings))
+    trainer.fit(make_module(folder), data)
+
+
+def assert_closed(data: sdp.RolloutDataModule, engine: Any) -> None:
+    with pytest.raises(sdp.ConfigError, match="executor"):
+        _ = data.executor
+    with pytest.raises(sdp.EngineError, match="closed"):
+        engine.update_weights([], 99, reset=True)
+
+
+def fail_third(completion: str, row: Any) -> float:
+    if row["id"] == "row2":
+        raise ZeroDivisionError("third row")
+    return 1.0
+
+
+class FailingWorkflow(sdp.RolloutWorkflow):
+    sampling = sdp.SamplingParams(max_new_tokens=4)
+
+    async def run(self, row: Any, session: Any) -> Any:
+        raise LookupError("no such page")
+
+
+@pytest.mark.parametrize(
+    ("workflow", "cause", "message"),
+    [
+        (make_workflow(fail_third), ZeroDivisionError, r"'row2'.*third row"),
+        (FailingWorkflow(), LookupError, r"'row0'.*no such page"),
+    ],
+    ids=["reward", "workflow"],
+)
+@pytest.mark.parametrize("embedded", [False, True], ids=["fake", "embedded"])
+def test_an_error_in_a_rollout_reaches_the_caller_with_row_and_cause(
+    model_folder: str,
+    workflow: sdp.RolloutWorkflow,
+    cause: type[Exception],
+    message: str,
+    embedded: bool,
+) -> None:
+    engine = EmbeddedEngine(model_folder, device="cpu") if embedded else FakeEngine()
+    data = make_data(workflow, engine=engine, shuffle=False)
+    with pytest.raises(sdp.RolloutError, match=message) as info:
+        fit(model_folder, data)
+    assert isinstance(info.value.__cause__, cause)
+    assert_closed(data, engine)
+
+
+class CallAt(Callback):
+    """Calls a function at one hook of the second batch."""
+
+    def __init__(self, hook: str, function: Callable[[L.Trainer], None]) -> None:
+        self._hook, self._function = hook, function
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._hook == "start" and batch_idx == 1:
+            self._function(trainer)
+
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any
+    ) -> None:
+        if self._hook == "step" and trainer.global_step == 1:
+            self._function(trainer)
+
+
+def test_an_engine_that_fails_ends_the_run(model_folder: str) -> None:
+    engine = FakeEngine()
+    data = make_data(engine=engine)
+    call = CallAt("start", lambda trainer: engine.fail("the GPU fell off the bus"))
+    with pytest.raises(sdp.SDPError, match="the GPU fell off the bus"):
+        fit(model_folder, data, call)
+    with pytest.raises(sdp.ConfigError, match="executor"):
+        _ = data.executor
+
+
+class BrokenTransfer(FakeEngine):
+    """Fails when it is given version 2."""
+
+    def update_weights(
+        self, weights: NamedWeights, version: int, *, reset: bool = False
+    ) -> PublishReport:
+        if version == 2:
+            raise sdp.EngineError("the cable was cut")
+        return super().update_weights(weights, version, reset=reset)
+
+
+def test_a_publish_that_fails_ends_the_run_at_the_version_before(model_folder: str) -> None:
+    engine = BrokenTransfer()
+    data = make_data(engine=engine)
+    with pytest.raises(sdp.EngineError, match="the cable was cut"):
+        fit(model_folder, data)
+    assert engine.version == 1
+    assert_closed(data, engine)
+
+
+def interrupt(trainer: L.Trainer) -> None:
+    raise KeyboardInterrupt
+
+
+def divide(trainer: L.Trainer) -> None:
+    raise ZeroDivisionError("in a step")
+
+
+@pytest.mark.parametrize("hook", ["start", "step"])
+@pytest.mark.parametrize("embedded", [False, True], ids=["fake", "embedded"])
+def test_an_error_in_a_training_step_passes_through(
+    model_folder: str, hook: str, embedded: bool
+) -> None:
+    engine = EmbeddedEngine(model_folder, device="cpu") if embedded else FakeEngine()
+    data = make_data(engine=engine)
+    with pytest.raises(ZeroDivisionError, match="in a step"):
+        fit(model_folder, data, CallAt(hook, divide))
+    assert_closed(data, engine)
+
+
+@pytest.fixture
+def restored_sigint() -> Iterator[None]:
+    """Lightning ignores further Ctrl-C once it saw one."""
+    handler = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
+@pytest.mark.usefixtures("restored_sigint")
+def test_an_interrupt_ends_in_system_exit_and_closes_everything(model_folder: str) -> None:
+    engine = EmbeddedEngine(model_folder, device="cpu")
+    data = make_data(engine=engine)
+    with pytest.raises(SystemExit) as info:
+        fit(model_folder, data, CallAt("step", interrupt))
+    assert info.value.code == 1
+    assert_closed(data, engine)
+
+
+def test_settings_that_are_refused_late_leave_nothing_behind(model_folder: str) -> None:
+    """The module checks ``max_steps`` after the engine has started."""
+    engine = EmbeddedEngine(model_folder, device="cpu")
+    data = make_data(engine=engine)
+    module = make_module(model_folder, update=sdp.UpdateConfig(num_minibatches=2))
+    with pytest.raises(sdp.ConfigError, match="no multiple"):
+        make_trainer(sdp.WeightSyncCallback(), max_steps=3).fit(module, data)
+    assert_closed(data, engine)
+
+
+class CannotStart(FakeEngine):
+    def start(self) -> None:
+        raise sdp.EngineError("no such model")
+
+
+def test_an_engine_that_cannot_start_is_closed(model_folder: str) -> None:
+    engine = CannotStart()
+    data = make_data(engine=engine)
+    with pytest.raises(sdp.EngineError, match="no such model"):
+        fit(model_folder, data)
+    assert_closed(data, engine)
+
+
+def test_an_error_while_validating_names_the_row(model_folder: str) -> None:
+    engine = FakeEngine()
+    data = make_data(make_workflow(fail_third), engine=engine, val_prompts=make_rows(3)[2:])
+    with pytest.raises(sdp.RolloutError, match=r"evaluating row 'row2' failed.*third row"):
+        fit(model_folder, data)
+    assert_closed(data, engine)
+
+
+def test_a_batch_that_never_comes_is_a_timeout_that_says_why(model_folder: str) -> None:
+    engine = FakeEngine(manual=True)
+    data = make_data(engine=engine, timeout_s=0.3)
+    with pytest.raises(sdp.RolloutTimeout, match=r"waited 0.3 s for 2 groups: 0 are ready, 6 run"):
+        fit(model_folder, data)
+    assert_closed(data, engine)
+
+
+def test_close_is_idempotent(model_folder: str) -> None:
+    engine = FakeEngine()
+    data = make_data(engine=engine)
+
+    def close_twice(trainer: L.Trainer) -> None:
+        assert executor_of(trainer) is data.executor
+        data.close()
+        data.close()
+        raise ZeroDivisionError("in a step")
+
+    with pytest.raises(ZeroDivisionError):
+        fit(model_folder, data, CallAt("start", close_twice))
+    assert_closed(data, engine)
+
+
+# Signals, in a process of their own ---------------------------------------------------------------
+
+SCRIPT = """
+import sys
+import torch
+torch.set_num_threads(1)
+sys.path.insert(0, {tests!r})
+from fitting import make_data, make_module, make_trainer
+from lightning.pytorch.callbacks import Callback
+import sdp_lightning as sdp
+from sdp_lightning.testing import FakeEngine
+
+class Mark(Callback):
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if batch_idx == 2:
+            print("MARK", flush=True)
+
+class Marking(sdp.RolloutWorkflow):
+    sampling = sdp.SamplingParams()
+    async def run(self, row, session):
+        print("MARK", flush=True)
+        episode = session.open()
+        episode.add_context([3, 4])
+        await episode.generate(self.sampling)
+
+if {waiting}:
+    data = make_data(Marking(), engine=FakeEngine(manual=True))
+else:
+    data = make_data()
+trainer = make_trainer(sdp.WeightSyncCallback(), Mark(), max_steps=10**8)
+trainer.fit(make_module({folder!r}), data)
+print("ENDED", flush=True)
+"""
+
+
+@dataclass(frozen=True)
+class Ended:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+CASES = [(name, waiting) for name in ("SIGINT", "SIGTERM") for waiting in (False, True)]
+
+
+@pytest.fixture(scope="module")
+def ended(model_folder: str) -> dict[tuple[str, bool], Ended]:
+    """Four runs at once, each sent its signal once it has printed its mark."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    running: dict[tuple[str, bool], subprocess.Popen[str]] = {}
+    for name, waiting in CASES:
+        script = SCRIPT.format(
+            tests=str(Path(__file__).parent), folder=model_folder, waiting=waiting
+        )
+        running[name, waiting] = subprocess.Popen(
+            [sys.executable, "-c", script],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+            start_new_session=True,
+        )
+    found: dict[tuple[str, bool], Ended] = {}
+    try:
+        for (name, _), process in running.items():
+            assert process.stdout is not None
+            for line in process.stdout:
+                if line.startswith("MARK"):
+                    process.send_signal(signal.Signals[name])
+                    break
+        for key, process in running.items():
+            stdout, stderr = process.communicate(timeout=DEADLINE_S)
+            found[key] = Ended(process.returncode, stdout, stderr)
+            with pytest.raises(ProcessLookupError):  # no child is left in its session
+                os.killpg(process.pid, 0)
+    finally:
+        for process in running.values():
+            process.kill()
+    return found
+
+
+@pytest.mark.parametrize("waiting", [False, True], ids=["training", "waiting"])
+def test_ctrl_c_ends_a_run_without_a_traceback(
+    ended: dict[tuple[str, bool], Ended], waiting: bool
+) -> None:
+    result = ended["SIGINT", waiting]
+    assert result.returncode == 1, result.stderr
+    assert "ENDED" not in result.stdout
+    assert "Detected KeyboardInterrupt" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert "Warning" not in result.stderr
+
+
+@pytest.mark.parametrize("waiting", [False, True], ids=["training", "waiting"])
+def test_sigterm_ends_a_run_and_is_not_reported_as_success(
+    ended: dict[tuple[str, bool], Ended], waiting: bool
+) -> None:
+    result = ended["SIGTERM", waiting]
+    assert result.returncode == 128 + signal.SIGTERM, result.stderr
+    assert "ENDED" not in result.stdout
+    assert "Received SIGTERM" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert "Warning" not in result.stderr
