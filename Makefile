@@ -1,7 +1,7 @@
 # Every target makes or repairs its environment in .venv first; a second call finds it ready.
 PYTHON := .venv/bin/python
 READY := .venv/.ready
-COVERAGE ?= 0
+COVERAGE ?= 95
 ARGS ?=
 
 .PHONY: help demo test check setup clean

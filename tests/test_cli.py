@@ -191,7 +191,6 @@ def test_print_config_shows_every_setting_and_can_be_read_back(
     assert shown["data"]["workflow"]["init_args"]["reward"] == "task.py:reward"
 
 
-@pytest.mark.xfail(reason="RLVRWorkflow's reward must be annotated `str | Reward`, text first")
 @pytest.mark.filterwarnings("default")  # as users run it: jsonargparse tries text after an error
 def test_a_reward_in_a_file_stays_a_text_in_a_saved_config(
     config: dict[str, Any], capsys: pytest.CaptureFixture[str]

@@ -9,7 +9,8 @@ import sdp_lightning as sdp
 from sdp_lightning.summary import ProgressLine, RunSummary, quiet_logs
 
 
-def main() -> None:
+def build() -> tuple[L.Trainer, sdp.SegmentWisePPOModule, sdp.RolloutDataModule]:
+    """Everything that a run is made of."""
     quiet_logs()
     L.seed_everything(0)
 
@@ -32,7 +33,11 @@ def main() -> None:
         enable_model_summary=False,
         accelerator="cpu",
     )
+    return trainer, model, data
 
+
+def main() -> None:
+    trainer, model, data = build()
     before = trainer.validate(model, data, verbose=False)[0]["val/reward"]
     trainer.fit(model, data)  # ends with a validation
     after = float(trainer.callback_metrics["val/reward"])

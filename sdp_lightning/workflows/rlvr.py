@@ -35,7 +35,7 @@ class RLVRWorkflow(RolloutWorkflow):
 
     def __init__(
         self,
-        reward: Reward | str,
+        reward: str | Reward,
         *,
         group_size: int = 8,
         sampling: SamplingParams | None = None,
