@@ -1,0 +1,141 @@
+"""Every notebook runs from a clean kernel, and shows what it claims to show."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+from jupyter_client.kernelspec import KernelSpec
+from jupyter_client.manager import AsyncKernelManager
+from nbclient import NotebookClient
+
+from sdp_lightning.loading import cache_folder, load_object
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted(path.name for path in (ROOT / "notebooks").glob("*.ipynb"))
+LIFE = "02_life_of_a_rollout.ipynb"
+
+
+class ThisInterpreter(AsyncKernelManager):
+    """Starts kernels of the running interpreter, whatever kernels are installed."""
+
+    @property
+    def kernel_spec(self) -> KernelSpec:
+        command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+        return KernelSpec(argv=command, display_name="here", language="python")
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the repository's notebooks, with the recipes beside them and a clean IPython."""
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks")
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes", target_is_directory=True)
+    load_object(str(ROOT / "recipes/arithmetic_cpu/model.py:model_path"))()  # not in a cell's time
+    return tmp_path
+
+
+def read(folder: Path, name: str) -> Any:
+    return nbformat.read(folder / name, as_version=4)
+
+
+def execute(notebook: Any, folder: Path) -> None:
+    """Run it in ``folder``; a cell that raises raises here."""
+    NotebookClient(
+        notebook,
+        timeout=180,
+        kernel_manager_class=ThisInterpreter,
+        coalesce_streams=True,
+        resources={"metadata": {"path": str(folder)}},
+    ).execute()
+
+
+def code_cells(notebook: Any) -> list[Any]:
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def printed(notebook: Any) -> str:
+    outputs = [output for cell in code_cells(notebook) for output in cell.outputs]
+    return "".join(o.text for o in outputs if o.output_type == "stream" and o.name == "stdout")
+
+
+def pages(notebook: Any) -> str:
+    outputs = [output for cell in code_cells(notebook) for output in cell.outputs]
+    return "".join(o.data.get("text/html", "") for o in outputs if o.output_type == "display_data")
+
+
+def kinds(notebook: Any) -> list[list[str]]:
+    """What each code cell put out: all streams but ``stdout`` and all errors show up here."""
+    return [[o.get("name", o.output_type) for o in cell.outputs] for cell in code_cells(notebook)]
+
+
+def check_life_of_a_rollout(notebook: Any) -> None:
+    text, page = printed(notebook), pages(notebook)
+    assert re.findall(r"published version (\d)", text) == ["0", "1", "2", "3"]
+
+    sentences = page.split("<small>")[:-1]
+    assert len(sentences) == 4, "one group of four"
+    for sentence in sentences:
+        assert re.findall(r"<sub>v(\d)</sub>", sentence) == ["0", "1"], "cut in two"
+    assert page.count("<ruby>") == sum(map(int, re.findall(r"lag \d: (\d+) tokens", text)))
+
+    errors = re.findall(r"tokens stamped version \d +([\d.]+) +([\d.]+)", text)
+    (own_0, other_0), (other_1, own_1) = [tuple(map(float, row)) for row in errors]
+    assert max(own_0, own_1) < 1e-4 < min(other_0, other_1), "every stamp is true"
+
+    assert re.search(r" lag +b +q +x +n +w +r +drift +kept +clipped\n", text)
+    table = [line.split()[-10:] for line in text.splitlines() if line.endswith(("True", "False"))]
+    old, new = ([row for row in table if row[0] == lag] for lag in "21")
+    assert old and new
+    assert any(q != x for _, _, q, x, *_ in old), "scored under version 1, not under 2"
+    assert all(q == x == n for _, _, q, x, n, *_ in new)
+
+    by_library, by_hand = re.findall(r"loss (-?[\d.]+), by hand (-?[\d.]+)", text)[0]
+    assert abs(float(by_library) - float(by_hand)) < 2e-4
+    before, after = re.findall(r"loss (-?[\d.]+) before the step, (-?[\d.]+) after", text)[0]
+    assert float(after) < float(before)
+    assert text.endswith("threads left: 0\n")
+
+
+CLAIMS = {LIFE: check_life_of_a_rollout}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)  # the kernel gets 180 s a cell; all cells together take 20 s of CPU
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_a_notebook_runs_from_its_folder_and_shows_what_it_claims(checkout: Path, name: str):
+    notebook = read(checkout / "notebooks", name)
+    committed = kinds(notebook)
+    execute(notebook, checkout / "notebooks")
+    assert kinds(notebook) == committed, "the committed outputs are those of other cells"
+    CLAIMS[name](notebook)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_a_notebook_finds_the_repository_from_its_root_too(checkout: Path, name: str):
+    notebook = read(checkout / "notebooks", name)
+    notebook.cells = code_cells(notebook)[:1]
+    execute(notebook, checkout)
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_a_committed_notebook_holds_one_clean_run_and_nothing_of_the_machine(name: str):
+    notebook = read(ROOT / "notebooks", name)
+    cells = code_cells(notebook)
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    assert {kind for cell in kinds(notebook) for kind in cell} <= {"stdout", "display_data"}
+    assert all(not cell.metadata for cell in notebook.cells), "timings of an execution"
+    assert notebook.metadata.kernelspec.name == "python3"
+    assert "version" not in notebook.metadata.language_info
+    text = (ROOT / "notebooks" / name).read_text(encoding="utf-8")
+    for place in (str(ROOT), str(Path.home()), str(cache_folder()), sys.prefix):
+        assert place not in text
+    CLAIMS[name](notebook)
