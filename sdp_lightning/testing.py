@@ -164,10 +164,20 @@ class FakeEngine:
                 if entry in self._requests:  # cancelled: tokens that are not closed are discarded
                     self._leave(entry, num_kept=entry.num_closed)
 
-    def wait_for_requests(self, count: int, timeout_s: float = 30.0) -> None:
-        """Block until exactly ``count`` requests are in flight; ``EngineError`` at the deadline."""
+    def wait_for_requests(
+        self, count: int, *, total: int | None = None, timeout_s: float = 30.0
+    ) -> None:
+        """Block until exactly ``count`` requests are in flight, of ``total`` that ever came.
+
+        Raises:
+            EngineError: at the deadline.
+        """
+
+        def are_there() -> bool:
+            return len(self._requests) == count and total in (None, self.num_requests)
+
         with self._changed:
-            if not self._changed.wait_for(lambda: len(self._requests) == count, timeout_s):
+            if not self._changed.wait_for(are_there, timeout_s):
                 raise EngineError(
                     f"waited {timeout_s} s for {count} requests, {len(self._requests)} are in "
                     "flight."

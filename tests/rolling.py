@@ -132,7 +132,8 @@ def rolling(
     finally:
         executor.close()
         engine.close()
-    assert not [t.name for t in threading.enumerate() if t.name.startswith("sdp-")]
+    left = [t.name for t in threading.enumerate()]
+    assert "sdp-rollout" not in left and "sdp-evaluation" not in left
 
 
 def wait_until(executor: WorkflowExecutor, condition: Callable[[], bool]) -> None:

@@ -131,6 +131,6 @@ def test_an_async_reward_that_hangs_is_cancelled() -> None:
             ended.append("cancelled")
         return 0.0
 
-    with pytest.raises(RolloutError, match="'hang' took longer than 0.01 s"):
+    with pytest.raises(RolloutError, match=r"'hang' took longer than 0\.01 s"):
         run(lambda: call_reward(hang, timeout_s=0.01))
     assert ended == ["cancelled"]

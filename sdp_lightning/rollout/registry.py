@@ -142,6 +142,7 @@ class GroupRegistry:
         with self.changed:
             self._manager.on_submitted()
             self._live[live.order] = live
+            self.changed.notify_all()
 
     def finish(self, live: LiveGroup, group: TrajectoryGroup) -> None:
         """A workflow returned ``group``: it waits to be trained, unless it is stale already."""
