@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
+import torch
 from fitting import (
     AwaitIdleRollouts,
     Recorder,
@@ -174,6 +177,29 @@ def test_the_oldest_groups_are_trained_first(model_folder: str) -> None:
     trainer.fit(make_module(model_folder), make_data(engine=FakeEngine(), shuffle=False))
     trained = [row for step in recorder.steps for row in step.row_ids]
     assert trained == [f"row{i}" for i in range(8)]
+
+
+@pytest.mark.parametrize("embedded", [True, False])
+def test_the_trainer_leaves_the_engine_its_cores_and_takes_them_back(
+    model_folder: str, monkeypatch: pytest.MonkeyPatch, embedded: bool
+) -> None:
+    class Look(Callback):
+        def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            self.seen = torch.get_num_threads()
+
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    before, look = torch.get_num_threads(), Look()
+    torch.set_num_threads(cores + 1)
+    try:
+        data = make_data(engine="embedded" if embedded else FakeEngine())
+        make_trainer(sdp.WeightSyncCallback(), look, max_steps=1).fit(
+            make_module(model_folder), data
+        )
+        assert look.seen == (max(1, cores - 1) if embedded else cores + 1)
+        assert torch.get_num_threads() == cores + 1
+    finally:
+        torch.set_num_threads(before)
 
 
 # Validation ---------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -22,6 +23,7 @@ from fitting import (
     weights_of,
 )
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
 import sdp_lightning as sdp
@@ -201,6 +203,24 @@ def test_mode_off_is_standard_decoupled_ppo(model_folder: str) -> None:
     assert not any(segment.proximal.is_set for segment in segments)
 
 
+def test_mode_off_trains_groups_however_old_they_are(model_folder: str) -> None:
+    """The 4-stage row is 3 versions old when it ends, under a bound of 1 on submission."""
+    clock = VersionClock()
+    rows = [row | {"stages": 4 if i == 1 else 1} for i, row in enumerate(make_rows(9))]
+    data = make_data(
+        StagedWorkflow(clock),
+        rows=rows,
+        max_head_lag=1,
+        batch_size=1,
+        shuffle=False,
+        enable_segment_wise_ppo=False,
+    )
+    _, recorder = fit(model_folder, clock, max_steps=6, data=data)
+    (old,) = [step for step in recorder.steps if "row1" in step.row_ids]
+    assert int(old.batch.lags.max()) >= 3
+    assert recorder.metrics[-1]["rollout/dropped_overdue"] == 0
+
+
 def test_overdue_tokens_under_mask_get_weight_0_and_count_in_n(model_folder: str) -> None:
     """A 3-stage group of head lag 2 under a bound of 1: its first stage is masked."""
     clock = VersionClock()
@@ -260,3 +280,20 @@ def test_prompts_that_end_before_min_steps_are_an_error(model_folder: str) -> No
     data = make_data(rows=make_rows(4), num_epochs=1, engine=FakeEngine())
     with pytest.raises(sdp.RolloutError, match=r"prompts have ended.*min_steps"):
         fit(model_folder, max_steps=9, data=data, trainer={"min_steps": 5})
+
+
+def test_logger_checkpoints_bar_and_summary_warn_of_nothing(
+    model_folder: str, tmp_path: Path
+) -> None:
+    """Warnings are errors here."""
+    sync, recorder = sdp.WeightSyncCallback(), Recorder()
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_steps=2,
+        callbacks=[sync, recorder],
+        log_every_n_steps=1,
+        logger=CSVLogger(tmp_path),
+    )
+    trainer.fit(make_module(model_folder), make_data(val_prompts=make_rows(2)))
+    assert recorder.engine_versions == [0, 1, 2]
+    assert list(tmp_path.rglob("*.ckpt"))

@@ -26,6 +26,7 @@ from torch import Tensor
 import sdp_lightning as sdp
 from sdp_lightning.batch import Batch
 from sdp_lightning.forward import sequence_logprobs
+from sdp_lightning.module import silence_dropout
 
 LOSSES = [
     sdp.LossConfig(),
@@ -248,6 +249,29 @@ def test_dropout_is_off_although_the_model_trains(model_folder: str) -> None:
     for one, other in zip(first, second, strict=True):
         for a, b in zip(one, other, strict=True):
             np.testing.assert_array_equal(a, b)
+
+
+def test_dropout_layers_are_silenced() -> None:
+    layers = torch.nn.Sequential(torch.nn.Dropout(0.5), torch.nn.Linear(1, 1)).train()
+    silence_dropout(layers)
+    assert layers(torch.ones(64, 1)).unique().numel() == 1
+
+
+def test_auto_pads_where_rows_cannot_share_a_prefix(model_folder: str) -> None:
+    """A window in the configuration: ``"shared_prefix"`` refuses it, ``"auto"`` does without."""
+    trajectories, scores = make_trajectories(model_folder)[2], []
+    for layout in ("padded", "auto", "shared_prefix"):
+        module = make_module(model_folder, update=sdp.UpdateConfig(layout=layout))
+        module.configure_model()
+        policy: Any = module.policy
+        policy.config.sliding_window = 4
+        if layout == "shared_prefix":
+            with pytest.raises(sdp.ConfigError, match="sliding_window=4"):
+                module.score(trajectories)
+        else:
+            scores.append([np.concatenate(arrays) for arrays in module.score(trajectories)])
+    for padded, auto in zip(*scores, strict=True):
+        np.testing.assert_array_equal(padded, auto)
 
 
 @pytest.mark.parametrize("max_tokens", [1, 30, 10_000])
