@@ -212,6 +212,8 @@ class UpdateConfig:
         layout: ``"shared_prefix"`` computes the prompt of a group once, ``"padded"`` works with
             every model, ``"auto"`` takes the first where the model allows it and it is cheaper.
         scale_advantages_by_std: GRPO's division by the standard deviation of the group.
+        max_skipped_in_a_row: a step whose gradient is not finite is skipped; this many without a
+            good one between are an error.
 
     Raises:
         ConfigError: naming the value.
@@ -222,8 +224,10 @@ class UpdateConfig:
     max_tokens_per_microbatch: int = 4096
     layout: Literal["auto", "padded", "shared_prefix"] = "auto"
     scale_advantages_by_std: bool = True
+    max_skipped_in_a_row: int = 10
 
     def __post_init__(self) -> None:
+        _at_least("max_skipped_in_a_row", self.max_skipped_in_a_row, 1)
         _at_least("num_minibatches", self.num_minibatches, 1)
         _at_least("num_epochs", self.num_epochs, 1)
         _at_least("max_tokens_per_microbatch", self.max_tokens_per_microbatch, 1)

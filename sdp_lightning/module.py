@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from sdp_lightning.batch import Batch, Layout, collate, split_minibatches
 from sdp_lightning.config import LossConfig, OptimizerConfig, UpdateConfig
-from sdp_lightning.errors import ConfigError
+from sdp_lightning.errors import ConfigError, SDPError
 from sdp_lightning.forward import SequenceLogprobs, check_model, sequence_logprobs
 from sdp_lightning.loading import load_object, quiet_transformers
 from sdp_lightning.metrics import LagMetrics
@@ -75,6 +75,7 @@ class SegmentWisePPOModule(L.LightningModule):
         self.policy: PreTrainedModel | None = None
         self._model, self._model_kwargs = model, dict(model_kwargs or {})
         self._metrics = LagMetrics()
+        self._skipped_in_a_row = 0
         self._shuffler = torch.Generator().manual_seed(0)
 
     # The model -----------------------------------------------------------------------------------
@@ -189,13 +190,18 @@ class SegmentWisePPOModule(L.LightningModule):
             self.manual_backward(loss)
             total += loss.detach()
         norm = self._gradient_norm()
-        finite = torch.isfinite(norm)
         schedulers: Any = self.lr_schedulers()
         rate = torch.tensor(schedulers.get_last_lr()[0], dtype=torch.float32)
-        if finite:
+        self._skipped_in_a_row = 0 if torch.isfinite(norm) else self._skipped_in_a_row + 1
+        if self._skipped_in_a_row == 0:
             optimizer.step()
             schedulers.step()
-        skipped = (~finite).float()
+        elif self._skipped_in_a_row >= self.update.max_skipped_in_a_row:
+            raise SDPError(
+                f"the gradient was not finite (norm {norm}) in {self._skipped_in_a_row} optimizer "
+                "steps in a row. Lower the learning rate, or look at the rewards and log-probs."
+            )
+        skipped = torch.tensor(float(self._skipped_in_a_row > 0))
         return {"loss": total, "grad_norm": norm.float(), "lr": rate, "skipped": skipped}
 
     def _loss(

@@ -87,6 +87,19 @@ class PoisonGradients(Callback):
                 parameter.grad.fill_(torch.nan)
 
 
+class PoisonEveryGradient(PoisonGradients):
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._now = True
+
+
+def test_a_run_whose_gradients_are_never_finite_ends_with_an_error(model_folder: str) -> None:
+    update = sdp.UpdateConfig(max_skipped_in_a_row=3)
+    with pytest.raises(sdp.SDPError, match=r"not finite .* in 3 optimizer steps in a row"):
+        fit(model_folder, PoisonEveryGradient(0), max_steps=2, data=make_data(), update=update)
+
+
 @pytest.mark.parametrize("skipped", [0, 1])
 def test_a_skipped_step_changes_no_weight_and_advances_the_version(
     model_folder: str, skipped: int

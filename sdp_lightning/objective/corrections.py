@@ -94,8 +94,9 @@ def centre_and_log_weight(
     return proximal, (segment - behavior) + config.bridge_exponent * bridge
 
 
-def within_bounds(log_value: Tensor, *, floor: float | None, cap: float | None) -> Tensor:
-    """Whether ``floor <= exp(log_value) <= cap``; None is no bound. [...] bool."""
+def within_bounds(log_value: Tensor, config: LossConfig) -> Tensor:
+    """Whether floor <= exp(log_value) <= cap of the behavior weight. [...] bool."""
+    floor, cap = config.behavior_weight_floor, config.behavior_weight_cap
     kept = torch.ones_like(log_value, dtype=torch.bool)
     if cap is not None:
         kept &= log_value <= math.log(cap)

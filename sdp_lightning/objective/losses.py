@@ -56,23 +56,18 @@ def segment_wise_ppo_loss(
         r = e^{n - m}, \quad w = e^{m - b}
 
     K are the tokens of the mask whose drift exp(x - b), or weight, lies between floor and cap.
-    w r is computed as one exponential, so that a tiny w and a huge r stay finite.
-
-    Sources: Schulman et al. 2017, https://arxiv.org/abs/1707.06347; Hilton et al. 2021,
-    https://arxiv.org/abs/2110.00641; AReaL, https://arxiv.org/abs/2505.24298; dual clip: Ye et al.
-    2019, https://arxiv.org/abs/1912.09729.
+    Sources: Hilton et al. 2021, https://arxiv.org/abs/2110.00641; AReaL,
+    https://arxiv.org/abs/2505.24298; dual clip: Ye et al. 2019, https://arxiv.org/abs/1912.09729.
 
     Args:
         target_logprobs: [B, T] n, under the policy being optimized. Carries the gradient.
         proximal_logprobs: [B, T] x, under the policy at the start of this training step.
-        segment_logprobs: [B, T] q, under the policy after the token's own. Read only if
-            ``config.needs_segment_proximal``.
+        segment_logprobs: [B, T] q; read only if ``config.needs_segment_proximal``.
         behavior_logprobs: [B, T] b, of the distribution sampled from.
         advantages: [B, T].
         loss_mask: [B, T] bool. Whatever stands where it is False has no effect.
         config: centre, clip, bounds.
-        num_tokens: N, over the whole optimizer step and all ranks; default ``loss_mask.sum()``.
-            Counted before any rejection; below 1 it counts as 1.
+        num_tokens: N, at least 1, before any rejection; default ``loss_mask.sum()``.
 
     Returns:
         The loss (0 with a valid graph if no token is kept) and the per-token masks.
@@ -87,8 +82,7 @@ def segment_wise_ppo_loss(
 
     centre, log_weight = centre_and_log_weight(proximal, segment, behavior, config)
     tested = proximal - behavior if config.rejection_on == "drift" else log_weight
-    floor, cap = config.behavior_weight_floor, config.behavior_weight_cap
-    kept = loss_mask & within_bounds(tested, floor=floor, cap=cap)
+    kept = loss_mask & within_bounds(tested, config)
 
     log_ratio = target - centre
     bound, clipped = _clip(log_ratio.detach(), advantage, config)
