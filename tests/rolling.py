@@ -14,13 +14,21 @@ import numpy as np
 
 import sdp_lightning as sdp
 from sdp_lightning.engines.base import GenerationRequest, InferenceEngine
+from sdp_lightning.rollout.capacity import FilteredSamplesCapacityModifier, StalenessManager
 from sdp_lightning.rollout.executor import WorkflowExecutor
-from sdp_lightning.rollout.factory import create_workflow_executor
+from sdp_lightning.rollout.factory import create_staleness_strategy, create_workflow_executor
+from sdp_lightning.rollout.prompts import PromptRow
+from sdp_lightning.rollout.recompute import LogprobScorer, ProximalRecomputer, RecomputeReport
+from sdp_lightning.rollout.registry import GroupRegistry, LiveGroup
 from sdp_lightning.testing import FakeEngine
 from sdp_lightning.types import Context, SamplingParams, Segment, Trajectory, TrajectoryGroup
 from sdp_lightning.workflows.base import RolloutSession, RolloutWorkflow, Row
+from sdp_lightning.workflows.episode import Episode
+from sdp_lightning.workflows.gate import SendGate
 
 DEADLINE_S = 60.0
+
+Parts = list[Context | Segment]
 
 
 def make_segment(version: int, num_tokens: int = 2, *, scored: int | None = None) -> Segment:
@@ -197,3 +205,42 @@ class VersionScorer:
             [np.full(len(s), -(s.version + 1), dtype=np.float32) for s in t.segments]
             for t in trajectories
         ]
+
+
+class Room:
+    """A registry at a version, into which groups are put as they are wanted."""
+
+    def __init__(self, version: int, *, max_head_lag: int = 4, mask: bool = False) -> None:
+        config = sdp.RolloutConfig(
+            batch_size=1, max_head_lag=max_head_lag, on_overdue="mask" if mask else "drop"
+        )
+        self.manager = StalenessManager(
+            max_concurrent=99,
+            batch_size=1,
+            max_head_lag=max_head_lag,
+            modifiers=(FilteredSamplesCapacityModifier(),),
+        )
+        strategy = create_staleness_strategy(config)
+        self.registry = GroupRegistry(config, strategy, self.manager, on_drop=lambda live: None)
+        self.registry.rebase(version)
+        self.version, self.scorer, self.num = version, VersionScorer(), 0
+        self.recomputer = ProximalRecomputer(max_head_lag=max_head_lag, mask_overdue=mask)
+
+    def add(self, *members: Parts, finished: bool = True) -> LiveGroup:
+        episodes: list[Episode] = []
+        for parts in members:
+            episodes.append(Episode(FakeEngine(), SendGate()))
+            for part in [Context([1]), *parts]:
+                episodes[-1]._append(part)
+        session = RolloutSession(None, lambda n: episodes[n])  # type: ignore[arg-type]
+        for _ in members:
+            session.open()
+        live = LiveGroup(self.num, PromptRow(0, self.num, {}), 0, session)
+        self.num += 1
+        self.registry.add(live)
+        if finished:
+            self.registry.finish(live, live.make_group([e.finish(0.0) for e in episodes]))
+        return live
+
+    def run(self, scorer: LogprobScorer | None = None) -> RecomputeReport:
+        return self.recomputer.run(self.registry, scorer or self.scorer, self.version)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import random
 import threading
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from rolling import make_group
+from rolling import Room, make_group, make_segment
 
+import sdp_lightning.rollout
 from sdp_lightning.errors import ConfigError
 from sdp_lightning.rollout.buffer import RolloutCache, RolloutQueue
 from sdp_lightning.types import TrajectoryGroup
@@ -107,3 +109,29 @@ def test_purges_while_producers_add_lose_nothing_and_reorder_nothing() -> None:
         assert orders(out) == sorted(orders(out))
         kept += out
     assert sorted(orders(dropped + kept)) == list(range(num_producers * each))
+
+
+@pytest.mark.parametrize("go_on", ["take", "commit"])
+def test_back_pressure_holds_groups_as_running_and_loses_and_reorders_none(go_on: str) -> None:
+    """H=0, B=1: the queue has one place, and three groups finish in the order 1, 2, 0."""
+    room = Room(0, max_head_lag=0)
+    lives = [room.add([make_segment(0)], finished=False) for _ in range(3)]
+    for index in (1, 2, 0):
+        episodes = lives[index].session.episodes
+        room.registry.finish(lives[index], lives[index].make_group([episodes[0].finish(0.0)]))
+    stat = room.manager.stat
+    assert (stat.running, stat.pending) == (2, 1)
+    if go_on == "take":
+        assert [[g.order for g in room.registry.take()] for _ in range(4)] == [[0], [1], [2], []]
+        assert room.manager.stat.consumed == 3
+    else:
+        room.registry.commit(1)
+        assert room.manager.stat.dropped == 3 and room.registry.take() == []
+
+
+@pytest.mark.parametrize("folder", ["rollout", "workflows", "rewards"])
+def test_nothing_in_the_rollout_stack_sleeps(folder: str) -> None:
+    """Fault: polling sleeps of half a second."""
+    package = Path(sdp_lightning.rollout.__file__).parent.parent
+    files = list((package / folder).glob("*.py"))
+    assert len(files) > 1 and not [f.name for f in files if "sleep(" in f.read_text()]

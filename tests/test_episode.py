@@ -39,8 +39,11 @@ def begin(engine: FakeEngine, budget: int = 8) -> tuple[Episode, asyncio.Future[
 
 
 async def until_in_flight(engine: FakeEngine, count: int) -> None:
-    while engine.num_in_flight != count:
+    for _ in range(1000):  # turns of the loop, not time
+        if engine.num_in_flight == count:
+            return
         await asyncio.sleep(0)
+    raise AssertionError(f"{engine.num_in_flight} requests are in flight, never {count}")
 
 
 @dataclass

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from rolling import (
     DEADLINE_S,
+    Room,
     Samples,
     VersionScorer,
     make_executor,
@@ -19,52 +20,9 @@ from rolling import (
 
 import sdp_lightning as sdp
 from sdp_lightning.errors import RolloutError
-from sdp_lightning.rollout.capacity import StalenessManager
-from sdp_lightning.rollout.factory import create_staleness_strategy
-from sdp_lightning.rollout.prompts import PromptRow
-from sdp_lightning.rollout.recompute import LogprobScorer, ProximalRecomputer, RecomputeReport
-from sdp_lightning.rollout.registry import GroupRegistry, LiveGroup
+from sdp_lightning.rollout.recompute import RecomputeReport
 from sdp_lightning.testing import FakeEngine
-from sdp_lightning.types import Context, Segment, Trajectory, TrajectoryGroup
-from sdp_lightning.workflows.base import RolloutSession
-from sdp_lightning.workflows.episode import Episode
-from sdp_lightning.workflows.gate import SendGate
-
-Parts = list[Context | Segment]
-
-
-class Room:
-    """A registry at a version, into which groups are put as they are wanted."""
-
-    def __init__(self, version: int, *, max_head_lag: int = 4, mask: bool = False) -> None:
-        config = sdp.RolloutConfig(
-            batch_size=1, max_head_lag=max_head_lag, on_overdue="mask" if mask else "drop"
-        )
-        manager = StalenessManager(max_concurrent=99, batch_size=1, max_head_lag=max_head_lag)
-        strategy = create_staleness_strategy(config)
-        self.registry = GroupRegistry(config, strategy, manager, on_drop=lambda live: None)
-        self.registry.rebase(version)
-        self.version, self.scorer, self.num = version, VersionScorer(), 0
-        self.recomputer = ProximalRecomputer(max_head_lag=max_head_lag, mask_overdue=mask)
-
-    def add(self, *members: Parts, finished: bool = True) -> LiveGroup:
-        episodes: list[Episode] = []
-        for parts in members:
-            episodes.append(Episode(FakeEngine(), SendGate()))
-            for part in [Context([1]), *parts]:
-                episodes[-1]._append(part)
-        session = RolloutSession(None, lambda n: episodes[n])  # type: ignore[arg-type]
-        for _ in members:
-            session.open()
-        live = LiveGroup(self.num, PromptRow(0, self.num, {}), 0, session)
-        self.num += 1
-        self.registry.add(live)
-        if finished:
-            self.registry.finish(live, live.make_group([e.finish(0.0) for e in episodes]))
-        return live
-
-    def run(self, scorer: LogprobScorer | None = None) -> RecomputeReport:
-        return self.recomputer.run(self.registry, scorer or self.scorer, self.version)
+from sdp_lightning.types import Context, Trajectory, TrajectoryGroup
 
 
 @pytest.mark.parametrize("finished", [True, False], ids=["finished", "still in flight"])
@@ -245,7 +203,9 @@ def test_every_token_of_lag_two_or_more_was_scored_under_the_version_after_its_o
         for version in range(12):
             engine.wait_for_requests(3)
             engine.advance(1)
-            engine.advance(99, only=0 if version % 4 >= 2 else -1)
+            rows = [int(entry.request.group_key[2:]) for entry in engine._requests]
+            chosen = min(rows) if version % 4 >= 2 else max(rows)  # the oldest, or the newest
+            engine.advance(99, only=rows.index(chosen))
             (group,) = executor.take() or []
             executor.recompute(scorer)
             for segment in group.segments:
