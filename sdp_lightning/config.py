@@ -63,6 +63,7 @@ class RolloutConfig:
         _at_least("batch_size", self.batch_size, 1)
         _at_least("max_head_lag", self.max_head_lag, 0)
         _at_least("max_failures", self.max_failures, 0)
+        _at_least("seed", self.seed, 0)
         _at_least("max_rejected_in_a_row", self.max_rejected_in_a_row, 1)
         if self.max_concurrent is not None:
             _at_least("max_concurrent", self.max_concurrent, 1)

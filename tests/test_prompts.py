@@ -96,3 +96,11 @@ def test_seeds_differ_in_every_part_and_are_reproducible() -> None:
     seeds = {derive_seed(*parts) for parts in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 0))}
     assert len(seeds) >= 4 and derive_seed(1, 2) == derive_seed(1, 2) != derive_seed(2, 1)
     assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+@pytest.mark.parametrize("other", [{"seed": 1}, {"shuffle": False}])
+def test_a_position_in_another_order_is_refused(other: dict[str, Any]) -> None:
+    rows = [{"prompt": str(n)} for n in range(4)]
+    state = PromptStream(rows, seed=0, num_epochs=None).state_dict()
+    with pytest.raises(ConfigError, match="seed=0 and shuffle=True"):
+        PromptStream(rows, num_epochs=None, **other).load_state_dict(state)

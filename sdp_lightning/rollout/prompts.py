@@ -95,6 +95,8 @@ class PromptStream:
             "epoch": self._epoch,
             "position": self._position,
             "num_rows": len(self._rows),
+            "seed": self._seed,
+            "shuffle": self._shuffle,
             "returned": [list(pair) for pair in self._returned],
         }
 
@@ -102,8 +104,14 @@ class PromptStream:
         """Continue where ``state`` was taken.
 
         Raises:
-            ConfigError: if it was taken over another number of rows.
+            ConfigError: if it was taken over another number of rows, or in another order.
         """
+        if (state["seed"], state["shuffle"]) != (self._seed, self._shuffle):
+            raise ConfigError(
+                f"the checkpoint was made with seed={state['seed']} and shuffle="
+                f"{state['shuffle']}, now they are {self._seed} and {self._shuffle}: positions "
+                "would not mean the same rows."
+            )
         if state["num_rows"] != len(self._rows):
             raise ConfigError(
                 f"the checkpoint was made with {state['num_rows']} prompts, now there are "
