@@ -14,6 +14,7 @@ from sdp_lightning.errors import ConfigError
 MissingProximal = Literal["behavior", "loglinear", "decoupled", "drop"]
 TrustRegion = Literal["segment", "proximal", "behavior"]
 OnOverdue = Literal["drop", "wait", "mask"]
+LONGEST_S = 1e9  # of a deadline: threads cannot wait for ever by a number
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,10 @@ class RolloutConfig:
         )
         _one_of("on_overdue", self.on_overdue, ("drop", "wait", "mask"))
         for name, value in (("timeout_s", self.timeout_s), ("drain_s", self.drain_s)):
-            if not value > 0:
-                raise ConfigError(f"{name} must be positive, in seconds, got {value}.")
+            if not 0 < value <= LONGEST_S:
+                raise ConfigError(
+                    f"{name} must be above 0 and at most {LONGEST_S:.0e} s, got {value}."
+                )
 
     @property
     def concurrency(self) -> int:

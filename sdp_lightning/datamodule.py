@@ -15,7 +15,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import lightning as L
 import torch
@@ -28,7 +28,7 @@ from sdp_lightning.engines.base import InferenceEngine
 from sdp_lightning.engines.connect import connect_engine
 from sdp_lightning.engines.embedded import EmbeddedEngine
 from sdp_lightning.errors import ConfigError, RolloutError, RolloutTimeout
-from sdp_lightning.loading import load_object
+from sdp_lightning.loading import load_rows
 from sdp_lightning.module import SegmentWisePPOModule
 from sdp_lightning.rollout.executor import WorkflowExecutor
 from sdp_lightning.rollout.factory import create_workflow_executor
@@ -52,7 +52,7 @@ class RolloutDataModule(L.LightningDataModule):
         prompts: rows (mappings), or where to find them: ``"package.module:name"`` or
             ``"path/to/file.py:name"`` of a sequence, or of a function that returns one.
         workflow: what one rollout does.
-        engine: ``"embedded"``, or an engine of one's own.
+        engine: ``"embedded"``, or an engine of one's own, which serves one run and is closed by it.
         engine_options: passed on to :func:`connect_engine`.
         rollout: counts are of the whole world.
         val_prompts: rows of ``validate`` and ``test``; None leaves them out.
@@ -87,6 +87,7 @@ class RolloutDataModule(L.LightningDataModule):
         self._executor: WorkflowExecutor | None = None
         self._loader: RolloutLoader | None = None
         self._trainer_threads: int | None = None
+        self._last_state: dict[str, Any] = {}  # of the last fit, for a checkpoint made after it
 
     @property
     def executor(self) -> WorkflowExecutor:
@@ -109,7 +110,13 @@ class RolloutDataModule(L.LightningDataModule):
                 f"the Trainer has {self.trainer.world_size} processes; this version trains in one. "
                 "Use devices=1."
             )
-        if self.rollout.missing_proximal == "drop" and not module.loss.needs_segment_proximal:
+        if module.update.num_minibatches > self.rollout.batch_size:
+            raise ConfigError(
+                f"batch_size={self.rollout.batch_size} groups cannot fill "
+                f"num_minibatches={module.update.num_minibatches}: groups stay whole."
+            )
+        drops = self.rollout.enable_segment_wise_ppo and self.rollout.missing_proximal == "drop"
+        if drops and not module.loss.needs_segment_proximal:
             raise ConfigError(
                 "missing_proximal='drop' drops every group older than 1 version, because the "
                 f"estimator (trust_region={module.loss.trust_region!r}) never has segments scored. "
@@ -123,7 +130,7 @@ class RolloutDataModule(L.LightningDataModule):
             config=self.rollout,
             engine=engine,
             workflow=self.workflow,
-            prompts=_rows(self._prompts),
+            prompts=load_rows(self._prompts),
             tokenizer=module.tokenizer,
         )
         self._engine = engine
@@ -146,7 +153,7 @@ class RolloutDataModule(L.LightningDataModule):
     def val_dataloader(self) -> EvaluationLoader:
         if self._val_prompts is None:
             raise ConfigError("there is nothing to evaluate: pass val_prompts.")
-        return EvaluationLoader(self.executor, _rows(self._val_prompts), self.val_workflow)
+        return EvaluationLoader(self.executor, load_rows(self._val_prompts), self.val_workflow)
 
     def test_dataloader(self) -> EvaluationLoader:
         return self.val_dataloader()
@@ -155,7 +162,7 @@ class RolloutDataModule(L.LightningDataModule):
         return batch.batch if isinstance(batch, SealedBatch) else batch
 
     def state_dict(self) -> dict[str, Any]:
-        return {} if self._executor is None else self._executor.state_dict()
+        return self._last_state if self._executor is None else self._executor.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if state_dict and self.trainer is not None and self.trainer.state.fn == "fit":
@@ -173,9 +180,11 @@ class RolloutDataModule(L.LightningDataModule):
         """End rollouts and engine. Safe to call twice."""
         executor, self._executor = self._executor, None
         engine, self._engine = self._engine, None
+        loader, self._loader = self._loader, None
         try:
             if executor is not None:
                 executor.close()
+                self._last_state = self._last_state if loader is None else executor.state_dict()
         finally:
             if engine is not None:
                 engine.close()
@@ -225,6 +234,7 @@ class RolloutLoader:
         return self._length
 
     def __iter__(self) -> Iterator[SealedBatch]:
+        _require_published(self._executor)
         if self._ended:
             raise RolloutError(
                 "the prompts have ended, but the Trainer goes on: leave out its min_steps and "
@@ -307,6 +317,7 @@ class EvaluationLoader:
         return 1
 
     def __iter__(self) -> Iterator[Evaluation]:
+        _require_published(self._executor)
         version = self._executor.version
         groups = self._executor.evaluate(self._rows, self._workflow)
         rewards = [t.reward for group in groups for t in group.trajectories]
@@ -315,11 +326,12 @@ class EvaluationLoader:
         yield Evaluation(version=version, rewards=rewards)
 
 
-def _rows(source: str | Sequence[Mapping[str, Any]]) -> Sequence[Row]:
-    if not isinstance(source, str):
-        return source
-    found = load_object(source)
-    return cast(Sequence[Row], found() if callable(found) else found)
+def _require_published(executor: WorkflowExecutor) -> None:
+    if not executor.is_published:
+        raise ConfigError(
+            "no weights were published to the engine, so it cannot sample: add "
+            "WeightSyncCallback() to the Trainer's callbacks."
+        )
 
 
 def _has_timer(trainer: L.Trainer) -> bool:

@@ -15,8 +15,9 @@ import io
 import os
 import shutil
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping, Sequence, Sized
 from pathlib import Path
+from typing import Any, cast
 
 from sdp_lightning.errors import ConfigError
 
@@ -47,6 +48,46 @@ def load_object(spec: str) -> object:
         except AttributeError as error:
             raise ConfigError(f"{place} has no {name!r}.{_near(part, dir(found))}") from error
     return found
+
+
+def resolve_model(model: str | Path) -> str:
+    """An id or path as it is; a ``file.py:name`` or ``package.module:name`` is called for one.
+
+    Raises:
+        ConfigError: if it is neither, or a path to no folder.
+    """
+    if not isinstance(model, (str, Path)):
+        raise ConfigError(
+            f"model must be an id, a folder, or the place of a function that returns one; got "
+            f"{type(model).__name__}. {_FORM}"
+        )
+    name = str(model)
+    if ":" in name and not isinstance(model, Path):
+        function = load_object(name)
+        if not callable(function):
+            raise ConfigError(f"{name!r} is no function, but {type(function).__name__}.")
+        name = str(function())
+    path = Path(name).expanduser()
+    if (isinstance(model, Path) or name[:1] in "/.~") and not path.is_dir():
+        raise ConfigError(f"there is no model folder {name!r} (looked for {path.absolute()}).")
+    return str(path) if name[:1] == "~" else name
+
+
+def load_rows(source: str | Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    """Dataset rows: as they are, or those that a string names, or that the named function returns.
+
+    Raises:
+        ConfigError: if they have no length or no order: a generator, a single row, None.
+    """
+    found: object = load_object(source) if isinstance(source, str) else source
+    if isinstance(source, str) and callable(found):
+        found = found()
+    if not isinstance(found, Sized) or isinstance(found, (Mapping, str)):
+        raise ConfigError(
+            "prompts must be a sequence of rows, such as a list of mappings or a datasets.Dataset; "
+            f"got {type(found).__name__}. Make a list of it."
+        )
+    return cast(Sequence[Mapping[str, Any]], found)
 
 
 def cache_folder() -> Path:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -22,7 +23,7 @@ from sdp_lightning.batch import Batch, Layout, collate, split_minibatches
 from sdp_lightning.config import LossConfig, OptimizerConfig, UpdateConfig
 from sdp_lightning.errors import ConfigError, SDPError
 from sdp_lightning.forward import SequenceLogprobs, check_model, sequence_logprobs
-from sdp_lightning.loading import load_object, quiet_transformers
+from sdp_lightning.loading import quiet_transformers, resolve_model
 from sdp_lightning.metrics import LagMetrics
 from sdp_lightning.objective import (
     complete_segment_logprobs,
@@ -59,7 +60,7 @@ class SegmentWisePPOModule(L.LightningModule):
 
     def __init__(
         self,
-        model: str,
+        model: str | Path,
         *,
         loss: LossConfig = LossConfig(),
         optimizer: OptimizerConfig = OptimizerConfig(),
@@ -115,9 +116,10 @@ class SegmentWisePPOModule(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         precision = str(self.trainer.precision)
-        if stage == "fit" and precision == "16-mixed":
+        if stage == "fit" and precision in ("16-mixed", "16-true"):
             raise ConfigError(
-                "precision='16-mixed' scales the loss; use 'bf16-mixed' or '32-true'."
+                f"precision={precision!r} needs a scaled loss, which this module does not do; use "
+                "'bf16-mixed' or '32-true'."
             )
         steps, every = self.trainer.max_steps, self.update.steps_per_batch
         if stage == "fit" and steps > 0 and steps % every:
@@ -297,14 +299,6 @@ class SegmentWisePPOModule(L.LightningModule):
         if self.policy is None:
             raise ConfigError("the model is not loaded yet: call configure_model() first.")
         return self.policy
-
-
-def resolve_model(model: str) -> str:
-    """An id or path as it is; a ``file.py:name`` or ``package.module:name`` is called for one."""
-    if ":" not in model:
-        return model
-    function: Any = load_object(model)
-    return str(function())
 
 
 def select_trainable(policy: nn.Module, pattern: str | None) -> None:

@@ -151,10 +151,10 @@ def test_the_callback_needs_the_module_and_the_data_module_of_this_package(
         trainer.fit(make_module(model_folder), Other())
 
 
-def test_without_the_callback_the_error_says_that_nothing_was_published(
-    model_folder: str,
-) -> None:
-    with pytest.raises(sdp.SDPError, match=r"publish|WeightSyncCallback"):
-        make_trainer(max_steps=1).fit(
-            make_module(model_folder), make_data(engine=FakeEngine(), timeout_s=1.0)
+@pytest.mark.parametrize("stage", ["fit", "validate"])
+def test_a_trainer_without_the_callback_is_told_to_add_it(model_folder: str, stage: str) -> None:
+    data = make_data(engine=FakeEngine(), val_prompts=make_rows(2))
+    with pytest.raises(sdp.ConfigError, match=r"published.*add WeightSyncCallback\(\)"):
+        getattr(make_trainer(max_steps=1, num_sanity_val_steps=0), stage)(
+            make_module(model_folder), data
         )

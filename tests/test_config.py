@@ -23,8 +23,8 @@ from sdp_lightning.errors import ConfigError, SDPError
         (RolloutConfig, {"num_epochs": 0}, "num_epochs"),
         (RolloutConfig, {"missing_proximal": "zero"}, "one of behavior, .*; got 'zero'"),
         (RolloutConfig, {"on_overdue": "ignore"}, "one of drop, wait, mask; got 'ignore'"),
-        (RolloutConfig, {"timeout_s": 0}, "timeout_s must be positive, in seconds, got 0"),
-        (RolloutConfig, {"drain_s": float("nan")}, "drain_s must be positive"),
+        (RolloutConfig, {"timeout_s": 0}, "timeout_s must be above 0"),
+        (RolloutConfig, {"drain_s": float("nan")}, "drain_s must be above 0"),
         (LossConfig, {"clip_epsilon": 1.0}, "clip_epsilon"),
         (LossConfig, {"clip_epsilon_high": 0.0}, "clip_epsilon_high"),
         (LossConfig, {"dual_clip": 1.0}, "dual_clip must be above 1"),
@@ -88,3 +88,10 @@ def test_mini_batches_and_epochs_multiply_and_the_upper_epsilon_follows_the_lowe
     assert UpdateConfig(num_minibatches=2, num_epochs=3).steps_per_batch == 6
     assert LossConfig(clip_epsilon=0.1).upper_epsilon == 0.1
     assert LossConfig(clip_epsilon_high=0.3).upper_epsilon == 0.3
+
+
+@pytest.mark.parametrize("name", ["timeout_s", "drain_s"])
+@pytest.mark.parametrize("value", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_deadline_is_a_time_that_a_thread_can_wait(name: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=f"{name} must be above 0 and at most 1e\\+09 s"):
+        RolloutConfig(**{name: value})  # pyright: ignore[reportArgumentType]

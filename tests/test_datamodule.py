@@ -105,6 +105,25 @@ def test_dropping_the_unscored_needs_a_loss_that_has_them_scored(
         )
 
 
+def test_a_mode_without_scores_may_have_any_missing_proximal(model_folder: str) -> None:
+    data = make_data(
+        engine=FakeEngine(), missing_proximal="drop", enable_segment_wise_ppo=False, max_head_lag=0
+    )
+    module = make_module(model_folder, loss=sdp.LossConfig(trust_region="behavior"))
+    make_trainer(sdp.WeightSyncCallback(), max_steps=1).fit(module, data)
+    assert module.trainer.global_step == 1
+
+
+def test_more_minibatches_than_groups_are_refused_before_anything_is_sampled(
+    model_folder: str,
+) -> None:
+    engine = FakeEngine()
+    module = make_module(model_folder, update=sdp.UpdateConfig(num_minibatches=4))
+    with pytest.raises(sdp.ConfigError, match=r"batch_size=2 .* num_minibatches=4"):
+        make_trainer(sdp.WeightSyncCallback(), max_steps=4).fit(module, make_data(engine=engine))
+    assert engine.num_requests == 0
+
+
 def test_several_processes_are_refused(model_folder: str) -> None:
     trainer = make_trainer(sdp.WeightSyncCallback(), devices=2, strategy="ddp", max_steps=1)
     trainer.strategy.connect(make_module(model_folder))

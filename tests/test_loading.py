@@ -5,11 +5,19 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from sdp_lightning.errors import ConfigError
-from sdp_lightning.loading import build_once, cache_folder, load_object, quiet_transformers
+from sdp_lightning.loading import (
+    build_once,
+    cache_folder,
+    load_object,
+    load_rows,
+    quiet_transformers,
+    resolve_model,
+)
 
 
 @pytest.fixture
@@ -156,3 +164,45 @@ def test_transformers_is_quiet_inside_and_as_before_after(capsys: pytest.Capture
         raise RuntimeError
     assert capsys.readouterr().err == ""
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        pytest.param((row for row in [{}]), id="a generator"),
+        pytest.param({"prompt": "1+1="}, id="a single row"),
+        pytest.param(None, id="None"),
+    ],
+)
+def test_rows_without_length_or_order_are_refused(source: Any):
+    with pytest.raises(ConfigError, match=rf"sequence of rows.*got {type(source).__name__}"):
+        load_rows(source)
+
+
+def test_rows_pass_as_they_are():
+    rows = ({"prompt": "1+1="},)
+    assert load_rows(rows) is rows
+
+
+def test_a_model_may_be_a_path_in_the_home_folder_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "model").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert resolve_model(tmp_path / "model") == str(tmp_path / "model")
+    assert resolve_model("~/model") == str(tmp_path / "model")
+    assert resolve_model("org/model") == "org/model"
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        pytest.param("/no/such", "there is no model folder '/no/such'", id="a path"),
+        pytest.param(Path("no"), "there is no model folder 'no'", id="a Path"),
+        pytest.param("os:sep", "'os:sep' is no function, but str", id="no function"),
+        pytest.param(object(), "must be an id, a folder, .* got object", id="an object"),
+    ],
+)
+def test_what_is_no_model_is_named(model: Any, message: str):
+    with pytest.raises(ConfigError, match=message):
+        resolve_model(model)

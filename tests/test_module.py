@@ -149,6 +149,12 @@ def test_16_mixed_is_refused(model_folder: str) -> None:
         train(model_folder, make_batch(model_folder), trainer={"plugins": [plugin]})
 
 
+def test_16_true_is_refused(model_folder: str) -> None:
+    """Its AdamW makes nan of every weight in the first step."""
+    with pytest.raises(sdp.ConfigError, match=r"16-true.*bf16-mixed"):
+        train(model_folder, make_batch(model_folder), trainer={"precision": "16-true"})
+
+
 @pytest.mark.parametrize("trainable", [None, r"layers\.1\."])
 def test_gradient_checkpointing_is_on_and_changes_no_gradient(
     model_folder: str, trainable: str | None

@@ -26,6 +26,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 import sdp_lightning as sdp
 from sdp_lightning.rollout.capacity import RolloutStat
+from sdp_lightning.testing import FakeEngine
 
 SAVED = 3  # the step that is checkpointed
 
@@ -235,3 +236,20 @@ def test_a_checkpoint_can_be_validated_with_other_prompts(
     assert found["val/version"] == SAVED
     for name, value in first.recorder.weights[SAVED].items():
         torch.testing.assert_close(weights_of(model)[name], value, rtol=0, atol=0)
+
+
+def test_a_checkpoint_made_after_the_fit_holds_the_position_in_the_prompts(
+    model_folder: str, tmp_path: Path
+) -> None:
+    rows = make_rows(16)
+    first, second = Recorder(), Recorder()
+    data = make_data(rows=rows, val_prompts=rows[:1], engine=FakeEngine())
+    module = make_module(model_folder)
+    trainer = make_trainer(sdp.WeightSyncCallback(), first, max_steps=3)
+    trainer.fit(module, data)
+    trainer.save_checkpoint(tmp_path / "after.ckpt")
+    trainer = make_trainer(sdp.WeightSyncCallback(), second, max_steps=6)
+    again = make_data(rows=rows, engine=FakeEngine())
+    trainer.fit(make_module(model_folder), again, ckpt_path=tmp_path / "after.ckpt")
+    trained = [row for step in (*first.steps, *second.steps) for row in step.row_ids]
+    assert len(trained) == len(set(trained)) == 12

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -134,3 +135,8 @@ def test_an_async_reward_that_hangs_is_cancelled() -> None:
     with pytest.raises(RolloutError, match=r"'hang' took longer than 0\.01 s"):
         run(lambda: call_reward(hang, timeout_s=0.01))
     assert ended == ["cancelled"]
+
+
+def test_a_reward_that_ends_its_thread_fails_at_once_and_says_so() -> None:
+    with pytest.raises(RolloutError, match=r"called sys\.exit\(3\)"):
+        run(lambda: call_reward(sys.exit, 3, timeout_s=2 * DEADLINE_S))

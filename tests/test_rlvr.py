@@ -142,6 +142,12 @@ def test_a_prompt_that_is_missing_or_empty_is_named() -> None:
         encode_prompt({"prompt": ""}, CodePoints(), key="prompt", use_chat_template=False)
 
 
+@pytest.mark.parametrize("prompt", [None, 3, [3, 4]], ids=["None", "a number", "token ids"])
+def test_a_prompt_that_is_neither_text_nor_messages_is_named(prompt: Any) -> None:
+    with pytest.raises(RolloutError, match="is neither text nor a list of"):
+        encode_prompt({"prompt": prompt}, CodePoints(), key="prompt", use_chat_template=True)
+
+
 def test_the_end_of_text_and_stop_texts_of_one_token_stop_a_completion() -> None:
     params = with_stops(SamplingParams(stop_token_ids=(5,)), CodePoints(), ["\n"])
     assert params.stop_token_ids == (5, 0, 10)

@@ -51,6 +51,8 @@ async def _in_thread(function: Callable[..., Any], *args: Any) -> Any:
             value = function(*args)
         except Exception as error:  # raised again where the reward is awaited
             failure = error
+        except SystemExit as error:  # it ends this thread alone, and would seem to take for ever
+            failure = RolloutError(f"the reward called sys.exit({error.code!r}).")
         _deliver(loop, future, (value, failure))
 
     threading.Thread(target=work, name="sdp-reward", daemon=True).start()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -93,6 +93,10 @@ def encode_prompt(
     if key not in row:
         raise RolloutError(f"row has no {key!r}; its keys are {sorted(row)}. Set prompt_key.")
     prompt: Any = row[key]
+    if not isinstance(prompt, str) and not _is_conversation(prompt):
+        raise RolloutError(
+            f"the prompt {prompt!r} is neither text nor a list of {{'role', 'content'}} messages."
+        )
     if isinstance(prompt, str) and not use_chat_template:
         tokens = tokenizer.encode(prompt, add_special_tokens=False)
     else:
@@ -102,6 +106,10 @@ def encode_prompt(
     if not tokens:
         raise RolloutError(f"the prompt {prompt!r} has no tokens.")
     return tokens
+
+
+def _is_conversation(prompt: Any) -> bool:
+    return isinstance(prompt, (list, tuple)) and all(isinstance(m, Mapping) for m in prompt)
 
 
 def with_stops(params: SamplingParams, tokenizer: Tokenizer, stop: Sequence[str]) -> SamplingParams:
