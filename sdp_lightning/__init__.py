@@ -7,7 +7,7 @@ neither lightning nor transformers.
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -71,7 +71,10 @@ _HOMES = {
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
-__version__ = version("sdp-lightning")
+try:
+    __version__ = version("sdp-lightning")
+except PackageNotFoundError:  # imported from its folder by a server's worker
+    __version__ = "0+unknown"
 
 __all__ = [
     "AsyncTaskRunner",

@@ -67,7 +67,10 @@ PASSED_ON = {
     ("rewards/calling.py", "work"): "raised where the reward is awaited",
 }
 # Things of others: model configurations differ by type, callables may have no name.
-FOREIGN_ATTRIBUTES = {"forward.py", "engines/embedded/loading.py", "rewards/calling.py"}
+FOREIGN_ATTRIBUTES = {
+    *("forward.py", "engines/embedded/loading.py", "rewards/calling.py"),
+    "engines/vllm_worker.py",
+}
 PRINTING = {"cli.py", "summary.py", "progress.py"}
 
 

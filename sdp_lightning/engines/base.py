@@ -71,7 +71,7 @@ class InferenceEngine(Protocol):
 
     @property
     def in_process(self) -> bool:
-        """Whether weights are swapped between decode steps, with requests in flight.
+        """Whether requests stay in flight while weights are updated.
 
         If False, ``pause`` makes outstanding requests return ``"abort"`` with what they have.
         """

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import dataclasses
+from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import parse_qsl
 
 from sdp_lightning.errors import ConfigError
 
@@ -10,8 +12,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from sdp_lightning.engines.base import InferenceEngine
+    from sdp_lightning.engines.server import ServerConfig
 
-_REMOTE = ("vllm", "sglang")
+T = TypeVar("T")
+
+_LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
 
 def connect_engine(
@@ -20,9 +25,14 @@ def connect_engine(
     """An engine for ``url``, not started yet.
 
     Args:
-        url: ``"embedded"`` samples in this process; an engine object is returned as it is.
-        model: what ``"embedded"`` loads: a Hugging Face id, a folder, or a module, which is copied.
-        **options: of the engine's constructor.
+        url: ``"embedded"`` samples in this process; ``"vllm://h1:8000,h2:8000"`` on servers that
+            run; ``"vllm://launch?replicas=2&max_model_len=512"`` starts servers, with the fields of
+            :class:`~sdp_lightning.engines.server.ServerConfig`, and ends them with the run; an
+            engine object is returned as it is.
+        model: what ``"embedded"`` or a launched server loads: a Hugging Face id or a folder; for
+            ``"embedded"`` also a module, which is copied.
+        **options: of ``EmbeddedEngine``, or of
+            :class:`~sdp_lightning.engines.remote.RemoteOptions`.
 
     Raises:
         ConfigError: if the URL means nothing here, or goes with no model or no options.
@@ -41,11 +51,68 @@ def connect_engine(
         from sdp_lightning.engines.embedded import EmbeddedEngine
 
         return EmbeddedEngine(model, **options)
-    if url.partition("://")[0] in _REMOTE:
-        raise ConfigError(
-            f"engine {url!r}: this version samples in the trainer's process only, it connects to "
-            "no server. Use engine='embedded'."
-        )
+    scheme, separator, rest = url.partition("://")
+    if separator and scheme == "vllm":
+        return _connect_vllm(rest, model=model, options=options)
     raise ConfigError(
-        f"engine {url!r} is not known. Known are 'embedded' and any object that is an engine."
+        f"engine {url!r} is not known. Known are 'embedded', 'vllm://host:port,...', "
+        "'vllm://launch?replicas=1' and any object that is an engine."
     )
+
+
+def _connect_vllm(rest: str, *, model: Any, options: dict[str, Any]) -> InferenceEngine:
+    from sdp_lightning.engines.options import RemoteOptions
+    from sdp_lightning.engines.remote import RemoteInfEngine
+    from sdp_lightning.engines.server import ManagedServers
+    from sdp_lightning.engines.vllm import VLLMBackend
+
+    settings = _from_fields(RemoteOptions, options)
+    place, _, query = rest.partition("?")
+    if place == "launch":
+        servers = ManagedServers(_server_config(query, model))
+        return RemoteInfEngine(servers, VLLMBackend(), options=settings)
+    hosts = [host for host in place.split(",") if host]
+    if not hosts or query:
+        raise ConfigError(
+            f"'vllm://{rest}' names no server. Write 'vllm://host:port,host:port' or "
+            "'vllm://launch?replicas=1'."
+        )
+    far = [host for host in hosts if host.rpartition(":")[0] not in _LOOPBACK]
+    if far and settings.api_key is None:
+        raise ConfigError(
+            f"{', '.join(far)} is on another host: whoever reaches it can change its weights. "
+            "Start it with --api-key and pass api_key."
+        )
+    return RemoteInfEngine([f"http://{h}" for h in hosts], VLLMBackend(), options=settings)
+
+
+def _server_config(query: str, model: Any) -> ServerConfig:
+    from sdp_lightning.engines.server import ServerConfig
+
+    values: dict[str, Any] = {}
+    kinds = {field.name: str(field.type) for field in dataclasses.fields(ServerConfig)}
+    for name, text in parse_qsl(query, strict_parsing=bool(query)):
+        kind = kinds.get(name, "")
+        try:
+            if kind.startswith("tuple"):
+                values[name] = tuple(text.split(","))
+            elif kind.startswith("int"):
+                values[name] = int(text)
+            else:
+                values[name] = float(text) if kind.startswith("float") else text
+        except ValueError as error:
+            raise ConfigError(f"vllm://launch: {name}={text!r} is no {kind}.") from error
+    if isinstance(model, str):
+        values.setdefault("model", model)
+    if "model" not in values:
+        raise ConfigError("vllm://launch needs a model: an id or a folder.")
+    return _from_fields(ServerConfig, values)
+
+
+def _from_fields(kind: type[T], values: dict[str, Any]) -> T:
+    known = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    if unknown := sorted(set(values) - set(known)):
+        raise ConfigError(
+            f"{kind.__name__} has no {', '.join(unknown)}. It has {', '.join(known)}."
+        )
+    return kind(**values)

@@ -1,0 +1,59 @@
+"""How an engine deals with its servers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sdp_lightning.engines.backend import OnUpdate
+from sdp_lightning.errors import ConfigError
+from sdp_lightning.types import KVPolicy
+
+
+@dataclass(frozen=True)
+class RemoteOptions:
+    """How an engine deals with its servers. Times in seconds.
+
+    Args:
+        min_replicas: fewer serving servers than this end a publish with an error.
+        request_timeout_s: longest wait for one completion.
+        control_timeout_s: longest wait for a pause, a load of weights, a version.
+        recover_s: longest wait for a server to come back when none is left.
+        max_tries: times a request is sent, each to a server that seemed well, before its error
+            is the rollout's.
+        health_interval_s: how often servers are asked whether they live.
+        health_timeout_s: a server that takes longer to say so is taken out.
+        on_update: ``"interrupt"``: requests return what they have and are sent again under the new
+            version. ``"keep"``: servers carry them across, and say which version sampled what.
+        kv_on_update: ``"recompute"`` clears caches when weights change, ``"keep"`` does not, and
+            then log-probs of a prefix that was cached before belong to no single version.
+        api_key: bearer token; servers on other hosts need one.
+    """
+
+    min_replicas: int = 1
+    request_timeout_s: float = 600.0
+    control_timeout_s: float = 120.0
+    recover_s: float = 120.0
+    max_tries: int = 5
+    health_interval_s: float = 2.0
+    health_timeout_s: float = 10.0
+    on_update: OnUpdate = "interrupt"
+    kv_on_update: KVPolicy = "recompute"
+    api_key: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.on_update not in ("interrupt", "keep"):
+            raise ConfigError(f"on_update must be 'interrupt' or 'keep', got {self.on_update!r}.")
+        if self.min_replicas < 1 or self.max_tries < 1:
+            raise ConfigError(
+                "min_replicas and max_tries must be at least 1, got "
+                f"{self.min_replicas} and {self.max_tries}."
+            )
+        for name, value in (
+            ("request_timeout_s", self.request_timeout_s),
+            ("control_timeout_s", self.control_timeout_s),
+            ("recover_s", self.recover_s),
+            ("health_interval_s", self.health_interval_s),
+            ("health_timeout_s", self.health_timeout_s),
+        ):
+            if not value > 0:
+                raise ConfigError(f"{name} must be positive, got {value}.")
