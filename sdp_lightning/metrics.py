@@ -20,6 +20,7 @@ from sdp_lightning.objective.losses import PolicyLoss
 LAG_BINS = 5  # 0, 1, 2, 3, and 4 or more
 BRIDGE_LOW, BRIDGE_DECADES, BINS_PER_DECADE = 1e-6, 8, 32  # nats; below counts as none
 BRIDGE_BINS = BRIDGE_DECADES * BINS_PER_DECADE + 2
+_LAG_NAMES = (*(str(lag) for lag in range(LAG_BINS - 1)), f"{LAG_BINS - 1}plus")
 
 _SUMS = (
     "tokens",
@@ -46,7 +47,9 @@ class LagMetrics(Metric):
       ``loss/rejected_fraction`` and ``loss/entropy``, over all loss tokens;
     - ``bridge/abs_log_mean``, ``bridge/abs_log_p95``: abs(x - q) where q is known: for tokens
       of lag 0 and 1 and the scored ones. The percentile is that of a histogram with 32 bins a
-      decade (within 4 %), 0 below 1e-6. ``bridge/approximated_share``: the other tokens;
+      decade (within 4 %), 0 below 1e-6. The same of tokens of one lag, where it is not 0 by
+      definition: ``bridge/abs_log_mean_2``, ``_3``, ``_4plus`` and ``bridge/abs_log_p95_2``, ...
+      ``bridge/approximated_share``: the tokens whose q is not known;
     - ``drift/abs_log_mean``: abs(x - b); ``drift/k1``: the mean of b - x, an estimate of
       KL(behavior || proximal).
     """
@@ -55,6 +58,7 @@ class LagMetrics(Metric):
     sums: Tensor
     lag_counts: Tensor
     lag_max: Tensor
+    bridge_sums: Tensor
     bridge_counts: Tensor
 
     def __init__(self, **kwargs: Any) -> None:
@@ -63,7 +67,9 @@ class LagMetrics(Metric):
         self.add_state("sums", torch.zeros(len(_SUMS), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("lag_counts", counts, dist_reduce_fx="sum")
         self.add_state("lag_max", torch.zeros((), dtype=torch.long), dist_reduce_fx="max")
-        histogram = torch.zeros(BRIDGE_BINS, dtype=torch.long)
+        bridges = torch.zeros(LAG_BINS, dtype=torch.float64)
+        self.add_state("bridge_sums", bridges, dist_reduce_fx="sum")
+        histogram = torch.zeros(LAG_BINS, BRIDGE_BINS, dtype=torch.long)
         self.add_state("bridge_counts", histogram, dist_reduce_fx="sum")
 
     def update(
@@ -89,14 +95,16 @@ class LagMetrics(Metric):
         self.sums += _sums_update(batch, loss, bridge, drift, known, entropy.detach())
         self.lag_counts += _lag_counts_update(batch)
         self.lag_max = torch.maximum(self.lag_max, batch.lags.amax())
-        self.bridge_counts += _bridge_counts_update(bridge[known])
+        lags = batch.lags[known].clamp(max=LAG_BINS - 1)
+        self.bridge_sums.index_add_(0, lags, bridge[known].double())
+        self.bridge_counts += _bridge_counts_update(bridge[known], lags)
 
     def compute(self) -> dict[str, Tensor]:
         """The means, shares and percentile of everything added, under the names above."""
         return {
             **_means_compute(self.sums),
             **_lag_compute(self.lag_counts, self.lag_max),
-            "bridge/abs_log_p95": _percentile_compute(self.bridge_counts, 0.95),
+            **_bridge_compute(self.bridge_sums, self.bridge_counts),
         }
 
 
@@ -128,11 +136,12 @@ def _lag_counts_update(batch: Batch) -> Tensor:
     return torch.bincount(lags, minlength=LAG_BINS)
 
 
-def _bridge_counts_update(bridge: Tensor) -> Tensor:
-    """[BRIDGE_BINS]: below the lowest edge, log-spaced bins, above the highest."""
+def _bridge_counts_update(bridge: Tensor, lags: Tensor) -> Tensor:
+    """[LAG_BINS, BRIDGE_BINS]: below the lowest edge, log-spaced bins, above the highest."""
     decades = (bridge.double() / BRIDGE_LOW).clamp(min=1e-9).log10()
     index = (decades * BINS_PER_DECADE).floor().long() + 1
-    return torch.bincount(index.clamp(0, BRIDGE_BINS - 1), minlength=BRIDGE_BINS)
+    place = lags * BRIDGE_BINS + index.clamp(0, BRIDGE_BINS - 1)
+    return torch.bincount(place, minlength=LAG_BINS * BRIDGE_BINS).view(LAG_BINS, BRIDGE_BINS)
 
 
 def _means_compute(sums: Tensor) -> dict[str, Tensor]:
@@ -154,8 +163,17 @@ def _means_compute(sums: Tensor) -> dict[str, Tensor]:
 
 def _lag_compute(counts: Tensor, longest: Tensor) -> dict[str, Tensor]:
     shares = (counts / counts.sum().clamp(min=1)).float()
-    names = [*(f"lag/share_{lag}" for lag in range(LAG_BINS - 1)), f"lag/share_{LAG_BINS - 1}plus"]
+    names = [f"lag/share_{lag}" for lag in _LAG_NAMES]
     return {"lag/max": longest.float(), **dict(zip(names, shares.unbind(), strict=True))}
+
+
+def _bridge_compute(sums: Tensor, counts: Tensor) -> dict[str, Tensor]:
+    means = (sums / counts.sum(1).clamp(min=1)).float()
+    values = {"bridge/abs_log_p95": _percentile_compute(counts.sum(0), 0.95)}
+    for lag in range(2, LAG_BINS):
+        values[f"bridge/abs_log_mean_{_LAG_NAMES[lag]}"] = means[lag]
+        values[f"bridge/abs_log_p95_{_LAG_NAMES[lag]}"] = _percentile_compute(counts[lag], 0.95)
+    return values
 
 
 def _percentile_compute(counts: Tensor, share: float) -> Tensor:

@@ -23,6 +23,7 @@ NAMES = {
     *("lag/share_4plus", "loss/behavior_weight", "loss/clip_fraction", "loss/rejected_fraction"),
     *("loss/entropy", "bridge/abs_log_mean", "bridge/abs_log_p95", "bridge/approximated_share"),
     *("drift/abs_log_mean", "drift/k1"),
+    *(f"bridge/abs_log_{kind}_{lag}" for kind in ("mean", "p95") for lag in ("2", "3", "4plus")),
 }
 
 
@@ -104,6 +105,10 @@ def mean(values: list[float]) -> float:
     return sum(values) / max(1, len(values))
 
 
+def percentile(values: list[float]) -> float:
+    return values[math.ceil(0.95 * len(values)) - 1] if values else 0.0
+
+
 @settings(deadline=None, max_examples=50)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_agrees_with_a_loop_over_tokens(seed: int) -> None:
@@ -131,10 +136,15 @@ def test_agrees_with_a_loop_over_tokens(seed: int) -> None:
     }
     actual = computed(step)
     assert set(actual) == NAMES
-    p95 = actual.pop("bridge/abs_log_p95")
+    exact = {"bridge/abs_log_p95": percentile(bridge)}
+    for lag, name in ((2, "2"), (3, "3"), (4, "4plus")):
+        at_lag = [at for at in known if min(lags[at], 4) == lag]
+        of_lag = sorted(abs(float(step.proximal[at] - step.segment[at])) for at in at_lag)
+        expected[f"bridge/abs_log_mean_{name}"] = mean(of_lag)
+        exact[f"bridge/abs_log_p95_{name}"] = percentile(of_lag)
+    binned = {name: actual.pop(name) for name in exact}
     assert actual == pytest.approx(expected, rel=1e-4, abs=1e-6)
-    exact = bridge[math.ceil(0.95 * len(bridge)) - 1] if bridge else 0.0
-    assert p95 == pytest.approx(exact, rel=0.04, abs=1e-6)
+    assert binned == pytest.approx(exact, rel=0.04, abs=1e-6)
 
 
 @settings(deadline=None, max_examples=30)
