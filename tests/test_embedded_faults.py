@@ -1,4 +1,5 @@
 import asyncio
+import threading
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -16,6 +17,7 @@ from embedded_harness import (
 )
 
 from sdp_lightning.engines.embedded import EmbeddedEngine
+from sdp_lightning.engines.embedded.loop import DecodeLoop
 from sdp_lightning.errors import EngineError
 from sdp_lightning.testing import tiny_model
 from sdp_lightning.types import Segment
@@ -213,3 +215,20 @@ def test_an_event_loop_that_is_gone_does_not_stop_the_others(make_engine):
     engine.resume()
     _, ((segment,),) = generate(engine, [request([5, 7], 20)])
     assert len(segment) == 20 and not abandoned.done()
+
+
+def test_a_close_that_comes_while_a_burst_is_gathered_ends_the_thread(make_engine, monkeypatch):
+    engine = make_engine()
+    entered = threading.Event()
+
+    def gather(loop: DecodeLoop) -> None:
+        entered.set()
+        with loop._changed:
+            loop._changed.wait_for(lambda: loop._closing, 30)
+
+    monkeypatch.setattr(DecodeLoop, "_gather", gather)
+    monkeypatch.setattr("sdp_lightning.engines.embedded.loop.CLOSE_DEADLINE_S", 5.0)
+    engine.resume()  # wakes the idle thread
+    assert entered.wait(30)
+    engine.close()
+    assert not engine_threads()

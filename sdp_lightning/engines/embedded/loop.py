@@ -19,6 +19,7 @@ from sdp_lightning.errors import EngineError
 from sdp_lightning.types import FinishReason, KVPolicy, Segment
 
 STEP_DEADLINE_S = 600.0  # longest wait for one decode step to end
+CLOSE_DEADLINE_S = 60.0  # longest wait for the thread to end
 GATHER_S = 0.001  # an idle engine waits so long for the next request of a burst
 THREAD_NAME = "sdp-embedded-engine"
 
@@ -137,9 +138,9 @@ class DecodeLoop:
             self._closing = True
             self._changed.notify_all()
         if self._thread.ident is not None and self._thread is not threading.current_thread():
-            self._thread.join(STEP_DEADLINE_S)
+            self._thread.join(CLOSE_DEADLINE_S)
             if self._thread.is_alive():
-                raise EngineError(f"a decode step did not end within {STEP_DEADLINE_S:.0f} s.")
+                raise EngineError(f"a decode step did not end within {CLOSE_DEADLINE_S:.0f} s.")
         for job in self._take_all():
             _settle(job, EngineError("the engine was closed while this request was under way."))
 
@@ -159,15 +160,16 @@ class DecodeLoop:
     def _begin_step(self) -> int | None:
         """Wait for something to decode; the version to decode under, or None at the end."""
         with self._changed:
-            while not (self._closing or self._failure is not None):
-                self._gather()
-                if self._num_holds == 0 and not self._closing:
+            while True:
+                self._gather()  # lets go of the lock: look at everything after it, not before
+                if self._closing or self._failure is not None:
+                    return None
+                if self._num_holds == 0:
                     self._admit()
                     if not self._paused and self.version is not None and self._decoder.has_work:
                         self._stepping = True
                         return self.version
                 self._changed.wait()
-            return None
 
     def _gather(self) -> None:
         """Requests of one burst come one by one: let an idle decoder begin with all of them."""
