@@ -20,6 +20,9 @@ class RemoteOptions:
         recover_s: longest wait for a server to come back when none is left.
         max_tries: times a request is sent, each to a server that seemed well, before its error
             is the rollout's.
+        settle_s: a pause waits until the latest request is this old, so that it has arrived.
+        abort_grace_s: requests that have not returned this long after a pause had not arrived
+            before it: they are taken back, with no token, and sent again later.
         health_interval_s: how often servers are asked whether they live.
         health_timeout_s: a server that takes longer to say so is taken out.
         on_update: ``"interrupt"``: requests return what they have and are sent again under the new
@@ -34,6 +37,8 @@ class RemoteOptions:
     control_timeout_s: float = 120.0
     recover_s: float = 120.0
     max_tries: int = 5
+    settle_s: float = 0.05
+    abort_grace_s: float = 1.0
     health_interval_s: float = 2.0
     health_timeout_s: float = 10.0
     on_update: OnUpdate = "interrupt"
@@ -52,6 +57,7 @@ class RemoteOptions:
             ("request_timeout_s", self.request_timeout_s),
             ("control_timeout_s", self.control_timeout_s),
             ("recover_s", self.recover_s),
+            ("abort_grace_s", self.abort_grace_s),
             ("health_interval_s", self.health_interval_s),
             ("health_timeout_s", self.health_timeout_s),
         ):

@@ -115,7 +115,7 @@ class RemoteInfEngine:
     def pause(self) -> None:
         self._publishing = True
         self._client.run(
-            self._on_all(self._pause_call()),
+            self._pause_all(),
             self.options.control_timeout_s + 5,
         )
 
@@ -175,6 +175,15 @@ class RemoteInfEngine:
         ]
         backend.read_probe(*answers)
 
+    async def _pause_all(self) -> None:
+        assert self._set is not None
+        if self.in_process:
+            await self._on_all(self._pause_call())
+            return
+        await self._set.settle(self.options.settle_s)
+        await self._on_all(self._pause_call())
+        await self._set.drain(self.options.abort_grace_s)
+
     def _pause_call(self) -> Call:
         return self._backend.pause(self.options.on_update, self.options.kv_on_update)
 
@@ -187,6 +196,7 @@ class RemoteInfEngine:
                 raise EngineError("nothing was published yet: publish with reset=True first.")
             _check_length(request, replica)
             replica.num_outstanding += 1
+            replica.last_sent_s = time.monotonic()
             try:
                 completion = await self._complete(replica, request)
                 newest = version if not self.in_process else self._version or version
@@ -203,21 +213,25 @@ class RemoteInfEngine:
 
     async def _complete(self, replica: Replica, request: GenerationRequest) -> Completion:
         """The completion, or ``ServerError`` as soon as the replica is lost."""
-        assert replica.info is not None
+        assert replica.info is not None and self._set is not None
         call = self._backend.generate(request, replica.info)
         answer = asyncio.ensure_future(
             self._call(replica, call, timeout_s=self.options.request_timeout_s)
         )
         lost = asyncio.ensure_future(replica.lost.wait())
+        taken_back = asyncio.ensure_future(self._set.taken_back.wait())
+        tasks = (answer, lost, taken_back)
         try:
-            await asyncio.wait((answer, lost), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            if not answer.done() and not lost.done():
+                return Completion((), "abort")
             if not answer.done():
                 raise ServerError(f"{replica.url} was lost: {replica.why_out}")
             return self._backend.read_completion(answer.result())
         finally:
-            for task in (answer, lost):
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(answer, lost, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _on_all(self, call: Call) -> None:
         async def one(replica: Replica) -> None:

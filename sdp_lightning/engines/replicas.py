@@ -6,6 +6,7 @@ Used in one event loop only.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
@@ -23,6 +24,7 @@ class Replica:
         info: what it said of itself; None before it was asked.
         serving: whether requests are sent to it.
         num_outstanding: requests that are out.
+        last_sent_s: when the latest of them was sent, on the monotonic clock.
         why_out: the error that took it out.
         lost: set when it is taken out; what is out there is then sent elsewhere.
     """
@@ -31,6 +33,7 @@ class Replica:
     info: ServerInfo | None = None
     serving: bool = False
     num_outstanding: int = 0
+    last_sent_s: float = 0.0
     why_out: str = "it was never reached"
     lost: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -40,17 +43,35 @@ class ReplicaSet:
 
     Args:
         urls: one for each server.
+
+    Attributes:
+        taken_back: set while requests that are out must return, with nothing.
     """
 
     def __init__(self, urls: list[str]) -> None:
         self.replicas = [Replica(url) for url in urls]
         self._home: OrderedDict[str, Replica] = OrderedDict()
         self._changed = asyncio.Condition()
+        self.taken_back = asyncio.Event()
 
     @property
     def serving(self) -> list[Replica]:
         """Those that take requests."""
         return [replica for replica in self.replicas if replica.serving]
+
+    async def settle(self, settle_s: float) -> None:
+        """Wait until the latest request is ``settle_s`` old."""
+        latest = max((replica.last_sent_s for replica in self.replicas), default=0.0)
+        await asyncio.sleep(max(0.0, latest + settle_s - time.monotonic()))
+
+    async def drain(self, grace_s: float) -> None:
+        """Wait until no request is out; after ``grace_s`` take back those that still are."""
+        deadline = time.monotonic() + grace_s
+        while any(replica.num_outstanding for replica in self.replicas):
+            if time.monotonic() > deadline:
+                self.taken_back.set()
+            await asyncio.sleep(0.005)
+        self.taken_back.clear()
 
     def describe_lost(self) -> str:
         """Which servers are out, and why."""
