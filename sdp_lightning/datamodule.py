@@ -7,14 +7,11 @@ before it has been published.
 from __future__ import annotations
 
 import logging
-import math
 import os
 import signal
 import sys
-import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning as L
@@ -22,18 +19,18 @@ import torch
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from sdp_lightning.batch import Batch, SealedBatch, collate
+from sdp_lightning.batch import SealedBatch
 from sdp_lightning.config import RolloutConfig
 from sdp_lightning.engines.base import InferenceEngine
 from sdp_lightning.engines.connect import connect_engine
 from sdp_lightning.engines.embedded import EmbeddedEngine
-from sdp_lightning.errors import ConfigError, RolloutError, RolloutTimeout
+from sdp_lightning.errors import ConfigError
+from sdp_lightning.loaders import EvaluationLoader, RolloutLoader
 from sdp_lightning.loading import load_rows
 from sdp_lightning.module import SegmentWisePPOModule
 from sdp_lightning.rollout.executor import WorkflowExecutor
 from sdp_lightning.rollout.factory import create_workflow_executor
-from sdp_lightning.types import TrajectoryGroup
-from sdp_lightning.workflows.base import RolloutWorkflow, Row
+from sdp_lightning.workflows.base import RolloutWorkflow
 
 logger = logging.getLogger(__name__)
 
@@ -153,7 +150,9 @@ class RolloutDataModule(L.LightningDataModule):
     def val_dataloader(self) -> EvaluationLoader:
         if self._val_prompts is None:
             raise ConfigError("there is nothing to evaluate: pass val_prompts.")
-        return EvaluationLoader(self.executor, load_rows(self._val_prompts), self.val_workflow)
+        assert self.trainer is not None
+        rows = load_rows(self._val_prompts)
+        return EvaluationLoader(self.executor, rows, self.val_workflow, trainer=self.trainer)
 
     def test_dataloader(self) -> EvaluationLoader:
         return self.val_dataloader()
@@ -210,128 +209,6 @@ class RolloutDataModule(L.LightningDataModule):
                 f"be a SegmentWisePPOModule; found {type(module).__name__}."
             )
         return module
-
-
-class RolloutLoader:
-    """Pulls one batch a training step from the executor, as soon as it is ready.
-
-    Args:
-        executor: where rollouts are.
-        pad_token_id: for the padding of a batch.
-        length: how many batches an epoch has.
-        trainer: asked for SIGTERM while waiting, and told when the prompts have ended.
-    """
-
-    def __init__(
-        self, executor: WorkflowExecutor, *, pad_token_id: int, length: int, trainer: L.Trainer
-    ) -> None:
-        self.last_wait_s = 0.0
-        self._executor, self._pad_token_id = executor, pad_token_id
-        self._length, self._trainer = length, trainer
-        self._ended = False
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __iter__(self) -> Iterator[SealedBatch]:
-        _require_published(self._executor)
-        if self._ended:
-            raise RolloutError(
-                "the prompts have ended, but the Trainer goes on: leave out its min_steps and "
-                "min_epochs, or raise num_epochs of the RolloutConfig."
-            )
-        while (groups := self._take()) is not None:
-            yield SealedBatch(self._collate(groups))
-        self._ended = True
-        self._trainer.should_stop = True  # else Lightning begins one empty epoch after another
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing: the data module has it all. Lightning asks here whether a resume is exact."""
-        return {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Nothing to load."""
-
-    def _take(self) -> list[TrajectoryGroup] | None:
-        start = time.monotonic()
-
-        def interrupted() -> bool:
-            return self._trainer.received_sigterm
-
-        try:
-            groups = self._executor.take(interrupted=interrupted)
-        except RolloutTimeout as error:
-            if interrupted():
-                raise SIGTERMException() from error
-            raise
-        self.last_wait_s = time.monotonic() - start
-        return groups
-
-    def _collate(self, groups: list[TrajectoryGroup]) -> Batch:
-        config = self._executor.config
-        batch = collate(
-            groups,
-            version=self._executor.version,
-            pad_token_id=self._pad_token_id,
-            segment_wise=config.enable_segment_wise_ppo,
-        )
-        if not config.enable_segment_wise_ppo:
-            return replace(batch, missing_proximal="decoupled")
-        return replace(
-            batch,
-            missing_proximal=config.missing_proximal,
-            max_lag=config.max_head_lag if config.on_overdue == "mask" else None,
-        )
-
-
-class Evaluation:
-    """What rolling out a set of rows gave. Like a sealed batch, Lightning moves it whole.
-
-    Attributes:
-        version: of the policy that was evaluated.
-        reward: mean over all trajectories.
-        num_trajectories: how many.
-    """
-
-    __slots__ = ("num_trajectories", "reward", "version")
-
-    def __init__(self, *, version: int, rewards: Sequence[float]) -> None:
-        self.version = version
-        self.reward = math.fsum(rewards) / len(rewards)
-        self.num_trajectories = len(rewards)
-
-    def to(self, device: Any, *, non_blocking: bool = False) -> Evaluation:
-        """Itself: nothing here lives on a device."""
-        return self
-
-
-class EvaluationLoader:
-    """Rolls its rows out on the published version when it is iterated: one item, no training."""
-
-    def __init__(
-        self, executor: WorkflowExecutor, rows: Sequence[Row], workflow: RolloutWorkflow
-    ) -> None:
-        self._executor, self._rows, self._workflow = executor, rows, workflow
-
-    def __len__(self) -> int:
-        return 1
-
-    def __iter__(self) -> Iterator[Evaluation]:
-        _require_published(self._executor)
-        version = self._executor.version
-        groups = self._executor.evaluate(self._rows, self._workflow)
-        rewards = [t.reward for group in groups for t in group.trajectories]
-        if not rewards:
-            raise RolloutError(f"all {len(self._rows)} evaluation rows were rejected.")
-        yield Evaluation(version=version, rewards=rewards)
-
-
-def _require_published(executor: WorkflowExecutor) -> None:
-    if not executor.is_published:
-        raise ConfigError(
-            "no weights were published to the engine, so it cannot sample: add "
-            "WeightSyncCallback() to the Trainer's callbacks."
-        )
 
 
 def _has_timer(trainer: L.Trainer) -> bool:

@@ -37,7 +37,8 @@ LAYERS: dict[str, set[str]] = {
     "rollout": {"config", "engines", "errors", "types", "workflows"},
     "testing": CORE | {"engines"},
     "module": CORE | {"batch", "forward", "metrics", "objective", "scoring"},
-    "datamodule": CORE | {"batch", "engines", "module", "rollout", "workflows"},
+    "loaders": {"batch", "errors", "rollout", "types", "workflows"},
+    "datamodule": CORE | {"batch", "engines", "loaders", "module", "rollout", "workflows"},
     "callbacks": {"batch", "datamodule", "errors", "module", "rollout"},
     "progress": set(),
     "summary": {"progress"},
@@ -47,7 +48,7 @@ LAYERS: dict[str, set[str]] = {
 }
 # These rooms see only the protocol, never an engine that exists.
 KNOW_BASE_ONLY = ("workflows", "rollout")
-LIGHTNING = {"module", "datamodule", "callbacks", "progress", "summary", "trainer_cli"}
+LIGHTNING = {"module", "loaders", "datamodule", "callbacks", "progress", "summary", "trainer_cli"}
 TRANSFORMERS = {"engines", "forward", "loading", "module", "summary", "testing"}
 TORCHMETRICS = {"metrics"}
 TORCH = {

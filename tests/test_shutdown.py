@@ -209,6 +209,25 @@ def test_a_batch_that_never_comes_is_a_timeout_that_says_why(model_folder: str) 
     assert_closed(data, engine)
 
 
+@pytest.mark.parametrize("stage", ["fit", "validate"])
+def test_sigterm_ends_an_evaluation_that_waits(model_folder: str, stage: str) -> None:
+    """Its engine never answers, and the deadline is far away."""
+    told = threading.Event()
+
+    class Terminate(FakeEngine):
+        async def generate(self, request: Any, sink: Any) -> Any:
+            if not told.is_set():
+                told.set()
+                os.kill(os.getpid(), signal.SIGTERM)
+            return await super().generate(request, sink)
+
+    data = make_data(engine=Terminate(manual=True), val_prompts=make_rows(1), timeout_s=1e6)
+    trainer = make_trainer(sdp.WeightSyncCallback(), max_steps=1, num_sanity_val_steps=1)
+    with pytest.raises(SystemExit) as ended:
+        getattr(trainer, stage)(make_module(model_folder), data)
+    assert ended.value.code == 128 + signal.SIGTERM
+
+
 def test_close_is_idempotent(model_folder: str) -> None:
     engine = FakeEngine()
     data = make_data(engine=engine)

@@ -19,7 +19,7 @@ from sdp_lightning.rollout.capacity import RolloutStat, StalenessManager
 from sdp_lightning.rollout.prompts import PromptRow, PromptStream, derive_seed
 from sdp_lightning.rollout.recompute import LogprobScorer, ProximalRecomputer, RecomputeReport
 from sdp_lightning.rollout.registry import GroupRegistry, LiveGroup, RolloutTelemetry
-from sdp_lightning.rollout.runner import AsyncTaskRunner, TaskResult
+from sdp_lightning.rollout.runner import STOP_CHECK_S, AsyncTaskRunner, TaskResult
 from sdp_lightning.rollout.staleness import StalenessControlStrategy
 from sdp_lightning.rollout.state import group_from_state, group_to_state
 from sdp_lightning.types import TrajectoryGroup
@@ -35,7 +35,6 @@ from sdp_lightning.workflows.gate import SendGate, is_being_cancelled
 
 logger = logging.getLogger(__name__)
 
-STOP_CHECK_S = 0.2
 EVALUATION_EPOCH = 2**31
 
 
@@ -178,19 +177,24 @@ class WorkflowExecutor:
                 self.registry.changed.wait(min(left, STOP_CHECK_S))
 
     def evaluate(
-        self, rows: Sequence[Row], workflow: RolloutWorkflow, *, timeout_s: float | None = None
+        self,
+        rows: Sequence[Row],
+        workflow: RolloutWorkflow,
+        *,
+        timeout_s: float | None = None,
+        interrupted: Callable[[], bool] = lambda: False,
     ) -> list[TrajectoryGroup]:
         """Roll ``rows`` out on the published version: no ledger, no capacity, no training.
 
         Rejected rows are left out.
 
         Raises:
-            RolloutTimeout: at the deadline.
+            RolloutTimeout: at the deadline, or interrupted.
             RolloutError: if a rollout failed, naming the row.
         """
         version = self.version
         limit = self.config.timeout_s if timeout_s is None else timeout_s
-        runner = AsyncTaskRunner(name="sdp-evaluation")
+        runner = AsyncTaskRunner(name="sdp-evaluation", interrupted=interrupted)
         try:
             for index, row in enumerate(rows):
                 prompt = PromptRow(EVALUATION_EPOCH, index, row)

@@ -1,6 +1,6 @@
 """Coroutines in an event loop of its own thread, with results for another thread.
 
-Event-driven: nothing here polls. Knows nothing of rollouts.
+Event-driven: nothing here polls, except for an interruption where asked to. Knows no rollouts.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 
 from sdp_lightning.errors import ConfigError, RolloutError, RolloutTimeout
 
+STOP_CHECK_S = 0.2  # how often a wait asks whether it was interrupted
 AsyncFunction = Callable[..., Coroutine[Any, Any, Any]]
 
 
@@ -39,6 +40,7 @@ class AsyncTaskRunner:
         max_failures: failed tasks that ``wait`` passes over (counted in ``num_failed``); one more
             raises.
         on_result: takes each result, in the loop's thread, instead of ``wait``.
+        interrupted: asked now and then while ``wait`` waits; True ends the wait.
 
     The thread starts with the first ``submit`` or ``start``, never in the constructor. If it dies,
     every waiter is woken with its error.
@@ -52,6 +54,7 @@ class AsyncTaskRunner:
         max_pending: int = 100_000,
         max_failures: int = 0,
         on_result: Callable[[TaskResult], None] | None = None,
+        interrupted: Callable[[], bool] | None = None,
     ) -> None:
         if (max_running is not None and max_running < 1) or max_pending < 1 or max_failures < 0:
             raise ConfigError(
@@ -62,6 +65,7 @@ class AsyncTaskRunner:
         self.num_failed = 0
         self._max_running, self._max_pending = max_running, max_pending
         self._max_failures, self._on_result = max_failures, on_result
+        self._interrupted = interrupted
         self._ids = itertools.count()
         self._inputs: deque[tuple[int, AsyncFunction, tuple[Any, ...]]] = deque()
         self._running: dict[int, asyncio.Task[object]] = {}
@@ -108,7 +112,7 @@ class AsyncTaskRunner:
         """The values of the ``count`` tasks that finished first; the rest stay for the next call.
 
         Raises:
-            RolloutTimeout: at the deadline (seconds); nothing is taken.
+            RolloutTimeout: at the deadline (seconds), or interrupted; nothing is taken.
             RolloutError: if a task failed beyond ``max_failures``, or too few are left to ever
                 make up ``count``.
         """
@@ -125,11 +129,15 @@ class AsyncTaskRunner:
                         f"{self.num_outstanding} tasks are left."
                     )
                 left = None if deadline is None else deadline - time.monotonic()
-                if left is not None and left <= 0:
+                stopped = self._interrupted is not None and self._interrupted()
+                if stopped or (left is not None and left <= 0):
+                    why = "interrupted while waiting" if stopped else f"waited {timeout} s"
                     raise RolloutTimeout(
-                        f"waited {timeout} s for {count} results: {len(self._results)} are ready, "
+                        f"{why} for {count} results: {len(self._results)} are ready, "
                         f"{len(self._running)} run, {len(self._inputs)} wait to start."
                     )
+                if self._interrupted is not None:
+                    left = STOP_CHECK_S if left is None else min(left, STOP_CHECK_S)
                 self._changed.wait(left)
 
     def cancel(self, task_id: int) -> None:
