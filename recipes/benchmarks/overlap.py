@@ -48,7 +48,7 @@ def measure(folder: str, *, gen_s: float, train_s: float, steps: int, max_head_l
     data = sdp.RolloutDataModule(
         [{"prompt": f"{n}+1="} for n in range(64)],
         workflow,
-        engine=FakeEngine(lambda request: 3 + request.seed % 5, latency_s=gen_s, chunks=8),
+        engine=FakeEngine(8, latency_s=gen_s, chunks=8),  # 8 tokens: a reply takes all of gen_s
         rollout=sdp.RolloutConfig(batch_size=4, max_concurrent=4, max_head_lag=max_head_lag),
     )
     timed = TimedSteps(train_s)
