@@ -32,4 +32,4 @@ $(READY): pyproject.toml .ci/constraints.txt .ci/setup
 
 clean:
 	rm -rf .pytest_cache .ruff_cache .hypothesis .coverage htmlcov lightning_logs runs build
-	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -type d -not -path './.venv*/*' -prune -exec rm -rf {} +

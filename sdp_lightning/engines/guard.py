@@ -1,47 +1,70 @@
-"""Runs a command and ends its whole process group when standard input closes.
+"""Runs a command, and ends all its processes when standard input closes.
 
-``python -m sdp_lightning.engines.guard COMMAND...``. The other end of standard input is held by the
-process that started this one, so it closes also when that one is killed.
+``python guard.py GRACE_S COMMAND...``, with the standard library alone. The other end of standard
+input is held by the process that started this one, so it closes also when that one is killed.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
+import select
 import signal
 import subprocess
 import sys
-import threading
 import time
 
-GRACE_S = 10.0
+_POLL_S = 0.1
+_PR_SET_PDEATHSIG = 1
 
 
-def main(command: list[str]) -> int:
-    """Run ``command``; returns its exit status."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it goes to the group, which this one leads
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's to handle
-    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=_default_signals)
+def main(command: list[str], grace_s: float) -> int:
+    """Run ``command`` in a process group of its own; returns its exit status when all is ended.
 
-    def end_with_parent() -> None:
-        while sys.stdin.buffer.read(4096):
-            pass
-        os.killpg(0, signal.SIGTERM)
-        deadline = time.monotonic() + GRACE_S
-        while child.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.05)
-        os.killpg(0, signal.SIGKILL)  # itself included: nobody of the group is left
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    Args:
+        command: and its arguments.
+        grace_s: between SIGTERM and SIGKILL.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # only the starter, or its death, ends this
+    starter = os.getppid()
+    child = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, preexec_fn=_prepare, process_group=0
+    )
+    while child.poll() is None and not _is_over(starter):
+        pass
+    _end_group(child, grace_s)
     status = child.wait()
-    if status != 0:
-        os.killpg(0, signal.SIGTERM)  # what the child has left behind
-    return status
+    return status if status >= 0 else 128 - status  # as a shell says it
 
 
-def _default_signals() -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+def _is_over(starter: int) -> bool:
+    """Whether the starter has closed standard input or died; waits a moment for it."""
+    ready, _, _ = select.select([sys.stdin], [], [], _POLL_S)
+    # A process that the starter has forked may hold the other end open.
+    return (bool(ready) and not os.read(sys.stdin.fileno(), 4096)) or os.getppid() != starter
+
+
+def _end_group(child: subprocess.Popen[bytes], grace_s: float) -> None:
+    """SIGTERM for all processes of the child's group, SIGKILL for those left after the grace."""
+    deadline = time.monotonic() + grace_s
+    try:
+        os.killpg(child.pid, signal.SIGTERM)
+        while time.monotonic() < deadline:
+            child.poll()  # a dead child that nobody waits for counts as one of its group
+            os.killpg(child.pid, 0)
+            time.sleep(_POLL_S / 2)
+        os.killpg(child.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return  # none is left
+
+
+def _prepare() -> None:
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+    if sys.platform == "linux":  # should this process be killed itself
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(sys.argv[2:], float(sys.argv[1])))

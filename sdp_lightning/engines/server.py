@@ -1,11 +1,15 @@
 """vLLM servers that this process starts, and that never outlive it.
 
 Each runs in a process group of its own under a guard (:mod:`sdp_lightning.engines.guard`) that ends
-the whole group when this process ends it, or dies, however it dies.
+the whole group when this process ends it, or dies, however it dies. The guard has a session of its
+own, so Ctrl-C reaches the trainer only.
 """
 
 from __future__ import annotations
 
+import contextlib
+import http.client
+import logging
 import os
 import shutil
 import socket
@@ -18,10 +22,22 @@ import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from sdp_lightning.engines import guard as guard_module
 from sdp_lightning.errors import ConfigError, EngineError
 
+logger = logging.getLogger(__name__)
+
 _TAIL_LINES = 15
-_ROOT = Path(__file__).resolve().parents[2]
+_STOP_S = 20.0  # beyond the grace
+_ON_CPU = ("cpu",)
+_PACKAGE = Path(__file__).resolve().parents[1]
+# Of the trainer's own process: its Python, and its rank among the processes that train.
+_NOT_INHERITED = (
+    *("PYTHONHOME", "PYTHONSTARTUP", "RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE"),
+    *("LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"),
+)
+# Loopback is never asked through a proxy.
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 @dataclass(frozen=True)
@@ -33,7 +49,8 @@ class ServerConfig:
         replicas: how many servers.
         port: of the first one, the others follow; 0 takes free ones.
         python: interpreter of an environment that has vLLM.
-        devices: CUDA devices, dealt out to the replicas in order; None leaves them all visible.
+        devices: CUDA devices, dealt out to the replicas in order, or ``("cpu",)``. None is the CPU
+            on a machine without NVIDIA GPUs, and else leaves all visible, the trainer's too.
         gpu_memory_utilization: share of a device's memory; needed where a device is shared.
         max_model_len: tokens of a sequence; None is what the model allows.
         dtype: of the weights; None is float32 on a CPU and the checkpoint's on GPUs.
@@ -62,29 +79,46 @@ class ServerConfig:
     def __post_init__(self) -> None:
         if self.replicas < 1:
             raise ConfigError(f"replicas must be at least 1, got {self.replicas}.")
-        if self.devices is not None:
-            shared = len(self.devices) % self.replicas or len(set(self.devices)) < len(self.devices)
-            if shared and self.gpu_memory_utilization is None:
-                raise ConfigError(
-                    f"devices {self.devices} are shared by {self.replicas} replicas: say how much "
-                    "of a device's memory each may take with gpu_memory_utilization."
-                )
+        if self.port and not 0 < self.port <= 65536 - self.replicas:
+            raise ConfigError(f"port must leave room for {self.replicas} up to 65535: {self.port}.")
+        share = self.gpu_memory_utilization
+        if share is not None and not 0 < share <= 1:
+            raise ConfigError(f"gpu_memory_utilization must be in (0, 1], got {share}.")
+        if not self.startup_timeout_s > 0:
+            raise ConfigError(f"startup_timeout_s must be positive, got {self.startup_timeout_s}.")
+        if share is None and not self.on_cpu and self._shares_devices:
+            raise ConfigError(
+                f"{self.replicas} vLLM servers on devices {self.devices} share a GPU with one "
+                "another or with the trainer: say how much of its memory each may take with "
+                "gpu_memory_utilization, or give them devices of their own."
+            )
         if self.cores is not None and len(self.cores) != self.replicas:
             raise ConfigError(
                 f"cores must name one list a replica: {len(self.cores)} for {self.replicas}."
             )
 
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the servers compute on the CPU."""
+        if self.devices is None:
+            return shutil.which("nvidia-smi") is None
+        return self.devices == _ON_CPU
+
+    @property
+    def _shares_devices(self) -> bool:
+        if self.devices is None:
+            return True
+        return bool(len(self.devices) % self.replicas) or len(set(self.devices)) < len(self.devices)
+
     def command(self, index: int, port: int) -> list[str]:
         """What starts replica ``index``."""
         bind = ["taskset", "-c", self.cores[index]] if self.cores is not None else []
-        on_cpu = self.devices is None and shutil.which("nvidia-smi") is None
-        dtype = self.dtype or ("float32" if on_cpu else "auto")
         options = {
             "--model": self.model,
             "--served-model-name": "policy",
             "--host": "127.0.0.1",
             "--port": str(port),
-            "--dtype": dtype,
+            "--dtype": self.dtype or ("float32" if self.on_cpu else "auto"),
             "--logprobs-mode": "processed_logprobs",
             "--worker-extension-cls": "sdp_lightning.engines.vllm_worker.WorkerExtension",
         }
@@ -92,29 +126,40 @@ class ServerConfig:
             options["--max-model-len"] = str(self.max_model_len)
         if self.gpu_memory_utilization is not None:
             options["--gpu-memory-utilization"] = str(self.gpu_memory_utilization)
-        flags = ["--enable-scale-out", *(["--enforce-eager"] if on_cpu else [])]
+        if len(devices := self._devices_of(index)) > 1:
+            options["--tensor-parallel-size"] = str(len(devices))
+        flags = ["--enable-scale-out", *(["--enforce-eager"] if self.on_cpu else [])]
         named = [text for pair in options.items() for text in pair]
         server = [self.python, "-m", "vllm.entrypoints.openai.api_server"]
         return [*bind, *server, *named, *flags, *self.extra_args]
 
-    def environment(self, index: int) -> dict[str, str]:
-        """The environment of replica ``index``."""
+    def environment(self, index: int, path: Path) -> dict[str, str]:
+        """The environment of replica ``index``.
+
+        Args:
+            index: of the replica.
+            path: a folder that holds this package and nothing else, for the worker extension.
+        """
+        inherited = {k: v for k, v in os.environ.items() if k not in _NOT_INHERITED}
+        paths = [str(path), *filter(None, [inherited.get("PYTHONPATH")])]
         values = {
-            **os.environ,
+            **inherited,
             "VLLM_SERVER_DEV_MODE": "1",
             "VLLM_NO_USAGE_STATS": "1",
             "DO_NOT_TRACK": "1",
             "VLLM_HOST_IP": "127.0.0.1",
-            "PYTHONPATH": os.pathsep.join([str(_ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(
-                os.pathsep
-            ),
+            "PYTHONPATH": os.pathsep.join(paths),
         }
         values.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-        if self.devices is not None:
-            share = max(1, len(self.devices) // self.replicas)
-            mine = [self.devices[(index * share + i) % len(self.devices)] for i in range(share)]
-            values["CUDA_VISIBLE_DEVICES"] = ",".join(mine)
+        if devices := self._devices_of(index):
+            values["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
         return values
+
+    def _devices_of(self, index: int) -> list[str]:
+        if self.devices is None or self.on_cpu:
+            return []
+        share = max(1, len(self.devices) // self.replicas)
+        return [self.devices[(index * share + i) % len(self.devices)] for i in range(share)]
 
 
 @dataclass(eq=False)
@@ -130,9 +175,11 @@ class ManagedServers:
 
     Attributes:
         config: how they are started.
+        grace_s: how long a server may take to end by itself.
     """
 
     config: ServerConfig
+    grace_s: float = 10.0
     _servers: list[_Server] = field(default_factory=list[_Server])
 
     @property
@@ -142,20 +189,25 @@ class ManagedServers:
 
     @property
     def process_ids(self) -> list[int]:
-        """Of the guards, which lead the servers' process groups."""
+        """Of the guards; each has one child, its server."""
         return [server.guard.pid for server in self._servers]
 
     def start(self) -> list[str]:
         """Start all, wait until each is ready; returns their URLs.
 
         Raises:
-            EngineError: if one ends or is not ready in time, with the end of its log. None is left.
+            EngineError: if one ends or is not ready in time, with the end of its log, or a port is
+                taken. None is left running.
         """
+        if self._servers:
+            return self.urls
         folder = Path(self.config.log_folder or tempfile.mkdtemp(prefix="sdp-vllm-"))
-        folder.mkdir(parents=True, exist_ok=True)
+        package = _package_alone(folder)
         try:
-            for index in range(self.config.replicas):
-                self._servers.append(self._launch(index, folder / f"server-{index}.log"))
+            for index, port in enumerate(_choose_ports(self.config)):
+                log = folder / f"server-{index}.log"
+                self._servers.append(self._launch(index, port, log, package))
+            logger.info("vLLM servers start; their logs are in %s.", folder)
             deadline = time.monotonic() + self.config.startup_timeout_s
             for server in self._servers:
                 self._await_ready(server, deadline)
@@ -164,7 +216,7 @@ class ManagedServers:
             raise
         return self.urls
 
-    def close(self, timeout_s: float = 30.0) -> None:
+    def close(self) -> None:
         """End all servers. Safe to call twice."""
         servers, self._servers = self._servers, []
         for server in servers:
@@ -172,44 +224,46 @@ class ManagedServers:
                 server.guard.stdin.close()  # the guard's sign to end its group
         for server in servers:
             try:
-                server.guard.wait(timeout_s)
+                server.guard.wait(self.grace_s + _STOP_S)
             except subprocess.TimeoutExpired:
-                server.guard.kill()
+                server.guard.kill()  # its death is the server's sign to end
                 server.guard.wait(5.0)
 
-    def _launch(self, index: int, log: Path) -> _Server:
-        port = self.config.port + index if self.config.port else _free_port()
-        guard = [sys.executable, "-m", "sdp_lightning.engines.guard"]
+    def _launch(self, index: int, port: int, log: Path, package: Path) -> _Server:
+        guard = [sys.executable, "-I", guard_module.__file__, str(self.grace_s)]
         with log.open("wb") as output:
             process = subprocess.Popen(
                 [*guard, *self.config.command(index, port)],
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=self.config.environment(index),
+                env=self.config.environment(index, package),
                 start_new_session=True,
             )
         return _Server(process, f"http://127.0.0.1:{port}", log)
 
     def _await_ready(self, server: _Server, deadline: float) -> None:
-        while True:
+        while not _is_healthy(server.url):
+            end = f"The end of {server.log}:\n{_tail(server.log)}"
             if server.guard.poll() is not None:
                 raise EngineError(
                     f"the vLLM server of {server.url} ended with {server.guard.returncode} before "
-                    f"it was ready. The end of {server.log}:\n{_tail(server.log)}"
+                    f"it was ready. {end}"
                 )
             if time.monotonic() > deadline:
                 raise EngineError(
                     f"the vLLM server of {server.url} was not ready within "
-                    f"{self.config.startup_timeout_s:.0f} s. The end of {server.log}:\n"
-                    f"{_tail(server.log)}"
+                    f"{self.config.startup_timeout_s:g} s (startup_timeout_s). {end}"
                 )
-            try:
-                with urllib.request.urlopen(f"{server.url}/health", timeout=5.0) as answer:
-                    if answer.status == 200:
-                        return
-            except (urllib.error.URLError, OSError):
-                time.sleep(0.25)
+            time.sleep(0.25)
+
+
+def _is_healthy(url: str) -> bool:
+    try:
+        with _DIRECT.open(f"{url}/health", timeout=5.0) as answer:
+            return answer.status == 200
+    except (urllib.error.URLError, OSError, http.client.HTTPException):
+        return False
 
 
 def _tail(log: Path) -> str:
@@ -217,7 +271,30 @@ def _tail(log: Path) -> str:
     return "\n".join(lines[-_TAIL_LINES:])
 
 
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+def _package_alone(folder: Path) -> Path:
+    """A folder with this package only: beside an installed one lies all that the trainer has."""
+    path = folder / "path"
+    path.mkdir(parents=True, exist_ok=True)
+    link = path / _PACKAGE.name
+    if link.resolve() != _PACKAGE:
+        link.unlink(missing_ok=True)
+        link.symlink_to(_PACKAGE, target_is_directory=True)
+    return path
+
+
+def _choose_ports(config: ServerConfig) -> list[int]:
+    """One for each replica, all different and free now."""
+    wanted = [config.port + i if config.port else 0 for i in range(config.replicas)]
+    with contextlib.ExitStack() as held:
+        ports: list[int] = []
+        for port in wanted:
+            listener = held.enter_context(socket.socket())
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                listener.bind(("127.0.0.1", port))
+            except OSError as error:
+                raise EngineError(
+                    f"port {port} of 127.0.0.1 is taken: {error}. Choose another, or port=0."
+                ) from error
+            ports.append(int(listener.getsockname()[1]))
+        return ports
