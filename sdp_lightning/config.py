@@ -24,7 +24,8 @@ class RolloutConfig:
     Args:
         enable_segment_wise_ppo: the switch. True: staleness is bounded, stale groups are purged and
             their capacity given back, segments are scored under the version after their own. False:
-            standard decoupled PPO, in which ``max_head_lag`` bounds submission only.
+            standard decoupled PPO: ``max_head_lag`` bounds submission only, and nothing is dropped,
+            so ``on_overdue``, ``requeue_dropped`` and ``missing_proximal`` have no effect.
         batch_size: groups a training step consumes.
         max_head_lag: the most versions that a trained token may be old; 0 is exactly on-policy.
         max_concurrent: the most groups at once; None: ``(max_head_lag + 1) * batch_size``.
