@@ -50,7 +50,7 @@ class RolloutDataModule(L.LightningDataModule):
             ``"path/to/file.py:name"`` of a sequence, or of a function that returns one.
         workflow: what one rollout does.
         engine: what :func:`connect_engine` takes: ``"embedded"``, ``"vllm://host:port"``,
-            ``"vllm://launch"``, or an engine of one's own, which serves one run and is closed by it.
+            ``"vllm://launch"``, or an engine of one's own, which is closed at the end of the run.
         engine_options: passed on to :func:`connect_engine`.
         rollout: counts are of the whole world.
         val_prompts: rows of ``validate`` and ``test``; None leaves them out.
