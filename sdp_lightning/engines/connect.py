@@ -71,12 +71,14 @@ def _connect_vllm(rest: str, *, model: Any, options: dict[str, Any]) -> Inferenc
     if place == "launch":
         servers = ManagedServers(_server_config(query, model))
         return RemoteInfEngine(servers, VLLMBackend(), options=settings)
-    hosts = [host for host in place.split(",") if host]
-    if not hosts or query:
+    hosts = [host for host in place.rstrip("/").split(",") if host]
+    if not hosts or query or not all(host.rpartition(":")[2].isdigit() for host in hosts):
         raise ConfigError(
-            f"'vllm://{rest}' names no server. Write 'vllm://host:port,host:port' or "
+            f"'vllm://{rest}' does not name servers. Write 'vllm://host:port,host:port' or "
             "'vllm://launch?replicas=1'."
         )
+    if len(set(hosts)) < len(hosts):
+        raise ConfigError(f"'vllm://{rest}' names a server twice.")
     far = [host for host in hosts if host.rpartition(":")[0] not in _LOOPBACK]
     if far and settings.api_key is None:
         raise ConfigError(
@@ -91,7 +93,11 @@ def _server_config(query: str, model: Any) -> ServerConfig:
 
     values: dict[str, Any] = {}
     kinds = {field.name: str(field.type) for field in dataclasses.fields(ServerConfig)}
-    for name, text in parse_qsl(query, strict_parsing=bool(query)):
+    try:
+        pairs = parse_qsl(query, strict_parsing=bool(query))
+    except ValueError as error:
+        raise ConfigError(f"vllm://launch?{query}: write name=value&name=value.") from error
+    for name, text in pairs:
         kind = kinds.get(name, "")
         try:
             if kind.startswith("tuple"):

@@ -9,6 +9,7 @@ import asyncio
 import json
 import threading
 from collections.abc import Coroutine
+from concurrent.futures import CancelledError, Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from typing import Any, TypeVar
 
@@ -19,6 +20,8 @@ from sdp_lightning.errors import EngineError
 
 T = TypeVar("T")
 _SHOWN = 300  # characters of an answer in an error
+_CLOSE_S = 10.0
+_KEEPALIVE_S = 3.0  # below uvicorn's 5 s: a connection is never reused while the server closes it
 
 
 class ServerError(EngineError):
@@ -42,14 +45,15 @@ class ServerError(EngineError):
 class HttpClient:
     """One aiohttp session in an event loop of its own thread.
 
+    As many connections as calls: a pause must never wait behind the requests that it is to end.
+
     Args:
         api_key: sent as a bearer token; None sends none.
-        max_connections: at once, over all servers.
     """
 
-    def __init__(self, *, api_key: str | None = None, max_connections: int = 1024) -> None:
+    def __init__(self, *, api_key: str | None = None) -> None:
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self._max_connections = max_connections
+        self._lock = threading.Lock()  # what is handed to the loop is there before it winds up
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._session: aiohttp.ClientSession | None = None
@@ -71,25 +75,37 @@ class HttpClient:
         Raises:
             EngineError: if it takes longer than ``timeout_s``, or the client is closed.
         """
-        future = asyncio.run_coroutine_threadsafe(work, self._require_loop(work))
+        future = self._hand_over(work)
         try:
             return future.result(timeout_s)
+        except CancelledError as error:
+            raise EngineError("the engine was closed meanwhile.") from error
         except FutureTimeout as error:
             if not future.done():
                 future.cancel()
                 raise EngineError(
-                    f"no answer from the servers within {timeout_s:.0f} s."
+                    f"no answer from the servers within {timeout_s:.1f} s."
                 ) from error
             raise
 
     async def bridge(self, work: Coroutine[Any, Any, T]) -> T:
-        """Await ``work``, which runs in the client's loop, from another event loop."""
-        loop = self._require_loop(work)
-        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, loop))
+        """Await ``work``, which runs in the client's loop, from another event loop.
 
-    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        Raises:
+            EngineError: if the client is closed, also meanwhile.
+        """
+        future = self._hand_over(work)
+        try:
+            return await asyncio.wrap_future(future)
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if future.cancelled() and task is not None and not task.cancelling():
+                raise EngineError("the engine was closed meanwhile.") from error
+            raise
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> Future[None]:
         """Let ``work`` run in the client's loop until it ends or the client is closed."""
-        asyncio.run_coroutine_threadsafe(work, self._require_loop(work))
+        return self._hand_over(work)
 
     async def request(self, url: str, call: Call, *, timeout_s: float) -> Any:
         """Send ``call`` to the server at ``url``; in the client's loop.
@@ -106,12 +122,16 @@ class HttpClient:
         limit = aiohttp.ClientTimeout(total=timeout_s)
         try:
             async with self._session.request(
-                call.method, url + call.path, json=call.body, timeout=limit
+                call.method,
+                url + call.path,
+                json=call.body,
+                timeout=limit,
+                allow_redirects=False,
             ) as answer:
-                text = await answer.text()
+                text = (await answer.read()).decode(errors="replace")
                 status = answer.status
         except TimeoutError as error:
-            raise ServerError(f"{where} did not answer within {timeout_s:.0f} s.") from error
+            raise ServerError(f"{where} did not answer within {timeout_s:.1f} s.") from error
         except (aiohttp.ClientError, OSError) as error:
             raise ServerError(f"{where}: {type(error).__name__}: {error}") from error
         if status != 200:
@@ -123,14 +143,15 @@ class HttpClient:
 
     def close(self) -> None:
         """End the thread; what is under way is cancelled. Safe to call twice."""
-        loop, self._loop = self._loop, None
-        if loop is None or self._thread is None:
-            return
-        loop.call_soon_threadsafe(lambda: loop.create_task(self._wind_up(loop)))
-        self._thread.join(10.0)
+        with self._lock:
+            loop, self._loop = self._loop, None
+            if loop is None or self._thread is None:
+                return
+            loop.call_soon_threadsafe(lambda: loop.create_task(self._wind_up(loop)))
+        self._thread.join(_CLOSE_S)
 
     async def _open(self) -> None:
-        connector = aiohttp.TCPConnector(limit=self._max_connections, keepalive_timeout=30.0)
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_S)
         self._session = aiohttp.ClientSession(connector=connector, headers=self._headers)
 
     async def _wind_up(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -141,6 +162,7 @@ class HttpClient:
         session, self._session = self._session, None
         if session is not None:
             await session.close()
+        await loop.shutdown_default_executor()  # threads that looked up names
         loop.stop()
 
     def _serve(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -150,8 +172,9 @@ class HttpClient:
         finally:
             loop.close()
 
-    def _require_loop(self, work: Coroutine[Any, Any, Any]) -> asyncio.AbstractEventLoop:
-        if self._loop is None:
-            work.close()
-            raise EngineError("the engine is closed, or was not started.")
-        return self._loop
+    def _hand_over(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        with self._lock:
+            if self._loop is None:
+                work.close()
+                raise EngineError("the engine is closed, or was not started.")
+            return asyncio.run_coroutine_threadsafe(work, self._loop)

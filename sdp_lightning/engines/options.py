@@ -16,10 +16,14 @@ class RemoteOptions:
     Args:
         min_replicas: fewer serving servers than this end a publish with an error.
         request_timeout_s: longest wait for one completion.
-        control_timeout_s: longest wait for a pause, a load of weights, a version.
-        recover_s: longest wait for a server to come back when none is left.
+        control_timeout_s: longest wait for a load of weights, and for a probe.
+        answer_timeout_s: longest wait for what is short: a pause, a resume, a version.
+        recover_s: longest wait for servers to come back when none is left to sample on, or too
+            few to publish to.
         max_tries: times a request is sent, each to a server that seemed well, before its error
             is the rollout's.
+        max_requests: out at once, over all servers; others wait here. Each has a connection, so
+            stay below what ``ulimit -n`` allows.
         settle_s: a pause waits until the latest request is this old, so that it has arrived.
         abort_grace_s: requests that have not returned this long after a pause had not arrived
             before it: they are taken back, with no token, and sent again later.
@@ -35,8 +39,10 @@ class RemoteOptions:
     min_replicas: int = 1
     request_timeout_s: float = 600.0
     control_timeout_s: float = 120.0
+    answer_timeout_s: float = 30.0
     recover_s: float = 120.0
     max_tries: int = 5
+    max_requests: int = 768
     settle_s: float = 0.05
     abort_grace_s: float = 1.0
     health_interval_s: float = 2.0
@@ -48,14 +54,17 @@ class RemoteOptions:
     def __post_init__(self) -> None:
         if self.on_update not in ("interrupt", "keep"):
             raise ConfigError(f"on_update must be 'interrupt' or 'keep', got {self.on_update!r}.")
-        if self.min_replicas < 1 or self.max_tries < 1:
+        if min(self.min_replicas, self.max_tries, self.max_requests) < 1:
             raise ConfigError(
-                "min_replicas and max_tries must be at least 1, got "
-                f"{self.min_replicas} and {self.max_tries}."
+                "min_replicas, max_tries and max_requests must be at least 1, got "
+                f"{self.min_replicas}, {self.max_tries} and {self.max_requests}."
             )
+        if self.settle_s < 0:
+            raise ConfigError(f"settle_s must not be negative, got {self.settle_s}.")
         for name, value in (
             ("request_timeout_s", self.request_timeout_s),
             ("control_timeout_s", self.control_timeout_s),
+            ("answer_timeout_s", self.answer_timeout_s),
             ("recover_s", self.recover_s),
             ("abort_grace_s", self.abort_grace_s),
             ("health_interval_s", self.health_interval_s),

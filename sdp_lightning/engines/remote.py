@@ -9,15 +9,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from concurrent.futures import Future
+from typing import Any
 
-from sdp_lightning.engines.backend import Call, Completion, RemoteInfBackend
+from sdp_lightning.engines.backend import Completion, RemoteInfBackend
 from sdp_lightning.engines.base import (
     GenerationRequest,
     NamedWeights,
     PublishReport,
     SegmentSink,
 )
+from sdp_lightning.engines.control import ServerControl, check_length, check_versions
 from sdp_lightning.engines.http import HttpClient, ServerError
 from sdp_lightning.engines.options import RemoteOptions
 from sdp_lightning.engines.replicas import Replica, ReplicaSet
@@ -27,6 +30,9 @@ from sdp_lightning.types import FinishReason, Segment
 from sdp_lightning.weights.files import WeightFolder
 
 logger = logging.getLogger(__name__)
+
+_MARGIN_S = 5.0  # beyond the deadlines of the calls, which name their server
+_INTERRUPTED = Completion((), "abort")
 
 
 class RemoteInfEngine:
@@ -56,13 +62,15 @@ class RemoteInfEngine:
                 f"{count} servers are fewer than min_replicas={self.options.min_replicas}."
             )
         self._managed = servers if managed else None
-        self._urls = [] if managed else [url.rstrip("/") for url in servers]
+        self._set = ReplicaSet([] if managed else [url.rstrip("/") for url in servers])
         self._backend = backend
         self._client = HttpClient(api_key=self.options.api_key)
-        self._set: ReplicaSet | None = None
+        self._control = ServerControl(self._client, backend, self.options)
+        self._slots = asyncio.Semaphore(self.options.max_requests)
         self._weights: WeightFolder | None = None
         self._version: int | None = None
         self._publishing = True  # until the first publish: nobody else touches the servers
+        self._error: EngineError | None = None
         self._num_generated = 0
 
     @property
@@ -80,7 +88,7 @@ class RemoteInfEngine:
     @property
     def num_serving(self) -> int:
         """Servers that take requests."""
-        return 0 if self._set is None else len(self._set.serving)
+        return len(self._set.serving)
 
     def start(self) -> None:
         """Reach every server, and refuse one whose log-probs would be wrong.
@@ -88,14 +96,21 @@ class RemoteInfEngine:
         Raises:
             EngineError: naming the server, what was asked and what to do.
         """
-        if self._set is not None:
+        if self._weights is not None:
             return
-        if self._managed is not None:
-            self._urls = self._managed.start()
-        self._client.start()
-        self._weights = WeightFolder()
-        self._client.run(self._connect(), self.options.control_timeout_s * 2)
-        self._client.spawn(self._watch())
+        options = self.options
+        try:
+            if self._managed is not None:
+                self._set = ReplicaSet(self._managed.start())
+            self._client.start()
+            self._weights = WeightFolder()
+            longest = options.health_timeout_s + 2 * options.answer_timeout_s
+            self._client.run(self._connect(), longest + 2 * options.control_timeout_s + _MARGIN_S)
+            for replica in self._set.replicas:
+                self._client.spawn(self._watch(replica)).add_done_callback(self._on_watch_end)
+        except BaseException:
+            self.close()
+            raise
 
     async def generate(self, request: GenerationRequest, sink: SegmentSink) -> FinishReason:
         completion = await self._client.bridge(self._generate(request))
@@ -113,14 +128,14 @@ class RemoteInfEngine:
         return completion.finish_reason
 
     def pause(self) -> None:
-        self._publishing = True
-        self._client.run(
-            self._pause_all(),
-            self.options.control_timeout_s + 5,
-        )
+        options = self.options
+        longest = options.settle_s + options.answer_timeout_s + options.abort_grace_s
+        self._run_phase(self._pause_all(), options.recover_s + longest)
 
     def resume(self) -> None:
-        self._client.run(self._on_all(self._backend.resume()), self.options.control_timeout_s + 5)
+        self._run_phase(
+            self._for_each_serving(self._control.resume, "resuming"), self.options.answer_timeout_s
+        )
         self._publishing = False
 
     def update_weights(
@@ -136,7 +151,9 @@ class RemoteInfEngine:
         start = time.monotonic()
         folder, num_bytes = self._weights.write(weights, full=reset)
         folders = [str(folder)] if num_bytes else []
-        self._client.run(self._update_all(folders, version), 3 * self.options.control_timeout_s + 5)
+        previous = None if reset else self._version
+        longest = 2 * self.options.control_timeout_s + 3 * self.options.answer_timeout_s
+        self._run_phase(self._update_all(folders, previous, version), longest)
         self._version = version
         return PublishReport(version, time.monotonic() - start, num_bytes)
 
@@ -147,124 +164,77 @@ class RemoteInfEngine:
         if self._managed is not None:
             self._managed.close()
 
+    def _run_phase(self, work: Coroutine[Any, Any, None], longest_s: float) -> None:
+        """Run a phase of a publish. One that fails leaves the engine unusable."""
+        if self._error is not None:
+            work.close()
+            self._raise_if_unusable()
+        try:
+            self._client.run(work, longest_s + _MARGIN_S)
+        except EngineError as error:
+            self._error = error
+            raise
+
+    def _raise_if_unusable(self) -> None:
+        if self._error is not None:
+            raise EngineError(f"the engine is unusable since: {self._error}") from self._error
+
+    def _on_watch_end(self, watch: Future[None]) -> None:
+        if not watch.cancelled() and (error := watch.exception()) is not None:
+            self._error = EngineError(f"looking after the servers failed: {error!r}")
+            self._error.__cause__ = error
+
     # In the client's loop ------------------------------------------------------------------------
 
-    async def _call(self, replica: Replica, call: Call, timeout_s: float | None = None) -> object:
-        limit = self.options.control_timeout_s if timeout_s is None else timeout_s
-        return await self._client.request(replica.url, call, timeout_s=limit)
-
     async def _connect(self) -> None:
-        self._set = ReplicaSet(self._urls)
-        for replica in self._set.replicas:
+        async def one(replica: Replica) -> None:
             try:
-                await self._call(replica, self._backend.health())
-                await self._introduce(replica)
-            except ServerError as error:
+                await self._control.check(replica)
+                await self._control.meet(replica)
+            except EngineError as error:
                 raise EngineError(
                     f"cannot use the {self._backend.name} server at {replica.url}: {error}"
                 ) from error
-            await self._set.bring_in(replica)
+            self._set.bring_in(replica)
 
-    async def _introduce(self, replica: Replica) -> None:
-        backend = self._backend
-        await self._call(replica, backend.resume())  # it may have been left paused
-        replica.info = backend.read_description(await self._call(replica, backend.describe()))
-        answers = [
-            await self._call(replica, backend.probe(replica.info, temperature))
-            for temperature in (1.0, 0.5)
-        ]
-        backend.read_probe(*answers)
+        results = await asyncio.gather(
+            *(one(replica) for replica in self._set.replicas), return_exceptions=True
+        )
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
 
     async def _pause_all(self) -> None:
-        assert self._set is not None
-        if self.in_process:
-            await self._on_all(self._pause_call())
-            return
-        await self._set.settle(self.options.settle_s)
-        await self._on_all(self._pause_call())
-        await self._set.drain(self.options.abort_grace_s)
+        if self._version is not None:  # those that failed lately may be on their way back
+            await self._set.wait_for(self.options.min_replicas, self.options.recover_s)
+        self._publishing = True
+        if not self.in_process:
+            await self._set.settle(self.options.settle_s)
+        await self._for_each_serving(self._control.pause, "pausing")
+        if not self.in_process:
+            await self._set.drain(self.options.abort_grace_s)
 
-    def _pause_call(self) -> Call:
-        return self._backend.pause(self.options.on_update, self.options.kv_on_update)
-
-    async def _generate(self, request: GenerationRequest) -> Completion:
-        assert self._set is not None
-        for tries in range(1, self.options.max_tries + 1):
-            replica = await self._set.choose(request.group_key, self.options.recover_s)
-            version = self._version
-            if version is None:
-                raise EngineError("nothing was published yet: publish with reset=True first.")
-            _check_length(request, replica)
-            replica.num_outstanding += 1
-            replica.last_sent_s = time.monotonic()
-            try:
-                completion = await self._complete(replica, request)
-                newest = version if not self.in_process else self._version or version
-                _check_versions(completion, version, newest, replica)
-                return completion
-            except ServerError as error:
-                if error.is_refusal or tries == self.options.max_tries:
-                    raise
-                logger.warning("%s is taken out: %s", replica.url, error)
-                self._set.take_out(replica, error)
-            finally:
-                replica.num_outstanding -= 1
-        raise AssertionError("the last try returns or raises")
-
-    async def _complete(self, replica: Replica, request: GenerationRequest) -> Completion:
-        """The completion, or ``ServerError`` as soon as the replica is lost."""
-        assert replica.info is not None and self._set is not None
-        call = self._backend.generate(request, replica.info)
-        answer = asyncio.ensure_future(
-            self._call(replica, call, timeout_s=self.options.request_timeout_s)
-        )
-        lost = asyncio.ensure_future(replica.lost.wait())
-        taken_back = asyncio.ensure_future(self._set.taken_back.wait())
-        tasks = (answer, lost, taken_back)
-        try:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            if not answer.done() and not lost.done():
-                return Completion((), "abort")
-            if not answer.done():
-                raise ServerError(f"{replica.url} was lost: {replica.why_out}")
-            return self._backend.read_completion(answer.result())
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-
-    async def _on_all(self, call: Call) -> None:
+    async def _update_all(self, folders: list[str], previous: int | None, version: int) -> None:
         async def one(replica: Replica) -> None:
-            await self._call(replica, call)
-
-        await self._for_each_serving(one, f"{call.path.partition('?')[0]}")
-
-    async def _update_all(self, folders: list[str], version: int) -> None:
-        async def one(replica: Replica) -> None:
-            await self._load(replica, folders, version)
+            found = await self._control.get_version(replica)
+            restarted = previous is not None and found != str(previous)
+            mine = self._all_folders() if restarted else folders
+            await self._control.load(replica, mine, version)
 
         await self._for_each_serving(one, f"publishing version {version}")
 
-    async def _load(self, replica: Replica, folders: list[str], version: int) -> None:
-        for folder in folders:
-            await self._call(replica, self._backend.load_folder(folder))
-        await self._call(replica, self._backend.set_version(version))
-        answer = await self._call(replica, self._backend.get_version())
-        found = self._backend.read_version(answer)
-        if found != str(version):
-            raise ServerError(f"{replica.url} reports version {found!r} instead of {version}.")
+    def _all_folders(self) -> list[str]:
+        assert self._weights is not None
+        return [str(folder) for folder in self._weights.folders]
 
     async def _for_each_serving(
         self, work: Callable[[Replica], Awaitable[None]], phase: str
     ) -> None:
-        assert self._set is not None
         replicas = self._set.serving
-        tasks = [work(replica) for replica in replicas]
-        results = await asyncio.gather(*tasks, return_exceptions=True)
+        results = await asyncio.gather(*(work(r) for r in replicas), return_exceptions=True)
         for replica, result in zip(replicas, results, strict=True):
             if isinstance(result, EngineError):
-                logger.warning("%s is taken out while %s: %s", replica.url, phase, result)
-                self._set.take_out(replica, result)
+                self._set.take_out(replica, result, phase=phase)
             elif isinstance(result, BaseException):
                 raise result
         if len(self._set.serving) < self.options.min_replicas:
@@ -273,48 +243,71 @@ class RemoteInfEngine:
                 f"{self.options.min_replicas}. {self._set.describe_lost()}"
             )
 
-    async def _watch(self) -> None:
-        assert self._set is not None
+    async def _generate(self, request: GenerationRequest) -> Completion:
+        async with self._slots:
+            for _ in range(self.options.max_tries - 1):
+                try:
+                    return await self._try(request)
+                except ServerError as error:
+                    if error.is_refusal:
+                        raise
+            return await self._try(request)
+
+    async def _try(self, request: GenerationRequest) -> Completion:
+        """Send ``request`` to a server, which is taken out if it fails."""
+        self._raise_if_unusable()
+        if self._version is None:
+            raise EngineError("nothing was published yet: publish with reset=True first.")
+        replica = await self._set.choose(request.group_key, self.options.recover_s)
+        if self._publishing and not self.in_process:
+            return _INTERRUPTED  # it came after the pause: sent again, after the resume
+        check_length(request, replica)
+        oldest, lost = self._version, replica.lost
+        try:
+            with self._set.sending(replica):
+                completion = await self._complete(replica, request)
+            newest = self._version if self.in_process else oldest
+            check_versions(completion, oldest, newest, replica)
+        except ServerError as error:
+            if not error.is_refusal and not lost.is_set():
+                self._set.take_out(replica, error)
+            raise
+        return completion
+
+    async def _complete(self, replica: Replica, request: GenerationRequest) -> Completion:
+        """The completion, or ``ServerError`` as soon as the replica is lost."""
+        answer = asyncio.ensure_future(self._control.complete(replica, request))
+        lost = asyncio.ensure_future(replica.lost.wait())
+        taken_back = asyncio.ensure_future(self._set.taken_back.wait())
+        tasks = (answer, lost, taken_back)
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            if answer.done():
+                return answer.result()
+            if lost.done():
+                raise ServerError(f"{replica.url} was lost: {replica.why_out}")
+            return _INTERRUPTED
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _watch(self, replica: Replica) -> None:
         while True:
             await asyncio.sleep(self.options.health_interval_s)
-            await asyncio.gather(*(self._look_after(r) for r in self._set.replicas))
+            try:
+                await self._control.check(replica)
+                if not replica.serving and not self._publishing and self._version is not None:
+                    await self._bring_back(replica, self._version)
+            except EngineError as error:
+                if not self._publishing:  # a publish has deadlines of its own, and loads take long
+                    self._set.take_out(replica, error)
 
-    async def _look_after(self, replica: Replica) -> None:
-        assert self._set is not None
-        try:
-            await self._call(replica, self._backend.health(), self.options.health_timeout_s)
-            if replica.serving or self._publishing or self._weights is None:
-                return
-            version = self._version
-            if version is None:
-                return
-            await self._call(replica, self._pause_call())
-            await self._load(replica, [str(f) for f in self._weights.folders], version)
-            await self._introduce(replica)
-        except EngineError as error:
-            self._set.take_out(replica, error)
-            return
-        if not self._publishing and version == self._version:
+    async def _bring_back(self, replica: Replica, version: int) -> None:
+        """Bring ``replica`` to ``version``, whatever it held, and let it serve."""
+        await self._control.pause(replica, "interrupt")
+        await self._control.load(replica, self._all_folders(), version)
+        await self._control.meet(replica)
+        if not self._publishing and version == self._version:  # else the next round tries again
             logger.warning("%s is back, at version %d.", replica.url, version)
-            await self._set.bring_in(replica)
-
-
-def _check_length(request: GenerationRequest, replica: Replica) -> None:
-    assert replica.info is not None
-    tokens, budget = int(request.token_ids.size), request.params.max_new_tokens
-    if tokens + budget > replica.info.max_length:
-        raise EngineError(
-            f"a prompt of {tokens} tokens and max_new_tokens={budget} do not fit the "
-            f"{replica.info.max_length} tokens of {replica.url}. Shorten one of them, or start the "
-            "server with a larger --max-model-len."
-        )
-
-
-def _check_versions(completion: Completion, oldest: int, newest: int, replica: Replica) -> None:
-    possible = {str(version) for version in range(oldest, newest + 1)}
-    for span in completion.spans:
-        if span.version not in possible:
-            raise ServerError(
-                f"{replica.url} sampled under version {span.version!r} and not under {oldest} to "
-                f"{newest}: it was restarted, or another client updates it."
-            )
+            self._set.bring_in(replica)

@@ -1,17 +1,22 @@
 """The servers behind one engine: which of them serves, and which one a request goes to.
 
-Used in one event loop only.
+Used in one event loop only. No I/O.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import OrderedDict
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from sdp_lightning.engines.backend import ServerInfo
 from sdp_lightning.errors import EngineError
+
+logger = logging.getLogger(__name__)
 
 _REMEMBERED_GROUPS = 4096
 
@@ -24,8 +29,7 @@ class Replica:
         info: what it said of itself; None before it was asked.
         serving: whether requests are sent to it.
         num_outstanding: requests that are out.
-        last_sent_s: when the latest of them was sent, on the monotonic clock.
-        why_out: the error that took it out.
+        why_out: the latest error while it was out, or the one that took it out.
         lost: set when it is taken out; what is out there is then sent elsewhere.
     """
 
@@ -33,7 +37,6 @@ class Replica:
     info: ServerInfo | None = None
     serving: bool = False
     num_outstanding: int = 0
-    last_sent_s: float = 0.0
     why_out: str = "it was never reached"
     lost: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -50,32 +53,66 @@ class ReplicaSet:
 
     def __init__(self, urls: list[str]) -> None:
         self.replicas = [Replica(url) for url in urls]
-        self._home: OrderedDict[str, Replica] = OrderedDict()
-        self._changed = asyncio.Condition()
         self.taken_back = asyncio.Event()
+        self._home: OrderedDict[str, Replica] = OrderedDict()
+        self._came_back = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._last_sent_s = 0.0
 
     @property
     def serving(self) -> list[Replica]:
         """Those that take requests."""
         return [replica for replica in self.replicas if replica.serving]
 
+    @contextmanager
+    def sending(self, replica: Replica) -> Generator[None]:
+        """Count a request that is out at ``replica``."""
+        replica.num_outstanding += 1
+        self._last_sent_s = time.monotonic()
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            replica.num_outstanding -= 1
+            if not any(r.num_outstanding for r in self.replicas):
+                self._idle.set()
+
     async def settle(self, settle_s: float) -> None:
         """Wait until the latest request is ``settle_s`` old."""
-        latest = max((replica.last_sent_s for replica in self.replicas), default=0.0)
-        await asyncio.sleep(max(0.0, latest + settle_s - time.monotonic()))
+        await asyncio.sleep(max(0.0, self._last_sent_s + settle_s - time.monotonic()))
 
     async def drain(self, grace_s: float) -> None:
-        """Wait until no request is out; after ``grace_s`` take back those that still are."""
-        deadline = time.monotonic() + grace_s
-        while any(replica.num_outstanding for replica in self.replicas):
-            if time.monotonic() > deadline:
-                self.taken_back.set()
-            await asyncio.sleep(0.005)
-        self.taken_back.clear()
+        """Wait until no request is out; after ``grace_s`` take back those that still are.
 
-    def describe_lost(self) -> str:
-        """Which servers are out, and why."""
-        return "; ".join(f"{r.url}: {r.why_out}" for r in self.replicas if not r.serving)
+        Nothing may be sent meanwhile, or it waits for that too.
+        """
+        try:
+            async with asyncio.timeout(grace_s):
+                await self._idle.wait()
+        except TimeoutError:
+            self.taken_back.set()
+            try:
+                await self._idle.wait()
+            finally:
+                self.taken_back.clear()
+
+    async def wait_for(self, count: int, timeout_s: float) -> None:
+        """Wait until ``count`` servers serve.
+
+        Raises:
+            EngineError: if fewer do at the deadline (seconds), with the reason of each.
+        """
+        try:
+            async with asyncio.timeout(timeout_s):
+                while len(self.serving) < count:
+                    self._came_back.clear()
+                    await self._came_back.wait()
+        except TimeoutError as error:
+            left = (
+                f"{len(self.serving)} servers were left" if self.serving else "no server was left"
+            )
+            raise EngineError(f"{left} for {timeout_s:.1f} s. {self.describe_lost()}") from error
 
     async def choose(self, group_key: str, timeout_s: float) -> Replica:
         """A serving replica; waits for one to come back.
@@ -83,13 +120,8 @@ class ReplicaSet:
         Raises:
             EngineError: if none does by the deadline (seconds), with the reason of each.
         """
-        try:
-            async with asyncio.timeout(timeout_s), self._changed:
-                await self._changed.wait_for(lambda: bool(self.serving))
-        except TimeoutError as error:
-            raise EngineError(
-                f"no server has been left for {timeout_s:.0f} s. {self.describe_lost()}"
-            ) from error
+        if not self.serving:
+            await self.wait_for(1, timeout_s)
         home = self._home.get(group_key)
         if home is None or not home.serving:
             home = min(self.serving, key=lambda replica: replica.num_outstanding)
@@ -100,14 +132,19 @@ class ReplicaSet:
                 self._home.popitem(last=False)
         return home
 
-    def take_out(self, replica: Replica, error: Exception) -> None:
+    def take_out(self, replica: Replica, error: Exception, *, phase: str = "serving") -> None:
         """Send nothing more to ``replica``; wake what waits for its answers."""
+        replica.why_out = str(error)
         if replica.serving:
-            replica.serving, replica.why_out = False, str(error)
+            logger.warning("%s is taken out while %s: %s", replica.url, phase, error)
+            replica.serving = False
             replica.lost.set()
 
-    async def bring_in(self, replica: Replica) -> None:
+    def bring_in(self, replica: Replica) -> None:
         """Send requests to ``replica`` from now on."""
-        async with self._changed:
-            replica.serving, replica.lost = True, asyncio.Event()
-            self._changed.notify_all()
+        replica.serving, replica.lost = True, asyncio.Event()
+        self._came_back.set()
+
+    def describe_lost(self) -> str:
+        """Which servers are out, and why."""
+        return "; ".join(f"{r.url}: {r.why_out}" for r in self.replicas if not r.serving)

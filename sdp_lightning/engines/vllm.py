@@ -15,6 +15,7 @@ from sdp_lightning.errors import EngineError
 from sdp_lightning.types import FinishReason, KVPolicy
 
 _PROBE_TOKENS = 5
+_ODD = (KeyError, IndexError, TypeError, ValueError, OverflowError)  # JSON of another form
 _REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
 
 
@@ -35,7 +36,7 @@ class VLLMBackend:
         try:
             served = answer["data"][0]
             return ServerInfo(model=str(served["id"]), max_length=int(served["max_model_len"]))
-        except (KeyError, IndexError, TypeError) as error:
+        except _ODD as error:
             raise _unexpected("/v1/models", "data[0].id and max_model_len", answer) from error
 
     def probe(self, info: ServerInfo, temperature: float) -> Call:
@@ -79,15 +80,16 @@ class VLLMBackend:
                 (str(span["version"]), int(span["start"]), int(span["end"]))
                 for span in choice["weight_versions"] or ()
             ]
-        except (KeyError, IndexError, TypeError, ValueError) as error:
+        except _ODD as error:
             raise _unexpected(
                 "/inference/v1/generate", "choices[0] with weight_versions (vLLM 0.32)", answer
             ) from error
-        ends = [0, *(end for _, _, end in spans)]
-        if len(tokens) != len(logprobs) or ends[-1] != len(tokens):
+        edges = [0, *(end for _, _, end in spans)]
+        whole = edges[:-1] == [start for _, start, _ in spans] and edges == sorted(edges)
+        if len(tokens) != len(logprobs) or edges[-1] != len(tokens) or not whole:
             raise EngineError(
-                f"vLLM answered {len(tokens)} tokens, {len(logprobs)} log-probs and versions for "
-                f"{ends[-1]} tokens: they must agree."
+                f"vLLM answered {len(tokens)} tokens, {len(logprobs)} log-probs and the versions "
+                f"{spans}: they must agree."
             )
         return Completion(
             tuple(
@@ -119,7 +121,7 @@ class VLLMBackend:
     def read_version(self, answer: Any) -> str:
         try:
             return str(answer["weight_version"])
-        except (KeyError, TypeError) as error:
+        except _ODD as error:
             raise _unexpected("/weight_info", "weight_version", answer) from error
 
 
@@ -131,7 +133,7 @@ def _top_logprobs(answer: Any) -> dict[int, float]:
     try:
         entry = answer["choices"][0]["logprobs"]["content"][0]
         return {int(e["token_id"]): float(e["logprob"]) for e in entry["top_logprobs"]}
-    except (KeyError, IndexError, TypeError) as error:
+    except _ODD as error:
         raise _unexpected("/inference/v1/generate", "top_logprobs", answer) from error
 
 

@@ -11,8 +11,13 @@ import tempfile
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
+
+from sdp_lightning.errors import EngineError
 
 _PREFIX = "sdp-weights-"
 
@@ -35,21 +40,34 @@ class WeightFolder:
         self.path.mkdir()
 
     def write(self, weights: Iterable[tuple[str, Tensor]], *, full: bool) -> tuple[Path, int]:
-        """Write ``weights``, a tied tensor once; returns the folder to load, and its bytes."""
-        from safetensors.torch import save_file
+        """Write ``weights``, a tied tensor once; returns the folder to load, and its bytes.
 
-        unique: dict[int, tuple[str, Tensor]] = {}
+        Raises:
+            EngineError: if they cannot be written; what was written before is as it was.
+        """
+        unique: dict[tuple[Any, ...], tuple[str, Tensor]] = {}
         for name, tensor in weights:
-            unique.setdefault(tensor.data_ptr(), (name, tensor))
+            place = (tensor.data_ptr() or name, tensor.shape, tensor.stride(), tensor.dtype)
+            unique.setdefault(place, (name, tensor))
         tensors = {name: t.detach().cpu().contiguous() for name, t in unique.values()}
+        num_bytes = sum(t.nbytes for t in tensors.values())
         folder = self.path / ("base" if full else "update")
-        if full:
-            shutil.rmtree(self.path / "update", ignore_errors=True)
-        folder.mkdir(exist_ok=True)
-        if tensors:
-            save_file(tensors, self.path / "part")
-            (self.path / "part").rename(folder / "model.safetensors")
-        return folder, sum(t.nbytes for t in tensors.values())
+        part = self.path / "part"
+        try:
+            if tensors:
+                save_file(tensors, part)
+            if full:
+                shutil.rmtree(self.path / "update", ignore_errors=True)
+            folder.mkdir(exist_ok=True)
+            if tensors:
+                part.rename(folder / "model.safetensors")
+        except (OSError, SafetensorError) as error:
+            part.unlink(missing_ok=True)
+            raise EngineError(
+                f"{num_bytes} bytes of weights cannot be written to {self.path}: {error}. "
+                f"{_free_bytes(self.path)} bytes are free there."
+            ) from error
+        return folder, num_bytes
 
     @property
     def folders(self) -> list[Path]:
@@ -60,6 +78,10 @@ class WeightFolder:
     def close(self) -> None:
         """Remove the files. Safe to call twice."""
         shutil.rmtree(self.path, ignore_errors=True)
+
+
+def _free_bytes(path: Path) -> int:
+    return shutil.disk_usage(path if path.exists() else path.parent).free
 
 
 def _remove_orphans(parent: Path) -> None:
