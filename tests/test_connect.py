@@ -2,6 +2,7 @@ import pytest
 
 from sdp_lightning.engines.connect import connect_engine
 from sdp_lightning.engines.embedded import EmbeddedEngine
+from sdp_lightning.engines.remote import RemoteInfEngine
 from sdp_lightning.errors import ConfigError
 
 
@@ -26,13 +27,70 @@ def test_embedded_without_a_model_is_refused():
         connect_engine("embedded")
 
 
-@pytest.mark.parametrize("url", ["vllm://localhost:8000", "sglang://localhost:30000"])
-def test_servers_are_refused_with_what_works_instead(url: str):
-    with pytest.raises(ConfigError, match="engine='embedded'"):
-        connect_engine(url, model="some/model")
+@pytest.mark.parametrize(
+    ("url", "urls"),
+    [
+        ("vllm://localhost:8000", ["http://localhost:8000"]),
+        ("vllm://127.0.0.1:8000/", ["http://127.0.0.1:8000"]),
+        ("vllm://[::1]:1,localhost:2", ["http://[::1]:1", "http://localhost:2"]),
+    ],
+)
+def test_vllm_names_servers_that_run(url: str, urls: list[str]):
+    engine = connect_engine(url, model="some/model", max_tries=3)
+    assert isinstance(engine, RemoteInfEngine)
+    assert engine.options.max_tries == 3
+    assert [replica.url for replica in engine._set.replicas] == urls
 
 
-@pytest.mark.parametrize("url", ["", "embeded", "http://localhost"])
+@pytest.mark.parametrize(
+    "rest",
+    ["", ",", "localhost", "h:x", "localhost:8000?replicas=2", "localhost:1,other"],
+)
+def test_a_url_that_names_no_server_says_how_to(rest: str):
+    with pytest.raises(ConfigError, match=r"does not name servers\. Write 'vllm://host:port"):
+        connect_engine(f"vllm://{rest}", api_key="k")
+
+
+def test_a_server_named_twice_is_refused():
+    with pytest.raises(ConfigError, match="names a server twice"):
+        connect_engine("vllm://localhost:1,localhost:1")
+
+
+def test_servers_on_other_hosts_need_a_key():
+    with pytest.raises(ConfigError, match="far:8000 is on another host"):
+        connect_engine("vllm://localhost:8000,far:8000")
+    assert connect_engine("vllm://localhost:8000,far:8000", api_key="k").version is None
+
+
+def test_an_unknown_option_lists_the_known_ones():
+    with pytest.raises(ConfigError, match=r"RemoteOptions has no max_slots. It has .*max_tries"):
+        connect_engine("vllm://localhost:8000", max_slots=3)
+
+
+def test_launch_gives_managed_servers_with_the_settings_of_the_url():
+    url = "vllm://launch?replicas=2&max_model_len=512&gpu_memory_utilization=0.4&cores=0,1"
+    engine = connect_engine(url, model="some/model", min_replicas=2)
+    assert isinstance(engine, RemoteInfEngine) and engine._managed is not None
+    config = engine._managed.config
+    assert (config.model, config.replicas, config.max_model_len) == ("some/model", 2, 512)
+    assert (config.gpu_memory_utilization, config.cores) == (0.4, ("0", "1"))
+
+
+@pytest.mark.parametrize(
+    ("query", "message"),
+    [
+        ("replicas=2", "needs a model"),
+        ("model=m&replicas=two", "replicas='two' is no int"),
+        ("model=m&gpus=2", "ServerConfig has no gpus"),
+        ("model=m&replicas", "write name=value"),
+    ],
+)
+def test_a_launch_that_makes_no_sense_is_refused(query: str, message: str):
+    with pytest.raises(ConfigError, match=message):
+        connect_engine(f"vllm://launch?{query}")
+
+
+@pytest.mark.parametrize("url", ["", "embeded", "http://localhost", "sglang://localhost:30000"])
 def test_an_unknown_url_names_the_known_ones(url: str):
     with pytest.raises(ConfigError, match="Known are 'embedded'"):
         connect_engine(url, model="some/model")

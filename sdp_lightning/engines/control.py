@@ -56,7 +56,8 @@ class ServerControl:
         """Load ``folders`` in order, label it ``version``, and see that it says so."""
         for folder in folders:
             call = self._backend.load_folder(folder)
-            await self._call(replica, call, self._options.control_timeout_s)
+            answer = await self._call(replica, call, self._options.control_timeout_s)
+            self._backend.read_loaded(answer)
         call = self._backend.set_version(version)
         await self._call(replica, call, self._options.answer_timeout_s)
         found = await self.get_version(replica)

@@ -109,9 +109,8 @@ class ReplicaSet:
                     self._came_back.clear()
                     await self._came_back.wait()
         except TimeoutError as error:
-            left = (
-                f"{len(self.serving)} servers were left" if self.serving else "no server was left"
-            )
+            num_left = len(self.serving)
+            left = f"{num_left} servers have been left" if num_left else "no server has been left"
             raise EngineError(f"{left} for {timeout_s:.1f} s. {self.describe_lost()}") from error
 
     async def choose(self, group_key: str, timeout_s: float) -> Replica:

@@ -112,6 +112,10 @@ class VLLMBackend:
         body = {"method": "sdp_load_folder", "kwargs": {"folder": folder}}
         return Call("POST", "/collective_rpc", body)
 
+    def read_loaded(self, answer: Any) -> None:
+        if not (isinstance(answer, dict) and answer.get("results")):
+            raise _unexpected("/collective_rpc", "a result of each worker", answer)
+
     def set_version(self, version: int) -> Call:
         return Call("POST", "/update_weight_version", {"new_version": str(version)})
 
