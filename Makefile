@@ -4,19 +4,23 @@ READY := .venv/.ready
 COVERAGE ?= 95
 ARGS ?=
 
-.PHONY: help demo test check setup clean
+.PHONY: help demo test test-vllm check setup setup-vllm clean
 
 help:
-	@echo "make demo    train a real 135M model by asynchronous RL, here, in minutes"
-	@echo "make test    the tests, but for those that need minutes or a vLLM server; ARGS=... to pytest"
-	@echo "make check   ruff, pyright and the tests"
-	@echo "make clean   remove caches, runs and logs; the environment stays"
+	@echo "make demo        train a real 135M model by asynchronous RL, here, in minutes"
+	@echo "make test        the tests, but for those that need minutes or vLLM; ARGS=... to pytest"
+	@echo "make test-vllm   the tests on real vLLM servers on the CPU, in .venv-vllm"
+	@echo "make check       ruff, pyright and the tests"
+	@echo "make clean       remove caches, runs and logs; the environment stays"
 
 demo: $(READY)
 	@$(PYTHON) recipes/arithmetic_cpu/train.py $(ARGS)
 
 test: $(READY)
 	@$(PYTHON) -m pytest -q -m "not vllm and not slow" --cov --cov-fail-under=$(COVERAGE) $(ARGS)
+
+test-vllm: setup-vllm
+	@$(PYTHON) -m pytest -q -m vllm --timeout=600 $(ARGS)
 
 check: $(READY)
 	$(PYTHON) -m ruff check .
@@ -25,6 +29,9 @@ check: $(READY)
 	@$(MAKE) --no-print-directory test
 
 setup: $(READY)
+
+setup-vllm: $(READY)
+	@bash .ci/setup-vllm
 
 $(READY): pyproject.toml .ci/constraints.txt .ci/setup
 	@bash .ci/setup

@@ -7,24 +7,22 @@ from __future__ import annotations
 
 import json
 import os
-import select
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from real_vllm import assert_gone
 
 from sdp_lightning.engines import server as server_module
 from sdp_lightning.engines.connect import connect_engine
 from sdp_lightning.engines.server import ManagedServers, ServerConfig
 from sdp_lightning.errors import ConfigError, EngineError
 
-DEADLINE_S = 60.0
 ROOT = Path(__file__).parents[1]
 
 # Says who it is, leaves a child of its own, and then does what FAKE_VLLM says.
@@ -78,20 +76,6 @@ def read_pids(folder: Path, index: int = 0) -> list[int]:
     """The server's and its child's."""
     said = json.loads((folder / f"server-{index}.log").read_text().splitlines()[0])
     return [said["pid"], said["child"]]
-
-
-def assert_gone(pids: Iterable[int]) -> None:
-    deadline = time.monotonic() + DEADLINE_S
-    for pid in pids:
-        try:
-            descriptor = os.pidfd_open(pid)
-        except ProcessLookupError:
-            continue
-        try:
-            left, _, _ = select.select([descriptor], [], [], max(0.0, deadline - time.monotonic()))
-            assert left, f"process {pid} is still there"
-        finally:
-            os.close(descriptor)
 
 
 def has_option(command: list[str], name: str, value: str) -> bool:
