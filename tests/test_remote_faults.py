@@ -19,13 +19,16 @@ from sdp_lightning.errors import EngineError, RolloutError
 
 KINDS = ["500", "hang", "disconnect", "garbage", "odd", "bytes", "truncated"]
 SHORT: dict[str, Any] = {
-    "health_timeout_s": 0.3,
-    "answer_timeout_s": 0.3,
-    "control_timeout_s": 0.6,
-    "request_timeout_s": 0.3,
-    "recover_s": 1.0,
-    "max_tries": 3,
+    "health_timeout_s": 1.0,
+    "answer_timeout_s": 1.0,
+    "control_timeout_s": 1.0,
+    "request_timeout_s": 1.0,
 }
+
+
+def limits(kind: str, *, recover_s: float = 1.0) -> dict[str, Any]:
+    """Deadlines that are short only where one is to pass, so that a slow machine passes none."""
+    return (SHORT if kind == "hang" else {}) | {"recover_s": recover_s, "max_tries": 3}
 
 
 @pytest.fixture(scope="module")
@@ -72,16 +75,14 @@ PHASES = {
     "verify": "/weight_info",
     "resume": "/resume",
 }
-# Answers of these are not read, so that only their status counts.
-UNREAD = {"/health", "/resume", "/pause"}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("path", CONNECT)
 def test_a_fault_while_connecting_names_the_server(one: Server, path: str, kind: str):
     one.fault(path, kind)
-    engine = make_engine(one, **SHORT)
-    if kind == "odd" and path in UNREAD:
+    engine = make_engine(one, **limits(kind))
+    if kind == "odd" and path == "/health":  # its status alone counts
         engine.start()
         engine.close()
     else:
@@ -96,7 +97,7 @@ def test_a_fault_in_a_publish_of_two_costs_one_server_which_comes_back(
     two: list[Server], phase: str, kind: str
 ):
     well, ill = two
-    with connected(*two, **SHORT | {"recover_s": 30.0}) as engine:
+    with connected(*two, **limits(kind, recover_s=30.0)) as engine:
         publish(engine, 0, reset=True)
         ill.fault(PHASES[phase], kind)
         publish(engine, 1)
@@ -116,11 +117,10 @@ def test_a_fault_in_a_publish_to_the_only_server_is_a_named_error(
     one: Server, phase: str, kind: str
 ):
     path = PHASES[phase]
-    harmless = kind == "odd" and path in UNREAD
-    harmless |= (kind, phase) not in [("ignored", "set version"), ("wrong", "verify")] and (
+    harmless = (kind, phase) not in [("ignored", "set version"), ("wrong", "verify")] and (
         kind in ("ignored", "wrong") or (kind == "load" and phase != "load")
     )
-    with connected(one, **SHORT) as engine:
+    with connected(one, **limits(kind)) as engine:
         publish(engine, 0, reset=True)
         one.fault(path, kind)
         if harmless:
@@ -135,7 +135,7 @@ def test_a_fault_in_a_publish_to_the_only_server_is_a_named_error(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_fault_while_generating_is_sent_again(one: Server, kind: str):
-    with connected(one, **SHORT | {"recover_s": 30.0}) as engine:
+    with connected(one, **limits(kind, recover_s=30.0)) as engine:
         publish(engine, 0, reset=True)
         publish(engine, 1)
         one.fault(GENERATE, kind, times=1)
@@ -146,7 +146,7 @@ def test_a_fault_while_generating_is_sent_again(one: Server, kind: str):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_server_that_never_samples_again_is_a_named_error(one: Server, kind: str):
-    with connected(one, **SHORT) as engine:
+    with connected(one, **limits(kind)) as engine:
         publish(engine, 0, reset=True)
         one.fault(GENERATE, kind)
         with pytest.raises(EngineError, match=one.url):
@@ -155,7 +155,7 @@ def test_a_server_that_never_samples_again_is_a_named_error(one: Server, kind: s
 
 @pytest.mark.parametrize("kind", ["500", "hang", "disconnect", "truncated"])
 def test_an_ill_health_takes_a_server_out_until_it_is_well(one: Server, kind: str):
-    with connected(one, **SHORT) as engine:
+    with connected(one, **limits(kind)) as engine:
         publish(engine, 0, reset=True)
         one.fault("/health", kind)
         is_back(engine, one, 0)
@@ -167,7 +167,7 @@ def test_an_ill_health_takes_a_server_out_until_it_is_well(one: Server, kind: st
 
 
 def test_a_publish_waits_for_the_only_server_to_come_back(one: Server):
-    with connected(one, **SHORT | {"recover_s": 30.0}) as engine:
+    with connected(one, **limits("500", recover_s=30.0)) as engine:
         publish(engine, 0, reset=True)
         one.fault("/health", "500", times=1)
         is_back(engine, one, 0)
@@ -176,7 +176,7 @@ def test_a_publish_waits_for_the_only_server_to_come_back(one: Server):
 
 
 def test_too_few_servers_end_a_publish_with_the_reason(two: list[Server]):
-    with connected(*two, **SHORT, min_replicas=2) as engine:
+    with connected(*two, **limits("500"), min_replicas=2) as engine:
         publish(engine, 0, reset=True)
         two[1].fault("/health", "500")
         is_back(engine, two[0], 1)
@@ -223,7 +223,7 @@ def test_a_frozen_server_loses_its_requests_and_returns_at_the_present_version(f
     well, ill = fresh
     for server in fresh:
         server.do(held=True)
-    with connected(*fresh, health_timeout_s=0.5) as engine:
+    with connected(*fresh, health_timeout_s=1.5) as engine:
         engine.pause()
         engine.update_weights(weights(1.0, "a", "b"), 0, reset=True)
         engine.resume()

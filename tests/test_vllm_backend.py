@@ -196,11 +196,22 @@ def test_control_routes():
     assert BACKEND.load_folder("/f") == Call("POST", "/collective_rpc", body)
 
 
-def test_a_load_counts_when_the_workers_answered():
-    BACKEND.read_loaded({"results": [None]})
-    for odd in (None, [], {}, {"results": []}):
-        with pytest.raises(EngineError, match="/collective_rpc without a result"):
-            BACKEND.read_loaded(odd)
+@pytest.mark.parametrize(
+    ("call", "answer", "odd"),
+    [
+        (BACKEND.pause("interrupt", "keep"), {"status": "paused"}, {"status": "resumed"}),
+        (BACKEND.pause("keep", "recompute"), {"status": "paused"}, None),
+        (BACKEND.resume(), {"status": "resumed"}, {"status": "paused"}),
+        (BACKEND.resume(), {"status": "resumed"}, {}),
+        (BACKEND.load_folder("/f"), {"results": [None]}, {"results": []}),
+        (BACKEND.load_folder("/f"), {"results": [None]}, [1]),
+        (BACKEND.set_version(1), {"success": True, "new_version": "1"}, {"success": False}),
+    ],
+)
+def test_what_was_told_is_done_when_the_answer_says_so(call: Call, answer: Any, odd: Any):
+    BACKEND.read_done(call, answer)
+    with pytest.raises(EngineError, match=f"vLLM answered {call.path.partition('?')[0]} without"):
+        BACKEND.read_done(call, odd)
 
 
 def probed(*logprobs: float) -> dict[str, Any]:

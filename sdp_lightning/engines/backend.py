@@ -119,12 +119,12 @@ class RemoteInfBackend(Protocol):
         """Loads the weights files of a folder that the server can see; others stay as they are."""
         ...
 
-    def read_loaded(self, answer: Any) -> None:
-        """Refuse an answer to :meth:`load_folder` that does not say that it was done."""
-        ...
-
     def set_version(self, version: int) -> Call:
         """Labels what is sampled from now on."""
+        ...
+
+    def read_done(self, call: Call, answer: Any) -> None:
+        """Refuse an answer to a pause, resume, load or set version that does not say it is done."""
         ...
 
     def get_version(self) -> Call:

@@ -46,20 +46,18 @@ class ServerControl:
     async def pause(self, replica: Replica, on_update: OnUpdate | None = None) -> None:
         """Stop sampling there, in the configured way or as ``on_update`` says."""
         call = self._backend.pause(on_update or self._options.on_update, self._options.kv_on_update)
-        await self._call(replica, call, self._options.answer_timeout_s)
+        await self._tell(replica, call)
 
     async def resume(self, replica: Replica) -> None:
         """Let it sample."""
-        await self._call(replica, self._backend.resume(), self._options.answer_timeout_s)
+        await self._tell(replica, self._backend.resume())
 
     async def load(self, replica: Replica, folders: Sequence[str], version: int) -> None:
         """Load ``folders`` in order, label it ``version``, and see that it says so."""
         for folder in folders:
             call = self._backend.load_folder(folder)
-            answer = await self._call(replica, call, self._options.control_timeout_s)
-            self._backend.read_loaded(answer)
-        call = self._backend.set_version(version)
-        await self._call(replica, call, self._options.answer_timeout_s)
+            await self._tell(replica, call, self._options.control_timeout_s)
+        await self._tell(replica, self._backend.set_version(version))
         found = await self.get_version(replica)
         if found != str(version):
             raise ServerError(f"{replica.url} reports version {found!r} instead of {version}.")
@@ -79,6 +77,11 @@ class ServerControl:
             return self._backend.read_completion(answer)
         except EngineError as error:
             raise ServerError(f"{replica.url}: {error}") from error
+
+    async def _tell(self, replica: Replica, call: Call, timeout_s: float | None = None) -> None:
+        """Have something done, and see that the answer says so."""
+        limit = self._options.answer_timeout_s if timeout_s is None else timeout_s
+        self._backend.read_done(call, await self._call(replica, call, limit))
 
     async def _call(self, replica: Replica, call: Call, timeout_s: float) -> object:
         return await self._client.request(replica.url, call, timeout_s=timeout_s)

@@ -17,6 +17,13 @@ from sdp_lightning.types import FinishReason, KVPolicy
 _PROBE_TOKENS = 5
 _ODD = (KeyError, IndexError, TypeError, ValueError, OverflowError)  # JSON of another form
 _REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
+# What says that a route did its work; None: anything that is not empty.
+_DONE: dict[str, tuple[str, object]] = {
+    "/pause": ("status", "paused"),
+    "/resume": ("status", "resumed"),
+    "/collective_rpc": ("results", None),
+    "/update_weight_version": ("success", True),
+}
 
 
 class VLLMBackend:
@@ -112,12 +119,18 @@ class VLLMBackend:
         body = {"method": "sdp_load_folder", "kwargs": {"folder": folder}}
         return Call("POST", "/collective_rpc", body)
 
-    def read_loaded(self, answer: Any) -> None:
-        if not (isinstance(answer, dict) and answer.get("results")):
-            raise _unexpected("/collective_rpc", "a result of each worker", answer)
-
     def set_version(self, version: int) -> Call:
         return Call("POST", "/update_weight_version", {"new_version": str(version)})
+
+    def read_done(self, call: Call, answer: Any) -> None:
+        path = call.path.partition("?")[0]
+        field, done = _DONE[path]
+        try:
+            found = answer[field]
+        except _ODD as error:
+            raise _unexpected(path, field, answer) from error
+        if found != done if done is not None else not found:
+            raise _unexpected(path, f"{field}: {done or 'one a worker'}", answer)
 
     def get_version(self) -> Call:
         return Call("GET", "/weight_info")

@@ -1,0 +1,116 @@
+"""What the remote engine costs: ``python recipes/benchmarks/remote_overhead.py``.
+
+256 requests are kept in flight against a fake server that answers each after a fixed time. The rate
+is compared with the ideal, and with what a bare aiohttp client reaches in the same run. Server and
+client share this machine: with ``--cores`` the client keeps to core 0 and the server to core 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import aiohttp
+import numpy as np
+
+from sdp_lightning.engines.base import GenerationRequest
+from sdp_lightning.engines.connect import connect_engine
+from sdp_lightning.types import SamplingParams, Segment
+
+FAKE = Path(__file__).parents[2] / "tests" / "fake_vllm.py"
+PROMPT, NUM_TOKENS = list(range(64)), 64
+
+
+@dataclass(frozen=True)
+class Load:
+    """What is measured."""
+
+    in_flight: int
+    reply_s: float
+    rounds: int
+
+
+async def keep_in_flight(send: Callable[[], Awaitable[object]], load: Load) -> float:
+    """Requests a second of workers that start evenly spread, each after one request to warm up."""
+
+    async def worker(number: int) -> float:
+        await asyncio.sleep(number / load.in_flight * load.reply_s)
+        await send()
+        start = time.perf_counter()
+        for _ in range(load.rounds):
+            await send()
+        return load.rounds / (time.perf_counter() - start)
+
+    return sum(await asyncio.gather(*(worker(number) for number in range(load.in_flight))))
+
+
+async def bare(url: str, load: Load) -> float:
+    """The rate of aiohttp alone, reading the same answers."""
+    sampling = {"max_tokens": NUM_TOKENS, "temperature": 1.0, "logprobs": 0, "seed": 1}
+    body = {"model": "m", "token_ids": PROMPT, "sampling_params": sampling}
+    connector = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(connector=connector) as session:
+
+        async def send() -> None:
+            async with session.post(f"{url}/inference/v1/generate", json=body) as answer:
+                await answer.json()
+
+        return await keep_in_flight(send, load)
+
+
+def through_engine(url: str, load: Load) -> float:
+    """The rate of the engine, called from an event loop of another thread, as rollouts do."""
+    engine = connect_engine(f"vllm://{url.removeprefix('http://')}")
+    engine.start()
+    try:
+        engine.pause()
+        engine.update_weights([], 0, reset=True)
+        engine.resume()
+        params = SamplingParams(max_new_tokens=NUM_TOKENS)
+        request = GenerationRequest(np.array(PROMPT), params)
+        got: list[Segment] = []
+
+        async def send() -> None:
+            await engine.generate(request, got.append)
+
+        return asyncio.run(keep_in_flight(send, load))
+    finally:
+        engine.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--in-flight", type=int, default=256)
+    parser.add_argument("--reply-s", type=float, default=1.0, help="time of one answer")
+    parser.add_argument("--rounds", type=int, default=6, help="answers that each one waits for")
+    parser.add_argument("--cores", action="store_true", help="client and server on one core each")
+    options = parser.parse_args()
+    load = Load(options.in_flight, options.reply_s, options.rounds)
+    command = [sys.executable, str(FAKE), "--reply-s", str(options.reply_s)]
+    if options.cores:
+        command = ["taskset", "-c", "1", *command]
+        os.sched_setaffinity(0, {0})
+    server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert server.stdout is not None
+    url = f"http://127.0.0.1:{server.stdout.readline().split()[1]}"
+    try:
+        alone = asyncio.run(bare(url, load))
+        ours = through_engine(url, load)
+    finally:
+        server.kill()
+        server.wait()
+    ideal = options.in_flight / options.reply_s
+    print(f"{options.in_flight} in flight, {options.reply_s} s each: at best {ideal:.0f}/s")
+    print(f"bare aiohttp client: {alone:.1f}/s, {alone / ideal:.1%} of the ideal")
+    print(f"remote engine: {ours:.1f}/s, {ours / ideal:.1%} of the ideal (goal: 95 %)")
+
+
+if __name__ == "__main__":
+    main()
