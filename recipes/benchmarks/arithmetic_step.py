@@ -68,12 +68,9 @@ def run_ours(steps: int, *, max_head_lag: int) -> list[float]:
 
 def run_trl(steps: int) -> list[float]:
     """Step times of TRL's GRPOTrainer."""
-    import re
-
-    import torch
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
+    from transformers import TrainerCallback
+    from trl import GRPOTrainer
 
     from sdp_lightning.loading import load_object
 
@@ -92,16 +89,48 @@ def run_trl(steps: int) -> list[float]:
             self.times.append(now - self.last)
             self.last = now
 
-    torch.manual_seed(0)
-    make_path: Any = load_object(f"{RECIPE}/model.py:model_path")
     rows: Any = load_object(f"{RECIPE}/task.py:rows")
     reward: Any = load_object(f"{RECIPE}/task.py:reward")
-    tokenizer = AutoTokenizer.from_pretrained(make_path())
+
+    def score(completions: list[str], answer: list[str], **_: Any) -> list[float]:
+        return [reward(c, {"answer": a}) for c, a in zip(completions, answer, strict=True)]
+
+    timer = Steps()
+    model, tokenizer = load_for_trl()
+    newline = tokenizer.encode("\n", add_special_tokens=False)
+    GRPOTrainer(
+        model=model,
+        reward_funcs=score,
+        args=trl_settings(steps, stop=[tokenizer.eos_token_id, *newline]),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        callbacks=[timer],
+    ).train()
+    return timer.times
+
+
+def load_for_trl() -> tuple[Any, Any]:
+    """Model, with the recipe's layers trained, and tokenizer."""
+    import re
+
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from sdp_lightning.loading import load_object
+
+    torch.manual_seed(0)
+    make_path: Any = load_object(f"{RECIPE}/model.py:model_path")
     model = AutoModelForCausalLM.from_pretrained(make_path(), dtype=torch.float32)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(re.search(TRAINED, name) is not None)
-    newline = tokenizer.encode("\n", add_special_tokens=False)
-    settings = GRPOConfig(
+    return model, AutoTokenizer.from_pretrained(make_path())
+
+
+def trl_settings(steps: int, *, stop: list[int]) -> Any:
+    """The recipe's settings in TRL's words."""
+    from trl import GRPOConfig
+
+    return GRPOConfig(
         output_dir="runs/trl",
         max_steps=steps,
         learning_rate=5e-5,
@@ -110,7 +139,7 @@ def run_trl(steps: int) -> list[float]:
         max_completion_length=4,
         temperature=1.0,
         beta=0.0,
-        generation_kwargs={"eos_token_id": [tokenizer.eos_token_id, *newline]},
+        generation_kwargs={"eos_token_id": stop},
         logging_steps=1000,
         save_strategy="no",
         report_to=[],
@@ -119,20 +148,6 @@ def run_trl(steps: int) -> list[float]:
         disable_tqdm=True,
         gradient_checkpointing=False,
     )
-    timer = Steps()
-
-    def score(completions: list[str], answer: list[str], **_: Any) -> list[float]:
-        return [reward(c, {"answer": a}) for c, a in zip(completions, answer, strict=True)]
-
-    GRPOTrainer(
-        model=model,
-        reward_funcs=score,
-        args=settings,
-        train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer,
-        callbacks=[timer],
-    ).train()
-    return timer.times
 
 
 RUNS = {
