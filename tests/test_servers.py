@@ -99,7 +99,7 @@ def test_a_server_on_the_cpu_gets_every_flag_that_the_engine_relies_on():
         ("--worker-extension-cls", "sdp_lightning.engines.vllm_worker.WorkerExtension"),
     ):
         assert has_option(command, name, value), name
-    assert {"--enable-scale-out", "--enforce-eager"} < set(command)
+    assert {"--enable-scale-out", "--enforce-eager", "--no-enable-chunked-prefill"} < set(command)
     assert "--gpu-memory-utilization" not in command and "--tensor-parallel-size" not in command
 
 

@@ -11,6 +11,7 @@ from real_vllm import (
     assert_exact,
     make_config,
     make_model,
+    num_running,
     num_sampled,
     save_model,
     wait_for,
@@ -22,7 +23,7 @@ from sdp_lightning.engines.server import ManagedServers
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
-NUM_REQUESTS, BUDGET = 16, 480
+NUM_REQUESTS, BUDGET = 40, 480
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +71,9 @@ def test_requests_in_flight_across_three_publishes_lose_nothing_and_are_exact(
         executor.resume()
         for version in (1, 2, 3):
             before = num_sampled(server_url)
-            wait_for(lambda before=before: num_sampled(server_url) >= before + 2 * NUM_REQUESTS)
+            enough = before + 2 * NUM_REQUESTS
+            wait_for(lambda: num_running(server_url) >= NUM_REQUESTS // 2)
+            wait_for(lambda enough=enough: num_sampled(server_url) >= enough)
             executor.publish(weights[version].items(), version)
         wait_until(executor, lambda: executor.stat.running == 0)
         live = executor.registry.snapshot()

@@ -30,6 +30,9 @@ logger = logging.getLogger(__name__)
 _TAIL_LINES = 15
 _STOP_S = 20.0  # beyond the grace
 _ON_CPU = ("cpu",)
+# A seeded request whose prefill is cut in two kills vLLM 0.32 on a CPU ("CPU Generator does not use
+# offset"); many requests that rebuild their KV cache after an update are cut so.
+_CPU_FLAGS = ("--enforce-eager", "--no-enable-chunked-prefill")
 _PACKAGE = Path(__file__).resolve().parents[1]
 # Of the trainer's own process: its Python, and its rank among the processes that train.
 _NOT_INHERITED = (
@@ -128,7 +131,7 @@ class ServerConfig:
             options["--gpu-memory-utilization"] = str(self.gpu_memory_utilization)
         if len(devices := self._devices_of(index)) > 1:
             options["--tensor-parallel-size"] = str(len(devices))
-        flags = ["--enable-scale-out", *(["--enforce-eager"] if self.on_cpu else [])]
+        flags = ["--enable-scale-out", *(_CPU_FLAGS if self.on_cpu else [])]
         named = [text for pair in options.items() for text in pair]
         server = [self.python, "-m", "vllm.entrypoints.openai.api_server"]
         return [*bind, *server, *named, *flags, *self.extra_args]

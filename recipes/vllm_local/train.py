@@ -1,0 +1,72 @@
+"""SmolLM2-135M learns one-digit sums through a vLLM server that this script starts and ends."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import lightning as L
+from lightning.pytorch.loggers import CSVLogger
+
+import sdp_lightning as sdp
+from sdp_lightning.loading import load_object
+from sdp_lightning.summary import ProgressLine, RunSummary, quiet_logs
+
+ROOT = Path(__file__).resolve().parents[2]
+TASK = ROOT / "recipes" / "arithmetic_cpu"
+LOGS = "runs/vllm_local/servers"
+BESIDE = ROOT / ".venv-vllm" / "bin" / "python"
+
+
+def build(
+    python: str, max_steps: int = 4
+) -> tuple[L.Trainer, sdp.SegmentWisePPOModule, sdp.RolloutDataModule]:
+    """Everything that a run is made of; ``python`` is the interpreter that has vLLM."""
+    quiet_logs()
+    L.seed_everything(0)
+
+    rows = load_object(f"{TASK / 'task.py'}:rows")
+    sampling = sdp.SamplingParams(max_new_tokens=4)
+    workflow = sdp.RLVRWorkflow(
+        f"{TASK / 'task.py'}:reward", group_size=8, sampling=sampling, stop=("\n",)
+    )
+    data = sdp.RolloutDataModule(
+        rows,
+        workflow,
+        engine=f"vllm://launch?python={python}&max_model_len=64&log_folder={LOGS}",
+        rollout=sdp.RolloutConfig(batch_size=8, max_head_lag=2, max_concurrent=3),
+        val_prompts=rows[::3],
+    )
+    model = sdp.SegmentWisePPOModule(
+        load_object(f"{TASK / 'model.py'}:model_path")(),
+        optimizer=sdp.OptimizerConfig(lr=5e-5),
+        trainable=r"layers\.2[2-9]\.",  # the last 8 of 30
+    )
+    trainer = L.Trainer(
+        max_steps=max_steps,
+        callbacks=[sdp.WeightSyncCallback(), ProgressLine(), RunSummary()],
+        logger=CSVLogger("runs", name="vllm_local"),
+        log_every_n_steps=1,
+        num_sanity_val_steps=0,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        accelerator="cpu",
+    )
+    return trainer, model, data
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--python", default=str(BESIDE) if BESIDE.exists() else sys.executable)
+    parser.add_argument("--steps", type=int, default=4)
+    arguments = parser.parse_args()
+    os.chdir(ROOT)
+    trainer, model, data = build(arguments.python, arguments.steps)
+    print(f"A vLLM server starts (a minute on an idle CPU); its log is in {LOGS}.", flush=True)
+    trainer.fit(model, data)  # ends with a validation
+    accuracy = float(trainer.callback_metrics["val/reward"])
+    print(f"Accuracy on 27 sums, 8 samples each, after {arguments.steps} steps: {accuracy:.3f}.")
+
+
+if __name__ == "__main__":
+    main()
