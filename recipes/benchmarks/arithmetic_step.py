@@ -45,7 +45,7 @@ def run_ours(steps: int, *, max_head_lag: int) -> list[float]:
         sampling=sdp.SamplingParams(max_new_tokens=4),
         stop=("\n",),
     )
-    lagging = {"max_head_lag": max_head_lag, "max_concurrent": 4 if max_head_lag else 8}
+    lagging = {"max_head_lag": max_head_lag, "max_concurrent": 2 if max_head_lag else 8}
     data = sdp.RolloutDataModule(
         f"{RECIPE}/task.py:rows", workflow, rollout=sdp.RolloutConfig(batch_size=8, **lagging)
     )
