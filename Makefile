@@ -17,7 +17,7 @@ demo: $(READY)
 	@$(PYTHON) recipes/arithmetic_cpu/train.py $(ARGS)
 
 test: $(READY)
-	@$(PYTHON) -m pytest -q -m "not vllm and not slow" --cov --cov-fail-under=$(COVERAGE) $(ARGS)
+	@$(PYTHON) -m pytest -q -m "not vllm and not slow and not gpu" --cov --cov-fail-under=$(COVERAGE) $(ARGS)
 
 test-vllm: setup-vllm
 	@$(PYTHON) -m pytest -q -m vllm --timeout=600 $(ARGS)

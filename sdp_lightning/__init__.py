@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from sdp_lightning.errors import (
         ConfigError,
         EngineError,
+        RankError,
         RolloutError,
         RolloutTimeout,
         SDPError,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     )
     from sdp_lightning.module import SegmentWisePPOModule
     from sdp_lightning.objective import segment_wise_ppo_loss
+    from sdp_lightning.rewards.pool import RewardPool
     from sdp_lightning.rollout.capacity import (
         FilteredSamplesCapacityModifier,
         StalenessManager,
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from sdp_lightning.rollout.staleness import SegmentWisePPOStrategy, StandardPPOStrategy
     from sdp_lightning.summary import RunSummary
     from sdp_lightning.types import Context, SamplingParams, Segment, Trajectory, TrajectoryGroup
+    from sdp_lightning.watchdog import Watchdog
     from sdp_lightning.workflows import Episode, RLVRWorkflow, RolloutWorkflow
 
 _HOMES = {
@@ -52,6 +55,7 @@ _HOMES = {
     "errors": (
         "ConfigError",
         "EngineError",
+        "RankError",
         "RolloutError",
         "RolloutTimeout",
         "SDPError",
@@ -59,6 +63,7 @@ _HOMES = {
     ),
     "module": ("SegmentWisePPOModule",),
     "objective": ("segment_wise_ppo_loss",),
+    "rewards.pool": ("RewardPool",),
     "rollout.capacity": ("FilteredSamplesCapacityModifier", "StalenessManager"),
     "rollout.executor": ("WorkflowExecutor",),
     "rollout.factory": ("create_staleness_strategy", "create_workflow_executor"),
@@ -67,6 +72,7 @@ _HOMES = {
     "rollout.staleness": ("SegmentWisePPOStrategy", "StandardPPOStrategy"),
     "summary": ("RunSummary",),
     "types": ("Context", "SamplingParams", "Segment", "Trajectory", "TrajectoryGroup"),
+    "watchdog": ("Watchdog",),
     "workflows": ("Episode", "RLVRWorkflow", "RolloutWorkflow"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -90,6 +96,8 @@ __all__ = [
     "OptimizerConfig",
     "ProximalRecomputer",
     "RLVRWorkflow",
+    "RankError",
+    "RewardPool",
     "RolloutConfig",
     "RolloutDataModule",
     "RolloutError",
@@ -107,6 +115,7 @@ __all__ = [
     "TrajectoryGroup",
     "UpdateConfig",
     "VersionError",
+    "Watchdog",
     "WeightSyncCallback",
     "WorkflowExecutor",
     "connect_engine",

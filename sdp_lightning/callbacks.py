@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -14,9 +16,11 @@ from lightning.pytorch.callbacks import Callback
 
 from sdp_lightning.batch import Batch
 from sdp_lightning.datamodule import RolloutDataModule
+from sdp_lightning.echo import EchoCheck
 from sdp_lightning.errors import ConfigError, VersionError
 from sdp_lightning.module import SegmentWisePPOModule
 from sdp_lightning.rollout.executor import WorkflowExecutor
+from sdp_lightning.stopping import GracefulStop
 
 logger = logging.getLogger(__name__)
 
@@ -32,19 +36,44 @@ class WeightSyncCallback(Callback):
     Before each batch, segments that need their proximal log-probs now are scored.
 
     Logged, in seconds: ``time/wait_s`` for the batch, ``time/score_s``, ``time/train_s``,
-    ``time/publish_s``, ``time/paused_s`` (no token sampled), ``time/step_s`` from batch to batch;
+    ``time/publish_s`` (the trainer waits), ``time/paused_s`` (no token sampled), ``time/step_s``
+    from batch to batch; ``publish/bytes`` and ``publish/bytes_per_s`` of the transfer,
+    ``publish/echo`` (nats, where the echo was checked);
     in groups: ``rollout/{version,running,pending,rejected,failed}``, ``rollout/dropped_stale``
-    (they waited), ``rollout/dropped_overdue`` (they ran); ``rollout/trained_length`` and
+    (they waited), ``rollout/dropped_overdue`` (they ran), ``rollout/diverged`` (did not repeat what
+    a checkpoint had of them), and what the workflow counts; ``rollout/trained_length`` and
     ``rollout/dropped_length``, mean sampled tokens of a group; ``speed/generated_tokens_per_s`` and
     ``speed/train_tokens_per_s``.
+
+    Args:
+        echo_every: after the first publishes and every so many, ask the engine for the log-probs of
+            a text and compare them with the trainer's (:class:`~sdp_lightning.echo.EchoCheck`).
+            Keeps a copy of the trained weights on the CPU. None never asks.
+        echo_tolerance: nats that they may differ by in the mean.
+        save_on_stop: let Ctrl-C and SIGTERM end a fit after the step under way and, if the Trainer
+            checkpoints, with a checkpoint (:class:`~sdp_lightning.stopping.GracefulStop`).
+        stop_grace_s: the longest that such a step may take; then it is abandoned.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        *,
+        echo_every: int | None = None,
+        echo_tolerance: float = 0.1,
+        save_on_stop: bool = True,
+        stop_grace_s: float = 600.0,
+    ) -> None:
+        if echo_every is not None and echo_every < 1:
+            raise ConfigError(f"echo_every must be at least 1, got {echo_every}.")
         self.version = 0
+        self._echo_every = echo_every
+        self._echo = None if echo_every is None else EchoCheck(tolerance=echo_tolerance)
         self._times: dict[str, float] = {}
         self._marks: dict[str, float] = {}
         self._generated = 0
         self._warned = False
+        self._stop = GracefulStop(grace_s=stop_grace_s) if save_on_stop else None
+        self._start = self._validated = 0  # versions: when the fit began, and the last evaluated
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         _parts(trainer, pl_module)
@@ -62,6 +91,9 @@ class WeightSyncCallback(Callback):
         self._publish_first(trainer, pl_module)
         executor = _parts(trainer, pl_module)[2]
         executor.resume()
+        self._start = self.version
+        if self._stop is not None:
+            self._stop.begin(trainer, self.version)
         self._marks["step"] = time.monotonic()
         self._generated = executor.engine.num_generated
 
@@ -84,7 +116,7 @@ class WeightSyncCallback(Callback):
         batch: Batch,
         batch_idx: int,
     ) -> None:
-        module, _, executor = _parts(trainer, pl_module)
+        module, data, executor = _parts(trainer, pl_module)
         if batch.version != self.version:
             raise VersionError(
                 f"the batch was taken at version {batch.version}, but the trainer is at "
@@ -100,9 +132,38 @@ class WeightSyncCallback(Callback):
             "time/publish_s": now - start,
             "time/paused_s": report.paused_s,
             "time/step_s": now - self._marks["step"],
+            "publish/bytes": float(report.num_bytes),
+            "publish/bytes_per_s": report.bytes_per_s,
         }
+        if self._echo_every and (self.version == 1 or self.version % self._echo_every == 0):
+            self._times["publish/echo"] = self._check_echo(module, executor)
         self._marks["step"] = now
-        self._log(module, executor, batch)
+        self._log(module, executor, batch, data.workflow.counts)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._validated = self.version
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.enable_validation and self._start < self.version != self._validated:
+            trainer.validating = True  # as Lightning's own loop does, which ends without it
+            trainer.fit_loop.epoch_loop.val_loop.run()
+            trainer.training = True
+        if self._stop is not None:
+            self._stop.end()
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        if self._stop is not None:
+            self._stop.save(self.version)
+
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Say which model it is, for ``sdp-lightning export``."""
+        if isinstance(pl_module, SegmentWisePPOModule):
+            folder = Path(model := pl_module.model_id)
+            checkpoint["sdp_model_id"] = str(folder.absolute()) if folder.is_dir() else model
 
     def state_dict(self) -> dict[str, Any]:
         return {"version": self.version}
@@ -111,35 +172,65 @@ class WeightSyncCallback(Callback):
         self.version = int(state_dict["version"])
 
     def _publish_first(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        module, _, executor = _parts(trainer, pl_module)
+        module, data, executor = _parts(trainer, pl_module)
         if not executor.is_published:
+            if trainer.state.fn == "fit":
+                data.go_on(self.version)
             executor.publish(module.named_weights(), self.version, reset=True)
+            self._check_echo(module, executor)
 
-    def _log(self, module: SegmentWisePPOModule, executor: WorkflowExecutor, batch: Batch) -> None:
-        stat, telemetry = executor.stat, executor.telemetry
+    def _check_echo(self, module: SegmentWisePPOModule, executor: WorkflowExecutor) -> float:
+        if self._echo is None:
+            return 0.0
+        policy = module.require_policy()
+        return self._echo.check(
+            policy,
+            num_embeddings=int(policy.get_input_embeddings().weight.shape[0]),  # type: ignore
+            score=lambda trajectory: module.score([trajectory])[0][0],
+            ask=executor.engine.echo,
+        )
+
+    def _log(
+        self,
+        module: SegmentWisePPOModule,
+        executor: WorkflowExecutor,
+        batch: Batch,
+        own_counts: Mapping[str, int],
+    ) -> None:
+        stat, telemetry, engine = executor.stat, executor.telemetry, executor.engine
+        counts = {
+            "running": stat.running,
+            "pending": stat.pending,
+            "rejected": stat.rejected,
+            "failed": stat.failed,
+            "dropped_stale": stat.dropped - telemetry.num_overdue,
+            "dropped_overdue": telemetry.num_overdue,
+            "diverged": telemetry.num_diverged,
+            **own_counts,
+        }
+        others = (
+            *(telemetry.trained_groups, telemetry.trained_tokens),
+            *(telemetry.dropped_groups, telemetry.dropped_tokens),
+            *(engine.num_generated - self._generated, batch.num_tokens),
+        )
+        self._generated = engine.num_generated
+        totals: list[float] = module.over_ranks(*counts.values(), *others).sum(0).tolist()
+        trained, trained_tokens, dropped, dropped_tokens, sampled, learned = totals[len(counts) :]
         step_s = max(self._times["time/step_s"], 1e-9)
-        generated = executor.engine.num_generated
         module.log_dict(
             {
                 **self._times,
                 "rollout/version": float(self.version),
-                "rollout/running": float(stat.running),
-                "rollout/pending": float(stat.pending),
-                "rollout/rejected": float(stat.rejected),
-                "rollout/failed": float(stat.failed),
-                "rollout/dropped_stale": float(stat.dropped - telemetry.num_overdue),
-                "rollout/dropped_overdue": float(telemetry.num_overdue),
-                "rollout/trained_length": telemetry.trained_tokens
-                / max(1, telemetry.trained_groups),
-                "rollout/dropped_length": telemetry.dropped_tokens
-                / max(1, telemetry.dropped_groups),
-                "speed/generated_tokens_per_s": (generated - self._generated) / step_s,
-                "speed/train_tokens_per_s": batch.num_tokens / step_s,
+                **{f"rollout/{n}": total for n, total in zip(counts, totals, strict=False)},
+                "rollout/trained_length": trained_tokens / max(1.0, trained),
+                "rollout/dropped_length": dropped_tokens / max(1.0, dropped),
+                "speed/generated_tokens_per_s": sampled / step_s,
+                "speed/train_tokens_per_s": learned / step_s,
             },
             batch_size=len(batch),
         )
-        self._generated = generated
-        self._warn_of_drops(telemetry.dropped_groups, telemetry.trained_groups)
+        if module.global_rank == 0:
+            self._warn_of_drops(int(dropped), int(trained))
 
     def _warn_of_drops(self, dropped: int, trained: int) -> None:
         total = dropped + trained

@@ -1,11 +1,12 @@
 """The command ``sdp-lightning``.
 
-``--version`` and ``doctor`` answer at once; ``fit``, ``validate`` and ``test`` are Lightning's, for
-this package's module and data module.
+``--version`` and ``doctor`` answer at once, ``export`` loads no Lightning; ``fit``, ``validate``
+and ``test`` are Lightning's, for this package's module and data module.
 """
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import sys
 from collections.abc import Sequence
@@ -16,13 +17,16 @@ from sdp_lightning.errors import ConfigError
 TRAINER_COMMANDS = ("fit", "validate", "test")
 HELP = """\
 usage: sdp-lightning fit|validate|test --config FILE [--model.X Y] [--data.X Y] [--trainer.X Y]
-       sdp-lightning doctor
+       sdp-lightning export CKPT OUT [--model MODEL] [--dtype DTYPE] [--overwrite]
+       sdp-lightning doctor [--config FILE]
        sdp-lightning --version
 
 fit        train: sdp-lightning fit --config recipes/arithmetic_cpu/config.yaml
 validate   score the prompts in data.val_prompts, with --ckpt_path FILE those weights
 test       the same as validate, under Lightning's test loop
-doctor     what works on this machine, and what to do about what does not
+export     write a checkpoint as a Hugging Face folder, for transformers, vLLM and others
+doctor     what works on this machine, and what to do about what does not; with --config
+           also whether the GPUs, servers, model and rows of that config are there
 
 sdp-lightning fit --help lists every setting, sdp-lightning fit --config FILE --print_config shows
 them all as one file. trainer.max_steps counts optimizer steps, not batches.
@@ -44,10 +48,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"sdp-lightning {metadata.version('sdp-lightning')}")
         return 0
     if command == "doctor":
-        return doctor()
+        return doctor(arguments[1:])
+    if command == "export":
+        return export(arguments[1:])
     if command in TRAINER_COMMANDS:
         return run_trainer(arguments)
-    near = difflib.get_close_matches(command, (*TRAINER_COMMANDS, "doctor", "--version"), n=1)
+    commands = (*TRAINER_COMMANDS, "export", "doctor", "--version")
+    near = difflib.get_close_matches(command, commands, n=1)
     hint = f" Did you mean {near[0]}?" if near else ""
     print(
         f"sdp-lightning: there is no command {command!r}.{hint}\n\n{HELP}", end="", file=sys.stderr
@@ -55,13 +62,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 2
 
 
-def doctor() -> int:
+def doctor(arguments: Sequence[str]) -> int:
     """Print the findings; 1 if something needed is missing."""
     from sdp_lightning.doctor import examine
 
-    findings = examine()
+    parser = argparse.ArgumentParser(prog="sdp-lightning doctor", allow_abbrev=False)
+    parser.add_argument("--config", metavar="FILE", action="append", default=[])
+    findings = examine(parser.parse_args(arguments).config)
     print("\n".join(map(str, findings)))
     return int(any(finding.state == "problem" for finding in findings))
+
+
+def export(arguments: Sequence[str]) -> int:
+    """Write a model folder from a checkpoint; 2 if it is refused."""
+    parser = argparse.ArgumentParser(prog="sdp-lightning export", allow_abbrev=False)
+    parser.add_argument("checkpoint", metavar="CKPT", help="a .ckpt file, or a folder of shards")
+    parser.add_argument("out", metavar="OUT", help="the folder to write")
+    parser.add_argument("--model", help="what was trained: id, folder or file.py:name")
+    parser.add_argument("--dtype", help="float32 or bfloat16; the checkpoint's if not given")
+    parser.add_argument("--overwrite", action="store_true", help="replace a model folder")
+    given = parser.parse_args(arguments)
+    from sdp_lightning.export import export_checkpoint
+
+    try:
+        print(export_checkpoint(**vars(given)))
+    except ConfigError as error:
+        print(f"sdp-lightning: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def run_trainer(arguments: list[str]) -> int:

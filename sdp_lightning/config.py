@@ -6,7 +6,8 @@ raises ``ConfigError`` with the value and the remedy.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from sdp_lightning.errors import ConfigError
@@ -82,6 +83,28 @@ class RolloutConfig:
                 raise ConfigError(
                     f"{name} must be above 0 and at most {LONGEST_S:.0e} s, got {value}."
                 )
+
+    def share(self, num_ranks: int) -> RolloutConfig:
+        """One rank's part: counts are divided, all else stays.
+
+        Raises:
+            ConfigError: if a count cannot be divided evenly.
+        """
+        if num_ranks == 1:
+            return self
+        for name, count in (("batch_size", self.batch_size), ("max_concurrent", self.concurrency)):
+            if count % num_ranks:
+                below, above = count // num_ranks * num_ranks, -(-count // num_ranks) * num_ranks
+                near = f"{below} or {above}" if below else str(above)
+                raise ConfigError(
+                    f"{name}={count} groups cannot be divided evenly over {num_ranks} processes: "
+                    f"use {near}."
+                )
+        return replace(
+            self,
+            batch_size=self.batch_size // num_ranks,
+            max_concurrent=self.concurrency // num_ranks,
+        )
 
     @property
     def concurrency(self) -> int:
@@ -204,6 +227,15 @@ class OptimizerConfig:
             )
         if self.total_steps is not None:
             _at_least("total_steps", self.total_steps, 1)
+
+    def factor(self, step: int, total: int) -> float:
+        """What the learning rate is multiplied with at optimizer step ``step`` of ``total``."""
+        if step < self.warmup_steps:
+            return (step + 1) / (self.warmup_steps + 1)
+        if self.schedule == "constant":
+            return 1.0
+        done = min(1.0, (step - self.warmup_steps) / (total - self.warmup_steps))
+        return 1.0 - done if self.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,9 @@ import os
 import signal
 import sys
 import warnings
+import weakref
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
@@ -24,12 +26,15 @@ from sdp_lightning.config import RolloutConfig
 from sdp_lightning.engines.base import InferenceEngine
 from sdp_lightning.engines.connect import connect_engine
 from sdp_lightning.engines.embedded import EmbeddedEngine
+from sdp_lightning.engines.remote import RemoteInfEngine
 from sdp_lightning.errors import ConfigError
-from sdp_lightning.loaders import EvaluationLoader, RolloutLoader
+from sdp_lightning.loaders import EvaluationLoader, RolloutLoader, StopRequest
 from sdp_lightning.loading import load_rows
 from sdp_lightning.module import SegmentWisePPOModule
+from sdp_lightning.ranks import Ranks, make_ranks
 from sdp_lightning.rollout.executor import WorkflowExecutor
 from sdp_lightning.rollout.factory import create_workflow_executor
+from sdp_lightning.rollout.resharding import reshard
 from sdp_lightning.workflows.base import RolloutWorkflow
 
 logger = logging.getLogger(__name__)
@@ -38,19 +43,33 @@ logger = logging.getLogger(__name__)
 warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
 
 ENDLESS = 10**9
+_MARGIN_S = 30.0  # beyond the wait for a batch, whose error names what was awaited
+_START_S = 1200.0  # of servers that are started, or of a model that every rank loads
+
+
+@dataclass(frozen=True)
+class _Leftover:
+    """The rollouts that a fit left, and the version and the module they belong to."""
+
+    state: dict[str, Any]
+    version: int
+    module: weakref.ReferenceType[SegmentWisePPOModule]
 
 
 class RolloutDataModule(L.LightningDataModule):
     """Generates rollouts while the trainer trains, and hands them out as batches.
 
     Needs a :class:`SegmentWisePPOModule` (for model and tokenizer) and a ``WeightSyncCallback``.
+    A second ``fit`` with the same three objects goes on where the prompts were; if they had ended,
+    with all of them again.
 
     Args:
         prompts: rows (mappings), or where to find them: ``"package.module:name"`` or
             ``"path/to/file.py:name"`` of a sequence, or of a function that returns one.
         workflow: what one rollout does.
         engine: what :func:`connect_engine` takes: ``"embedded"``, ``"vllm://host:port"``,
-            ``"vllm://launch"``, or an engine of one's own, which is closed at the end of the run.
+            ``"vllm://launch"``, or an engine of one's own, which is closed at the end of the run
+            and serves no other.
         engine_options: passed on to :func:`connect_engine`.
         rollout: counts are of the whole world.
         val_prompts: rows of ``validate`` and ``test``; None leaves them out.
@@ -86,6 +105,10 @@ class RolloutDataModule(L.LightningDataModule):
         self._loader: RolloutLoader | None = None
         self._trainer_threads: int | None = None
         self._last_state: dict[str, Any] = {}  # of the last fit, for a checkpoint made after it
+        self._leftover: _Leftover | None = None
+        self._engine_spent = False
+        self._ranks = Ranks()
+        self.stop = StopRequest()
 
     @property
     def executor(self) -> WorkflowExecutor:
@@ -99,18 +122,28 @@ class RolloutDataModule(L.LightningDataModule):
         """How long the last batch was waited for."""
         return 0.0 if self._loader is None else self._loader.last_wait_s
 
+    @property
+    def is_between_steps(self) -> bool:
+        """Whether weights, version and rollouts belong together: no batch is being trained on."""
+        if self._executor is None:
+            return False
+        return self.stop.agreed or not any(g.in_hand for g in self._executor.registry.snapshot())
+
     def setup(self, stage: str) -> None:
         if self._executor is not None:
             return
-        module = self._module()
-        if self.trainer is not None and self.trainer.world_size > 1:
+        if self._engine_spent:
             raise ConfigError(
-                f"the Trainer has {self.trainer.world_size} processes; this version trains in one. "
-                "Use devices=1."
+                "the engine object that this data module was given was closed at the end of the "
+                "last run: make a new RolloutDataModule with a new engine, or give the engine by "
+                "name (engine='embedded', engine='vllm://...'), which starts one for every run."
             )
-        if module.update.num_minibatches > self.rollout.batch_size:
+        self.stop = StopRequest()
+        module = self._module()
+        config = self.rollout.share(1 if self.trainer is None else self.trainer.world_size)
+        if module.update.num_minibatches > config.batch_size:
             raise ConfigError(
-                f"batch_size={self.rollout.batch_size} groups cannot fill "
+                f"batch_size={config.batch_size} groups a process cannot fill "
                 f"num_minibatches={module.update.num_minibatches}: groups stay whole."
             )
         drops = self.rollout.enable_segment_wise_ppo and self.rollout.missing_proximal == "drop"
@@ -124,17 +157,20 @@ class RolloutDataModule(L.LightningDataModule):
         if isinstance(self._engine_source, str):
             options = {"model": module.model_id, **options}
         engine = connect_engine(self._engine_source, **options)
+        self._check_devices(engine)
+        self._ranks = ranks = self._make_ranks()
         self._executor = create_workflow_executor(
-            config=self.rollout,
+            config=config,
             engine=engine,
             workflow=self.workflow,
             prompts=load_rows(self._prompts),
             tokenizer=module.tokenizer,
+            ranks=ranks,
         )
         self._engine = engine
         if self._val_prompts is None and stage == "fit" and self.trainer is not None:
             self.trainer.limit_val_batches = 0
-        engine.start()
+        self._start(engine, ranks)
         self._share_cores(engine)
 
     def train_dataloader(self) -> RolloutLoader:
@@ -145,6 +181,8 @@ class RolloutDataModule(L.LightningDataModule):
             pad_token_id=module.tokenizer.pad_token_id or 0,
             length=_num_batches(trainer, self.rollout, module.update.steps_per_batch),
             trainer=trainer,
+            ranks=self._ranks,
+            stop=self.stop,
         )
         return self._loader
 
@@ -153,7 +191,14 @@ class RolloutDataModule(L.LightningDataModule):
             raise ConfigError("there is nothing to evaluate: pass val_prompts.")
         assert self.trainer is not None
         rows = load_rows(self._val_prompts)
-        return EvaluationLoader(self.executor, rows, self.val_workflow, trainer=self.trainer)
+        return EvaluationLoader(
+            self.executor,
+            rows,
+            self.val_workflow,
+            trainer=self.trainer,
+            ranks=self._ranks,
+            stop=self.stop,
+        )
 
     def test_dataloader(self) -> EvaluationLoader:
         return self.val_dataloader()
@@ -162,11 +207,23 @@ class RolloutDataModule(L.LightningDataModule):
         return batch.batch if isinstance(batch, SealedBatch) else batch
 
     def state_dict(self) -> dict[str, Any]:
-        return self._last_state if self._executor is None else self._executor.state_dict()
+        """What rollouts need to go on, of all ranks; a collective, as all ranks save."""
+        if self._executor is None:
+            return self._last_state
+        return {"ranks": self._ranks.gather("saving rollouts", self._executor.state_dict())}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if state_dict and self.trainer is not None and self.trainer.state.fn == "fit":
-            self.executor.load_state_dict(state_dict)  # evaluation trains on no prompt
+        if not state_dict or self.trainer is None or self.trainer.state.fn != "fit":
+            return  # evaluation trains on no prompt
+        parts = reshard(state_dict["ranks"], self._ranks.size)
+        self._leftover = None
+        self.executor.load_state_dict(parts[self._ranks.rank])
+
+    def go_on(self, version: int) -> None:
+        """Before the first publish of a fit: take up what the last one left at ``version``."""
+        left, self._leftover = self._leftover, None
+        if left is not None and left.version == version and left.module() is self._module():
+            self.executor.load_state_dict(left.state)
 
     def teardown(self, stage: str) -> None:
         self.close()
@@ -174,23 +231,69 @@ class RolloutDataModule(L.LightningDataModule):
     def on_exception(self, exception: BaseException) -> None:
         if isinstance(exception, SIGTERMException) and exception.code is None:
             exception.code = 128 + signal.SIGTERM  # Lightning's own would exit with 0, as success
+        self._ranks.fail(exception)
         self.close()
 
     def close(self) -> None:
         """End rollouts and engine. Safe to call twice."""
+        is_consistent = self.is_between_steps
         executor, self._executor = self._executor, None
         engine, self._engine = self._engine, None
         loader, self._loader = self._loader, None
+        self._ranks.close()
         try:
             if executor is not None:
                 executor.close()
-                self._last_state = self._last_state if loader is None else executor.state_dict()
+                if loader is not None:
+                    self._keep(executor, ended=loader.ended, is_consistent=is_consistent)
         finally:
+            for workflow in (self.workflow, self.val_workflow):
+                workflow.close()
             if engine is not None:
+                self._engine_spent = not isinstance(self._engine_source, str)
                 engine.close()
             if self._trainer_threads is not None:
                 torch.set_num_threads(self._trainer_threads)
                 self._trainer_threads = None
+
+    def _keep(self, executor: WorkflowExecutor, *, ended: bool, is_consistent: bool) -> None:
+        """What a checkpoint made after the fit, or another fit, may need."""
+        state = executor.state_dict()
+        if self._ranks.size == 1:
+            self._last_state = {"ranks": [state]}
+        if is_consistent and executor.is_published and not ended:
+            module = weakref.ref(self._module())
+            self._leftover = _Leftover(state, executor.version, module)
+
+    def _make_ranks(self) -> Ranks:
+        trainer = self.trainer
+        if trainer is None or trainer.world_size == 1:
+            return Ranks()
+
+        def is_interrupted() -> bool:
+            self.stop.look()  # a sign of life
+            return trainer.received_sigterm
+
+        limit = self.rollout.timeout_s + _MARGIN_S
+        return make_ranks(timeout_s=limit, interrupted=is_interrupted)
+
+    def _start(self, engine: InferenceEngine, ranks: Ranks) -> None:
+        """Rank 0 first: it may start the servers that the others sample on."""
+        start = engine.start if ranks.rank == 0 or not engine.is_shared else _nothing
+        _, servers = ranks.together("starting the engine", start, list, timeout_s=_START_S)
+        if ranks.rank > 0 and engine.is_shared:
+            ranks.together("following the engine", lambda: engine.start(servers=servers[0]))
+        elif engine.is_shared:
+            ranks.together("following the engine", _nothing)
+
+    def _check_devices(self, engine: InferenceEngine) -> None:
+        """Servers that this run starts must not take a GPU from under the trainer."""
+        if not isinstance(engine, RemoteInfEngine) or self.trainer is None:
+            return
+        config, trainer = engine.server_config, self.trainer
+        if config is not None and trainer.strategy.root_device.type == "cuda":
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+            config.check_trainer_devices(trainer.device_ids, visible=visible)
 
     def _share_cores(self, engine: InferenceEngine) -> None:
         """Leave the engine its cores: on shared ones two OpenMP pools spin against each other."""
@@ -210,6 +313,10 @@ class RolloutDataModule(L.LightningDataModule):
                 f"be a SegmentWisePPOModule; found {type(module).__name__}."
             )
         return module
+
+
+def _nothing() -> tuple[str, ...]:
+    return ()
 
 
 def _has_timer(trainer: L.Trainer) -> bool:

@@ -23,3 +23,7 @@ class RolloutTimeout(SDPError, TimeoutError):
 
 class VersionError(SDPError, ValueError):
     """A policy version is malformed, or is not the next one."""
+
+
+class RankError(SDPError):
+    """Another process of this training failed, is late, or is gone."""

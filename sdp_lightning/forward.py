@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sdp_lightning.batch import Batch, Layout
 from sdp_lightning.errors import ConfigError
@@ -89,6 +89,23 @@ def sequence_logprobs(
         logprobs=empty.index_put((rows, columns), logprobs),
         entropy=empty.index_put((rows, columns), entropy),
     )
+
+
+class LogprobForward(nn.Module):
+    """:func:`sequence_logprobs` as a module: FSDP gathers the weights of what is called.
+
+    Args:
+        policy: the model.
+    """
+
+    def __init__(self, policy: PreTrainedModel) -> None:
+        super().__init__()
+        self.policy = policy
+
+    def forward(self, batch: Batch, layout: Layout) -> tuple[Tensor, Tensor]:
+        """[B, T] log-probs and entropy, as a plain tuple, in which FSDP looks for tensors."""
+        result = sequence_logprobs(self.policy, batch, layout=layout)
+        return result.logprobs, result.entropy
 
 
 def check_model(model: PreTrainedModel, layout: Layout) -> None:

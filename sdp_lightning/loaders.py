@@ -6,20 +6,55 @@ Both wait for rollouts in the trainer's thread, and end when the process is told
 from __future__ import annotations
 
 import math
+import signal
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from sdp_lightning.batch import Batch, SealedBatch, collate
-from sdp_lightning.errors import ConfigError, RolloutError, RolloutTimeout
+from sdp_lightning.errors import ConfigError, RankError, RolloutError, RolloutTimeout
+from sdp_lightning.ranks import Ranks
 from sdp_lightning.rollout.executor import WorkflowExecutor
 from sdp_lightning.types import TrajectoryGroup
 from sdp_lightning.workflows.base import RolloutWorkflow, Row
+
+
+class StopRequest:
+    """Whether the run was told to stop. Waits look at it, which is also their sign of life.
+
+    Attributes:
+        signum: of the signal that told it; None while there was none.
+        agreed: whether all ranks know, each between two steps, and end now.
+        looked_at: when a wait last looked, by ``time.monotonic``.
+    """
+
+    def __init__(self) -> None:
+        self.signum: int | None = None
+        self.agreed = False
+        self.looked_at = 0.0
+
+    def look(self) -> bool:
+        """Whether to stop."""
+        self.looked_at = time.monotonic()
+        return self.signum is not None
+
+    def obey(self, signums: Iterable[int | None]) -> None:
+        """End the run if one rank was told to: ``KeyboardInterrupt`` or ``SIGTERMException``."""
+        for signum in signums:
+            if signum is not None:
+                self.agreed = True
+                raise_as_lightning(signum)
+
+
+def raise_as_lightning(signum: int) -> None:
+    """What Lightning raises for Ctrl-C, or for SIGTERM."""
+    raise KeyboardInterrupt if signum == signal.SIGINT else SIGTERMException()
 
 
 class RolloutLoader:
@@ -29,30 +64,42 @@ class RolloutLoader:
         executor: where rollouts are.
         pad_token_id: for the padding of a batch.
         length: how many batches an epoch has.
-        trainer: asked for SIGTERM while waiting, and told when the prompts have ended.
+        trainer: asked for SIGTERM while waiting, and told when prompts or time have ended.
+        ranks: that take their batches together: all, or none.
+        stop: looked at before a batch is taken and while it is waited for.
+
+    Attributes:
+        ended: whether all prompts were handed out.
     """
 
     def __init__(
-        self, executor: WorkflowExecutor, *, pad_token_id: int, length: int, trainer: L.Trainer
+        self,
+        executor: WorkflowExecutor,
+        *,
+        pad_token_id: int,
+        length: int,
+        trainer: L.Trainer,
+        ranks: Ranks,
+        stop: StopRequest,
     ) -> None:
         self.last_wait_s = 0.0
+        self.ended = False
+        self._ranks, self._stop = ranks, stop
         self._executor, self._pad_token_id = executor, pad_token_id
         self._length, self._trainer = length, trainer
-        self._ended = False
 
     def __len__(self) -> int:
         return self._length
 
     def __iter__(self) -> Iterator[SealedBatch]:
         _require_published(self._executor)
-        if self._ended:
+        if self.ended:
             raise RolloutError(
                 "the prompts have ended, but the Trainer goes on: leave out its min_steps and "
                 "min_epochs, or raise num_epochs of the RolloutConfig."
             )
         while (groups := self._take()) is not None:
             yield SealedBatch(self._collate(groups))
-        self._ended = True
         self._trainer.should_stop = True  # else Lightning begins one empty epoch after another
 
     def state_dict(self) -> dict[str, Any]:
@@ -65,9 +112,32 @@ class RolloutLoader:
     def _take(self) -> list[TrajectoryGroup] | None:
         start = time.monotonic()
         with _ends_on_sigterm(self._trainer):
-            groups = self._executor.take(interrupted=lambda: self._trainer.received_sigterm)
+            (groups, _), told = self._ranks.together(
+                f"taking the batch of version {self._executor.version}",
+                self._take_mine,
+                lambda taken: (taken[0] is None, taken[1]),
+            )
+        self._stop.obey(signum for _, signum in told)
         self.last_wait_s = time.monotonic() - start
-        return groups
+        return None if any(ended for ended, _ in told) else groups
+
+    def _take_mine(self) -> tuple[list[TrajectoryGroup] | None, int | None]:
+        """A batch, or None if prompts or time have ended; and the signal that told to stop."""
+        try:
+            if self._stop.look():
+                return [], self._stop.signum
+            groups = self._executor.take(interrupted=self._is_interrupted)
+        except RolloutTimeout:
+            if self._stop.signum is not None:
+                return [], self._stop.signum
+            if _is_time_up(self._trainer):
+                return None, None
+            raise
+        self.ended = groups is None
+        return groups, None
+
+    def _is_interrupted(self) -> bool:
+        return self._stop.look() or self._trainer.received_sigterm or _is_time_up(self._trainer)
 
     def _collate(self, groups: list[TrajectoryGroup]) -> Batch:
         config = self._executor.config
@@ -92,15 +162,25 @@ class Evaluation:
     Attributes:
         version: of the policy that was evaluated.
         reward: mean over all trajectories.
+        pass_at_k: share of rows of which a sample has reward 1 or more; None if each has only one.
         num_trajectories: how many.
     """
 
-    __slots__ = ("num_trajectories", "reward", "version")
+    __slots__ = ("num_trajectories", "pass_at_k", "reward", "version")
 
-    def __init__(self, *, version: int, rewards: Sequence[float]) -> None:
+    def __init__(self, *, version: int, groups: Sequence[Sequence[float]]) -> None:
+        rewards = [reward for group in groups for reward in group]
         self.version = version
         self.reward = math.fsum(rewards) / len(rewards)
         self.num_trajectories = len(rewards)
+        passed = sum(max(group) >= 1 for group in groups) / len(groups)
+        self.pass_at_k = passed if len(rewards) > len(groups) else None
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """What is logged of it."""
+        found = {"reward": self.reward, "version": float(self.version)}
+        return found if self.pass_at_k is None else found | {"pass_at_k": self.pass_at_k}
 
     def to(self, device: Any, *, non_blocking: bool = False) -> Evaluation:
         """Itself: nothing here lives on a device."""
@@ -117,9 +197,11 @@ class EvaluationLoader:
         workflow: RolloutWorkflow,
         *,
         trainer: L.Trainer,
+        ranks: Ranks,
+        stop: StopRequest,
     ) -> None:
         self._executor, self._rows, self._workflow = executor, rows, workflow
-        self._trainer = trainer
+        self._trainer, self._ranks, self._stop = trainer, ranks, stop
 
     def __len__(self) -> int:
         return 1
@@ -128,13 +210,28 @@ class EvaluationLoader:
         _require_published(self._executor)
         version = self._executor.version
         with _ends_on_sigterm(self._trainer):
-            groups = self._executor.evaluate(
-                self._rows, self._workflow, interrupted=lambda: self._trainer.received_sigterm
+            _, parts = self._ranks.together(
+                f"evaluating version {version}", self._roll_out_mine, lambda part: part
             )
-        rewards = [t.reward for group in groups for t in group.trajectories]
-        if not rewards:
+        self._stop.obey(signum for _, signum in parts)
+        groups = [rewards for part, _ in parts for rewards in part]
+        if not groups:
             raise RolloutError(f"all {len(self._rows)} evaluation rows were rejected.")
-        yield Evaluation(version=version, rewards=rewards)
+        yield Evaluation(version=version, groups=groups)
+
+    def _roll_out_mine(self) -> tuple[list[list[float]], int | None]:
+        """Rewards of this rank's rows, and the signal that told to stop."""
+        rows = self._rows[self._ranks.rank :: self._ranks.size]
+        try:
+            groups = self._executor.evaluate(rows, self._workflow, interrupted=self._is_interrupted)
+        except RolloutTimeout:
+            if self._stop.signum is None:
+                raise
+            groups = []
+        return [[t.reward for t in group.trajectories] for group in groups], self._stop.signum
+
+    def _is_interrupted(self) -> bool:
+        return self._stop.look() or self._trainer.received_sigterm
 
 
 def _require_published(executor: WorkflowExecutor) -> None:
@@ -150,7 +247,14 @@ def _ends_on_sigterm(trainer: L.Trainer) -> Generator[None]:
     """A wait that SIGTERM cut short ends in Lightning's exception for it."""
     try:
         yield
-    except RolloutTimeout as error:
+    except (RolloutTimeout, RankError) as error:
         if trainer.received_sigterm:
             raise SIGTERMException() from error
         raise
+
+
+def _is_time_up(trainer: L.Trainer) -> bool:
+    """Whether ``max_time`` is over, which Lightning asks after a step only."""
+    timers = [callback for callback in trainer.callbacks if isinstance(callback, Timer)]  # type: ignore
+    left = [timer.time_remaining() for timer in timers]
+    return any(seconds is not None and seconds <= 0 for seconds in left)

@@ -8,6 +8,7 @@ nats.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -98,6 +99,30 @@ class LagMetrics(Metric):
         lags = batch.lags[known].clamp(max=LAG_BINS - 1)
         self.bridge_sums.index_add_(0, lags, bridge[known].double())
         self.bridge_counts += _bridge_counts_update(bridge[known], lags)
+
+    def pool(
+        self, add_up: Callable[[Tensor], Tensor], other: Tensor, *, rank: int, num_ranks: int
+    ) -> Tensor:
+        """Make the states those of all ranks, at once: torchmetrics takes several rounds a state.
+
+        Args:
+            add_up: the sum of a tensor over ranks.
+            other: [n] float64, to be added up along with them.
+            rank: of this process.
+            num_ranks: how many there are.
+
+        Returns:
+            [n] the sum of ``other``.
+        """
+        longest = self.sums.new_zeros(num_ranks)
+        longest[rank] = self.lag_max
+        states = (self.sums, self.lag_counts, self.bridge_sums, self.bridge_counts)
+        parts = [*(state.double().flatten() for state in states), longest, other]
+        added = add_up(torch.cat(parts)).split([part.numel() for part in parts])
+        for state, part in zip(states, added, strict=False):
+            state.copy_(part.view_as(state))
+        self.lag_max.copy_(added[-2].max())
+        return added[-1]
 
     def compute(self) -> dict[str, Tensor]:
         """The means, shares and percentile of everything added, under the names above."""

@@ -5,9 +5,8 @@ It knows batches and log-probs, and nothing of rollouts or engines.
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cached_property
@@ -16,22 +15,34 @@ from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from torch import Tensor, distributed
+from torch.distributed.device_mesh import DeviceMesh
+from transformers import AutoTokenizer, PreTrainedModel
 
 from sdp_lightning.batch import Batch, Layout, collate, split_minibatches
 from sdp_lightning.config import LossConfig, OptimizerConfig, UpdateConfig
 from sdp_lightning.errors import ConfigError, SDPError
-from sdp_lightning.forward import SequenceLogprobs, check_model, sequence_logprobs
-from sdp_lightning.loading import quiet_transformers, resolve_model
+from sdp_lightning.forward import LogprobForward, SequenceLogprobs, check_model
+from sdp_lightning.loading import resolve_model
 from sdp_lightning.metrics import LagMetrics
 from sdp_lightning.objective import (
     complete_segment_logprobs,
     group_relative_advantages,
     segment_wise_ppo_loss,
 )
+from sdp_lightning.policy import (
+    check_strategy,
+    clip_gradients,
+    gradient_sync,
+    is_sharded,
+    load,
+    named_weights,
+    select_trainable,
+    shard,
+    silence_dropout,
+)
 from sdp_lightning.scoring import group_by_prompt, split_by_segment
-from sdp_lightning.types import FloatArray, Trajectory
+from sdp_lightning.types import Context, FloatArray, Segment, Trajectory
 
 # The weights after the step, with the version published for them, are what a resume needs.
 warnings.filterwarnings(
@@ -74,6 +85,7 @@ class SegmentWisePPOModule(L.LightningModule):
         self.loss, self.optimizer, self.update = loss, optimizer, update
         self.trainable, self.gradient_checkpointing = trainable, gradient_checkpointing
         self.policy: PreTrainedModel | None = None
+        self._forward_pass: LogprobForward
         self._model, self._model_kwargs = model, dict(model_kwargs or {})
         self._metrics = LagMetrics()
         self._skipped_in_a_row = 0
@@ -94,27 +106,27 @@ class SegmentWisePPOModule(L.LightningModule):
     def configure_model(self) -> None:
         if self.policy is not None:
             return
-        options = {"dtype": torch.float32, **self._model_kwargs}
-        with quiet_transformers():
-            policy = AutoModelForCausalLM.from_pretrained(self.model_id, **options)
+        sharded = isinstance(mesh := self.device_mesh, DeviceMesh)
+        policy, source = load(self.model_id, self._model_kwargs, sharded=sharded)
         select_trainable(policy, self.trainable)
         silence_dropout(policy)
         if self.gradient_checkpointing:
             policy.gradient_checkpointing_enable({"use_reentrant": False})
             policy.disable_input_require_grads()  # frozen layers need no graph
-        self.policy = policy.train()
+        forward = LogprobForward(policy.train())
+        if isinstance(mesh, DeviceMesh):
+            shard(forward, mesh, source, self.trainer.strategy.root_device)
+        self.policy = policy
+        object.__setattr__(self, "_forward_pass", forward)  # its weights are the policy's
 
     def named_weights(self, *, changed_only: bool = False) -> Iterator[tuple[str, Tensor]]:
-        """What an engine must be given, under the names of the model's ``state_dict``."""
-        policy = self._require_policy()
-        trained = {name for name, p in policy.named_parameters() if p.requires_grad}
-        for name, tensor in policy.state_dict().items():
-            if not changed_only or name in trained:
-                yield name, tensor
+        """What an engine must be given; see :func:`~sdp_lightning.policy.named_weights`."""
+        return named_weights(self.require_policy(), changed_only=changed_only)
 
     # Training ------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
+        check_strategy(self.trainer.strategy)
         precision = str(self.trainer.precision)
         if stage == "fit" and precision in ("16-mixed", "16-true"):
             raise ConfigError(
@@ -132,7 +144,7 @@ class SegmentWisePPOModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         config = self.optimizer
-        parameters = [p for p in self._require_policy().parameters() if p.requires_grad]
+        parameters = [p for p in self.require_policy().parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
             parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
         )
@@ -142,15 +154,16 @@ class SegmentWisePPOModule(L.LightningModule):
                 f"schedule={config.schedule!r} needs total_steps (or the Trainer's max_steps) "
                 f"above warmup_steps={config.warmup_steps}, got {total}."
             )
-        factor = schedule_factor(config, total)
-        return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, factor)]
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: config.factor(n, total))
+        return [optimizer], [schedule]
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """One consumed batch: proximal log-probs, then minibatches, each one optimizer step."""
         batch = replace(batch, advantages=self._advantages(batch))
         single = self.update.steps_per_batch == 1
         proximal = None if single else self._logprobs(batch)
-        self._metrics = LagMetrics().to(self.device)  # a kept one would be made bfloat16, too
+        metrics = LagMetrics(sync_on_compute=False)  # a kept one would be made bfloat16, too
+        self._metrics = metrics.to(self.device)
         steps: list[dict[str, Tensor]] = []
         for _ in range(self.update.num_epochs):
             shuffler = None if single else self._shuffler
@@ -162,7 +175,7 @@ class SegmentWisePPOModule(L.LightningModule):
         self._log_step(batch, steps)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Log the mean reward of rollouts of the published version."""
+        """Log the mean reward of rollouts of the published version, and what passed of k."""
         self._log_evaluation("val", batch)
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
@@ -173,25 +186,56 @@ class SegmentWisePPOModule(L.LightningModule):
 
     def score(self, trajectories: Sequence[Trajectory]) -> list[list[FloatArray]]:
         """Log-probs of every segment under the present weights, one ``[n]`` array a segment."""
+        if not trajectories:  # the other ranks' forwards need this one's shard
+            blank = Segment(0, [0], [0.0])
+            return self.score([Trajectory((Context([0]), blank))])[:0]
         groups, rows = group_by_prompt(trajectories)
         newest = max(group.tail_version or 0 for group in groups)
         logprobs = self._logprobs(collate(groups, version=newest).to(self.device)).cpu()
         return split_by_segment(trajectories, logprobs[rows])
 
+    @property
+    def is_collective(self) -> bool:
+        """Whether all ranks must score when one does, if only nothing: each holds a shard."""
+        return self._num_ranks > 1 and is_sharded(self.require_policy())
+
+    # Ranks ---------------------------------------------------------------------------------------
+
+    @property
+    def _num_ranks(self) -> int:
+        return 1 if self._trainer is None else self.trainer.world_size
+
+    def over_ranks(self, *values: float) -> Tensor:
+        """[R, n] float64: the ``n`` values of each of R ranks, in one collective."""
+        table = torch.zeros(self._num_ranks, len(values), dtype=torch.float64)
+        table[self.global_rank] = torch.tensor(values, dtype=torch.float64)
+        return table if self._num_ranks == 1 else self._add_up(table.to(self.device)).cpu()
+
+    def _add_up(self, tensor: Tensor) -> Tensor:
+        if self._num_ranks > 1:  # Lightning's own way is a barrier besides
+            distributed.all_reduce(tensor)
+        return tensor
+
     # Helpers -------------------------------------------------------------------------------------
 
     def _optimizer_step(self, batch: Batch, proximal: Tensor | None) -> dict[str, Tensor]:
         optimizer: Any = self.optimizers()
-        num_tokens = batch.num_tokens
         total = torch.zeros((), dtype=torch.float32, device=self.device)
         optimizer.zero_grad()
         layout = self._layout(batch)
-        for rows in batch.microbatches(self.update.max_tokens_per_microbatch, layout):
+        chosen = batch.microbatches(self.update.max_tokens_per_microbatch, layout)
+        counts = self.over_ranks(batch.num_tokens, len(chosen))
+        num_tokens, num_more = int(counts[:, 0].sum()), int(counts[:, 1].max()) - len(chosen)
+        pieces = [(batch.select(rows), rows) for rows in chosen]
+        pieces += [(batch.idle(), [0])] * num_more  # as many forwards as on any other rank
+        for number, (part, rows) in enumerate(pieces):
             x = None if proximal is None else proximal[rows]
-            loss = self._loss(batch.select(rows), x, num_tokens, layout)
-            self.manual_backward(loss)
+            # Gradients are averaged over ranks, and the loss is a share of the global sum.
+            loss = self._loss(part, x, num_tokens, layout) * self._num_ranks
+            with gradient_sync(self.trainer.model, on=number + 1 == len(pieces)):
+                self.manual_backward(loss)
             total += loss.detach()
-        norm = self._gradient_norm()
+        norm = clip_gradients(self.require_policy(), self.optimizer.gradient_clip_val)
         schedulers: Any = self.lr_schedulers()
         rate = torch.tensor(schedulers.get_last_lr()[0], dtype=torch.float32)
         self._skipped_in_a_row = 0 if torch.isfinite(norm) else self._skipped_in_a_row + 1
@@ -239,17 +283,23 @@ class SegmentWisePPOModule(L.LightningModule):
         layout = self._layout(batch)
         out = torch.zeros_like(batch.behavior_logprobs)  # float32, also under bf16-true
         with torch.no_grad(), self._precision():
-            for rows in batch.microbatches(self.update.max_tokens_per_microbatch, layout):
-                out[rows] = self._forward(batch.select(rows), layout).logprobs.float()
+            chosen = batch.microbatches(self.update.max_tokens_per_microbatch, layout)
+            pieces = [(batch.select(rows), rows) for rows in chosen]
+            if self.is_collective:
+                most = int(self.over_ranks(len(chosen)).max())
+                pieces += [(batch.idle(), [0])] * (most - len(chosen))
+            for part, rows in pieces:
+                logprobs = self._forward(part, layout).logprobs.float()
+                out[rows] = torch.where(part.loss_mask, logprobs, out[rows])
         return out
 
     def _forward(self, batch: Batch, layout: Layout) -> SequenceLogprobs:
-        return sequence_logprobs(self._require_policy(), batch, layout=layout)
+        return SequenceLogprobs(*self._forward_pass(batch, layout))
 
     def _layout(self, batch: Batch) -> Layout:
         if self.update.layout != "auto":
             return self.update.layout
-        policy = self._require_policy()
+        policy = self.require_policy()
         try:
             check_model(policy, "shared_prefix")
         except ConfigError:
@@ -266,27 +316,25 @@ class SegmentWisePPOModule(L.LightningModule):
             per_token = torch.where(batch.lags > batch.max_lag, 0.0, per_token)
         return per_token
 
-    def _gradient_norm(self) -> Tensor:
-        limit = self.optimizer.gradient_clip_val
-        parameters = [p for p in self._require_policy().parameters() if p.requires_grad]
-        return nn.utils.clip_grad_norm_(parameters, math.inf if limit is None else limit)
-
     def _log_step(self, batch: Batch, steps: list[dict[str, Tensor]]) -> None:
         means = {name: torch.stack([s[name] for s in steps]).mean() for name in steps[0]}
-        self.log("train/reward", batch.rewards.mean(), prog_bar=True, batch_size=len(batch))
-        self.log_dict(
-            {
-                **{f"train/{name}": value for name, value in means.items()},
-                "train/tokens": batch.loss_mask.sum(dtype=torch.float32),
-                "train/truncated": batch.truncated.float().mean(),
-                **{name: value.float() for name, value in self._metrics.compute().items()},
-            },
-            batch_size=len(batch),
-        )
+        values = {
+            "train/reward": batch.rewards.mean(),
+            **{f"train/{name}": value for name, value in means.items()},
+            "train/tokens": batch.loss_mask.sum() * self._num_ranks,
+            "train/truncated": batch.truncated.float().mean(),
+        }
+        mine = torch.stack([value.double().to(self.device) for value in values.values()])
+        rank, size = self.global_rank, self._num_ranks
+        total = self._metrics.pool(self._add_up, mine, rank=rank, num_ranks=size)
+        found = dict(zip(values, (total / size).float(), strict=True)) | self._metrics.compute()
+        self.log("train/reward", found.pop("train/reward"), prog_bar=True, batch_size=len(batch))
+        self.log_dict(found, batch_size=len(batch))
 
     def _log_evaluation(self, stage: str, batch: Any) -> None:
-        self.log(f"{stage}/reward", batch.reward, batch_size=batch.num_trajectories, prog_bar=True)
-        self.log(f"{stage}/version", float(batch.version), batch_size=batch.num_trajectories)
+        size = batch.num_trajectories
+        for name, value in batch.metrics.items():
+            self.log(f"{stage}/{name}", value, batch_size=size, prog_bar=name != "version")
 
     def _precision(self) -> AbstractContextManager[Any]:
         return (
@@ -295,44 +343,8 @@ class SegmentWisePPOModule(L.LightningModule):
             else self.trainer.precision_plugin.forward_context()
         )
 
-    def _require_policy(self) -> PreTrainedModel:
+    def require_policy(self) -> PreTrainedModel:
+        """The model. ``ConfigError`` before :meth:`configure_model`."""
         if self.policy is None:
             raise ConfigError("the model is not loaded yet: call configure_model() first.")
         return self.policy
-
-
-def select_trainable(policy: nn.Module, pattern: str | None) -> None:
-    """Freeze every parameter whose name ``pattern`` does not find."""
-    import re
-
-    if pattern is None:
-        return
-    names = [name for name, _ in policy.named_parameters() if re.search(pattern, name)]
-    if not names:
-        some = ", ".join([name for name, _ in policy.named_parameters()][:3])
-        raise ConfigError(f"trainable={pattern!r} finds no parameter; names look like {some}.")
-    for name, parameter in policy.named_parameters():
-        parameter.requires_grad_(name in names)
-
-
-def silence_dropout(policy: nn.Module) -> None:
-    """Dropout off in train mode: it would make every log-prob a random number."""
-    for module in policy.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        elif isinstance(vars(module).get("attention_dropout"), float):
-            vars(module)["attention_dropout"] = 0.0
-
-
-def schedule_factor(config: OptimizerConfig, total: int) -> Callable[[int], float]:
-    """The learning rate's factor at optimizer step n."""
-
-    def factor(step: int) -> float:
-        if step < config.warmup_steps:
-            return (step + 1) / (config.warmup_steps + 1)
-        if config.schedule == "constant":
-            return 1.0
-        done = min(1.0, (step - config.warmup_steps) / (total - config.warmup_steps))
-        return 1.0 - done if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
-
-    return factor

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from sdp_lightning.engines.base import (
     GenerationRequest,
@@ -18,7 +20,7 @@ from sdp_lightning.engines.base import (
     SegmentSink,
 )
 from sdp_lightning.errors import EngineError, VersionError
-from sdp_lightning.types import FinishReason, Segment
+from sdp_lightning.types import FinishReason, FloatArray, IntArray, Segment
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -102,6 +104,7 @@ class FakeEngine:
         in_process: swap weights under requests; False interrupts them at ``pause``, as a server.
         latency_s: of a reply, in seconds.
         chunks: steps of a reply; weights may change between them.
+        echo: log-probs of a text's own tokens; None gives each the log-prob of the version.
     """
 
     def __init__(
@@ -112,7 +115,9 @@ class FakeEngine:
         in_process: bool = True,
         latency_s: float = 0.0,
         chunks: int = 1,
+        echo: Callable[[IntArray], FloatArray] | None = None,
     ) -> None:
+        self._echo = echo
         self._reply, self._manual, self._in_process = reply, manual, in_process
         self._latency_s, self._chunks = latency_s, chunks
         self._version: int | None = None
@@ -139,8 +144,22 @@ class FakeEngine:
         """Requests that have neither ended nor been interrupted."""
         return len(self._requests)
 
-    def start(self) -> None:
+    @property
+    def is_shared(self) -> bool:
+        return False
+
+    @property
+    def servers(self) -> Sequence[str]:
+        return ()
+
+    def start(self, *, servers: Sequence[str] = ()) -> Sequence[str]:
+        return ()
+
+    def drain(self) -> None:
         pass
+
+    def follow(self, version: int, servers: Sequence[str]) -> None:
+        raise EngineError("this engine leads: update its weights.")
 
     async def generate(self, request: GenerationRequest, sink: SegmentSink) -> FinishReason:
         loop = asyncio.get_running_loop()
@@ -221,12 +240,18 @@ class FakeEngine:
             self._version = version
             self._release()
             self.published.append((version, tuple(name for name, _ in named)))
-            return PublishReport(version, paused_s=0.0, num_bytes=sum(t.nbytes for _, t in named))
+            return PublishReport(version, sum(t.nbytes for _, t in named))
 
     def resume(self) -> None:
         with self._changed:
             self._paused = False
             self._release()
+
+    def echo(self, token_ids: IntArray) -> Mapping[str, FloatArray]:
+        if self._echo is not None:
+            return {"fake": self._echo(token_ids)}
+        version = -1 if self._version is None else self._version
+        return {"fake": np.full(token_ids.size - 1, -(version + 1) / 10, dtype=np.float32)}
 
     def close(self) -> None:
         with self._changed:

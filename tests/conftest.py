@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 
 from sdp_lightning.testing import tiny_model, tiny_tokenizer
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # under nohup, or in a script's background
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests send it to what they start
 
 torch.set_num_threads(1)
 

@@ -1,10 +1,12 @@
 """A server process that answers as vLLM 0.32 does, without a model, and fails on demand.
 
 ``python tests/fake_vllm.py --port 0`` prints ``ready PORT``. The token at position p is p % 7 + 3
-and its log-prob -(version + 1) / 10, so a wrong stamp shows in the numbers. What vLLM forbids kills
-it here too: loading under running requests, and generating after a failed load.
+and its log-prob -(version + 1) / 10, so a wrong stamp shows in the numbers; an echo gives a token
+of the prompt that less token / 1000. What vLLM forbids kills it here too: loading under running
+requests, generating after a failed load, and sampling with an adapter whose folder is gone.
 
 Routes under ``/fake`` are for tests: ``/fake/do`` sets faults, holds tokens back, waits for events.
+A fault is ``{"path", "kind", "times"}``; those of a stream come ``"after"`` so many chunks.
 """
 
 from __future__ import annotations
@@ -14,34 +16,41 @@ import asyncio
 import json
 import math
 import sys
+import threading
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 from aiohttp import web
+from vllm_forms import (
+    COMPLETIONS,
+    DEAD,
+    GENERATE,
+    NO_SCALE_OUT,
+    Running,
+    error,
+    event,
+    prompt_entry,
+    read_first_values,
+    told_error,
+)
 
-GENERATE = "/inference/v1/generate"
-VOCABULARY = 256
-DEAD = "EngineCore encountered an issue. See stack trace (above) for the root cause."
+VOCABULARY, MODEL, MAX_LORA_RANK = 256, "m", 8
 
 
-@dataclass(eq=False)
-class Running:
-    """A request that is being sampled."""
+Send = Callable[[Running], Awaitable[None]]
 
-    start: int
-    budget: int
-    allowed: int
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    spans: list[dict[str, Any]] = field(default_factory=list)
-    aborted: bool = False
+
+class Broken(Exception):
+    """A stream is to break off here."""
 
 
 class FakeVLLM:
     """State of the server. Everything happens in one event loop."""
+
+    guarded = ("/v1", "/inference")  # routes that ask for the key; vLLM's others are open
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
@@ -56,6 +65,11 @@ class FakeVLLM:
         self.reply_s = float(settings.get("reply_s", self.options.reply_s))
         self.raw_logprobs = bool(settings.get("raw_logprobs", self.options.raw_logprobs))
         self.max_length = int(settings.get("max_length", 4096))
+        given = vars(self.options) | settings
+        self.no_scale_out = bool(given.get("no_scale_out", False))
+        self.num_workers = int(given.get("num_workers", 1))
+        self.adapters: dict[str, dict[str, Any]] = {}
+        self.receiving = 0
         self.faults: list[dict[str, Any]] = []
         self.running: list[Running] = []
         self.received: Counter[str] = Counter()
@@ -66,9 +80,12 @@ class FakeVLLM:
     # What vLLM has ----------------------------------------------------------------------------
 
     async def models(self, request: web.Request) -> web.Response:
-        served = {"id": "m", "object": "model", "created": 1795396941, "owned_by": "vllm"}
+        served = {"id": MODEL, "object": "model", "created": 1795396941, "owned_by": "vllm"}
         served |= {"root": "/tmp/tinyvllm", "parent": None, "max_model_len": self.max_length}
         return web.json_response({"object": "list", "data": [served]})
+
+    async def world_size(self, request: web.Request) -> web.Response:
+        return web.json_response({"world_size": self.num_workers})
 
     async def health(self, request: web.Request) -> web.Response:
         return web.Response(status=503 if self.dead else 200)
@@ -105,50 +122,167 @@ class FakeVLLM:
 
     async def collective_rpc(self, request: web.Request) -> web.Response:
         body = await request.json()
-        if body["method"] != "sdp_load_folder" or self.dead:
-            return error(500, DEAD if self.dead else f"no method {body['method']}")
+        method, arguments = body["method"], body["kwargs"]
+        if method == "sdp_hello" and not self.dead:
+            return web.json_response({"results": [True] * self.num_workers})
+        if method not in ("sdp_load_folder", "sdp_receive") or self.dead:
+            return error(500, DEAD if self.dead else f"no method {method}")
         if self.running and not self.paused:
             self.dead = True  # weights changed under running requests
             return error(500, DEAD)
-        files = sorted(Path(body["kwargs"]["folder"]).glob("*.safetensors"))
-        if not files or self.take_fault("/collective_rpc", "load"):
+        if self.take_fault("/collective_rpc", "load"):
             self.bad_load = True
-            return error(500, f"cannot find any safetensors in {body['kwargs']['folder']}")
-        for file in files:
-            loaded = read_first_values(file)
+            return error(500, "Worker failed with error 'cannot find any safetensors'")
+        if method == "sdp_receive":
+            return await self.receive(arguments)
+        files = sorted(Path(arguments["folder"]).glob("*.safetensors"))
+        if not files:
+            self.bad_load = True
+            return error(500, f"cannot find any safetensors in {arguments['folder']}")
+        self.take_in([read_first_values(file) for file in files])
+        return web.json_response({"results": [None] * self.num_workers})
+
+    def take_in(self, files: list[dict[str, float]]) -> None:
+        for loaded in files:
             self.weights |= loaded
             self.loads.append(sorted(loaded))
         self.bad_load = False
-        return web.json_response({"results": [None]})
 
-    async def generate(self, request: web.Request) -> web.Response:
+    async def receive(self, arguments: dict[str, Any]) -> web.Response:
+        """As the workers do; a fault "stall" stops one of them after the first tensor."""
+        from sdp_lightning.weights.base import Receive
+        from sdp_lightning.weights.gloo import receive
+
+        what, loop = Receive(**arguments), asyncio.get_running_loop()
+        stalls = self.take_fault("/collective_rpc", "stall")
+
+        def work(worker: int) -> dict[str, float]:
+            loaded: dict[str, float] = {}
+            for name, tensor in receive(what, worker):
+                loaded[name] = float(tensor.flatten()[0])
+                if stalls:
+                    asyncio.run_coroutine_threadsafe(self.note_receiving(), loop).result()
+                    threading.Event().wait()
+            return loaded
+
+        workers = [asyncio.to_thread(work, number) for number in range(self.num_workers)]
+        try:
+            loaded = await asyncio.gather(*workers)
+        except RuntimeError as found:
+            return error(500, f"Worker failed with error '{found}'")
+        assert all(one == loaded[0] for one in loaded)
+        self.take_in([loaded[0]])
+        return web.json_response({"results": [None] * self.num_workers})
+
+    async def note_receiving(self) -> None:
+        self.receiving += 1
+        await self.notify()
+
+    async def load_adapter(self, request: web.Request) -> web.Response:
         body = await request.json()
-        tokens, params = body["token_ids"], body["sampling_params"]
-        if bad := [token for token in tokens if not 0 <= token < VOCABULARY]:
-            message = f"Token id {bad[0]} is out of vocabulary"
-            return error(400, message, "BadRequestError")
-        if self.bad_load:
-            self.dead = True
+        name, folder = body["lora_name"], Path(body["lora_path"])
+        if name in self.adapters and not body.get("load_inplace"):
+            message = f"The lora adapter '{name}' has already been loaded. If you want to load the "
+            message += "adapter in place, set 'load_inplace' to True."
+            return error(400, message, "InvalidUserInput")
+        if not (folder / "adapter_config.json").exists():
+            message = f"Loading lora {name} failed: No adapter found for {folder}"
+            return error(404, message, "NotFoundError")
+        rank = json.loads((folder / "adapter_config.json").read_text())["r"]
+        if rank > MAX_LORA_RANK:
+            message = f"LoRA rank {rank} is greater than max_lora_rank {MAX_LORA_RANK}."
+            return error(
+                500, f"Call to add_lora method failed: Worker failed with error '{message}"
+            )
+        values = read_first_values(folder / "adapter_model.safetensors")
+        self.adapters[name] = {"folder": str(folder), "weights": values}
+        return web.Response(text=f"Success: LoRA adapter '{name}' added successfully.")
+
+    async def generate(self, request: web.Request) -> web.StreamResponse:
+        if self.no_scale_out:
+            return error(403, NO_SCALE_OUT, "PermissionDeniedError")
+        body = await request.json()
+        return await self.respond(request, body, body["token_ids"], body["sampling_params"])
+
+    async def completions(self, request: web.Request) -> web.StreamResponse:
+        body = await request.json()
+        assert body["return_token_ids"]
+        return await self.respond(request, body, body["prompt"], body)
+
+    async def respond(
+        self, request: web.Request, body: dict[str, Any], prompt: list[int], params: dict[str, Any]
+    ) -> web.StreamResponse:
+        model, streamed = body.get("model", MODEL), body.get("stream", False)
+        if model not in {MODEL, *self.adapters}:
+            message = f"The model `{model}` does not exist. Valid aliases: {MODEL}."
+            return error(404, message, "NotFoundError", "model")
+        if bad := [token for token in prompt if not 0 <= token < VOCABULARY]:
+            message, kind = f"Token id {bad[0]} is out of vocabulary", "BadRequestError"
+            if not streamed:
+                return error(400, message, kind)
+            return await self.stream(request, model, refusal=told_error(400, message, kind))
+        gone = model in self.adapters and not Path(self.adapters[model]["folder"]).exists()
+        self.dead = self.dead or self.bad_load or gone
         if self.dead:
             return error(500, DEAD)
-        if params["logprobs"]:
-            return web.json_response(self.probe_answer(params))
-        self.seen.append(body)
-        running = Running(
-            len(tokens), params["max_tokens"], 0 if self.held else params["max_tokens"]
-        )
+        number, text = self.received[request.path], request.path == COMPLETIONS
         while self.paused:  # requests that come during a pause wait, and then run
             await self.wait_change()
+        if params.get("logprobs"):
+            return web.json_response(self.probe_answer(params, text=text))
+        if params.get("prompt_logprobs") is not None:
+            return web.json_response(self.echo_answer(prompt, text=text).answer(number, model))
+        self.seen.append(body)
+        budget = params["max_tokens"]
+        running = Running(len(prompt), budget, 0 if self.held else budget, text=text)
+        running.interval = params.get("stream_interval", 1)
         self.running.append(running)
         await self.notify()
         try:
+            if streamed:
+                return await self.stream(request, model, running)
             await self.sample(running)
         finally:
             self.running = [other for other in self.running if other is not running]
             await self.notify()
-        return web.json_response(self.answer(running))
+        return web.json_response(running.answer(number, model))
 
-    async def sample(self, running: Running) -> None:
+    async def stream(
+        self,
+        request: web.Request,
+        model: str,
+        running: Running | None = None,
+        *,
+        refusal: dict[str, Any] | None = None,
+    ) -> web.StreamResponse:
+        answer = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
+        fault = self.find_fault(request.path, "cut", "unfinished", "error") or {"after": 10**9}
+        number = self.received[request.path]
+        await answer.prepare(request)
+
+        async def send(running: Running, *, last: bool = False) -> None:
+            if running.chunks >= fault.get("after", 0):
+                raise Broken
+            await answer.write(event(running.next_chunk(number, model, last=last)))
+            await self.notify()
+
+        try:
+            if running is not None:
+                await self.sample(running, send)
+                await send(running, last=True)
+        except Broken:
+            if fault["kind"] == "cut":
+                assert request.transport is not None
+                request.transport.abort()
+            if fault["kind"] != "error":
+                return answer
+            refusal = told_error(500, DEAD, "InternalServerError")
+        if refusal is not None:
+            await answer.write(event(refusal))
+        await answer.write(event("[DONE]"))
+        return answer
+
+    async def sample(self, running: Running, send: Send | None = None) -> None:
         if self.reply_s:
             await asyncio.sleep(self.reply_s)
         while len(running.tokens) < running.budget and not running.aborted:
@@ -160,52 +294,44 @@ class FakeVLLM:
                 running.spans.append({"version": self.version, "start": at, "end": at})
             running.spans[-1]["end"] = at + 1
             running.tokens.append((running.start + at) % 7 + 3)
-            number = int(self.version) if self.version.isdigit() else 98
-            running.logprobs.append(-(number + 1) / 10)
+            running.logprobs.append(self.logprob)
+            if send is not None and running.is_due:
+                await send(running)
 
-    def answer(self, running: Running) -> dict[str, Any]:
-        content = [entry(t, v) for t, v in zip(running.tokens, running.logprobs, strict=True)]
-        done = len(running.tokens)
-        choice = {
-            "index": 0,
-            "finish_reason": "abort" if running.aborted else "length",
-            "stop_reason": None,
-            "token_ids": running.tokens,
-            "weight_versions": running.spans,
-            "logprobs": {"content": content},
-        }
-        usage = {
-            "prompt_tokens": running.start,
-            "total_tokens": running.start + done,
-            "completion_tokens": done,
-        }
-        return {
-            "request_id": f"generate-tokens-{self.received[GENERATE]}",
-            "model": "m",
-            "created": int(time.time()),
-            "usage": usage,
-            "output_mode": "tokens",
-            "choices": [choice],
-        }
+    @property
+    def logprob(self) -> float:
+        number = int(self.version) if self.version.isdigit() else 98
+        return -(number + 1) / 10
 
-    def probe_answer(self, params: dict[str, Any]) -> dict[str, Any]:
+    def probe_answer(self, params: dict[str, Any], *, text: bool = False) -> dict[str, Any]:
         heat = 1.0 if self.raw_logprobs else params["temperature"]
         scores = [-token / 10 / heat for token in range(int(params["logprobs"]))]
         total = math.log(sum(math.exp(score) for score in scores))
-        top = [entry(token, score - total) for token, score in enumerate(scores)]
-        running = Running(2, 1, 1, [0], [top[0]["logprob"]])
+        top = {token: score - total for token, score in enumerate(scores)}
+        running = Running(2, 1, 1, [0], [top[0]], text=text, tops=[top])
         running.spans = [{"version": self.version, "start": 0, "end": 1}]
-        answer = self.answer(running)
-        answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"] = top
-        return answer
+        return running.answer(0, MODEL)
+
+    def echo_answer(self, prompt: list[int], *, text: bool) -> Running:
+        wrong = self.take_fault(COMPLETIONS if text else GENERATE, "wrong echo")
+        running = Running(len(prompt), 1, 1, [3], [self.logprob], text=text)
+        running.spans = [{"version": self.version, "start": 0, "end": 1}]
+        values = [self.logprob - token / 1000 - (1.0 if wrong else 0.0) for token in prompt]
+        rest = [prompt_entry(t, v) for t, v in zip(prompt[1:], values[1:], strict=True)]
+        running.prompt_logprobs = [None, *rest]
+        return running
 
     # Faults -----------------------------------------------------------------------------------
 
     def take_fault(self, path: str, *kinds: str) -> str | None:
+        found = self.find_fault(path, *kinds)
+        return None if found is None else str(found["kind"])
+
+    def find_fault(self, path: str, *kinds: str) -> dict[str, Any] | None:
         for fault in self.faults:
             if fault["path"] == path and fault["kind"] in kinds and fault["times"] > 0:
                 fault["times"] -= 1
-                return str(fault["kind"])
+                return fault
         return None
 
     @web.middleware
@@ -216,13 +342,16 @@ class FakeVLLM:
         self.received[path] += 1
         await self.notify()
         key = self.options.api_key
-        if key and request.headers.get("Authorization") != f"Bearer {key}":
+        guarded = path.startswith(self.guarded)
+        if key and guarded and request.headers.get("Authorization") != f"Bearer {key}":
             return web.json_response({"error": "Unauthorized"}, status=401)
         kind = self.take_fault(
-            path, "500", "hang", "disconnect", "garbage", "odd", "bytes", "truncated"
+            path, "500", "404", "hang", "disconnect", "garbage", "odd", "bytes", "truncated"
         )
         if kind == "500":
             return error(500, DEAD)
+        if kind == "404":
+            return web.json_response({"detail": "Not Found"}, status=404)
         if kind == "hang":
             await asyncio.Event().wait()
         if kind == "disconnect":
@@ -288,6 +417,9 @@ class FakeVLLM:
             "dead": self.dead,
             "running": len(self.running),
             "stalled": all(len(r.tokens) >= r.allowed for r in self.running),
+            "streamed": sum(r.sent for r in self.running),
+            "receiving": self.receiving,
+            "adapters": self.adapters,
             "received": dict(self.received),
             "loads": self.loads,
             "weights": self.weights,
@@ -309,6 +441,7 @@ class FakeVLLM:
         app.add_routes(
             [
                 web.get("/v1/models", self.models),
+                web.get("/get_world_size", self.world_size),
                 web.get("/health", self.health),
                 web.get("/weight_info", self.weight_info),
                 web.get("/is_paused", self.is_paused),
@@ -316,29 +449,13 @@ class FakeVLLM:
                 web.post("/pause", self.pause),
                 web.post("/resume", self.resume),
                 web.post("/collective_rpc", self.collective_rpc),
+                web.post("/v1/load_lora_adapter", self.load_adapter),
                 web.post(GENERATE, self.generate),
+                web.post(COMPLETIONS, self.completions),
                 web.post("/fake/do", self.do),
             ]
         )
         return app
-
-
-def entry(token: int, logprob: float) -> dict[str, Any]:
-    alone = {"token_id": token, "logprob": logprob, "rank": 1}
-    return alone | {"top_logprobs": [dict(alone)]}
-
-
-def error(status: int, message: str, kind: str = "InternalServerError", param: Any = None) -> Any:
-    told = {"message": message, "type": kind, "param": param, "code": status}
-    return web.json_response({"error": told}, status=status)
-
-
-def read_first_values(file: Path) -> dict[str, float]:
-    from safetensors import safe_open
-
-    with safe_open(file, framework="np") as tensors:
-        names = list(tensors.keys())
-        return {name: float(tensors.get_tensor(name).flat[0]) for name in names}
 
 
 async def serve(options: argparse.Namespace) -> None:
@@ -360,6 +477,8 @@ def main() -> None:
     parser.add_argument("--held", action="store_true", help="sample nothing until a step")
     parser.add_argument("--reply-s", type=float, default=0.0, help="before the first token")
     parser.add_argument("--raw-logprobs", action="store_true")
+    parser.add_argument("--no-scale-out", action="store_true")
+    parser.add_argument("--num-workers", type=int, default=1)
     parser.add_argument("--api-key", default="")
     asyncio.run(serve(parser.parse_args()))
 

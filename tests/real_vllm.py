@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import select
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
-from fitting import Judge
+from fitting import Judge, executor_of
+from lightning.pytorch.callbacks import Callback
+from rolling import assert_conserved, make_executor, versions, wait_until
 from torch import Tensor
 
 import sdp_lightning as sdp
@@ -48,49 +52,136 @@ def make_model(seed: int = 0) -> Any:
     return model
 
 
-def save_model(folder: Path) -> str:
+def save_model(folder: Path, *, seed: int = 0) -> str:
     """A model and its tokenizer, as transformers saves them."""
     with quiet_transformers():
-        make_model().save_pretrained(folder)
+        make_model(seed).save_pretrained(folder)
         tiny_tokenizer().save_pretrained(folder)
     return str(folder)
 
 
-def make_config(model: str, logs: Path, *, replicas: int = 1) -> ServerConfig:
+def make_config(model: str, logs: Path, *, replicas: int = 1, **settings: Any) -> ServerConfig:
+    cores = tuple(core(index) for index in range(replicas))
+    defaults: dict[str, Any] = {
+        "replicas": replicas,
+        "python": require_vllm(),
+        "devices": ("cpu",),
+        "max_model_len": 512,
+        "cores": cores if replicas > 1 else None,
+        "log_folder": str(logs),
+        "startup_timeout_s": 400.0,
+    }
+    return ServerConfig(model, **(defaults | settings))
+
+
+def core(index: int) -> str:
+    """A core of its own for every server, while there are enough."""
     available = sorted(os.sched_getaffinity(0))
-    cores = tuple(str(available[i % len(available)]) for i in range(replicas))
-    return ServerConfig(
-        model,
-        replicas=replicas,
-        python=require_vllm(),
-        devices=("cpu",),
-        max_model_len=512,
-        cores=cores if replicas > 1 else None,
-        log_folder=str(logs),
-        startup_timeout_s=400.0,
-    )
+    return str(available[index % len(available)])
+
+
+def engine_url(server_url: str) -> str:
+    return server_url.replace("http://", "vllm://")
 
 
 class LongSamples(sdp.RolloutWorkflow):
-    """One completion of a row, to its whole budget."""
+    """Completions of a row, each to its whole budget, with rewards that differ."""
 
-    def __init__(self, sampling: sdp.SamplingParams) -> None:
-        self._sampling = sampling
+    def __init__(self, sampling: sdp.SamplingParams, *, group_size: int = 1) -> None:
+        self._sampling, self._group_size = sampling, group_size
 
     @property
     def sampling(self) -> sdp.SamplingParams:
         return self._sampling
 
     async def run(self, row: Row, session: RolloutSession) -> Sequence[sdp.Trajectory]:
+        samples = [self._sample(row, session) for _ in range(self._group_size)]
+        return await asyncio.gather(*samples)
+
+    async def _sample(self, row: Row, session: RolloutSession) -> sdp.Trajectory:
         episode = session.open()
         episode.add_context(row["tokens"])
         await episode.generate(self._sampling)
-        return [episode.finish(reward=1.0)]
+        return episode.finish(int(episode.sampled_token_ids.sum()) % 97 / 97)
 
 
-def assert_exact(
-    judge: Judge, weights: dict[int, dict[str, Tensor]], trajectories: Iterable[sdp.Trajectory]
-) -> int:
+def make_long_rows(count: int) -> list[dict[str, Any]]:
+    return [{"id": f"row{i}", "tokens": [5, 6 + i % 40, 6 + i // 40]} for i in range(count)]
+
+
+class At(Callback):
+    """Calls something at the start of the step of one version, and checks the ledger after each."""
+
+    def __init__(self, actions: dict[int, Callable[[], None]]) -> None:
+        self._actions = actions
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._actions.get(batch.version, lambda: None)()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
+    ) -> None:
+        assert_conserved(executor_of(trainer))
+
+
+Updates = Sequence[Iterable[tuple[str, Tensor]]]
+Weights = Mapping[int, Mapping[str, Tensor]]  # of each version
+
+
+def generate_across(
+    server_url: str,
+    updates: Updates,
+    *,
+    num_requests: int = 16,
+    budget: int = 480,
+    temperature: float = 1.0,
+    **options: Any,
+) -> list[sdp.Trajectory]:
+    """Publish ``updates`` one after another while ``num_requests`` requests are in flight.
+
+    None of them is lost or doubled, each gets its whole budget, and at least 8 of them live under
+    both sides of every publish; what they sampled is returned.
+    """
+    sampling = sdp.SamplingParams(max_new_tokens=budget, temperature=temperature)
+    rows = make_long_rows(num_requests)
+    engine = sdp.connect_engine(engine_url(server_url), kv_on_update="recompute", **options)
+    engine.start()
+    executor = make_executor(
+        engine,
+        LongSamples(sampling),
+        rows=rows,
+        num_epochs=1,
+        batch_size=num_requests,
+        max_head_lag=len(updates) - 1,
+        max_concurrent=num_requests,
+    )
+    try:
+        executor.publish(updates[0], 0, reset=True)
+        executor.resume()
+        for version in range(1, len(updates)):
+            wait_until_sampling(server_url, num_requests)
+            executor.publish(updates[version], version)
+        wait_until(executor, lambda: executor.stat.running == 0)
+        live = executor.registry.snapshot()
+        assert_conserved(executor)
+        stat = executor.stat
+    finally:
+        executor.close()
+        engine.close()
+    assert (stat.submitted, stat.pending, stat.dropped) == (num_requests, num_requests, 0)
+    assert sorted(x.row.row_id for x in live) == sorted(row["id"] for row in rows)
+    trajectories = [t for x in live if x.group is not None for t in x.group.trajectories]
+    assert [sum(map(len, t.segments)) for t in trajectories] == [budget] * num_requests
+    assert len({tuple(t.token_ids[3:]) for t in trajectories}) == num_requests
+    for version in range(1, len(updates)):
+        across = [t for t in trajectories if versions(t)[0] < version <= versions(t)[-1]]
+        assert len(across) >= 8, (version, [versions(t) for t in trajectories])
+    return trajectories
+
+
+def assert_exact(judge: Judge, weights: Weights, trajectories: Iterable[sdp.Trajectory]) -> int:
     """Every segment has its version's log-probs; returns how many trajectories mix versions."""
     num_mixed = 0
     for trajectory in trajectories:
@@ -107,19 +198,34 @@ def assert_exact(
     return num_mixed
 
 
-def read_metric(url: str, name: str) -> float:
-    """The sum of ``name`` over its labels, from vLLM's own count."""
-    with urllib.request.urlopen(f"{url}/metrics", timeout=10) as answer:
+def read_metrics(url: str, *names: str) -> list[float]:
+    """The sum of each over its labels, from vLLM's own count."""
+    with urllib.request.urlopen(f"{url}/metrics", timeout=30) as answer:
         lines = answer.read().decode().splitlines()
-    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(f"{name}{{"))
+    return [
+        sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(f"{name}{{"))
+        for name in names
+    ]
 
 
 def num_sampled(url: str) -> float:
-    return read_metric(url, "vllm:generation_tokens_total")
+    return read_metrics(url, "vllm:generation_tokens_total")[0]
 
 
 def num_running(url: str) -> float:
-    return read_metric(url, "vllm:num_requests_running")
+    return read_metrics(url, "vllm:num_requests_running")[0]
+
+
+def wait_until_sampling(url: str, num_requests: int) -> None:
+    """Until half of ``num_requests`` run, and as many tokens more than now have been sampled."""
+    names = "vllm:num_requests_running", "vllm:generation_tokens_total"
+    enough = num_sampled(url) + num_requests
+
+    def is_sampling() -> bool:
+        running, sampled = read_metrics(url, *names)
+        return running >= num_requests // 2 and sampled >= enough
+
+    wait_for(is_sampling)
 
 
 def wait_for(condition: Callable[[], bool]) -> None:

@@ -196,6 +196,8 @@ class VersionScorer:
     Keeps what it was asked.
     """
 
+    is_collective = False
+
     def __init__(self) -> None:
         self.calls: list[list[Trajectory]] = []
 

@@ -20,7 +20,7 @@ from sdp_lightning.engines.options import RemoteOptions
 from sdp_lightning.engines.remote import RemoteInfEngine
 from sdp_lightning.engines.vllm import VLLMBackend
 
-GENERATE = "/inference/v1/generate"
+GENERATE, COMPLETIONS = "/inference/v1/generate", "/v1/completions"
 QUICK: dict[str, Any] = {
     "health_interval_s": 0.05,
     "health_timeout_s": 20.0,
@@ -70,8 +70,9 @@ class Server:
     def wait(self, **values: Any) -> dict[str, Any]:
         return self.do(wait=values)
 
-    def fault(self, path: str, kind: str, times: int = 10**9) -> None:
-        self.do(faults=[{"path": path, "kind": kind, "times": times}])
+    def fault(self, path: str, kind: str, times: int = 10**9, *, after: int = 0) -> None:
+        """``after`` so many chunks, of a fault in a stream."""
+        self.do(faults=[{"path": path, "kind": kind, "times": times, "after": after}])
 
     def signal(self, number: int) -> None:
         self.process.send_signal(number)
@@ -122,7 +123,8 @@ def connected(*running: Server, **options: Any) -> Iterator[RemoteInfEngine]:
 
 
 def assert_nothing_left() -> None:
-    assert "sdp-http" not in [thread.name for thread in threading.enumerate()]
+    left = [thread.name for thread in threading.enumerate()]
+    assert not [name for name in left if name.startswith(("sdp-http", "sdp-gloo"))]
     assert not list(Path("/dev/shm").glob(f"sdp-weights-{os.getpid()}-*"))
 
 

@@ -25,35 +25,46 @@ LAYERS: dict[str, set[str]] = {
     "types": {"errors"},
     "config": {"errors"},
     "loading": {"errors"},
-    "rewards": {"errors"},
+    "rewards": {"errors", "loading"},
     "weights": {"errors"},
+    "lifeline": {"errors"},
+    "ranks": {"errors", "lifeline"},
     "objective": {"config"},
     "batch": {"config", "errors", "types"},
     "engines": CORE | {"weights"},
     "scoring": {"types"},
+    "echo": {"errors", "types"},
     "forward": {"batch", "errors", "objective"},
     "metrics": {"batch", "objective"},
     "workflows": CORE | {"engines", "rewards"},
-    "rollout": {"config", "engines", "errors", "types", "workflows"},
+    "rollout": {"config", "engines", "errors", "ranks", "types", "workflows"},
     "testing": CORE | {"engines"},
-    "module": CORE | {"batch", "forward", "metrics", "objective", "scoring"},
-    "loaders": {"batch", "errors", "rollout", "types", "workflows"},
-    "datamodule": CORE | {"batch", "engines", "loaders", "module", "rollout", "workflows"},
-    "callbacks": {"batch", "datamodule", "errors", "module", "rollout"},
+    "policy": {"errors", "forward", "loading"},
+    "module": CORE | {"batch", "forward", "metrics", "objective", "policy", "scoring"},
+    "loaders": {"batch", "errors", "ranks", "rollout", "types", "workflows"},
+    "datamodule": CORE | {"batch", "engines", "loaders", "module", "ranks", "rollout", "workflows"},
+    "stopping": {"datamodule", "errors", "loaders"},
+    "watchdog": {"datamodule", "errors"},
+    "callbacks": {"batch", "datamodule", "echo", "errors", "module", "rollout", "stopping"},
     "progress": set(),
     "summary": {"progress"},
-    "doctor": {"loading"},
+    "doctor": {"errors", "loading"},
+    "export": {"errors", "loading"},
     "trainer_cli": {"callbacks", "datamodule", "module", "summary"},
-    "cli": {"doctor", "errors", "summary", "trainer_cli"},
+    "cli": {"doctor", "errors", "export", "summary", "trainer_cli"},
 }
 # These rooms see only the protocol, never an engine that exists.
 KNOW_BASE_ONLY = ("workflows", "rollout")
-LIGHTNING = {"module", "loaders", "datamodule", "callbacks", "progress", "summary", "trainer_cli"}
-TRANSFORMERS = {"engines", "forward", "loading", "module", "summary", "testing"}
+LIGHTNING = {
+    *("module", "loaders", "datamodule", "stopping", "watchdog", "callbacks"),
+    *("progress", "summary", "trainer_cli"),
+}
+TRANSFORMERS = {"engines", "export", "forward", "loading", "module", "policy", "summary", "testing"}
 TORCHMETRICS = {"metrics"}
 TORCH = {
     *("objective", "batch", "engines", "weights", "forward", "metrics", "scoring", "testing"),
-    *("module", "datamodule", "doctor", "rollout"),  # rollout: its checkpoint, tensors only
+    *("module", "policy", "ranks", "datamodule", "doctor", "echo", "export"),
+    "rollout",  # its checkpoint, tensors only
 }
 
 MAX_LINES, MAX_FUNCTION, MAX_PARAMETERS = 350, 60, 8
@@ -65,11 +76,15 @@ PASSED_ON = {
     ("rollout/runner.py", "_deliver"): "the thread's death; raised in every waiter",
     ("engines/embedded/loop.py", "_run"): "fails every request, present and future",
     ("engines/embedded/loop.py", "_deliver"): "fails the request whose sink raised",
+    ("weights/vllm_native.py", "_run"): "raised where the transfer is awaited",
     ("rewards/calling.py", "work"): "raised where the reward is awaited",
+    ("rewards/crew.py", "_serve"): "raised where the reward is awaited",
+    ("rewards/worker.py", "_attempt"): "sent to the pool, which raises it",
 }
 # Things of others: model configurations differ by type, callables may have no name.
 FOREIGN_ATTRIBUTES = {
     *("forward.py", "engines/embedded/loading.py", "rewards/calling.py"),
+    "rewards/pool.py",
     "engines/vllm_worker.py",
 }
 PRINTING = {"cli.py", "summary.py", "progress.py"}

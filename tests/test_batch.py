@@ -137,6 +137,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("make", "error", "message"), REFUSED)
+@pytest.mark.fault("corrupted data", "queue")
 def test_groups_that_cannot_be_trained_on_are_refused_by_name(
     make: Callable[[], TrajectoryGroup], error: type[Exception], message: str
 ) -> None:

@@ -46,6 +46,7 @@ def test_a_purge_returns_what_it_drops_and_keeps_the_order_of_the_rest(queue: bo
 
 
 @pytest.mark.parametrize("queue", [True, False], ids=["queue", "cache"])
+@pytest.mark.fault("exception", "queue")
 def test_a_purge_whose_verdict_fails_loses_nothing(queue: bool) -> None:
     """Faults: drain, process, put back; broad except and keep."""
     container = filled(queue=queue)
@@ -60,6 +61,7 @@ def test_a_purge_whose_verdict_fails_loses_nothing(queue: bool) -> None:
     assert orders(container.snapshot()) == [0, 1, 2, 3, 4]
 
 
+@pytest.mark.fault("slow", "queue")
 def test_a_full_queue_refuses_without_loss_and_has_room_after_a_purge_or_drain() -> None:
     queue = RolloutQueue(2)
     late = make_group([1], order=9)
@@ -112,6 +114,7 @@ def test_purges_while_producers_add_lose_nothing_and_reorder_nothing() -> None:
 
 
 @pytest.mark.parametrize("go_on", ["take", "commit"])
+@pytest.mark.fault("slow", "queue")
 def test_back_pressure_holds_groups_as_running_and_loses_and_reorders_none(go_on: str) -> None:
     """H=0, B=1: the queue has one place, and three groups finish in the order 1, 2, 0."""
     room = Room(0, max_head_lag=0)

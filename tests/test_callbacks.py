@@ -63,6 +63,7 @@ class SkipAVersion(Callback):
         self._sync.version += 1
 
 
+@pytest.mark.fault("corrupted data", "queue")
 def test_a_batch_of_another_version_than_the_trainers_is_an_error(model_folder: str) -> None:
     sync = sdp.WeightSyncCallback()
     trainer = make_trainer(sync, SkipAVersion(sync), max_steps=2)

@@ -92,7 +92,7 @@ def test_rows_in_flight_are_submitted_again_first_and_none_is_lost_or_trained_tw
         engine.wait_for_requests(8)
         engine.advance(9, only=5)
         wait_until(executor, lambda: executor.stat.pending == 1)
-        running = [x.row.row_id for x in executor.registry.snapshot() if x.group is None]
+        before = [(x.order, x.row.row_id) for x in executor.registry.snapshot()]
         state = through_a_file(executor.state_dict())
     with rolling(FakeEngine(), start=False, num_epochs=1, **SETTINGS) as executor:
         executor.load_state_dict(state)
@@ -100,7 +100,7 @@ def test_rows_in_flight_are_submitted_again_first_and_none_is_lost_or_trained_tw
         executor.resume()
         live = sorted(executor.registry.snapshot(), key=lambda x: x.order)
         assert len({x.order for x in live}) == len(live), "orders are never used twice"
-        assert [x.row.row_id for x in live[1:]] == running, "after the one that was finished"
+        assert [(x.order, x.row.row_id) for x in live][:8] == sorted(before), "places are kept"
         while batch := executor.take():
             rows["trained"] += [g.row_id for g in batch]
             executor.publish([], executor.version + 1)
@@ -154,6 +154,7 @@ def test_stale_groups_of_a_checkpoint_are_dropped_at_the_start() -> None:
         assert executor.stat.dropped == 8 and executor.manager.capacity(4) == 8
 
 
+@pytest.mark.fault("corrupted data", "resume")
 def test_a_state_comes_before_the_first_publish_and_fits_the_rows() -> None:
     with rolling(FakeEngine(), **SETTINGS) as executor:
         state = executor.state_dict()
@@ -185,5 +186,5 @@ def test_a_state_holds_plain_types_and_tensors_only(tmp_path: Path) -> None:
             engine.advance(9, only=0)
         wait_until(executor, lambda: executor.stat.pending == 3)
         state = executor.state_dict()
-        assert len(state["pending"]) == 3 and len(state["prompts"]["returned"]) >= 5
+        assert len(state["pending"]) == 3 and len(state["running"]) >= 5
         check(state)

@@ -124,12 +124,22 @@ def test_more_minibatches_than_groups_are_refused_before_anything_is_sampled(
     assert engine.num_requests == 0
 
 
-def test_several_processes_are_refused(model_folder: str) -> None:
+@pytest.mark.parametrize(
+    ("rollout", "message"),
+    [
+        ({"batch_size": 3}, r"batch_size=3 .* over 2 processes: use 2 or 4"),
+        ({"batch_size": 1}, r"batch_size=1 .* over 2 processes: use 2"),
+        ({"batch_size": 4, "max_concurrent": 5}, r"max_concurrent=5 .* use 4 or 6"),
+    ],
+)
+def test_counts_that_processes_cannot_share_evenly_are_refused(
+    model_folder: str, rollout: dict[str, Any], message: str
+) -> None:
     trainer = make_trainer(sdp.WeightSyncCallback(), devices=2, strategy="ddp", max_steps=1)
     trainer.strategy.connect(make_module(model_folder))
-    data = make_data(engine=FakeEngine())
+    data = make_data(engine=FakeEngine(), **rollout)
     data.trainer = trainer
-    with pytest.raises(sdp.ConfigError, match=r"2 processes.*devices=1"):
+    with pytest.raises(sdp.ConfigError, match=message):
         data.setup("fit")
 
 
@@ -231,9 +241,9 @@ def test_validate_publishes_before_a_fit_and_sees_the_last_version_after_it(
     for version in (0, 2):
         trainer = make_trainer(sync, max_steps=version)
         (found,) = trainer.validate(model, validating_data(), verbose=False)
-        assert found == {"val/reward": 0.5, "val/version": version}
+        assert found == {"val/reward": 0.5, "val/pass_at_k": 0.5, "val/version": version}
         (found,) = trainer.test(model, validating_data(), verbose=False)
-        assert found == {"test/reward": 0.5, "test/version": version}
+        assert found == {"test/reward": 0.5, "test/pass_at_k": 0.5, "test/version": version}
         if version == 0:
             make_trainer(sync, max_steps=2, limit_val_batches=0).fit(model, validating_data())
 

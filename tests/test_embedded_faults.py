@@ -40,6 +40,7 @@ def make_engine() -> Iterator[MakeEngine]:
     ],
     ids=["too long", "beyond the vocabulary", "negative", "two rows", "not integers"],
 )
+@pytest.mark.fault("corrupted data", "generate")
 def test_a_request_that_cannot_be_served_fails_alone(make_engine, tokens, budget: int, message):
     engine = make_engine(max_length=64)
 
@@ -53,6 +54,7 @@ def test_a_request_that_cannot_be_served_fails_alone(make_engine, tokens, budget
     assert run(scenario()) == "length"
 
 
+@pytest.mark.fault("exception", "generate")
 def test_a_sink_that_raises_fails_its_own_request_only(make_engine):
     engine = make_engine(max_slots=2)
 
@@ -70,6 +72,7 @@ def test_a_sink_that_raises_fails_its_own_request_only(make_engine):
     assert engine.num_active == 0
 
 
+@pytest.mark.fault("exception", "generate")
 def test_a_sink_that_raises_during_an_update_frees_its_slot(make_engine):
     control, model = Control(), tiny_model()
     engine = make_engine(control.watch(tiny_model()), max_slots=1)
@@ -113,6 +116,7 @@ def test_cancelling_frees_the_slot(make_engine):
     assert engine.num_active == 0 and engine.num_generated < 20
 
 
+@pytest.mark.fault("hang", "teardown")
 def test_close_fails_what_is_outstanding_and_leaves_no_thread(make_engine):
     control = Control()
     engine = make_engine(control.watch(tiny_model()), max_slots=2)
@@ -146,6 +150,8 @@ def every_later_call(engine: EmbeddedEngine) -> list[Callable[[], object]]:
     ]
 
 
+@pytest.mark.fault("thread died", "generate")
+@pytest.mark.fault("thread died", "publish")
 def test_a_dead_decode_thread_reaches_every_request_present_and_future(make_engine):
     control = Control()
     engine = make_engine(control.watch(tiny_model()), max_slots=2)
@@ -163,6 +169,7 @@ def test_a_dead_decode_thread_reaches_every_request_present_and_future(make_engi
             call()
 
 
+@pytest.mark.fault("exception", "publish")
 def test_a_copy_that_fails_half_way_makes_the_engine_unusable(make_engine):
     control = Control()
     engine = make_engine(control.watch(tiny_model()))
@@ -217,6 +224,7 @@ def test_an_event_loop_that_is_gone_does_not_stop_the_others(make_engine):
     assert len(segment) == 20 and not abandoned.done()
 
 
+@pytest.mark.fault("slow", "teardown")
 def test_a_close_that_comes_while_a_burst_is_gathered_ends_the_thread(make_engine, monkeypatch):
     engine = make_engine()
     entered = threading.Event()

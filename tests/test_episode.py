@@ -190,12 +190,14 @@ def test_several_turns_each_have_their_own_budget() -> None:
     run(main)
 
 
+@pytest.mark.fault("corrupted data", "generate")
 def test_more_tokens_than_asked_for_are_an_error() -> None:
     episode, _ = scripted(([1, 2, 3], "stop"))
     with pytest.raises(RolloutError, match="1 tokens beyond the budget"):
         run(lambda: episode.generate(SamplingParams(max_new_tokens=2)))
 
 
+@pytest.mark.fault("hang", "generate")
 def test_an_engine_that_only_interrupts_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(episode_module, "MAX_EMPTY_INTERRUPTIONS", 3)
     episode, engine = scripted(*[([], "abort")] * 9)
@@ -211,6 +213,7 @@ def test_generating_without_a_context_is_an_error() -> None:
         run(lambda: episode.generate(SamplingParams()))
 
 
+@pytest.mark.fault("exception", "generate")
 def test_an_engine_error_reaches_the_workflow() -> None:
     async def main() -> None:
         engine = FakeEngine(manual=True)

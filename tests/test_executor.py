@@ -37,6 +37,7 @@ class Scripted(Samples):
         return await self.act(row, await super().run(row, session))
 
 
+@pytest.mark.fault("slow", "queue")
 def test_generation_goes_on_while_the_trainer_does_not_ask() -> None:
     with rolling(FakeEngine(), batch_size=2, max_head_lag=2) as executor:
         wait_until(executor, lambda: executor.stat.pending == 6)
@@ -109,6 +110,7 @@ def test_rows_end_after_their_epochs_and_what_makes_no_batch_stays_pending() -> 
         assert executor.stat.pending == 1 and executor.stat.consumed == 4
 
 
+@pytest.mark.fault("hang", "queue")
 def test_a_rejected_rollout_never_makes_a_wait_hang() -> None:
     """Fault: wait(n) that counts only accepted results and hangs on rejects."""
     script = Samples(script=lambda row: "reject" if int(row["id"][3:]) % 3 else None)
@@ -142,6 +144,7 @@ class Returns(RolloutWorkflow):
     ],
     ids=["None", "an empty list", "a trajectory without samples", "a last one without samples"],
 )
+@pytest.mark.fault("hang", "queue")
 def test_endless_rejection_is_an_error_that_names_the_reason(value: Any, reason: str) -> None:
     with rolling(FakeEngine(), Returns(value), max_rejected_in_a_row=7) as executor:
         with pytest.raises(RolloutError, match=rf"7 groups in a row were rejected.*{reason}"):
@@ -158,6 +161,7 @@ def test_an_accepted_group_begins_the_count_of_rejections_anew() -> None:
             executor.publish([], version + 1)
 
 
+@pytest.mark.fault("exception", "generate")
 def test_a_failed_rollout_frees_its_slot_and_is_named_with_row_version_and_cause() -> None:
     """Faults: an exception leaks its slot; failure reported as success; no client timeout."""
 
@@ -175,6 +179,7 @@ def test_a_failed_rollout_frees_its_slot_and_is_named_with_row_version_and_cause
         assert executor.stat.failed == 1
 
 
+@pytest.mark.fault("exception", "generate")
 def test_max_failures_are_counted_and_others_go_on(caplog: pytest.LogCaptureFixture) -> None:
     def script(row: Row) -> None:
         if row["id"] in ("row0", "row1"):
@@ -188,6 +193,9 @@ def test_max_failures_are_counted_and_others_go_on(caplog: pytest.LogCaptureFixt
 
 
 @pytest.mark.parametrize("error", [asyncio.CancelledError(), SystemExit("out")], ids=["own", "die"])
+@pytest.mark.fault("thread died", "queue", only="die")
+@pytest.mark.fault("thread died", "teardown", only="die")
+@pytest.mark.fault("exception", "generate", only="own")
 def test_a_workflow_that_cancels_itself_or_exits_is_an_error_too(error: BaseException) -> None:
     """Fault: an error that is no Exception leaks the slot, and the trainer waits for ever."""
 
@@ -201,6 +209,7 @@ def test_a_workflow_that_cancels_itself_or_exits_is_an_error_too(error: BaseExce
             executor.take()
 
 
+@pytest.mark.fault("corrupted data", "queue")
 def test_malformed_results_are_an_error_that_names_the_row() -> None:
     """Fault: broad except and keep."""
     for value in ([1, 2], make_group([9]).trajectories):
@@ -211,6 +220,7 @@ def test_malformed_results_are_an_error_that_names_the_row() -> None:
             executor.take()
 
 
+@pytest.mark.fault("exception", "fetch")
 def test_a_row_that_cannot_be_read_reaches_the_trainer() -> None:
     class Broken(list[Row]):
         def __getitem__(self, index: Any) -> Any:
@@ -223,6 +233,8 @@ def test_a_row_that_cannot_be_read_reaches_the_trainer() -> None:
         executor.take()
 
 
+@pytest.mark.fault("hang", "generate")
+@pytest.mark.fault("hang", "queue")
 def test_at_the_deadline_the_error_says_where_everything_is_and_nothing_is_lost() -> None:
     engine = FakeEngine(reply=3, manual=True)
     with rolling(engine, batch_size=2, max_head_lag=1, max_concurrent=3) as executor:
@@ -257,6 +269,7 @@ def test_a_signal_ends_the_wait_without_loss() -> None:
 
 
 @pytest.mark.parametrize("how", ["close", "engine fails"])
+@pytest.mark.fault("exception", "queue")
 def test_a_waiting_trainer_is_woken(how: str) -> None:
     engine = FakeEngine(manual=True)
     with rolling(engine) as executor:
@@ -278,6 +291,7 @@ def test_an_executor_that_never_started_or_failed_closes() -> None:
             executor.take()
 
 
+@pytest.mark.fault("exception", "queue")
 def test_a_row_whose_submission_fails_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fault: an input popped before its submit fails."""
     with rolling(FakeEngine(), start=False) as executor:

@@ -94,6 +94,7 @@ class PoisonEveryGradient(PoisonGradients):
         self._now = True
 
 
+@pytest.mark.fault("corrupted data", "train step")
 def test_a_run_whose_gradients_are_never_finite_ends_with_an_error(model_folder: str) -> None:
     update = sdp.UpdateConfig(max_skipped_in_a_row=3)
     with pytest.raises(sdp.SDPError, match=r"not finite .* in 3 optimizer steps in a row"):
@@ -101,6 +102,7 @@ def test_a_run_whose_gradients_are_never_finite_ends_with_an_error(model_folder:
 
 
 @pytest.mark.parametrize("skipped", [0, 1])
+@pytest.mark.fault("corrupted data", "train step")
 def test_a_skipped_step_changes_no_weight_and_advances_the_version(
     model_folder: str, skipped: int
 ) -> None:
@@ -121,6 +123,7 @@ def test_with_no_lag_allowed_every_token_of_every_batch_has_lag_0(model_folder: 
 
 
 @pytest.mark.parametrize("max_head_lag", [1, 2])
+@pytest.mark.fault("slow", "train step")
 def test_lag_reaches_its_bound_and_never_passes_it(model_folder: str, max_head_lag: int) -> None:
     data = make_data(max_head_lag=max_head_lag)
     _, recorder = fit(model_folder, AwaitIdleRollouts(), max_steps=6, data=data)

@@ -57,6 +57,7 @@ def test_a_closed_gate_holds_requests_back_until_it_opens(runner: AsyncTaskRunne
     assert runner.wait(1, DEADLINE_S) == ["stop"] and request.left.is_set()
 
 
+@pytest.mark.fault("slow", "publish")
 def test_a_drain_waits_for_what_is_out(runner: AsyncTaskRunner) -> None:
     gate = SendGate()
     request, late = Request(gate), Request(gate)
@@ -69,6 +70,7 @@ def test_a_drain_waits_for_what_is_out(runner: AsyncTaskRunner) -> None:
     assert runner.wait(1, DEADLINE_S) == ["stop"] and not late.left.is_set()
 
 
+@pytest.mark.fault("slow", "publish")
 def test_a_straggler_is_cancelled_and_comes_back_as_aborted(runner: AsyncTaskRunner) -> None:
     gate = SendGate()
     request = Request(gate)
@@ -79,6 +81,7 @@ def test_a_straggler_is_cancelled_and_comes_back_as_aborted(runner: AsyncTaskRun
     assert runner.wait(1, DEADLINE_S) == ["abort"]
 
 
+@pytest.mark.fault("hang", "publish")
 def test_one_that_cannot_be_cancelled_is_an_error_not_a_hang(runner: AsyncTaskRunner) -> None:
     gate = SendGate()
     request = Request(gate, stubborn=True)

@@ -214,7 +214,8 @@ def test_only_what_the_regular_expression_finds_is_trained(model_folder: str) ->
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved == {name for name in before if "layers.1." in name and "proj" in name}
     assert recorder.gradients[0].keys() == moved
-    assert {name for name, _ in model.named_weights(changed_only=True)} == moved
+    sent = {name for name, _ in model.named_weights(changed_only=True)}
+    assert sent == {name for name in before if "layers.1." in name}  # servers fuse within a layer
     assert {name for name, _ in model.named_weights()} == set(before)
 
 

@@ -54,6 +54,7 @@ def test_a_stream_goes_on_where_its_state_was_taken() -> None:
     assert indices(restored, 20) == expected
 
 
+@pytest.mark.fault("corrupted data", "resume")
 def test_another_number_of_rows_is_refused() -> None:
     with pytest.raises(ConfigError, match="made with 5 prompts, now there are 4"):
         make_stream(4).load_state_dict(make_stream(5).state_dict())
@@ -61,6 +62,7 @@ def test_another_number_of_rows_is_refused() -> None:
         make_stream(0)
 
 
+@pytest.mark.fault("exception", "fetch")
 def test_a_row_that_cannot_be_read_is_named_and_comes_again() -> None:
     class Flaky(Sequence[Mapping[str, Any]]):
         broken = True
@@ -85,6 +87,7 @@ def test_a_row_that_cannot_be_read_is_named_and_comes_again() -> None:
     assert indices(stream, 2) == [0, 1]
 
 
+@pytest.mark.fault("corrupted data", "fetch")
 def test_a_row_must_be_a_mapping_and_is_named_by_its_id_or_index() -> None:
     with pytest.raises(RolloutError, match="row 0 of the prompts is str"):
         PromptStream(["text"], num_epochs=1).next()  # type: ignore[list-item]
@@ -99,6 +102,7 @@ def test_seeds_differ_in_every_part_and_are_reproducible() -> None:
 
 
 @pytest.mark.parametrize("other", [{"seed": 1}, {"shuffle": False}])
+@pytest.mark.fault("corrupted data", "resume")
 def test_a_position_in_another_order_is_refused(other: dict[str, Any]) -> None:
     rows = [{"prompt": str(n)} for n in range(4)]
     state = PromptStream(rows, seed=0, num_epochs=None).state_dict()

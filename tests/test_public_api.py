@@ -165,7 +165,8 @@ def test_constructors_have_their_forms() -> None:
     assert parameters(sdp.RLVRWorkflow)[:3] == ["reward", "group_size", "sampling"]
     assert parameters(sdp.RolloutDataModule)[:3] == ["prompts", "workflow", "engine"]
     assert parameters(sdp.SegmentWisePPOModule)[:2] == ["model", "loss"]
-    assert parameters(sdp.WeightSyncCallback) == []
+    assert sdp.WeightSyncCallback().version == 0  # all settings are optional
+    assert parameters(sdp.Watchdog)[0] == "timeout_s"
     assert parameters(sdp.create_staleness_strategy) == ["config"]
     assert parameters(sdp.AsyncTaskRunner.submit) == ["function", "args"]
     assert parameters(sdp.AsyncTaskRunner.wait) == ["count", "timeout"]

@@ -98,6 +98,8 @@ class Straggling(FakeEngine):
         return await super().generate(request, sink)
 
 
+@pytest.mark.fault("hang", "generate")
+@pytest.mark.fault("slow", "publish")
 def test_a_straggler_is_cancelled_past_drain_s_and_its_request_resent() -> None:
     """Fault: a hung server with no client timeout."""
     engine = Straggling()
@@ -129,6 +131,7 @@ class Stubborn(FakeEngine):
         return "stop"
 
 
+@pytest.mark.fault("hang", "publish")
 def test_a_drain_that_cannot_end_is_an_error_and_the_engine_stays_paused() -> None:
     engine = Stubborn()
     with rolling(engine, batch_size=1, max_head_lag=0, drain_s=0.01) as executor:
@@ -160,6 +163,8 @@ class Failing(RecordingEngine):
         ("other version", VersionError, "version 1 was published, but the engine reports 6"),
     ],
 )
+@pytest.mark.fault("exception", "publish", only="^error-")
+@pytest.mark.fault("corrupted data", "publish", only="^other version-")
 def test_a_failed_publish_raises_commits_nothing_and_leaves_the_engine_paused(
     how: str, error: type[Exception], message: str, in_process: bool
 ) -> None:
@@ -204,6 +209,7 @@ def test_a_start_takes_any_version_and_both_agree_after_it(held: int | None) -> 
 # Groups that go stale ----------------------------------------------------------------------------
 
 
+@pytest.mark.fault("slow", "generate")
 def test_a_running_group_beyond_the_bound_is_cancelled_and_counted_dropped_at_the_commit() -> None:
     engine = FakeEngine(reply=4, manual=True)
     with rolling(engine, batch_size=1, max_head_lag=1, max_concurrent=2) as executor:
@@ -221,6 +227,7 @@ def test_a_running_group_beyond_the_bound_is_cancelled_and_counted_dropped_at_th
         assert group.row_id == "row1"
 
 
+@pytest.mark.fault("slow", "generate")
 def test_what_finishes_stale_is_dropped_when_it_finishes() -> None:
     engine = FakeEngine(reply=2, manual=True)
     go_on = threading.Event()

@@ -100,6 +100,18 @@ def test_nothing_to_score_does_not_call_the_scorer() -> None:
     assert at_start.run() == RecomputeReport()
 
 
+def test_a_scorer_that_is_a_collective_is_called_even_with_nothing_to_score() -> None:
+    """Each rank holds a shard of the weights: one that stays away hangs the others."""
+    idle = Room(5)
+    idle.add([make_segment(5)])
+    idle.scorer.is_collective = True
+    assert idle.run() == RecomputeReport() and idle.scorer.calls == [[]]
+    for bound, version in ((1, 5), (4, 0)):  # what all ranks know needs no call
+        never = Room(version, max_head_lag=bound)
+        never.scorer.is_collective = True
+        assert never.run() == RecomputeReport() and not never.scorer.calls
+
+
 def test_a_segment_that_two_trajectories_share_is_scored_once() -> None:
     room, shared = Room(5), make_segment(4)
     room.add([shared, make_segment(5)], [shared])
@@ -119,6 +131,7 @@ class Acting(VersionScorer):
         return result if changed is None else changed
 
 
+@pytest.mark.fault("slow", "score")
 def test_a_score_taken_while_its_group_moves_is_not_lost() -> None:
     """Fault: drain, process, put back."""
     room = Room(5)
@@ -146,6 +159,7 @@ def test_a_score_taken_while_its_group_moves_is_not_lost() -> None:
         pytest.param([[np.array([0.0, np.nan])]], "one finite log-prob", id="not a number"),
     ],
 )
+@pytest.mark.fault("corrupted data", "score")
 def test_a_wrong_answer_of_the_scorer_is_an_error_and_scores_nothing(
     answer: Any, message: str
 ) -> None:
@@ -156,6 +170,7 @@ def test_a_wrong_answer_of_the_scorer_is_an_error_and_scores_nothing(
     assert not segment.proximal.is_set
 
 
+@pytest.mark.fault("exception", "score")
 def test_an_error_of_the_scorer_surfaces() -> None:
     def fail() -> None:
         raise MemoryError("CUDA")
@@ -169,6 +184,7 @@ def test_an_error_of_the_scorer_surfaces() -> None:
 # Over the whole executor --------------------------------------------------------------------------
 
 
+@pytest.mark.fault("slow", "reward")
 def test_a_finished_segment_whose_rollout_waits_for_its_reward_is_scored() -> None:
     """Fault: a component that is wired to nothing: the executor's own recompute does it."""
     go_on, scoring = threading.Event(), threading.Event()

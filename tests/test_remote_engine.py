@@ -184,7 +184,7 @@ def test_a_request_that_reaches_the_server_after_its_pause_is_taken_back(one: Se
         urlopen_pause(one)  # so that the request waits there, as one that came too late does
         sending = Sending(engine, [request()])
         one.do(wait={GENERATE: one.do()["received"].get(GENERATE, 0)})
-        while not engine._set.replicas[0].num_outstanding:
+        while not engine._running().replicas[0].outstanding:
             one.do()
         engine.pause()
         assert sending.join() == ["abort"]
@@ -247,7 +247,7 @@ def test_weights_are_loaded_whole_and_then_in_part(one: Server):
     with connected(one) as engine:
         engine.pause()
         report = engine.update_weights(weights(1.0, "a", "b", "c"), 0, reset=True)
-        assert report.num_bytes == 3 * 2 * 4 and report.paused_s > 0
+        assert report.num_bytes == 3 * 2 * 4 and report.bytes_per_s > 0
         engine.update_weights(weights(2.0, "b"), 1)
         engine.resume()
     state = one.do()
@@ -345,7 +345,9 @@ def test_a_key_opens_a_server_that_wants_one():
 
 def test_fewer_servers_than_min_replicas_are_refused():
     with pytest.raises(ConfigError, match="1 servers are fewer than min_replicas=2"):
-        RemoteInfEngine(["http://h:1"], VLLMBackend(), options=RemoteOptions(min_replicas=2))
+        RemoteInfEngine(
+            ["http://127.0.0.1:1"], VLLMBackend(), options=RemoteOptions(min_replicas=2)
+        )
 
 
 @pytest.mark.parametrize(
@@ -390,7 +392,7 @@ def test_closing_fails_what_is_out_and_leaves_nothing(one: Server):
 
 def test_an_engine_that_never_started_says_so():
     engine = RemoteInfEngine(["http://127.0.0.1:1"], VLLMBackend())
-    with pytest.raises(EngineError, match="was not started"):
+    with pytest.raises(EngineError, match="has not started"):
         engine.pause()
     with pytest.raises(EngineError, match="has not started"):
         engine.update_weights([], 0, reset=True)

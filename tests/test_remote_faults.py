@@ -9,12 +9,23 @@ from typing import Any
 
 import pytest
 from rolling import Samples, rolling, wait_until
-from serving import GENERATE, Server, assert_nothing_left, connected, make_engine, servers, weights
+from serving import (
+    GENERATE,
+    QUICK,
+    Server,
+    assert_nothing_left,
+    connected,
+    make_engine,
+    servers,
+    weights,
+)
 from test_remote_engine import Sending, assert_exact, generate, publish, request
 
 from sdp_lightning.engines.backend import Call
 from sdp_lightning.engines.http import HttpClient, ServerError
+from sdp_lightning.engines.options import RemoteOptions
 from sdp_lightning.engines.remote import RemoteInfEngine
+from sdp_lightning.engines.vllm import VLLMBackend
 from sdp_lightning.errors import EngineError, RolloutError
 
 KINDS = ["500", "hang", "disconnect", "garbage", "odd", "bytes", "truncated"]
@@ -62,7 +73,7 @@ def is_back(engine: RemoteInfEngine, server: Server, count: int = 1) -> None:
         if engine.num_serving == count:
             return
         server.do()
-    raise AssertionError(engine._set.describe_lost())
+    raise AssertionError(engine._running()._set.describe_lost())
 
 
 # Every phase, every fault -------------------------------------------------------------------------
@@ -93,6 +104,11 @@ def test_a_fault_while_connecting_names_the_server(one: Server, path: str, kind:
 
 @pytest.mark.parametrize("kind", [*KINDS, "ignored", "wrong", "load"])
 @pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.fault("exception", "publish", only="-(500|disconnect|load)$")
+@pytest.mark.fault("hang", "publish", only="-hang$")
+@pytest.mark.fault(
+    "corrupted data", "publish", only="-(garbage|odd|bytes|truncated|wrong|ignored)$"
+)
 def test_a_fault_in_a_publish_of_two_costs_one_server_which_comes_back(
     two: list[Server], phase: str, kind: str
 ):
@@ -111,8 +127,43 @@ def test_a_fault_in_a_publish_of_two_costs_one_server_which_comes_back(
         assert {s.version for got in sending.segments for s in got} == {1}
 
 
+@pytest.mark.parametrize("kind", ["500", "hang", "disconnect", "wrong", "load"])
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.fault("exception", "publish", only="-(500|disconnect|load)$")
+@pytest.mark.fault("hang", "publish", only="-hang$")
+@pytest.mark.fault(
+    "corrupted data", "publish", only="-(garbage|odd|bytes|truncated|wrong|ignored)$"
+)
+def test_a_fault_in_a_publish_under_requests_that_servers_keep_loses_none_of_them(
+    two: list[Server], phase: str, kind: str
+):
+    well, ill = two
+    options = limits(kind, recover_s=30.0) | {"on_update": "keep", "request_timeout_s": 60.0}
+    with connected(*two, **options) as engine:
+        publish(engine, 0, reset=True)
+        for server in two:
+            server.do(held=True)
+        sending = Sending(engine, [request() for _ in range(4)])
+        for server in two:
+            server.do(wait={"running": 2})
+        ill.fault(PHASES[phase], kind)
+        publish(engine, 1)
+        ill.do(faults=[])
+        for server in two:
+            server.do(held=False)
+        assert sending.join() == ["length"] * 4
+        assert {s.version for got in sending.segments for s in got} == {1}
+        is_back(engine, well, 2)
+        assert ill.do()["version"] == "1"
+
+
 @pytest.mark.parametrize("kind", [*KINDS, "ignored", "wrong", "load"])
 @pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.fault("exception", "publish", only="-(500|disconnect|load)$")
+@pytest.mark.fault("hang", "publish", only="-hang$")
+@pytest.mark.fault(
+    "corrupted data", "publish", only="-(garbage|odd|bytes|truncated|wrong|ignored)$"
+)
 def test_a_fault_in_a_publish_to_the_only_server_is_a_named_error(
     one: Server, phase: str, kind: str
 ):
@@ -134,6 +185,9 @@ def test_a_fault_in_a_publish_to_the_only_server_is_a_named_error(
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.fault("exception", "generate", only="^(500|disconnect)$")
+@pytest.mark.fault("hang", "generate", only="^hang$")
+@pytest.mark.fault("corrupted data", "generate", only="^(garbage|odd|bytes|truncated)$")
 def test_a_fault_while_generating_is_sent_again(one: Server, kind: str):
     with connected(one, **limits(kind, recover_s=30.0)) as engine:
         publish(engine, 0, reset=True)
@@ -145,6 +199,9 @@ def test_a_fault_while_generating_is_sent_again(one: Server, kind: str):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.fault("exception", "generate", only="^(500|disconnect)$")
+@pytest.mark.fault("hang", "generate", only="^hang$")
+@pytest.mark.fault("corrupted data", "generate", only="^(garbage|odd|bytes|truncated)$")
 def test_a_server_that_never_samples_again_is_a_named_error(one: Server, kind: str):
     with connected(one, **limits(kind)) as engine:
         publish(engine, 0, reset=True)
@@ -175,6 +232,7 @@ def test_a_publish_waits_for_the_only_server_to_come_back(one: Server):
         assert [s.version for s in generate(engine, request())] == [1]
 
 
+@pytest.mark.fault("exception", "publish")
 def test_too_few_servers_end_a_publish_with_the_reason(two: list[Server]):
     with connected(*two, **limits("500"), min_replicas=2) as engine:
         publish(engine, 0, reset=True)
@@ -184,6 +242,7 @@ def test_too_few_servers_end_a_publish_with_the_reason(two: list[Server]):
             engine.pause()
 
 
+@pytest.mark.fault("exception", "publish")
 def test_a_publish_whose_weights_fit_nowhere_names_every_server(two: list[Server]):
     with connected(*two) as engine:
         publish(engine, 0, reset=True)
@@ -197,6 +256,7 @@ def test_a_publish_whose_weights_fit_nowhere_names_every_server(two: list[Server
 # Restarts, freezes, kills -------------------------------------------------------------------------
 
 
+@pytest.mark.fault("corrupted data", "generate")
 def test_a_server_that_restarted_unseen_is_not_believed(one: Server):
     with connected(one, health_interval_s=1000.0, recover_s=0.5) as engine:
         publish(engine, 5, reset=True)
@@ -206,6 +266,7 @@ def test_a_server_that_restarted_unseen_is_not_believed(one: Server):
         assert engine.num_generated == 0 and engine.num_serving == 0
 
 
+@pytest.mark.fault("corrupted data", "publish")
 def test_a_server_that_restarted_before_a_publish_is_given_all_weights(one: Server):
     with connected(one, health_interval_s=1000.0) as engine:
         engine.pause()
@@ -219,6 +280,7 @@ def test_a_server_that_restarted_before_a_publish_is_given_all_weights(one: Serv
         assert [s.version for s in generate(engine, request())] == [1]
 
 
+@pytest.mark.fault("hang", "generate")
 def test_a_frozen_server_loses_its_requests_and_returns_at_the_present_version(fresh: list[Server]):
     well, ill = fresh
     for server in fresh:
@@ -258,6 +320,7 @@ def finish(executor: Any, server: Server, first: int, last: int) -> list[Any]:
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["it stays away", "it comes back"])
+@pytest.mark.fault("process killed", "generate")
 def test_a_server_killed_while_generating_costs_nothing(fresh: list[Server], again: bool):
     well, ill = fresh
     for server in fresh:
@@ -286,6 +349,7 @@ def test_a_server_killed_while_generating_costs_nothing(fresh: list[Server], aga
 
 
 @pytest.mark.parametrize("path", ["/pause", "/collective_rpc", "/weight_info", "/resume"])
+@pytest.mark.fault("process killed", "publish")
 def test_a_server_killed_in_a_publish_costs_nothing(fresh: list[Server], path: str):
     well, ill = fresh
     engine = make_engine(*fresh)
@@ -322,6 +386,7 @@ class KillWhen:
         self._thread.join(60.0)
 
 
+@pytest.mark.fault("process killed", "generate")
 def test_the_last_server_killed_is_a_named_error_in_the_trainer():
     with servers(1, "--held") as [server]:
         engine = make_engine(server, recover_s=0.5)
@@ -334,6 +399,7 @@ def test_the_last_server_killed_is_a_named_error_in_the_trainer():
     assert_nothing_left()
 
 
+@pytest.mark.fault("process killed", "publish")
 def test_the_last_server_killed_in_a_publish_is_a_named_error():
     with servers(1) as [server]:
         engine = make_engine(server, recover_s=0.5)
@@ -354,8 +420,9 @@ class Odd(Exception):
     pass
 
 
+@pytest.mark.fault("thread died", "publish")
 def test_a_watcher_that_dies_is_an_error_and_not_a_silence(one: Server):
-    class Backend(type(make_engine(one)._backend)):
+    class Backend(VLLMBackend):
         calls = 0
 
         def health(self) -> Call:
@@ -364,10 +431,9 @@ def test_a_watcher_that_dies_is_an_error_and_not_a_silence(one: Server):
                 raise Odd("no health")
             return super().health()
 
-    engine = make_engine(one)
-    engine._backend = engine._control._backend = Backend()
+    engine = RemoteInfEngine([one.url], Backend(), options=RemoteOptions(**QUICK))
     engine.start()
-    while engine._error is None:
+    while engine._running().error is None:
         one.do()
     with pytest.raises(EngineError, match=r"looking after the servers failed: Odd\('no health'\)"):
         engine.pause()
@@ -405,6 +471,7 @@ def test_work_that_times_out_itself_raises_that():
     with_client(work)
 
 
+@pytest.mark.fault("hang", "teardown")
 def test_a_call_that_waits_when_the_client_closes_is_told():
     import threading
 

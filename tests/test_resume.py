@@ -122,7 +122,7 @@ def test_a_checkpoint_holds_the_version_that_was_published_before_it(
 def test_our_part_of_a_checkpoint_is_plain_types_and_tensors(runs: tuple[Run, Run, Path]) -> None:
     state = torch.load(runs[2], weights_only=True)
     ours = [state["RolloutDataModule"], state["callbacks"]["WeightSyncCallback"]]
-    assert ours[0]["pending"] and all(is_plain(part) for part in ours)
+    assert ours[0]["ranks"][0]["pending"] and all(is_plain(part) for part in ours)
 
 
 def is_plain(value: object) -> bool:
@@ -210,13 +210,24 @@ def staged_data(clock: VersionClock) -> sdp.RolloutDataModule:
     )
 
 
-def test_a_row_that_ran_when_the_checkpoint_was_written_is_rolled_out_again(
+def test_a_row_that_ran_when_the_checkpoint_was_written_goes_on_where_it_was(
     model_folder: str, tmp_path: Path
 ) -> None:
     first, second = (Run(model_folder, staged_data, tmp_path) for _ in range(2))
     first.fit(SAVED)
     assert "row1" not in [row for rows in first.rows for row in rows]
     second.fit(10, first.take_checkpoint())
+    (group,) = [g for step in second.recorder.steps for g in step.groups if g.row_id == "row1"]
+    weights, judge = first.recorder.weights | second.recorder.weights, Judge(model_folder)
+    for trajectory in group.trajectories:
+        assert [s.version for s in trajectory.segments] == [0, 1, 2, 3, 4]
+        for segment in trajectory.segments:
+            found = judge.segment_logprobs(weights[segment.version], trajectory)
+            expected = found[trajectory.segments.index(segment)]
+            torch.testing.assert_close(torch.tensor(segment.logprobs), expected, atol=1e-4, rtol=0)
+            if segment.version < 4:  # the newest one is trained with its own step's
+                assert segment.proximal.version == segment.version + 1
+    assert group.created_version == 0
     lineage = [row for rows in first.rows + second.rows for row in rows]
     assert len(lineage) == len(set(lineage)) == 10
     assert "row1" in lineage

@@ -40,6 +40,7 @@ def test_any_kind_of_function_will_do(reward: Any) -> None:
     assert value == 4.0 and isinstance(value, float)
 
 
+@pytest.mark.fault("slow", "reward")
 def test_rewards_that_block_run_side_by_side_and_stall_nothing() -> None:
     """Eight that return only when all eight have begun: one pool of fewer threads would hang."""
     meeting = threading.Barrier(8)
@@ -51,6 +52,7 @@ def test_rewards_that_block_run_side_by_side_and_stall_nothing() -> None:
     assert sorted(run(main)) == list(range(8))
 
 
+@pytest.mark.fault("hang", "reward")
 def test_a_hung_reward_fails_at_its_deadline_and_takes_no_worker_from_others() -> None:
     """Fault: a hung reward eats pool workers for good."""
     release = threading.Event()
@@ -67,6 +69,7 @@ def test_a_hung_reward_fails_at_its_deadline_and_takes_no_worker_from_others() -
         release.set()
 
 
+@pytest.mark.fault("hang", "reward")
 def test_a_late_result_is_ignored_also_when_the_loop_is_gone() -> None:
     release, ended = threading.Event(), threading.Event()
 
@@ -99,12 +102,14 @@ def test_a_late_result_is_ignored_also_when_the_loop_is_gone() -> None:
     ],
     ids=["nothing", "text", "too large", "nan", "infinite"],
 )
+@pytest.mark.fault("corrupted data", "reward")
 def test_no_finite_number_is_an_error(value: Any, message: str) -> None:
     with pytest.raises(RolloutError, match=message):
         run(lambda: call_reward(lambda: value, timeout_s=DEADLINE_S))
 
 
 @pytest.mark.parametrize("error", [ValueError("bad row"), TimeoutError("its own"), StopIteration()])
+@pytest.mark.fault("exception", "reward")
 def test_an_error_of_the_reward_goes_on_as_it_is(error: Exception) -> None:
     def fail() -> float:
         raise error
@@ -122,6 +127,7 @@ def test_a_timeout_error_of_an_async_reward_is_not_taken_for_the_deadline() -> N
         run(lambda: call_reward(fail, timeout_s=DEADLINE_S))
 
 
+@pytest.mark.fault("hang", "reward")
 def test_an_async_reward_that_hangs_is_cancelled() -> None:
     ended: list[str] = []
 
@@ -137,6 +143,7 @@ def test_an_async_reward_that_hangs_is_cancelled() -> None:
     assert ended == ["cancelled"]
 
 
+@pytest.mark.fault("thread died", "reward")
 def test_a_reward_that_ends_its_thread_fails_at_once_and_says_so() -> None:
     with pytest.raises(RolloutError, match=r"called sys\.exit\(3\)"):
         run(lambda: call_reward(sys.exit, 3, timeout_s=2 * DEADLINE_S))

@@ -96,6 +96,13 @@ def test_an_answer_that_is_not_one_number_is_an_error_that_shows_it(answer: Any)
         numeric_match("1", {"answer": answer})
 
 
+def test_a_power_of_ten_beyond_all_bounds_is_no_number():
+    text = "It is 4, not 1e99999999999999999999."
+    assert find_numbers(text) == [4]
+    assert numeric_match(text, {"answer": 4}) == 1.0
+    assert numeric_match("1e99999999999999999999", {"answer": 4}) == 0.0
+
+
 @pytest.mark.parametrize("reward", [exact_match, numeric_match])
 def test_a_row_without_an_answer_is_an_error_that_names_its_keys(reward: Any):
     with pytest.raises(RolloutError, match=r"no 'answer'.*\['label', 'prompt'\]"):

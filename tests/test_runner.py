@@ -144,6 +144,7 @@ def test_waiting_for_more_than_can_ever_come_is_an_error(make: Make) -> None:
     assert runner.wait(1, DEADLINE_S) == [1], "and loses nothing"
 
 
+@pytest.mark.fault("hang", "queue")
 def test_at_the_deadline_nothing_is_lost_and_zero_means_now(make: Make) -> None:
     """Fault: `x or default` where x may be 0: a timeout of 0 would wait for ever."""
     runner, release = make(), threading.Event()
@@ -197,6 +198,7 @@ def test_cancelling_the_last_task_wakes_a_waiter(make: Make) -> None:
         runner.wait(1, DEADLINE_S)
 
 
+@pytest.mark.fault("thread died", "queue")
 def test_a_dead_thread_wakes_every_waiter_with_its_error(make: Make) -> None:
     runner, waiting, errors = make(), threading.Barrier(4), []
     release = threading.Event()
@@ -227,6 +229,7 @@ def test_a_dead_thread_wakes_every_waiter_with_its_error(make: Make) -> None:
         runner.submit(give, 1)
 
 
+@pytest.mark.fault("exception", "queue")
 def test_an_error_in_on_result_ends_the_runner_and_its_tasks(make: Make) -> None:
     """Fault: failure reported as success."""
     cancelled = threading.Event()
@@ -265,6 +268,7 @@ def test_results_go_to_on_result_when_there_is_one(make: Make) -> None:
     }
 
 
+@pytest.mark.fault("hang", "teardown")
 def test_closing_cancels_what_is_left_and_wakes_waiters(make: Make) -> None:
     runner, ended, waiting = make(max_running=1), threading.Event(), threading.Event()
 
@@ -308,6 +312,7 @@ def test_a_task_may_close_its_own_runner(make: Make) -> None:
         runner.wait(1, DEADLINE_S)
 
 
+@pytest.mark.fault("hang", "teardown")
 def test_a_task_that_blocks_the_loop_makes_close_say_so(make: Make) -> None:
     runner, release, blocking = make(), threading.Event(), threading.Event()
 

@@ -1,4 +1,4 @@
-"""How a run ends that does not end by itself: the error by name, no thread, no process."""
+"""How a run ends that does not end by itself: the error by name, nothing left behind."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 
 import lightning as L
 import pytest
+import torch
 from fitting import executor_of, make_data, make_module, make_rows, make_trainer, make_workflow
 from lightning.pytorch.callbacks import Callback
 
@@ -68,6 +69,8 @@ class FailingWorkflow(sdp.RolloutWorkflow):
     ids=["reward", "workflow"],
 )
 @pytest.mark.parametrize("embedded", [False, True], ids=["fake", "embedded"])
+@pytest.mark.fault("exception", "reward", only="reward")
+@pytest.mark.fault("exception", "generate", only="workflow")
 def test_an_error_in_a_rollout_reaches_the_caller_with_row_and_cause(
     model_folder: str,
     workflow: sdp.RolloutWorkflow,
@@ -102,6 +105,7 @@ class CallAt(Callback):
             self._function(trainer)
 
 
+@pytest.mark.fault("exception", "generate")
 def test_an_engine_that_fails_ends_the_run(model_folder: str) -> None:
     engine = FakeEngine()
     data = make_data(engine=engine)
@@ -123,6 +127,7 @@ class BrokenTransfer(FakeEngine):
         return super().update_weights(weights, version, reset=reset)
 
 
+@pytest.mark.fault("exception", "publish")
 def test_a_publish_that_fails_ends_the_run_at_the_version_before(model_folder: str) -> None:
     engine = BrokenTransfer()
     data = make_data(engine=engine)
@@ -142,6 +147,7 @@ def divide(trainer: L.Trainer) -> None:
 
 @pytest.mark.parametrize("hook", ["start", "step"])
 @pytest.mark.parametrize("embedded", [False, True], ids=["fake", "embedded"])
+@pytest.mark.fault("exception", "train step")
 def test_an_error_in_a_training_step_passes_through(
     model_folder: str, hook: str, embedded: bool
 ) -> None:
@@ -201,6 +207,7 @@ def test_an_error_while_validating_names_the_row(model_folder: str) -> None:
     assert_closed(data, engine)
 
 
+@pytest.mark.fault("hang", "generate")
 def test_a_batch_that_never_comes_is_a_timeout_that_says_why(model_folder: str) -> None:
     engine = FakeEngine(manual=True)
     data = make_data(engine=engine, timeout_s=0.3)
@@ -251,7 +258,7 @@ import torch
 torch.set_num_threads(1)
 sys.path.insert(0, {tests!r})
 from fitting import make_data, make_module, make_trainer
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 import sdp_lightning as sdp
 from sdp_lightning.testing import FakeEngine
 
@@ -260,19 +267,17 @@ class Mark(Callback):
         if batch_idx == 2:
             print("MARK", flush=True)
 
-class Marking(sdp.RolloutWorkflow):
-    sampling = sdp.SamplingParams()
-    async def run(self, row, session):
-        print("MARK", flush=True)
-        episode = session.open()
-        episode.add_context([3, 4])
-        await episode.generate(self.sampling)
+class Stalls(FakeEngine):
+    async def generate(self, request, sink):
+        if self.version == 2:
+            print("MARK", flush=True)
+            self.manual = True
+        return await super().generate(request, sink)
 
-if {waiting}:
-    data = make_data(Marking(), engine=FakeEngine(manual=True))
-else:
-    data = make_data()
-trainer = make_trainer(sdp.WeightSyncCallback(), Mark(), max_steps=10**8)
+data = make_data(engine=Stalls()) if {waiting} else make_data()
+callbacks = [sdp.WeightSyncCallback(), ModelCheckpoint({saved!r}, every_n_train_steps=10**6)]
+callbacks += [] if {waiting} else [Mark()]
+trainer = make_trainer(*callbacks, max_steps=10**8, enable_checkpointing=True)
 trainer.fit(make_module({folder!r}), data)
 print("ENDED", flush=True)
 """
@@ -283,19 +288,27 @@ class Ended:
     returncode: int
     stdout: str
     stderr: str
+    saved: list[Path]
 
 
 CASES = [(name, waiting) for name in ("SIGINT", "SIGTERM") for waiting in (False, True)]
 
 
 @pytest.fixture(scope="module")
-def ended(model_folder: str) -> dict[tuple[str, bool], Ended]:
+def ended(
+    model_folder: str, tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[str, bool], Ended]:
     """Four runs at once, each sent its signal once it has printed its mark."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     running: dict[tuple[str, bool], subprocess.Popen[str]] = {}
+    folders = {case: tmp_path_factory.mktemp("saved") for case in CASES}
+    shared = set(os.listdir("/dev/shm"))
     for name, waiting in CASES:
         script = SCRIPT.format(
-            tests=str(Path(__file__).parent), folder=model_folder, waiting=waiting
+            tests=str(Path(__file__).parent),
+            folder=model_folder,
+            waiting=waiting,
+            saved=str(folders[name, waiting]),
         )
         running[name, waiting] = subprocess.Popen(
             [sys.executable, "-c", script],
@@ -315,13 +328,27 @@ def ended(model_folder: str) -> dict[tuple[str, bool], Ended]:
                     break
         for key, process in running.items():
             stdout, stderr = process.communicate(timeout=DEADLINE_S)
-            found[key] = Ended(process.returncode, stdout, stderr)
+            found[key] = Ended(process.returncode, stdout, stderr, [*folders[key].iterdir()])
             with pytest.raises(ProcessLookupError):  # no child is left in its session
                 os.killpg(process.pid, 0)
+        assert set(os.listdir("/dev/shm")) <= shared
     finally:
         for process in running.values():
             process.kill()
     return found
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_signal_leaves_one_whole_checkpoint_and_says_where(
+    ended: dict[tuple[str, bool], Ended], case: tuple[str, bool]
+) -> None:
+    (path,) = ended[case].saved
+    assert f"go on with ckpt_path='{path}'" in ended[case].stderr
+    state = torch.load(path, weights_only=True)
+    version = state["callbacks"]["WeightSyncCallback"]["version"]
+    assert version == state["global_step"]
+    assert version >= (2 if case[1] else 3)
+    assert path.name == f"last-stopped-step={version}.ckpt"
 
 
 @pytest.mark.parametrize("waiting", [False, True], ids=["training", "waiting"])

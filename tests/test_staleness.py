@@ -65,6 +65,7 @@ def test_masking_judges_by_the_newest_token() -> None:
     [SegmentWisePPOStrategy(max_head_lag=2), StandardPPOStrategy()],
     ids=["segment-wise", "standard"],
 )
+@pytest.mark.fault("corrupted data", "queue")
 def test_malformed_versions_are_an_error_that_names_the_group(
     strategy: SegmentWisePPOStrategy | StandardPPOStrategy,
 ) -> None:

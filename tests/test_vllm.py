@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
 import pytest
-from fitting import Judge, Recorder, make_data, make_module, make_rows, make_trainer, make_workflow
+import torch
+from fitting import (
+    Judge,
+    Recorder,
+    make_data,
+    make_module,
+    make_rows,
+    make_trainer,
+    make_workflow,
+    weights_of,
+)
 from real_vllm import (
-    LongSamples,
     assert_exact,
+    engine_url,
+    generate_across,
     make_config,
     make_model,
-    num_running,
-    num_sampled,
     save_model,
-    wait_for,
 )
-from rolling import assert_conserved, make_executor, versions, wait_until
 
 import sdp_lightning as sdp
+from sdp_lightning.engines.base import GenerationRequest
 from sdp_lightning.engines.server import ManagedServers
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
-
-NUM_REQUESTS, BUDGET = 40, 480
 
 
 @pytest.fixture(scope="module")
@@ -40,57 +49,26 @@ def server_url(vllm_folder: str, tmp_path_factory: pytest.TempPathFactory) -> It
         servers.close()
 
 
-def engine_url(server_url: str) -> str:
-    return server_url.replace("http://", "vllm://")
-
-
 @pytest.mark.parametrize(
-    ("on_update", "temperature"), [("interrupt", 1.0), ("keep", 1.0), ("keep", 0.7)]
+    "options",
+    [
+        {"on_update": "interrupt", "num_requests": 40},
+        {"on_update": "keep", "num_requests": 40},
+        {"on_update": "keep", "temperature": 0.7},
+        {"on_update": "interrupt", "stream": True, "temperature": 0.7},
+        {"on_update": "keep", "stream": True},
+        {"on_update": "interrupt", "transport": "gloo"},
+        {"on_update": "keep", "transport": "gloo"},
+    ],
+    ids=lambda options: "-".join(f"{name}-{value}" for name, value in options.items()),
 )
 def test_requests_in_flight_across_three_publishes_lose_nothing_and_are_exact(
-    server_url: str, vllm_folder: str, on_update: str, temperature: float
+    server_url: str, vllm_folder: str, options: dict[str, Any]
 ) -> None:
-    sampling = sdp.SamplingParams(max_new_tokens=BUDGET, temperature=temperature)
-    rows = [{"id": f"row{i}", "tokens": [5, 6 + i]} for i in range(NUM_REQUESTS)]
     weights = {v: make_model(seed=10 + v).state_dict() for v in range(4)}
-    engine = sdp.connect_engine(
-        engine_url(server_url), on_update=on_update, kv_on_update="recompute"
-    )
-    engine.start()
-    executor = make_executor(
-        engine,
-        LongSamples(sampling),
-        rows=rows,
-        num_epochs=1,
-        batch_size=NUM_REQUESTS,
-        max_head_lag=3,
-        max_concurrent=NUM_REQUESTS,
-    )
-    try:
-        executor.publish(weights[0].items(), 0, reset=True)
-        executor.resume()
-        for version in (1, 2, 3):
-            before = num_sampled(server_url)
-            enough = before + 2 * NUM_REQUESTS
-            wait_for(lambda: num_running(server_url) >= NUM_REQUESTS // 2)
-            wait_for(lambda enough=enough: num_sampled(server_url) >= enough)
-            executor.publish(weights[version].items(), version)
-        wait_until(executor, lambda: executor.stat.running == 0)
-        live = executor.registry.snapshot()
-        assert_conserved(executor)
-        stat = executor.stat
-    finally:
-        executor.close()
-        engine.close()
-    assert (stat.submitted, stat.pending, stat.dropped) == (NUM_REQUESTS, NUM_REQUESTS, 0)
-    assert sorted(x.row.row_id for x in live) == sorted(row["id"] for row in rows)
-    trajectories = [t for x in live if x.group is not None for t in x.group.trajectories]
-    assert [sum(map(len, t.segments)) for t in trajectories] == [BUDGET] * NUM_REQUESTS
-    assert len({tuple(t.token_ids[2:]) for t in trajectories}) == NUM_REQUESTS
+    updates = [weights[v].items() for v in range(4)]
+    trajectories = generate_across(server_url, updates, **options)
     assert_exact(Judge(vllm_folder), weights, trajectories)
-    for version in (1, 2, 3):
-        across = [t for t in trajectories if versions(t)[0] < version <= versions(t)[-1]]
-        assert len(across) >= 8, (version, [versions(t) for t in trajectories])
 
 
 @pytest.mark.parametrize(("max_head_lag", "on_update"), [(0, "interrupt"), (2, "keep")])
@@ -136,3 +114,71 @@ def test_a_server_left_paused_is_resumed_when_connected_and_its_next_start_is_cl
     trainer.fit(make_module(vllm_folder), data)
     groups = recorder.steps[0].groups
     assert_exact(Judge(vllm_folder), recorder.weights, [t for g in groups for t in g.trajectories])
+
+
+def test_a_layer_of_which_one_weight_is_trained_is_exact_though_the_server_fuses_it(
+    server_url: str, vllm_folder: str
+) -> None:
+    module = make_module(vllm_folder, trainable=r"layers\.2\.self_attn\.q_proj")
+    module.configure_model()
+    sent = [name for name, _ in module.named_weights(changed_only=True)]
+    (trained,) = [p for p in module.require_policy().parameters() if p.requires_grad]
+    weights = {0: weights_of(module)}
+    for version in (1, 2, 3):
+        torch.manual_seed(version)
+        with torch.no_grad():
+            trained.copy_(torch.randn_like(trained) / 4)
+        weights[version] = weights_of(module)
+    changes = [[(name, weights[v][name]) for name in sent] for v in (1, 2, 3)]
+    trajectories = generate_across(server_url, [weights[0].items(), *changes])
+    assert 1 < len(sent) < len(weights[0])
+    assert_exact(Judge(vllm_folder), weights, trajectories)
+
+
+def test_the_echo_check_agrees_at_every_publish_of_a_trained_embedding(
+    server_url: str, vllm_folder: str
+) -> None:
+    data = make_data(make_workflow(max_new_tokens=6), engine=engine_url(server_url), max_head_lag=0)
+    sync = sdp.WeightSyncCallback(echo_every=1, echo_tolerance=1e-3)
+    recorder = Recorder()
+    make_trainer(sync, recorder, max_steps=3).fit(make_module(vllm_folder), data)
+    echoes = [metrics["publish/echo"] for metrics in recorder.metrics]
+    assert len(echoes) == 3 and all(0 < echo < 1e-4 for echo in echoes)
+    embedding = "model.embed_tokens.weight"
+    assert not recorder.weights[0][embedding].equal(recorder.weights[3][embedding])
+
+
+@pytest.mark.parametrize(
+    "truncation", [{"top_k": 3}, {"top_p": 0.6}, {"top_k": 8, "top_p": 0.7}], ids=str
+)
+def test_truncated_sampling_has_the_logprobs_of_what_is_left(
+    server_url: str, truncation: dict[str, Any]
+) -> None:
+    params = sdp.SamplingParams(
+        max_new_tokens=40, temperature=0.8, allow_truncated_sampling=True, **truncation
+    )
+    model = make_model(seed=4)
+    segments: list[sdp.Segment] = []
+    engine = sdp.connect_engine(engine_url(server_url))
+    try:
+        engine.start()
+        engine.pause()
+        engine.update_weights(model.state_dict().items(), 0, reset=True)
+        engine.resume()
+        prompt = np.array([5, 6, 7])
+        asyncio.run(engine.generate(GenerationRequest(prompt, params), segments.append))
+    finally:
+        engine.close()
+    (segment,) = segments
+    tokens = torch.from_numpy(np.concatenate([prompt, segment.token_ids]))
+    with torch.no_grad():
+        rows = model(input_ids=tokens[None]).logits[0, 2:-1] / 0.8
+    k, p = truncation.get("top_k"), truncation.get("top_p", 1.0)
+    if k is not None:
+        rows = rows.masked_fill(rows < rows.topk(k).values[:, -1:], -torch.inf)
+    shares, order = rows.softmax(-1).sort(descending=True)
+    kept = shares.cumsum(-1) - shares < p  # the smallest set that holds at least p
+    left = torch.zeros_like(kept).scatter(1, order, kept)
+    expected = rows.masked_fill(~left, -torch.inf).log_softmax(-1)
+    expected = expected.gather(1, tokens[3:, None])[:, 0].numpy()
+    assert np.abs(expected - segment.logprobs).max() < 1e-4

@@ -8,14 +8,30 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sdp_lightning.engines.backend import Call, RemoteInfBackend, ServerInfo, Span
+from sdp_lightning.engines.backend import (
+    Call,
+    Chunk,
+    RemoteInfBackend,
+    ServerInfo,
+    Span,
+    assemble,
+)
 from sdp_lightning.engines.base import GenerationRequest
-from sdp_lightning.engines.vllm import VLLMBackend
+from sdp_lightning.engines.vllm import STREAM_INTERVAL, VLLMBackend
 from sdp_lightning.errors import EngineError
 from sdp_lightning.types import SamplingParams
+from sdp_lightning.weights.base import (
+    EngineTransfer,
+    Instruction,
+    LoadAdapter,
+    LoadFolder,
+    Receive,
+)
 
 BACKEND: RemoteInfBackend = VLLMBackend()
 INFO = ServerInfo(model="m", max_length=256)
+HELLO = {"results": [True]}
+PLAIN = ServerInfo(model="m", max_length=256, has_spans=False)
 MODELS = {
     "object": "list",
     "data": [
@@ -74,7 +90,7 @@ def span(version: str, start: int, end: int) -> dict[str, Any]:
 
 
 def test_a_recorded_completion_is_one_span():
-    read = BACKEND.read_completion(COMPLETION)
+    read = BACKEND.read_completion(COMPLETION, INFO, 0)
     assert read.finish_reason == "length"
     logprobs = (-0.657286524772644, -1.5, -2.25, -0.125)
     assert read.spans == (Span("default", (14, 31, 50, 59), logprobs),)
@@ -82,7 +98,9 @@ def test_a_recorded_completion_is_one_span():
 
 def test_spans_divide_the_tokens_and_empty_ones_are_left_out():
     spans = [span("1", 0, 3), span("2", 3, 3), span("3", 3, 4)]
-    read = BACKEND.read_completion(completion(weight_versions=spans, finish_reason="abort"))
+    read = BACKEND.read_completion(
+        completion(weight_versions=spans, finish_reason="abort"), INFO, 0
+    )
     assert [(s.version, s.token_ids) for s in read.spans] == [("1", (14, 31, 50)), ("3", (59,))]
     assert read.finish_reason == "abort"
 
@@ -90,7 +108,7 @@ def test_spans_divide_the_tokens_and_empty_ones_are_left_out():
 @pytest.mark.parametrize("empty", [None, []])
 def test_an_interruption_before_the_first_token_has_no_span(empty: Any):
     nothing = {"token_ids": empty, "weight_versions": empty, "logprobs": None}
-    read = BACKEND.read_completion(completion(**nothing, finish_reason="abort"))
+    read = BACKEND.read_completion(completion(**nothing, finish_reason="abort"), INFO, 0)
     assert read.spans == () and read.finish_reason == "abort"
 
 
@@ -108,8 +126,8 @@ def test_an_interruption_before_the_first_token_has_no_span(empty: Any):
     ],
 )
 def test_spans_that_do_not_cover_every_token_once_are_refused(spans: Any):
-    with pytest.raises(EngineError, match="they must agree"):
-        BACKEND.read_completion(completion(weight_versions=spans))
+    with pytest.raises(EngineError, match=r"they must agree|without weight_versions"):
+        BACKEND.read_completion(completion(weight_versions=spans), INFO, 0)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +139,6 @@ def test_spans_that_do_not_cover_every_token_once_are_refused(spans: Any):
         {},
         {"choices": []},
         completion(finish_reason="error"),
-        completion(finish_reason=None),
         completion(token_ids=["x", 1, 2, 3]),
         completion(logprobs={"content": [{"token_id": 1}] * 4}),
         completion(weight_versions=[{"version": "1"}]),
@@ -131,18 +148,23 @@ def test_spans_that_do_not_cover_every_token_once_are_refused(spans: Any):
 )
 def test_another_form_is_an_error_that_says_what_was_wanted(answer: Any):
     with pytest.raises(EngineError, match=r"weight_versions \(vLLM 0.32\)"):
-        BACKEND.read_completion(answer)
+        BACKEND.read_completion(answer, INFO, 0)
 
 
 def test_tokens_without_logprobs_are_refused():
     with pytest.raises(EngineError, match="4 tokens, 0 log-probs"):
-        BACKEND.read_completion(completion(logprobs=None))
+        BACKEND.read_completion(completion(logprobs=None), INFO, 0)
+
+
+def test_a_whole_answer_says_why_it_ended():
+    with pytest.raises(EngineError, match="without a finish_reason"):
+        BACKEND.read_completion(completion(finish_reason=None), INFO, 0)
 
 
 def test_a_request_asks_for_all_that_the_episode_needs():
     params = SamplingParams(max_new_tokens=4, temperature=0.7, stop_token_ids=(2, 3))
     request = GenerationRequest(np.array([4, 5, 6]), params, seed=10)
-    call = BACKEND.generate(request, INFO)
+    call = BACKEND.generate(request, INFO, stream=False)
     assert (call.method, call.path) == ("POST", "/inference/v1/generate")
     assert call.body == {
         "model": "m",
@@ -151,6 +173,11 @@ def test_a_request_asks_for_all_that_the_episode_needs():
             "max_tokens": 4,
             "temperature": 0.7,
             "top_p": 1.0,
+            "top_k": 0,
+            "min_p": 0.0,
+            "presence_penalty": 0.0,
+            "frequency_penalty": 0.0,
+            "repetition_penalty": 1.0,
             "logprobs": 0,
             "seed": 13,
             "stop_token_ids": [2, 3],
@@ -162,22 +189,27 @@ def test_a_request_asks_for_all_that_the_episode_needs():
 def test_top_k_is_sent_where_it_is_set_and_seeds_stay_in_range():
     params = SamplingParams(max_new_tokens=1, top_k=5, allow_truncated_sampling=True)
     request = GenerationRequest(np.array([4]), params, seed=2**63 - 1)
-    body = BACKEND.generate(request, INFO).body
+    body = BACKEND.generate(request, INFO, stream=False).body
     assert body is not None and body["sampling_params"]["top_k"] == 5
     assert body["sampling_params"]["seed"] == 0
 
 
 def test_what_a_server_says_of_itself():
     assert BACKEND.name == "vllm"
-    assert BACKEND.describe() == Call("GET", "/v1/models")
-    assert BACKEND.read_description(MODELS) == INFO
+    hello = Call("POST", "/collective_rpc", {"method": "sdp_hello", "kwargs": {}})
+    models, world = Call("GET", "/v1/models"), Call("GET", "/get_world_size")
+    assert BACKEND.describe() == (models, world, hello)
+    assert BACKEND.read_description([MODELS, {"world_size": 1}, HELLO]) == INFO
+    assert BACKEND.read_description([MODELS, {"world_size": 4}, HELLO]).num_workers == 4
     for odd in (None, [], {"data": []}, {"data": [{"id": "m", "max_model_len": "long"}]}):
         with pytest.raises(EngineError, match="/v1/models without data"):
-            BACKEND.read_description(odd)
+            BACKEND.read_description([odd, {"world_size": 1}, HELLO])
+    with pytest.raises(EngineError, match="/get_world_size without world_size"):
+        BACKEND.read_description([MODELS, {}, HELLO])
 
 
 def test_versions_are_set_asked_and_read():
-    call = BACKEND.set_version(1)
+    call = BACKEND.set_version("1")
     assert call == Call("POST", "/update_weight_version", {"new_version": "1"})
     assert BACKEND.get_version() == Call("GET", "/weight_info")
     assert BACKEND.read_version({"weight_version": "default"}) == "default"
@@ -193,7 +225,7 @@ def test_control_routes():
     assert paused == Call("POST", "/pause?mode=abort&clear_cache=true")
     assert BACKEND.pause("keep", "keep") == Call("POST", "/pause?mode=keep&clear_cache=false")
     body = {"method": "sdp_load_folder", "kwargs": {"folder": "/f"}}
-    assert BACKEND.load_folder("/f") == Call("POST", "/collective_rpc", body)
+    assert BACKEND.load(LoadFolder("/f")) == Call("POST", "/collective_rpc", body)
 
 
 @pytest.mark.parametrize(
@@ -203,9 +235,22 @@ def test_control_routes():
         (BACKEND.pause("keep", "recompute"), {"status": "paused"}, None),
         (BACKEND.resume(), {"status": "resumed"}, {"status": "paused"}),
         (BACKEND.resume(), {"status": "resumed"}, {}),
-        (BACKEND.load_folder("/f"), {"results": [None]}, {"results": []}),
-        (BACKEND.load_folder("/f"), {"results": [None]}, [1]),
-        (BACKEND.set_version(1), {"success": True, "new_version": "1"}, {"success": False}),
+        (BACKEND.load(LoadFolder("/f")), {"results": [None]}, {"results": []}),
+        (BACKEND.load(LoadFolder("/f")), {"results": [None]}, [1]),
+        (BACKEND.set_version("1"), {"success": True, "new_version": "1"}, {"success": False}),
+        (
+            BACKEND.load(Receive("h", 1, "k", 2, 3.0)),
+            {"results": [None, None]},
+            {"status": "paused"},
+        ),
+        (BACKEND.load(LoadAdapter("a", "/f")), "Success: LoRA adapter 'a' added.", ""),
+        (BACKEND.load(LoadAdapter("a", "/f")), "Success: LoRA adapter 'a' added.", "no such"),
+        (
+            BACKEND.load(EngineTransfer("init", {})),
+            {"message": "Weight transfer initialized"},
+            {"status": "ok"},
+        ),
+        (BACKEND.load(EngineTransfer("finish", {})), {"message": "finished"}, {"message": ""}),
     ],
 )
 def test_what_was_told_is_done_when_the_answer_says_so(call: Call, answer: Any, odd: Any):
@@ -227,8 +272,278 @@ def test_a_probe_asks_for_one_token_at_its_temperature():
 
 
 def test_logprobs_that_follow_the_temperature_pass_and_others_name_the_flag():
-    BACKEND.read_probe(probed(-1.0, -2.0), probed(-0.5, -3.0))
+    BACKEND.read_probe(INFO, probed(-1.0, -2.0), probed(-0.5, -3.0))
     with pytest.raises(EngineError, match="--logprobs-mode processed_logprobs"):
-        BACKEND.read_probe(probed(-1.0, -2.0), probed(-1.0, -2.0))
+        BACKEND.read_probe(INFO, probed(-1.0, -2.0), probed(-1.0, -2.0))
     with pytest.raises(EngineError, match="top_logprobs"):
-        BACKEND.read_probe({"choices": []}, probed(-1.0))
+        BACKEND.read_probe(INFO, {"choices": []}, probed(-1.0))
+
+
+# Every way that weights travel --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("instruction", "call"),
+    [
+        (
+            Receive("10.0.0.1", 7, "k", 2, 5.0),
+            Call(
+                "POST",
+                "/collective_rpc",
+                {
+                    "method": "sdp_receive",
+                    "kwargs": {
+                        **{"host": "10.0.0.1", "port": 7, "key": "k"},
+                        **{"num_workers": 2, "timeout_s": 5.0},
+                    },
+                },
+            ),
+        ),
+        (
+            LoadAdapter("a", "/f"),
+            Call(
+                "POST",
+                "/v1/load_lora_adapter",
+                {"lora_name": "a", "lora_path": "/f", "load_inplace": True},
+                answer="text",
+            ),
+        ),
+        (
+            EngineTransfer("init", {"port": 1}),
+            Call("POST", "/init_weight_transfer_engine", {"init_info": {"port": 1}}),
+        ),
+        (EngineTransfer("start", {}), Call("POST", "/start_weight_update")),
+        (
+            EngineTransfer("update", {"names": ["a"]}),
+            Call("POST", "/update_weights", {"update_info": {"names": ["a"]}}),
+        ),
+        (EngineTransfer("finish", {}), Call("POST", "/finish_weight_update")),
+    ],
+)
+def test_every_instruction_is_one_call(instruction: Instruction, call: Call):
+    assert BACKEND.load(instruction) == call
+
+
+# Streams ------------------------------------------------------------------------------------------
+
+
+def streamed(*tokens: int, **changes: Any) -> dict[str, Any]:
+    """As recorded, from a server with spans."""
+    content = [recorded_token(token, -token / 8) for token in tokens]
+    choice = {
+        **{"index": 0, "finish_reason": None, "stop_reason": None, "token_ids": list(tokens)},
+        **{"routed_experts": None, "sampling_mask": None, "weight_versions": None},
+        "logprobs": {"content": content},
+    }
+    told = {"request_id": "generate-tokens-bcc6", "usage": None, "output_mode": "tokens"}
+    return told | {"choices": [choice | changes]}
+
+
+def test_a_stream_is_asked_for_some_tokens_at_a_time():
+    request = GenerationRequest(np.array([4]), SamplingParams(max_new_tokens=4))
+    body = BACKEND.generate(request, INFO, stream=True).body
+    whole = BACKEND.generate(request, INFO, stream=False).body
+    assert body is not None and whole is not None
+    assert body["stream"] is True and "stream" not in whole
+    assert body["sampling_params"].pop("stream_interval") == STREAM_INTERVAL
+    assert {k: v for k, v in body.items() if k != "stream"} == whole
+
+
+def test_chunks_follow_one_another_and_the_last_one_knows_the_versions():
+    spans = [span("1", 0, 2), span("2", 2, 4)]
+    answers = [
+        streamed(43),
+        streamed(43, 46),
+        streamed(21, finish_reason="length", weight_versions=spans),
+    ]
+    chunks = [BACKEND.read_chunk(answer, INFO) for answer in answers]
+    assert [chunk.token_ids for chunk in chunks] == [(43,), (43, 46), (21,)]
+    assert [chunk.edges for chunk in chunks] == [None, None, (("1", 0, 2), ("2", 2, 4))]
+    assert [chunk.finish_reason for chunk in chunks] == [None, None, "length"]
+    done = assemble(chunks, 9)
+    assert [(s.version, s.token_ids) for s in done.spans] == [("1", (43, 43)), ("2", (46, 21))]
+    assert done.finish_reason == "length"
+
+
+def test_an_interrupted_stream_may_end_with_an_empty_chunk():
+    last = streamed(finish_reason="abort", weight_versions=[span("4", 0, 1)])
+    chunks = [BACKEND.read_chunk(streamed(43), INFO), BACKEND.read_chunk(last, INFO)]
+    done = assemble(chunks, 4)
+    assert [(s.version, s.token_ids) for s in done.spans] == [("4", (43,))]
+    assert done.finish_reason == "abort"
+
+
+def test_a_last_chunk_of_tokens_without_versions_is_refused():
+    with pytest.raises(EngineError, match=r"without weight_versions \(vLLM 0.32\)"):
+        BACKEND.read_chunk(streamed(43, finish_reason="length"), INFO)
+
+
+def test_a_stream_that_broke_off_is_an_interruption_under_the_version_it_was_sent_under():
+    assert assemble([], 3).spans == () and assemble([], 3).finish_reason == "abort"
+    cut = assemble([Chunk((5,), (-1.0,)), Chunk((6, 7), (-2.0, -3.0))], 3)
+    assert cut.spans == (Span("3", (5, 6, 7), (-1.0, -2.0, -3.0)),)
+    assert cut.finish_reason == "abort"
+
+
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        [Chunk((5, 6), (-1.0,))],
+        [Chunk((5,), (-1.0,)), Chunk((6,), (-1.0,), "length", (("1", 0, 1),))],
+        [Chunk((5,), (-1.0,)), Chunk((6,), (-1.0,), "length", (("1", 1, 2),))],
+        [Chunk((5,), (-1.0,), "length", (("1", 0, 2),))],
+    ],
+)
+def test_chunks_whose_versions_are_of_other_tokens_are_refused(chunks: list[Chunk]):
+    with pytest.raises(EngineError, match="they must agree"):
+        assemble(chunks, 1)
+
+
+# Servers without spans ----------------------------------------------------------------------------
+
+TEXT: dict[str, Any] = {
+    **{"id": "cmpl-8969e6d2806df74e", "object": "text_completion", "created": 1795403497},
+    "model": "policy",
+    "choices": [
+        {
+            "index": 0,
+            "text": "//0",
+            "logprobs": {
+                "text_offset": [0, 1, 2],
+                "token_logprobs": [-1.0715653896331787, -1.405820608139038, -2.549502372741699],
+                "tokens": ["/", "/", "0"],
+                "top_logprobs": [
+                    {"/": -1.0715653896331787},
+                    {"/": -1.405820608139038},
+                    {"0": -2.549502372741699, "/": -1.369066834449768},
+                ],
+            },
+            "finish_reason": "length",
+            "stop_reason": None,
+            "token_ids": [43, 43, 3],
+            "prompt_logprobs": None,
+            "prompt_token_ids": [1, 2, 3, 4, 5, 6],
+            "routed_experts": None,
+        }
+    ],
+    **{"service_tier": None, "system_fingerprint": "vllm-0.32.0-c23c3b3d", "metrics": None},
+    "usage": {"prompt_tokens": 6, "total_tokens": 9, "completion_tokens": 3},
+}
+
+
+def text(**changes: Any) -> dict[str, Any]:
+    answer = copy.deepcopy(TEXT)
+    answer["choices"][0] |= changes
+    return answer
+
+
+def test_a_server_falls_back_once():
+    assert BACKEND.fallback(INFO) == PLAIN
+    assert BACKEND.fallback(PLAIN) is None
+
+
+def test_a_request_without_spans_asks_for_the_same_and_for_its_tokens():
+    params = SamplingParams(max_new_tokens=4, temperature=0.7, stop_token_ids=(2, 3))
+    request = GenerationRequest(np.array([4, 5, 6]), params, seed=10)
+    call = BACKEND.generate(request, PLAIN, stream=False)
+    assert (call.method, call.path) == ("POST", "/v1/completions")
+    with_spans = BACKEND.generate(request, INFO, stream=False).body
+    assert with_spans is not None
+    assert call.body == {
+        **{"model": "m", "prompt": [4, 5, 6], "return_token_ids": True},
+        **with_spans["sampling_params"],
+    }
+    body = BACKEND.generate(request, PLAIN, stream=True).body
+    assert body == {**call.body, "stream": True}
+
+
+def test_a_recorded_text_completion_is_of_the_version_it_was_sent_under():
+    done = BACKEND.read_completion(TEXT, PLAIN, 7)
+    logprobs = (-1.0715653896331787, -1.405820608139038, -2.549502372741699)
+    assert done.spans == (Span("7", (43, 43, 3), logprobs),)
+    assert done.finish_reason == "length"
+
+
+def test_an_interrupted_text_completion_without_tokens_has_no_span():
+    nothing = {"text_offset": [], "token_logprobs": [], "tokens": [], "top_logprobs": []}
+    for told in (nothing, None):
+        answer = text(token_ids=[], logprobs=told, finish_reason="abort")
+        done = BACKEND.read_completion(answer, PLAIN, 7)
+        assert done.spans == () and done.finish_reason == "abort"
+
+
+def test_chunks_of_text_have_no_versions():
+    chunk = BACKEND.read_chunk(text(finish_reason=None), PLAIN)
+    assert (chunk.token_ids, chunk.edges, chunk.finish_reason) == ((43, 43, 3), None, None)
+
+
+@pytest.mark.parametrize("answer", [None, {"choices": []}, text(token_ids=["x"]), COMPLETION])
+def test_text_of_another_form_names_its_route(answer: Any):
+    with pytest.raises(EngineError, match="vLLM answered /v1/completions without"):
+        BACKEND.read_completion(answer, PLAIN, 0)
+
+
+def probed_text(**top: float) -> dict[str, Any]:
+    return {"choices": [{"logprobs": {"top_logprobs": [top]}}]}
+
+
+def test_a_probe_of_text_holds_a_server_to_the_same():
+    call = BACKEND.probe(PLAIN, 0.5)
+    assert call.path == "/v1/completions" and call.body is not None
+    assert (call.body["max_tokens"], call.body["temperature"]) == (1, 0.5)
+    BACKEND.read_probe(PLAIN, probed_text(a=-1.0, b=-2.0), probed_text(a=-0.5, b=-3.0))
+    with pytest.raises(EngineError, match="--logprobs-mode processed_logprobs"):
+        BACKEND.read_probe(PLAIN, probed_text(a=-1.0, b=-2.0), probed_text(a=-1.0, b=-2.0))
+    for odd in ({"choices": []}, {"choices": [{"logprobs": None}]}, probed(-1.0)):
+        with pytest.raises(EngineError, match="/v1/completions without top_logprobs"):
+            BACKEND.read_probe(PLAIN, odd, probed_text(a=-1.0))
+
+
+# Echoes -------------------------------------------------------------------------------------------
+
+ECHOED = [
+    None,
+    {"2": {"logprob": -3.7184910774230957, "rank": 6, "decoded_token": "<unk>"}},
+    {
+        "3": {"logprob": -4.479767799377441, "rank": 21, "decoded_token": "0"},
+        "43": {"logprob": -1.266567587852478, "rank": 1, "decoded_token": "/"},
+    },
+]
+
+
+@pytest.mark.parametrize(
+    ("info", "path"), [(INFO, "/inference/v1/generate"), (PLAIN, "/v1/completions")]
+)
+def test_an_echo_asks_for_the_prompt_at_temperature_one(info: ServerInfo, path: str):
+    call = BACKEND.echo([1, 2, 3], info)
+    assert call.body is not None
+    asked = call.body["sampling_params"] if info.has_spans else call.body
+    assert (asked["prompt_logprobs"], asked["temperature"]) == (0, 1.0)
+    assert call.body["token_ids" if info.has_spans else "prompt"] == [1, 2, 3]
+    assert call.path == path
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        completion() | {"prompt_logprobs": ECHOED},
+        text(prompt_logprobs=ECHOED),
+    ],
+    ids=["at the top", "in the choice"],
+)
+def test_an_echo_is_the_log_prob_of_every_token_but_the_first(answer: Any):
+    assert BACKEND.read_echo(answer, [1, 2, 3]) == (-3.7184910774230957, -4.479767799377441)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        *(None, [], {}, {"choices": []}, completion(), completion() | {"prompt_logprobs": None}),
+        completion() | {"prompt_logprobs": ECHOED[:2]},
+        completion() | {"prompt_logprobs": [None, ECHOED[2], ECHOED[2]]},
+        completion() | {"prompt_logprobs": [None, {"2": {}}, ECHOED[2]]},
+    ],
+)
+def test_an_echo_of_another_text_is_refused(answer: Any):
+    with pytest.raises(EngineError, match="an echo without prompt_logprobs of every token"):
+        BACKEND.read_echo(answer, [1, 2, 3])

@@ -1,37 +1,34 @@
-"""Two real vLLM servers, and ``kill -9``: it costs time, not data, until the last one is gone."""
+"""Two real vLLM servers of which one freezes, or dies: it costs time, not data, until none is left.
+
+One pair for all tests, in their order; a server that is killed is started again once.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
-import lightning as L
 import pytest
-from fitting import (
-    Judge,
-    Recorder,
-    executor_of,
-    make_module,
-    make_rows,
-    make_trainer,
-    make_workflow,
-)
-from lightning.pytorch.callbacks import Callback
+from fitting import Judge, Recorder, make_module, make_trainer
 from real_vllm import (
+    At,
+    LongSamples,
     assert_exact,
     assert_gone,
     children_of,
+    core,
     descendants_of,
     make_config,
+    make_long_rows,
     num_running,
+    num_sampled,
     save_model,
     wait_for,
 )
-from rolling import assert_conserved
 
 import sdp_lightning as sdp
 from sdp_lightning.engines.backend import Call
@@ -39,11 +36,13 @@ from sdp_lightning.engines.options import RemoteOptions
 from sdp_lightning.engines.remote import RemoteInfEngine
 from sdp_lightning.engines.server import ManagedServers
 from sdp_lightning.engines.vllm import VLLMBackend
+from sdp_lightning.weights.base import Instruction
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
+BUDGET = 240
 RECOVER_S = 5.0
-EOS = 1  # of the tiny tokenizer
+OPTIONS = RemoteOptions(recover_s=RECOVER_S, health_interval_s=0.5, health_timeout_s=2.0)
 
 
 class KillingBackend(VLLMBackend):
@@ -51,105 +50,203 @@ class KillingBackend(VLLMBackend):
 
     kill: Callable[[], None] | None = None
 
-    def load_folder(self, folder: str) -> Call:
+    def load(self, instruction: Instruction) -> Call:
         kill, self.kill = self.kill, None
         if kill is not None:
             kill()
-        return super().load_folder(folder)
-
-
-class At(Callback):
-    """Calls something at the start of the step of one version, and checks the ledger after each."""
-
-    def __init__(self, actions: dict[int, Callable[[], None]]) -> None:
-        self._actions = actions
-
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        self._actions.get(batch.version, lambda: None)()
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
-    ) -> None:
-        assert_conserved(executor_of(trainer))
+        return super().load(instruction)
 
 
 class Pair:
-    """Two managed servers with an engine, and the means to kill them."""
+    """Two servers, each of which can be frozen, killed and started again."""
 
     def __init__(self, folder: Path) -> None:
+        self._folder = folder
         self.model = save_model(folder / "model")
         self.servers = ManagedServers(make_config(self.model, folder / "logs", replicas=2))
-        self.backend = KillingBackend()
-        options = RemoteOptions(recover_s=RECOVER_S, health_interval_s=0.5)
-        self.engine = RemoteInfEngine(self.servers, self.backend, options=options)
-        self.processes: list[int] = []
+        self.guards: list[int] = []
+        self._again: list[ManagedServers] = []
 
-    def remember(self) -> None:
-        guards = self.servers.process_ids
-        self.processes = [*guards, *(p for guard in guards for p in descendants_of(guard))]
-        assert len(self.processes) >= 8  # guard, API server, engine core, worker; twice
+    def start(self) -> None:
+        self.servers.start()
+        self.guards = self.servers.process_ids
+
+    def close(self) -> None:
+        for servers in (self.servers, *self._again):
+            servers.close()
+
+    @property
+    def urls(self) -> list[str]:
+        return self.servers.urls
+
+    def processes_of(self, index: int) -> list[int]:
+        found = [self.guards[index], *descendants_of(self.guards[index])]
+        assert len(found) >= 4  # guard, API server, engine core, worker
+        return found
+
+    def signal_group(self, index: int, number: signal.Signals) -> None:
+        for leader in children_of(self.guards[index]):
+            os.killpg(leader, number)
 
     def kill(self, index: int) -> None:
-        for pid in children_of(self.servers.process_ids[index]):
+        """The API server only: its engine and its worker have to notice."""
+        for pid in children_of(self.guards[index]):
             os.kill(pid, signal.SIGKILL)
 
-    def kill_while_it_samples(self) -> None:
-        wait_for(lambda: all(num_running(url) >= 1 for url in self.servers.urls))
-        self.kill(0)
-
-    def fit(self, *actions: tuple[int, Callable[[], None]], max_steps: int = 7) -> Recorder:
-        rollout = sdp.RolloutConfig(batch_size=4, max_head_lag=2, timeout_s=60.0)
-        workflow = make_workflow(max_new_tokens=120)
-        data = sdp.RolloutDataModule(make_rows(64), workflow, engine=self.engine, rollout=rollout)
-        recorder = Recorder()
-        at = At({0: self.remember, **dict(actions)})
-        trainer = make_trainer(sdp.WeightSyncCallback(), at, recorder, max_steps=max_steps)
-        try:
-            trainer.fit(make_module(self.model), data)
-        finally:
-            self.recorder = recorder
-        return recorder
+    def start_again(self, index: int) -> None:
+        """On its port, as it was at first: with the weights of the model's folder."""
+        assert_gone([self.guards[index]])
+        port = int(self.urls[index].rpartition(":")[2])
+        logs = self._folder / f"again-{len(self._again)}"
+        logs.mkdir()
+        config = make_config(self.model, logs, port=port, cores=(core(index),))
+        self._again.append(ManagedServers(config))
+        assert self._again[-1].start() == [self.urls[index]]
+        self.guards[index] = self._again[-1].process_ids[0]
 
 
-def assert_each_row_once(recorder: Recorder, model: str) -> None:
-    rows = [row for step in recorder.steps for row in step.row_ids]
-    assert len(rows) == len(set(rows)) == 4 * len(recorder.steps)
-    trajectories = [t for step in recorder.steps for g in step.groups for t in g.trajectories]
-    for trajectory in trajectories:
-        stopped = trajectory.finish_reason == "stop" and trajectory.token_ids[-1] == EOS
-        assert sum(map(len, trajectory.segments)) == 120 or stopped
-    assert_exact(Judge(model), recorder.weights, trajectories)
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    pair = Pair(tmp_path_factory.mktemp("vllm-pair"))
+    try:
+        pair.start()
+        yield pair
+    finally:
+        pair.close()
 
 
-def test_a_server_killed_while_it_samples_costs_no_row(tmp_path: Path) -> None:
-    pair = Pair(tmp_path)
-    recorder = pair.fit((2, pair.kill_while_it_samples))
-    assert recorder.engine_versions == list(range(8))
-    assert_each_row_once(recorder, pair.model)
-    assert_gone(pair.processes)
+class Run:
+    """A fit through a pair. It trains two layers of six and starts with weights of its own, so a
+    server that comes back needs all weights, and then those that have changed.
+    """
+
+    def __init__(self, pair: Pair, engine: RemoteInfEngine, folder: Path) -> None:
+        self.pair, self.engine = pair, engine
+        self.model = save_model(folder / "trainer", seed=1)
+        self.recorder = Recorder()
+        self.evaluated: list[sdp.TrajectoryGroup] = []
+        rollout = sdp.RolloutConfig(batch_size=4, max_head_lag=2, timeout_s=120.0)
+        workflow = LongSamples(sdp.SamplingParams(max_new_tokens=BUDGET), group_size=2)
+        self.data = sdp.RolloutDataModule(
+            make_long_rows(64), workflow, engine=engine, rollout=rollout
+        )
+
+    def fit(self, actions: dict[int, Callable[[], None]]) -> None:
+        module = make_module(self.model, trainable=r"layers\.[14]\.")
+        callbacks = sdp.WeightSyncCallback(), At(actions), self.recorder
+        make_trainer(*callbacks, max_steps=7).fit(module, self.data)
+
+    def wait_until_one_serves(self) -> None:
+        wait_for(lambda: self.engine.num_serving == 1)
+
+    def sample_while(self, fault: Callable[[], None]) -> None:
+        """While both servers sample, let ``fault`` happen; what they sampled ends all the same."""
+        workflow = LongSamples(sdp.SamplingParams(max_new_tokens=480))
+        with ThreadPoolExecutor(1) as pool:
+            sampled = pool.submit(self.data.executor.evaluate, make_long_rows(8), workflow)
+            wait_for(lambda: all(num_running(url) >= 2 for url in self.pair.urls))
+            fault()
+            groups = sampled.result()
+        assert [len(s) for g in groups for t in g.trajectories for s in t.segments] == [480] * 8
+        self.evaluated += groups
+
+    def sample_on_both(self) -> None:
+        """Wait until both serve, and sample on each of them before anything is published."""
+        wait_for(lambda: self.engine.num_serving == 2)
+        before = [num_sampled(url) for url in self.pair.urls]
+        workflow = LongSamples(sdp.SamplingParams(max_new_tokens=40))
+        rows = make_long_rows(24)  # the first 8 stay on the server that had them before
+        self.evaluated += self.data.executor.evaluate(rows, workflow)
+        after = [num_sampled(url) for url in self.pair.urls]
+        assert all(new >= old + 40 for old, new in zip(before, after, strict=True))
+
+    @property
+    def evaluated_versions(self) -> list[int]:
+        return [s.version for g in self.evaluated for t in g.trajectories for s in t.segments]
+
+    def assert_each_row_once(self) -> None:
+        steps = self.recorder.steps
+        rows = [row for step in steps for row in step.row_ids]
+        assert len(rows) == len(set(rows)) == 4 * len(steps)
+        trajectories = [t for step in steps for g in step.groups for t in g.trajectories]
+        assert {sum(map(len, t.segments)) for t in trajectories} == {BUDGET}
+        trajectories += [t for group in self.evaluated for t in group.trajectories]
+        assert_exact(Judge(self.model), self.recorder.weights, trajectories)
 
 
-def test_a_server_killed_during_a_publish_costs_no_row_and_the_last_one_is_a_named_error(
-    tmp_path: Path,
+@pytest.mark.fault("hang", "generate")
+def test_a_server_that_freezes_is_left_and_serves_the_present_version_when_it_thaws(
+    pair: Pair, tmp_path: Path
 ) -> None:
-    pair = Pair(tmp_path)
+    run = Run(pair, RemoteInfEngine(pair.urls, VLLMBackend(), options=OPTIONS), tmp_path)
+
+    def freeze() -> None:
+        pair.signal_group(0, signal.SIGSTOP)
+        frozen_at = time.monotonic()
+        run.wait_until_one_serves()
+        allowed_s = OPTIONS.health_interval_s + OPTIONS.health_timeout_s
+        assert time.monotonic() - frozen_at < allowed_s + 5.0
+
+    def thaw() -> None:
+        assert run.engine.num_serving == 1
+        pair.signal_group(0, signal.SIGCONT)
+        run.sample_on_both()
+
+    try:
+        run.fit({1: lambda: run.sample_while(freeze), 4: thaw})
+    finally:
+        pair.signal_group(0, signal.SIGCONT)
+    assert run.recorder.engine_versions == list(range(8))
+    assert run.engine.num_serving == 2
+    assert run.evaluated_versions == [1] * 8 + [4] * 24
+    run.assert_each_row_once()
+
+
+@pytest.mark.fault("process killed", "generate")
+def test_a_server_killed_while_it_samples_costs_no_row_and_serves_again_after_a_restart(
+    pair: Pair, tmp_path: Path
+) -> None:
+    run = Run(pair, RemoteInfEngine(pair.urls, VLLMBackend(), options=OPTIONS), tmp_path)
+    processes = pair.processes_of(0)
+
+    def kill() -> None:
+        pair.kill(0)
+        run.wait_until_one_serves()
+
+    def start_again() -> None:
+        assert run.engine.num_serving == 1
+        assert_gone(processes)
+        pair.start_again(0)
+        run.sample_on_both()
+
+    run.fit({1: lambda: run.sample_while(kill), 4: start_again})
+    assert run.recorder.engine_versions == list(range(8))
+    assert run.engine.num_serving == 2
+    assert run.evaluated_versions == [1] * 8 + [4] * 24
+    run.assert_each_row_once()
+
+
+@pytest.mark.fault("process killed", "publish")
+def test_a_server_killed_during_a_publish_costs_no_row_and_the_last_one_is_a_named_error(
+    pair: Pair, tmp_path: Path
+) -> None:
+    backend = KillingBackend()
+    run = Run(pair, RemoteInfEngine(pair.servers, backend, options=OPTIONS), tmp_path)
+    processes = [*pair.processes_of(0), *pair.processes_of(1)]
     killed_at: list[float] = []
 
     def arm() -> None:
-        pair.backend.kill = lambda: pair.kill(0)
+        backend.kill = lambda: pair.kill(0)
 
     def kill_last() -> None:
-        assert pair.engine.num_serving == 1
+        assert run.engine.num_serving == 1
         killed_at.append(time.monotonic())
         pair.kill(1)
 
     with pytest.raises(sdp.EngineError, match=r"servers are left|no server has been left"):
-        pair.fit((1, arm), (4, kill_last))
+        run.fit({1: arm, 4: kill_last})
     assert time.monotonic() - killed_at[0] < RECOVER_S + 40
-    recorder = pair.recorder
-    assert recorder.engine_versions[:5] == list(range(5))
-    recorder.steps = recorder.steps[:5]
-    assert_each_row_once(recorder, pair.model)
-    assert_gone(pair.processes)
+    assert run.recorder.engine_versions[:5] == list(range(5))
+    run.recorder.steps = run.recorder.steps[:5]
+    run.assert_each_row_once()
+    assert_gone(processes)

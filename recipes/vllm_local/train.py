@@ -33,7 +33,7 @@ def build(
     data = sdp.RolloutDataModule(
         rows,
         workflow,
-        engine=f"vllm://launch?python={python}&max_model_len=64&log_folder={LOGS}",
+        engine=f"vllm://launch?python={python}&devices=cpu&max_model_len=64&log_folder={LOGS}",
         rollout=sdp.RolloutConfig(batch_size=8, max_head_lag=2, max_concurrent=3),
         val_prompts=rows[::3],
     )

@@ -6,11 +6,11 @@ segments. No HTTP, no threads, no model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from sdp_lightning.types import FinishReason, IntArray, SamplingParams, Segment
+from sdp_lightning.types import FinishReason, FloatArray, IntArray, SamplingParams, Segment
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,13 +43,22 @@ class PublishReport:
 
     Attributes:
         version: the version that the engine now reports.
+        num_bytes: of weights transferred, to each server.
+        transfer_s: from the first byte to the version that all of them report.
         paused_s: how long no token was sampled.
-        num_bytes: of weights transferred.
+        exposed_s: how long the trainer waited, from the gate's closing to its opening.
     """
 
     version: int
-    paused_s: float
     num_bytes: int
+    transfer_s: float = 0.0
+    paused_s: float = 0.0
+    exposed_s: float = 0.0
+
+    @property
+    def bytes_per_s(self) -> float:
+        """Of the transfer; 0 where nothing had to be transferred."""
+        return self.num_bytes / self.transfer_s if self.transfer_s > 0 else 0.0
 
 
 class InferenceEngine(Protocol):
@@ -78,12 +87,32 @@ class InferenceEngine(Protocol):
         ...
 
     @property
+    def is_shared(self) -> bool:
+        """Whether the engines of all ranks sample on the same servers.
+
+        Then rank 0's alone changes them, and the others :meth:`follow`.
+        """
+        ...
+
+    @property
     def num_generated(self) -> int:
         """Tokens sampled since ``start``."""
         ...
 
-    def start(self) -> None:
-        """Make ready to serve; nothing is sampled before the first ``update_weights``."""
+    def start(self, *, servers: Sequence[str] = ()) -> Sequence[str]:
+        """Make ready to serve; nothing is sampled before the first ``update_weights``.
+
+        Args:
+            servers: that another rank's engine has started and leads; none: this one leads.
+
+        Returns:
+            The servers that it samples on; none if it samples in this process.
+        """
+        ...
+
+    @property
+    def servers(self) -> Sequence[str]:
+        """Those that take requests now; none if it samples in this process."""
         ...
 
     async def generate(self, request: GenerationRequest, sink: SegmentSink) -> FinishReason:
@@ -98,7 +127,14 @@ class InferenceEngine(Protocol):
         ...
 
     def pause(self) -> None:
-        """Stop sampling. New requests wait for ``resume``."""
+        """Stop sampling. New requests wait for ``resume``.
+
+        Where another rank leads, it stops the servers after this has returned on all others.
+        """
+        ...
+
+    def drain(self) -> None:
+        """Where another rank leads: wait until the requests that its pause interrupts are back."""
         ...
 
     def update_weights(
@@ -118,8 +154,23 @@ class InferenceEngine(Protocol):
         """
         ...
 
+    def follow(self, version: int, servers: Sequence[str]) -> None:
+        """The leading rank has brought ``servers`` to ``version``; the others are out."""
+        ...
+
     def resume(self) -> None:
         """Go on sampling."""
+        ...
+
+    def echo(self, token_ids: IntArray) -> Mapping[str, FloatArray]:
+        """Log-probs of a text's own tokens under the weights that sample now.
+
+        Args:
+            token_ids: ``[n]``, at least two.
+
+        Returns:
+            For each copy of the weights, under its name: ``[n - 1]`` nats at temperature 1.
+        """
         ...
 
     def close(self) -> None:

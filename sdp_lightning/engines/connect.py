@@ -13,10 +13,9 @@ if TYPE_CHECKING:
 
     from sdp_lightning.engines.base import InferenceEngine
     from sdp_lightning.engines.server import ServerConfig
+    from sdp_lightning.weights.base import TransportName
 
 T = TypeVar("T")
-
-_LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
 
 def connect_engine(
@@ -27,8 +26,9 @@ def connect_engine(
     Args:
         url: ``"embedded"`` samples in this process; ``"vllm://h1:8000,h2:8000"`` on servers that
             run; ``"vllm://launch?replicas=2&max_model_len=512"`` starts servers, with the fields of
-            :class:`~sdp_lightning.engines.server.ServerConfig`, and ends them with the run; an
-            engine object is returned as it is.
+            :class:`~sdp_lightning.engines.server.ServerConfig`, and ends them with the run;
+            ``"sglang://h1:30000"`` samples on SGLang servers that run; an engine object is returned
+            as it is.
         model: what ``"embedded"`` or a launched server loads: a Hugging Face id or a folder; for
             ``"embedded"`` also a module, which is copied.
         **options: of ``EmbeddedEngine``, or of
@@ -54,9 +54,11 @@ def connect_engine(
     scheme, separator, rest = url.partition("://")
     if separator and scheme == "vllm":
         return _connect_vllm(rest, model=model, options=options)
+    if separator and scheme == "sglang":
+        return _connect_sglang(rest, options=options)
     raise ConfigError(
         f"engine {url!r} is not known. Known are 'embedded', 'vllm://host:port,...', "
-        "'vllm://launch?replicas=1' and any object that is an engine."
+        "'vllm://launch?replicas=1', 'sglang://host:port,...' and any object that is an engine."
     )
 
 
@@ -69,29 +71,37 @@ def _connect_vllm(rest: str, *, model: Any, options: dict[str, Any]) -> Inferenc
     settings = _from_fields(RemoteOptions, options)
     place, _, query = rest.partition("?")
     if place == "launch":
-        servers = ManagedServers(_server_config(query, model))
+        servers = ManagedServers(_server_config(query, model, settings.transport))
         return RemoteInfEngine(servers, VLLMBackend(), options=settings)
-    hosts = [host for host in place.rstrip("/").split(",") if host]
-    if not hosts or query or not all(host.rpartition(":")[2].isdigit() for host in hosts):
-        raise ConfigError(
-            f"'vllm://{rest}' does not name servers. Write 'vllm://host:port,host:port' or "
-            "'vllm://launch?replicas=1'."
-        )
-    if len(set(hosts)) < len(hosts):
-        raise ConfigError(f"'vllm://{rest}' names a server twice.")
-    far = [host for host in hosts if host.rpartition(":")[0] not in _LOOPBACK]
-    if far and settings.api_key is None:
-        raise ConfigError(
-            f"{', '.join(far)} is on another host: whoever reaches it can change its weights. "
-            "Start it with --api-key and pass api_key."
-        )
-    return RemoteInfEngine([f"http://{h}" for h in hosts], VLLMBackend(), options=settings)
+    urls = _server_urls("vllm", rest, " or 'vllm://launch?replicas=1'")
+    return RemoteInfEngine(urls, VLLMBackend(), options=settings)
 
 
-def _server_config(query: str, model: Any) -> ServerConfig:
+def _connect_sglang(rest: str, *, options: dict[str, Any]) -> InferenceEngine:
+    from sdp_lightning.engines.options import RemoteOptions
+    from sdp_lightning.engines.remote import RemoteInfEngine
+    from sdp_lightning.engines.sglang import SGLangBackend
+
+    urls = _server_urls("sglang", rest, "; SGLang servers are not started from here")
+    settings = _from_fields(RemoteOptions, options)
+    return RemoteInfEngine(urls, SGLangBackend(), options=settings)
+
+
+def _server_urls(scheme: str, rest: str, otherwise: str) -> list[str]:
+    """``http://host:port`` of each server that ``rest`` names; else it says what to write."""
+    hosts = [host for host in rest.rstrip("/").split(",") if host]
+    if not hosts or "?" in rest or not all(h.rpartition(":")[2].isdigit() for h in hosts):
+        raise ConfigError(
+            f"'{scheme}://{rest}' does not name servers. Write '{scheme}://host:port,host:port'"
+            f"{otherwise}."
+        )
+    return [f"http://{host}" for host in hosts]
+
+
+def _server_config(query: str, model: Any, transport: TransportName) -> ServerConfig:
     from sdp_lightning.engines.server import ServerConfig
 
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = {"transport": transport}
     kinds = {field.name: str(field.type) for field in dataclasses.fields(ServerConfig)}
     try:
         pairs = parse_qsl(query, strict_parsing=bool(query))

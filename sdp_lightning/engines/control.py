@@ -5,14 +5,26 @@ No routing and no state: which servers there are is :mod:`sdp_lightning.engines.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from contextlib import aclosing
 
-from sdp_lightning.engines.backend import Call, Completion, OnUpdate, RemoteInfBackend
+from sdp_lightning.engines.backend import (
+    Call,
+    Chunk,
+    Completion,
+    OnUpdate,
+    RemoteInfBackend,
+    ServerInfo,
+    assemble,
+)
 from sdp_lightning.engines.base import GenerationRequest
 from sdp_lightning.engines.http import HttpClient, ServerError
 from sdp_lightning.engines.options import RemoteOptions
 from sdp_lightning.engines.replicas import Replica
-from sdp_lightning.errors import EngineError
+from sdp_lightning.errors import ConfigError, EngineError
+from sdp_lightning.weights.base import Instruction, LoadAdapter, Target, WeightTransport
+
+LOADING = "loading"  # the label of a server that holds no whole set of weights
+_NO_ROUTE = (403, 404, 405)
 
 
 class ServerControl:
@@ -23,25 +35,66 @@ class ServerControl:
     ) -> None:
         self._client, self._backend, self._options = client, backend, options
 
+    @property
+    def kind(self) -> str:
+        """Of server."""
+        return self._backend.name
+
     async def check(self, replica: Replica) -> None:
         """Ask whether it lives."""
         await self._call(replica, self._backend.health(), self._options.health_timeout_s)
 
-    async def meet(self, replica: Replica) -> None:
-        """Learn what it serves, and refuse it if its log-probs would be wrong.
+    async def meet(self, replica: Replica, *, resume: bool = True) -> None:
+        """Learn what it serves, and refuse it if it could not be trained on.
 
-        It is resumed first: it may have been left paused.
+        Args:
+            replica: which is resumed first, for it may have been left paused.
+            resume: whether it is.
+
+        Raises:
+            ConfigError: if it cannot do what the options ask of it.
         """
         backend, options = self._backend, self._options
-        await self.resume(replica)
-        answer = await self._call(replica, backend.describe(), options.answer_timeout_s)
-        info = backend.read_description(answer)
+        if options.on_update == "keep" and options.transport == "lora":
+            raise ConfigError(
+                "vLLM reads the adapter of a request again at every step, from the folder that it "
+                "had when the request came, so that on_update='keep' would sample with old "
+                "adapters under new versions. Use on_update='interrupt' with transport='lora'."
+            )
+        if resume:
+            await self.resume(replica)
+        info = await self.describe(replica)
+        try:
+            await self._probe(replica, info)
+        except ServerError as error:
+            less = backend.fallback(info)
+            if less is None or error.status not in _NO_ROUTE:
+                raise
+            info = less
+            await self._probe(replica, info)
+        if options.on_update == "keep" and not info.has_spans:
+            raise ConfigError(
+                f"{replica.url} is not known to say which version sampled which token, which "
+                "on_update='keep' needs. Use on_update='interrupt', or vLLM 0.32 with "
+                "--enable-scale-out."
+            )
+        replica.info, replica.is_met = info, True
+
+    async def describe(self, replica: Replica) -> ServerInfo:
+        """Learn what it serves. It samples nothing."""
+        limit = self._options.answer_timeout_s
+        answers = [await self._call(replica, call, limit) for call in self._backend.describe()]
+        replica.info = self._backend.read_description(answers)
+        return replica.info
+
+    async def _probe(self, replica: Replica, info: ServerInfo) -> None:
         answers = [
-            await self._call(replica, backend.probe(info, temperature), options.control_timeout_s)
+            await self._call(
+                replica, self._backend.probe(info, temperature), self._options.control_timeout_s
+            )
             for temperature in (1.0, 0.5)
         ]
-        backend.read_probe(*answers)
-        replica.info = info
+        self._backend.read_probe(info, *answers)
 
     async def pause(self, replica: Replica, on_update: OnUpdate | None = None) -> None:
         """Stop sampling there, in the configured way or as ``on_update`` says."""
@@ -52,12 +105,30 @@ class ServerControl:
         """Let it sample."""
         await self._tell(replica, self._backend.resume())
 
-    async def load(self, replica: Replica, folders: Sequence[str], version: int) -> None:
-        """Load ``folders`` in order, label it ``version``, and see that it says so."""
-        for folder in folders:
-            call = self._backend.load_folder(folder)
+    async def load(
+        self, replica: Replica, transport: WeightTransport, version: int, *, whole: bool
+    ) -> None:
+        """Bring it what ``transport`` holds, label it ``version``, and see that it says so.
+
+        Args:
+            replica: which samples nothing meanwhile.
+            transport: carries the weights.
+            version: what they are.
+            whole: it may hold anything: all weights are sent.
+        """
+
+        async def tell(instruction: Instruction) -> None:
+            call = self._backend.load(instruction)
             await self._tell(replica, call, self._options.control_timeout_s)
-        await self._tell(replica, self._backend.set_version(version))
+            if isinstance(instruction, LoadAdapter):
+                replica.adapter = instruction.name
+
+        num_workers = 1 if replica.info is None else replica.info.num_workers
+        if whole:
+            replica.adapter = None
+        await self._tell(replica, self._backend.set_version(LOADING))
+        await transport.deliver(Target(replica.url, num_workers, tell), whole=whole)
+        await self._tell(replica, self._backend.set_version(str(version)))
         found = await self.get_version(replica)
         if found != str(version):
             raise ServerError(f"{replica.url} reports version {found!r} instead of {version}.")
@@ -68,13 +139,35 @@ class ServerControl:
         answer = await self._call(replica, call, self._options.answer_timeout_s)
         return self._backend.read_version(answer)
 
-    async def complete(self, replica: Replica, request: GenerationRequest) -> Completion:
-        """What it samples. An answer of another form is the server's fault: ``ServerError``."""
-        assert replica.info is not None
-        call = self._backend.generate(request, replica.info)
-        answer = await self._call(replica, call, self._options.request_timeout_s)
+    async def echo(self, replica: Replica, token_ids: list[int]) -> tuple[float, ...]:
+        """The log-probs that it gives a text's own tokens, but the first."""
+        call = self._backend.echo(token_ids, replica.serves)
+        answer = await self._call(replica, call, self._options.control_timeout_s)
+        return self._backend.read_echo(answer, token_ids)
+
+    async def complete(
+        self, replica: Replica, request: GenerationRequest, version: int, chunks: list[Chunk]
+    ) -> Completion:
+        """What it samples. An answer of another form is the server's fault: ``ServerError``.
+
+        Args:
+            replica: where.
+            request: what.
+            version: that it is sent under.
+            chunks: filled while they come, if the answer is streamed.
+        """
+        backend, info, limit = self._backend, replica.serves, self._options.request_timeout_s
+        call = backend.generate(request, info, stream=self._options.stream)
         try:
-            return self._backend.read_completion(answer)
+            if not self._options.stream:
+                answer = await self._call(replica, call, limit)
+                return backend.read_completion(answer, info, version)
+            async with aclosing(self._client.stream(replica.url, call, timeout_s=limit)) as stream:
+                async for data in stream:
+                    chunks.append(backend.read_chunk(data, info))
+            return assemble(chunks, version)
+        except ServerError:
+            raise
         except EngineError as error:
             raise ServerError(f"{replica.url}: {error}") from error
 
@@ -84,7 +177,13 @@ class ServerControl:
         self._backend.read_done(call, await self._call(replica, call, limit))
 
     async def _call(self, replica: Replica, call: Call, timeout_s: float) -> object:
-        return await self._client.request(replica.url, call, timeout_s=timeout_s)
+        try:
+            return await self._client.request(replica.url, call, timeout_s=timeout_s)
+        except ServerError as error:
+            remedy = self._backend.remedy(call)
+            if error.status is None or not remedy:
+                raise
+            raise ServerError(f"{error} {remedy}", error.status) from error
 
 
 def check_length(request: GenerationRequest, replica: Replica) -> None:
@@ -95,7 +194,7 @@ def check_length(request: GenerationRequest, replica: Replica) -> None:
         raise EngineError(
             f"a prompt of {tokens} tokens and max_new_tokens={budget} do not fit the "
             f"{replica.info.max_length} tokens of {replica.url}. Shorten one of them, or start the "
-            "server with a larger --max-model-len."
+            "server with a larger --max-model-len (vLLM) or --context-length (SGLang)."
         )
 
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import Coroutine
+from collections.abc import AsyncGenerator, Coroutine
 from concurrent.futures import CancelledError, Future
 from concurrent.futures import TimeoutError as FutureTimeout
+from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 import aiohttp
@@ -40,6 +41,10 @@ class ServerError(EngineError):
     def is_refusal(self) -> bool:
         """Whether the request itself is at fault: another server would refuse it too."""
         return self.status is not None and 400 <= self.status < 500
+
+
+class ServerLost(ServerError):
+    """A server was taken out while a request was out there; the request is not to blame."""
 
 
 class HttpClient:
@@ -111,35 +116,63 @@ class HttpClient:
         """Send ``call`` to the server at ``url``; in the client's loop.
 
         Returns:
-            The answer's JSON, or None for an empty one.
+            The answer's JSON, or None for an empty one; its text if that is what the call expects.
 
         Raises:
             ServerError: naming server and path.
         """
+        async with self._sent(url, call, timeout_s) as answer:
+            text = (await answer.read()).decode(errors="replace")
+        return text if call.answer == "text" else _read_json(_where(url, call), text)
+
+    async def stream(self, url: str, call: Call, *, timeout_s: float) -> AsyncGenerator[Any]:
+        """Send ``call``, whose answer is a stream of server-sent events; in the client's loop.
+
+        Yields:
+            The JSON of each event, up to the one that says that it was the last.
+
+        Raises:
+            ServerError: naming server and path; also if the stream breaks off.
+        """
+        where = _where(url, call)
+        async with self._sent(url, call, timeout_s) as answer:
+            rest = b""
+            async for data in answer.content.iter_any():
+                *events, rest = (rest + data).split(b"\n")
+                for event in events:
+                    text = event.strip().removeprefix(b"data:").strip().decode(errors="replace")
+                    if text == "[DONE]":
+                        return
+                    if text:
+                        yield _refuse_errors(where, _read_json(where, text))
+        raise ServerError(f"{where} broke off its answer.")
+
+    @asynccontextmanager
+    async def _sent(
+        self, url: str, call: Call, timeout_s: float
+    ) -> AsyncGenerator[aiohttp.ClientResponse]:
+        """The answer with status 200. What goes wrong while it is read is a ``ServerError`` too."""
         if self._session is None:
             raise EngineError("the client is closed.")
-        where = f"{url}{call.path.partition('?')[0]}"
-        limit = aiohttp.ClientTimeout(total=timeout_s)
+        where = _where(url, call)
         try:
             async with self._session.request(
                 call.method,
                 url + call.path,
                 json=call.body,
-                timeout=limit,
+                timeout=aiohttp.ClientTimeout(total=timeout_s),
                 allow_redirects=False,
             ) as answer:
-                text = (await answer.read()).decode(errors="replace")
-                status = answer.status
+                if answer.status != 200:
+                    text = (await answer.read()).decode(errors="replace")
+                    raise ServerError(
+                        f"{where} answered {answer.status}: {text[:_SHOWN]}", answer.status
+                    )
+                yield answer
         except TimeoutError as error:
             raise ServerError(f"{where} did not answer within {timeout_s:.1f} s.") from error
         except (aiohttp.ClientError, OSError) as error:
             raise ServerError(f"{where}: {type(error).__name__}: {error}") from error
-        if status != 200:
-            raise ServerError(f"{where} answered {status}: {text[:_SHOWN]}", status)
-        try:
-            return json.loads(text) if text else None
-        except ValueError as error:
-            raise ServerError(f"{where} answered no JSON: {text[:_SHOWN]!r}") from error
 
     def close(self) -> None:
         """End the thread; what is under way is cancelled. Safe to call twice."""
@@ -178,3 +211,24 @@ class HttpClient:
                 work.close()
                 raise EngineError("the engine is closed, or was not started.")
             return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+
+def _where(url: str, call: Call) -> str:
+    return f"{url}{call.path.partition('?')[0]}"
+
+
+def _refuse_errors(where: str, event: Any) -> Any:
+    """A stream that has begun with status 200 tells errors in an event."""
+    told = event.get("error") if isinstance(event, dict) else None  # type: ignore[union-attr]
+    if told is None:
+        return event  # type: ignore[return-value]
+    code = told.get("code") if isinstance(told, dict) else None  # type: ignore[union-attr]
+    status = code if isinstance(code, int) else None
+    raise ServerError(f"{where} answered an error: {str(told)[:_SHOWN]}", status)  # type: ignore
+
+
+def _read_json(where: str, text: str) -> Any:
+    try:
+        return json.loads(text) if text else None
+    except ValueError as error:
+        raise ServerError(f"{where} answered no JSON: {text[:_SHOWN]!r}") from error

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import get_args
 
 from sdp_lightning.engines.backend import OnUpdate
 from sdp_lightning.errors import ConfigError
 from sdp_lightning.types import KVPolicy
+from sdp_lightning.weights.base import TransportName
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,16 @@ class RemoteOptions:
             version. ``"keep"``: servers carry them across, and say which version sampled what.
         kv_on_update: ``"recompute"`` clears caches when weights change, ``"keep"`` does not, and
             then log-probs of a prefix that was cached before belong to no single version.
-        api_key: bearer token; servers on other hosts need one.
+        stream: take tokens as they are sampled, some at a time: a server that dies takes few
+            of them with it. Costs the client time for every chunk.
+        transport: how weights travel. ``"files"`` in shared memory, or in ``weight_folder``;
+            ``"gloo"`` over the network from CPU to CPU; ``"nccl"`` and ``"ipc"`` between GPUs, by
+            vLLM's own engines; ``"lora"`` only an adapter, by its path.
+        weight_folder: where files go; None is this host's shared memory. Other hosts must see it
+            under the same name.
+        trainer_host: this host's name for servers that fetch weights from it; None finds out.
+        lora_alpha: of the adapter that ``"lora"`` sends.
+        api_key: bearer token, else that in ``SDP_API_KEY``; servers on other hosts need one.
     """
 
     min_replicas: int = 1
@@ -49,7 +62,12 @@ class RemoteOptions:
     health_timeout_s: float = 10.0
     on_update: OnUpdate = "interrupt"
     kv_on_update: KVPolicy = "recompute"
-    api_key: str | None = None
+    stream: bool = False
+    transport: TransportName = "files"
+    weight_folder: str | None = None
+    trainer_host: str | None = None
+    lora_alpha: float | None = None
+    api_key: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if self.on_update not in ("interrupt", "keep"):
@@ -58,6 +76,16 @@ class RemoteOptions:
             raise ConfigError(
                 "min_replicas, max_tries and max_requests must be at least 1, got "
                 f"{self.min_replicas}, {self.max_tries} and {self.max_requests}."
+            )
+        if self.transport not in get_args(TransportName):
+            raise ConfigError(
+                f"transport must be one of {', '.join(get_args(TransportName))}, got "
+                f"{self.transport!r}."
+            )
+        if (self.lora_alpha is None) == (self.transport == "lora"):
+            raise ConfigError(
+                f"lora_alpha={self.lora_alpha} and transport={self.transport!r}: the one goes with "
+                "the other."
             )
         if self.settle_s < 0:
             raise ConfigError(f"settle_s must not be negative, got {self.settle_s}.")

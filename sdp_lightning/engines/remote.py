@@ -1,38 +1,34 @@
-"""An engine of inference servers: routing, publishing, and servers that die and come back.
-
-The wire format is the backend's. A request that a server took down with it is sent to another one,
-which is safe: what was sampled there never reached anybody.
-"""
+"""An engine of inference servers. What it does with them is :class:`~.fleet.Fleet`'s."""
 
 from __future__ import annotations
 
-import asyncio
-import logging
+import os
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
+from urllib.parse import urlsplit
 
-from sdp_lightning.engines.backend import Completion, RemoteInfBackend
+import numpy as np
+
+from sdp_lightning.engines.backend import RemoteInfBackend
 from sdp_lightning.engines.base import (
     GenerationRequest,
     NamedWeights,
     PublishReport,
     SegmentSink,
 )
-from sdp_lightning.engines.control import ServerControl, check_length, check_versions
-from sdp_lightning.engines.http import HttpClient, ServerError
-from sdp_lightning.engines.options import RemoteOptions
-from sdp_lightning.engines.replicas import Replica, ReplicaSet
-from sdp_lightning.engines.server import ManagedServers
+from sdp_lightning.engines.control import ServerControl
+from sdp_lightning.engines.fleet import Fleet
+from sdp_lightning.engines.http import HttpClient
+from sdp_lightning.engines.options import LOOPBACK, RemoteOptions
+from sdp_lightning.engines.server import ManagedServers, ServerConfig
+from sdp_lightning.engines.transports import make_transport
 from sdp_lightning.errors import ConfigError, EngineError, VersionError
-from sdp_lightning.types import FinishReason, Segment
-from sdp_lightning.weights.files import WeightFolder
-
-logger = logging.getLogger(__name__)
+from sdp_lightning.types import FinishReason, FloatArray, IntArray, Segment
+from sdp_lightning.weights.base import WeightTransport
 
 _MARGIN_S = 5.0  # beyond the deadlines of the calls, which name their server
-_INTERRUPTED = Completion((), "abort")
 
 
 class RemoteInfEngine:
@@ -44,7 +40,8 @@ class RemoteInfEngine:
         options: deadlines and policies.
 
     Raises:
-        ConfigError: if there are fewer servers than ``min_replicas``.
+        ConfigError: if there are fewer servers than ``min_replicas``, one of them twice, one on
+            another host without an ``api_key``, or some that are started for another transport.
     """
 
     def __init__(
@@ -55,27 +52,28 @@ class RemoteInfEngine:
         options: RemoteOptions | None = None,
     ) -> None:
         self.options = options or RemoteOptions()
-        managed = isinstance(servers, ManagedServers)
-        count = servers.config.replicas if managed else len(servers)
+        self._managed = servers if isinstance(servers, ManagedServers) else None
+        self._urls = [] if self._managed else [str(url).rstrip("/") for url in servers]  # type: ignore
+        _check_servers(self._urls, self.options)
+        if self._managed and (ready := self._managed.config.transport) != self.options.transport:
+            raise ConfigError(
+                f"the servers are started for transport={ready!r}, but the engine's is "
+                f"{self.options.transport!r}: give both the same."
+            )
+        count = self._managed.config.replicas if self._managed else len(self._urls)
         if count < self.options.min_replicas:
             raise ConfigError(
                 f"{count} servers are fewer than min_replicas={self.options.min_replicas}."
             )
-        self._managed = servers if managed else None
-        self._set = ReplicaSet([] if managed else [url.rstrip("/") for url in servers])
         self._backend = backend
-        self._client = HttpClient(api_key=self.options.api_key)
-        self._control = ServerControl(self._client, backend, self.options)
-        self._slots = asyncio.Semaphore(self.options.max_requests)
-        self._weights: WeightFolder | None = None
-        self._version: int | None = None
-        self._publishing = True  # until the first publish: nobody else touches the servers
-        self._error: EngineError | None = None
+        self._client = HttpClient(api_key=_api_key(self.options))
+        self._transport: WeightTransport | None = None
+        self._fleet: Fleet | None = None
         self._num_generated = 0
 
     @property
     def version(self) -> int | None:
-        return self._version
+        return None if self._fleet is None else self._fleet.version
 
     @property
     def in_process(self) -> bool:
@@ -86,34 +84,55 @@ class RemoteInfEngine:
         return self._num_generated
 
     @property
+    def server_config(self) -> ServerConfig | None:
+        """How the servers are started that end with this engine; None: they run already."""
+        return None if self._managed is None else self._managed.config
+
+    @property
     def num_serving(self) -> int:
         """Servers that take requests."""
-        return len(self._set.serving)
+        return 0 if self._fleet is None else self._fleet.num_serving
 
-    def start(self) -> None:
+    @property
+    def is_shared(self) -> bool:
+        return True
+
+    @property
+    def servers(self) -> Sequence[str]:
+        return [] if self._fleet is None else self._fleet.serving_urls
+
+    def start(self, *, servers: Sequence[str] = ()) -> Sequence[str]:
         """Reach every server, and refuse one whose log-probs would be wrong.
 
         Raises:
             EngineError: naming the server, what was asked and what to do.
+            ConfigError: if a server cannot do what the options ask of it.
         """
-        if self._weights is not None:
-            return
+        if self._fleet is not None:
+            return self.servers
         options = self.options
         try:
-            if self._managed is not None:
-                self._set = ReplicaSet(self._managed.start())
+            if servers:
+                self._urls = list(servers)
+            elif self._managed is not None:
+                self._urls = self._managed.start()
             self._client.start()
-            self._weights = WeightFolder()
-            longest = options.health_timeout_s + 2 * options.answer_timeout_s
-            self._client.run(self._connect(), longest + 2 * options.control_timeout_s + _MARGIN_S)
-            for replica in self._set.replicas:
-                self._client.spawn(self._watch(replica)).add_done_callback(self._on_watch_end)
+            if not servers:
+                self._transport = make_transport(options, self._urls)
+            control = ServerControl(self._client, self._backend, options)
+            explain = _nothing if self._managed is None else self._managed.explain
+            self._fleet = fleet = Fleet(self._urls, control, self._transport, options, explain)
+            longest = options.health_timeout_s + 3 * options.answer_timeout_s
+            self._client.run(fleet.connect(), longest + 4 * options.control_timeout_s + _MARGIN_S)
+            for replica in fleet.replicas:
+                self._client.spawn(fleet.watch(replica)).add_done_callback(self._on_watch_end)
+            return self.servers
         except BaseException:
             self.close()
             raise
 
     async def generate(self, request: GenerationRequest, sink: SegmentSink) -> FinishReason:
-        completion = await self._client.bridge(self._generate(request))
+        completion = await self._client.bridge(self._running().generate(request))
         for span in completion.spans:
             self._num_generated += len(span.token_ids)
             sink(
@@ -129,185 +148,103 @@ class RemoteInfEngine:
 
     def pause(self) -> None:
         options = self.options
-        longest = options.settle_s + options.answer_timeout_s + options.abort_grace_s
-        self._run_phase(self._pause_all(), options.recover_s + longest)
+        longest = options.settle_s + options.answer_timeout_s + options.recover_s
+        self._run_phase(self._running().pause(), longest)
+        if self._transport is not None:
+            self.drain()
+
+    def drain(self) -> None:
+        self._run_phase(self._running().drain(), self.options.abort_grace_s)
+
+    def follow(self, version: int, servers: Sequence[str]) -> None:
+        longest = len(servers) * (
+            2 * self.options.answer_timeout_s + self.options.control_timeout_s
+        )
+        self._run_phase(self._running().follow(version, list(servers)), longest)
 
     def resume(self) -> None:
-        self._run_phase(
-            self._for_each_serving(self._control.resume, "resuming"), self.options.answer_timeout_s
-        )
-        self._publishing = False
+        options = self.options  # a server that has returned is described and probed, too
+        longest = 4 * options.answer_timeout_s + 4 * options.control_timeout_s
+        self._run_phase(self._running().resume(), longest)
 
     def update_weights(
         self, weights: NamedWeights, version: int, *, reset: bool = False
     ) -> PublishReport:
-        if not reset and (self._version is None or version != self._version + 1):
+        fleet, options = self._running(), self.options
+        if not reset and (fleet.version is None or version != fleet.version + 1):
             raise VersionError(
-                f"the servers are at version {self._version}; cannot commit {version}. "
+                f"the servers are at version {fleet.version}; cannot commit {version}. "
                 "Versions advance by 1: was a push skipped?"
             )
-        if self._weights is None:
-            raise EngineError("the engine has not started. Call start().")
+        assert self._transport is not None
         start = time.monotonic()
-        folder, num_bytes = self._weights.write(weights, full=reset)
-        folders = [str(folder)] if num_bytes else []
-        previous = None if reset else self._version
-        longest = 2 * self.options.control_timeout_s + 3 * self.options.answer_timeout_s
-        self._run_phase(self._update_all(folders, previous, version), longest)
-        self._version = version
-        return PublishReport(version, time.monotonic() - start, num_bytes)
+        num_bytes = self._transport.stage(weights, full=reset)
+        previous = None if reset else fleet.version
+        longest = 2 * options.control_timeout_s + 5 * options.answer_timeout_s
+        self._run_phase(fleet.update(previous, version), longest)
+        return PublishReport(version, num_bytes, transfer_s=time.monotonic() - start)
+
+    def echo(self, token_ids: IntArray) -> Mapping[str, FloatArray]:
+        work = self._running().echo([int(token) for token in token_ids])
+        found = self._client.run(work, self.options.control_timeout_s + _MARGIN_S)
+        return {url: np.asarray(logprobs, dtype=np.float32) for url, logprobs in found.items()}
 
     def close(self) -> None:
         self._client.close()
-        if self._weights is not None:
-            self._weights.close()
+        if self._transport is not None:
+            self._transport.close()
         if self._managed is not None:
             self._managed.close()
 
+    def _running(self) -> Fleet:
+        if self._fleet is None:
+            raise EngineError("the engine has not started. Call start().")
+        return self._fleet
+
     def _run_phase(self, work: Coroutine[Any, Any, None], longest_s: float) -> None:
         """Run a phase of a publish. One that fails leaves the engine unusable."""
-        if self._error is not None:
+        fleet = self._running()
+        if fleet.error is not None:
             work.close()
-            self._raise_if_unusable()
+            fleet.raise_if_unusable()
         try:
             self._client.run(work, longest_s + _MARGIN_S)
-        except EngineError as error:
-            self._error = error
+        except Exception as error:
+            fleet.error = EngineError(str(error) or repr(error))
             raise
-
-    def _raise_if_unusable(self) -> None:
-        if self._error is not None:
-            raise EngineError(f"the engine is unusable since: {self._error}") from self._error
 
     def _on_watch_end(self, watch: Future[None]) -> None:
         if not watch.cancelled() and (error := watch.exception()) is not None:
-            self._error = EngineError(f"looking after the servers failed: {error!r}")
-            self._error.__cause__ = error
+            fleet = self._running()
+            fleet.error = EngineError(f"looking after the servers failed: {error!r}")
+            fleet.error.__cause__ = error
 
-    # In the client's loop ------------------------------------------------------------------------
 
-    async def _connect(self) -> None:
-        async def one(replica: Replica) -> None:
-            try:
-                await self._control.check(replica)
-                await self._control.meet(replica)
-            except EngineError as error:
-                raise EngineError(
-                    f"cannot use the {self._backend.name} server at {replica.url}: {error}"
-                ) from error
-            self._set.bring_in(replica)
+def _nothing(url: str) -> str:
+    return ""
 
-        results = await asyncio.gather(
-            *(one(replica) for replica in self._set.replicas), return_exceptions=True
+
+def _api_key(options: RemoteOptions) -> str | None:
+    return options.api_key or os.environ.get("SDP_API_KEY")
+
+
+def _check_servers(urls: list[str], options: RemoteOptions) -> None:
+    if twice := sorted({url for url in urls if urls.count(url) > 1}):
+        raise ConfigError(f"{', '.join(twice)} is named twice.")
+    far = [url for url in urls if urlsplit(url).hostname not in LOOPBACK]
+    if far and _api_key(options) is None:
+        raise ConfigError(
+            f"{', '.join(far)} is on another host. Start it with --api-key and pass api_key, or "
+            "set SDP_API_KEY. vLLM asks for the key where it samples, but not on its routes for "
+            "weights: keep its port within a private network."
         )
-        for result in results:
-            if isinstance(result, BaseException):
-                raise result
-
-    async def _pause_all(self) -> None:
-        if self._version is not None:  # those that failed lately may be on their way back
-            await self._set.wait_for(self.options.min_replicas, self.options.recover_s)
-        self._publishing = True
-        if not self.in_process:
-            await self._set.settle(self.options.settle_s)
-        await self._for_each_serving(self._control.pause, "pausing")
-        if not self.in_process:
-            await self._set.drain(self.options.abort_grace_s)
-
-    async def _update_all(self, folders: list[str], previous: int | None, version: int) -> None:
-        async def one(replica: Replica) -> None:
-            found = await self._control.get_version(replica)
-            restarted = previous is not None and found != str(previous)
-            mine = self._all_folders() if restarted else folders
-            await self._control.load(replica, mine, version)
-
-        await self._for_each_serving(one, f"publishing version {version}")
-
-    def _all_folders(self) -> list[str]:
-        assert self._weights is not None
-        return [str(folder) for folder in self._weights.folders]
-
-    async def _for_each_serving(
-        self, work: Callable[[Replica], Awaitable[None]], phase: str
-    ) -> None:
-        replicas = self._set.serving
-        results = await asyncio.gather(*(work(r) for r in replicas), return_exceptions=True)
-        for replica, result in zip(replicas, results, strict=True):
-            if isinstance(result, EngineError):
-                self._set.take_out(replica, result, phase=phase)
-            elif isinstance(result, BaseException):
-                raise result
-        if len(self._set.serving) < self.options.min_replicas:
-            raise EngineError(
-                f"{phase}: {len(self._set.serving)} servers are left, min_replicas is "
-                f"{self.options.min_replicas}. {self._set.describe_lost()}"
-            )
-
-    async def _generate(self, request: GenerationRequest) -> Completion:
-        async with self._slots:
-            for _ in range(self.options.max_tries - 1):
-                try:
-                    return await self._try(request)
-                except ServerError as error:
-                    if error.is_refusal:
-                        raise
-            return await self._try(request)
-
-    async def _try(self, request: GenerationRequest) -> Completion:
-        """Send ``request`` to a server, which is taken out if it fails."""
-        self._raise_if_unusable()
-        if self._version is None:
-            raise EngineError("nothing was published yet: publish with reset=True first.")
-        replica = await self._set.choose(request.group_key, self.options.recover_s)
-        if self._publishing and not self.in_process:
-            return _INTERRUPTED  # it came after the pause: sent again, after the resume
-        check_length(request, replica)
-        oldest, lost = self._version, replica.lost
-        try:
-            with self._set.sending(replica):
-                completion = await self._complete(replica, request)
-            newest = self._version if self.in_process else oldest
-            check_versions(completion, oldest, newest, replica)
-        except ServerError as error:
-            if not error.is_refusal and not lost.is_set():
-                self._set.take_out(replica, error)
-            raise
-        return completion
-
-    async def _complete(self, replica: Replica, request: GenerationRequest) -> Completion:
-        """The completion, or ``ServerError`` as soon as the replica is lost."""
-        answer = asyncio.ensure_future(self._control.complete(replica, request))
-        lost = asyncio.ensure_future(replica.lost.wait())
-        taken_back = asyncio.ensure_future(self._set.taken_back.wait())
-        tasks = (answer, lost, taken_back)
-        try:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            if answer.done():
-                return answer.result()
-            if lost.done():
-                raise ServerError(f"{replica.url} was lost: {replica.why_out}")
-            return _INTERRUPTED
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-
-    async def _watch(self, replica: Replica) -> None:
-        while True:
-            await asyncio.sleep(self.options.health_interval_s)
-            try:
-                await self._control.check(replica)
-                if not replica.serving and not self._publishing and self._version is not None:
-                    await self._bring_back(replica, self._version)
-            except EngineError as error:
-                if not self._publishing:  # a publish has deadlines of its own, and loads take long
-                    self._set.take_out(replica, error)
-
-    async def _bring_back(self, replica: Replica, version: int) -> None:
-        """Bring ``replica`` to ``version``, whatever it held, and let it serve."""
-        await self._control.pause(replica, "interrupt")
-        await self._control.load(replica, self._all_folders(), version)
-        await self._control.meet(replica)
-        if not self._publishing and version == self._version:  # else the next round tries again
-            logger.warning("%s is back, at version %d.", replica.url, version)
-            self._set.bring_in(replica)
+    if far and options.transport == "ipc":
+        raise ConfigError(
+            f"{', '.join(far)} is on another host, and transport='ipc' shares a GPU's memory: use "
+            "'nccl' or 'gloo'."
+        )
+    if far and options.transport in ("files", "lora") and options.weight_folder is None:
+        raise ConfigError(
+            f"{', '.join(far)} is on another host and cannot see weights in this one's shared "
+            "memory: use transport='gloo' or 'nccl', or name a weight_folder that all hosts share."
+        )

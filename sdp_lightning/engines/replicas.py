@@ -9,11 +9,11 @@ import asyncio
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from sdp_lightning.engines.backend import ServerInfo
+from sdp_lightning.engines.backend import Completion, ServerInfo
 from sdp_lightning.errors import EngineError
 
 logger = logging.getLogger(__name__)
@@ -27,18 +27,32 @@ class Replica:
 
     Attributes:
         info: what it said of itself; None before it was asked.
+        adapter: that it samples with; None is the model as it is.
         serving: whether requests are sent to it.
-        num_outstanding: requests that are out.
+        outstanding: requests that are out; a cancelled one is sent elsewhere, or later.
+        num_losses: times it was taken out.
+        is_met: whether its log-probs were looked at since it was last reached.
+        waits_for_publish: it is reached and paused; the next publish takes it in.
         why_out: the latest error while it was out, or the one that took it out.
-        lost: set when it is taken out; what is out there is then sent elsewhere.
     """
 
     url: str
     info: ServerInfo | None = None
+    adapter: str | None = None
     serving: bool = False
-    num_outstanding: int = 0
+    outstanding: set[asyncio.Future[Completion]] = field(
+        default_factory=set["asyncio.Future[Completion]"]
+    )
+    num_losses: int = 0
+    is_met: bool = True
+    waits_for_publish: bool = False
     why_out: str = "it was never reached"
-    lost: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def serves(self) -> ServerInfo:
+        """What requests are sent to: the adapter, where it has one."""
+        assert self.info is not None
+        return self.info if self.adapter is None else replace(self.info, model=self.adapter)
 
 
 class ReplicaSet:
@@ -46,14 +60,12 @@ class ReplicaSet:
 
     Args:
         urls: one for each server.
-
-    Attributes:
-        taken_back: set while requests that are out must return, with nothing.
+        explain: what is known of a server that is out, beyond the error.
     """
 
-    def __init__(self, urls: list[str]) -> None:
+    def __init__(self, urls: list[str], explain: Callable[[str], str] = lambda _: "") -> None:
+        self._explain = explain
         self.replicas = [Replica(url) for url in urls]
-        self.taken_back = asyncio.Event()
         self._home: OrderedDict[str, Replica] = OrderedDict()
         self._came_back = asyncio.Event()
         self._idle = asyncio.Event()
@@ -66,16 +78,16 @@ class ReplicaSet:
         return [replica for replica in self.replicas if replica.serving]
 
     @contextmanager
-    def sending(self, replica: Replica) -> Generator[None]:
-        """Count a request that is out at ``replica``."""
-        replica.num_outstanding += 1
+    def sending(self, replica: Replica, request: asyncio.Future[Completion]) -> Generator[None]:
+        """Count ``request``, which is out at ``replica``."""
+        replica.outstanding.add(request)
         self._last_sent_s = time.monotonic()
         self._idle.clear()
         try:
             yield
         finally:
-            replica.num_outstanding -= 1
-            if not any(r.num_outstanding for r in self.replicas):
+            replica.outstanding.remove(request)
+            if not any(other.outstanding for other in self.replicas):
                 self._idle.set()
 
     async def settle(self, settle_s: float) -> None:
@@ -91,11 +103,10 @@ class ReplicaSet:
             async with asyncio.timeout(grace_s):
                 await self._idle.wait()
         except TimeoutError:
-            self.taken_back.set()
-            try:
-                await self._idle.wait()
-            finally:
-                self.taken_back.clear()
+            for replica in self.replicas:
+                for request in replica.outstanding:
+                    request.cancel()
+            await self._idle.wait()
 
     async def wait_for(self, count: int, timeout_s: float) -> None:
         """Wait until ``count`` servers serve.
@@ -123,7 +134,7 @@ class ReplicaSet:
             await self.wait_for(1, timeout_s)
         home = self._home.get(group_key)
         if home is None or not home.serving:
-            home = min(self.serving, key=lambda replica: replica.num_outstanding)
+            home = min(self.serving, key=lambda replica: len(replica.outstanding))
         if group_key:
             self._home[group_key] = home
             self._home.move_to_end(group_key)
@@ -134,16 +145,21 @@ class ReplicaSet:
     def take_out(self, replica: Replica, error: Exception, *, phase: str = "serving") -> None:
         """Send nothing more to ``replica``; wake what waits for its answers."""
         replica.why_out = str(error)
+        replica.waits_for_publish = False
         if replica.serving:
             logger.warning("%s is taken out while %s: %s", replica.url, phase, error)
             replica.serving = False
-            replica.lost.set()
+            replica.num_losses += 1
+            for request in replica.outstanding:
+                request.cancel()
 
     def bring_in(self, replica: Replica) -> None:
         """Send requests to ``replica`` from now on."""
-        replica.serving, replica.lost = True, asyncio.Event()
+        replica.serving, replica.waits_for_publish = True, False
+        self._home.clear()  # else groups of before would all stay with those that were left
         self._came_back.set()
 
     def describe_lost(self) -> str:
         """Which servers are out, and why."""
-        return "; ".join(f"{r.url}: {r.why_out}" for r in self.replicas if not r.serving)
+        out = [replica for replica in self.replicas if not replica.serving]
+        return "; ".join(f"{r.url}: {r.why_out} {self._explain(r.url)}".rstrip() for r in out)

@@ -10,8 +10,6 @@ from __future__ import annotations
 import contextlib
 import http.client
 import logging
-import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -23,146 +21,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sdp_lightning.engines import guard as guard_module
-from sdp_lightning.errors import ConfigError, EngineError
+from sdp_lightning.engines.server_config import ServerConfig
+from sdp_lightning.errors import EngineError
+
+__all__ = ["ManagedServers", "ServerConfig"]
 
 logger = logging.getLogger(__name__)
 
-_TAIL_LINES = 15
+_TAIL_LINES, _TAIL_BYTES = 15, 2**16
 _STOP_S = 20.0  # beyond the grace
-_ON_CPU = ("cpu",)
-# A seeded request whose prefill is cut in two kills vLLM 0.32 on a CPU ("CPU Generator does not use
-# offset"); many requests that rebuild their KV cache after an update are cut so.
-_CPU_FLAGS = ("--enforce-eager", "--no-enable-chunked-prefill")
 _PACKAGE = Path(__file__).resolve().parents[1]
-# Of the trainer's own process: its Python, and its rank among the processes that train.
-_NOT_INHERITED = (
-    *("PYTHONHOME", "PYTHONSTARTUP", "RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE"),
-    *("LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"),
-)
 # Loopback is never asked through a proxy.
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-
-
-@dataclass(frozen=True)
-class ServerConfig:
-    """How managed vLLM servers are started.
-
-    Args:
-        model: id or folder.
-        replicas: how many servers.
-        port: of the first one, the others follow; 0 takes free ones.
-        python: interpreter of an environment that has vLLM.
-        devices: CUDA devices, dealt out to the replicas in order, or ``("cpu",)``. None is the CPU
-            on a machine without NVIDIA GPUs, and else leaves all visible, the trainer's too.
-        gpu_memory_utilization: share of a device's memory; needed where a device is shared.
-        max_model_len: tokens of a sequence; None is what the model allows.
-        dtype: of the weights; None is float32 on a CPU and the checkpoint's on GPUs.
-        cores: CPU cores of each replica (a ``taskset`` list such as ``"0"``); None binds none.
-        extra_args: passed on to vLLM.
-        log_folder: where each server's output goes; None is a temporary folder.
-        startup_timeout_s: longest wait for a server to be ready.
-
-    Raises:
-        ConfigError: naming the value.
-    """
-
-    model: str
-    replicas: int = 1
-    port: int = 0
-    python: str = sys.executable
-    devices: tuple[str, ...] | None = None
-    gpu_memory_utilization: float | None = None
-    max_model_len: int | None = None
-    dtype: str | None = None
-    cores: tuple[str, ...] | None = None
-    extra_args: tuple[str, ...] = ()
-    log_folder: str | None = None
-    startup_timeout_s: float = 600.0
-
-    def __post_init__(self) -> None:
-        if self.replicas < 1:
-            raise ConfigError(f"replicas must be at least 1, got {self.replicas}.")
-        if self.port and not 0 < self.port <= 65536 - self.replicas:
-            raise ConfigError(f"port must leave room for {self.replicas} up to 65535: {self.port}.")
-        share = self.gpu_memory_utilization
-        if share is not None and not 0 < share <= 1:
-            raise ConfigError(f"gpu_memory_utilization must be in (0, 1], got {share}.")
-        if not self.startup_timeout_s > 0:
-            raise ConfigError(f"startup_timeout_s must be positive, got {self.startup_timeout_s}.")
-        if share is None and not self.on_cpu and self._shares_devices:
-            raise ConfigError(
-                f"{self.replicas} vLLM servers on devices {self.devices} share a GPU with one "
-                "another or with the trainer: say how much of its memory each may take with "
-                "gpu_memory_utilization, or give them devices of their own."
-            )
-        if self.cores is not None and len(self.cores) != self.replicas:
-            raise ConfigError(
-                f"cores must name one list a replica: {len(self.cores)} for {self.replicas}."
-            )
-
-    @property
-    def on_cpu(self) -> bool:
-        """Whether the servers compute on the CPU."""
-        if self.devices is None:
-            return shutil.which("nvidia-smi") is None
-        return self.devices == _ON_CPU
-
-    @property
-    def _shares_devices(self) -> bool:
-        if self.devices is None:
-            return True
-        return bool(len(self.devices) % self.replicas) or len(set(self.devices)) < len(self.devices)
-
-    def command(self, index: int, port: int) -> list[str]:
-        """What starts replica ``index``."""
-        bind = ["taskset", "-c", self.cores[index]] if self.cores is not None else []
-        options = {
-            "--model": self.model,
-            "--served-model-name": "policy",
-            "--host": "127.0.0.1",
-            "--port": str(port),
-            "--dtype": self.dtype or ("float32" if self.on_cpu else "auto"),
-            "--logprobs-mode": "processed_logprobs",
-            "--worker-extension-cls": "sdp_lightning.engines.vllm_worker.WorkerExtension",
-        }
-        if self.max_model_len is not None:
-            options["--max-model-len"] = str(self.max_model_len)
-        if self.gpu_memory_utilization is not None:
-            options["--gpu-memory-utilization"] = str(self.gpu_memory_utilization)
-        if len(devices := self._devices_of(index)) > 1:
-            options["--tensor-parallel-size"] = str(len(devices))
-        flags = ["--enable-scale-out", *(_CPU_FLAGS if self.on_cpu else [])]
-        named = [text for pair in options.items() for text in pair]
-        server = [self.python, "-m", "vllm.entrypoints.openai.api_server"]
-        return [*bind, *server, *named, *flags, *self.extra_args]
-
-    def environment(self, index: int, path: Path) -> dict[str, str]:
-        """The environment of replica ``index``.
-
-        Args:
-            index: of the replica.
-            path: a folder that holds this package and nothing else, for the worker extension.
-        """
-        inherited = {k: v for k, v in os.environ.items() if k not in _NOT_INHERITED}
-        paths = [str(path), *filter(None, [inherited.get("PYTHONPATH")])]
-        values = {
-            **inherited,
-            "VLLM_SERVER_DEV_MODE": "1",
-            "VLLM_NO_USAGE_STATS": "1",
-            "DO_NOT_TRACK": "1",
-            "VLLM_HOST_IP": "127.0.0.1",
-            "PYTHONPATH": os.pathsep.join(paths),
-        }
-        values.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-        if devices := self._devices_of(index):
-            values["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
-        return values
-
-    def _devices_of(self, index: int) -> list[str]:
-        if self.devices is None or self.on_cpu:
-            return []
-        share = max(1, len(self.devices) // self.replicas)
-        return [self.devices[(index * share + i) % len(self.devices)] for i in range(share)]
 
 
 @dataclass(eq=False)
@@ -232,6 +102,19 @@ class ManagedServers:
                 server.guard.kill()  # its death is the server's sign to end
                 server.guard.wait(5.0)
 
+    def explain(self, url: str) -> str:
+        """What is known of the server at ``url``: its exit status if it ended, the end of its log.
+
+        The status comes when all processes of the server have ended, moments after it died.
+        Nothing for an URL that is none of these servers'. Raises nothing, waits for nothing.
+        """
+        for server in self._servers:
+            if server.url == url:
+                status = server.guard.poll()
+                ended = "" if status is None else f"Its process ended with {_describe(status)}. "
+                return f"{ended}{_end_of(server.log)}"
+        return ""
+
     def _launch(self, index: int, port: int, log: Path, package: Path) -> _Server:
         guard = [sys.executable, "-I", guard_module.__file__, str(self.grace_s)]
         with log.open("wb") as output:
@@ -247,16 +130,16 @@ class ManagedServers:
 
     def _await_ready(self, server: _Server, deadline: float) -> None:
         while not _is_healthy(server.url):
-            end = f"The end of {server.log}:\n{_tail(server.log)}"
-            if server.guard.poll() is not None:
+            if (status := server.guard.poll()) is not None:
                 raise EngineError(
-                    f"the vLLM server of {server.url} ended with {server.guard.returncode} before "
-                    f"it was ready. {end}"
+                    f"the vLLM server of {server.url} ended with {_describe(status)} before it was "
+                    f"ready. {_end_of(server.log)}"
                 )
             if time.monotonic() > deadline:
                 raise EngineError(
                     f"the vLLM server of {server.url} was not ready within "
-                    f"{self.config.startup_timeout_s:g} s (startup_timeout_s). {end}"
+                    f"{self.config.startup_timeout_s:g} s (startup_timeout_s). "
+                    f"{_end_of(server.log)}"
                 )
             time.sleep(0.25)
 
@@ -269,9 +152,19 @@ def _is_healthy(url: str) -> bool:
         return False
 
 
-def _tail(log: Path) -> str:
-    lines = log.read_text(errors="replace").splitlines()
-    return "\n".join(lines[-_TAIL_LINES:])
+def _describe(status: int) -> str:
+    """An exit status of the guard, which says signals as a shell does."""
+    return f"{status} (killed by signal {status - 128})" if status > 128 else str(status)
+
+
+def _end_of(log: Path) -> str:
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - _TAIL_BYTES))
+            lines = file.read().decode(errors="replace").splitlines()
+    except OSError as error:
+        return f"Its log cannot be read: {error}"
+    return f"The end of {log}:\n" + "\n".join(lines[-_TAIL_LINES:])
 
 
 def _package_alone(folder: Path) -> Path:

@@ -1,28 +1,75 @@
-"""The wire format of vLLM servers, from 0.32 on: tokens in, tokens out, with version spans.
+"""The wire format of vLLM servers: tokens in, tokens out, with version spans from 0.32 on.
 
-The server must run with ``VLLM_SERVER_DEV_MODE=1`` (the routes for weights),
-``--enable-scale-out`` (tokens in and out) and ``--logprobs-mode processed_logprobs``, and with this
-package's worker extension; :mod:`sdp_lightning.engines.server` starts it so.
+The server must run with ``VLLM_SERVER_DEV_MODE=1`` (the routes for weights), ``--logprobs-mode
+processed_logprobs``, this package's worker extension, and ``--enable-scale-out`` for the route that
+gives spans; :mod:`sdp_lightning.engines.server` starts it so. Without spans ``/v1/completions``
+serves, and every token is of the version that its request was sent under.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
-from sdp_lightning.engines.backend import Call, Completion, OnUpdate, ServerInfo, Span
+from sdp_lightning.engines.backend import (
+    Call,
+    Chunk,
+    Completion,
+    OnUpdate,
+    ServerInfo,
+    assemble,
+)
 from sdp_lightning.engines.base import GenerationRequest
 from sdp_lightning.errors import EngineError
 from sdp_lightning.types import FinishReason, KVPolicy
+from sdp_lightning.weights.base import (
+    EngineTransfer,
+    Instruction,
+    LoadAdapter,
+    LoadFolder,
+    Receive,
+)
 
+TOKENS, COMPLETIONS = "/inference/v1/generate", "/v1/completions"
+STREAM_INTERVAL = 16  # tokens a chunk
 _PROBE_TOKENS = 5
+# Said, because /v1/completions else takes them from the model's generation_config.json.
+_PLAIN = {
+    **{"min_p": 0.0, "presence_penalty": 0.0, "frequency_penalty": 0.0},
+    "repetition_penalty": 1.0,
+}
 _ODD = (KeyError, IndexError, TypeError, ValueError, OverflowError)  # JSON of another form
-_REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
+_REASONS: dict[str | None, FinishReason | None] = {
+    **{"stop": "stop", "length": "length", "abort": "abort"},
+    None: None,
+}
+_TRANSFER_ROUTES = {
+    "init": ("/init_weight_transfer_engine", "init_info"),
+    "start": ("/start_weight_update", None),
+    "update": ("/update_weights", "update_info"),
+    "finish": ("/finish_weight_update", None),
+}
+_DEV_MODE = "Start it with VLLM_SERVER_DEV_MODE=1 in its environment."
+_LORA = "Start it with --enable-lora, and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its environment."
+_REMEDIES = {
+    **dict.fromkeys(("/pause", "/resume", "/weight_info", "/get_world_size"), _DEV_MODE),
+    "/update_weight_version": _DEV_MODE,
+    "/collective_rpc": f"{_DEV_MODE[:-1]}, with --worker-extension-cls "
+    "sdp_lightning.engines.vllm_worker.WorkerExtension, and this package on its PYTHONPATH.",
+    "/v1/load_lora_adapter": _LORA,
+    **{
+        path: 'Start it with --weight-transfer-config \'{"backend": "nccl"}\', or "ipc".'
+        for path, _ in _TRANSFER_ROUTES.values()
+    },
+}
 # What says that a route did its work; None: anything that is not empty.
 _DONE: dict[str, tuple[str, object]] = {
     "/pause": ("status", "paused"),
     "/resume": ("status", "resumed"),
     "/collective_rpc": ("results", None),
     "/update_weight_version": ("success", True),
+    **{path: ("message", None) for path, _ in _TRANSFER_ROUTES.values()},
 }
 
 
@@ -36,22 +83,35 @@ class VLLMBackend:
     def health(self) -> Call:
         return Call("GET", "/health")
 
-    def describe(self) -> Call:
-        return Call("GET", "/v1/models")
+    def remedy(self, call: Call) -> str:
+        return _REMEDIES.get(call.path.partition("?")[0], "")
 
-    def read_description(self, answer: Any) -> ServerInfo:
+    def describe(self) -> Sequence[Call]:
+        models, world = Call("GET", "/v1/models"), Call("GET", "/get_world_size")
+        return (models, world, _rpc("sdp_hello"))
+
+    def read_description(self, answers: Sequence[Any]) -> ServerInfo:
+        models, world, _ = answers
         try:
-            served = answer["data"][0]
-            return ServerInfo(model=str(served["id"]), max_length=int(served["max_model_len"]))
+            served = models["data"][0]
+            model, max_length = str(served["id"]), int(served["max_model_len"])
         except _ODD as error:
-            raise _unexpected("/v1/models", "data[0].id and max_model_len", answer) from error
+            raise _unexpected("/v1/models", "data[0].id and max_model_len", models) from error
+        try:
+            return ServerInfo(model, max_length, num_workers=int(world["world_size"]))
+        except _ODD as error:
+            raise _unexpected("/get_world_size", "world_size", world) from error
+
+    def fallback(self, info: ServerInfo) -> ServerInfo | None:
+        return replace(info, has_spans=False) if info.has_spans else None
 
     def probe(self, info: ServerInfo, temperature: float) -> Call:
-        sampling = {"max_tokens": 1, "temperature": temperature, "logprobs": _PROBE_TOKENS}
-        return Call("POST", "/inference/v1/generate", _body(info, [0, 1], sampling))
+        sampling: dict[str, Any] = {"max_tokens": 1, "temperature": temperature, **_PLAIN}
+        sampling |= {"logprobs": _PROBE_TOKENS, "top_p": 1.0, "top_k": 0}
+        return _sample(info, [0, 1], sampling, stream=False)
 
-    def read_probe(self, at_one: Any, at_half: Any) -> None:
-        one, half = _top_logprobs(at_one), _top_logprobs(at_half)
+    def read_probe(self, info: ServerInfo, at_one: Any, at_half: Any) -> None:
+        one, half = _top_logprobs(info, at_one), _top_logprobs(info, at_half)
         common = one.keys() & half.keys()
         if not common or max(abs(one[token] - half[token]) for token in common) > 1e-6:
             return  # log-probs follow the temperature, as they must
@@ -60,52 +120,58 @@ class VLLMBackend:
             "distribution. Start it with --logprobs-mode processed_logprobs."
         )
 
-    def generate(self, request: GenerationRequest, info: ServerInfo) -> Call:
+    def generate(self, request: GenerationRequest, info: ServerInfo, *, stream: bool) -> Call:
         params = request.params
         sampling: dict[str, Any] = {
             "max_tokens": params.max_new_tokens,
             "temperature": params.temperature,
+            **_PLAIN,
             "top_p": params.top_p,
+            "top_k": 0 if params.top_k is None else params.top_k,
             "logprobs": 0,
             "seed": (request.seed + request.token_ids.size) % 2**63,
             "stop_token_ids": list(params.stop_token_ids),
             "ignore_eos": True,
         }
-        if params.top_k is not None:
-            sampling["top_k"] = params.top_k
         tokens: list[int] = request.token_ids.tolist()
-        return Call("POST", "/inference/v1/generate", _body(info, tokens, sampling))
+        return _sample(info, tokens, sampling, stream=stream)
 
-    def read_completion(self, answer: Any) -> Completion:
+    def read_completion(self, answer: Any, info: ServerInfo, version: int) -> Completion:
+        chunk = self.read_chunk(answer, info)
+        if chunk.finish_reason is None:
+            raise _unexpected(_route(info), "a finish_reason", answer)
+        return assemble([chunk], version)
+
+    def read_chunk(self, answer: Any, info: ServerInfo) -> Chunk:
         try:
             choice = answer["choices"][0]
-            tokens = [int(token) for token in choice["token_ids"] or ()]
-            content = (choice["logprobs"] or {"content": []})["content"]
-            logprobs = [float(entry["logprob"]) for entry in content]
+            tokens = tuple(int(token) for token in choice["token_ids"] or ())
+            logprobs = _logprobs(choice, info)
             reason = _REASONS[choice["finish_reason"]]
-            spans = [
-                (str(span["version"]), int(span["start"]), int(span["end"]))
-                for span in choice["weight_versions"] or ()
-            ]
-        except _ODD as error:
-            raise _unexpected(
-                "/inference/v1/generate", "choices[0] with weight_versions (vLLM 0.32)", answer
-            ) from error
-        edges = [0, *(end for _, _, end in spans)]
-        whole = edges[:-1] == [start for _, start, _ in spans] and edges == sorted(edges)
-        if len(tokens) != len(logprobs) or edges[-1] != len(tokens) or not whole:
-            raise EngineError(
-                f"vLLM answered {len(tokens)} tokens, {len(logprobs)} log-probs and the versions "
-                f"{spans}: they must agree."
+            told = choice["weight_versions"] if info.has_spans and reason else None
+            edges = told and tuple(
+                (str(s["version"]), int(s["start"]), int(s["end"])) for s in told
             )
-        return Completion(
-            tuple(
-                Span(version, tuple(tokens[start:end]), tuple(logprobs[start:end]))
-                for version, start, end in spans
-                if end > start
-            ),
-            reason,
-        )
+        except _ODD as error:
+            wanted = "choices[0] with weight_versions (vLLM 0.32)"
+            raise _unexpected(_route(info), wanted, answer) from error
+        if info.has_spans and reason and tokens and not edges:
+            raise _unexpected(TOKENS, "weight_versions (vLLM 0.32)", answer)
+        return Chunk(tokens, logprobs, reason, edges or None)
+
+    def echo(self, token_ids: Sequence[int], info: ServerInfo) -> Call:
+        sampling = {"max_tokens": 1, "temperature": 1.0, "prompt_logprobs": 0}
+        return _sample(info, list(token_ids), sampling, stream=False)
+
+    def read_echo(self, answer: Any, token_ids: Sequence[int]) -> tuple[float, ...]:
+        try:
+            entries = answer.get("prompt_logprobs") or answer["choices"][0]["prompt_logprobs"]
+            return tuple(
+                float(entry[str(token)]["logprob"])
+                for token, entry in zip(token_ids[1:], entries[1:], strict=True)
+            )
+        except (AttributeError, *_ODD) as error:
+            raise _unexpected("an echo", "prompt_logprobs of every token", answer) from error
 
     def pause(self, on_update: OnUpdate, kv_on_update: KVPolicy) -> Call:
         mode = "abort" if on_update == "interrupt" else "keep"
@@ -115,15 +181,28 @@ class VLLMBackend:
     def resume(self) -> Call:
         return Call("POST", "/resume")
 
-    def load_folder(self, folder: str) -> Call:
-        body = {"method": "sdp_load_folder", "kwargs": {"folder": folder}}
-        return Call("POST", "/collective_rpc", body)
+    def load(self, instruction: Instruction) -> Call:
+        match instruction:
+            case LoadFolder(folder):
+                return _rpc("sdp_load_folder", folder=folder)
+            case Receive():
+                return _rpc("sdp_receive", **asdict(instruction))
+            case LoadAdapter(name, folder):
+                body = {"lora_name": name, "lora_path": folder, "load_inplace": True}
+                return Call("POST", "/v1/load_lora_adapter", body, answer="text")
+            case EngineTransfer(step, info):
+                path, field = _TRANSFER_ROUTES[step]
+                return Call("POST", path, None if field is None else {field: dict(info)})
 
-    def set_version(self, version: int) -> Call:
-        return Call("POST", "/update_weight_version", {"new_version": str(version)})
+    def set_version(self, label: str) -> Call:
+        return Call("POST", "/update_weight_version", {"new_version": label})
 
     def read_done(self, call: Call, answer: Any) -> None:
         path = call.path.partition("?")[0]
+        if call.answer == "text":
+            if not str(answer).startswith("Success"):
+                raise _unexpected(path, "Success", answer)
+            return
         field, done = _DONE[path]
         try:
             found = answer[field]
@@ -142,16 +221,43 @@ class VLLMBackend:
             raise _unexpected("/weight_info", "weight_version", answer) from error
 
 
-def _body(info: ServerInfo, tokens: list[int], sampling: dict[str, Any]) -> dict[str, Any]:
-    return {"model": info.model, "token_ids": tokens, "sampling_params": sampling}
+def _route(info: ServerInfo) -> str:
+    return TOKENS if info.has_spans else COMPLETIONS
 
 
-def _top_logprobs(answer: Any) -> dict[int, float]:
+def _sample(info: ServerInfo, tokens: list[int], params: dict[str, Any], *, stream: bool) -> Call:
+    body: dict[str, Any]
+    if info.has_spans:
+        if stream:
+            params["stream_interval"] = STREAM_INTERVAL
+        body = {"model": info.model, "token_ids": tokens, "sampling_params": params}
+    else:
+        body = {"model": info.model, "prompt": tokens, "return_token_ids": True, **params}
+    if stream:
+        body["stream"] = True
+    return Call("POST", _route(info), body)
+
+
+def _rpc(method: str, **arguments: Any) -> Call:
+    return Call("POST", "/collective_rpc", {"method": method, "kwargs": arguments})
+
+
+def _logprobs(choice: Any, info: ServerInfo) -> tuple[float, ...]:
+    told = choice["logprobs"]
+    if not info.has_spans:
+        return tuple(float(value) for value in (told or {"token_logprobs": ()})["token_logprobs"])
+    return tuple(float(entry["logprob"]) for entry in (told or {"content": ()})["content"])
+
+
+def _top_logprobs(info: ServerInfo, answer: Any) -> dict[str, float]:
     try:
-        entry = answer["choices"][0]["logprobs"]["content"][0]
-        return {int(e["token_id"]): float(e["logprob"]) for e in entry["top_logprobs"]}
-    except _ODD as error:
-        raise _unexpected("/inference/v1/generate", "top_logprobs", answer) from error
+        told = answer["choices"][0]["logprobs"]
+        if not info.has_spans:
+            return {str(token): float(value) for token, value in told["top_logprobs"][0].items()}
+        entries = told["content"][0]["top_logprobs"]
+        return {str(e["token_id"]): float(e["logprob"]) for e in entries}
+    except (AttributeError, *_ODD) as error:
+        raise _unexpected(_route(info), "top_logprobs", answer) from error
 
 
 def _unexpected(path: str, wanted: str, answer: Any) -> EngineError:

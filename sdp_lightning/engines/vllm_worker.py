@@ -12,19 +12,42 @@ class WorkerExtension:
     """Adds methods to vLLM's worker that ``/collective_rpc`` can call."""
 
     model_runner: Any
+    vllm_config: Any
+    rank: int
+
+    def sdp_hello(self) -> bool:
+        """Says that the extension is here."""
+        return True
 
     def sdp_load_folder(self, folder: str) -> None:
-        """Load the safetensors files of ``folder`` over the weights that are there.
+        """Load the safetensors files of ``folder`` over the weights that are there."""
+        self.model_runner.reload_weights(weights_path=folder)
+        self._sdp_pack_heads()
+
+    def sdp_receive(
+        self, host: str, port: int, key: str, num_workers: int, timeout_s: float
+    ) -> None:
+        """Load what the trainer broadcasts by gloo; see :mod:`sdp_lightning.weights.gloo`."""
+        from sdp_lightning.weights.base import Receive
+        from sdp_lightning.weights.gloo import receive
+
+        parallel = self.vllm_config.parallel_config
+        worker = parallel.data_parallel_index * parallel.world_size + self.rank
+        # All of them before the first is loaded: a load that breaks off leaves no model behind.
+        weights = list(receive(Receive(host, port, key, num_workers, timeout_s), worker))
+        self.model_runner.reload_weights(weights_iterator=iter(weights))
+        self._sdp_pack_heads()
+
+    def _sdp_pack_heads(self) -> None:
+        """Pack every embedding and head again.
 
         On a CPU vLLM packs the head's weight when a model is loaded, and computes with the packed
-        copy; a head that is tied to the embedding keeps the old one when weights are reloaded. So
-        every embedding and head is packed again.
+        copy; a head that is tied to the embedding keeps the old one when weights are reloaded.
         """
         from vllm.model_executor.layers.vocab_parallel_embedding import (  # type: ignore
             UnquantizedEmbeddingMethod,
         )
 
-        self.model_runner.reload_weights(weights_path=folder)
         for module in self.model_runner.get_model().modules():
             method: Any = getattr(module, "quant_method", None)
             if isinstance(method, UnquantizedEmbeddingMethod):

@@ -1,5 +1,30 @@
-"""Verifiers: what a completion is worth. Pure functions of the completion and its dataset row."""
+"""Verifiers: what a completion is worth. Pure functions of the completion and its dataset row.
+
+``RewardPool`` calls any of them in worker processes that can be killed.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 from sdp_lightning.rewards.text import exact_match, find_numbers, numeric_match
 
-__all__ = ["exact_match", "find_numbers", "numeric_match"]
+if TYPE_CHECKING:
+    from sdp_lightning.rewards.pool import RewardCounts, RewardPool, RewardRejected
+
+__all__ = [
+    "RewardCounts",
+    "RewardPool",
+    "RewardRejected",
+    "exact_match",
+    "find_numbers",
+    "numeric_match",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from sdp_lightning.rewards import pool  # asyncio and subprocess: not for the workers
+
+    return getattr(pool, name)

@@ -9,13 +9,14 @@ from collections.abc import Callable
 from typing import Any
 
 from sdp_lightning.errors import RolloutError
+from sdp_lightning.rewards.value import as_reward
 
 
 async def call_reward(function: Callable[..., Any], *args: Any, timeout_s: float) -> float:
     """``function(*args)`` as a float.
 
     A plain function runs in a daemon thread of its own, so one that blocks stalls nothing else; it
-    cannot be killed, though: past its deadline its result is ignored.
+    cannot be killed, though: past its deadline its result is ignored. ``RewardPool`` kills.
 
     Raises:
         RolloutError: if it takes longer than ``timeout_s``, or returns no finite number.
@@ -32,13 +33,7 @@ async def call_reward(function: Callable[..., Any], *args: Any, timeout_s: float
         if not deadline.expired():
             raise
         raise RolloutError(f"reward {name!r} took longer than {timeout_s} s.") from error
-    try:
-        reward = float(value)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise RolloutError(f"reward {name!r} returned {value!r}; it must be a number.") from error
-    if reward != reward or reward in (float("inf"), float("-inf")):
-        raise RolloutError(f"reward {name!r} returned {reward}; it must be finite.")
-    return reward
+    return as_reward(value, name)
 
 
 async def _in_thread(function: Callable[..., Any], *args: Any) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from decimal import Decimal
+from decimal import Decimal, InvalidOperation
 from typing import Any, Literal
 
 from sdp_lightning.errors import ConfigError, RolloutError
@@ -101,16 +101,18 @@ def find_numbers(text: str) -> list[Decimal]:
     >>> [str(number) for number in find_numbers("-2 of 1,234.5 or 3-1, in v1.2 of x7")]
     ['-2', '1234.5', '3', '1']
 
-    A fraction such as 1/2 is two numbers, and 50% is 50.
+    A fraction such as 1/2 is two numbers, and 50% is 50. A power of ten beyond all bounds
+    (1e99999999999999999999) is left out.
     """
-    return [
-        Decimal(
-            ("-" if match["sign"] in ("-", "\u2212") else "")
-            + match["number"].replace(",", "")
-            + (match["exponent"] or "")
-        )
-        for match in _NUMBER.finditer(text)
-    ]
+    return [number for match in _NUMBER.finditer(text) if (number := _decimal(match)) is not None]
+
+
+def _decimal(match: re.Match[str]) -> Decimal | None:
+    sign = "-" if match["sign"] in ("-", "\u2212") else ""
+    try:
+        return Decimal(sign + match["number"].replace(",", "") + (match["exponent"] or ""))
+    except InvalidOperation:
+        return None
 
 
 def _expected_number(row: Mapping[str, Any], key: str) -> Decimal:

@@ -15,23 +15,22 @@ from typing import Any
 from sdp_lightning.config import RolloutConfig
 from sdp_lightning.engines.base import InferenceEngine, NamedWeights, PublishReport
 from sdp_lightning.errors import ConfigError, RolloutError, RolloutTimeout, VersionError
+from sdp_lightning.ranks import Ranks
 from sdp_lightning.rollout.capacity import RolloutStat, StalenessManager
-from sdp_lightning.rollout.prompts import PromptRow, PromptStream, derive_seed
+from sdp_lightning.rollout.prompts import PromptRow
+from sdp_lightning.rollout.publishing import publish
 from sdp_lightning.rollout.recompute import LogprobScorer, ProximalRecomputer, RecomputeReport
 from sdp_lightning.rollout.registry import GroupRegistry, LiveGroup, RolloutTelemetry
 from sdp_lightning.rollout.runner import STOP_CHECK_S, AsyncTaskRunner, TaskResult
+from sdp_lightning.rollout.source import GroupSource
 from sdp_lightning.rollout.staleness import StalenessControlStrategy
-from sdp_lightning.rollout.state import group_from_state, group_to_state
 from sdp_lightning.types import TrajectoryGroup
 from sdp_lightning.workflows.base import (
-    RolloutSession,
     RolloutWorkflow,
     Row,
-    Tokenizer,
     why_rejected,
 )
-from sdp_lightning.workflows.episode import Episode
-from sdp_lightning.workflows.gate import SendGate, is_being_cancelled
+from sdp_lightning.workflows.gate import is_being_cancelled
 
 logger = logging.getLogger(__name__)
 
@@ -54,19 +53,17 @@ class WorkflowExecutor:
         config: RolloutConfig,
         engine: InferenceEngine,
         workflow: RolloutWorkflow,
-        prompts: PromptStream,
-        tokenizer: Tokenizer,
+        source: GroupSource,
         strategy: StalenessControlStrategy,
         manager: StalenessManager,
         recomputer: ProximalRecomputer | None,
+        ranks: Ranks,
     ) -> None:
         self.config, self.engine, self.manager = config, engine, manager
-        self._recomputer = recomputer
+        self._recomputer, self._ranks = recomputer, ranks
         self.registry = GroupRegistry(config, strategy, manager, on_drop=self._on_drop)
-        self._workflow, self._prompts, self._tokenizer = workflow, prompts, tokenizer
-        self._gate = SendGate()
+        self._workflow, self._source, self._gate = workflow, source, source.gate
         self._runner = AsyncTaskRunner(name="sdp-rollout", on_result=self._on_task_result)
-        self._next_order = 0
         self._generating = self._closed = False
 
     @property
@@ -111,25 +108,27 @@ class WorkflowExecutor:
                 f"the policy is at version {self.version}; cannot publish {version}. "
                 "Versions advance by 1."
             )
-        if not self.engine.in_process:
-            self._gate.close()
-        self.engine.pause()
-        if not self.engine.in_process:
-            self._gate.drain(self.config.drain_s)
-        report = self.engine.update_weights(weights, version, reset=reset)
-        if self.engine.version != version:
-            raise VersionError(
-                f"version {version} was published, but the engine reports {self.engine.version}."
-            )
+        report = publish(
+            self.engine,
+            self._gate,
+            self._ranks,
+            weights,
+            version,
+            reset=reset,
+            drain_s=self.config.drain_s,
+            commit=lambda: self._commit(version, reset=reset),
+        )
+        self._submit_rows()
+        return report
+
+    def _commit(self, version: int, *, reset: bool) -> None:
         if reset:
             self.registry.rebase(version)
         else:
             for live in self.registry.commit(version):
                 self._cancel(live)
-        self.engine.resume()
-        self._gate.open()
-        self._submit_rows()
-        return report
+        with self.registry.changed:
+            self._source.remove(self.registry.drop_if_overdue)
 
     # Batches -------------------------------------------------------------------------------------
 
@@ -198,7 +197,7 @@ class WorkflowExecutor:
         try:
             for index, row in enumerate(rows):
                 prompt = PromptRow(EVALUATION_EPOCH, index, row)
-                live = LiveGroup(index, prompt, version, self._new_session(prompt))
+                live = LiveGroup(index, prompt, version, self._source.new_session(prompt))
                 runner.submit(self._evaluate_row, live, workflow)
             groups: list[TrajectoryGroup | None] = runner.wait(len(rows), limit)
         finally:
@@ -225,35 +224,23 @@ class WorkflowExecutor:
     # Checkpoints ---------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Position in the prompts, finished groups, rows on their way: one consistent snapshot."""
+        """Position in the prompts, finished groups, groups under way: one consistent snapshot."""
         with self.registry.changed:
-            stream = self._prompts.state_dict()
-            live = self.registry.snapshot()
-            running = [[g.row.epoch, g.row.index] for g in live if g.group is None]
-            stream["returned"] = running + stream["returned"]
-            return {
-                "prompts": stream,
-                "next_order": self._next_order,
-                "pending": [group_to_state(g.group, g.row) for g in live if g.group is not None],
-            }
+            return self._source.state_dict(self.registry.snapshot())
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from ``state``: finished groups are pending again, the others are resubmitted.
 
+        Those that were under way keep what they had sampled, their place and their versions. They
+        go on before any new row begins, as far as there is capacity.
+
         Raises:
-            ConfigError: if something was published already.
+            ConfigError: if something was published already, or the prompts are others.
+            RolloutError: if a row that was under way cannot be read.
         """
         if self.is_published:
             raise ConfigError("load_state_dict() must come before the first publish.")
-        self._prompts.load_state_dict(state["prompts"])
-        self._next_order = int(state["next_order"])
-        restored: list[tuple[LiveGroup, TrajectoryGroup]] = []
-        for saved in state["pending"]:
-            group = group_from_state(saved)
-            row = PromptRow(int(saved["epoch"]), int(saved["index"]), {"id": group.row_id})
-            session = self._new_session(row)
-            restored.append((LiveGroup(group.order, row, group.created_version, session), group))
-        self.registry.restore(restored)
+        self.registry.restore(self._source.load_state_dict(state))
 
     # Submitting and finishing, in whichever thread -----------------------------------------------
 
@@ -263,39 +250,47 @@ class WorkflowExecutor:
                 if self.manager.capacity(self.version) <= 0:
                     return
                 try:
-                    row = self._prompts.next()
+                    live = self._source.next(self.version)
                 except RolloutError as error:  # raised again in take()
                     self.registry.fail(error)
                     return
-                if row is None:
+                if live is None:
                     self.registry.changed.notify_all()
                     return
-                self._submit_row(row)
+                self._submit(live)
 
-    def _submit_row(self, row: PromptRow) -> None:
-        live = LiveGroup(self._next_order, row, self.version, self._new_session(row))
+    def _submit(self, live: LiveGroup) -> None:
         try:
             live.task_id = self._runner.submit(self._roll_out, live)
         except RolloutError:
-            self._prompts.give_back([row])
+            self._source.put_back(live)
             raise
-        self._next_order += 1
         self.registry.add(live)
 
     async def _roll_out(self, live: LiveGroup) -> None:
+        session = live.session
         try:
-            trajectories = await self._workflow.run(live.row.data, live.session)
-            if reason := why_rejected(trajectories):
+            trajectories = await self._workflow.run(live.row.data, session)
+            session.end()
+            if session.divergence:
+                pass
+            elif reason := why_rejected(trajectories):
                 self.registry.reject(live, reason)
             else:
                 self.registry.finish(live, live.make_group(trajectories or ()))
         except asyncio.CancelledError as error:
             if is_being_cancelled():
                 raise
-            self.registry.record_failure(live, error)  # it came from inside the workflow
+            if not session.divergence:  # it came from inside the workflow
+                self.registry.record_failure(live, error)
         except Exception as error:  # handed to the trainer, which raises it in take()
-            self.registry.record_failure(live, error)
-        self._submit_rows()
+            if not session.divergence:
+                self.registry.record_failure(live, error)
+        if session.divergence:
+            self.registry.restart(live, self._source.new_session(live.row))
+            await self._roll_out(live)
+        else:
+            self._submit_rows()
 
     def _on_task_result(self, result: TaskResult) -> None:
         if result.error is not None:
@@ -303,7 +298,7 @@ class WorkflowExecutor:
 
     def _on_drop(self, live: LiveGroup) -> None:
         if self.config.requeue_dropped:
-            self._prompts.give_back([live.row])
+            self._source.give_back(live.row)
 
     def _cancel(self, live: LiveGroup) -> None:
         if live.task_id is not None:
@@ -318,17 +313,8 @@ class WorkflowExecutor:
             raise RolloutError(f"evaluating row {live.row.row_id!r} failed: {error!r}") from error
         return None if why_rejected(trajectories) else live.make_group(trajectories or ())
 
-    def _new_session(self, row: PromptRow) -> RolloutSession:
-        key = f"{row.epoch}/{row.index}"
-
-        def new_episode(sample: int) -> Episode:
-            seed = derive_seed(self.config.seed, row.epoch, row.index, sample)
-            return Episode(self.engine, self._gate, seed=seed, group_key=key)
-
-        return RolloutSession(self._tokenizer, new_episode)
-
     def _is_exhausted(self) -> bool:
-        return self._generating and self._prompts.is_exhausted and self.stat.running == 0
+        return self._generating and self._source.is_exhausted and self.stat.running == 0
 
     def _raise_failure(self) -> None:
         if self.registry.failure is not None:

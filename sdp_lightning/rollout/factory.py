@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from sdp_lightning.config import RolloutConfig
 from sdp_lightning.engines.base import InferenceEngine
+from sdp_lightning.ranks import Ranks
 from sdp_lightning.rollout.capacity import (
     CapacityModifier,
     FilteredSamplesCapacityModifier,
@@ -14,6 +15,7 @@ from sdp_lightning.rollout.capacity import (
 from sdp_lightning.rollout.executor import WorkflowExecutor
 from sdp_lightning.rollout.prompts import PromptStream
 from sdp_lightning.rollout.recompute import ProximalRecomputer
+from sdp_lightning.rollout.source import GroupSource
 from sdp_lightning.rollout.staleness import (
     SegmentWisePPOStrategy,
     StalenessControlStrategy,
@@ -54,6 +56,7 @@ def create_workflow_executor(
     workflow: RolloutWorkflow,
     prompts: Sequence[Row],
     tokenizer: Tokenizer,
+    ranks: Ranks | None = None,
 ) -> WorkflowExecutor:
     """An executor with the strategy and the capacity modifiers that ``config`` asks for.
 
@@ -63,12 +66,19 @@ def create_workflow_executor(
         workflow: what one rollout does.
         prompts: rows; indexed, so any sequence will do.
         tokenizer: of the policy.
+        ranks: that train together; None is this process alone.
 
     Raises:
         ConfigError: if ``prompts`` is empty.
     """
+    ranks = Ranks() if ranks is None else ranks
     stream = PromptStream(
-        prompts, seed=config.seed, shuffle=config.shuffle, num_epochs=config.num_epochs
+        prompts,
+        seed=config.seed,
+        shuffle=config.shuffle,
+        num_epochs=config.num_epochs,
+        rank=ranks.rank,
+        num_ranks=ranks.size,
     )
     manager = StalenessManager(
         max_concurrent=config.concurrency,
@@ -80,9 +90,9 @@ def create_workflow_executor(
         config=config,
         engine=engine,
         workflow=workflow,
-        prompts=stream,
-        tokenizer=tokenizer,
+        source=GroupSource(stream, engine, tokenizer, seed=config.seed),
         strategy=create_staleness_strategy(config),
         manager=manager,
         recomputer=create_recomputer(config),
+        ranks=ranks,
     )

@@ -36,21 +36,29 @@ class PromptRow:
 class PromptStream:
     """Cycles through the rows, reshuffled in every epoch, until ``num_epochs`` end them.
 
-    Rows that were given back come first, in the order in which they were given.
+    Rows that were given back come first, in the order in which they were given. Of several ranks
+    each takes every ``num_ranks``-th place, over the ends of epochs: no row twice, and none left.
 
     Raises:
         ConfigError: if there are no rows.
     """
 
     def __init__(
-        self, rows: Sequence[Row], *, seed: int = 0, shuffle: bool = True, num_epochs: int | None
+        self,
+        rows: Sequence[Row],
+        *,
+        seed: int = 0,
+        shuffle: bool = True,
+        num_epochs: int | None,
+        rank: int = 0,
+        num_ranks: int = 1,
     ) -> None:
         if len(rows) == 0:
             raise ConfigError("prompts is empty: a run needs at least one row.")
         self._rows, self._seed, self._shuffle = rows, seed, shuffle
-        self._num_epochs = num_epochs
-        self._epoch, self._position = 0, 0
-        self._order = self._order_of(0)
+        self._num_epochs, self._num_ranks = num_epochs, num_ranks
+        self._epoch, self._position = divmod(rank, len(rows))
+        self._order = self._order_of(self._epoch)
         self._returned: deque[tuple[int, int]] = deque()
 
     @property
@@ -71,6 +79,19 @@ class PromptStream:
         if self.is_exhausted:
             return None
         epoch, index = self._returned[0] if self._returned else self._current()
+        row = self.read(epoch, index)
+        if self._returned:
+            self._returned.popleft()
+        else:
+            self._advance()
+        return row
+
+    def read(self, epoch: int, index: int) -> PromptRow:
+        """Row ``index`` as it comes in ``epoch``; the position does not move.
+
+        Raises:
+            RolloutError: naming the row, if it could not be read.
+        """
         try:
             data = self._rows[index]
         except Exception as error:
@@ -79,10 +100,6 @@ class PromptStream:
             raise RolloutError(
                 f"row {index} of the prompts is {type(data).__name__}; rows must be mappings."
             )
-        if self._returned:
-            self._returned.popleft()
-        else:
-            self._advance()
         return PromptRow(epoch, index, data)
 
     def give_back(self, rows: Iterable[PromptRow]) -> None:
@@ -119,22 +136,28 @@ class PromptStream:
             )
         self._epoch, self._position = int(state["epoch"]), int(state["position"])
         self._order = self._order_of(self._epoch)
-        self._returned = deque((int(e), int(i)) for e, i in state["returned"])
+        last = self._num_epochs
+        returned = ((int(epoch), int(index)) for epoch, index in state["returned"])
+        self._returned = deque(row for row in returned if last is None or row[0] < last)
 
     def _current(self) -> tuple[int, int]:
         return self._epoch, self._order[self._position]
 
     def _advance(self) -> None:
-        self._position += 1
-        if self._position == len(self._rows):
-            self._epoch, self._position = self._epoch + 1, 0
+        epochs, self._position = divmod(self._position + self._num_ranks, len(self._rows))
+        if epochs:
+            self._epoch += epochs
             self._order = self._order_of(self._epoch)
 
     def _order_of(self, epoch: int) -> list[int]:
-        if not self._shuffle:
-            return list(range(len(self._rows)))
-        generator = np.random.default_rng([self._seed, epoch])
-        return [int(index) for index in generator.permutation(len(self._rows))]
+        return row_order(len(self._rows), epoch, seed=self._seed, shuffle=self._shuffle)
+
+
+def row_order(num_rows: int, epoch: int, *, seed: int, shuffle: bool) -> list[int]:
+    """The rows of an epoch, by their index, in the order in which they come."""
+    if not shuffle:
+        return list(range(num_rows))
+    return [int(index) for index in np.random.default_rng([seed, epoch]).permutation(num_rows)]
 
 
 def derive_seed(*parts: int) -> int:

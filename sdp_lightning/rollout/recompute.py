@@ -24,6 +24,11 @@ class LogprobScorer(Protocol):
     what the forward raises; nothing is swallowed.
     """
 
+    @property
+    def is_collective(self) -> bool:
+        """Whether all ranks must score when one does, if only nothing: each holds a shard."""
+        ...
+
     def score(self, trajectories: Sequence[Trajectory]) -> list[list[FloatArray]]:
         """Log-probs in nats: for each trajectory, one ``[n]`` array a segment, in order."""
         ...
@@ -53,7 +58,7 @@ class ProximalRecomputer:
         if self._max_head_lag <= 1 or version < 1:
             return RecomputeReport()
         open_parts = self._find(registry, version)
-        if not open_parts:
+        if not open_parts and not scorer.is_collective:
             return RecomputeReport()
         trajectories = [Trajectory(parts) for parts in open_parts]
         scores = scorer.score(trajectories)

@@ -19,6 +19,7 @@ from sdp_lightning.rollout.prompts import PromptRow
 from sdp_lightning.rollout.staleness import StalenessControlStrategy
 from sdp_lightning.types import Context, Segment, Trajectory, TrajectoryGroup
 from sdp_lightning.workflows.base import RolloutSession
+from sdp_lightning.workflows.episode import parts_of
 
 logger = logging.getLogger(__name__)
 
@@ -44,10 +45,10 @@ class LiveGroup:
 
     @property
     def parts(self) -> list[Parts]:
-        """What each trajectory has so far, finished or not."""
+        """What each trajectory has so far, finished or not; replayed already or not yet."""
         if self.group is not None:
             return [trajectory.parts for trajectory in self.group.trajectories]
-        return [episode.parts for episode in self.session.episodes]
+        return [parts_of(log) for log in self.session.logs]
 
     @property
     def versions(self) -> tuple[int, int] | None:
@@ -77,7 +78,8 @@ class LiveGroup:
 class RolloutTelemetry:
     """What the ledger does not hold: why groups were lost, and how long they were.
 
-    Lengths are sampled tokens of whole groups.
+    Lengths are sampled tokens of whole groups. ``num_diverged`` groups of a checkpoint were sampled
+    from scratch, because their workflow did not repeat what was saved of them.
     """
 
     num_overdue: int = 0
@@ -86,6 +88,7 @@ class RolloutTelemetry:
     dropped_groups: int = 0
     dropped_tokens: int = 0
     rejections: dict[str, int] = field(default_factory=dict[str, int])
+    num_diverged: int = 0
 
 
 class GroupRegistry:
@@ -144,6 +147,21 @@ class GroupRegistry:
             self._live[live.order] = live
             self.changed.notify_all()
 
+    def restart(self, live: LiveGroup, session: RolloutSession) -> None:
+        """The workflow did not repeat what was saved: it begins anew in ``session``."""
+        with self.changed:
+            if not self.telemetry.num_diverged:
+                logger.warning(
+                    "the workflow did not repeat what the checkpoint holds of row %r: %s. What was "
+                    "saved of it is discarded, and it is sampled from scratch. Has the workflow "
+                    "changed, or does it act by chance? Further rows are counted only.",
+                    live.row.row_id,
+                    live.session.divergence,
+                )
+            self.telemetry.num_diverged += 1
+            live.session = session
+            live.created_version = live.created_version if self._version is None else self._version
+
     def finish(self, live: LiveGroup, group: TrajectoryGroup) -> None:
         """A workflow returned ``group``: it waits to be trained, unless it is stale already."""
         with self.changed:
@@ -196,6 +214,15 @@ class GroupRegistry:
                 live.group = group
                 self._live[live.order] = live
                 self._restored.append(group)
+
+    def drop_if_overdue(self, live: LiveGroup) -> bool:
+        """Whether a group that still waits to be resubmitted is stale: then it is counted out."""
+        with self.changed:
+            if self._version is None or not self._is_overdue(live, self._version):
+                return False
+            self.add(live)
+            self._drop_running(live)
+            return True
 
     def rebase(self, version: int) -> None:
         """A start at ``version``: set the clock, re-base the ledger, take restored groups in."""

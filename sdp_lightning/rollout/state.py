@@ -1,41 +1,47 @@
-"""Finished groups in a checkpoint: tensors, numbers, strings, lists and dicts only."""
+"""Groups in a checkpoint, finished or not: tensors, numbers, strings, lists and dicts only."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
 
-from sdp_lightning.rollout.prompts import PromptRow
-from sdp_lightning.types import Context, Segment, Trajectory, TrajectoryGroup
+from sdp_lightning.rollout.registry import LiveGroup
+from sdp_lightning.types import Context, SamplingParams, Segment, Trajectory, TrajectoryGroup
+from sdp_lightning.workflows.episode import CallEnd, CallStart, Event, parts_of
 
 
-def group_to_state(group: TrajectoryGroup, row: PromptRow) -> dict[str, Any]:
-    """A finished group in tensors, numbers, strings, lists and dicts."""
-    return {
-        "epoch": row.epoch,
-        "index": row.index,
-        "row_id": group.row_id,
-        "order": group.order,
-        "created_version": group.created_version,
+def group_to_state(live: LiveGroup) -> dict[str, Any]:
+    """A live group: the trajectories of a finished one, the logs of one that is under way."""
+    place = {
+        "epoch": live.row.epoch,
+        "index": live.row.index,
+        "row_id": live.row.row_id,
+        "order": live.order,
+        "created_version": live.created_version,
+    }
+    if live.group is None:
+        return place | {"logs": [[_event_to_state(e) for e in log] for log in live.session.logs]}
+    return place | {
         "trajectories": [
             {
                 "reward": t.reward,
                 "finish_reason": t.finish_reason,
-                "parts": [_part_to_state(part) for part in t.parts],
+                "parts": [_event_to_state(part) for part in t.parts],
             }
-            for t in group.trajectories
+            for t in live.group.trajectories
         ],
     }
 
 
 def group_from_state(state: Mapping[str, Any]) -> TrajectoryGroup:
-    """The group that :func:`group_to_state` wrote, with the proximals it had."""
+    """The finished group that :func:`group_to_state` wrote, with the proximals it had."""
     return TrajectoryGroup(
         tuple(
             Trajectory(
-                tuple(_part_from_state(part) for part in t["parts"]),
+                parts_of(_event_from_state(part) for part in t["parts"]),
                 reward=t["reward"],
                 finish_reason=t["finish_reason"],
             )
@@ -47,23 +53,37 @@ def group_from_state(state: Mapping[str, Any]) -> TrajectoryGroup:
     )
 
 
-def _part_to_state(part: Context | Segment) -> dict[str, Any]:
-    tokens = torch.tensor(part.token_ids)
-    if isinstance(part, Context):
+def logs_from_state(state: Sequence[Sequence[Mapping[str, Any]]]) -> list[list[Event]]:
+    """The logs that :func:`group_to_state` wrote of a group under way, for episodes to replay."""
+    return [[_event_from_state(event) for event in log] for log in state]
+
+
+def _event_to_state(event: Event) -> dict[str, Any]:
+    if isinstance(event, CallStart):
+        params = asdict(event.params)
+        return {"params": params | {"stop_token_ids": list(event.params.stop_token_ids)}}
+    if isinstance(event, CallEnd):
+        return {"finish_reason": event.finish_reason}
+    tokens = torch.tensor(event.token_ids)
+    if isinstance(event, Context):
         return {"token_ids": tokens}
-    scored = part.proximal.logprobs
+    scored = event.proximal.logprobs
     return {
         "token_ids": tokens,
-        "version": part.version,
-        "logprobs": torch.tensor(part.logprobs),
-        "temperature": part.temperature,
-        "kv_on_update": part.kv_on_update,
+        "version": event.version,
+        "logprobs": torch.tensor(event.logprobs),
+        "temperature": event.temperature,
+        "kv_on_update": event.kv_on_update,
         "proximal": None if scored is None else torch.tensor(scored),
-        "proximal_version": part.proximal.version,
+        "proximal_version": event.proximal.version,
     }
 
 
-def _part_from_state(state: Mapping[str, Any]) -> Context | Segment:
+def _event_from_state(state: Mapping[str, Any]) -> Event:
+    if "params" in state:
+        return CallStart(SamplingParams(**state["params"]))
+    if "finish_reason" in state:
+        return CallEnd(state["finish_reason"])
     tokens = state["token_ids"].numpy()
     if "version" not in state:
         return Context(tokens)

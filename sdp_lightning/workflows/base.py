@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from sdp_lightning.types import SamplingParams, Trajectory
-from sdp_lightning.workflows.episode import Episode
+from sdp_lightning.workflows.episode import Episode, Event
 
 Row = Mapping[str, Any]
 
@@ -46,13 +46,21 @@ class RolloutSession:
     Args:
         tokenizer: of the policy.
         new_episode: makes the episode of the n-th sample.
+        saved: logs of the episodes of an interrupted run, which those of this one replay.
     """
 
-    def __init__(self, tokenizer: Tokenizer, new_episode: Callable[[int], Episode]) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        new_episode: Callable[[int], Episode],
+        saved: Sequence[Sequence[Event]] = (),
+    ) -> None:
         self.tokenizer = tokenizer
         self._new_episode = new_episode
+        self._saved = tuple(tuple(log) for log in saved)
         self._lock = threading.Lock()
         self._episodes: list[Episode] = []
+        self._divergence = ""
 
     @property
     def episodes(self) -> tuple[Episode, ...]:
@@ -60,18 +68,42 @@ class RolloutSession:
         with self._lock:
             return tuple(self._episodes)
 
+    @property
+    def logs(self) -> list[tuple[Event, ...]]:
+        """Of every episode, also of those that are still to be opened again."""
+        episodes = self.episodes
+        return [*(episode.log for episode in episodes), *self._saved[len(episodes) :]]
+
+    @property
+    def divergence(self) -> str:
+        """What was done otherwise than in the run that is replayed; empty if nothing."""
+        return next((e.divergence for e in self.episodes if e.divergence), self._divergence)
+
     def open(self) -> Episode:
         """A new episode; the n-th one of a group always gets the same random numbers."""
         with self._lock:
-            episode = self._new_episode(len(self._episodes))
+            index = len(self._episodes)
+            episode = self._new_episode(index)
+            if index < len(self._saved):
+                episode.replay(self._saved[index])
             self._episodes.append(episode)
             return episode
+
+    def end(self) -> None:
+        """The workflow has returned. If it has not repeated all that was saved, that diverges."""
+        episodes = self.episodes
+        if len(episodes) < len(self._saved) or any(e.is_replaying for e in episodes):
+            self._divergence = "it ended before it had repeated all that was saved"
 
 
 class RolloutWorkflow(ABC):
     """Turns one dataset row into the trajectories of one group.
 
     Holds settings only: the same object serves many groups at once.
+
+    After a resume it is run again for a group that was under way, and what it had sampled is given
+    to it again. So it should do the same things in the same order, given the same row and tokens.
+    If it does not, that group's saved tokens are discarded, and it is sampled from scratch.
     """
 
     @property
@@ -89,6 +121,14 @@ class RolloutWorkflow(ABC):
         Raises:
             Exception: any; the group is counted failed, others go on.
         """
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """What it counts over a run, under the same names on every rank; logged by them."""
+        return {}
+
+    def close(self) -> None:  # noqa: B027 # most hold nothing
+        """A run has ended: let go of processes. The next run may start them again."""
 
 
 def why_rejected(trajectories: Sequence[Trajectory] | None) -> str:

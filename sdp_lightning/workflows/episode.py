@@ -1,13 +1,16 @@
 """An open trajectory: workflows write to it, and others may read what is closed already.
 
 Every token is stamped by the engine that sampled it. Interruptions are resent here, to the
-original budget, so a workflow never sees them.
+original budget, so a workflow never sees them. Nor does it see a resume: it is run again from its
+start, and its episodes replay what the checkpoint holds of them before they sample anew.
 """
 
 from __future__ import annotations
 
 import threading
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import NoReturn
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -27,11 +30,44 @@ from sdp_lightning.workflows.gate import SendGate
 MAX_EMPTY_INTERRUPTIONS = 1000
 
 
+@dataclass(frozen=True)
+class CallStart:
+    """A ``generate`` began, with these settings."""
+
+    params: SamplingParams
+
+
+@dataclass(frozen=True)
+class CallEnd:
+    """The ``generate`` before it returned this."""
+
+    finish_reason: FinishReason
+
+
+Event = Context | Segment | CallStart | CallEnd
+
+
+def parts_of(log: Iterable[Event]) -> tuple[Context | Segment, ...]:
+    """The tokens of a log."""
+    return tuple(event for event in log if isinstance(event, Context | Segment))
+
+
+class ReplayError(RolloutError):
+    """A workflow that was run again did something else than the run that is replayed."""
+
+
 class Episode:
     """One trajectory while it is made.
 
     Segments appear in ``parts`` when they close (at a weight update, at the end of a ``generate``),
     under a lock, so a snapshot never holds half a segment.
+
+    Everything is written to a log: contexts, the start and end of each ``generate``, and the
+    segments between them. ``replay`` takes the log of an interrupted run. Then ``add_context`` must
+    bring the next context of that log, and ``generate``, with the settings of its next call, gives
+    that call's segments and end; a call that had no end goes on with what is left of its budget.
+    When all is replayed, the episode is as it was. Anything else raises ``ReplayError``, and
+    ``divergence`` says what.
 
     Args:
         engine: samples.
@@ -46,14 +82,32 @@ class Episode:
         self._engine, self._gate = engine, gate
         self._seed, self._group_key = seed, group_key
         self._lock = threading.Lock()
-        self._parts: list[Context | Segment] = []
+        self._log: list[Event] = []
+        self._position = 0  # events from here on are still to be replayed
         self._finish_reason: FinishReason = "stop"
+        self._divergence = ""
 
     @property
     def parts(self) -> tuple[Context | Segment, ...]:
         """What is closed so far, in order."""
         with self._lock:
-            return tuple(self._parts)
+            return parts_of(self._log[: self._position])
+
+    @property
+    def log(self) -> tuple[Event, ...]:
+        """All that happened, and what is still to be replayed."""
+        with self._lock:
+            return tuple(self._log)
+
+    @property
+    def is_replaying(self) -> bool:
+        """Whether some of an earlier run is still to be replayed."""
+        return self._position < len(self._log)
+
+    @property
+    def divergence(self) -> str:
+        """What was done otherwise than in the run that is replayed; empty if nothing."""
+        return self._divergence
 
     @property
     def token_ids(self) -> IntArray:
@@ -66,9 +120,25 @@ class Episode:
         sampled = [part.token_ids for part in self.parts if isinstance(part, Segment)]
         return np.concatenate(sampled) if sampled else np.zeros(0, dtype=np.int64)
 
+    def replay(self, log: Sequence[Event]) -> None:
+        """Do again what ``log`` holds. Raises ``RolloutError`` if something was done already."""
+        with self._lock:
+            if self._log:
+                raise RolloutError("replay() must come before the first add_context().")
+            self._log = list(log)
+
     def add_context(self, token_ids: ArrayLike) -> None:
         """Append tokens that the policy did not choose: a prompt, a tool's output."""
-        self._append(Context(token_ids))
+        context = Context(token_ids)
+        with self._lock:
+            if not self.is_replaying:
+                self._write(context)
+                return
+            saved = self._log[self._position]
+            if isinstance(saved, Context) and np.array_equal(saved.token_ids, context.token_ids):
+                self._position += 1
+                return
+        self._diverge(f"it added {_describe(context)}", saved)
 
     async def generate(self, params: SamplingParams) -> FinishReason:
         """Sample until a stop token or ``params.max_new_tokens``, over all interruptions.
@@ -82,8 +152,42 @@ class Episode:
         """
         if not self.parts:
             raise RolloutError("generate() needs a context first: call add_context(prompt_tokens).")
-        left, empty = params.max_new_tokens, 0
+        before = self._num_sampled()
+        reason = self._begin_call(params)
+        if reason is None:
+            reason = await self._sample(params, self._num_sampled() - before)
+            self._append(CallEnd(reason))
+        self._finish_reason = reason
+        return reason
+
+    def finish(self, reward: float) -> Trajectory:
+        """The trajectory, with the very segments that were collected here."""
+        return Trajectory(self.parts, reward=reward, finish_reason=self._finish_reason)
+
+    def _begin_call(self, params: SamplingParams) -> FinishReason | None:
+        """Replay this call. How it ended, None if it has not: what is left is to be sampled."""
+        with self._lock:
+            if not self.is_replaying:
+                self._write(CallStart(params))
+                return None
+            saved, end = self._log[self._position], self._position + 1
+            if saved == CallStart(params):
+                while end < len(self._log) and isinstance(self._log[end], Segment):
+                    end += 1
+                last = self._log[end] if end < len(self._log) else None
+                if last is None or isinstance(last, CallEnd):
+                    self._position = min(end + 1, len(self._log))
+                    return None if last is None else last.finish_reason
+        self._diverge(f"it generated with {params}", saved)
+
+    async def _sample(self, params: SamplingParams, gained: int) -> FinishReason:
+        """Sample what is left of a call that has ``gained`` so many tokens already."""
+        left, empty = params.max_new_tokens - gained, 0
         while True:
+            if gained and self._last_token() in params.stop_token_ids:
+                return "stop"
+            if left <= 0:
+                return "length"
             request = GenerationRequest(
                 token_ids=self.token_ids,
                 params=replace(params, max_new_tokens=left),
@@ -94,34 +198,39 @@ class Episode:
             reason = await self._gate.send(self._engine.generate(request, self._append))
             gained = self._num_sampled() - before
             left -= gained
+            if left < 0:
+                raise RolloutError(f"the engine sampled {-left} tokens beyond the budget.")
             if reason != "abort":
-                break
-            if self._last_token() in params.stop_token_ids and gained:
-                reason = "stop"
-                break
-            if left <= 0:
-                reason = "length"
-                break
+                return reason
             empty = 0 if gained else empty + 1
             if empty > MAX_EMPTY_INTERRUPTIONS:
                 raise RolloutError(
                     f"the engine interrupted a request {empty} times without one new token."
                 )
-        if left < 0:
-            raise RolloutError(f"the engine sampled {-left} tokens beyond the budget.")
-        self._finish_reason = reason
-        return reason
 
-    def finish(self, reward: float) -> Trajectory:
-        """The trajectory, with the very segments that were collected here."""
-        return Trajectory(self.parts, reward=reward, finish_reason=self._finish_reason)
-
-    def _append(self, part: Context | Segment) -> None:
+    def _append(self, event: Event) -> None:
         with self._lock:
-            self._parts.append(part)
+            self._write(event)
+
+    def _write(self, event: Event) -> None:
+        starts = isinstance(event, Context | CallStart)
+        if starts and self._log and isinstance(self._log[-1], CallStart):
+            self._log.pop()  # it raised before its first token: as if it had not been called
+        self._log.append(event)
+        self._position = len(self._log)
+
+    def _diverge(self, done: str, saved: Event) -> NoReturn:
+        self._divergence = f"{done} where there had been {_describe(saved)}"
+        raise ReplayError(f"the workflow does not repeat what was saved of it: {self._divergence}.")
 
     def _num_sampled(self) -> int:
         return sum(len(part) for part in self.parts if isinstance(part, Segment))
 
     def _last_token(self) -> int:
         return int(self.parts[-1].token_ids[-1])
+
+
+def _describe(event: Event) -> str:
+    if isinstance(event, Context | Segment):
+        return f"{type(event).__name__}({event.token_ids.tolist()})"
+    return repr(event)

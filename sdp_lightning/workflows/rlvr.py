@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,9 +11,12 @@ from typing import Any
 from sdp_lightning.errors import ConfigError, RolloutError
 from sdp_lightning.loading import load_object
 from sdp_lightning.rewards.calling import call_reward
+from sdp_lightning.rewards.pool import RewardPool, RewardRejected
 from sdp_lightning.types import SamplingParams, Trajectory
 from sdp_lightning.workflows.base import RolloutSession, RolloutWorkflow, Row, Tokenizer
 from sdp_lightning.workflows.episode import Episode
+
+logger = logging.getLogger(__name__)
 
 Reward = Callable[[str, Row], float | Awaitable[float]]
 
@@ -23,14 +27,20 @@ class RLVRWorkflow(RolloutWorkflow):
     Args:
         reward: ``reward(completion, row) -> float``, plain or async, or where to find one:
             ``"package.module:name"`` or ``"path/to/file.py:name"``. A plain function runs in a
-            thread of its own, so it may block.
+            thread of its own, so it may block. A ``RewardPool`` runs it where it can be killed.
         group_size: samples a prompt.
         sampling: how; the tokenizer's end of text and the tokens of ``stop`` are added to its
             ``stop_token_ids``.
         prompt_key: the row's prompt: text, or a list of ``{"role", "content"}`` messages.
         use_chat_template: wrap a text prompt as one user message; message lists always are.
         stop: texts of one token each that end a completion, such as a newline.
-        reward_timeout_s: a reward that takes longer fails its group, with an error naming the row.
+        reward_timeout_s: a reward that takes longer fails its group, with an error naming the row;
+            with ``reward_workers`` it is killed, and counts as 0, with a warning naming the row.
+        reward_workers: processes of a ``RewardPool``, for a reward that may hang, crash or eat
+            memory; 0 calls it here. Pass a ``RewardPool`` as ``reward`` to set more than that.
+
+    Raises:
+        ConfigError: if a setting is out of range, or worker processes cannot import the reward.
     """
 
     def __init__(
@@ -43,6 +53,7 @@ class RLVRWorkflow(RolloutWorkflow):
         use_chat_template: bool = False,
         stop: Sequence[str] = (),
         reward_timeout_s: float = 30.0,
+        reward_workers: int = 0,
     ) -> None:
         if group_size < 1:
             raise ConfigError(f"group_size must be at least 1, got {group_size}.")
@@ -51,6 +62,7 @@ class RLVRWorkflow(RolloutWorkflow):
         self._reward: Any = load_object(reward) if isinstance(reward, str) else reward
         if not callable(self._reward):
             raise ConfigError(f"reward must be a function, got {self._reward!r}.")
+        self._pool = _make_pool(reward, self._reward, reward_workers, reward_timeout_s)
         self._sampling = sampling if sampling is not None else SamplingParams()
         self.group_size = group_size
         self.prompt_key = prompt_key
@@ -62,14 +74,40 @@ class RLVRWorkflow(RolloutWorkflow):
     def sampling(self) -> SamplingParams:
         return self._sampling
 
-    async def run(self, row: Row, session: RolloutSession) -> Sequence[Trajectory]:
+    @property
+    def reward_pool(self) -> RewardPool | None:
+        """Where rewards are called, and counted; None: in this process."""
+        return self._pool
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        if self._pool is None:
+            return {}
+        counts = self._pool.counts
+        return {
+            "reward_raised": counts.raised,
+            "reward_timed_out": counts.timed_out,
+            "reward_out_of_memory": counts.out_of_memory,
+            "reward_crashed": counts.crashed,
+        }
+
+    def close(self) -> None:
+        """End the worker processes, if there are any. The next rollout starts new ones."""
+        if self._pool is not None:
+            self._pool.close()
+
+    async def run(self, row: Row, session: RolloutSession) -> Sequence[Trajectory] | None:
         prompt = encode_prompt(
             row, session.tokenizer, key=self.prompt_key, use_chat_template=self.use_chat_template
         )
         params = with_stops(self._sampling, session.tokenizer, self.stop)
         episodes = [session.open() for _ in range(self.group_size)]
         samples = [self._sample(row, session.tokenizer, e, prompt, params) for e in episodes]
-        return await gather_or_cancel(samples)
+        try:
+            return await gather_or_cancel(samples)
+        except RewardRejected as error:
+            logger.warning("%s; its group is rejected", error)
+            return None
 
     async def _sample(
         self,
@@ -82,8 +120,26 @@ class RLVRWorkflow(RolloutWorkflow):
         episode.add_context(prompt)
         await episode.generate(params)
         completion = tokenizer.decode(episode.sampled_token_ids.tolist(), skip_special_tokens=True)
+        if self._pool is not None:
+            return episode.finish(await self._pool(completion, row))
         reward = await call_reward(self._reward, completion, row, timeout_s=self.reward_timeout_s)
         return episode.finish(reward)
+
+
+def _make_pool(
+    reward: str | Reward, function: Any, num_workers: int, timeout_s: float
+) -> RewardPool | None:
+    """The pool that was passed, or one of ``num_workers``, or None for 0."""
+    if isinstance(num_workers, bool) or not isinstance(num_workers, int) or num_workers < 0:
+        raise ConfigError(f"reward_workers must be an integer of at least 0, got {num_workers!r}.")
+    if isinstance(function, RewardPool):
+        if num_workers:
+            raise ConfigError(
+                f"reward is a RewardPool of {function.num_workers} workers already; leave out "
+                f"reward_workers={num_workers}."
+            )
+        return function
+    return RewardPool(reward, num_workers=num_workers, timeout_s=timeout_s) if num_workers else None
 
 
 def encode_prompt(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,10 +23,12 @@ from sdp_lightning.engines.embedded.loading import (
     count_tokens,
     load_model,
     resolve_max_length,
+    text_logprobs,
 )
 from sdp_lightning.engines.embedded.loop import DecodeLoop, Job
+from sdp_lightning.engines.embedded.slots import ATTENTION_NAME
 from sdp_lightning.errors import ConfigError, EngineError, VersionError
-from sdp_lightning.types import FinishReason, KVPolicy
+from sdp_lightning.types import FinishReason, FloatArray, IntArray, KVPolicy
 from sdp_lightning.weights.inprocess import check_weights, copy_weights
 
 if TYPE_CHECKING:
@@ -127,7 +130,15 @@ class EmbeddedEngine:
         """CPU threads that decoding keeps busy; 0 on a GPU."""
         return self._num_threads if self._device.type == "cpu" else 0
 
-    def start(self) -> None:
+    @property
+    def is_shared(self) -> bool:
+        return False
+
+    @property
+    def servers(self) -> Sequence[str]:
+        return ()
+
+    def start(self, *, servers: Sequence[str] = ()) -> Sequence[str]:
         """Load the model, prove that slots decode it, start the thread. Does nothing if running.
 
         Raises:
@@ -137,7 +148,7 @@ class EmbeddedEngine:
             raise EngineError("the engine is closed. Make a new one.")
         if self._running is not None:
             self._running.loop.require_usable()
-            return
+            return ()
         model = load_model(
             self._source, device=self._device, dtype=self._dtype, model_kwargs=self._model_kwargs
         )
@@ -152,6 +163,7 @@ class EmbeddedEngine:
         )
         self._running = _Running(model, decoder, loop, max_length, count_tokens(model))
         loop.start()
+        return ()
 
     async def generate(self, request: GenerationRequest, sink: SegmentSink) -> FinishReason:
         """See the protocol. Cancelling the task that awaits this frees the slot."""
@@ -167,6 +179,12 @@ class EmbeddedEngine:
 
     def pause(self) -> None:
         self._require_usable().loop.pause()
+
+    def drain(self) -> None:
+        pass  # requests stay in flight
+
+    def follow(self, version: int, servers: Sequence[str]) -> None:
+        raise EngineError("an engine in this process has nobody to follow: update its weights.")
 
     def resume(self) -> None:
         self._require_usable().loop.resume()
@@ -186,7 +204,16 @@ class EmbeddedEngine:
                 num_bytes = _swap(
                     source, version, running, keep_kv=self._kv_on_update == "keep" and not reset
                 )
-            return PublishReport(int(version), time.perf_counter() - begin_s, num_bytes)
+            return PublishReport(int(version), num_bytes, transfer_s=time.perf_counter() - begin_s)
+
+    def echo(self, token_ids: IntArray) -> Mapping[str, FloatArray]:
+        running = self._require_usable()
+        with running.loop.hold():
+            running.model.set_attn_implementation("eager")  # slots' own knows slots only
+            try:
+                return {"embedded": text_logprobs(running.model, token_ids).cpu().numpy()}
+            finally:
+                running.model.set_attn_implementation(ATTENTION_NAME)
 
     def close(self) -> None:
         self._closed = True

@@ -153,13 +153,18 @@ def _decode_some(model: PreTrainedModel, seed: int) -> list[SlotSequence]:
     return decode(written.tokens[:9], other, written.tokens[:7], written.tokens[:7])
 
 
-@torch.inference_mode()
-def _errors(model: Any, sequence: SlotSequence) -> Tensor:
-    tokens = torch.from_numpy(sequence.tokens).to(model.device)[None]
-    logits: Tensor = model(input_ids=tokens, use_cache=False).logits[0, :-1]
-    expected = logits.float().log_softmax(-1).gather(1, tokens[0, 1:, None])[:, 0]
+def _errors(model: PreTrainedModel, sequence: SlotSequence) -> Tensor:
+    expected = text_logprobs(model, sequence.tokens)
     sampled = torch.tensor(sequence.logprobs, device=expected.device)
     return (expected[sequence.segment_start - 1 :] - sampled).abs()
+
+
+@torch.inference_mode()
+def text_logprobs(model: Any, token_ids: IntArray) -> Tensor:
+    """[n - 1] nats at temperature 1 of every token but the first, by a full forward."""
+    tokens = torch.from_numpy(token_ids).to(model.device)[None]
+    logits: Tensor = model(input_ids=tokens, use_cache=False).logits[0, :-1]
+    return logits.float().log_softmax(-1).gather(1, tokens[0, 1:, None])[:, 0]
 
 
 def _tolerance(model: PreTrainedModel) -> float:

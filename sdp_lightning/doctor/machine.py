@@ -1,4 +1,4 @@
-"""What works on this machine, and what to do about what does not.
+"""This machine: Python, packages, GPUs, memory, disk.
 
 Reads versions from package metadata: it imports torch at most, never lightning or transformers.
 """
@@ -8,12 +8,13 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Literal
 
+from sdp_lightning.doctor.finding import Finding
+from sdp_lightning.doctor.gpus import ask_nvidia_smi, check_gpus
+from sdp_lightning.doctor.plan import Machine, examine_configs
 from sdp_lightning.loading import cache_folder
 
 Installed = Callable[[str], str | None]
@@ -21,24 +22,6 @@ GIB = 2**30
 OLDEST_VLLM = "0.32"  # the first that says which weights sampled each token
 MALICIOUS = {"lightning": ("2.6.2", "2.6.3"), "pytorch-lightning": ("2.6.2", "2.6.3")}
 RECIPE_MODEL = "SmolLM2-135M-Instruct"
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line of the report.
-
-    Attributes:
-        state: ``"problem"`` means that something needed is missing.
-        subject: what was looked at.
-        text: what was found and, unless all is well, what to do.
-    """
-
-    state: Literal["ok", "note", "problem"]
-    subject: str
-    text: str
-
-    def __str__(self) -> str:
-        return f"{self.state:8} {self.subject:18} {self.text}"
 
 
 def installed_version(name: str) -> str | None:
@@ -49,18 +32,26 @@ def installed_version(name: str) -> str | None:
         return None
 
 
-def examine() -> list[Finding]:
-    """Everything that ``sdp-lightning doctor`` reports, in order."""
+def examine(configs: Sequence[str] = ()) -> list[Finding]:
+    """Everything that ``sdp-lightning doctor`` reports, in order.
+
+    Args:
+        configs: files of ``fit``, of which a later one overrides an earlier one.
+    """
     folder = cache_folder()
+    has_nvidia_smi = shutil.which("nvidia-smi") is not None
+    gpus = ask_nvidia_smi if has_nvidia_smi else None, os.environ.get("CUDA_VISIBLE_DEVICES")
     return [
         check_python(sys.version_info[:3]),
         *check_packages(metadata.requires("sdp-lightning") or (), installed_version),
-        *check_torch(installed_version, has_nvidia_smi=shutil.which("nvidia-smi") is not None),
+        *check_torch(installed_version, has_nvidia_smi=has_nvidia_smi),
+        *check_gpus(*gpus),
         check_vllm(installed_version),
         check_vllm_environment(Path(".venv-vllm")),
         check_memory(available_memory()),
         check_disk(folder),
         check_recipe_model(folder),
+        *(examine_configs(configs, Machine.look(*gpus)) if configs else []),
     ]
 
 

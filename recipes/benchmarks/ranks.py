@@ -1,0 +1,109 @@
+"""What agreement costs on two ranks: ``OMP_NUM_THREADS=1 python recipes/benchmarks/ranks.py``.
+
+Steps of 100 ms (asleep) on a fake engine. Printed is the share of such a step that rank 0 spends
+on agreeing with the other one (``Ranks.gather``: batches, publishes, ends, errors) and on adding up
+counts and metrics, once both are there: to wait for the other's work is neither, and gradients are
+not counted. Times are medians: on cores that others use, too, a few calls wait for their turn.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+from torch import distributed
+
+import sdp_lightning as sdp
+from sdp_lightning.metrics import LagMetrics
+from sdp_lightning.ranks import Ranks
+from sdp_lightning.testing import FakeEngine, tiny_model, tiny_tokenizer
+
+STEP_S, NUM_STEPS, WARM_UP = 0.1, 60, 5
+spent: dict[str, list[float]] = defaultdict(list)
+waited: list[float] = []
+
+
+def timed(owner: Any, name: str) -> None:
+    """Note how long each call of ``owner.name`` takes once both ranks are there."""
+    function: Callable[..., Any] = getattr(owner, name)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if distributed.is_initialized():
+            start = time.perf_counter()
+            distributed.barrier()
+            waited.append(time.perf_counter() - start)
+        start = time.perf_counter()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            spent[f"{owner.__name__}.{name}"].append(time.perf_counter() - start)
+
+    setattr(owner, name, call)
+
+
+class Pace(Callback):
+    """Makes every step last ``STEP_S``, and forgets the first ones."""
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if batch_idx == WARM_UP:
+            spent.clear()
+            waited.clear()
+            self.start = time.perf_counter()
+        time.sleep(STEP_S)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.step_s = (time.perf_counter() - self.start) / (NUM_STEPS - WARM_UP)
+
+
+def main() -> None:
+    for owner, name in (
+        (Ranks, "gather"),
+        (sdp.SegmentWisePPOModule, "over_ranks"),
+        (LagMetrics, "pool"),
+    ):
+        timed(owner, name)
+    with tempfile.TemporaryDirectory() as folder:
+        tiny_model().save_pretrained(folder)
+        tiny_tokenizer().save_pretrained(folder)
+        rows = [{"prompt": f"{i}+{i}="} for i in range(1000)]
+        workflow = sdp.RLVRWorkflow(
+            lambda completion, row: len(completion) % 7,
+            group_size=2,
+            sampling=sdp.SamplingParams(max_new_tokens=4),
+        )
+        data = sdp.RolloutDataModule(
+            rows, workflow, engine=FakeEngine(), rollout=sdp.RolloutConfig(batch_size=4)
+        )
+        pace = Pace()
+        trainer = L.Trainer(
+            callbacks=[sdp.WeightSyncCallback(), pace],
+            max_steps=NUM_STEPS,
+            accelerator="cpu",
+            devices=2,
+            strategy="ddp",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(sdp.SegmentWisePPOModule(folder), data)
+    if trainer.is_global_zero:
+        steps = NUM_STEPS - WARM_UP
+        for name, times in spent.items():
+            number, each_s = len(times) / steps, statistics.median(times)
+            print(f"{name}: {number:.0f} a step of {1000 * each_s:.2f} ms,", end=" ")
+            print(f"{number * each_s / STEP_S:.2%} of {1000 * STEP_S:.0f} ms")
+        print("(the goal is 1 % for Ranks.gather; the others are collectives, of gloo here)")
+        print(f"beside {sum(waited) / steps * 1000:.1f} ms of waiting for the other rank's work")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,230 @@
+"""How managed vLLM servers are started: their command lines, environments and devices.
+
+Starts nothing; :mod:`sdp_lightning.engines.server` does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+from sdp_lightning.errors import ConfigError
+from sdp_lightning.weights.base import TransportName
+
+_ON_CPU = ("cpu",)
+# A seeded request whose prefill is cut in two kills vLLM 0.32 on a CPU ("CPU Generator does not use
+# offset"); many requests that rebuild their KV cache after an update are cut so.
+_CPU_FLAGS = ("--enforce-eager", "--no-enable-chunked-prefill")
+# An echo beside other requests kills vLLM 0.32 on a CPU if an adapter may lie on the head.
+_CPU_LORA_FLAGS = (
+    *("--lora-target-modules", "q_proj", "k_proj", "v_proj", "o_proj"),
+    *("gate_proj", "up_proj", "down_proj"),
+)
+# Of the trainer's own process: its Python, its rank among the processes that train, how torchrun
+# holds these together, and a key that the server would ask for and the client does not send.
+_NOT_INHERITED = (
+    *("PYTHONHOME", "PYTHONSTARTUP", "RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE"),
+    *("LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+    *("ROLE_RANK", "ROLE_WORLD_SIZE", "ROLE_NAME", "VLLM_API_KEY"),
+)
+_TORCHRUN = "TORCHELASTIC_"
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """How managed vLLM servers are started.
+
+    Args:
+        model: id or folder.
+        replicas: how many servers.
+        port: of the first one, the others follow; 0 takes free ones.
+        python: interpreter of an environment that has vLLM.
+        devices: CUDA devices as nvidia-smi counts them, dealt out evenly to the replicas in order,
+            or ``("cpu",)``. None is the CPU on a machine without NVIDIA GPUs, and else leaves all
+            visible, the trainer's too.
+        gpu_memory_utilization: share of a device's memory; needed where a device is shared.
+        max_model_len: tokens of a sequence; None is what the model allows.
+        dtype: of the weights; None is float32 on a CPU and the checkpoint's on GPUs.
+        cores: CPU cores of each replica (a ``taskset`` list such as ``"0"``); None binds none.
+        transport: how weights will come; the servers are made ready for it.
+        max_lora_rank: largest rank of an adapter that ``"lora"`` may send; vLLM knows 1, 8 and up.
+        extra_args: passed on to vLLM.
+        log_folder: where each server's output goes; None is a temporary folder.
+        startup_timeout_s: longest wait for a server to be ready.
+
+    Raises:
+        ConfigError: naming the value.
+    """
+
+    model: str
+    replicas: int = 1
+    port: int = 0
+    python: str = sys.executable
+    devices: tuple[str, ...] | None = None
+    gpu_memory_utilization: float | None = None
+    max_model_len: int | None = None
+    dtype: str | None = None
+    cores: tuple[str, ...] | None = None
+    transport: TransportName = "files"
+    max_lora_rank: int = 64
+    extra_args: tuple[str, ...] = ()
+    log_folder: str | None = None
+    startup_timeout_s: float = 600.0
+
+    def __post_init__(self) -> None:
+        if self.replicas < 1:
+            raise ConfigError(f"replicas must be at least 1, got {self.replicas}.")
+        if self.port and not 0 < self.port <= 65536 - self.replicas:
+            raise ConfigError(f"port must leave room for {self.replicas} up to 65535: {self.port}.")
+        share = self.gpu_memory_utilization
+        if share is not None and not 0 < share <= 1:
+            raise ConfigError(f"gpu_memory_utilization must be in (0, 1], got {share}.")
+        if not self.startup_timeout_s > 0:
+            raise ConfigError(f"startup_timeout_s must be positive, got {self.startup_timeout_s}.")
+        if not self.on_cpu:
+            self._check_devices()
+        if self.cores is not None and len(self.cores) != self.replicas:
+            raise ConfigError(
+                f"cores must name one list a replica: {len(self.cores)} for {self.replicas}."
+            )
+        if self.transport not in get_args(TransportName):
+            raise ConfigError(
+                f"transport must be one of {', '.join(get_args(TransportName))}, got "
+                f"{self.transport!r}."
+            )
+        if self.max_lora_rank < 1:
+            raise ConfigError(f"max_lora_rank must be at least 1, got {self.max_lora_rank}.")
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the servers compute on the CPU."""
+        if self.devices is None:
+            return shutil.which("nvidia-smi") is None
+        return self.devices == _ON_CPU
+
+    def check_trainer_devices(self, devices: Sequence[int], *, visible: str | None) -> None:
+        """Refuse a GPU that the trainer has too, unless the servers' share of it is said.
+
+        Args:
+            devices: the trainer's on this host, counted within ``visible``.
+            visible: the trainer's ``CUDA_VISIBLE_DEVICES``; None if it is not set.
+
+        Raises:
+            ConfigError: naming the GPUs.
+        """
+        if self.devices is None or self.on_cpu or self.gpu_memory_utilization is not None:
+            return
+        if visible is None:
+            trainers = {str(device) for device in devices}
+        else:
+            names = [name.strip() for name in visible.split(",")]
+            trainers = {names[device] for device in devices if device < len(names)}
+        if shared := sorted(trainers & set(self.devices)):
+            raise ConfigError(
+                f"trainer and vLLM servers both have GPU {', '.join(shared)}: say how much of its "
+                "memory each server may take with gpu_memory_utilization, or give the servers "
+                "devices of their own."
+            )
+
+    def command(self, index: int, port: int) -> list[str]:
+        """What starts replica ``index``."""
+        bind = ["taskset", "-c", self.cores[index]] if self.cores is not None else []
+        options = {
+            "--model": self.model,
+            "--served-model-name": "policy",
+            "--host": "127.0.0.1",
+            "--port": str(port),
+            "--dtype": self.dtype or ("float32" if self.on_cpu else "auto"),
+            "--logprobs-mode": "processed_logprobs",
+            "--worker-extension-cls": "sdp_lightning.engines.vllm_worker.WorkerExtension",
+        }
+        if self.max_model_len is not None:
+            options["--max-model-len"] = str(self.max_model_len)
+        if self.gpu_memory_utilization is not None:
+            options["--gpu-memory-utilization"] = str(self.gpu_memory_utilization)
+        if len(devices := self._devices_of(index)) > 1:
+            options["--tensor-parallel-size"] = str(len(devices))
+        flags = ["--enable-scale-out", *(_CPU_FLAGS if self.on_cpu else [])]
+        named = [text for pair in options.items() for text in pair]
+        server = [self.python, "-m", "vllm.entrypoints.openai.api_server"]
+        return [*bind, *server, *named, *flags, *self._transport_flags, *self.extra_args]
+
+    def environment(self, index: int, path: Path) -> dict[str, str]:
+        """The environment of replica ``index``.
+
+        Args:
+            index: of the replica.
+            path: a folder that holds this package and nothing else, for the worker extension.
+        """
+        inherited = {
+            name: value
+            for name, value in os.environ.items()
+            if name not in _NOT_INHERITED and not name.startswith(_TORCHRUN)
+        }
+        paths = [str(path), *filter(None, [inherited.get("PYTHONPATH")])]
+        values = {
+            **inherited,
+            "VLLM_SERVER_DEV_MODE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+            "DO_NOT_TRACK": "1",
+            "VLLM_HOST_IP": "127.0.0.1",
+            "PYTHONPATH": os.pathsep.join(paths),
+        }
+        values.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+        if self.transport == "lora":
+            values["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "True"
+        if self.transport == "ipc":  # handles of CUDA memory come pickled
+            values["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
+        if devices := self._devices_of(index):
+            values["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
+            values["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # as nvidia-smi counts; CUDA: fastest first
+        return values
+
+    def _check_devices(self) -> None:
+        share, devices = self.gpu_memory_utilization, self.devices
+        count = self.replicas if devices is None else len(devices)
+        if not count or (count % self.replicas and self.replicas % count):
+            raise ConfigError(
+                f"{count} devices cannot be dealt out evenly over {self.replicas} replicas: "
+                "give a multiple of one another."
+            )
+        held = Counter(name for i in range(self.replicas) for name in self._devices_of(i))
+        # Those that see all compute on the first one.
+        most = max(held.values()) if held else self.replicas
+        if share is None and (devices is None or most > 1):
+            raise ConfigError(
+                f"{self.replicas} vLLM servers on devices {devices} share a GPU with one "
+                "another or with the trainer: say how much of its memory each may take with "
+                "gpu_memory_utilization, or give them devices of their own."
+            )
+        if share is not None and most * share > 1 + 1e-9:
+            raise ConfigError(
+                f"{most} vLLM servers on one of the devices {devices} would take "
+                f"{most} x {share:g} of its memory: gpu_memory_utilization may be at most "
+                f"{1 / most:.3g} there."
+            )
+
+    @property
+    def _transport_flags(self) -> list[str]:
+        match self.transport:
+            case "lora":
+                rank = str(self.max_lora_rank)
+                modules = _CPU_LORA_FLAGS if self.on_cpu else ()
+                return ["--enable-lora", "--max-lora-rank", rank, *modules]
+            case "nccl" | "ipc":
+                return ["--weight-transfer-config", json.dumps({"backend": self.transport})]
+            case "files" | "gloo":
+                return []
+
+    def _devices_of(self, index: int) -> list[str]:
+        if self.devices is None or self.on_cpu:
+            return []
+        share = max(1, len(self.devices) // self.replicas)
+        return [self.devices[(index * share + i) % len(self.devices)] for i in range(share)]

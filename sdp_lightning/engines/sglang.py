@@ -1,0 +1,273 @@
+"""The wire format of SGLang servers: their native HTTP API, tokens in and tokens out.
+
+Read from the source of SGLang 0.5.23 and held by a fake server in the tests; it was never run
+against a real one. What is particular to SGLang:
+
+- Output log-probs are of the distribution after the temperature and before top-p and top-k, so
+  truncated sampling is refused. ``SGLANG_RETURN_ORIGINAL_LOGPROB=1`` in the server's environment
+  takes the temperature out of them, which the probe refuses.
+- ``ignore_eos`` also ignores ``stop_token_ids``: it is sent only without any. With some, a
+  completion also ends at the model's own end-of-sequence tokens.
+- A seed counts only under ``--enable-deterministic-inference``; the random number of a token is
+  then made of the seed and its position, as :class:`~.base.GenerationRequest` wants.
+- ``/health`` samples a token and so never answers while sampling is paused: ``/server_info``, which
+  asks the scheduler, is the sign of life.
+- Every load clears the caches.
+- The server names the versions of every completion, and could carry requests across an update
+  (its pause mode ``retract``); ``on_update="keep"`` is refused all the same, until it was seen to
+  work.
+- Streamed chunks hold all tokens so far, unless the server runs with
+  ``--incremental-streaming-output``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from sdp_lightning.engines.backend import (
+    Call,
+    Chunk,
+    Completion,
+    OnUpdate,
+    ServerInfo,
+    assemble,
+)
+from sdp_lightning.engines.base import GenerationRequest
+from sdp_lightning.errors import ConfigError, EngineError
+from sdp_lightning.types import FinishReason, KVPolicy
+from sdp_lightning.weights.base import Instruction, LoadFolder
+
+_PROBE_TOKENS = 5
+_ODD = (KeyError, IndexError, TypeError, ValueError, OverflowError)  # JSON of another form
+_REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
+# What says that a route did its work.
+_DONE: dict[str, tuple[str, object]] = {
+    "/pause_generation": ("status", "ok"),
+    "/continue_generation": ("status", "ok"),
+    "/update_weights_from_disk": ("success", True),
+    "/update_weight_version": ("success", True),
+}
+# Named, because a server may have other defaults (--preferred-sampling-params).
+_PLAIN_SAMPLING = {
+    "top_p": 1.0,
+    "top_k": -1,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "frequency_penalty": 0.0,
+    "presence_penalty": 0.0,
+}
+
+
+class SGLangBackend:
+    """SGLang's ``/generate`` and its routes for reinforcement learning."""
+
+    @property
+    def name(self) -> str:
+        return "sglang"
+
+    def health(self) -> Call:
+        return Call("GET", "/server_info")
+
+    def remedy(self, call: Call) -> str:
+        return ""
+
+    def describe(self) -> Sequence[Call]:
+        return (Call("GET", "/model_info"), Call("GET", "/server_info"))
+
+    def read_description(self, answers: Sequence[Any]) -> ServerInfo:
+        model, server = answers
+        try:
+            path = str(model["model_path"])
+        except _ODD as error:
+            raise _unexpected("/model_info", "model_path", model) from error
+        try:
+            return ServerInfo(
+                path,
+                int(server["max_req_input_len"]),  # 4 less than prompt and answer may have together
+                has_spans=False,
+                streams_deltas=bool(server["incremental_streaming_output"]),
+            )
+        except _ODD as error:
+            wanted = "max_req_input_len and incremental_streaming_output"
+            raise _unexpected("/server_info", wanted, server) from error
+
+    def fallback(self, info: ServerInfo) -> ServerInfo | None:
+        return None
+
+    def probe(self, info: ServerInfo, temperature: float) -> Call:
+        sampling = {"max_new_tokens": 1, "temperature": temperature, "ignore_eos": True}
+        return _generate([0, 1], sampling, top_logprobs_num=_PROBE_TOKENS)
+
+    def read_probe(self, info: ServerInfo, at_one: Any, at_half: Any) -> None:
+        one, half = _top_logprobs(at_one), _top_logprobs(at_half)
+        common = one.keys() & half.keys()
+        if not common or max(abs(one[token] - half[token]) for token in common) > 1e-6:
+            return  # log-probs follow the temperature, as they must
+        raise EngineError(
+            "the server's log-probs ignore the temperature, so they are not those of the sampled "
+            "distribution. Start it without SGLANG_RETURN_ORIGINAL_LOGPROB."
+        )
+
+    def generate(self, request: GenerationRequest, info: ServerInfo, *, stream: bool) -> Call:
+        params = request.params
+        if params.top_p < 1 or params.top_k is not None:
+            raise EngineError(
+                f"SGLang's log-probs leave top_p={params.top_p} and top_k={params.top_k} out, so "
+                "they are not those of the sampled distribution. Use top_p=1 and top_k=None."
+            )
+        if stream and not info.streams_deltas:
+            raise EngineError(
+                "the server repeats all tokens in every chunk that it streams. Start it with "
+                "--incremental-streaming-output, or set stream=False."
+            )
+        sampling = {
+            "max_new_tokens": params.max_new_tokens,
+            "temperature": params.temperature,
+            "stop_token_ids": list(params.stop_token_ids),
+            "ignore_eos": not params.stop_token_ids,
+            "sampling_seed": request.seed % 2**63,
+        }
+        return _generate(request.token_ids.tolist(), sampling, stream=stream)
+
+    def read_completion(self, answer: Any, info: ServerInfo, version: int) -> Completion:
+        chunk = _read_tokens(answer)
+        if chunk.finish_reason is None:
+            raise _unexpected("/generate", "meta_info.finish_reason", answer)
+        return assemble([chunk], version)
+
+    def read_chunk(self, answer: Any, info: ServerInfo) -> Chunk:
+        reason = _read_reason(answer)
+        if reason == "abort" and "prompt_tokens" not in answer["meta_info"]:
+            # Aborted while it was queued again: SGLang repeats the latest token, and says less.
+            return Chunk((), (), reason, _read_edges(answer))
+        return _read_tokens(answer)
+
+    def echo(self, token_ids: Sequence[int], info: ServerInfo) -> Call:
+        sampling = {"max_new_tokens": 0, "temperature": 1.0}
+        return _generate(list(token_ids), sampling, logprob_start_len=0)
+
+    def read_echo(self, answer: Any, token_ids: Sequence[int]) -> tuple[float, ...]:
+        try:
+            entries = answer["meta_info"]["input_token_logprobs"]
+            found = [int(entry[1]) for entry in entries]
+            logprobs = tuple(float(entry[0]) for entry in entries[1:])
+        except _ODD as error:
+            raise _unexpected("/generate", "meta_info.input_token_logprobs", answer) from error
+        # SGLang writes 0 for the last id of the vocabulary.
+        same = all(one in (other, 0) for one, other in zip(found, token_ids, strict=False))
+        if len(found) != len(token_ids) or not same:
+            raise EngineError(f"SGLang echoed {found} for {list(token_ids)}.")
+        return logprobs
+
+    def pause(self, on_update: OnUpdate, kv_on_update: KVPolicy) -> Call:
+        if on_update == "keep" or kv_on_update == "keep":
+            raise ConfigError(
+                f"on_update={on_update!r} and kv_on_update={kv_on_update!r}: on SGLang servers "
+                "requests end when weights change, and every load clears the caches. Use "
+                "on_update='interrupt' and kv_on_update='recompute'."
+            )
+        return Call("POST", "/pause_generation", {"mode": "abort"})
+
+    def resume(self) -> Call:
+        return Call("POST", "/continue_generation", {})
+
+    def load(self, instruction: Instruction) -> Call:
+        match instruction:
+            case LoadFolder(folder):
+                body = {"model_path": folder, "load_format": "auto", "flush_cache": True}
+                return Call("POST", "/update_weights_from_disk", body)
+            case _:
+                raise ConfigError(
+                    f"SGLang servers cannot carry out {type(instruction).__name__}: this package "
+                    "has no worker inside them. Use transport='files'."
+                )
+
+    def set_version(self, label: str) -> Call:
+        body = {"new_version": label, "abort_all_requests": False}
+        return Call("POST", "/update_weight_version", body)
+
+    def read_done(self, call: Call, answer: Any) -> None:
+        field, done = _DONE[call.path]
+        try:
+            found = answer[field]
+        except _ODD as error:
+            raise _unexpected(call.path, field, answer) from error
+        if found != done:
+            raise _unexpected(call.path, f"{field}: {done}", answer)
+
+    def get_version(self) -> Call:
+        return Call("GET", "/model_info")
+
+    def read_version(self, answer: Any) -> str:
+        try:
+            return str(answer["weight_version"])
+        except _ODD as error:
+            raise _unexpected("/model_info", "weight_version", answer) from error
+
+
+def _generate(tokens: list[int], sampling: dict[str, Any], **options: Any) -> Call:
+    body = {
+        "input_ids": tokens,
+        "sampling_params": _PLAIN_SAMPLING | sampling,
+        "return_logprob": True,
+        **options,
+    }
+    return Call("POST", "/generate", body)
+
+
+def _read_reason(answer: Any) -> FinishReason | None:
+    """Why it ended; None while it goes on."""
+    try:
+        reason = answer["meta_info"]["finish_reason"]
+        if reason is None:
+            return None
+        found = _REASONS[reason["type"]]
+    except _ODD as error:
+        raise _unexpected("/generate", "meta_info.finish_reason", answer) from error
+    # No stop text is ever sent, so one that "matched" is SGLang's word for logits that are nan.
+    if reason.get("status_code") is not None or isinstance(reason.get("matched"), str):
+        raise EngineError(f"SGLang ended a request with {reason}.")
+    return found
+
+
+def _read_tokens(answer: Any) -> Chunk:
+    reason = _read_reason(answer)
+    try:
+        tokens = tuple(int(token) for token in answer["output_ids"])
+        entries = answer["meta_info"]["output_token_logprobs"]
+        logprobs = tuple(float(entry[0]) for entry in entries)
+        named = tuple(int(entry[1]) for entry in entries)
+    except _ODD as error:
+        wanted = "output_ids and meta_info.output_token_logprobs"
+        raise _unexpected("/generate", wanted, answer) from error
+    if tokens != named:
+        raise EngineError(
+            f"SGLang answered the tokens {tokens} with log-probs of {named}: they must agree."
+        )
+    return Chunk(tokens, logprobs, reason, _read_edges(answer))
+
+
+def _read_edges(answer: Any) -> tuple[tuple[str, int, int], ...] | None:
+    """The versions of all tokens so far; None from a server that names none."""
+    meta = answer["meta_info"]
+    try:
+        if spans := meta.get("weight_versions"):
+            return tuple((str(s["version"]), int(s["start"]), int(s["end"])) for s in spans)
+        if (version := meta.get("weight_version")) is None:
+            return None
+        return ((str(version), 0, int(meta["completion_tokens"])),)
+    except _ODD as error:
+        raise _unexpected("/generate", "meta_info.weight_versions", answer) from error
+
+
+def _top_logprobs(answer: Any) -> dict[int, float]:
+    try:
+        entries = answer["meta_info"]["output_top_logprobs"][0]
+        return {int(entry[1]): float(entry[0]) for entry in entries}
+    except _ODD as error:
+        raise _unexpected("/generate", "meta_info.output_top_logprobs", answer) from error
+
+
+def _unexpected(path: str, wanted: str, answer: Any) -> EngineError:
+    return EngineError(f"SGLang answered {path} without {wanted}: {str(answer)[:300]}")

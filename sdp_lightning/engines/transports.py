@@ -1,0 +1,49 @@
+"""From options to the object that carries weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from sdp_lightning.engines.options import LOOPBACK, RemoteOptions
+from sdp_lightning.weights.base import WeightTransport
+
+
+def make_transport(options: RemoteOptions, urls: list[str]) -> WeightTransport:
+    """The transport that ``options`` name, for the servers at ``urls``.
+
+    Raises:
+        EngineError: if it cannot be opened.
+        ConfigError: if it needs what is not there.
+    """
+    folder = None if options.weight_folder is None else Path(options.weight_folder)
+    limit = options.control_timeout_s
+    match options.transport:
+        case "files":
+            from sdp_lightning.weights.files import FileTransport
+
+            return FileTransport(folder)
+        case "lora":
+            from sdp_lightning.weights.lora import LoRATransport
+
+            assert options.lora_alpha is not None
+            return LoRATransport(options.lora_alpha, root=folder)
+        case "gloo":
+            from sdp_lightning.weights.gloo import GlooTransport
+
+            return GlooTransport(_trainer_host(options, urls), timeout_s=limit, root=folder)
+        case "nccl" | "ipc":
+            from sdp_lightning.weights.vllm_native import NativeTransport
+
+            host = _trainer_host(options, urls)
+            return NativeTransport(options.transport, host, timeout_s=limit)
+
+
+def _trainer_host(options: RemoteOptions, urls: list[str]) -> str:
+    from sdp_lightning.weights.gloo import address_towards
+
+    if options.trainer_host is not None:
+        return options.trainer_host
+    hosts = [(str(parts.hostname), parts.port or 80) for parts in map(urlsplit, urls)]
+    far = [place for place in hosts if place[0] not in LOOPBACK]
+    return address_towards(*(far or hosts)[0])

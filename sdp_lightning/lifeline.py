@@ -1,0 +1,203 @@
+"""Notices at once that another process of the training has failed, whatever this one is doing.
+
+Every process holds a connection to rank 0, and the kernel closes it when the process ends, however
+it ends. A thread listens, because the main one may sit in a collective that will never return.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import logging
+import os
+import secrets
+import selectors
+import socket
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sdp_lightning.errors import RankError
+
+logger = logging.getLogger(__name__)
+
+GRACE_S = 10.0  # for the main thread to come back and end the training in order
+_TOKEN_BYTES = 16
+_LONGEST = 4000  # characters of a message
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+@dataclass(frozen=True)
+class RankFailure:
+    """What became of another rank."""
+
+    rank: int
+    message: str
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} failed: {self.message}"
+
+
+class Lifeline:
+    """Listens to the ranks at the other ends of ``links`` until ``close``. Rank 0 passes on.
+
+    Args:
+        rank: of this process.
+        links: a connection to rank 0; rank 0's to every other one.
+        grace_s: how long after a failure this process is ended, if ``close`` has not come.
+    """
+
+    def __init__(
+        self, rank: int, links: Mapping[int, socket.socket], *, grace_s: float = GRACE_S
+    ) -> None:
+        self._rank, self._links, self._grace_s = rank, dict(links), grace_s
+        self._failure: RankFailure | None = None
+        self._closed = threading.Event()
+        self._wake, self._woken = socket.socketpair()
+        self._thread = threading.Thread(target=self._listen, name="sdp-lifeline", daemon=True)
+        self._thread.start()
+
+    @property
+    def failure(self) -> RankFailure | None:
+        """The first failure of another rank that this one heard of."""
+        return self._failure
+
+    def tell(self, message: str) -> None:
+        """This rank has failed."""
+        self._send([self._rank, message[:_LONGEST]])
+
+    def close(self) -> None:
+        """Say goodbye: that this process ends will be no failure. Safe to call twice."""
+        if self._closed.is_set():
+            return
+        self._closed.set()
+        self._wake.close()
+        self._thread.join()
+        self._send([])
+        for link in (*self._links.values(), self._woken):
+            link.close()
+
+    def _send(self, message: list[Any]) -> None:
+        for link in self._links.values():
+            try:
+                link.sendall(json.dumps(message).encode() + b"\n")
+            except OSError as error:
+                logger.debug("a rank is gone and could not be told %s: %r", message, error)
+
+    def _listen(self) -> None:
+        with selectors.DefaultSelector() as selector:
+            for rank, link in self._links.items():
+                selector.register(link, selectors.EVENT_READ, rank)
+            selector.register(self._woken, selectors.EVENT_READ)
+            while self._failure is None and not self._closed.is_set():
+                for key, _ in selector.select():
+                    if key.data is not None:
+                        selector.unregister(key.fileobj)
+                        self._hear(key.data)
+        if self._failure is not None:
+            self._await_end(self._failure)
+
+    def _hear(self, rank: int) -> None:
+        """The only thing that ``rank`` ever says, or that it can say no more."""
+        try:
+            with self._links[rank].makefile("rb") as words:
+                line = words.readline()
+        except OSError:  # reset: it ended with something unread
+            line = b""
+        try:
+            message: list[Any] = json.loads(line) if line else [rank, "its process has ended."]
+        except ValueError:  # the thread must outlive it
+            message = [rank, f"it said what nobody understands: {line[:80]!r}."]
+        if message and self._failure is None:
+            self._failure = RankFailure(*message)
+            if self._rank == 0:
+                self._send(message)
+
+    def _await_end(self, failure: RankFailure) -> None:
+        logger.error("%s", failure)
+        if self._closed.wait(self._grace_s):
+            return
+        logger.critical(
+            "%.0f s after that this process still waits for it, or is busy: it is ended.",
+            self._grace_s,
+        )
+        faulthandler.dump_traceback()
+        os._exit(1)
+
+
+class Listener:
+    """Rank 0's end: takes one connection from every other rank, and is closed.
+
+    Args:
+        host: that the others reach this process by.
+    """
+
+    def __init__(self, host: str) -> None:
+        near, dual = host in _LOOPBACK, socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if ":" in host or (dual and not near) else socket.AF_INET
+        self._server = socket.create_server(
+            (host if near else "", 0), family=family, dualstack_ipv6=dual and not near
+        )
+        self._token = secrets.token_bytes(_TOKEN_BYTES)
+
+    @property
+    def place(self) -> tuple[int, bytes]:
+        """Port, and what to say there."""
+        return self._server.getsockname()[1], self._token
+
+    def accept(self, size: int, timeout_s: float) -> dict[int, socket.socket]:
+        """A connection for each rank from 1 to ``size - 1``.
+
+        Raises:
+            RankError: naming those that did not come in time.
+        """
+        links: dict[int, socket.socket] = {}
+        deadline = time.monotonic() + timeout_s
+        with self._server:
+            while len(links) < size - 1:
+                self._server.settimeout(max(1e-3, deadline - time.monotonic()))
+                try:
+                    link, _ = self._server.accept()
+                except TimeoutError as error:
+                    for link in links.values():
+                        link.close()
+                    late = ", ".join(str(rank) for rank in range(1, size) if rank not in links)
+                    raise RankError(
+                        f"waited {timeout_s:.1f} s for rank {late} to connect to rank 0."
+                    ) from error
+                greeting = _receive(link, _TOKEN_BYTES + 4)
+                if secrets.compare_digest(greeting[:_TOKEN_BYTES], self._token):
+                    links[int.from_bytes(greeting[_TOKEN_BYTES:])] = _keep_alive(link)
+                else:
+                    link.close()  # a stranger
+        return links
+
+
+def connect(host: str, place: tuple[int, bytes], rank: int, timeout_s: float) -> socket.socket:
+    """A connection of ``rank`` to the :class:`Listener` at ``place``."""
+    port, token = place
+    link = socket.create_connection((host, port), timeout_s)
+    link.sendall(token + rank.to_bytes(4))
+    return _keep_alive(link)
+
+
+def _receive(link: socket.socket, count: int) -> bytes:
+    link.settimeout(5.0)
+    data = b""
+    with contextlib.suppress(TimeoutError):
+        while len(data) < count and (more := link.recv(count - len(data))):
+            data += more
+    return data
+
+
+def _keep_alive(link: socket.socket) -> socket.socket:
+    """The kernel finds out, too, when the other machine is gone."""
+    link.settimeout(None)
+    link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3)):
+        if name in vars(socket):  # Linux; elsewhere the system's hours
+            link.setsockopt(socket.IPPROTO_TCP, vars(socket)[name], value)
+    return link

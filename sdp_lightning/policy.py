@@ -1,0 +1,166 @@
+"""The trained model: loading, what of it is trained, sharding, and its weights for engines."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from sdp_lightning.errors import ConfigError
+from sdp_lightning.forward import LogprobForward
+from sdp_lightning.loading import quiet_transformers
+
+Source = PreTrainedModel | None
+
+
+def load_policy(model_id: str, options: Mapping[str, Any]) -> PreTrainedModel:
+    """The causal LM ``model_id``, in float32 unless ``options`` say otherwise."""
+    with quiet_transformers():
+        return AutoModelForCausalLM.from_pretrained(model_id, **{"dtype": torch.float32, **options})
+
+
+def check_strategy(strategy: object) -> None:
+    """Refuse FSDP1, whose flat parameters can be neither named, frozen in part nor published.
+
+    Raises:
+        ConfigError: naming the strategy to use.
+    """
+    if any(kind.__name__ == "FSDPStrategy" for kind in type(strategy).__mro__):
+        raise ConfigError(
+            "FSDPStrategy (FSDP1) is not supported: it hides the model's parameters. Use FSDP2, "
+            "ModelParallelStrategy(data_parallel_size=<devices>, tensor_parallel_size=1)."
+        )
+
+
+def load(
+    model_id: str, options: Mapping[str, Any], *, sharded: bool
+) -> tuple[PreTrainedModel, Source]:
+    """The model, and what :func:`shard` fills it from.
+
+    With ``sharded`` it has no weights yet, on the meta device, and only rank 0 reads them.
+    """
+    if not sharded:
+        return load_policy(model_id, options), None
+    source = load_policy(model_id, options) if distributed.get_rank() == 0 else None
+    kind: list[Any] = [source and (type(source), source.config, source.dtype)]
+    distributed.broadcast_object_list(kind, src=0)
+    model_class, config, dtype = kind[0]
+    with torch.device("meta"):
+        return model_class(config).to(dtype), source
+
+
+def shard(forward: LogprobForward, mesh: DeviceMesh, source: Source, device: torch.device) -> None:
+    """FSDP2: every decoder layer a unit, the rest one more, over the data-parallel ranks.
+
+    Args:
+        forward: around the model that :func:`load` has returned with ``sharded``.
+        mesh: of all ranks.
+        source: returned beside it.
+        device: of this rank.
+
+    Raises:
+        ConfigError: if the mesh asks for tensor parallelism.
+    """
+    if mesh["tensor_parallel"].size() > 1:
+        raise ConfigError(
+            f"tensor_parallel_size={mesh['tensor_parallel'].size()} is not supported: use "
+            "ModelParallelStrategy(data_parallel_size=<devices>, tensor_parallel_size=1)."
+        )
+    data_parallel = mesh["data_parallel"]
+    decoder: Any = forward.policy.get_decoder()
+    for layer in decoder.layers:
+        fully_shard(layer, mesh=data_parallel)
+    fully_shard(forward, mesh=data_parallel)
+    _fill(forward.policy, source, device)
+
+
+def _fill(policy: PreTrainedModel, source: Source, device: torch.device) -> None:
+    """Give a sharded model on the meta device the weights and buffers of rank 0's ``source``."""
+    tied: dict[Tensor, list[str]] = {}
+    for name, parameter in policy.named_parameters(remove_duplicate=False):
+        tied.setdefault(parameter, []).append(name)
+    policy.to_empty(device=device)
+    for first, *others in tied.values():
+        for name in others:  # to_empty() made each its own
+            module, _, leaf = name.rpartition(".")
+            setattr(policy.get_submodule(module), leaf, policy.get_parameter(first))
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    full = {} if source is None else source.state_dict()
+    set_model_state_dict(policy, full, options=options)
+    for name, buffer in policy.named_buffers():  # the rotary frequencies are in no state dict
+        if source is not None:
+            buffer.copy_(source.get_buffer(name))
+        distributed.broadcast(buffer, src=0)
+
+
+def is_sharded(policy: nn.Module) -> bool:
+    """Whether each rank holds a part of every weight."""
+    return any(isinstance(parameter, DTensor) for parameter in policy.parameters())
+
+
+def gradient_sync(model: Any, *, on: bool) -> AbstractContextManager[Any]:
+    """DDP adds gradients up over micro-batches, and reduces them over ranks in the last one."""
+    if not on and isinstance(model, DistributedDataParallel):
+        return model.no_sync()
+    return nullcontext()
+
+
+def clip_gradients(policy: nn.Module, limit: float | None) -> Tensor:
+    """The norm of all gradients, over all ranks, before they are clipped to ``limit``."""
+    parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    norm = nn.utils.clip_grad_norm_(parameters, math.inf if limit is None else limit)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def named_weights(policy: nn.Module, *, changed_only: bool) -> Iterator[tuple[str, Tensor]]:
+    """What an engine must be given, under the names of the model's ``state_dict``.
+
+    Sharded weights are gathered one at a time: all ranks must go through the whole iterator.
+
+    Args:
+        policy: the model.
+        changed_only: the trained weights, with all else of their layers: servers fuse weights of a
+            layer, and a fused one that comes in part is wrong.
+    """
+    trained = {_layer_of(name) for name, p in policy.named_parameters() if p.requires_grad}
+    for name, tensor in policy.state_dict().items():
+        if not changed_only or _layer_of(name) in trained:
+            yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _layer_of(name: str) -> str:
+    """``model.layers.3`` of ``model.layers.3.mlp.up_proj.weight``; another name is its own."""
+    found = re.match(r".*?\.\d+(?=\.)", name)
+    return name if found is None or ".lora_" in name else found[0]
+
+
+def select_trainable(policy: nn.Module, pattern: str | None) -> None:
+    """Freeze every parameter whose name ``pattern`` does not find."""
+    if pattern is None:
+        return
+    names = [name for name, _ in policy.named_parameters() if re.search(pattern, name)]
+    if not names:
+        some = ", ".join([name for name, _ in policy.named_parameters()][:3])
+        raise ConfigError(f"trainable={pattern!r} finds no parameter; names look like {some}.")
+    for name, parameter in policy.named_parameters():
+        parameter.requires_grad_(name in names)
+
+
+def silence_dropout(policy: nn.Module) -> None:
+    """Dropout off in train mode: it would make every log-prob a random number."""
+    for module in policy.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif isinstance(vars(module).get("attention_dropout"), float):
+            vars(module)["attention_dropout"] = 0.0

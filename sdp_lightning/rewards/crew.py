@@ -1,0 +1,158 @@
+"""Threads that each keep one worker process, and the queue of calls that they share.
+
+Knows no policy and no event loop: a call is bytes, its future holds a ``Verdict``.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter, deque
+from concurrent.futures import Future
+
+from sdp_lightning.errors import RolloutError
+from sdp_lightning.rewards.process import Kind, Verdict, WorkerProcess, WorkerSettings
+
+logger = logging.getLogger(__name__)
+
+_Job = tuple[bytes, "Future[Verdict]"]
+
+
+class Tally:
+    """How calls ended; it outlives the crews that write to it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counts: Counter[Kind] = Counter()
+        self._num_killed_in_a_row = 0
+
+    def add(self, kind: Kind) -> None:
+        """Count one call."""
+        with self._lock:
+            self._counts[kind] += 1
+            killed = kind not in ("value", "raised")
+            self._num_killed_in_a_row = self._num_killed_in_a_row + 1 if killed else 0
+
+    @property
+    def num_killed_in_a_row(self) -> int:
+        """Calls since the last one that answered."""
+        return self._num_killed_in_a_row
+
+    def snapshot(self) -> Counter[Kind]:
+        """The counts by kind."""
+        with self._lock:
+            return self._counts.copy()
+
+
+class WorkerCrew:
+    """At most ``num_workers`` processes, each started when there is a call for it.
+
+    A process that a call ended is replaced at the next call. Closed for good by ``close``.
+    """
+
+    def __init__(
+        self, settings: WorkerSettings, *, num_workers: int, timeout_s: float, tally: Tally
+    ) -> None:
+        self._settings, self._timeout_s, self._tally = settings, timeout_s, tally
+        self._num_workers, self._num_idle = num_workers, 0
+        self._changed = threading.Condition()
+        self._jobs: deque[_Job] = deque()
+        self._threads: list[threading.Thread] = []
+        self._processes: set[WorkerProcess] = set()
+        self._closed = False
+
+    def submit(self, arguments: bytes) -> Future[Verdict]:
+        """Queue a call; a cancelled future takes it out again unless it runs already.
+
+        Raises:
+            RolloutError: if the crew is closed. The future raises it too, if it is closed later, or
+                if the reward cannot be loaded.
+        """
+        future: Future[Verdict] = Future()
+        with self._changed:
+            if self._closed:
+                raise RolloutError("the reward pool was closed.")
+            self._jobs.append((arguments, future))
+            if len(self._jobs) > self._num_idle and len(self._threads) < self._num_workers:
+                name = f"sdp-reward-{len(self._threads)}"
+                thread = threading.Thread(target=self._serve, name=name, daemon=True)
+                thread.start()
+                self._threads.append(thread)
+            self._changed.notify()
+        return future
+
+    def close(self, timeout_s: float = 10.0) -> None:
+        """Kill all processes, fail all calls, end all threads. Safe to call twice."""
+        with self._changed:
+            self._closed = True
+            jobs = list(self._jobs)
+            self._jobs.clear()
+            for process in self._processes:
+                process.kill()
+            self._changed.notify_all()
+        for _, future in jobs:
+            if future.set_running_or_notify_cancel():
+                future.set_exception(RolloutError("the reward pool was closed."))
+        deadline = time.monotonic() + timeout_s
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join(max(0.0, deadline - time.monotonic()))
+
+    def forget(self) -> None:
+        """In a forked child: the threads are gone, the processes are the parent's."""
+        for process in self._processes:
+            process.forget()
+
+    def _serve(self) -> None:
+        process: WorkerProcess | None = None
+        while (job := self._next()) is not None:
+            arguments, future = job
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                if process is None or not process.is_alive:
+                    self._discard(process)
+                    process = None  # should the next one not start
+                    process = self._start()
+                verdict = process.call(arguments, self._timeout_s)
+            except Exception as error:  # raised where the reward is awaited
+                future.set_exception(error)
+            else:
+                self._finish(future, verdict)
+        self._discard(process)
+
+    def _next(self) -> _Job | None:
+        with self._changed:
+            self._num_idle += 1
+            self._changed.wait_for(lambda: self._jobs or self._closed)
+            self._num_idle -= 1
+            return None if self._closed else self._jobs.popleft()
+
+    def _start(self) -> WorkerProcess:
+        process = WorkerProcess(self._settings)
+        with self._changed:
+            self._processes.add(process)
+            if self._closed:
+                process.kill()
+        try:
+            process.load()
+        except RolloutError as error:
+            self._discard(process)
+            if self._closed:
+                raise RolloutError("the reward pool was closed.") from error
+            raise
+        return process
+
+    def _discard(self, process: WorkerProcess | None) -> None:
+        if process is not None:
+            with self._changed:
+                self._processes.discard(process)
+            process.close()
+
+    def _finish(self, future: Future[Verdict], verdict: Verdict) -> None:
+        if self._closed and verdict.kind == "crashed":
+            future.set_exception(RolloutError("the reward pool was closed."))
+            return
+        self._tally.add(verdict.kind)
+        future.set_result(verdict)

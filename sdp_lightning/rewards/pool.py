@@ -1,0 +1,254 @@
+"""A reward in worker processes: one call may hang, crash or eat memory, and costs one sample."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import pickle
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from sdp_lightning.errors import ConfigError, RolloutError
+from sdp_lightning.loading import load_object
+from sdp_lightning.rewards.crew import Tally, WorkerCrew
+from sdp_lightning.rewards.process import Verdict, WorkerSettings
+
+logger = logging.getLogger(__name__)
+
+Policy = Literal["zero", "reject", "raise"]
+Row = Mapping[str, Any]
+
+_LONGEST_S = 1e9
+_SHOWN = 200  # characters of a row or a completion in a warning
+
+
+class RewardRejected(RolloutError):
+    """A reward could not be had, and the pool was told to reject its group."""
+
+
+@dataclass(frozen=True)
+class RewardCounts:
+    """How the calls of a pool ended.
+
+    Attributes:
+        value: with a number.
+        raised: the reward raised, or returned no finite number.
+        timed_out: killed at the deadline.
+        out_of_memory: needed more than ``memory_bytes``.
+        crashed: the reward ended its process: a segmentation fault, ``os._exit``.
+    """
+
+    value: int = 0
+    raised: int = 0
+    timed_out: int = 0
+    out_of_memory: int = 0
+    crashed: int = 0
+
+    @property
+    def killed(self) -> int:
+        """Calls that cost their worker process."""
+        return self.timed_out + self.out_of_memory + self.crashed
+
+
+class RewardPool:
+    """``await pool(completion, row)``, in one of ``num_workers`` processes with a hard deadline.
+
+    A process whose call hangs, crashes or runs out of memory is killed with its children, and
+    replaced at the next call. Processes are started at the first call, import the reward by its
+    place, and run it on their main thread, so it may use signals (math-verify does). They have
+    nothing of the trainer: neither its memory nor its CUDA context. They end with ``close``, with
+    the pool, and with the trainer however that ends (on Linux also in the middle of a call).
+    Any number of event loops may share a pool; a copy has processes of its own.
+
+    Args:
+        reward: ``"package.module:name"``, ``"path/to/file.py:name"`` or a function at the top level
+            of a module; plain or async.
+        num_workers: processes, and calls at once; the others wait.
+        timeout_s: longest call, waiting for a process left out.
+        memory_bytes: the most data memory of a process, what the reward imports included; None is
+            no bound. Bounds nothing on macOS.
+        on_kill: what a call is worth that costs its process: ``"zero"``, with a warning that names
+            the row; ``"reject"`` its group; or ``"raise"``.
+        on_error: the same for a reward that raises, or returns no number.
+        max_killed_in_a_row: processes lost, with no answer between, that are an error.
+        start_s: longest start of a process, with the imports of the reward.
+
+    Raises:
+        ConfigError: if a setting is out of range, or the reward has no place to import it from.
+    """
+
+    def __init__(
+        self,
+        reward: str | Callable[..., Any],
+        *,
+        num_workers: int = 2,
+        timeout_s: float = 10.0,
+        memory_bytes: int | None = 4 * 2**30,
+        on_kill: Policy = "zero",
+        on_error: Policy = "raise",
+        max_killed_in_a_row: int = 100,
+        start_s: float = 120.0,
+    ) -> None:
+        _check_counts(
+            num_workers=num_workers,
+            max_killed_in_a_row=max_killed_in_a_row,
+            memory_bytes=1 if memory_bytes is None else memory_bytes,
+        )
+        for name, seconds in (("timeout_s", timeout_s), ("start_s", start_s)):
+            if not 0 < seconds <= _LONGEST_S:
+                raise ConfigError(f"{name} must be positive, and at most 1e9; got {seconds}.")
+        for name, policy in (("on_kill", on_kill), ("on_error", on_error)):
+            if policy not in ("zero", "reject", "raise"):
+                raise ConfigError(f"{name} must be zero, reject or raise; got {policy!r}.")
+        spec = importable_place(reward)
+        name = spec.rpartition(":")[2]
+        self._worker = WorkerSettings(spec, name, memory_bytes, start_s)
+        self.num_workers, self.timeout_s = num_workers, timeout_s
+        self.on_kill: Policy = on_kill
+        self.on_error: Policy = on_error
+        self.max_killed_in_a_row = max_killed_in_a_row
+        self._reset()
+
+    @property
+    def counts(self) -> RewardCounts:
+        """How all calls ended so far."""
+        return RewardCounts(**self._tally.snapshot())
+
+    async def __call__(self, completion: str, row: Row) -> float:
+        """What ``completion`` is worth.
+
+        Raises:
+            RolloutError: if the reward raised, cannot be loaded, or the pool is closed meanwhile;
+                with ``"raise"`` also if its process was killed.
+            RewardRejected: with ``"reject"``.
+        """
+        try:
+            arguments = pickle.dumps((completion, dict(row)))
+        except (pickle.PicklingError, TypeError, AttributeError, RecursionError) as error:
+            raise RolloutError(
+                f"row {_shown(row.get('id', row))} cannot be sent to a worker process: {error}. "
+                "Keep plain values in the rows."
+            ) from error
+        verdict = await asyncio.wrap_future(self._open().submit(arguments))
+        if verdict.kind == "value":
+            return verdict.value
+        return self._settle(verdict, completion, row)
+
+    def close(self) -> None:
+        """End all processes, within seconds. The next call starts new ones."""
+        with self._lock:
+            end, self._crew, self._end = self._end, None, None
+        if end is not None:
+            end()
+
+    def __getstate__(self) -> dict[str, Any]:
+        left_out = ("_crew", "_end", "_tally", "_lock")
+        return {key: value for key, value in self.__dict__.items() if key not in left_out}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._reset()
+
+    def _reset(self) -> None:
+        self._tally, self._lock = Tally(), threading.Lock()
+        self._crew: WorkerCrew | None = None
+        self._end: weakref.finalize[[], RewardPool] | None = None
+        _pools.add(self)
+
+    def _open(self) -> WorkerCrew:
+        with self._lock:
+            if self._crew is None:
+                self._crew = WorkerCrew(
+                    self._worker,
+                    num_workers=self.num_workers,
+                    timeout_s=self.timeout_s,
+                    tally=self._tally,
+                )
+                self._end = weakref.finalize(self, self._crew.close)  # dropped, or at exit
+            return self._crew
+
+    def _settle(self, verdict: Verdict, completion: str, row: Row) -> float:
+        said = f"reward {self._worker.name!r} {verdict.detail}"
+        policy = self.on_error if verdict.kind == "raised" else self.on_kill
+        if self._tally.num_killed_in_a_row >= self.max_killed_in_a_row:
+            raise RolloutError(
+                f"{self._tally.num_killed_in_a_row} worker processes in a row were lost; in the "
+                f"last one {said}. Try the reward by hand, or raise timeout_s or memory_bytes."
+            )
+        if policy == "raise":
+            error = RolloutError(f"{said}.")
+            if verdict.traceback:
+                error.add_note(verdict.traceback)
+            raise error
+        where = f"{said} on row {_shown(row.get('id', row))}, completion {_shown(completion)}"
+        if policy == "reject":
+            raise RewardRejected(where)
+        logger.warning("%s; it counts as 0", where)
+        return 0.0
+
+    def _forget(self) -> None:
+        if self._crew is not None and self._end is not None:
+            self._end.detach()
+            self._crew.forget()
+        self._reset()
+
+
+_pools: weakref.WeakSet[RewardPool] = weakref.WeakSet()
+
+
+def _forget_all() -> None:
+    for pool in list(_pools):
+        pool._forget()  # pyright: ignore[reportPrivateUsage]
+
+
+if sys.platform != "win32":
+    os.register_at_fork(after_in_child=_forget_all)
+
+
+def importable_place(reward: str | Callable[..., Any]) -> str:
+    """Where another process finds ``reward``, for ``load_object``.
+
+    Raises:
+        ConfigError: if it is no function, or nowhere to be found: a lambda, a closure, a method, a
+            function of a notebook or of the script that runs.
+    """
+    spec = reward if isinstance(reward, str) else _place_of(reward)
+    found = load_object(spec)
+    if not callable(found) or not (isinstance(reward, str) or found is reward):
+        raise ConfigError(_no_place(reward))
+    place, _, name = spec.rpartition(":")
+    return f"{Path(place).expanduser().resolve()}:{name}" if place.endswith(".py") else spec
+
+
+def _place_of(reward: Callable[..., Any]) -> str:
+    module = sys.modules.get(str(getattr(reward, "__module__", None)))
+    name = str(getattr(reward, "__qualname__", "<"))
+    if module is None or module.__name__ == "__main__" or "<" in name:
+        raise ConfigError(_no_place(reward))
+    if module.__name__.startswith("_sdp_file_"):  # of load_object
+        return f"{module.__file__}:{name}"
+    return f"{module.__name__}:{name}"
+
+
+def _no_place(reward: object) -> str:
+    return (
+        f"worker processes cannot import {reward!r}. Put the function at the top level of a file, "
+        "and pass its place: reward='path/to/file.py:name'."
+    )
+
+
+def _check_counts(**counts: int) -> None:
+    for name, count in counts.items():
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise ConfigError(f"{name} must be an integer of at least 1, got {count!r}.")
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."

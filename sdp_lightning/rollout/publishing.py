@@ -1,0 +1,140 @@
+"""The order of a publish: gate, pause, drain, transfer, verify, commit, resume. On all ranks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+from sdp_lightning.engines.base import InferenceEngine, NamedWeights, PublishReport
+from sdp_lightning.errors import VersionError
+from sdp_lightning.ranks import Ranks
+from sdp_lightning.workflows.gate import SendGate
+
+
+def publish(
+    engine: InferenceEngine,
+    gate: SendGate,
+    ranks: Ranks,
+    weights: NamedWeights,
+    version: int,
+    *,
+    reset: bool,
+    drain_s: float,
+    commit: Callable[[], None],
+) -> PublishReport:
+    """Give ``engine`` the weights of ``version`` while no request is under way to it.
+
+    Where the engines of all ranks share servers, rank 0 pauses, loads and resumes them for all. If
+    it raises, gate and engine stay closed, on every rank: nothing is sampled by weights of which
+    nobody knows the version.
+
+    Args:
+        engine: which requests pass ``gate`` to.
+        gate: closed meanwhile, unless the engine takes weights under requests in flight.
+        ranks: that train together, and publish together.
+        weights: all of them with ``reset``, else those that changed. To iterate over them may be a
+            collective, so every rank does, to the end.
+        version: what they are.
+        reset: a start, fresh or resumed.
+        drain_s: how long outstanding requests may take to come back; then they are cancelled.
+        commit: moves the clock and the ledger, once the engine reports the version.
+    """
+    one = _Publish(engine, gate, version, drain_s, leads=ranks.rank == 0 or not engine.is_shared)
+    start = time.monotonic()
+    if not engine.is_shared:  # each rank's engine is its own
+        paused = time.monotonic()
+        work, what = (lambda: one.swap(weights, reset=reset)), f"publishing version {version}"
+        report, _ = ranks.together(what, work)
+        one.verify(())
+        commit()
+        one.resume_servers()
+    else:
+        ranks.together(f"closing the gates for version {version}", one.close_gate)
+        paused = time.monotonic()
+        ranks.together(f"pausing for version {version}", one.pause_servers)
+        ranks.together(f"draining for version {version}", one.drain)
+        report, serving = ranks.together(
+            f"transferring version {version}",
+            lambda: one.transfer(weights, reset=reset),
+            lambda _: list(engine.servers),
+        )
+        ranks.together(f"verifying version {version}", lambda: one.verify(serving[0]))
+        commit()
+        ranks.together(f"resuming at version {version}", one.resume_servers)
+        if not one.leads:
+            engine.resume()
+    resumed = time.monotonic()
+    gate.open()
+    return replace(report, paused_s=resumed - paused, exposed_s=time.monotonic() - start)
+
+
+class _Publish:
+    """One rank's part in each phase. ``leads``: its engine changes the servers."""
+
+    def __init__(
+        self,
+        engine: InferenceEngine,
+        gate: SendGate,
+        version: int,
+        drain_s: float,
+        *,
+        leads: bool,
+    ) -> None:
+        self.leads = leads
+        self._engine, self._gate = engine, gate
+        self._version, self._drain_s = version, drain_s
+
+    def close_gate(self) -> None:
+        if not self._engine.in_process:
+            self._gate.close()
+        if not self.leads:
+            self._engine.pause()
+
+    def pause_servers(self) -> None:
+        if self.leads:
+            self._engine.pause()
+
+    def drain(self) -> None:
+        self._engine.drain()
+        if not self._engine.in_process:
+            self._gate.drain(self._drain_s)
+
+    def swap(self, weights: NamedWeights, *, reset: bool) -> PublishReport:
+        """All that an engine of this rank's own needs before the others are heard."""
+        source = iter(weights)
+        try:
+            self.close_gate()
+            self.pause_servers()
+            self.drain()
+            return self._engine.update_weights(source, self._version, reset=reset)
+        finally:
+            _exhaust(source)
+
+    def transfer(self, weights: NamedWeights, *, reset: bool) -> PublishReport:
+        source = iter(weights)
+        try:
+            if self.leads:
+                return self._engine.update_weights(source, self._version, reset=reset)
+            return PublishReport(self._version, 0)
+        finally:
+            _exhaust(source)
+
+    def verify(self, servers: Sequence[str]) -> None:
+        if not self.leads:
+            self._engine.follow(self._version, servers)
+        if self._engine.version != self._version:
+            raise VersionError(
+                f"version {self._version} was published, but the engine reports "
+                f"{self._engine.version}."
+            )
+
+    def resume_servers(self) -> None:
+        if self.leads:
+            self._engine.resume()
+
+
+def _exhaust(source: Iterator[object]) -> None:
+    """What is left of a collective: the other ranks go through it, too."""
+    for _ in source:
+        pass

@@ -1,0 +1,120 @@
+"""Where groups come from: what a checkpoint had under way goes on first, then new rows begin.
+
+Also what a checkpoint holds of them. Not thread-safe: its owner locks.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from sdp_lightning.engines.base import InferenceEngine
+from sdp_lightning.rollout.prompts import PromptRow, PromptStream, derive_seed
+from sdp_lightning.rollout.registry import LiveGroup
+from sdp_lightning.rollout.state import group_from_state, group_to_state, logs_from_state
+from sdp_lightning.types import TrajectoryGroup
+from sdp_lightning.workflows.base import RolloutSession, Tokenizer
+from sdp_lightning.workflows.episode import Episode, Event
+from sdp_lightning.workflows.gate import SendGate
+
+
+class GroupSource:
+    """Hands out groups to submit, each with its place in the order of creation.
+
+    A group that a checkpoint had under way keeps place, versions and what it had sampled, which its
+    workflow, run again, is given again (:class:`~sdp_lightning.workflows.episode.Episode`).
+
+    Args:
+        prompts: of new groups.
+        engine: samples for every episode, which pass ``gate`` to it.
+        tokenizer: of the policy.
+        seed: of the run; row, epoch and sample add to it.
+    """
+
+    def __init__(
+        self,
+        prompts: PromptStream,
+        engine: InferenceEngine,
+        tokenizer: Tokenizer,
+        *,
+        seed: int,
+    ) -> None:
+        self.gate = SendGate()
+        self._prompts, self._engine = prompts, engine
+        self._tokenizer, self._seed = tokenizer, seed
+        self._interrupted: deque[LiveGroup] = deque()
+        self._next_order = 0
+
+    @property
+    def is_exhausted(self) -> bool:
+        """Whether no group will ever come again, unless a row is given back."""
+        return not self._interrupted and self._prompts.is_exhausted
+
+    def next(self, version: int) -> LiveGroup | None:
+        """The next group, created at ``version`` if it is new; None when exhausted.
+
+        Raises:
+            RolloutError: naming the row that could not be read; the position does not move.
+        """
+        if self._interrupted:
+            return self._interrupted.popleft()
+        row = self._prompts.next()
+        if row is None:
+            return None
+        self._next_order += 1
+        return LiveGroup(self._next_order - 1, row, version, self.new_session(row))
+
+    def new_session(self, row: PromptRow, saved: Sequence[Sequence[Event]] = ()) -> RolloutSession:
+        """What the workflow gets to roll ``row`` out, with the logs that it is to repeat."""
+        key = f"{row.epoch}/{row.index}"
+
+        def new_episode(sample: int) -> Episode:
+            seed = derive_seed(self._seed, row.epoch, row.index, sample)
+            return Episode(self._engine, self.gate, seed=seed, group_key=key)
+
+        return RolloutSession(self._tokenizer, new_episode, saved)
+
+    def put_back(self, group: LiveGroup) -> None:
+        """Hand out ``group`` again, before any other: it could not be submitted."""
+        self._interrupted.appendleft(group)
+
+    def give_back(self, row: PromptRow) -> None:
+        """Begin ``row`` again, before any new one."""
+        self._prompts.give_back([row])
+
+    def remove(self, is_overdue: Callable[[LiveGroup], bool]) -> None:
+        """Take out the interrupted groups that are overdue."""
+        self._interrupted = deque([g for g in self._interrupted if not is_overdue(g)])
+
+    def state_dict(self, live: Sequence[LiveGroup]) -> dict[str, Any]:
+        """The position in the prompts, all ``live`` groups, and those not submitted again yet."""
+        running = [*self._interrupted, *(g for g in live if g.group is None)]
+        return {
+            "prompts": self._prompts.state_dict(),
+            "next_order": self._next_order,
+            "pending": [group_to_state(g) for g in live if g.group is not None],
+            "running": [group_to_state(g) for g in sorted(running, key=lambda g: g.order)],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> list[tuple[LiveGroup, TrajectoryGroup]]:
+        """Continue from ``state``; returns the groups that were finished.
+
+        Raises:
+            ConfigError: if the prompts are others than those of ``state``.
+            RolloutError: if the row of a group that was under way cannot be read.
+        """
+        self._prompts.load_state_dict(state["prompts"])
+        self._next_order = int(state["next_order"])
+        for saved in state["running"]:
+            row = self._prompts.read(int(saved["epoch"]), int(saved["index"]))
+            session = self.new_session(row, logs_from_state(saved["logs"]))
+            order, created = int(saved["order"]), int(saved["created_version"])
+            self._interrupted.append(LiveGroup(order, row, created, session))
+        return [self._restore(saved) for saved in state["pending"]]
+
+    def _restore(self, saved: Mapping[str, Any]) -> tuple[LiveGroup, TrajectoryGroup]:
+        group = group_from_state(saved)
+        row = PromptRow(int(saved["epoch"]), int(saved["index"]), {"id": group.row_id})
+        session = self.new_session(row)
+        return LiveGroup(group.order, row, group.created_version, session), group

@@ -1,0 +1,182 @@
+"""Ends a run that hangs: a thread sees it, which no lock of the trainer's can stop."""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import signal
+import sys
+import threading
+import time
+from types import CodeType, FrameType, MethodType
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+
+from sdp_lightning.datamodule import RolloutDataModule
+from sdp_lightning.errors import ConfigError, SDPError
+
+logger = logging.getLogger(__name__)
+
+_ENTRIES = tuple(f.__code__ for f in (L.Trainer.fit, L.Trainer.validate, L.Trainer.test))
+
+
+class Watchdog(Callback):
+    """Ends a run of which the trainer's thread hangs, for instance in a collective or a deadlock.
+
+    Signs of life are the hooks of steps, microbatches and validation batches, and every look of a
+    wait for rollouts or ranks, which have deadlines of their own. After ``timeout_s`` without one
+    the stacks of all threads are written to stderr, and an ``SDPError`` is raised in that thread,
+    so that the run can end in order. If it does not within ``patience_s``, the stacks are written
+    again and the process exits with status 1, also if the interpreter's lock is held for good.
+
+    A process that is suspended (SIGSTOP, a debugger) for longer is ended when it goes on.
+
+    Args:
+        timeout_s: longer than the longest forward and backward pass, publish, or user callback.
+        checkpoint_timeout_s: the same while a checkpoint is written.
+        patience_s: from the error to the end of the process.
+
+    Raises:
+        ConfigError: if a time is not positive.
+    """
+
+    def __init__(
+        self,
+        timeout_s: float,
+        *,
+        checkpoint_timeout_s: float = 3600.0,
+        patience_s: float = 60.0,
+    ) -> None:
+        if min(timeout_s, checkpoint_timeout_s, patience_s) <= 0:
+            raise ConfigError(
+                f"timeout_s={timeout_s}, checkpoint_timeout_s={checkpoint_timeout_s} and "
+                f"patience_s={patience_s} must all be positive."
+            )
+        self.timeout_s, self.patience_s = timeout_s, patience_s
+        self.checkpoint_timeout_s = max(timeout_s, checkpoint_timeout_s)
+        self._watch: _Watch | None = None
+
+    def _beat(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
+        if self._watch is None:
+            self._watch = _Watch(self, trainer)
+        self._watch.seen = time.monotonic()
+
+    on_sanity_check_start = _beat
+    on_train_start = _beat
+    on_train_end = _beat
+    on_train_batch_start = _beat
+    on_train_batch_end = _beat
+    on_after_backward = _beat
+    on_before_optimizer_step = _beat
+    on_before_zero_grad = _beat
+    on_validation_start = _beat
+    on_validation_batch_start = _beat
+    on_validation_batch_end = _beat
+    on_validation_end = _beat
+    on_test_start = _beat
+    on_test_batch_start = _beat
+    on_test_batch_end = _beat
+    on_test_end = _beat
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        if self._watch is not None:  # it sees by itself when the Trainer has returned
+            self._watch.seen = time.monotonic()
+            self._watch = None
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if self._watch is not None:
+            self._watch.close()
+            self._watch = None
+
+
+def _is_free(handler: object) -> bool:
+    """Whether nobody else wants the signal: a watch whose run has failed keeps it."""
+    if isinstance(handler, MethodType):
+        return isinstance(handler.__self__, _Watch)
+    return handler is signal.SIG_DFL
+
+
+class _Watch:
+    """The thread of one run, made in the thread that it watches."""
+
+    def __init__(self, settings: Watchdog, trainer: L.Trainer) -> None:
+        self.seen = time.monotonic()
+        self._settings, self._trainer = settings, trainer
+        self._watched = threading.get_ident()
+        self._poll_s = min(1.0, settings.timeout_s / 4)
+        self._has_entry = self._is_in(*_ENTRIES)
+        self._closed = threading.Event()
+        if (
+            sys.platform != "win32"
+            and threading.current_thread() is threading.main_thread()
+            and _is_free(signal.getsignal(signal.SIGUSR2))
+        ):
+            signal.signal(signal.SIGUSR2, self._raise)
+        self._arm(settings.timeout_s)  # before the thread comes to it: the next call may hang
+        self._thread = threading.Thread(target=self._run, name="sdp-watchdog", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._closed.set()
+        self._thread.join()
+        if signal.getsignal(signal.SIGUSR2) == self._raise:
+            signal.signal(signal.SIGUSR2, signal.SIG_DFL)
+
+    def _run(self) -> None:
+        try:
+            while not self._is_over():
+                left = self._limit_s() - self._idle_s()
+                if left < 0:
+                    self._end()
+                    return
+                self._arm(left)
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+
+    def _arm(self, left_s: float) -> None:
+        """End the process should this thread not come back, for want of the interpreter's lock."""
+        limit = left_s + self._settings.patience_s + 2 * self._poll_s
+        faulthandler.dump_traceback_later(limit, exit=True, file=2)
+
+    def _end(self) -> None:
+        logger.critical("nothing moved for %.1f s; the stacks of all threads:", self._idle_s())
+        faulthandler.dump_traceback(file=2, all_threads=True)
+        faulthandler.dump_traceback_later(self._settings.patience_s, exit=True, file=2)
+        if signal.getsignal(signal.SIGUSR2) == self._raise:
+            signal.pthread_kill(self._watched, signal.SIGUSR2)
+        while not self._is_over():
+            pass
+
+    def _raise(self, signum: int, frame: FrameType | None) -> None:
+        raise SDPError(
+            f"the trainer's thread showed no sign of life for {self._limit_s():g} s, and the "
+            "Watchdog ends the run; where it hung is in this traceback, and in the stacks on "
+            "stderr. If it was only slow, raise the Watchdog's timeout_s."
+        )
+
+    def _is_over(self) -> bool:
+        """Whether the Trainer has returned; waits a moment for it."""
+        closed = self._closed.wait(self._poll_s)
+        return closed or (self._has_entry and not self._is_in(*_ENTRIES))
+
+    def _limit_s(self) -> float:
+        saving = self._is_in(L.Trainer.save_checkpoint.__code__)
+        return self._settings.checkpoint_timeout_s if saving else self._settings.timeout_s
+
+    def _idle_s(self) -> float:
+        data: Any = self._trainer.datamodule  # type: ignore[attr-defined]
+        looked_at = data.stop.looked_at if isinstance(data, RolloutDataModule) else 0.0
+        return time.monotonic() - max(self.seen, looked_at)
+
+    def _is_in(self, *codes: CodeType) -> bool:
+        """Whether the watched thread is within one of these functions."""
+        frame = sys._current_frames().get(self._watched)  # pyright: ignore[reportPrivateUsage]
+        while frame is not None:
+            if frame.f_code in codes:
+                return True
+            frame = frame.f_back
+        return False

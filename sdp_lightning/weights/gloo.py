@@ -1,0 +1,199 @@
+"""Weights over the network from CPU to CPU: gloo broadcasts between the trainer and one server.
+
+Both sides are here: :class:`GlooTransport` is the trainer's, :func:`receive` runs in the server's
+workers. A group of its own for every transfer and server, so that a server that dies in one fails
+this one only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+import uuid
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load
+from torch import Tensor
+from torch._C._distributed_c10d import (  # where torch.distributed has them from
+    BroadcastOptions,
+    PrefixStore,
+    ProcessGroupGloo,
+    Store,
+    TCPStore,
+)
+
+from sdp_lightning.errors import EngineError
+from sdp_lightning.weights.base import Receive, Target, Weights
+from sdp_lightning.weights.files import WeightFolder, readable
+
+_STEP_S = 0.02  # how often a sender looks whether the workers have come
+
+
+class GlooTransport:
+    """Stages weights in a :class:`WeightFolder` of this host, and broadcasts its files.
+
+    Args:
+        host: this host's name or address for the servers.
+        timeout_s: of each step of a transfer.
+        root: where weights are staged; None is shared memory.
+    """
+
+    def __init__(self, host: str, *, timeout_s: float = 120.0, root: Path | None = None) -> None:
+        self._files = WeightFolder(root)
+        self._host, self._timeout_s = host, timeout_s
+        self._latest: list[Path] = []
+        limit = timedelta(seconds=timeout_s)
+        try:
+            listener = socket.create_server((host, 0))  # torch's own listens on every address
+        except OSError as error:
+            self._files.close()
+            raise EngineError(
+                f"cannot listen on {host}, where servers are to fetch weights: {error}. Set "
+                "trainer_host to an address of this host that they reach."
+            ) from error
+        self._store: TCPStore | None = TCPStore(
+            host,
+            int(listener.getsockname()[1]),
+            is_master=True,
+            timeout=limit,
+            wait_for_workers=False,
+            master_listen_fd=listener.detach(),
+        )
+
+    @property
+    def is_live(self) -> bool:
+        return False
+
+    def stage(self, weights: Weights, *, full: bool) -> int:
+        folder, num_bytes = self._files.write(weights, full=full)
+        self._latest = [folder] if num_bytes else []
+        return num_bytes
+
+    async def deliver(self, target: Target, *, whole: bool) -> None:
+        folders = self._files.folders if whole else readable(self._latest)
+        files = [file for folder in folders for file in sorted(folder.glob("*.safetensors"))]
+        if not files:
+            return
+        assert self._store is not None, "closed"
+        key, port = uuid.uuid4().hex, self._store.port
+        receive_it = Receive(self._host, port, key, target.num_workers, self._timeout_s)
+        sending = _Sending(files, self._store, receive_it)
+        try:
+            await target.tell(receive_it)
+            async with asyncio.timeout(self._timeout_s):
+                await asyncio.shield(sending.done)
+        except TimeoutError as error:
+            raise EngineError(
+                f"{target.url} said that it had the weights, but they were not all sent within "
+                f"{self._timeout_s:g} s."
+            ) from error
+        finally:
+            sending.gives_up.set()
+
+    def close(self) -> None:
+        self._store = None  # it stops listening
+        self._files.close()
+
+
+class _Sending:
+    """Sends ``files`` in a thread of its own, which must not keep the process alive."""
+
+    def __init__(self, files: Sequence[Path], store: Store, what: Receive) -> None:
+        self._loop = asyncio.get_running_loop()
+        self.done: asyncio.Future[None] = self._loop.create_future()
+        self.gives_up = threading.Event()
+        self._arguments = files, store, what
+        threading.Thread(target=self._run, name="sdp-gloo", daemon=True).start()
+
+    def _run(self) -> None:
+        files, store, what = self._arguments
+        error: EngineError | None = None
+        try:
+            send(files, store, what, self.gives_up)
+        except (OSError, RuntimeError) as found:  # torch's DistError is a RuntimeError
+            error = EngineError(f"weights could not be sent by gloo: {found}")
+            error.__cause__ = found
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._finish, error)
+
+    def _finish(self, error: EngineError | None) -> None:
+        if self.done.done():
+            return
+        if error is None:
+            self.done.set_result(None)
+        else:
+            self.done.set_exception(error)
+            self.done.exception()  # seen, also if nobody waits: the server's own error is raised
+
+
+def send(files: Sequence[Path], store: Store, what: Receive, gives_up: threading.Event) -> None:
+    """Broadcast ``files`` to the workers that join under ``what.key``, as soon as all are there.
+
+    Nothing is sent if ``gives_up`` is set before they are.
+    """
+    prefixed = PrefixStore(what.key, store)
+    while not prefixed.check([f"worker-{worker}" for worker in range(what.num_workers)]):
+        if gives_up.wait(_STEP_S):
+            return
+    group = _join(prefixed, 0, what, what.host)
+    for file in files:
+        content = torch.from_numpy(np.memmap(file, dtype=np.uint8, mode="c"))
+        _broadcast(group, torch.tensor([content.numel()]))
+        _broadcast(group, content)
+    _broadcast(group, torch.tensor([0]))
+
+
+def receive(what: Receive, worker: int) -> Iterator[tuple[str, Tensor]]:
+    """The weights that the trainer broadcasts, file by file; in worker number ``worker``.
+
+    Raises:
+        RuntimeError: if the trainer is not there, or goes away.
+    """
+    limit = timedelta(seconds=what.timeout_s)
+    store = TCPStore(what.host, what.port, is_master=False, wait_for_workers=False, timeout=limit)
+    prefixed = PrefixStore(what.key, store)
+    prefixed.set(f"worker-{worker}", "here")
+    group = _join(prefixed, worker + 1, what, address_towards(what.host, what.port))
+    while True:
+        size = torch.zeros(1, dtype=torch.int64)
+        _broadcast(group, size)
+        if not int(size):
+            return
+        content = torch.empty(int(size), dtype=torch.uint8)
+        _broadcast(group, content)
+        yield from load(content.numpy().tobytes()).items()
+
+
+def address_towards(host: str, port: int) -> str:
+    """The address of this host that packets to ``host`` leave from. Sends none.
+
+    Raises:
+        EngineError: if none do.
+    """
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(address)
+            return str(probe.getsockname()[0])
+    except OSError as error:
+        raise EngineError(f"there is no way from this host to {host}: {error}.") from error
+
+
+def _join(store: Store, rank: int, what: Receive, address: str) -> Any:
+    kind: Any = ProcessGroupGloo  # its options are not in torch's stubs
+    options = kind._Options()
+    options._devices = [kind.create_device(hostname=address)]
+    options._timeout = timedelta(seconds=what.timeout_s)
+    return kind(store, rank, what.num_workers + 1, options)
+
+
+def _broadcast(group: Any, tensor: Tensor) -> None:
+    options = BroadcastOptions()
+    options.rootRank = 0
+    group.broadcast([tensor], options).wait()

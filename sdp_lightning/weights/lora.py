@@ -1,0 +1,132 @@
+"""Adapters by path: only a LoRA adapter travels, in PEFT's form, and servers sample with it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sdp_lightning.errors import EngineError
+from sdp_lightning.weights.base import LoadAdapter, LoadFolder, Target, Weights
+from sdp_lightning.weights.files import WeightFolder
+
+ADAPTER = "sdp-adapter"
+_PREFIX = "base_model.model."
+_NAME = re.compile(r"^(?P<module>.+)\.lora_(?P<kind>A|B)(?:\.[^.]+)?\.weight$")
+
+
+class LoRATransport:
+    """Writes the adapter's weights as PEFT does; what is not of the adapter goes by files, once.
+
+    Names are those of a PEFT model's ``state_dict``:
+    ``base_model.model.<module>.lora_A.<adapter>.weight``, and ``...base_layer.weight`` for what the
+    adapter lies on. Rank and target modules are read off them.
+
+    Args:
+        alpha: the adapter's ``lora_alpha``; its output is scaled by ``alpha / rank``.
+        root: a folder that servers see under the same name; None is this host's shared memory.
+    """
+
+    def __init__(self, alpha: float, *, root: Path | None = None) -> None:
+        self._alpha = alpha
+        self._files = WeightFolder(root)
+        self._number = 0
+
+    @property
+    def is_live(self) -> bool:
+        return False
+
+    def stage(self, weights: Weights, *, full: bool) -> int:
+        adapter: dict[str, Tensor] = {}
+        base: list[tuple[str, Tensor]] = []
+        for name, tensor in weights:
+            if _NAME.match(name):
+                adapter[name] = tensor.detach().cpu().contiguous()
+            else:
+                plain = name.removeprefix(_PREFIX).replace(".base_layer.", ".")
+                base.append((plain, tensor))
+        if base and not full:
+            raise EngineError(
+                f"{base[0][0]} changed, but transport='lora' sends an adapter only. Freeze it, or "
+                "use another transport."
+            )
+        if not adapter and not full:
+            return 0  # a skipped step: the same adapter goes on
+        config = adapter_config(adapter, self._alpha)
+        folder = self._write(adapter, config)
+        try:
+            num_bytes = self._files.write(base, full=True)[1] if full else 0
+        except EngineError:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        self._number += 1
+        # vLLM reads a folder again when it likes: the one before may still be sampled with.
+        shutil.rmtree(self._folder(self._number - 2), ignore_errors=True)
+        return num_bytes + sum(tensor.nbytes for tensor in adapter.values())
+
+    async def deliver(self, target: Target, *, whole: bool) -> None:
+        if whole:
+            for folder in self._files.folders:
+                await target.tell(LoadFolder(str(folder)))
+        await target.tell(LoadAdapter(ADAPTER, str(self._folder(self._number))))
+
+    def close(self) -> None:
+        self._files.close()
+
+    def _folder(self, number: int) -> Path:
+        return self._files.path / f"adapter-{number}"
+
+    def _write(self, adapter: dict[str, Tensor], config: dict[str, object]) -> Path:
+        """The folder of the next adapter."""
+        folder = self._folder(self._number + 1)
+        try:
+            folder.mkdir()
+            names = {plain_name(name): tensor for name, tensor in adapter.items()}
+            save_file(names, folder / "adapter_model.safetensors")
+            (folder / "adapter_config.json").write_text(json.dumps(config))
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise EngineError(f"the adapter cannot be written to {folder}: {error}") from error
+        return folder
+
+
+def plain_name(name: str) -> str:
+    """``name`` as PEFT saves it: without the adapter's own."""
+    found = _NAME.match(name)
+    if found is None:
+        raise EngineError(f"{name} is no weight of a LoRA adapter.")
+    module = found["module"] if name.startswith(_PREFIX) else _PREFIX + found["module"]
+    return f"{module}.lora_{found['kind']}.weight"
+
+
+def adapter_config(adapter: dict[str, Tensor], alpha: float) -> dict[str, object]:
+    """PEFT's ``adapter_config.json`` for weights of one rank.
+
+    Raises:
+        EngineError: if there are none, or their ranks differ.
+    """
+    ranks = {
+        int(tensor.shape[0 if found["kind"] == "A" else 1])
+        for name, tensor in adapter.items()
+        if (found := _NAME.match(name)) is not None
+    }
+    if len(ranks) != 1:
+        raise EngineError(
+            f"an adapter needs weights named ...lora_A and ...lora_B, of one rank; found "
+            f"{len(adapter)} weights of the ranks {sorted(ranks)}."
+        )
+    modules = {plain_name(name).rsplit(".", 3)[1] for name in adapter}
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": ranks.pop(),
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": sorted(modules),
+    }

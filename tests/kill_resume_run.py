@@ -1,0 +1,322 @@
+"""A training run that may be killed at any moment, and the process that such runs are forked from.
+
+Run as a script, it reads orders from its standard input, one JSON object a line, and forks a child
+for each, which trains in ``folder`` from the last whole checkpoint there. It answers with the
+child's process id, and with its exit status once it has ended. Itself it runs no tensor operation,
+so a fork finds no thread that it would have to go without.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import select
+import signal
+import sys
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import fsspec.implementations.local as local
+import lightning as L
+import torch
+import transformers.models.llama.modeling_llama
+from fitting import executor_of, make_module, make_trainer
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+
+import sdp_lightning as sdp
+from sdp_lightning.engines.base import NamedWeights, PublishReport
+from sdp_lightning.testing import FakeEngine
+from sdp_lightning.types import Context, SamplingParams, Segment, Trajectory
+from sdp_lightning.workflows.base import RolloutSession, Row
+
+# Loaded here, so that no child has to, and all run the same.
+LOADED = [sdp.RolloutDataModule, sdp.WeightSyncCallback, transformers.models.llama.modeling_llama]
+STEPS, NUM_ROWS, BATCH_SIZE = 8, 60, 2
+
+
+def make_rows() -> list[dict[str, Any]]:
+    """Every 9th row is rejected, every 13th fails; they differ in turns and in length."""
+    return [
+        {"id": f"row{i}", "n": i, "turns": 1 + i % 3, "tokens": 2 + 5 * i % 11}
+        for i in range(NUM_ROWS)
+    ]
+
+
+class Turns(sdp.RolloutWorkflow):
+    """Two samples at once, of ``turns`` turns of ``tokens`` tokens each."""
+
+    sampling = SamplingParams(max_new_tokens=2)
+
+    async def run(self, row: Row, session: RolloutSession) -> list[Trajectory] | None:
+        episodes = [session.open() for _ in range(2)]
+        await asyncio.gather(*(self.sample(row, episode) for episode in episodes))
+        if row["n"] % 13 == 5:
+            raise ValueError("this row fails")
+        return None if row["n"] % 9 == 4 else [e.finish(row["n"] % 2) for e in episodes]
+
+    async def sample(self, row: Row, episode: sdp.Episode) -> None:
+        for turn in range(row["turns"]):
+            episode.add_context([3 + row["n"] % 40, 4 + turn])
+            await episode.generate(SamplingParams(max_new_tokens=row["tokens"]))
+
+
+def expected_length(row: Mapping[str, Any]) -> int:
+    return row["turns"] * (2 + row["tokens"])
+
+
+class Journal(Callback):
+    """What happened, in a file that outlives the process. Goes last, but before the checkpoint."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+
+    def write(self, **entry: Any) -> None:
+        os.write(self._file, (json.dumps(entry) + "\n").encode())
+        os.fsync(self._file)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        executor = executor_of(trainer)
+        logs = [log for group in executor.state_dict()["running"] for log in group["logs"]]
+        saved = sum("version" in event for log in logs for event in log)
+        halves = sum(bool(log) and "version" in log[-1] for log in logs)
+        self.write(kind="start", version=executor.version, saved=saved, halves=halves)
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        executor = executor_of(trainer)
+        groups = [g.group for g in executor.registry.snapshot() if g.in_hand and g.group]
+        masks = executor.config.on_overdue == "mask"
+        heads = [g.tail_version if masks else g.head_version for g in groups]
+        stat = executor.stat
+        ended = stat.pending + stat.consumed + stat.dropped + stat.rejected + stat.failed
+        self.write(
+            kind="step",
+            version=executor.version,
+            rows=[g.row_id for g in groups],
+            lag=max(executor.version - (v or 0) for v in heads),
+            length={g.row_id: [t.num_tokens for t in g.trajectories] for g in groups},
+            is_right=all(is_right(t) for g in groups for t in g.trajectories),
+            is_conserved=stat.submitted == stat.running + ended,
+        )
+
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        executor = executor_of(trainer)
+        with executor.registry.changed:
+            self.write(
+                kind="saving",
+                version=executor.version,
+                step=trainer.global_step,
+                dropped=executor.stat.dropped,
+                diverged=executor.telemetry.num_diverged,
+                live=live_rows(executor.state_dict()),
+            )
+
+
+def is_right(trajectory: Trajectory) -> bool:
+    """The fake engine's token at position p is p % 7 + 3, its log-prob says the version."""
+    position = 0
+    for part in trajectory.parts:
+        if isinstance(part, Segment):
+            places = range(position, position + len(part))
+            if part.token_ids.tolist() != [p % 7 + 3 for p in places]:
+                return False
+            if abs(part.logprobs + (part.version + 1) / 10).max() > 1e-6:
+                return False
+        position += len(part.token_ids)
+    return isinstance(trajectory.parts[0], Context)
+
+
+def live_rows(state: Mapping[str, Any]) -> list[str]:
+    """Every row that a state of the executor still has before it, with repetitions."""
+    stream = state["prompts"]
+    order = list(range(NUM_ROWS))[stream["position"] :] if stream["epoch"] == 0 else []
+    waiting = [index for _, index in stream["returned"]] + order
+    groups = [*state["pending"], *state["running"]]
+    return [f"row{i}" for i in waiting] + [group["row_id"] for group in groups]
+
+
+def last_whole_checkpoint(folder: Path) -> Path | None:
+    """The newest one that is not torn.
+
+    Where the temporary folder is on another file system, Lightning copies a checkpoint to its
+    place, and a kill leaves half of it there. The next one of that step gets a "-v1" to its name.
+    """
+
+    def place(path: Path) -> list[int]:
+        return [int(number) for number in re.findall(r"\d+", path.stem)]
+
+    found = sorted(folder.glob("step=*.ckpt"), key=place)
+    return next((path for path in reversed(found) if zipfile.is_zipfile(path)), None)
+
+
+# Moments to be killed at --------------------------------------------------------------------------
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class MortalEngine(FakeEngine):
+    """Is killed while it takes the weights of version ``at``: after the first, or after all."""
+
+    def __init__(self, at: int | None, half: bool, **settings: Any) -> None:
+        super().__init__(lambda request: 10**6, **settings)  # to the full budget
+        self._at, self._half = at, half
+
+    def update_weights(
+        self, weights: NamedWeights, version: int, *, reset: bool = False
+    ) -> PublishReport:
+        if version == self._at and self._half:
+            next(iter(weights))
+            die()
+        report = super().update_weights(weights, version, reset=reset)
+        if version == self._at:
+            die()
+        return report
+
+
+class DieWhileScoring(Callback):
+    """In the first scoring at or after a version: in the middle of ``on_train_batch_start``."""
+
+    def __init__(self, at: int) -> None:
+        self._at = at
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        score = pl_module.score
+
+        def die_after(trajectories: Any) -> Any:
+            found = score(trajectories)
+            if executor_of(trainer).version >= self._at:
+                die()
+            return found
+
+        pl_module.score = die_after  # type: ignore[assignment]
+
+
+class DieAt(Callback):
+    def __init__(self, hook: str, at: int) -> None:
+        self._hook, self._at = hook, at
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._hook == "start":
+            die()
+
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any
+    ) -> None:
+        if self._hook == "step" and trainer.global_step == self._at:
+            die()
+
+
+def die_while_writing(at: int, *, in_place: bool) -> None:
+    """Half of the ``at``-th checkpoint is written: to the temporary file, or (as it is where that
+    is on another file system, and copied) to its own place."""
+    move, count = local.shutil.move, 0
+
+    def torn(source: str, target: str) -> None:
+        nonlocal count
+        count += 1
+        if count == at:
+            data = Path(source).read_bytes()
+            Path(target if in_place else source).write_bytes(data[: len(data) // 2])
+            die()
+        move(source, target)
+
+    local.shutil.move = torn
+
+
+def train(order: Mapping[str, Any]) -> None:
+    folder, kill = Path(order["folder"]), order["kill"]
+    torch.set_num_threads(1)
+    kind, at = (kill["kind"], kill["at"]) if kill else ("", 0)
+    engine = MortalEngine(
+        at if kind.startswith("publish") else None,
+        kind == "publish half",
+        in_process=order["in_process"],
+        latency_s=0.06,
+        chunks=4,
+    )
+    data = sdp.RolloutDataModule(
+        make_rows(),
+        Turns(),
+        engine=engine,
+        rollout=sdp.RolloutConfig(
+            batch_size=BATCH_SIZE,
+            max_head_lag=order["max_head_lag"],
+            on_overdue=order["on_overdue"],
+            shuffle=False,
+            num_epochs=1,
+            max_failures=NUM_ROWS,
+            timeout_s=30,
+            drain_s=0.2,  # for requests that pass the gate and meet a paused engine
+        ),
+    )
+    callbacks: list[Callback] = [sdp.WeightSyncCallback(), Journal(folder / "journal")]
+    if kind == "score":
+        callbacks.append(DieWhileScoring(at))
+    if kind in ("start", "step"):
+        callbacks.append(DieAt(kind, at))
+    if kind.startswith("write"):
+        die_while_writing(at, in_place=kind == "write in place")
+    saver = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)
+    trainer = make_trainer(*callbacks, saver, max_steps=STEPS, enable_checkpointing=True)
+    saved = last_whole_checkpoint(folder)
+    trainer.fit(make_module(order["model"]), data, ckpt_path=saved, weights_only=True)
+
+
+def run_child(order: Mapping[str, Any]) -> None:
+    """Train, and leave without a word to the parent's own file descriptors."""
+    folder = Path(order["folder"])
+    log = os.open(folder / "log", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    status = 1
+    try:
+        train(order)
+        status = 0
+    finally:
+        if status:
+            import traceback
+
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def serve() -> None:
+    import warnings
+
+    warnings.simplefilter("ignore")
+    print(json.dumps({"ready": True}), flush=True)
+    buffer, is_open = b"", True
+    running: dict[int, int] = {}
+    while is_open or running:
+        ready, _, _ = select.select([0] if is_open else [], [], [], 0.02)
+        if ready:
+            data = os.read(0, 65536)
+            is_open, buffer = bool(data), buffer + data
+        while b"\n" in buffer:
+            line, buffer = buffer.split(b"\n", 1)
+            order = json.loads(line)
+            pid = os.fork()
+            if pid == 0:
+                run_child(order)
+            running[pid] = order["seed"]
+            print(json.dumps({"seed": order["seed"], "pid": pid}), flush=True)
+        for pid in list(running):
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                code = os.waitstatus_to_exitcode(status)
+                print(json.dumps({"seed": running.pop(pid), "code": code}), flush=True)
+
+
+if __name__ == "__main__":
+    serve()

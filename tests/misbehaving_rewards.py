@@ -1,0 +1,190 @@
+"""Rewards that go wrong in every way; the completion says in which.
+
+Imported by worker processes, so it imports next to nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+
+def reward(completion: str, row: Mapping[str, Any]) -> Any:
+    return WAYS[completion](row)
+
+
+async def async_reward(completion: str, row: Mapping[str, Any]) -> float:
+    await asyncio.sleep(0)
+    return float(len(completion))
+
+
+def by_row(completion: str, row: Mapping[str, Any]) -> Any:
+    return WAYS[row["way"]](row)
+
+
+def process_id(row: Any) -> float:
+    return float(os.getpid())
+
+
+def has_torch(row: Any) -> float:
+    return float(any(name in sys.modules for name in ("torch", "numpy", "lightning")))
+
+
+def loop(row: Any) -> float:
+    while True:
+        pass
+
+
+def sleep_with_the_gil(row: Any) -> float:
+    return float(ctypes.PyDLL(None).sleep(3600))
+
+
+def power_tower(row: Any) -> float:
+    nine = len("123456789")
+    return float(nine**nine**nine**nine)
+
+
+def stop(row: Any) -> float:
+    os.kill(os.getpid(), signal.SIGSTOP)
+    return 0.0
+
+
+def read_null(row: Any) -> float:
+    return float(len(ctypes.string_at(0)))
+
+
+def leave(row: Any) -> float:
+    os._exit(3)
+
+
+def close_all_files(row: Any) -> float:
+    os.closerange(3, 1000)
+    time.sleep(3600)
+    return 0.0
+
+
+def write_into_all_files(row: Any) -> float:
+    for number in range(3, 4096):
+        with contextlib.suppress(OSError):
+            os.write(number, b"\0" * 7 + b"\3abc")
+    return 0.0
+
+
+def one_big_piece(row: Any) -> float:
+    return float(len(bytearray(10 * 2**30)))
+
+
+def many_small_pieces(row: Any) -> float:
+    pieces: list[bytearray] = []
+    while True:
+        pieces.append(bytearray(2**20))
+
+
+def unpicklable(row: Any) -> Any:
+    return lambda: 0.0
+
+
+def unspeakable(row: Any) -> Any:
+    class Unspeakable:
+        def __repr__(self) -> str:
+            return "x" * 10**7
+
+    return Unspeakable()
+
+
+def divide(row: Any) -> float:
+    return 1 / 0
+
+
+def interrupt(row: Any) -> float:
+    raise KeyboardInterrupt("by itself")
+
+
+def noise(row: Any) -> float:
+    print("noise " * 10)
+    os.write(1, b"more noise\n")
+    return 1.0
+
+
+def alarm(row: Any) -> float:
+    """As math-verify does: only the main thread may set a handler."""
+    assert threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGALRM, lambda *_: None)
+    signal.alarm(10)
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+    return 1.0
+
+
+def fork_and_both_return(row: Any) -> float:
+    os.fork()
+    return 1.0
+
+
+def fork_and_leave_a_loop(row: Any) -> float:
+    if os.fork() == 0:
+        time.sleep(3600)
+    return float(os.getpid())
+
+
+def leave_with_a_child_behind(row: Any) -> float:
+    if os.fork() == 0:
+        time.sleep(3600)
+    os._exit(3)
+
+
+def hang_with_a_child_of_c(row: Any) -> float:
+    """Python does not know of that child, and nobody finds it: it holds what its parent held."""
+    if ctypes.CDLL(None).fork() == 0:
+        os.setsid()
+        time.sleep(10)
+        os._exit(0)
+    return hang_and_say_so(row)
+
+
+def thread(row: Any) -> float:
+    threading.Thread(target=time.sleep, args=(3600,), daemon=True).start()
+    return float(os.getpid())
+
+
+def hang_with_a_child(row: Any) -> float:
+    child = subprocess.Popen(["sleep", "3600"])
+    Path(row["file"]).write_text(str(child.pid))
+    return loop(row)
+
+
+def hang_and_say_so(row: Any) -> float:
+    Path(row["file"]).write_text(str(os.getpid()))
+    return sleep_with_the_gil(row)
+
+
+def meet(row: Any) -> float:
+    """Returns when ``row["num"]`` processes are here."""
+    folder = Path(row["folder"])
+    (folder / str(os.getpid())).touch()
+    while len(list(folder.iterdir())) < row["num"]:
+        time.sleep(0.005)
+    return 1.0
+
+
+def big_row(row: Any) -> float:
+    return float(len(row["text"]))
+
+
+WAYS: dict[str, Callable[[Any], Any]] = {
+    function.__name__: function
+    for function in list(globals().values())
+    if callable(function) and getattr(function, "__module__", None) == __name__
+}
+WAYS |= {"abort": lambda row: os.abort(), "sys.exit": lambda row: sys.exit(3)}
+WAYS |= {"good": lambda row: 1.0, "bad": lambda row: 0.0}

@@ -1,0 +1,236 @@
+"""``kill -9`` of the whole training at any moment: each row is accounted for exactly once.
+
+What happened is read from a journal that outlives the process (``kill_resume_run.py``). Steps after
+the last checkpoint are done again; what counts is the surviving lineage, so for each version the
+last step that the journal has of it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kill_resume_run import NUM_ROWS, STEPS, expected_length, last_whole_checkpoint, make_rows
+
+DEADLINE_S = 100
+AT_ONCE = 3
+ROWS = {row["id"]: row for row in make_rows()}
+LOST = {row["id"] for row in ROWS.values() if row["n"] % 13 == 5 or row["n"] % 9 == 4}
+KINDS = [
+    *("any time", "publish half", "any time", "write", "score", "any time", "write in place"),
+    *("publish", "any time", "step", "start"),
+]
+
+
+class Forks:
+    """Orders runs from ``kill_resume_run.py``, and hears of their ends."""
+
+    def __init__(self, tmp: Path) -> None:
+        script = Path(__file__).parent / "kill_resume_run.py"
+        with (tmp / "stderr").open("w") as stderr:
+            self._process = subprocess.Popen(
+                [sys.executable, str(script)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+                env=os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(tmp)},
+                start_new_session=True,
+            )
+        self._answers: dict[int, queue.Queue[dict[str, int]]] = {}
+        self._lock = threading.Lock()
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def begin(self, seed: int, **order: Any) -> int:
+        """Start a run; its process id."""
+        assert self._process.stdin is not None
+        with self._lock:
+            self._answers[seed] = queue.Queue()
+            self._process.stdin.write(json.dumps({"seed": seed, **order}) + "\n")
+            self._process.stdin.flush()
+        return self._answers[seed].get(timeout=DEADLINE_S)["pid"]
+
+    def has_ended(self, seed: int) -> bool:
+        return not self._answers[seed].empty()
+
+    def wait(self, seed: int) -> int:
+        return self._answers[seed].get(timeout=DEADLINE_S)["code"]
+
+    def close(self) -> None:
+        os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.communicate()
+
+    def _listen(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            answer = json.loads(line)
+            if "seed" in answer:
+                self._answers[answer["seed"]].put(answer)
+
+
+@pytest.fixture(scope="module")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    forks = Forks(tmp_path_factory.mktemp("forks"))
+    yield forks
+    forks.close()
+
+
+@dataclass
+class Survivor:
+    """One seed: killed once or twice, then resumed to the end."""
+
+    seed: int
+    folder: Path
+    order: dict[str, Any]
+    kills: list[str]
+
+    def entries(self, kind: str | None = None) -> list[dict[str, Any]]:
+        path = self.folder / "journal"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [e for e in map(json.loads, lines) if kind in (None, e["kind"])]
+
+
+def survive(forks: Forks, seed: int, folder: Path, model: str) -> Survivor:
+    folder.mkdir()
+    dice, kind = random.Random(seed), KINDS[seed % len(KINDS)]
+    order = {
+        "folder": str(folder),
+        "model": model,
+        "in_process": bool(dice.randrange(2)),
+        "max_head_lag": 3 if kind == "score" else dice.randrange(4),
+        "on_overdue": dice.choice(["drop", "wait", "mask"]),
+    }
+    run = Survivor(seed, folder, order, [])
+    kinds = [kind] if seed % 3 else [kind, "any time"]
+    for kind in kinds:
+        at = dice.randrange(1, STEPS) if kind != "score" else dice.randrange(1, STEPS // 2)
+        before = len(run.entries())
+        aimed = None if kind == "any time" else {"kind": kind, "at": at}
+        pid = forks.begin(seed, kill=aimed, **order)
+        if kind == "any time":
+            enough = before + dice.randrange(2 * STEPS)
+            deadline = time.monotonic() + DEADLINE_S
+            while len(run.entries()) < enough and not forks.has_ended(seed):
+                assert time.monotonic() < deadline
+                time.sleep(0.005)
+            time.sleep(dice.random() * 0.1)
+            if not forks.has_ended(seed):
+                os.kill(pid, signal.SIGKILL)
+        if forks.wait(seed) == -signal.SIGKILL:
+            run.kills.append(kind)
+    forks.begin(seed, kill=None, **order)
+    assert forks.wait(seed) == 0, f"seed {seed}, {order}: {(folder / 'log').read_text()[-3000:]}"
+    return run
+
+
+def check(run: Survivor) -> None:
+    """Every row once, the right tokens, the bound kept, no step but the last one done again."""
+    steps = run.entries("step")
+    end = run.entries("saving")[-1]
+    assert end["version"] == end["step"] == STEPS
+    assert not any(entry["diverged"] for entry in run.entries("saving"))
+    lineage = {entry["version"]: entry for entry in steps}
+    assert sorted(lineage) == list(range(STEPS))
+    for entry in steps:  # also those that did not survive
+        assert entry["is_right"] and entry["is_conserved"]
+        assert entry["lag"] <= run.order["max_head_lag"]
+        for row_id, lengths in entry["length"].items():
+            assert lengths == [expected_length(ROWS[row_id])] * 2
+    trained = [row for entry in lineage.values() for row in entry["rows"]]
+    ended = Counter(trained + end["live"])
+    assert len(trained) == 2 * STEPS and ended.most_common(1)[0][1] == 1, "trained or there twice"
+    assert not LOST & set(trained)
+    dropped = set(ROWS) - set(ended) - LOST
+    assert len(dropped) == num_dropped(run.entries()), "lost without a trace"
+    done = -1
+    for entry in run.entries():
+        if entry["kind"] == "start":
+            assert entry["version"] in (max(done, 0), done + 1), "more than one step was done again"
+        done = entry["version"] if entry["kind"] == "step" else done
+
+
+def num_dropped(entries: list[dict[str, Any]]) -> int:
+    """On the surviving lineage; each start begins to count anew, from what was saved."""
+    before, saved = 0, {0: 0}
+    for entry in entries:
+        if entry["kind"] == "start":
+            before = saved[entry["version"]]
+        elif entry["kind"] == "saving":
+            saved[entry["version"]] = before + entry["dropped"]
+    return saved[STEPS]
+
+
+def survive_all(
+    seeds: range, forks: Forks, tmp: Path, model: str, capsys: pytest.CaptureFixture[str]
+) -> list[Survivor]:
+    begin = time.monotonic()
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        runs = list(pool.map(lambda seed: survive(forks, seed, tmp / str(seed), model), seeds))
+    for run in runs:
+        try:
+            check(run)
+        except AssertionError as error:
+            journal = "\n".join(map(str, run.entries()))
+            raise AssertionError(f"seed {run.seed}, {run.order}\n{journal}") from error
+    kills = Counter(kind for run in runs for kind in run.kills)
+    starts = [entry for run in runs for entry in run.entries("start")]
+    again, halves = (sum(entry[key] for entry in starts) for key in ("saved", "halves"))
+    with capsys.disabled():
+        print(
+            f"\n{len(runs)} seeds, killed {kills.total()} times {dict(kills)}, resumed to the end: "
+            f"each of {NUM_ROWS} rows accounted for once; {again} segments of unfinished rollouts "
+            f"came back, {halves} in the middle of a call; {time.monotonic() - begin:.0f} s"
+        )
+    assert again >= halves > 0 and kills.total() >= len(runs)
+    return runs
+
+
+@pytest.mark.fault("process killed", "publish")
+@pytest.mark.fault("process killed", "checkpoint")
+@pytest.mark.fault("process killed", "score")
+@pytest.mark.fault("process killed", "resume")
+def test_a_few_kills_lose_nothing_and_repeat_nothing(
+    forks: Forks, tmp_path: Path, model_folder: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    survive_all(range(1, 6), forks, tmp_path, model_folder, capsys)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.fault("process killed", "publish")
+@pytest.mark.fault("process killed", "checkpoint")
+@pytest.mark.fault("process killed", "score")
+@pytest.mark.fault("process killed", "train step")
+@pytest.mark.fault("process killed", "resume")
+def test_kills_at_fifty_moments_lose_nothing_and_repeat_nothing(
+    forks: Forks, tmp_path: Path, model_folder: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = survive_all(range(100, 155), forks, tmp_path, model_folder, capsys)
+    assert {kind for run in runs for kind in run.kills} == set(KINDS)
+
+
+def test_a_torn_checkpoint_is_passed_over(tmp_path: Path) -> None:
+    import torch
+
+    assert last_whole_checkpoint(tmp_path) is None
+    for name in ("step=2", "step=9", "step=10", "step=10-v1"):
+        torch.save({"name": name}, tmp_path / f"{name}.ckpt")
+    assert last_whole_checkpoint(tmp_path) == tmp_path / "step=10-v1.ckpt"
+    for name in ("step=10-v1", "step=10"):
+        path = tmp_path / f"{name}.ckpt"
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert last_whole_checkpoint(tmp_path) == tmp_path / "step=9.ckpt"

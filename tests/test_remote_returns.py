@@ -1,0 +1,147 @@
+"""Servers that come back: after a failed load, and while publishes go on."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+
+import pytest
+from serving import Server, connected, servers, weights
+from test_remote_engine import generate, publish, request
+
+from sdp_lightning.engines.replicas import ReplicaSet
+from sdp_lightning.errors import EngineError
+from sdp_lightning.weights.base import Target
+from sdp_lightning.weights.files import FileTransport
+
+
+@pytest.fixture
+def one() -> Iterator[Server]:
+    with servers(1) as (server,):
+        yield server
+
+
+@pytest.fixture
+def two() -> Iterator[list[Server]]:
+    with servers(2) as running:
+        yield running
+
+
+@pytest.mark.fault("exception", "publish")
+def test_a_server_whose_last_load_failed_samples_nothing_before_it_has_a_whole_set(one: Server):
+    with connected(one) as engine:
+        publish(engine, 0, reset=True)
+        one.fault("/collective_rpc", "load", times=1)
+        engine.pause()
+        with pytest.raises(EngineError, match="0 servers are left"):
+            engine.update_weights(weights(1.0), 1)
+    assert one.do()["version"] == "loading"
+    with connected(one) as engine:
+        assert not one.do()["dead"]
+        publish(engine, 7, reset=True)
+        assert [segment.version for segment in generate(engine, request())] == [7]
+    assert not one.do()["dead"]
+
+
+class LiveFiles(FileTransport):
+    """Files that must not be read outside a publish, as a trainer's own tensors."""
+
+    @property
+    def is_live(self) -> bool:
+        return True
+
+
+def test_what_is_at_rest_in_publishes_only_reaches_a_returning_server_in_the_next_one(
+    two: list[Server],
+):
+    with connected(*two) as engine:
+        fleet = engine._running()
+        before, engine._transport = engine._transport, LiveFiles()
+        fleet._transport = engine._transport
+        assert before is not None
+        before.close()
+        publish(engine, 0, reset=True)
+        two[1].restart()
+        replica = fleet.replicas[1]
+        while not replica.waits_for_publish:
+            two[0].do()
+        assert not replica.serving and two[1].do()["loads"] == []
+        publish(engine, 1)
+        state = two[1].do()
+        assert (state["version"], len(state["loads"])) == ("1", 2)  # base, and what came since
+        assert replica.serving and replica.is_met and engine.num_serving == 2
+
+
+class Failing(FileTransport):
+    """Raises what no engine does."""
+
+    async def deliver(self, target: Target, *, whole: bool) -> None:
+        raise RuntimeError("NCCL error")
+
+
+@pytest.mark.fault("exception", "publish")
+def test_whatever_a_transfer_raises_the_engine_is_unusable_after_it(one: Server):
+    with connected(one) as engine:
+        publish(engine, 0, reset=True)
+        engine._running()._transport = Failing()
+        engine.pause()
+        with pytest.raises(RuntimeError, match="NCCL error"):
+            engine.update_weights(weights(1.0), 1)
+        with pytest.raises(EngineError, match="unusable since: NCCL error"):
+            engine.resume()
+        engine._running()._transport.close()
+
+
+def test_a_server_without_what_it_needs_is_told_what(one: Server):
+    one.fault("/resume", "404")
+    with pytest.raises(EngineError, match="VLLM_SERVER_DEV_MODE=1"), connected(one):
+        pass
+    one.do(reset={})
+    one.fault("/collective_rpc", "500")
+    with pytest.raises(EngineError, match="--worker-extension-cls sdp_lightning"), connected(one):
+        pass
+
+
+def test_what_is_known_of_a_server_that_is_out_stands_beside_its_error():
+    replicas = ReplicaSet(["http://a", "http://b"], lambda url: f"The end of its log: {url[-1]}.")
+    replicas.bring_in(replicas.replicas[1])
+    replicas.take_out(replicas.replicas[0], EngineError("no answer."))
+    assert replicas.describe_lost() == "http://a: no answer. The end of its log: a."
+
+
+class SlowFiles(FileTransport):
+    """Its first whole delivery to a server that came back lasts until it is told to go on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits, self.go_on = threading.Event(), threading.Event()
+        self.armed = False
+
+    async def deliver(self, target: Target, *, whole: bool) -> None:
+        if self.armed and whole:
+            self.armed = False
+            self.waits.set()
+            assert await asyncio.to_thread(self.go_on.wait, 60.0)
+        await super().deliver(target, whole=whole)
+
+
+def test_a_publish_leaves_a_server_alone_that_is_still_being_loaded(two: list[Server]):
+    with connected(*two) as engine:
+        fleet = engine._running()
+        before, slow = engine._transport, SlowFiles()
+        engine._transport = fleet._transport = slow
+        assert before is not None
+        before.close()
+        publish(engine, 0, reset=True)
+        slow.armed = True
+        two[1].restart()
+        assert slow.waits.wait(60.0)
+        publish(engine, 1)
+        assert two[1].do()["loads"] == [] and two[1].do()["version"] == "loading"
+        slow.go_on.set()
+        while not fleet.replicas[1].waits_for_publish:
+            two[0].do()
+        publish(engine, 2)
+        assert two[1].do()["version"] == "2" and engine.num_serving == 2
+        assert two[1].do()["weights"] == {"a": 2.0, "b": 2.0}
