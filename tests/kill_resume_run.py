@@ -84,6 +84,7 @@ class Journal(Callback):
         saved = sum("version" in event for log in logs for event in log)
         halves = sum(bool(log) and "version" in log[-1] for log in logs)
         self.write(kind="start", version=executor.version, saved=saved, halves=halves)
+        self._count_with_state(executor)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -108,15 +109,27 @@ class Journal(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         executor = executor_of(trainer)
-        with executor.registry.changed:
-            self.write(
-                kind="saving",
-                version=executor.version,
-                step=trainer.global_step,
-                dropped=executor.stat.dropped,
-                diverged=executor.telemetry.num_diverged,
-                live=live_rows(executor.state_dict()),
-            )
+        (state,) = checkpoint[type(trainer.datamodule).__qualname__]["ranks"]
+        self.write(
+            kind="saving",
+            version=executor.version,
+            step=trainer.global_step,
+            lost=self._lost,
+            diverged=executor.telemetry.num_diverged,
+            live=live_rows(state),
+        )
+
+    def _count_with_state(self, executor: Any) -> None:
+        """Rollouts go on after the state is taken: what it lacks is counted at the same moment."""
+        take_state = executor.state_dict
+
+        def state_dict() -> dict[str, Any]:
+            with executor.registry.changed:
+                stat = executor.stat
+                self._lost = stat.dropped + stat.rejected + stat.failed
+                return take_state()
+
+        executor.state_dict = state_dict
 
 
 def is_right(trajectory: Trajectory) -> bool:

@@ -43,8 +43,9 @@ def require_vllm() -> str:
 
 
 def make_model(seed: int = 0) -> Any:
-    """Heads of 32, the least that vLLM's CPU kernels can do; tied embeddings."""
+    """Heads of 32, the least that vLLM's CPU kernels can do; tied embeddings; room to be long."""
     model = tiny_model(hidden_size=128, num_layers=6, seed=seed)
+    model.config.max_position_embeddings = 1024
     with torch.no_grad():
         for weight in model.parameters():
             if weight.ndim == 2:
@@ -66,7 +67,7 @@ def make_config(model: str, logs: Path, *, replicas: int = 1, **settings: Any) -
         "replicas": replicas,
         "python": require_vllm(),
         "devices": ("cpu",),
-        "max_model_len": 512,
+        "max_model_len": 1024,
         "cores": cores if replicas > 1 else None,
         "log_folder": str(logs),
         "startup_timeout_s": 400.0,
@@ -135,7 +136,7 @@ def generate_across(
     updates: Updates,
     *,
     num_requests: int = 16,
-    budget: int = 480,
+    budget: int = 960,
     temperature: float = 1.0,
     **options: Any,
 ) -> list[sdp.Trajectory]:
@@ -225,14 +226,14 @@ def wait_until_sampling(url: str, num_requests: int) -> None:
         running, sampled = read_metrics(url, *names)
         return running >= num_requests // 2 and sampled >= enough
 
-    wait_for(is_sampling)
+    wait_for(is_sampling, "half of the requests sampling")
 
 
-def wait_for(condition: Callable[[], bool]) -> None:
+def wait_for(condition: Callable[[], bool], what: str = "it") -> None:
     """Ask until it is true: a server cannot be told to call back."""
     never, deadline = threading.Event(), time.monotonic() + DEADLINE_S
     while not condition():
-        assert time.monotonic() < deadline, "never came true"
+        assert time.monotonic() < deadline, f"waited {DEADLINE_S:.0f} s for {what}"
         never.wait(0.01)
 
 

@@ -154,8 +154,8 @@ def check(run: Survivor) -> None:
     ended = Counter(trained + end["live"])
     assert len(trained) == 2 * STEPS and ended.most_common(1)[0][1] == 1, "trained or there twice"
     assert not LOST & set(trained)
-    dropped = set(ROWS) - set(ended) - LOST
-    assert len(dropped) == num_dropped(run.entries()), "lost without a trace"
+    # A row that would have failed may be dropped before it does: the counts go together.
+    assert len(set(ROWS) - set(ended)) == num_lost(run.entries()), "lost without a trace"
     done = -1
     for entry in run.entries():
         if entry["kind"] == "start":
@@ -163,14 +163,14 @@ def check(run: Survivor) -> None:
         done = entry["version"] if entry["kind"] == "step" else done
 
 
-def num_dropped(entries: list[dict[str, Any]]) -> int:
+def num_lost(entries: list[dict[str, Any]]) -> int:
     """On the surviving lineage; each start begins to count anew, from what was saved."""
     before, saved = 0, {0: 0}
     for entry in entries:
         if entry["kind"] == "start":
             before = saved[entry["version"]]
         elif entry["kind"] == "saving":
-            saved[entry["version"]] = before + entry["dropped"]
+            saved[entry["version"]] = before + entry["lost"]
     return saved[STEPS]
 
 
