@@ -1,0 +1,109 @@
+"""How rollouts are generated: counts, staleness, deadlines."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from sdp_lightning.config.checks import at_least, one_of
+from sdp_lightning.errors import ConfigError
+
+MissingProximal = Literal["behavior", "loglinear", "decoupled", "drop"]
+OnOverdue = Literal["drop", "wait", "mask"]
+LONGEST_S = 1e9  # of a deadline: threads cannot wait for ever by a number
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """How rollouts are generated while the trainer trains. Counts: groups, of the whole world.
+
+    Args:
+        enable_segment_wise_ppo: the switch. True: staleness is bounded, stale groups are purged and
+            their capacity given back, segments are scored under the version after their own. False:
+            standard decoupled PPO: ``max_head_lag`` bounds submission only, and nothing is dropped,
+            so ``on_overdue``, ``requeue_dropped`` and ``missing_proximal`` have no effect.
+        batch_size: groups a training step consumes.
+        max_head_lag: the most versions that a trained token may be old; 0 is exactly on-policy.
+        max_concurrent: the most groups at once; None: ``(max_head_lag + 1) * batch_size``.
+        missing_proximal: what stands in for a segment proximal whose window has passed:
+            ``"behavior"`` (q := b), ``"loglinear"``, ``"decoupled"`` (q := x), or ``"drop"`` it.
+        on_overdue: what happens to a group that is still running when it goes stale: ``"drop"`` it,
+            ``"wait"`` for it before a batch is handed out, or ``"mask"`` its stale tokens.
+        timeout_s: longest wait for a batch.
+        drain_s: longest wait, in a publish, for outstanding requests to come back.
+        max_failures: rollouts that may fail before the error reaches the trainer.
+        max_rejected_in_a_row: rejected groups, with none accepted between, that count as endless.
+        num_epochs: passes over the prompts; None repeats them for ever.
+        shuffle: reshuffle the prompts in every epoch, by (seed, epoch).
+        seed: of the order of prompts and of every sampled token.
+        requeue_dropped: submit the row of a dropped group again.
+
+    Raises:
+        ConfigError: naming the value.
+    """
+
+    enable_segment_wise_ppo: bool = True
+    batch_size: int = 8
+    max_head_lag: int = 2
+    max_concurrent: int | None = None
+    missing_proximal: MissingProximal = "behavior"
+    on_overdue: OnOverdue = "drop"
+    timeout_s: float = 600.0
+    drain_s: float = 30.0
+    max_failures: int = 0
+    max_rejected_in_a_row: int = 100
+    num_epochs: int | None = None
+    shuffle: bool = True
+    seed: int = 0
+    requeue_dropped: bool = False
+
+    def __post_init__(self) -> None:
+        at_least("batch_size", self.batch_size, 1)
+        at_least("max_head_lag", self.max_head_lag, 0)
+        at_least("max_failures", self.max_failures, 0)
+        at_least("seed", self.seed, 0)
+        at_least("max_rejected_in_a_row", self.max_rejected_in_a_row, 1)
+        if self.max_concurrent is not None:
+            at_least("max_concurrent", self.max_concurrent, 1)
+        if self.num_epochs is not None:
+            at_least("num_epochs", self.num_epochs, 1)
+        one_of(
+            "missing_proximal",
+            self.missing_proximal,
+            ("behavior", "loglinear", "decoupled", "drop"),
+        )
+        one_of("on_overdue", self.on_overdue, ("drop", "wait", "mask"))
+        for name, value in (("timeout_s", self.timeout_s), ("drain_s", self.drain_s)):
+            if not 0 < value <= LONGEST_S:
+                raise ConfigError(
+                    f"{name} must be above 0 and at most {LONGEST_S:.0e} s, got {value}."
+                )
+
+    def share(self, num_ranks: int) -> RolloutConfig:
+        """One rank's part: counts are divided, all else stays.
+
+        Raises:
+            ConfigError: if a count cannot be divided evenly.
+        """
+        if num_ranks == 1:
+            return self
+        for name, count in (("batch_size", self.batch_size), ("max_concurrent", self.concurrency)):
+            if count % num_ranks:
+                below, above = count // num_ranks * num_ranks, -(-count // num_ranks) * num_ranks
+                near = f"{below} or {above}" if below else str(above)
+                raise ConfigError(
+                    f"{name}={count} groups cannot be divided evenly over {num_ranks} processes: "
+                    f"use {near}."
+                )
+        return replace(
+            self,
+            batch_size=self.batch_size // num_ranks,
+            max_concurrent=self.concurrency // num_ranks,
+        )
+
+    @property
+    def concurrency(self) -> int:
+        """The most groups generated at once."""
+        if self.max_concurrent is not None:
+            return self.max_concurrent
+        return (self.max_head_lag + 1) * self.batch_size

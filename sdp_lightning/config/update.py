@@ -1,0 +1,95 @@
+"""How a batch becomes optimizer steps, and with which optimizer."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from sdp_lightning.config.checks import at_least, one_of
+from sdp_lightning.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its schedule. Steps are optimizer steps.
+
+    Args:
+        lr: peak learning rate.
+        weight_decay: decoupled.
+        betas: of AdamW.
+        gradient_clip_val: largest L2 norm of the gradient; None is off.
+        schedule: after the warm-up: ``"constant"``, or ``"linear"`` or ``"cosine"`` decay to 0.
+        warmup_steps: steps of linear warm-up.
+        total_steps: where the decay ends; None is the Trainer's ``max_steps``.
+
+    Raises:
+        ConfigError: naming the value.
+    """
+
+    lr: float = 1e-6
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.95)
+    gradient_clip_val: float | None = 1.0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = 0
+    total_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        one_of("schedule", self.schedule, ("constant", "linear", "cosine"))
+        at_least("warmup_steps", self.warmup_steps, 0)
+        if not self.lr > 0:
+            raise ConfigError(f"lr must be positive, got {self.lr}.")
+        if self.gradient_clip_val is not None and not self.gradient_clip_val > 0:
+            raise ConfigError(
+                f"gradient_clip_val must be positive, or None: got {self.gradient_clip_val}."
+            )
+        if self.total_steps is not None:
+            at_least("total_steps", self.total_steps, 1)
+
+    def factor(self, step: int, total: int) -> float:
+        """What the learning rate is multiplied with at optimizer step ``step`` of ``total``."""
+        if step < self.warmup_steps:
+            return (step + 1) / (self.warmup_steps + 1)
+        if self.schedule == "constant":
+            return 1.0
+        done = min(1.0, (step - self.warmup_steps) / (total - self.warmup_steps))
+        return 1.0 - done if self.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+
+
+@dataclass(frozen=True)
+class UpdateConfig:
+    """How one consumed batch becomes optimizer steps: ``num_minibatches * num_epochs`` of them.
+
+    Args:
+        num_minibatches: groups are dealt out to this many minibatches, whole.
+        num_epochs: passes over the batch.
+        max_tokens_per_microbatch: tokens computed at once; bounds memory, does not change the loss.
+        layout: ``"shared_prefix"`` computes the prompt of a group once, ``"padded"`` works with
+            every model, ``"auto"`` takes the first where the model allows it and it is cheaper.
+        scale_advantages_by_std: GRPO's division by the standard deviation of the group.
+        max_skipped_in_a_row: a step whose gradient is not finite is skipped; this many without a
+            good one between are an error.
+
+    Raises:
+        ConfigError: naming the value.
+    """
+
+    num_minibatches: int = 1
+    num_epochs: int = 1
+    max_tokens_per_microbatch: int = 4096
+    layout: Literal["auto", "padded", "shared_prefix"] = "auto"
+    scale_advantages_by_std: bool = True
+    max_skipped_in_a_row: int = 10
+
+    def __post_init__(self) -> None:
+        at_least("max_skipped_in_a_row", self.max_skipped_in_a_row, 1)
+        at_least("num_minibatches", self.num_minibatches, 1)
+        at_least("num_epochs", self.num_epochs, 1)
+        at_least("max_tokens_per_microbatch", self.max_tokens_per_microbatch, 1)
+        one_of("layout", self.layout, ("auto", "padded", "shared_prefix"))
+
+    @property
+    def steps_per_batch(self) -> int:
+        """Optimizer steps that one consumed batch makes."""
+        return self.num_minibatches * self.num_epochs
