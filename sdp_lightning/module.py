@@ -22,7 +22,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from sdp_lightning.batch import Batch, Layout, collate, split_minibatches
 from sdp_lightning.config import LossConfig, OptimizerConfig, UpdateConfig
 from sdp_lightning.errors import ConfigError, SDPError
-from sdp_lightning.forward import LogprobForward, SequenceLogprobs, check_model
+from sdp_lightning.forward import LogprobForward
 from sdp_lightning.loading import resolve_model
 from sdp_lightning.metrics import LagMetrics
 from sdp_lightning.objective import (
@@ -30,6 +30,7 @@ from sdp_lightning.objective import (
     group_relative_advantages,
     segment_wise_ppo_loss,
 )
+from sdp_lightning.passes import Passes, fill_up
 from sdp_lightning.policy import (
     check_strategy,
     clip_gradients,
@@ -85,7 +86,7 @@ class SegmentWisePPOModule(L.LightningModule):
         self.loss, self.optimizer, self.update = loss, optimizer, update
         self.trainable, self.gradient_checkpointing = trainable, gradient_checkpointing
         self.policy: PreTrainedModel | None = None
-        self._forward_pass: LogprobForward
+        self._passes: Passes
         self._model, self._model_kwargs = model, dict(model_kwargs or {})
         self._metrics = LagMetrics()
         self._skipped_in_a_row = 0
@@ -117,7 +118,12 @@ class SegmentWisePPOModule(L.LightningModule):
         if isinstance(mesh, DeviceMesh):
             shard(forward, mesh, source, self.trainer.strategy.root_device)
         self.policy = policy
-        object.__setattr__(self, "_forward_pass", forward)  # its weights are the policy's
+        self._passes = Passes(
+            forward,  # no submodule of this one: its weights are the policy's
+            self.update,
+            over_ranks=self.over_ranks,
+            precision=self._precision,
+        )
 
     def named_weights(self, *, changed_only: bool = False) -> Iterator[tuple[str, Tensor]]:
         """What an engine must be given; see :func:`~sdp_lightning.policy.named_weights`."""
@@ -161,7 +167,7 @@ class SegmentWisePPOModule(L.LightningModule):
         """One consumed batch: proximal log-probs, then minibatches, each one optimizer step."""
         batch = replace(batch, advantages=self._advantages(batch))
         single = self.update.steps_per_batch == 1
-        proximal = None if single else self._logprobs(batch)
+        proximal = None if single else self._passes.logprobs(batch)
         metrics = LagMetrics(sync_on_compute=False)  # a kept one would be made bfloat16, too
         self._metrics = metrics.to(self.device)
         steps: list[dict[str, Tensor]] = []
@@ -191,7 +197,7 @@ class SegmentWisePPOModule(L.LightningModule):
             return self.score([Trajectory((Context([0]), blank))])[:0]
         groups, rows = group_by_prompt(trajectories)
         newest = max(group.tail_version or 0 for group in groups)
-        logprobs = self._logprobs(collate(groups, version=newest).to(self.device)).cpu()
+        logprobs = self._passes.logprobs(collate(groups, version=newest).to(self.device)).cpu()
         return split_by_segment(trajectories, logprobs[rows])
 
     @property
@@ -222,12 +228,11 @@ class SegmentWisePPOModule(L.LightningModule):
         optimizer: Any = self.optimizers()
         total = torch.zeros((), dtype=torch.float32, device=self.device)
         optimizer.zero_grad()
-        layout = self._layout(batch)
-        chosen = batch.microbatches(self.update.max_tokens_per_microbatch, layout)
-        counts = self.over_ranks(batch.num_tokens, len(chosen))
-        num_tokens, num_more = int(counts[:, 0].sum()), int(counts[:, 1].max()) - len(chosen)
-        pieces = [(batch.select(rows), rows) for rows in chosen]
-        pieces += [(batch.idle(), [0])] * num_more  # as many forwards as on any other rank
+        layout = self._passes.layout(batch)
+        pieces = self._passes.cut(batch, layout)
+        counts = self.over_ranks(batch.num_tokens, len(pieces))
+        num_tokens = int(counts[:, 0].sum())
+        pieces = fill_up(pieces, batch, int(counts[:, 1].max()))
         for number, (part, rows) in enumerate(pieces):
             x = None if proximal is None else proximal[rows]
             # Gradients are averaged over ranks, and the loss is a share of the global sum.
@@ -253,7 +258,7 @@ class SegmentWisePPOModule(L.LightningModule):
     def _loss(
         self, batch: Batch, proximal: Tensor | None, num_tokens: int, layout: Layout
     ) -> Tensor:
-        forward = self._forward(batch, layout)
+        forward = self._passes(batch, layout)
         target = forward.logprobs
         x = target.detach() if proximal is None else proximal
         q = complete_segment_logprobs(
@@ -277,35 +282,6 @@ class SegmentWisePPOModule(L.LightningModule):
         )
         self._metrics.update(batch, result, x, q, forward.entropy)
         return result.loss
-
-    def _logprobs(self, batch: Batch) -> Tensor:
-        """[B, T] under the present weights, no gradient."""
-        layout = self._layout(batch)
-        out = torch.zeros_like(batch.behavior_logprobs)  # float32, also under bf16-true
-        with torch.no_grad(), self._precision():
-            chosen = batch.microbatches(self.update.max_tokens_per_microbatch, layout)
-            pieces = [(batch.select(rows), rows) for rows in chosen]
-            if self.is_collective:
-                most = int(self.over_ranks(len(chosen)).max())
-                pieces += [(batch.idle(), [0])] * (most - len(chosen))
-            for part, rows in pieces:
-                logprobs = self._forward(part, layout).logprobs.float()
-                out[rows] = torch.where(part.loss_mask, logprobs, out[rows])
-        return out
-
-    def _forward(self, batch: Batch, layout: Layout) -> SequenceLogprobs:
-        return SequenceLogprobs(*self._forward_pass(batch, layout))
-
-    def _layout(self, batch: Batch) -> Layout:
-        if self.update.layout != "auto":
-            return self.update.layout
-        policy = self.require_policy()
-        try:
-            check_model(policy, "shared_prefix")
-        except ConfigError:
-            return "padded"
-        hidden: int = policy.config.get_text_config(decoder=True).hidden_size
-        return batch.cheapest_layout(self.update.max_tokens_per_microbatch, hidden)
 
     def _advantages(self, batch: Batch) -> Tensor:
         per_row = group_relative_advantages(

@@ -40,7 +40,8 @@ LAYERS: dict[str, set[str]] = {
     "rollout": {"config", "engines", "errors", "ranks", "types", "workflows"},
     "testing": CORE | {"engines"},
     "policy": {"errors", "forward", "loading"},
-    "module": CORE | {"batch", "forward", "metrics", "objective", "policy", "scoring"},
+    "passes": {"batch", "config", "errors", "forward", "policy"},
+    "module": CORE | {"batch", "forward", "metrics", "objective", "passes", "policy", "scoring"},
     "loaders": {"batch", "errors", "ranks", "rollout", "types", "workflows"},
     "datamodule": CORE | {"batch", "engines", "loaders", "module", "ranks", "rollout", "workflows"},
     "stopping": {"datamodule", "errors", "loaders"},
@@ -63,7 +64,7 @@ TRANSFORMERS = {"engines", "export", "forward", "loading", "module", "policy", "
 TORCHMETRICS = {"metrics"}
 TORCH = {
     *("objective", "batch", "engines", "weights", "forward", "metrics", "scoring", "testing"),
-    *("module", "policy", "ranks", "datamodule", "doctor", "echo", "export"),
+    *("module", "passes", "policy", "ranks", "datamodule", "doctor", "echo", "export"),
     "rollout",  # its checkpoint, tensors only
 }
 
