@@ -42,6 +42,9 @@ class Batch:
         group_ids: [B] int64, equal among siblings.
         truncated: [B] bool, sampling did not end by itself.
         advantages: [B, T] float32, None until the module sets it.
+        proximal_logprobs: [B, T] float32, None where the module takes them from its own pass.
+        reference_logprobs: [B, T] float32, None without a reference policy.
+        rejected: [B, T] bool, tokens that the whole step's second moment rejects; None is no token.
         missing_proximal: what stands in for the score of an unscored token of lag 2 or more.
         max_lag: tokens older than this get weight 0, and still count in N; None is no bound.
     """
@@ -60,6 +63,9 @@ class Batch:
     group_ids: Tensor
     truncated: Tensor
     advantages: Tensor | None = None
+    proximal_logprobs: Tensor | None = None
+    reference_logprobs: Tensor | None = None
+    rejected: Tensor | None = None
     missing_proximal: MissingProximal = "behavior"
     max_lag: int | None = None
 
