@@ -167,7 +167,8 @@ class SegmentWisePPOModule(L.LightningModule):
         """One consumed batch: proximal log-probs, then minibatches, each one optimizer step."""
         batch = replace(batch, advantages=self._advantages(batch))
         single = self.update.steps_per_batch == 1
-        proximal = None if single else self._passes.logprobs(batch)
+        if not single:
+            batch = replace(batch, proximal_logprobs=self._passes.logprobs(batch))
         metrics = LagMetrics(sync_on_compute=False)  # a kept one would be made bfloat16, too
         self._metrics = metrics.to(self.device)
         steps: list[dict[str, Tensor]] = []
@@ -176,8 +177,7 @@ class SegmentWisePPOModule(L.LightningModule):
             for rows in split_minibatches(
                 batch.group_ids, self.update.num_minibatches, generator=shuffler
             ):
-                x = None if proximal is None else proximal[rows]
-                steps.append(self._optimizer_step(batch.select(rows), x))
+                steps.append(self._optimizer_step(batch.select(rows)))
         self._log_step(batch, steps)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -224,7 +224,7 @@ class SegmentWisePPOModule(L.LightningModule):
 
     # Helpers -------------------------------------------------------------------------------------
 
-    def _optimizer_step(self, batch: Batch, proximal: Tensor | None) -> dict[str, Tensor]:
+    def _optimizer_step(self, batch: Batch) -> dict[str, Tensor]:
         optimizer: Any = self.optimizers()
         total = torch.zeros((), dtype=torch.float32, device=self.device)
         optimizer.zero_grad()
@@ -233,10 +233,9 @@ class SegmentWisePPOModule(L.LightningModule):
         counts = self.over_ranks(batch.num_tokens, len(pieces))
         num_tokens = int(counts[:, 0].sum())
         pieces = fill_up(pieces, batch, int(counts[:, 1].max()))
-        for number, (part, rows) in enumerate(pieces):
-            x = None if proximal is None else proximal[rows]
+        for number, (part, _) in enumerate(pieces):
             # Gradients are averaged over ranks, and the loss is a share of the global sum.
-            loss = self._loss(part, x, num_tokens, layout) * self._num_ranks
+            loss = self._loss(part, num_tokens, layout) * self._num_ranks
             with gradient_sync(self.trainer.model, on=number + 1 == len(pieces)):
                 self.manual_backward(loss)
             total += loss.detach()
@@ -255,11 +254,9 @@ class SegmentWisePPOModule(L.LightningModule):
         skipped = torch.tensor(float(self._skipped_in_a_row > 0))
         return {"loss": total, "grad_norm": norm.float(), "lr": rate, "skipped": skipped}
 
-    def _loss(
-        self, batch: Batch, proximal: Tensor | None, num_tokens: int, layout: Layout
-    ) -> Tensor:
+    def _loss(self, batch: Batch, num_tokens: int, layout: Layout) -> Tensor:
         forward = self._passes(batch, layout)
-        target = forward.logprobs
+        target, proximal = forward.logprobs, batch.proximal_logprobs
         x = target.detach() if proximal is None else proximal
         q = complete_segment_logprobs(
             batch.segment_logprobs,
