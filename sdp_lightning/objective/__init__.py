@@ -5,7 +5,15 @@ n target, m centre of the trust region.
 """
 
 from sdp_lightning.objective.advantages import group_relative_advantages
-from sdp_lightning.objective.corrections import complete_segment_logprobs
+from sdp_lightning.objective.aggregation import loss_denominator
+from sdp_lightning.objective.corrections import (
+    complete_segment_logprobs,
+    loglinear_proximal,
+    loglinear_segment,
+    second_moment_bound,
+    second_moment_set,
+    within_second_moment,
+)
 from sdp_lightning.objective.logprobs import token_logprobs
 from sdp_lightning.objective.losses import PolicyLoss, segment_wise_ppo_loss
 
@@ -13,6 +21,12 @@ __all__ = [
     "PolicyLoss",
     "complete_segment_logprobs",
     "group_relative_advantages",
+    "loglinear_proximal",
+    "loglinear_segment",
+    "loss_denominator",
+    "second_moment_bound",
+    "second_moment_set",
     "segment_wise_ppo_loss",
     "token_logprobs",
+    "within_second_moment",
 ]

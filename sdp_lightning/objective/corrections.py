@@ -60,8 +60,109 @@ def complete_segment_logprobs(
     elif missing == "decoupled":
         substitute = proximal
     else:
-        substitute = behavior + (proximal - behavior) / lags.clamp(min=1)
+        substitute = loglinear_segment(proximal, behavior, lags)
     return torch.where(old, torch.where(scored, segment, substitute), proximal)
+
+
+def loglinear_proximal(target: Tensor, behavior: Tensor, lags: Tensor, share_done: float) -> Tensor:
+    r"""Proximal log-probs x without a forward: on the straight way from b to n.
+
+    .. math:: x \approx b + (n - b) \, k / (k + f)
+
+    A token of lag k was sampled k versions before this step, and n is f steps into it. At k = 0 the
+    proximal policy is the token's own: b, or n itself before the first update. Source: AReaL,
+    https://arxiv.org/abs/2505.24298, whose code has it with f = 1.
+
+    Args:
+        target: [...] n; its gradient is not followed.
+        behavior: [...] b.
+        lags: [...] integers k, 0 or more.
+        share_done: f in [0, 1): the share of this step's optimizer updates already made.
+
+    Returns:
+        [...] x, detached, at least float32. Exact at f = 0, and where log-probs move on a line.
+
+    Raises:
+        ValueError: if ``share_done`` is not in [0, 1).
+    """
+    if not 0 <= share_done < 1:
+        raise ValueError(f"share_done must be in [0, 1), got {share_done}.")
+    target, behavior = (at_least_float32(t.detach()) for t in (target, behavior))
+    if share_done == 0:
+        return target
+    steps = lags.to(target)
+    return torch.lerp(behavior, target, steps / (steps + share_done))
+
+
+def loglinear_segment(proximal: Tensor, behavior: Tensor, lags: Tensor) -> Tensor:
+    r"""Segment proximal log-probs q without a score: on the straight way from b to x.
+
+    .. math:: q \approx b + (x - b) / k, \quad q = x \;\text{for}\; k \le 1
+
+    With x of :func:`loglinear_proximal` this is b + (n - b) / (k + f).
+
+    Args:
+        proximal: [...] x.
+        behavior: [...] b.
+        lags: [...] integers k, 0 or more.
+
+    Returns:
+        [...] q, detached, at least float32.
+    """
+    proximal, behavior = (at_least_float32(t.detach()) for t in (proximal, behavior))
+    return torch.lerp(behavior, proximal, 1 / lags.clamp(min=1).to(proximal))
+
+
+def second_moment_set(log_drift: Tensor, advantages: Tensor, loss_mask: Tensor) -> Tensor:
+    """Tokens that M2PO constrains: those that have moved in the direction of their advantage.
+
+    The others move back when they are trained, and no trust region holds them. The official code
+    of M2PO takes the same: A > 0 with a ratio above 1, or A < 0 with one below.
+
+    Args:
+        log_drift: [...] x - b.
+        advantages: [...].
+        loss_mask: [...] bool.
+
+    Returns:
+        [...] bool.
+    """
+    return loss_mask & (torch.sign(log_drift) * torch.sign(advantages) > 0)
+
+
+def second_moment_bound(log_drift: Tensor, cap: float) -> Tensor:
+    r"""The largest |log drift| that M2PO keeps.
+
+    .. math:: \max \{\delta : \mathrm{mean}(d_i^2 : |d_i| \le \delta) \le \text{cap}\}
+
+    over the delta among |d_i|, so that equal drifts stay or go together. Source: Zheng et al. 2025
+    (M2PO), https://arxiv.org/abs/2510.01161.
+
+    Args:
+        log_drift: [N] x - b of the tokens of :func:`second_moment_set` in the whole optimizer step,
+            of all ranks.
+        cap: of the second moment, positive.
+
+    Returns:
+        [] the bound, inclusive: 0 if no token fits, inf if there is none to bound.
+    """
+    if log_drift.numel() == 0:
+        return at_least_float32(log_drift.new_full((), math.inf))
+    distance = at_least_float32(log_drift.detach()).abs().sort().values
+    # Means of ever more of a sorted list grow, so what fits is a prefix.
+    count = torch.arange(1, distance.numel() + 1, device=distance.device)
+    mean = distance.double().square().cumsum(0) / count
+    last_of_equals = torch.ones_like(distance, dtype=torch.bool)
+    last_of_equals[:-1] = distance[1:] > distance[:-1]
+    return torch.where(last_of_equals & (mean <= cap), distance, 0.0).max()
+
+
+def within_second_moment(
+    log_drift: Tensor, advantages: Tensor, loss_mask: Tensor, bound: Tensor
+) -> Tensor:
+    """What is left of ``loss_mask`` under the bound of :func:`second_moment_bound`. [...] bool."""
+    beyond = second_moment_set(log_drift, advantages, loss_mask) & (log_drift.abs() > bound)
+    return loss_mask & ~beyond
 
 
 def centre_and_log_weight(
