@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sdp_lightning.config import LossConfig, MissingProximal
+from sdp_lightning.objective.aggregation import sequence_mean, sequence_sum
 
 
 def complete_segment_logprobs(
@@ -195,6 +196,59 @@ def centre_and_log_weight(
     return proximal, (segment - behavior) + config.bridge_exponent * bridge
 
 
+def correct(
+    log_drift: Tensor, log_weight: Tensor, advantages: Tensor, loss_mask: Tensor, config: LossConfig
+) -> tuple[Tensor, Tensor]:
+    r"""Mask tokens outside cap and floor, or clamp their weight; mask those that left the region.
+
+    .. math:: K = \{t : \text{floor} \le e^{d_t} \le \text{cap}\} \quad\text{or}\quad
+        w \leftarrow \min(\max(w, \text{floor}), \text{cap})
+
+    d is the log of drift or weight; for a sequence its sum, or its mean for the geometric mean,
+    and the whole row stays or goes. Sources: truncation: Yao et al. 2025 (TIS),
+    https://fengyao.notion.site/off-policy-rl; two-sided masks: Ling Team 2025 (IcePop),
+    https://arxiv.org/abs/2510.18855; sequences: Liu et al. 2025 (MIS),
+    https://yingru.notion.site/When-Speed-Kills-Stability-271211a558b7808d8b12d403fd15edda.
+
+    Args:
+        log_drift: [B, T] x - b.
+        log_weight: [B, T].
+        advantages: [B, T].
+        loss_mask: [B, T] bool.
+        config: cap, floor, what they test and what they do, and the behavior mask.
+
+    Returns:
+        (kept [B, T] bool, log_weight [B, T]).
+    """
+    kept = loss_mask
+    if config.correction == "truncate":
+        log_weight = clamped_to_bounds(log_weight, config)
+    else:
+        tested = log_drift if config.rejection_on == "drift" else log_weight
+        if config.rejection_level == "sequence":
+            tested = sequence_sum(tested, loss_mask)
+        elif config.rejection_level == "geometric":
+            tested = sequence_mean(tested, loss_mask)
+        kept = loss_mask & within_bounds(tested, config)
+    if config.behavior_mask:
+        above, below = outside_region(log_drift, advantages, config)
+        kept = kept & ~(above | below)
+    return kept, log_weight
+
+
+def outside_region(
+    log_ratio: Tensor, advantages: Tensor, config: LossConfig
+) -> tuple[Tensor, Tensor]:
+    """Where a ratio has left [1 - eps, 1 + eps_high] in the direction of its advantage.
+
+    Returns:
+        (above, below), each [...] bool: A > 0 and above the range, A < 0 and below it.
+    """
+    above = (advantages > 0) & (log_ratio > math.log1p(config.upper_epsilon))
+    below = (advantages < 0) & (log_ratio < math.log1p(-config.clip_epsilon))
+    return above, below
+
+
 def within_bounds(log_value: Tensor, config: LossConfig) -> Tensor:
     """Whether floor <= exp(log_value) <= cap of the behavior weight. [...] bool."""
     floor, cap = config.behavior_weight_floor, config.behavior_weight_cap
@@ -204,6 +258,16 @@ def within_bounds(log_value: Tensor, config: LossConfig) -> Tensor:
     if floor is not None:
         kept &= log_value >= math.log(floor)
     return kept
+
+
+def clamped_to_bounds(log_value: Tensor, config: LossConfig) -> Tensor:
+    """log_value, brought between the logs of floor and cap. [...]."""
+    floor, cap = config.behavior_weight_floor, config.behavior_weight_cap
+    if cap is not None:
+        log_value = log_value.clamp(max=math.log(cap))
+    if floor is not None:
+        log_value = log_value.clamp(min=math.log(floor))
+    return log_value
 
 
 def at_least_float32(values: Tensor) -> Tensor:

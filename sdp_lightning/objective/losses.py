@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from sdp_lightning.config import LossConfig
+from sdp_lightning.objective.aggregation import loss_denominator, token_shares
 from sdp_lightning.objective.corrections import (
     at_least_float32,
     centre_and_log_weight,
-    within_bounds,
+    correct,
 )
+from sdp_lightning.objective.surrogates import of_sequences, surrogate
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,8 +28,9 @@ class PolicyLoss:
     Args:
         loss: [] to be minimised.
         kept: [B, T] bool, tokens that passed mask, cap and floor.
-        clipped: [B, T] bool, kept tokens without a gradient, because their ratio is clipped.
-        log_weight: [B, T] log w of every token of the mask, 0 elsewhere.
+        clipped: [B, T] bool, kept tokens whose ratio is clipped, which leaves them no gradient; for
+            CISPO, whose weight is clamped.
+        log_weight: [B, T] log of the weight applied, for every token of the mask, 0 elsewhere.
         log_ratio: [B, T] log of n over the centre, of every token of the mask, 0 elsewhere.
     """
 
@@ -49,15 +52,16 @@ def segment_wise_ppo_loss(
     config: LossConfig,
     num_tokens: float | None = None,
 ) -> PolicyLoss:
-    r"""Decoupled PPO whose off-policy correction is taken segment by segment.
+    r"""Decoupled PPO whose off-policy correction is taken segment by segment, and its relatives.
 
     .. math:: L = -\frac{1}{N} \sum_{t \in K} w_t \min(r_t A_t,
         \mathrm{clip}(r_t, 1-\epsilon, 1+\epsilon_{high}) A_t), \quad
         r = e^{n - m}, \quad w = e^{m - b}
 
     K are the tokens of the mask whose drift exp(x - b), or weight, lies between floor and cap.
-    Sources: Hilton et al. 2021, https://arxiv.org/abs/2110.00641; AReaL,
-    https://arxiv.org/abs/2505.24298; dual clip: Ye et al. 2019, https://arxiv.org/abs/1912.09729.
+    ``config`` puts others in the place of each part: see :mod:`~sdp_lightning.objective.surrogates`
+    for the minimum, ``corrections`` for K and w, ``aggregation`` for N. Sources: Hilton et al.
+    2021, https://arxiv.org/abs/2110.00641; AReaL, https://arxiv.org/abs/2505.24298.
 
     Args:
         target_logprobs: [B, T] n, under the policy being optimized. Carries the gradient.
@@ -65,9 +69,10 @@ def segment_wise_ppo_loss(
         segment_logprobs: [B, T] q; read only if ``config.needs_segment_proximal``.
         behavior_logprobs: [B, T] b, of the distribution sampled from.
         advantages: [B, T].
-        loss_mask: [B, T] bool. Whatever stands where it is False has no effect.
-        config: centre, clip, bounds.
-        num_tokens: N, at least 1, before any rejection; default ``loss_mask.sum()``.
+        loss_mask: [B, T] bool, a row is a sequence. What stands where it is False has no effect.
+        config: the estimator.
+        num_tokens: the denominator N of the whole step, at least 1, before any rejection: the sum
+            of ``loss_denominator`` over its pieces; default: this piece's.
 
     Returns:
         The loss (0 with a valid graph if no token is kept) and the per-token masks.
@@ -81,43 +86,25 @@ def segment_wise_ppo_loss(
     proximal, segment, behavior, advantage = (tensor.detach() for tensor in others)
 
     centre, log_weight = centre_and_log_weight(proximal, segment, behavior, config)
-    tested = proximal - behavior if config.rejection_on == "drift" else log_weight
-    kept = loss_mask & within_bounds(tested, config)
-
     log_ratio = target - centre
-    bound, clipped = _clip(log_ratio.detach(), advantage, config)
-    log_surrogate = log_weight + torch.where(clipped, bound, log_ratio)
-    acting = kept & (advantage != 0)  # before exp: what overflows elsewhere would give nan * 0
-    surrogate = torch.where(acting, log_surrogate, 0.0).exp() * torch.where(acting, advantage, 0.0)
-    count = loss_mask.sum() if num_tokens is None else torch.as_tensor(num_tokens)
-    loss = -surrogate.sum() / count.to(surrogate).clamp(min=1)
+    if config.ratio_level == "sequence":
+        log_weight, log_ratio = of_sequences(log_weight, log_ratio, loss_mask)
+    kept, log_weight = correct(proximal - behavior, log_weight, advantage, loss_mask, config)
+    value, bounded = surrogate(target, log_weight, log_ratio, advantage, kept, config)
     return PolicyLoss(
-        loss=loss,
+        loss=_mean(value, loss_mask, config, num_tokens),
         kept=kept,
-        clipped=kept & clipped,
+        clipped=kept & bounded,
         log_weight=torch.where(loss_mask, log_weight, 0.0),
         log_ratio=torch.where(loss_mask, log_ratio.detach(), 0.0),
     )
 
 
-def _clip(log_ratio: Tensor, advantage: Tensor, config: LossConfig) -> tuple[Tensor, Tensor]:
-    """Log of the bound that the pessimistic minimum puts in place of the ratio, and where.
-
-    Returns:
-        (bound, clipped), each [B, T]; the bound has no meaning where ``clipped`` is False.
-    """
-    upper = math.log1p(config.upper_epsilon)
-    lower = math.log1p(-config.clip_epsilon)
-    above = (advantage > 0) & (log_ratio > upper)
-    below = (advantage < 0) & (log_ratio < lower)
-    bound = torch.where(above, upper, torch.full_like(log_ratio, lower))
-    clipped = above | below
-    if config.dual_clip is not None:
-        most = math.log(config.dual_clip)
-        dual = (advantage < 0) & (log_ratio > most)
-        bound = torch.where(dual, most, bound)
-        clipped = clipped | dual
-    return bound, clipped
+def _mean(value: Tensor, loss_mask: Tensor, config: LossConfig, num_tokens: float | None) -> Tensor:
+    """Minus the share of the mean that this piece has, []."""
+    shares = token_shares(loss_mask, config).to(value)
+    count = loss_denominator(loss_mask, config) if num_tokens is None else num_tokens
+    return -(value * shares).sum() / torch.as_tensor(count).to(value).clamp(min=1)
 
 
 def _check(tensors: tuple[Tensor, ...], loss_mask: Tensor, num_tokens: float | None) -> None:
