@@ -1,6 +1,6 @@
 """What the processes of one training agree on, and what they say when one of them does not come.
 
-Values travel through a key-value store of their own, never through the collectives that gradients
+Values travel over connections of their own to rank 0, never through the collectives that gradients
 use, so that a rank that is late, has failed or has died is named.
 """
 
@@ -8,25 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pickle
 import time
-from collections.abc import Callable, Generator, Mapping
-from datetime import timedelta
+from collections.abc import Callable, Mapping
 from socket import socket
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from sdp_lightning.errors import RankError
 from sdp_lightning.lifeline import Lifeline, Listener, RankFailure, connect
-
-if TYPE_CHECKING:
-    from torch._C._distributed_c10d import Store
+from sdp_lightning.links import Link, pack, wait_for_any
 
 T = TypeVar("T")
 U = TypeVar("U")
-_FIRST_S, _LONGEST_S = 1e-4, 1e-2  # between two looks at what others have written
+_LOOK_S = 1e-2  # between two looks at what may end a wait for the others
 _AFTER_S = 10.0  # that others wait longer than rank 0
 _CAUSE_S = 1.0
-_PIECE = 4 * 2**20  # characters
 
 
 class Ranks:
@@ -35,7 +30,7 @@ class Ranks:
     Every method that exchanges values must be called by all ranks, in the same order.
 
     Args:
-        store: shared by all; None for one process.
+        links: a connection to rank 0; rank 0's to every other one; none for one process.
         rank: of this process.
         size: how many there are.
         timeout_s: longest wait for the others, unless told otherwise.
@@ -44,7 +39,7 @@ class Ranks:
 
     def __init__(
         self,
-        store: Store | None = None,
+        links: Mapping[int, socket] | None = None,
         *,
         rank: int = 0,
         size: int = 1,
@@ -52,10 +47,11 @@ class Ranks:
         interrupted: Callable[[], bool] = lambda: False,
     ) -> None:
         self.rank, self.size = rank, size
-        self._store, self._timeout_s, self._interrupted = store, timeout_s, interrupted
+        self._timeout_s, self._interrupted = timeout_s, interrupted
+        self._links = {rank: Link(end) for rank, end in (links or {}).items()}
         self._lifeline: Lifeline | None = None
-        self._number, self._old_keys = 0, list[str]()
-        self._latest = "nothing yet"
+        self._number, self._latest = 0, "nothing yet"  # of meetings
+        self._inbox: dict[tuple[int, int], tuple[str, Any]] = {}  # by rank and meeting
 
     def gather(self, what: str, value: T, *, timeout_s: float | None = None) -> list[T]:
         """Every rank's ``value``, in order of rank, on every rank.
@@ -68,26 +64,20 @@ class Ranks:
         Raises:
             RankError: if a rank does not come in time, is at another meeting, or has failed.
         """
-        if self._store is None:
+        if self.size == 1:
             return [value]
-        self._number += 1
-        limit = self._timeout_s if timeout_s is None else timeout_s
-        mine, answer = f"{self._number}/{self.rank}", f"{self._number}/all"
-        with self._at(what):
-            if self.rank == 0:
-                found = self._collect(what, value, limit)
-                keys = self._put(answer, found)
-            else:  # longer than rank 0 waits: its error names the one that is missing
-                keys = self._put(mine, (what, value))
-                self._await({0: answer}, what, limit + _AFTER_S)
-                found = self._get(answer)
-            for key in self._old_keys:  # all have read them: they came to this meeting
-                self._store.delete_key(key)
-            self._old_keys = keys
-        if isinstance(found, str):
-            raise RankError(found)
-        self._latest = what
-        return found
+        return self._meet(what, value, lambda values: values, timeout_s)
+
+    def collect(self, what: str, value: T, *, timeout_s: float | None = None) -> list[T] | None:
+        """Every rank's ``value``, in order of rank, on rank 0; None on the others.
+
+        They wait, too, until it has them all. Arguments and errors are those of ``gather``.
+        """
+        if self.size == 1:
+            return [value]
+        kept: list[T] = []
+        self._meet(what, value, kept.extend, timeout_s)
+        return kept if self.rank == 0 else None
 
     def together(
         self,
@@ -127,13 +117,11 @@ class Ranks:
 
         If another one failed before, which may be why this one did, that is noted on ``error``.
         """
-        if self._store is None:
+        if self.size == 1:
             return
-        # The thread that listens may hear of the cause a little later than its effect is felt.
-        late = isinstance(error, RankError | RuntimeError)
-        deadline = time.monotonic() + (_CAUSE_S if late else 0.0)
-        while (cause := self._failure) is None and time.monotonic() < deadline:
-            time.sleep(_LONGEST_S)
+        if isinstance(error, RankError | RuntimeError):
+            self._await_cause()
+        cause = self._failure
         if cause is None:
             self._tell(f"{type(error).__name__}: {error}")
         elif cause.message not in str(error):
@@ -151,6 +139,8 @@ class Ranks:
         """Part from the others: that this process ends is no failure from now on."""
         if self._lifeline is not None:
             self._lifeline.close()
+        for link in self._links.values():
+            link.close()
 
     @property
     def _failure(self) -> RankFailure | None:
@@ -160,95 +150,100 @@ class Ranks:
         if self._lifeline is not None:
             self._lifeline.tell(message)
 
-    def _collect(self, what: str, value: T, limit_s: float) -> list[T] | str:
-        """What all ranks brought, ``value`` first; or, in words, why not."""
-        keys = {rank: f"{self._number}/{rank}" for rank in range(1, self.size)}
-        try:
-            self._await(keys, what, limit_s)
-        except RankError as error:
-            return str(error)
-        brought = [(what, value), *map(self._get, keys.values())]
-        for rank, (place, _) in enumerate(brought):
-            if place != what:
-                return f"rank {rank} is at {place!r} while rank 0 is at {what!r}."
-        return [value for _, value in brought]
+    def _meet(
+        self, what: str, value: T, answer: Callable[[list[T]], U], timeout_s: float | None
+    ) -> U:
+        """On every rank, what ``answer`` makes of the values of all on rank 0."""
+        self._number += 1
+        limit_s = self._timeout_s if timeout_s is None else timeout_s
+        if self.rank > 0:  # it waits longer than rank 0, whose error names the one that is missing
+            self._send(what, value)
+            error, reply = self._receive(what, limit_s + _AFTER_S)[0]
+            if error:
+                raise RankError(error)
+        else:
+            try:
+                reply = answer(self._receive_all(what, value, limit_s))
+            except RankError as error:
+                self._send(str(error), None)  # one of them may never listen: not waited for
+                raise
+            self._send("", reply)
+            self._await(lambda rank: not self._links[rank].is_sending, what, limit_s)
+        self._latest = what
+        return reply
 
-    def _await(self, keys: Mapping[int, str], what: str, limit_s: float) -> None:
-        """Until the keys of all these ranks are there."""
-        assert self._store is not None
-        start, pause_s = time.monotonic(), _FIRST_S
-        while not self._store.check(list(keys.values())):
-            waited_s = time.monotonic() - start
+    def _receive_all(self, what: str, value: T, limit_s: float) -> list[T]:
+        """What all ranks brought to this meeting, rank 0's ``value`` first."""
+        brought = {0: (what, value)} | self._receive(what, limit_s)
+        for rank, (place, _) in sorted(brought.items()):
+            if place != what:
+                raise RankError(f"rank {rank} is at {place!r} while rank 0 is at {what!r}.")
+        return [value for _, (_, value) in sorted(brought.items())]
+
+    def _send(self, text: str, value: object) -> None:
+        data = pack((self._number, text, value))
+        for link in self._links.values():
+            link.send(data)
+
+    def _receive(self, what: str, limit_s: float) -> dict[int, tuple[str, Any]]:
+        """What the other ends say at this meeting; what came too late for an earlier one goes."""
+
+        def has_come(rank: int) -> bool:
+            for number, text, value in self._links[rank].receive():
+                if number >= self._number:
+                    self._inbox[rank, number] = text, value
+            return (rank, self._number) in self._inbox
+
+        self._await(has_come, what, limit_s)
+        return {rank: self._inbox.pop((rank, self._number)) for rank in self._links}
+
+    def _await(self, is_done: Callable[[int], bool], what: str, limit_s: float) -> None:
+        """Until it ``is_done`` with every rank at the other ends."""
+        start, late = time.monotonic(), list(self._links)
+        while late := [rank for rank in late if not is_done(rank)]:
+            links = {rank: self._links[rank] for rank in late}
             if self._interrupted():
                 raise RankError(f"interrupted while {what}.")
-            if self._failure is not None:
-                raise RankError(f"{self._failure} It was waited for while {what}.")
-            if waited_s > limit_s:
-                late = [rank for rank, key in keys.items() if not self._store.check([key])]
+            if gone := [rank for rank, link in links.items() if link.is_gone]:
+                self._await_cause()  # it may have said why before it went
+            if gone or self._failure is not None:
+                failure = self._failure or f"rank {gone[0]} is gone."
+                raise RankError(f"{failure} It was waited for while {what}.")
+            if time.monotonic() - start > limit_s:
                 message = (
                     f"waited {limit_s:.1f} s for rank {', '.join(map(str, late))} while {what}; "
                     f"the last that all ranks did together was: {self._latest}."
                 )
                 self._tell(message)  # the late ones may be stuck for good
                 raise RankError(message)
-            time.sleep(pause_s)
-            pause_s = min(2 * pause_s, _LONGEST_S, max(_FIRST_S, waited_s / 10))
+            wait_for_any(links.values(), _LOOK_S)
+            for link in links.values():
+                link.push()
 
-    @contextlib.contextmanager
-    def _at(self, what: str) -> Generator[None]:
-        try:
-            yield
-        except RuntimeError as error:  # of torch: the store is rank 0's
-            raise RankError(
-                f"{self._failure or 'rank 0 is gone.'} It was waited for while {what}."
-            ) from error
-
-    def _put(self, key: str, value: object) -> list[str]:
-        """In pieces, whose keys come back: over more than 8 MiB the store drops the connection."""
-        assert self._store is not None
-        data = pickle.dumps(value).hex()
-        pieces = [data[i : i + _PIECE] for i in range(0, len(data), _PIECE)]
-        keys = [f"{key}/{number}" for number in range(1, len(pieces))]
-        for name, piece in zip(keys, pieces[1:], strict=True):
-            self._store.set(name, piece)
-        self._store.set(key, f"{len(pieces)} {pieces[0]}")  # last: it tells that all are there
-        return [key, *keys]
-
-    def _get(self, key: str) -> Any:
-        assert self._store is not None
-        count, first = self._store.get(key).decode().split()
-        rest = [self._store.get(f"{key}/{number}").decode() for number in range(1, int(count))]
-        return pickle.loads(bytes.fromhex("".join([first, *rest])))
+    def _await_cause(self) -> None:
+        """The thread that listens may hear of a failure a little later than its effect is felt."""
+        deadline = time.monotonic() + _CAUSE_S
+        while self._failure is None and time.monotonic() < deadline:
+            time.sleep(_LOOK_S)
 
 
 def make_ranks(*, timeout_s: float, interrupted: Callable[[], bool] = lambda: False) -> Ranks:
     """The ranks of the default group of torch.distributed, or this process alone.
 
-    A store of their own is opened; rank 0 holds it.
+    Connections of their own are opened between rank 0 and every other one.
     """
     from torch import distributed
 
     if not distributed.is_initialized() or distributed.get_world_size() == 1:
         return Ranks(timeout_s=timeout_s)
-    from torch._C._distributed_c10d import TCPStore
-
     rank, size = distributed.get_rank(), distributed.get_world_size()
     host = os.environ.get("MASTER_ADDR", "127.0.0.1")
-    limit = timedelta(seconds=timeout_s)
-    place: list[Any] = [None]
-    listener = store = None
-    if rank == 0:
-        store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=limit)
-        listener = Listener(host)
-        place = [(store.port, listener.place)]
-    distributed.broadcast_object_list(place, src=0)
-    port, meeting = place[0]
-    if store is None:
-        store = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=limit)
-    ranks = Ranks(store, rank=rank, size=size, timeout_s=timeout_s, interrupted=interrupted)
-    ranks.watch(
-        {0: connect(host, meeting, rank, timeout_s)}
-        if listener is None
-        else listener.accept(size, timeout_s)
-    )
+    listeners = [Listener(host) for _ in range(2)] if rank == 0 else []
+    places: list[Any] = [[listener.place for listener in listeners]]
+    distributed.broadcast_object_list(places, src=0)
+    links, lines = [listener.accept(size, timeout_s) for listener in listeners] or [
+        {0: connect(host, place, rank, timeout_s)} for place in places[0]
+    ]
+    ranks = Ranks(links, rank=rank, size=size, timeout_s=timeout_s, interrupted=interrupted)
+    ranks.watch(lines)
     return ranks

@@ -28,7 +28,8 @@ LAYERS: dict[str, set[str]] = {
     "rewards": {"errors", "loading"},
     "weights": {"errors"},
     "lifeline": {"errors"},
-    "ranks": {"errors", "lifeline"},
+    "links": set(),
+    "ranks": {"errors", "lifeline", "links"},
     "objective": {"config"},
     "batch": {"config", "errors", "types"},
     "engines": CORE | {"weights"},
@@ -40,8 +41,12 @@ LAYERS: dict[str, set[str]] = {
     "rollout": {"config", "engines", "errors", "ranks", "types", "workflows"},
     "testing": CORE | {"engines"},
     "policy": {"errors", "forward", "loading"},
+    "rank_sums": set(),
+    "batch_loss": {"batch", "config", "objective", "rank_sums"},
     "passes": {"batch", "config", "errors", "forward", "policy"},
-    "module": CORE | {"batch", "forward", "metrics", "objective", "passes", "policy", "scoring"},
+    "module": CORE
+    | {"batch", "batch_loss", "forward", "metrics", "objective", "passes", "policy"}
+    | {"rank_sums", "scoring"},
     "loaders": {"batch", "errors", "ranks", "rollout", "types", "workflows"},
     "datamodule": CORE | {"batch", "engines", "loaders", "module", "ranks", "rollout", "workflows"},
     "stopping": {"datamodule", "errors", "loaders"},
@@ -64,7 +69,8 @@ TRANSFORMERS = {"engines", "export", "forward", "loading", "module", "policy", "
 TORCHMETRICS = {"metrics"}
 TORCH = {
     *("objective", "batch", "engines", "weights", "forward", "metrics", "scoring", "testing"),
-    *("module", "passes", "policy", "ranks", "datamodule", "doctor", "echo", "export"),
+    *("module", "policy", "ranks", "datamodule", "doctor", "echo", "export"),
+    *("batch_loss", "passes", "rank_sums"),
     "rollout",  # its checkpoint, tensors only
 }
 

@@ -11,40 +11,35 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import pytest
-from torch._C._distributed_c10d import TCPStore
 
 from sdp_lightning.errors import RankError
 from sdp_lightning.lifeline import Lifeline, Listener, RankFailure, connect
 from sdp_lightning.ranks import Ranks
 
 DEADLINE_S = 30.0
-LIMIT = timedelta(seconds=DEADLINE_S)
 
 
 class World:
-    """Ranks in threads of this process, each with its own connection to one store."""
+    """Ranks in threads of this process, with connections between rank 0 and every other."""
 
     def __init__(self, size: int = 2, **settings: Any) -> None:
         settings = {"timeout_s": DEADLINE_S} | settings
-        self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=LIMIT)
-        self.ranks = [
-            Ranks(self.store if rank == 0 else self._client(), rank=rank, size=size, **settings)
-            for rank in range(size)
-        ]
-        pairs = [socket.socketpair() for _ in range(1, size)]
-        self.ranks[0].watch({rank: pair[0] for rank, pair in enumerate(pairs, 1)})
-        for rank, (_, end) in enumerate(pairs, 1):
-            self.ranks[rank].watch({0: end})
-
-    def _client(self) -> TCPStore:
-        port = self.store.port
-        return TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False, timeout=LIMIT)
+        self.pairs = [[socket.socketpair() for _ in range(1, size)] for _ in range(2)]
+        links, lines = (
+            [
+                {rank: near for rank, (near, _) in enumerate(pairs, 1)},
+                *({0: far} for _, far in pairs),
+            ]
+            for pairs in self.pairs
+        )
+        self.ranks = [Ranks(links[r], rank=r, size=size, **settings) for r in range(size)]
+        for ranks, line in zip(self.ranks, lines, strict=True):
+            ranks.watch(line)
 
     def run(self, *work: Callable[[Ranks], Any]) -> list[Any]:
         """What ``work`` returned or raised on each rank; one function is for all of them."""
@@ -119,27 +114,46 @@ def test_together_gives_each_its_own_result_and_what_all_tell(make_world: Make) 
     assert make_world(2).run(work) == [(0, [1, 11]), (10, [1, 11])]
 
 
-def test_more_than_the_store_takes_at_once_is_gathered(make_world: Make) -> None:
-    """TCPStore drops the connection over a value of more than 8 MiB."""
-    sizes = [9 * 2**20, 3 * 2**20]
-    world = make_world(2)
-    keys = world.store.num_keys()
-    found = world.run(lambda ranks: [len(b) for b in ranks.gather("it", bytes(sizes[ranks.rank]))])
-    assert found == [sizes, sizes]
-    world.run(lambda ranks: (ranks.gather("more", 1), ranks.gather("more", 1)))
-    assert world.store.num_keys() <= keys + 4
+def test_more_than_a_connection_takes_at_once_is_gathered(make_world: Make) -> None:
+    sizes = [9 * 2**20, 3 * 2**20, 5]
+    found = make_world(3).run(
+        lambda ranks: [len(b) for b in ranks.gather("it", bytes(sizes[ranks.rank]))]
+    )
+    assert found == [sizes] * 3
 
 
-def test_keys_do_not_pile_up(make_world: Make) -> None:
+def test_values_are_collected_on_rank_0_only_and_it_answers_nothing_of_them(
+    make_world: Make,
+) -> None:
+    def work(ranks: Ranks) -> Any:
+        found = ranks.collect("saving", (ranks.rank, "x" * 3_000_000))
+        return found and [(rank, len(words)) for rank, words in found], ranks.gather("on", 1)
+
     world = make_world(3)
+    link = world.ranks[1]._links[0]
+    receive, answers = link.receive, list[Any]()
+    link.receive = lambda: answers.extend(values := receive()) or values  # type: ignore
+    every = [(rank, 3_000_000) for rank in range(3)]
+    assert world.run(work) == [(every, [1] * 3), (None, [1] * 3), (None, [1] * 3)]
+    assert [value for _, _, value in answers] == [None, [1, 1, 1]]
 
-    def work(count: int) -> Callable[[Ranks], None]:
-        return lambda ranks: [ranks.gather("it", n) for n in range(count)] and None
 
-    world.run(work(2))
-    few = world.store.num_keys()
-    world.run(work(100))
-    assert world.store.num_keys() <= few + 2
+def test_who_left_a_meeting_early_is_not_missed_there_and_hears_the_next_one() -> None:
+    near, far = socket.socketpair()
+    hurry = True
+    first = Ranks({1: near}, rank=0, size=2, timeout_s=DEADLINE_S)
+    second = Ranks({0: far}, rank=1, size=2, timeout_s=DEADLINE_S, interrupted=lambda: hurry)
+    for number in range(2):
+        with pytest.raises(RankError, match="interrupted while early"):
+            second.gather("early", number)
+    hurry = False
+    assert [first.gather("early", "a"), first.gather("early", "b")] == [["a", 0], ["b", 1]]
+    thread = threading.Thread(target=first.gather, args=("on time", "c"))
+    thread.start()
+    assert second.gather("on time", 2) == ["c", 2]
+    thread.join(DEADLINE_S)
+    first.close()
+    second.close()
 
 
 # Errors -------------------------------------------------------------------------------------------
@@ -302,9 +316,8 @@ def test_a_process_that_is_killed_is_missed_at_once_by_all(make_world: Make) -> 
 # Processes ----------------------------------------------------------------------------------------
 
 
-def be_rank_1(port: int, pipe: Connection) -> None:
-    store = TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False, timeout=LIMIT)
-    ranks = Ranks(store, rank=1, size=2, timeout_s=DEADLINE_S)
+def be_rank_1(end: socket.socket, pipe: Connection) -> None:
+    ranks = Ranks({0: end}, rank=1, size=2, timeout_s=DEADLINE_S)
     ranks.gather("starting", 1)
     pipe.send("started")
     try:
@@ -313,24 +326,25 @@ def be_rank_1(port: int, pipe: Connection) -> None:
         pipe.send(str(error))
 
 
-def be_rank_0(pipe: Connection) -> None:
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=LIMIT)
-    pipe.send(store.port)
-    Ranks(store, rank=0, size=2, timeout_s=DEADLINE_S).gather("starting", 0)
+def be_rank_0(end: socket.socket, pipe: Connection) -> None:
+    Ranks({1: end}, rank=0, size=2, timeout_s=DEADLINE_S).gather("starting", 0)
     pipe.send("started")
     time.sleep(DEADLINE_S)
 
 
 @pytest.mark.fault("process killed", "gather")
-def test_a_store_that_is_gone_with_rank_0_is_named() -> None:
+def test_a_rank_0_that_is_gone_is_named() -> None:
     context = multiprocessing.get_context("fork")
-    near, far = context.Pipe()
-    first = context.Process(target=be_rank_0, args=(far,), daemon=True)
+    ends, pipes = socket.socketpair(), [context.Pipe() for _ in range(2)]
+    first, second = (
+        context.Process(target=work, args=(end, pipe[1]), daemon=True)
+        for work, end, pipe in zip((be_rank_0, be_rank_1), ends, pipes, strict=True)
+    )
     first.start()
-    port = near.recv()
-    here, there = context.Pipe()
-    second = context.Process(target=be_rank_1, args=(port, there), daemon=True)
+    ends[0].close()  # else rank 1 would hold a copy of it
     second.start()
+    ends[1].close()
+    (near, _), (here, _) = pipes
     assert near.recv() == here.recv() == "started"
     assert first.pid is not None
     os.kill(first.pid, signal.SIGKILL)
