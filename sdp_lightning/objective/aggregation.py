@@ -41,12 +41,14 @@ def loss_denominator(loss_mask: Tensor, config: LossConfig) -> Tensor:
     assert_never(config.aggregation)
 
 
-def token_shares(loss_mask: Tensor, config: LossConfig) -> Tensor:
+def token_shares(
+    loss_mask: Tensor, config: LossConfig, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """What a token counts in the numerator: 1, or 1/|o_i| for means of sequences. [B, 1]."""
     tokens = loss_mask.sum(-1, keepdim=True)
     if config.aggregation == "sequence":
-        return 1 / tokens.clamp(min=1).double()
-    return torch.ones_like(tokens)
+        return tokens.clamp(min=1).to(dtype).reciprocal()
+    return torch.ones_like(tokens, dtype=dtype)
 
 
 def sequence_sum(values: Tensor, loss_mask: Tensor) -> Tensor:

@@ -102,7 +102,7 @@ def segment_wise_ppo_loss(
 
 def _mean(value: Tensor, loss_mask: Tensor, config: LossConfig, num_tokens: float | None) -> Tensor:
     """Minus the share of the mean that this piece has, []."""
-    shares = token_shares(loss_mask, config).to(value)
+    shares = token_shares(loss_mask, config, value.dtype)
     count = loss_denominator(loss_mask, config) if num_tokens is None else num_tokens
     return -(value * shares).sum() / torch.as_tensor(count).to(value).clamp(min=1)
 
