@@ -31,7 +31,7 @@ from sdp_lightning.errors import ConfigError
 from sdp_lightning.loaders import EvaluationLoader, RolloutLoader, StopRequest
 from sdp_lightning.loading import load_rows
 from sdp_lightning.module import SegmentWisePPOModule
-from sdp_lightning.ranks import Ranks, make_ranks
+from sdp_lightning.ranks import Ranks, make_ranks, require_one_host
 from sdp_lightning.rollout.executor import WorkflowExecutor
 from sdp_lightning.rollout.factory import create_workflow_executor
 from sdp_lightning.rollout.resharding import reshard
@@ -118,6 +118,11 @@ class RolloutDataModule(L.LightningDataModule):
         return self._executor
 
     @property
+    def ranks(self) -> Ranks:
+        """The processes that train together, from ``setup`` to ``teardown``."""
+        return self._ranks
+
+    @property
     def last_wait_s(self) -> float:
         """How long the last batch was waited for."""
         return 0.0 if self._loader is None else self._loader.last_wait_s
@@ -157,7 +162,7 @@ class RolloutDataModule(L.LightningDataModule):
         if isinstance(self._engine_source, str):
             options = {"model": module.model_id, **options}
         engine = connect_engine(self._engine_source, **options)
-        self._check_devices(engine)
+        self._check_servers(engine)
         self._ranks = ranks = self._make_ranks()
         self._executor = create_workflow_executor(
             config=config,
@@ -207,10 +212,14 @@ class RolloutDataModule(L.LightningDataModule):
         return batch.batch if isinstance(batch, SealedBatch) else batch
 
     def state_dict(self) -> dict[str, Any]:
-        """What rollouts need to go on, of all ranks; a collective, as all ranks save."""
+        """What rollouts need to go on: of all ranks on rank 0, which writes it; else nothing.
+
+        A collective, as all ranks save.
+        """
         if self._executor is None:
             return self._last_state
-        return {"ranks": self._ranks.gather("saving rollouts", self._executor.state_dict())}
+        parts = self._ranks.collect("saving rollouts", self._executor.state_dict())
+        return {} if parts is None else {"ranks": parts}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if not state_dict or self.trainer is None or self.trainer.state.fn != "fit":
@@ -286,12 +295,15 @@ class RolloutDataModule(L.LightningDataModule):
         elif engine.is_shared:
             ranks.together("following the engine", _nothing)
 
-    def _check_devices(self, engine: InferenceEngine) -> None:
-        """Servers that this run starts must not take a GPU from under the trainer."""
+    def _check_servers(self, engine: InferenceEngine) -> None:
+        """Servers that this run starts must be in reach, and not on a GPU of the trainer's."""
         if not isinstance(engine, RemoteInfEngine) or self.trainer is None:
             return
         config, trainer = engine.server_config, self.trainer
-        if config is not None and trainer.strategy.root_device.type == "cuda":
+        if config is None:
+            return
+        require_one_host(trainer.num_nodes, os.environ)
+        if trainer.strategy.root_device.type == "cuda":
             visible = os.environ.get("CUDA_VISIBLE_DEVICES")
             config.check_trainer_devices(trainer.device_ids, visible=visible)
 

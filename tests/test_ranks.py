@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -16,10 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fitting import make_data, make_module, make_trainer
 
-from sdp_lightning.errors import RankError
+import sdp_lightning as sdp
+from sdp_lightning.errors import ConfigError, RankError
 from sdp_lightning.lifeline import Lifeline, Listener, RankFailure, connect
-from sdp_lightning.ranks import Ranks
+from sdp_lightning.ranks import Ranks, require_one_host
 
 DEADLINE_S = 30.0
 
@@ -426,3 +429,38 @@ def test_words_that_nobody_understands_are_a_failure_and_the_thread_that_hears_t
         line.close()
         others.close()
     assert not line._thread.is_alive()
+
+
+# Hosts --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("num_hosts", "environment", "found"),
+    [
+        (1, {}, None),
+        (1, {"WORLD_SIZE": "2"}, None),  # of ranks that Lightning started
+        (1, {"LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "2"}, None),
+        (1, {"LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "4"}, "(2 of 4 ranks are here)"),
+        (2, {}, "(2 hosts)"),
+    ],
+)
+def test_servers_that_not_all_hosts_would_reach_are_refused(
+    num_hosts: int, environment: dict[str, str], found: str | None
+) -> None:
+    if found is None:
+        require_one_host(num_hosts, environment)
+        return
+    with pytest.raises(ConfigError, match=re.escape(found)) as refused:
+        require_one_host(num_hosts, environment)
+    assert "pass engine='vllm://host:port,...'" in str(refused.value)
+
+
+def test_a_data_module_on_several_hosts_starts_no_servers(
+    model_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")  # which Lightning does not look at with one device
+    trainer = make_trainer(sdp.WeightSyncCallback(), max_steps=1)
+    data = make_data(engine="vllm://launch")
+    with pytest.raises(ConfigError, match=r"1 of 2 ranks are here.*vllm serve"):
+        trainer.fit(make_module(model_folder), data)
