@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +34,17 @@ class WeightSyncCallback(Callback):
     each training batch the trained ones follow as the next version; then stale groups are purged.
     Before each batch, segments that need their proximal log-probs now are scored.
 
-    Logged, in seconds: ``time/wait_s`` for the batch, ``time/score_s``, ``time/train_s``,
-    ``time/publish_s`` (the trainer waits), ``time/paused_s`` (no token sampled), ``time/step_s``
-    from batch to batch; ``publish/bytes`` and ``publish/bytes_per_s`` of the transfer,
-    ``publish/echo`` (nats, where the echo was checked);
-    in groups: ``rollout/{version,running,pending,rejected,failed}``, ``rollout/dropped_stale``
-    (they waited), ``rollout/dropped_overdue`` (they ran), ``rollout/diverged`` (did not repeat what
-    a checkpoint had of them), and what the workflow counts; ``rollout/trained_length`` and
-    ``rollout/dropped_length``, mean sampled tokens of a group; ``speed/generated_tokens_per_s`` and
-    ``speed/train_tokens_per_s``.
+    Logged, of rank 0, in seconds: ``time/wait_s`` for the batch, ``time/score_s``,
+    ``time/train_s``, ``time/publish_s`` (the trainer waits), ``time/paused_s`` (no token sampled),
+    ``time/step_s`` from batch to batch; ``publish/bytes`` and ``publish/bytes_per_s`` of the
+    transfer, ``publish/echo`` (nats, where the echo was checked); ``rollout/version``.
+
+    Logged, of all ranks together, right after the publish. Sums, in groups:
+    ``rollout/{running,pending,rejected,failed}``, ``rollout/dropped_stale`` (they waited),
+    ``rollout/dropped_overdue`` (they ran), ``rollout/diverged`` (did not repeat what a checkpoint
+    had of them), and what the workflow counts, under its own names in ``rollout/``. Means:
+    ``rollout/trained_length`` and ``rollout/dropped_length``, sampled tokens of a group. Sums over
+    rank 0's ``time/step_s``: ``speed/generated_tokens_per_s`` and ``speed/train_tokens_per_s``.
 
     Args:
         echo_every: after the first publishes and every so many, ask the engine for the log-probs of
@@ -138,7 +139,7 @@ class WeightSyncCallback(Callback):
         if self._echo_every and (self.version == 1 or self.version % self._echo_every == 0):
             self._times["publish/echo"] = self._check_echo(module, executor)
         self._marks["step"] = now
-        self._log(module, executor, batch, data.workflow.counts)
+        self._log(module, data, batch)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._validated = self.version
@@ -190,13 +191,8 @@ class WeightSyncCallback(Callback):
             ask=executor.engine.echo,
         )
 
-    def _log(
-        self,
-        module: SegmentWisePPOModule,
-        executor: WorkflowExecutor,
-        batch: Batch,
-        own_counts: Mapping[str, int],
-    ) -> None:
+    def _log(self, module: SegmentWisePPOModule, data: RolloutDataModule, batch: Batch) -> None:
+        executor = data.executor
         stat, telemetry, engine = executor.stat, executor.telemetry, executor.engine
         counts = {
             "running": stat.running,
@@ -206,7 +202,7 @@ class WeightSyncCallback(Callback):
             "dropped_stale": stat.dropped - telemetry.num_overdue,
             "dropped_overdue": telemetry.num_overdue,
             "diverged": telemetry.num_diverged,
-            **own_counts,
+            **data.workflow.counts,
         }
         others = (
             *(telemetry.trained_groups, telemetry.trained_tokens),
@@ -214,7 +210,11 @@ class WeightSyncCallback(Callback):
             *(engine.num_generated - self._generated, batch.num_tokens),
         )
         self._generated = engine.num_generated
-        totals: list[float] = module.over_ranks(*counts.values(), *others).sum(0).tolist()
+        # Not in a collective of the trainer's, which takes longer and would wait for its device.
+        every = data.ranks.gather(
+            f"counting at version {self.version}", [*counts.values(), *others]
+        )
+        totals = [float(sum(column)) for column in zip(*every, strict=True)]
         trained, trained_tokens, dropped, dropped_tokens, sampled, learned = totals[len(counts) :]
         step_s = max(self._times["time/step_s"], 1e-9)
         module.log_dict(
