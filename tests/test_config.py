@@ -36,6 +36,19 @@ from sdp_lightning.errors import ConfigError, SDPError
         (LossConfig, {"trust_region": "proximal", "bridge_cap": 0.5}, "bridge_cap"),
         (LossConfig, {"bridge_exponent": 0.0}, "act only with trust_region='proximal'"),
         (LossConfig, {"trust_region": "behavior", "rejection_on": "weight"}, "reject nothing"),
+        (LossConfig, {"surrogate": "trpo"}, "one of ppo, cispo, unclipped; got 'trpo'"),
+        (LossConfig, {"ratio_level": "row"}, "ratio_level"),
+        (LossConfig, {"correction": "drop"}, "correction must be one of mask, truncate"),
+        (LossConfig, {"rejection_level": "row"}, "rejection_level"),
+        (LossConfig, {"aggregation": "mean"}, "aggregation"),
+        (LossConfig, {"proximal": "zero"}, "proximal must be one of recompute, loglinear"),
+        (LossConfig, {"segment_proximal": "zero"}, "segment_proximal"),
+        (LossConfig, {"kl_estimator": "k4"}, "kl_estimator"),
+        (LossConfig, {"kl_in": "both"}, "kl_in"),
+        (LossConfig, {"kl_coefficient": -0.1}, "kl_coefficient must be .* got -0.1"),
+        (LossConfig, {"kl_coefficient": float("inf")}, "kl_coefficient must be finite"),
+        (LossConfig, {"second_moment_cap": 0.0}, "second_moment_cap must be positive"),
+        (LossConfig, {"aggregation_length": 0}, "aggregation_length must be an integer"),
         (OptimizerConfig, {"lr": 0.0}, "lr must be positive"),
         (OptimizerConfig, {"schedule": "step"}, "schedule"),
         (OptimizerConfig, {"warmup_steps": -1}, "warmup_steps"),
@@ -54,6 +67,116 @@ def test_a_setting_out_of_range_is_refused(
     with pytest.raises(ConfigError, match=message) as caught:
         config(**settings)
     assert isinstance(caught.value, SDPError) and isinstance(caught.value, ValueError)
+
+
+CISPO = {"surrogate": "cispo", "trust_region": "behavior"}
+FREE = {"surrogate": "unclipped", "trust_region": "behavior"}
+TRUNCATED = {"trust_region": "proximal", "rejection_on": "weight", "correction": "truncate"}
+M2PO = FREE | {"second_moment_cap": 0.04}
+MASKED = {"trust_region": "proximal", "behavior_mask": True}
+GSPO = {"ratio_level": "sequence"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "two", "why"),
+    [
+        (CISPO | {"dual_clip": 3.0}, ("cispo", "dual_clip=3.0"), "bounds its weight already"),
+        (FREE | {"dual_clip": 3.0}, ("unclipped", "dual_clip=3.0"), "has no bound"),
+        (CISPO | TRUNCATED, ("cispo", "truncate"), "once more"),
+        ({"surrogate": "cispo"}, ("cispo", "trust_region='segment'"), "no centre changes"),
+        (CISPO | {"trust_region": "proximal"}, ("cispo", "'proximal'"), "would do nothing"),
+        ({"surrogate": "unclipped"}, ("unclipped", "'segment'"), "around every centre"),
+        (
+            {"surrogate": "unclipped", "rejection_on": "weight", "behavior_weight_cap": None},
+            ("unclipped", "'segment'"),
+            "without a bound on the weight",
+        ),
+        (FREE | {"clip_epsilon_high": 0.3}, ("unclipped", "clip_epsilon_high=0.3"), "by nothing"),
+        (
+            GSPO | {"trust_region": "proximal", "bridge_exponent": 0.5},
+            ("ratio_level='sequence'", "bridge_exponent=0.5"),
+            "averages them first",
+        ),
+        ({"correction": "truncate"}, ("truncate", "rejection_on='drift'"), "another number"),
+        (
+            TRUNCATED | {"rejection_level": "sequence"},
+            ("truncate", "rejection_level='sequence'"),
+            "rejects nothing",
+        ),
+        (TRUNCATED | {"bridge_cap": 2.0}, ("truncate", "bridge_cap=2.0"), "cut twice"),
+        (
+            {"rejection_level": "geometric", "behavior_weight_cap": None},
+            ("rejection_level='geometric'", "behavior_weight_cap"),
+            "both are None",
+        ),
+        (M2PO | {"surrogate": "ppo"}, ("second_moment_cap=0.04", "'ppo'"), "in place of the clip"),
+        (M2PO | {"surrogate": "cispo"}, ("second_moment_cap", "'cispo'"), "the same tokens"),
+        (M2PO | MASKED, ("second_moment_cap", "behavior_mask"), "the same side"),
+        (M2PO | TRUNCATED, ("second_moment_cap", "truncate"), "by their weight"),
+        (M2PO | GSPO, ("second_moment_cap", "ratio_level"), "its mean would change"),
+        (M2PO | {"aggregation": "sequence"}, ("second_moment_cap", "aggregation"), "mean would"),
+        (M2PO | {"rejection_level": "sequence"}, ("second_moment_cap", "rejection_level"), "mean"),
+        (
+            {"trust_region": "behavior", "behavior_mask": True},
+            ("behavior_mask", "trust_region='behavior'"),
+            "mask twice",
+        ),
+        ({"behavior_mask": True}, ("behavior_mask", "trust_region='segment'"), "mask twice"),
+        (MASKED | GSPO, ("behavior_mask", "ratio_level='sequence'"), "whole sequences"),
+        ({"aggregation": "constant"}, ("constant", "aggregation_length"), "set aggregation_length"),
+        ({"aggregation_length": 9}, ("aggregation_length=9", "'token'"), "read only with"),
+        (
+            {"segment_proximal": "loglinear", "trust_region": "behavior"},
+            ("segment_proximal='loglinear'", "'behavior'"),
+            "does not read",
+        ),
+        (
+            {"segment_proximal": "loglinear", "trust_region": "proximal"},
+            ("segment_proximal='loglinear'", "'proximal'"),
+            "does not read",
+        ),
+        (
+            {"kl_coefficient": 0.1, "kl_estimator": "k1"},
+            ("kl_estimator='k1'", "kl_in='loss'"),
+            "mean 0",
+        ),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else None,
+)
+def test_settings_that_contradict_each_other_are_refused_with_the_two_and_the_reason(
+    settings: dict[str, Any], two: tuple[str, str], why: str
+) -> None:
+    with pytest.raises(ConfigError, match=why) as caught:
+        LossConfig(**settings)
+    assert all(name in str(caught.value) for name in two)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param(CISPO | {"behavior_weight_cap": None}, id="CISPO"),
+        pytest.param(FREE, id="importance weights alone"),
+        pytest.param(TRUNCATED, id="TIS"),
+        pytest.param(TRUNCATED | {"surrogate": "unclipped"}, id="TIS without a clip"),
+        pytest.param(TRUNCATED | {"bridge_exponent": 0.0}, id="the origin's, truncated"),
+        pytest.param(
+            {"surrogate": "unclipped", "rejection_on": "weight"}, id="unclipped, weight masked"
+        ),
+        pytest.param(M2PO, id="M2PO"),
+        pytest.param(M2PO | {"behavior_weight_cap": None}, id="M2PO alone"),
+        pytest.param(MASKED, id="decoupled weights under a behavior-centred mask"),
+        pytest.param(MASKED | {"surrogate": "unclipped", "clip_epsilon_high": 0.3}, id="no clip"),
+        pytest.param(GSPO | {"aggregation": "sequence"}, id="GSPO"),
+        pytest.param(GSPO | {"trust_region": "behavior", "dual_clip": 2.0}, id="GSPO, dual clip"),
+        pytest.param({"rejection_level": "geometric"}, id="MIS"),
+        pytest.param({"aggregation": "constant", "aggregation_length": 9}, id="Dr. GRPO"),
+        pytest.param({"segment_proximal": "loglinear", "proximal": "loglinear"}, id="loglinear"),
+        pytest.param({"kl_coefficient": 0.1, "kl_estimator": "k1", "kl_in": "reward"}, id="k1"),
+        pytest.param({"kl_estimator": "k1"}, id="k1 of weight 0"),
+    ],
+)
+def test_published_combinations_are_accepted(settings: dict[str, Any]) -> None:
+    assert LossConfig(**settings).needs_reference == ("kl_coefficient" in settings)
 
 
 @pytest.mark.parametrize("config", [RolloutConfig, LossConfig, OptimizerConfig, UpdateConfig])
@@ -82,6 +205,10 @@ def test_segments_are_scored_only_for_estimators_that_read_the_score(
     settings: dict[str, Any], needed: bool
 ) -> None:
     assert LossConfig(**settings).needs_segment_proximal is needed
+    assert LossConfig(**settings).needs_segment_scores is needed
+    if needed:
+        loglinear = LossConfig(**settings, segment_proximal="loglinear")
+        assert loglinear.needs_segment_proximal and not loglinear.needs_segment_scores
 
 
 def test_mini_batches_and_epochs_multiply_and_the_upper_epsilon_follows_the_lower() -> None:
