@@ -15,21 +15,19 @@ from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoTokenizer, PreTrainedModel
 
-from sdp_lightning.batch import Batch, Layout, collate, split_minibatches
+from sdp_lightning.batch import Batch, collate, split_minibatches
+from sdp_lightning.batch_loss import batch_loss, within_second_moment
 from sdp_lightning.config import LossConfig, OptimizerConfig, UpdateConfig
 from sdp_lightning.errors import ConfigError, SDPError
 from sdp_lightning.forward import LogprobForward
 from sdp_lightning.loading import resolve_model
 from sdp_lightning.metrics import LagMetrics
-from sdp_lightning.objective import (
-    complete_segment_logprobs,
-    group_relative_advantages,
-    segment_wise_ppo_loss,
-)
+from sdp_lightning.objective import group_relative_advantages, loss_denominator
+from sdp_lightning.objective.kl import kl_penalised_rewards
 from sdp_lightning.passes import Passes, fill_up
 from sdp_lightning.policy import (
     check_strategy,
@@ -42,6 +40,7 @@ from sdp_lightning.policy import (
     shard,
     silence_dropout,
 )
+from sdp_lightning.rank_sums import RankSums
 from sdp_lightning.scoring import group_by_prompt, split_by_segment
 from sdp_lightning.types import Context, FloatArray, Segment, Trajectory
 
@@ -87,6 +86,8 @@ class SegmentWisePPOModule(L.LightningModule):
         self.trainable, self.gradient_checkpointing = trainable, gradient_checkpointing
         self.policy: PreTrainedModel | None = None
         self._passes: Passes
+        self._reference_passes: Passes
+        self._reference: list[PreTrainedModel] = []  # in a list it is no part of this module
         self._model, self._model_kwargs = model, dict(model_kwargs or {})
         self._metrics = LagMetrics()
         self._skipped_in_a_row = 0
@@ -107,23 +108,34 @@ class SegmentWisePPOModule(L.LightningModule):
     def configure_model(self) -> None:
         if self.policy is not None:
             return
+        policy, self._passes = self._load(frozen=False)
+        if self.loss.needs_reference:
+            reference, self._reference_passes = self._load(frozen=True)
+            self._reference = [reference]
+        self.policy = policy
+
+    def _load(self, *, frozen: bool) -> tuple[PreTrainedModel, Passes]:
+        """The model, sharded if the strategy shards. Frozen, it is a reference."""
         sharded = isinstance(mesh := self.device_mesh, DeviceMesh)
         policy, source = load(self.model_id, self._model_kwargs, sharded=sharded)
-        select_trainable(policy, self.trainable)
         silence_dropout(policy)
-        if self.gradient_checkpointing:
+        if frozen:
+            policy.requires_grad_(False)
+        else:
+            select_trainable(policy, self.trainable)
+        if self.gradient_checkpointing and not frozen:
             policy.gradient_checkpointing_enable({"use_reentrant": False})
             policy.disable_input_require_grads()  # frozen layers need no graph
         forward = LogprobForward(policy.train())
         if isinstance(mesh, DeviceMesh):
             shard(forward, mesh, source, self.trainer.strategy.root_device)
-        self.policy = policy
-        self._passes = Passes(
+        passes = Passes(
             forward,  # no submodule of this one: its weights are the policy's
             self.update,
             over_ranks=self.over_ranks,
             precision=self._precision,
         )
+        return policy, passes
 
     def named_weights(self, *, changed_only: bool = False) -> Iterator[tuple[str, Tensor]]:
         """What an engine must be given; see :func:`~sdp_lightning.policy.named_weights`."""
@@ -164,20 +176,18 @@ class SegmentWisePPOModule(L.LightningModule):
         return [optimizer], [schedule]
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
-        """One consumed batch: proximal log-probs, then minibatches, each one optimizer step."""
-        batch = replace(batch, advantages=self._advantages(batch))
-        single = self.update.steps_per_batch == 1
-        if not single:
-            batch = replace(batch, proximal_logprobs=self._passes.logprobs(batch))
+        """One consumed batch: what its minibatches share, then each of them, an optimizer step."""
+        batch = self._prepare(batch)
         metrics = LagMetrics(sync_on_compute=False)  # a kept one would be made bfloat16, too
         self._metrics = metrics.to(self.device)
-        steps: list[dict[str, Tensor]] = []
-        for _ in range(self.update.num_epochs):
-            shuffler = None if single else self._shuffler
+        update, steps = self.update, list[dict[str, Tensor]]()
+        shuffler = None if update.steps_per_batch == 1 else self._shuffler
+        for _ in range(update.num_epochs):
             for rows in split_minibatches(
-                batch.group_ids, self.update.num_minibatches, generator=shuffler
+                batch.group_ids, update.num_minibatches, generator=shuffler
             ):
-                steps.append(self._optimizer_step(batch.select(rows)))
+                done = len(steps) / update.steps_per_batch
+                steps.append(self._optimizer_step(batch.select(rows), done))
         self._log_step(batch, steps)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -211,34 +221,64 @@ class SegmentWisePPOModule(L.LightningModule):
     def _num_ranks(self) -> int:
         return 1 if self._trainer is None else self.trainer.world_size
 
+    @property
+    def _sums(self) -> RankSums:
+        return RankSums(self.device, self.global_rank, self._num_ranks)
+
     def over_ranks(self, *values: float) -> Tensor:
         """[R, n] float64: the ``n`` values of each of R ranks, in one collective."""
-        table = torch.zeros(self._num_ranks, len(values), dtype=torch.float64)
-        table[self.global_rank] = torch.tensor(values, dtype=torch.float64)
-        return table if self._num_ranks == 1 else self._add_up(table.to(self.device)).cpu()
-
-    def _add_up(self, tensor: Tensor) -> Tensor:
-        if self._num_ranks > 1:  # Lightning's own way is a barrier besides
-            distributed.all_reduce(tensor)
-        return tensor
+        return self._sums.table(*values)
 
     # Helpers -------------------------------------------------------------------------------------
 
-    def _optimizer_step(self, batch: Batch) -> dict[str, Tensor]:
+    def _prepare(self, batch: Batch) -> Batch:
+        """Proximal and reference log-probs, where they need a forward, and the advantages."""
+        config = self.loss
+        if (self.update.steps_per_batch > 1 and config.proximal == "recompute") or (
+            config.second_moment_cap is not None
+        ):
+            batch = replace(batch, proximal_logprobs=self._passes.logprobs(batch))
+        if config.needs_reference:
+            for reference in self._reference:
+                reference.to(self.device)  # type: ignore
+            reference = self._reference_passes.logprobs(batch)
+            batch = replace(batch, reference_logprobs=reference)
+        return replace(batch, advantages=self._advantages(batch))
+
+    def _optimizer_step(self, batch: Batch, share_done: float) -> dict[str, Tensor]:
         optimizer: Any = self.optimizers()
-        total = torch.zeros((), dtype=torch.float32, device=self.device)
         optimizer.zero_grad()
+        if self.loss.second_moment_cap is not None:
+            batch = within_second_moment(batch, self.loss.second_moment_cap, self._sums)
         layout = self._passes.layout(batch)
         pieces = self._passes.cut(batch, layout)
-        counts = self.over_ranks(batch.num_tokens, len(pieces))
-        num_tokens = int(counts[:, 0].sum())
-        pieces = fill_up(pieces, batch, int(counts[:, 1].max()))
+        share = float(loss_denominator(batch.loss_mask, self.loss))
+        counts = self.over_ranks(share, batch.num_tokens, len(pieces))
+        denominator, num_tokens = counts[:, 0].sum().item(), counts[:, 1].sum().item()
+        pieces = fill_up(pieces, batch, int(counts[:, 2].max()))
+        total, kl = torch.zeros(2, dtype=torch.float32, device=self.device)
         for number, (part, _) in enumerate(pieces):
+            forward = self._passes(part, layout)
+            found = batch_loss(
+                forward.logprobs,
+                part,
+                config=self.loss,
+                denominator=denominator,
+                share_done=share_done,
+            )
+            x, q = found.proximal, found.segment
+            self._metrics.update(part, found.policy, x, q, forward.entropy)
             # Gradients are averaged over ranks, and the loss is a share of the global sum.
-            loss = self._loss(part, num_tokens, layout) * self._num_ranks
+            loss = found.loss * self._num_ranks
             with gradient_sync(self.trainer.model, on=number + 1 == len(pieces)):
                 self.manual_backward(loss)
             total += loss.detach()
+            kl += found.kl.sum() * self._num_ranks / max(num_tokens, 1)
+        values = {"loss": total, "kl": kl} if self.loss.needs_reference else {"loss": total}
+        return values | self._apply_gradient(optimizer)
+
+    def _apply_gradient(self, optimizer: Any) -> dict[str, Tensor]:
+        """Clip it and step, or skip the step if it is not finite."""
         norm = clip_gradients(self.require_policy(), self.optimizer.gradient_clip_val)
         schedulers: Any = self.lr_schedulers()
         rate = torch.tensor(schedulers.get_last_lr()[0], dtype=torch.float32)
@@ -252,37 +292,21 @@ class SegmentWisePPOModule(L.LightningModule):
                 "steps in a row. Lower the learning rate, or look at the rewards and log-probs."
             )
         skipped = torch.tensor(float(self._skipped_in_a_row > 0))
-        return {"loss": total, "grad_norm": norm.float(), "lr": rate, "skipped": skipped}
-
-    def _loss(self, batch: Batch, num_tokens: int, layout: Layout) -> Tensor:
-        forward = self._passes(batch, layout)
-        target, proximal = forward.logprobs, batch.proximal_logprobs
-        x = target.detach() if proximal is None else proximal
-        q = complete_segment_logprobs(
-            batch.segment_logprobs,
-            batch.segment_scored,
-            x,
-            batch.behavior_logprobs,
-            batch.lags,
-            batch.missing_proximal,
-        )
-        assert batch.advantages is not None
-        result = segment_wise_ppo_loss(
-            target,
-            x,
-            q,
-            batch.behavior_logprobs,
-            batch.advantages,
-            batch.loss_mask,
-            config=self.loss,
-            num_tokens=num_tokens,
-        )
-        self._metrics.update(batch, result, x, q, forward.entropy)
-        return result.loss
+        return {"grad_norm": norm.float(), "lr": rate, "skipped": skipped}
 
     def _advantages(self, batch: Batch) -> Tensor:
+        rewards, config = batch.rewards, self.loss
+        if batch.reference_logprobs is not None and config.kl_in == "reward":
+            rewards = kl_penalised_rewards(
+                rewards,
+                batch.behavior_logprobs,
+                batch.reference_logprobs,
+                batch.loss_mask,
+                coefficient=config.kl_coefficient,
+                estimator=config.kl_estimator,
+            )
         per_row = group_relative_advantages(
-            batch.rewards, batch.group_ids, scale_by_std=self.update.scale_advantages_by_std
+            rewards, batch.group_ids, scale_by_std=self.update.scale_advantages_by_std
         )
         per_token = per_row[:, None].expand(batch.loss_mask.shape)
         if batch.max_lag is not None:
@@ -299,7 +323,7 @@ class SegmentWisePPOModule(L.LightningModule):
         }
         mine = torch.stack([value.double().to(self.device) for value in values.values()])
         rank, size = self.global_rank, self._num_ranks
-        total = self._metrics.pool(self._add_up, mine, rank=rank, num_ranks=size)
+        total = self._metrics.pool(self._sums.add_up, mine, rank=rank, num_ranks=size)
         found = dict(zip(values, (total / size).float(), strict=True)) | self._metrics.compute()
         self.log("train/reward", found.pop("train/reward"), prog_bar=True, batch_size=len(batch))
         self.log_dict(found, batch_size=len(batch))

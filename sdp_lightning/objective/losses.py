@@ -104,7 +104,8 @@ def _mean(value: Tensor, loss_mask: Tensor, config: LossConfig, num_tokens: floa
     """Minus the share of the mean that this piece has, []."""
     shares = token_shares(loss_mask, config, value.dtype)
     count = loss_denominator(loss_mask, config) if num_tokens is None else num_tokens
-    return -(value * shares).sum() / torch.as_tensor(count).to(value).clamp(min=1)
+    count = torch.as_tensor(count, dtype=value.dtype, device=value.device)  # not the default type
+    return -(value * shares).sum() / count.clamp(min=1)
 
 
 def _check(tensors: tuple[Tensor, ...], loss_mask: Tensor, num_tokens: float | None) -> None:

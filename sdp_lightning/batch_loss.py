@@ -1,0 +1,124 @@
+"""The loss of a micro-batch: which log-probs stand for which policy, and what is added up.
+
+Shapes: B trajectories, T tokens; log-probs in nats.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from sdp_lightning.batch import Batch
+from sdp_lightning.config import LossConfig
+from sdp_lightning.objective import (
+    PolicyLoss,
+    complete_segment_logprobs,
+    loglinear_proximal,
+    loglinear_segment,
+    second_moment_bound,
+    second_moment_set,
+    segment_wise_ppo_loss,
+)
+from sdp_lightning.objective import within_second_moment as within_bound
+from sdp_lightning.objective.aggregation import token_shares
+from sdp_lightning.objective.kl import kl_estimate
+from sdp_lightning.rank_sums import RankSums
+
+
+@dataclass(frozen=True, eq=False)
+class BatchLoss:
+    """A loss and the log-probs that it was made of.
+
+    Args:
+        loss: [] to be minimised: the policy's, and the KL's where it is a term of the loss.
+        policy: the policy's part, and what became of every token.
+        proximal: [B, T] x.
+        segment: [B, T] q.
+        kl: [B, T] the estimate of the KL to the reference, 0 without one; detached.
+    """
+
+    loss: Tensor
+    policy: PolicyLoss
+    proximal: Tensor
+    segment: Tensor
+    kl: Tensor
+
+
+def batch_loss(
+    target: Tensor,
+    batch: Batch,
+    *,
+    config: LossConfig,
+    denominator: float,
+    share_done: float = 0.0,
+) -> BatchLoss:
+    """The loss of one micro-batch, as its share of the whole optimizer step's.
+
+    Args:
+        target: [B, T] n. Carries the gradient.
+        batch: with advantages, and with what else the module has prepared.
+        config: the objective.
+        denominator: of the whole step: :func:`~sdp_lightning.objective.loss_denominator`, added up.
+        share_done: of the batch's optimizer steps, in [0, 1).
+    """
+    assert batch.advantages is not None
+    proximal = _proximal(target, batch, config, share_done)
+    segment = _segment(proximal, batch, config)
+    policy = segment_wise_ppo_loss(
+        target,
+        proximal,
+        segment,
+        batch.behavior_logprobs,
+        batch.advantages,
+        batch.loss_mask if batch.rejected is None else batch.loss_mask & ~batch.rejected,
+        config=config,
+        num_tokens=denominator,
+    )
+    loss, kl = policy.loss, torch.zeros_like(proximal)
+    if batch.reference_logprobs is not None:
+        kl = kl_estimate(target, batch.reference_logprobs, batch.loss_mask, config.kl_estimator)
+        if config.kl_in == "loss":
+            total = (kl * token_shares(batch.loss_mask, config, kl.dtype)).sum()
+            loss = loss + config.kl_coefficient * total / max(denominator, 1.0)
+    return BatchLoss(loss, policy, proximal, segment, kl.detach())
+
+
+def within_second_moment(batch: Batch, cap: float, sums: RankSums) -> Batch:
+    """Reject the tokens that would take the second moment of the drift above ``cap`` (M2PO).
+
+    Args:
+        batch: of one optimizer step, with proximal log-probs and advantages.
+        cap: of the mean of (x - b)^2 over the tokens that it bounds, of all ranks.
+        sums: over ranks; a collective.
+    """
+    assert batch.proximal_logprobs is not None and batch.advantages is not None
+    drift = batch.proximal_logprobs - batch.behavior_logprobs
+    bounded = second_moment_set(drift, batch.advantages, batch.loss_mask)
+    bound = second_moment_bound(sums.concatenate(drift[bounded]), cap)
+    kept = within_bound(drift, batch.advantages, batch.loss_mask, bound)
+    return replace(batch, rejected=batch.loss_mask & ~kept)
+
+
+def _proximal(target: Tensor, batch: Batch, config: LossConfig, share_done: float) -> Tensor:
+    """[B, T] x: recomputed, log-linear, or this pass's own, if it is the step's only one."""
+    if batch.proximal_logprobs is not None:
+        return batch.proximal_logprobs
+    if config.proximal == "loglinear":
+        return loglinear_proximal(target, batch.behavior_logprobs, batch.lags, share_done)
+    return target.detach()
+
+
+def _segment(proximal: Tensor, batch: Batch, config: LossConfig) -> Tensor:
+    """[B, T] q: scored and completed, or log-linear."""
+    if config.segment_proximal == "loglinear":
+        return loglinear_segment(proximal, batch.behavior_logprobs, batch.lags)
+    return complete_segment_logprobs(
+        batch.segment_logprobs,
+        batch.segment_scored,
+        proximal,
+        batch.behavior_logprobs,
+        batch.lags,
+        batch.missing_proximal,
+    )

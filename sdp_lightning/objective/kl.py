@@ -1,0 +1,73 @@
+r"""How far the trained policy is from a reference. Pure; B trajectories, T tokens, nats.
+
+Estimates of KL(n || ref) from a sampled token, with d = ref - n:
+
+.. math:: k_1 = -d, \quad k_2 = d^2 / 2, \quad k_3 = e^{d} - 1 - d
+
+k1 and k3 have the KL as their mean over tokens of n, k2 nearly. Tokens here were sampled by the
+behavior policy, and are not weighted for that, as is usual. Source: Schulman 2020,
+http://joschu.net/blog/kl-approx.html.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from sdp_lightning.objective.corrections import at_least_float32
+
+KLEstimator = Literal["k1", "k2", "k3"]
+
+
+def kl_estimate(
+    target: Tensor, reference: Tensor, loss_mask: Tensor, estimator: KLEstimator
+) -> Tensor:
+    """One estimate a token.
+
+    As a term of a loss, k2 has the gradient of the KL in the mean over tokens of n; k3 has that of
+    the reverse one, KL(ref || n); k1 has none in the mean.
+
+    Args:
+        target: [B, T] n. May carry a gradient.
+        reference: [B, T] log-probs under the reference, detached here.
+        loss_mask: [B, T] bool. Whatever stands where it is False has no effect.
+        estimator: which.
+
+    Returns:
+        [B, T], 0 outside the mask, at least float32.
+    """
+    target, reference = at_least_float32(target), at_least_float32(reference.detach())
+    distance = torch.where(loss_mask, reference - target, 0.0)
+    if estimator == "k1":
+        return -distance
+    if estimator == "k2":
+        return distance.square() / 2
+    return distance.expm1() - distance
+
+
+def kl_penalised_rewards(
+    rewards: Tensor,
+    behavior: Tensor,
+    reference: Tensor,
+    loss_mask: Tensor,
+    *,
+    coefficient: float,
+    estimator: KLEstimator,
+) -> Tensor:
+    """Rewards less the KL of the policy that sampled, summed over the tokens of each trajectory.
+
+    Args:
+        rewards: [B].
+        behavior: [B, T] b: of the policy whose sample it is.
+        reference: [B, T].
+        loss_mask: [B, T] bool.
+        coefficient: of the KL.
+        estimator: which.
+
+    Returns:
+        [B], detached.
+    """
+    kl = kl_estimate(behavior.detach(), reference, loss_mask, estimator)
+    return rewards - coefficient * kl.sum(-1).to(rewards)
