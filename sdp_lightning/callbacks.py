@@ -103,7 +103,7 @@ class WeightSyncCallback(Callback):
     ) -> None:
         module, data, executor = _parts(trainer, pl_module)
         start = time.monotonic()
-        if module.loss.needs_segment_proximal:
+        if module.loss.needs_segment_scores:
             executor.recompute(module)
         now = time.monotonic()
         self._times = {"time/wait_s": data.last_wait_s, "time/score_s": now - start}

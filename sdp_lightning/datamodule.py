@@ -152,7 +152,7 @@ class RolloutDataModule(L.LightningDataModule):
                 f"num_minibatches={module.update.num_minibatches}: groups stay whole."
             )
         drops = self.rollout.enable_segment_wise_ppo and self.rollout.missing_proximal == "drop"
-        if drops and not module.loss.needs_segment_proximal:
+        if drops and not module.loss.needs_segment_scores:
             raise ConfigError(
                 "missing_proximal='drop' drops every group older than 1 version, because the "
                 f"estimator (trust_region={module.loss.trust_region!r}) never has segments scored. "
