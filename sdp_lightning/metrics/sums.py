@@ -1,0 +1,177 @@
+"""Sums over tokens by lag, histograms, and the means and percentiles made of them.
+
+Pure functions. Shapes: B trajectories, T tokens, N of them trained on, L lag bins, C columns.
+Lags are in policy versions, log-probs in nats: b behavior, q segment proximal, x proximal.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from sdp_lightning.batch import Batch
+from sdp_lightning.metrics.names import LAG_BINS
+from sdp_lightning.objective.losses import PolicyLoss
+
+LARGEST_LOG = 20.0  # nats; of what is exponentiated, so that e^40 times any count stays exact
+LOWEST, DECADES, BINS_PER_DECADE = 1e-6, 8, 32  # nats; what lies below counts as none
+NUM_BINS = DECADES * BINS_PER_DECADE + 2
+HISTOGRAMS = ("weight", "drift", "bridge")  # of abs logs
+COLUMNS = (
+    *("tokens", "lag", "entropy", "kept", "rejected", "clipped", "clipped_high", "clipped_low"),
+    *("weight", "abs_log_weight", "known", "approximated", "bridge"),
+    *("abs_drift", "k1", "k3", "chi2", "drift_weight", "drift_weight_squared", "clamped"),
+)
+SEQUENCE_COLUMNS = ("sequences", "weight", "weight_squared", "clamped")
+# Under its name, the mean of a column over the count in another.
+_MEANS = {
+    "lag/mean": ("lag", "tokens"),
+    "loss/behavior_weight": ("weight", "kept"),
+    "loss/clip_fraction": ("clipped", "kept"),
+    "loss/clip_fraction_high": ("clipped_high", "kept"),
+    "loss/clip_fraction_low": ("clipped_low", "kept"),
+    "loss/rejected_fraction": ("rejected", "tokens"),
+    "loss/entropy": ("entropy", "tokens"),
+    "weight/abs_log_mean": ("abs_log_weight", "kept"),
+    "drift/abs_log_mean": ("abs_drift", "tokens"),
+    "drift/k1": ("k1", "tokens"),
+    "drift/k3": ("k3", "tokens"),
+    "drift/chi2": ("chi2", "tokens"),
+    "drift/clamped_share": ("clamped", "tokens"),
+    "bridge/abs_log_mean": ("bridge", "known"),
+    "bridge/approximated_share": ("approximated", "tokens"),
+}
+_PERCENTILES = {
+    "weight/abs_log_p99": ("weight", 99),
+    "drift/abs_log_p99": ("drift", 99),
+    "bridge/abs_log_p95": ("bridge", 95),
+}
+# At lag 0 the policies of engine and trainer are the same: what differs is how they compute.
+_MISMATCH = ("abs_log_mean", "abs_log_p99", "k1")
+
+
+def token_values(
+    batch: Batch, loss: PolicyLoss, proximal: Tensor, segment: Tensor, entropy: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(bins [N] of the lags, values [N, C] float64 in the order of ``COLUMNS``)."""
+    mask = batch.loss_mask
+
+    def of_tokens(values: Tensor) -> Tensor:
+        return values.detach()[mask].double()
+
+    lags = batch.lags[mask]
+    kept, clipped = loss.kept[mask], loss.clipped[mask]
+    known = (lags <= 1) | batch.segment_scored[mask]
+    log_weight, is_high = of_tokens(loss.log_weight), loss.log_ratio.detach()[mask] > 0
+    drift = of_tokens(proximal - batch.behavior_logprobs)
+    bounded = _clamped(drift)
+    values = {
+        "tokens": torch.ones_like(lags),
+        "lag": lags,
+        "entropy": of_tokens(entropy),
+        "kept": kept,
+        "rejected": ~kept,
+        "clipped": clipped,
+        "clipped_high": clipped & is_high,
+        "clipped_low": clipped & ~is_high,
+        "weight": torch.where(kept, _clamped(log_weight).exp(), 0.0),
+        "abs_log_weight": torch.where(kept, log_weight.abs(), 0.0),
+        "known": known,
+        "approximated": ~known,
+        "bridge": torch.where(known, of_tokens(proximal - segment).abs(), 0.0),
+        "abs_drift": drift.abs(),
+        "k1": -drift,
+        "k3": bounded.expm1() - bounded,
+        "chi2": (2 * bounded).expm1(),
+        "drift_weight": bounded.exp(),
+        "drift_weight_squared": (2 * bounded).exp(),
+        "clamped": bounded != drift,
+    }
+    return lags.clamp(max=LAG_BINS - 1), torch.stack([values[c].double() for c in COLUMNS], 1)
+
+
+def histogram_counts(bins: Tensor, values: Tensor) -> Tensor:
+    """[H, L, NUM_BINS] int64 in the order of ``HISTOGRAMS``: how many tokens have which abs log.
+
+    Args:
+        bins: [N] of the lags.
+        values: [N, C] as ``token_values`` gives them.
+    """
+    columns = dict(zip(COLUMNS, values.unbind(1), strict=True))
+    counts: dict[str, Tensor] = {
+        "weight": _counts(columns["abs_log_weight"], columns["kept"] > 0, bins),
+        "drift": _counts(columns["abs_drift"], columns["tokens"] > 0, bins),
+        "bridge": _counts(columns["bridge"], columns["known"] > 0, bins),
+    }
+    return torch.stack([counts[name] for name in HISTOGRAMS])
+
+
+def sequence_sums(batch: Batch, proximal: Tensor) -> Tensor:
+    """[len(SEQUENCE_COLUMNS)] float64, over the rows that have tokens."""
+    drift = (proximal - batch.behavior_logprobs).detach()
+    logs = torch.where(batch.loss_mask, drift, 0.0).double().sum(1)[batch.loss_mask.any(1)]
+    bounded = _clamped(logs)
+    parts = (torch.ones_like(logs), bounded.exp(), (2 * bounded).exp(), (bounded != logs).double())
+    return torch.stack([part.sum() for part in parts])
+
+
+def statistics(sums: Tensor, histograms: Tensor, sequences: Tensor) -> dict[str, Tensor]:
+    """Every statistic but the largest lag: [1 + L] of all tokens and of each lag, or [1].
+
+    Args:
+        sums: [L, C].
+        histograms: [H, L, NUM_BINS].
+        sequences: [len(SEQUENCE_COLUMNS)].
+    """
+    table = torch.cat([sums.sum(0, keepdim=True), sums])
+    total = dict(zip(COLUMNS, table.unbind(1), strict=True))
+    counts = torch.cat([histograms.sum(1, keepdim=True), histograms], 1)
+    of: dict[str, Tensor] = dict(zip(HISTOGRAMS, counts.unbind(), strict=True))
+    rows = dict(zip(SEQUENCE_COLUMNS, sequences.view(-1, 1).unbind(), strict=True))
+    found = {
+        "lag/tokens": total["tokens"],
+        "lag/share": _ratio(total["tokens"], total["tokens"][0]),
+        **{name: _ratio(total[column], total[count]) for name, (column, count) in _MEANS.items()},
+        **{name: percentile(of[kind], percent) for name, (kind, percent) in _PERCENTILES.items()},
+        "ess/token": _effective_share(
+            total["tokens"], total["drift_weight"], total["drift_weight_squared"]
+        ),
+        "ess/sequence": _effective_share(rows["sequences"], rows["weight"], rows["weight_squared"]),
+        "ess/clamped_sequences": _ratio(rows["clamped"], rows["sequences"]),
+    }
+    return found | {f"mismatch/{name}": found[f"drift/{name}"][1:2] for name in _MISMATCH}
+
+
+def percentile(counts: Tensor, percent: int) -> Tensor:
+    """[M] of histograms [M, NUM_BINS]: the middle, in logs, of the bin that holds the percentile.
+
+    0 for the lowest bin and where there are no counts.
+    """
+    cumulative = counts.cumsum(1)
+    rank = (percent * cumulative[:, -1:] + 99) // 100  # rounded up, of any number of tokens
+    index = torch.searchsorted(cumulative, rank)[:, 0]
+    exponent = math.log10(LOWEST) + (index - 0.5) / BINS_PER_DECADE
+    return torch.where(index > 0, 10.0 ** exponent.double(), 0.0)
+
+
+def _clamped(logs: Tensor) -> Tensor:
+    return logs.clamp(-LARGEST_LOG, LARGEST_LOG)
+
+
+def _counts(sizes: Tensor, where: Tensor, bins: Tensor) -> Tensor:
+    """[L, NUM_BINS]: below the lowest edge, log-spaced bins, above the highest."""
+    decades = (sizes / LOWEST).clamp(1e-9, 1e12).log10()
+    index = (decades * BINS_PER_DECADE).floor().long() + 1
+    place = bins * NUM_BINS + index.clamp(0, NUM_BINS - 1)
+    return torch.bincount(place[where], minlength=LAG_BINS * NUM_BINS).view(LAG_BINS, NUM_BINS)
+
+
+def _ratio(value: Tensor, count: Tensor) -> Tensor:
+    return value / count.clamp(min=1)
+
+
+def _effective_share(count: Tensor, weight: Tensor, squared: Tensor) -> Tensor:
+    """(sum w)^2 / (n sum w^2), 0 without weights."""
+    return torch.where(count > 0, weight**2 / (count * squared).clamp(min=1e-30), 0.0)
