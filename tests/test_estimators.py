@@ -29,6 +29,13 @@ torch.set_num_threads(1)
 untimed = settings(deadline=None, max_examples=50)
 SEEDS = st.integers(0, 2**32 - 1)
 each_estimator = pytest.mark.parametrize("config", ESTIMATORS.values(), ids=ESTIMATORS)
+# A sequence ratio is refused with a bent bridge and with a behavior mask.
+BY_SEQUENCE = {k: c for k, c in ESTIMATORS.items() if not (c.bends_bridge or c.behavior_mask)}
+REJECTING = {
+    k: c
+    for k, c in ESTIMATORS.items()
+    if c.correction == "mask" and (c.has_bounds or c.behavior_mask)
+}
 
 
 def but(config: LossConfig, **changes: Any) -> LossConfig:
@@ -121,12 +128,10 @@ def test_truncation_differs_from_a_mask_only_in_tokens_outside_the_bounds(
     assert torch.isclose(edges[:, None], limits).any(1).all()
 
 
-@each_estimator
+@pytest.mark.parametrize("config", BY_SEQUENCE.values(), ids=BY_SEQUENCE)
 @untimed
 @given(seed=SEEDS)
 def test_a_sequence_of_one_token_is_a_token(config: LossConfig, seed: int) -> None:
-    if config.bends_bridge or config.behavior_mask:
-        return  # refused with a sequence ratio
     case = Case.random(seed, shape=(6, 1))
     token = but(config, ratio_level="token", aggregation="token", aggregation_length=None)
     assert_same_estimate(case, token, but(token, ratio_level="sequence"))
@@ -221,20 +226,22 @@ def test_a_row_without_tokens_counts_for_nothing(config: LossConfig, seed: int) 
     assert loss_denominator(longer.mask, config) == loss_denominator(case.mask, config)
 
 
-@each_estimator
-@pytest.mark.parametrize("everything", ["rejected", "masked"])
-def test_nothing_left_is_zero_with_a_graph(config: LossConfig, everything: str) -> None:
-    if everything == "rejected":
-        if config.correction == "truncate" or not (config.has_bounds or config.behavior_mask):
-            return  # rejects nothing
-        # x, q and n are all 60 nats above b.
-        near, far = torch.full((2, 3), -1.0), torch.full((2, 3), -61.0)
-    else:
-        near, far = torch.full((2, 3), math.nan), torch.full((2, 3), math.inf)
-    mask = torch.full((2, 3), everything == "rejected")
+@pytest.mark.parametrize("config", REJECTING.values(), ids=REJECTING)
+def test_everything_rejected_is_zero_with_a_graph(config: LossConfig) -> None:
+    # x, q and n are all 60 nats above b.
+    near, far = torch.full((2, 3), -1.0), torch.full((2, 3), -61.0)
+    mask = torch.ones(2, 3, dtype=torch.bool)
     case = Case(near, near, near, far, torch.ones(2, 3), mask)
     result = case.loss(config)
     assert not result.kept.any() and result.loss.item() == 0.0
+    assert torch.equal(case.gradient(config), torch.zeros(2, 3))
+
+
+@each_estimator
+def test_everything_masked_is_zero_with_a_graph(config: LossConfig) -> None:
+    nan, inf = torch.full((2, 3), math.nan), torch.full((2, 3), math.inf)
+    case = Case(nan, nan, nan, inf, inf, torch.zeros(2, 3, dtype=torch.bool))
+    assert not case.loss(config).kept.any() and case.loss(config).loss.item() == 0.0
     assert torch.equal(case.gradient(config), torch.zeros(2, 3))
 
 

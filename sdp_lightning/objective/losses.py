@@ -27,7 +27,7 @@ class PolicyLoss:
 
     Args:
         loss: [] to be minimised.
-        kept: [B, T] bool, tokens that passed mask, cap and floor.
+        kept: [B, T] bool, tokens that passed mask, cap, floor and behavior mask.
         clipped: [B, T] bool, kept tokens whose ratio is clipped, which leaves them no gradient; for
             CISPO, whose weight is clamped.
         log_weight: [B, T] log of the weight applied, for every token of the mask, 0 elsewhere.
