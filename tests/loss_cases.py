@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sdp_lightning.config import LossConfig
+from sdp_lightning.errors import ConfigError
 from sdp_lightning.objective import PolicyLoss, segment_wise_ppo_loss
 
 Loss = Callable[..., PolicyLoss]
@@ -73,6 +77,32 @@ ESTIMATORS = {
     "GRPO": _but(_BEHAVIOR, aggregation="sequence"),
     "Dr. GRPO": LossConfig(aggregation="constant", aggregation_length=10),
 }  # fmt: skip
+
+
+_CHOICES: dict[str, tuple[object, ...]] = {
+    "ratio_level": ("token", "sequence"),
+    "correction": ("mask", "truncate"),
+    "rejection_level": ("token", "sequence", "geometric"),
+    "trust_region": CENTRES,
+    "rejection_on": ("drift", "weight"),
+    "behavior_mask": (False, True),
+    "aggregation": ("token", "sequence", "constant"),
+    "bridge_exponent": (1.0, 0.5),
+    "bridge_cap": (None, 1.2),
+    "behavior_weight_cap": (None, 1.3),
+    "behavior_weight_floor": (None, 0.8),
+    "dual_clip": (None, 1.4),
+}
+
+
+def every_combination(surrogate: str) -> Iterator[LossConfig]:
+    """All settings of a surrogate that are not refused."""
+    for values in itertools.product(*_CHOICES.values()):
+        chosen: dict[str, Any] = dict(zip(_CHOICES, values, strict=True), surrogate=surrogate)
+        if chosen["aggregation"] == "constant":
+            chosen["aggregation_length"] = 9
+        with contextlib.suppress(ConfigError):
+            yield LossConfig(**chosen)
 
 
 @dataclasses.dataclass

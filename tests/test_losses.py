@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loss_cases import CENTRES, ESTIMATORS, FREE, Case, reference
+from loss_cases import CENTRES, ESTIMATORS, FREE, Case, every_combination, reference
 from torch import Tensor
 
 from sdp_lightning.config import LossConfig
@@ -39,6 +39,26 @@ def test_agrees_with_the_formula_token_by_token(config: LossConfig, seed: int) -
     assert result.loss.item() == pytest.approx(expected.loss, rel=1e-9, abs=1e-12)
     assert torch.equal(result.kept, expected.kept)
     assert torch.allclose(case.gradient(config), expected.gradient, rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.parametrize(("surrogate", "least"), [("ppo", 1000), ("cispo", 50), ("unclipped", 500)])
+def test_every_combination_agrees_with_the_formula_in_one_piece_and_in_two(
+    surrogate: str, least: int
+) -> None:
+    case, combinations = Case.random(3), list(every_combination(surrogate))
+    case.mask[1] = False
+    case.mask[1, 2] = True  # rows of unlike lengths
+    dirty = case.with_junk(math.inf)
+    assert len(combinations) >= least
+    for config in combinations:
+        expected = reference(case, config)
+        gradient = dirty.gradient(config)
+        assert dirty.loss(config).loss.item() == pytest.approx(expected.loss, abs=1e-12), config
+        assert torch.allclose(gradient, expected.gradient, atol=1e-14), config
+        count = float(loss_denominator(case.mask, config))
+        for rows in ([0], [2, 1]):
+            part = dirty.rows(rows).gradient(config, count)
+            assert torch.allclose(part, gradient[rows], atol=1e-14), config
 
 
 @untimed

@@ -49,6 +49,8 @@ class LossConfig:
     Dr. GRPO                  ``aggregation="constant", aggregation_length=...``
     ========================= =================================================================
 
+    The cap of 5 on the drift stays in force in all of them unless ``behavior_weight_cap=None``.
+
     Args:
         clip_epsilon: the ratio is clipped to ``[1 - clip_epsilon, 1 + clip_epsilon_high]``.
         clip_epsilon_high: None is ``clip_epsilon``.
