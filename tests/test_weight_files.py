@@ -21,8 +21,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from serving import weights
+from torch import distributed
+from torch.distributed.fsdp import fully_shard
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from sdp_lightning.errors import EngineError
+from sdp_lightning.policy import named_weights
 from sdp_lightning.weights.base import Instruction, LoadFolder, Target
 from sdp_lightning.weights.files import FileTransport, WeightFolder, buckets
 
@@ -277,6 +282,43 @@ def test_no_more_than_a_bucket_is_copied_at_a_time(tmp_path: Path):
     WeightFolder(tmp_path, bucket_bytes=48).write(made(), full=True)
     assert max(most) <= 3 + 1  # a bucket, and the tensor that does not fit it
     assert len(most) == 12 and not alive
+
+
+@pytest.fixture
+def two_ranks() -> Iterator[None]:
+    """This process is rank 0 of two; the other one is made up, and so is what it says."""
+    distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("bucket_bytes", [1024, 8192])
+def test_no_more_of_a_sharded_model_is_whole_at_a_time_than_a_bucket_and_a_tensor(
+    two_ranks: None, tmp_path: Path, bucket_bytes: int
+):
+    sizes = [4, 16, 4, 32, 8, 8, 24, 4, 16, 16, 8, 4]  # rows of 64 floats, 256 bytes each
+    model = torch.nn.ModuleDict({f"w{n}": torch.nn.Linear(64, s) for n, s in enumerate(sizes)})
+    head = torch.nn.Linear(64, 32)
+    model["embedding"] = torch.nn.Linear(64, 32).requires_grad_(False)
+    head.weight = model["embedding"].weight  # tied
+    model["head"] = head
+    for part in model.values():
+        fully_shard(part)
+    made: list[tuple[StorageWeakRef, int]] = []
+    most: list[int] = []
+
+    def watch(named: tuple[str, torch.Tensor]) -> tuple[str, torch.Tensor]:
+        made.append((StorageWeakRef(named[1].untyped_storage()), named[1].nbytes))
+        most.append(sum(size for whole, size in made if not whole.expired()))
+        return named
+
+    transport = FileTransport(tmp_path, bucket_bytes=bucket_bytes)
+    transport.stage(map(watch, named_weights(model, changed_only=False)), full=True)
+    transport.close()
+    largest = max(size for _, size in made)
+    assert len(made) == 2 * len(sizes) + 4 and largest == 32 * 256
+    assert largest < max(most) <= max(bucket_bytes, largest) + largest < sum(s for _, s in made)
+    assert all(whole.expired() for whole, _ in made)
 
 
 @pytest.mark.fault("exception", "publish")

@@ -136,10 +136,11 @@ class FileTransport:
 
     Args:
         root: a folder that the servers see under the same name; None is this host's shared memory.
+        bucket_bytes: of one file.
     """
 
-    def __init__(self, root: Path | None = None) -> None:
-        self._files = WeightFolder(root)
+    def __init__(self, root: Path | None = None, *, bucket_bytes: int = BUCKET_BYTES) -> None:
+        self._files = WeightFolder(root, bucket_bytes=bucket_bytes)
         self._latest: list[Path] = []
 
     @property
