@@ -1,9 +1,14 @@
 """What agreement costs on two ranks: ``OMP_NUM_THREADS=1 python recipes/benchmarks/ranks.py``.
 
 Steps of 100 ms (asleep) on a fake engine. Printed is the share of such a step that rank 0 spends
-on agreeing with the other one (``Ranks.gather``: batches, publishes, ends, errors) and on adding up
-counts and metrics, once both are there: to wait for the other's work is neither, and gradients are
-not counted. Times are medians: on cores that others use, too, a few calls wait for their turn.
+on agreeing with the other one once both are there: to wait for the other's work is none of it, and
+gradients are not counted. To agreement and ledger belong ``Ranks.gather`` (batches, publishes,
+ends, errors, the ledger's counters) and ``over_ranks`` (tokens and micro-batches of a step, a
+collective of gloo here); adding up the metrics of a step is told apart. Times are medians: on cores
+that others use, too, a few calls wait for their turn.
+
+Measured on two quiet cores: 1.0 %, of which the three gathers of 0.17 ms are one half, and the one
+collective the other.
 """
 
 from __future__ import annotations
@@ -25,6 +30,7 @@ from sdp_lightning.ranks import Ranks
 from sdp_lightning.testing import FakeEngine, tiny_model, tiny_tokenizer
 
 STEP_S, NUM_STEPS, WARM_UP = 0.1, 60, 5
+METRICS = ("LagMetrics.pool",)
 spent: dict[str, list[float]] = defaultdict(list)
 waited: list[float] = []
 
@@ -97,11 +103,14 @@ def main() -> None:
         trainer.fit(sdp.SegmentWisePPOModule(folder), data)
     if trainer.is_global_zero:
         steps = NUM_STEPS - WARM_UP
+        total = 0.0
         for name, times in spent.items():
             number, each_s = len(times) / steps, statistics.median(times)
-            print(f"{name}: {number:.0f} a step of {1000 * each_s:.2f} ms,", end=" ")
-            print(f"{number * each_s / STEP_S:.2%} of {1000 * STEP_S:.0f} ms")
-        print("(the goal is 1 % for Ranks.gather; the others are collectives, of gloo here)")
+            share = number * each_s / STEP_S
+            total += 0.0 if name in METRICS else share
+            print(f"{name}: {number:.0f} a step of {1000 * each_s:.2f} ms, {share:.2%} of it")
+        metrics = ", ".join(METRICS)
+        print(f"agreement and ledger: {total:.2%} of {1000 * STEP_S:.0f} ms (without {metrics})")
         print(f"beside {sum(waited) / steps * 1000:.1f} ms of waiting for the other rank's work")
 
 
