@@ -1,0 +1,69 @@
+"""One rank of a gloo group: adds its rows to ``LagMetrics``, reduces, writes what it computes.
+
+Arguments: rank, number of ranks, a file to meet over, the file to write. Rank r has every row i of
+each step with i % ranks == r, one micro-batch a row.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from metrics_oracle import Step
+from torch import Tensor, distributed
+
+from sdp_lightning.metrics import LagMetrics
+from sdp_lightning.objective.ess import weight_sums
+from sdp_lightning.rank_sums import RankSums
+
+SEEDS = (11, 12, 13)
+DRIFTS = (0.05, 0.8, 6.0)
+
+
+def make_steps() -> list[Step]:
+    return [Step.random(s, rows=5, drift=d) for s, d in zip(SEEDS, DRIFTS, strict=True)]
+
+
+def rows_of(rank: int, size: int, step: Step) -> list[Step]:
+    return [step.select([row]) for row in range(rank, len(step.batch), size)]
+
+
+def main(rank: int, size: int, meet: str, out: Path) -> None:
+    distributed.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=size)
+    sums = RankSums(torch.device("cpu"), rank, size)
+    pooled, synced, calls = LagMetrics(sync_on_compute=False), LagMetrics(), [0]
+    weights = torch.zeros(3, dtype=torch.float64)
+    for step in make_steps():
+        for part in rows_of(rank, size, step):
+            part.add_to(pooled)
+            part.add_to(synced)
+            weights += weight_sums(
+                part.proximal - part.batch.behavior_logprobs, part.batch.loss_mask
+            )
+
+    def counted(add_up: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        def call(tensor: Tensor) -> Tensor:
+            calls[0] += 1
+            return add_up(tensor)
+
+        return call
+
+    other = torch.tensor([rank + 1.0], dtype=torch.float64)
+    found = pooled.pool(counted(sums.add_up), other, rank=rank, num_ranks=size)
+    result = {
+        "pool": {name: float(value) for name, value in pooled.compute().items()},
+        "torchmetrics": {name: float(value) for name, value in synced.compute().items()},
+        "other": found.tolist(),
+        "all_reduces": calls[0],
+        "weights": sums.add_up(weights).tolist(),
+    }
+    out.write_text(json.dumps(result))
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4]))

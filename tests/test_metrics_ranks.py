@@ -1,0 +1,68 @@
+"""Two processes of gloo say of a step what NumPy says of all of its tokens."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from metrics_oracle import assert_agree, computed, oracle
+from metrics_ranks_run import make_steps
+
+from sdp_lightning.objective.ess import effective_share
+
+LIMIT_S = 240.0
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("ranks")
+    script, meet = Path(__file__).with_name("metrics_ranks_run.py"), folder / "meet"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(rank), "2", str(meet), str(folder / f"{rank}.json")],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        for process in processes:
+            _, errors = process.communicate(timeout=LIMIT_S)
+            assert process.returncode == 0, errors
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.parametrize("way", ["pool", "torchmetrics"])
+def test_both_ranks_agree_with_numpy_on_all_tokens(ranks: list[dict[str, Any]], way: str) -> None:
+    for rank in ranks:
+        assert_agree(rank[way], oracle(*make_steps()))
+
+
+def test_the_ranks_say_the_same_to_the_last_bit_and_what_one_process_says(
+    ranks: list[dict[str, Any]],
+) -> None:
+    assert ranks[0] == ranks[1]
+    assert ranks[0]["pool"] == pytest.approx(computed(*make_steps()), rel=1e-6, abs=1e-9)
+
+
+def test_all_states_take_one_all_reduce_and_carry_others_along(ranks: list[dict[str, Any]]) -> None:
+    assert [rank["all_reduces"] for rank in ranks] == [1, 1]
+    assert ranks[0]["other"] == [3.0]
+
+
+def test_the_weights_for_the_learning_rate_are_those_of_all_ranks(
+    ranks: list[dict[str, Any]],
+) -> None:
+    sums = torch.tensor(ranks[0]["weights"], dtype=torch.float64)
+    assert effective_share(sums) == pytest.approx(oracle(*make_steps())["ess/token"], rel=1e-4)
