@@ -51,7 +51,7 @@ FAMILIES = (
     Family("ess/clamped_sequences", "sequences whose log weight is clamped"),
     Family("drift/abs_log_mean", "mean of abs(x - b), nats", 0),
     Family("drift/abs_log_p99", "its 99th percentile", 0),
-    Family("drift/k1", "mean of b - x: estimates KL(behavior || proximal), may be negative", 0),
+    Family("drift/k1", "mean of b - x: estimates KL(behavior ‖ proximal), may be negative", 0),
     Family(
         "drift/k3", "mean of exp(x - b) - 1 - (x - b): estimates the same KL, never negative", 0
     ),
