@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from sdp_lightning.engines.connect import connect_engine
     from sdp_lightning.engines.embedded import EmbeddedEngine
     from sdp_lightning.errors import (
+        CheckpointError,
         ConfigError,
         EngineError,
         RankError,
@@ -53,6 +54,8 @@ _HOMES = {
     "engines.connect": ("connect_engine",),
     "engines.embedded": ("EmbeddedEngine",),
     "errors": (
+        "CheckpointError",
+        "ConfigError",
         "ConfigError",
         "EngineError",
         "RankError",
@@ -85,6 +88,7 @@ except PackageNotFoundError:  # imported from its folder by a server's worker
 __all__ = [
     "AsyncTaskRunner",
     "Batch",
+    "CheckpointError",
     "ConfigError",
     "Context",
     "EmbeddedEngine",

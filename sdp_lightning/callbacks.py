@@ -14,6 +14,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 from sdp_lightning.batch import Batch
+from sdp_lightning.checkpointing import use_atomic_checkpoints
 from sdp_lightning.datamodule import RolloutDataModule
 from sdp_lightning.echo import EchoCheck
 from sdp_lightning.errors import ConfigError, VersionError
@@ -78,6 +79,7 @@ class WeightSyncCallback(Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         _parts(trainer, pl_module)
+        use_atomic_checkpoints(trainer)
 
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._publish_first(trainer, pl_module)

@@ -27,3 +27,7 @@ class VersionError(SDPError, ValueError):
 
 class RankError(SDPError):
     """Another process of this training failed, is late, or is gone."""
+
+
+class CheckpointError(SDPError):
+    """A checkpoint is torn or damaged."""

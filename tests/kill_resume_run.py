@@ -11,16 +11,13 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import re
 import select
 import signal
 import sys
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import fsspec.implementations.local as local
 import lightning as L
 import torch
 import transformers.models.llama.modeling_llama
@@ -28,6 +25,7 @@ from fitting import executor_of, make_module, make_trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 import sdp_lightning as sdp
+from sdp_lightning import checkpointing
 from sdp_lightning.engines.base import NamedWeights, PublishReport
 from sdp_lightning.testing import FakeEngine
 from sdp_lightning.types import Context, SamplingParams, Segment, Trajectory
@@ -155,18 +153,13 @@ def live_rows(state: Mapping[str, Any]) -> list[str]:
     return [f"row{i}" for i in waiting] + [group["row_id"] for group in groups]
 
 
-def last_whole_checkpoint(folder: Path) -> Path | None:
-    """The newest one that is not torn.
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest one. Whatever has the name of a checkpoint is whole."""
 
-    Where the temporary folder is on another file system, Lightning copies a checkpoint to its
-    place, and a kill leaves half of it there. The next one of that step gets a "-v1" to its name.
-    """
+    def step(path: Path) -> int:
+        return int(path.stem.removeprefix("step="))
 
-    def place(path: Path) -> list[int]:
-        return [int(number) for number in re.findall(r"\d+", path.stem)]
-
-    found = sorted(folder.glob("step=*.ckpt"), key=place)
-    return next((path for path in reversed(found) if zipfile.is_zipfile(path)), None)
+    return max(folder.glob("step=*.ckpt"), key=step, default=None)
 
 
 # Moments to be killed at --------------------------------------------------------------------------
@@ -228,21 +221,23 @@ class DieAt(Callback):
             die()
 
 
-def die_while_writing(at: int, *, in_place: bool) -> None:
-    """Half of the ``at``-th checkpoint is written: to the temporary file, or (as it is where that
-    is on another file system, and copied) to its own place."""
-    move, count = local.shutil.move, 0
+def die_while_writing(at: int, *, is_placed: bool) -> None:
+    """When the ``at``-th checkpoint is half written, or as soon as it is in its place."""
+    replace, count = os.replace, 0
 
-    def torn(source: str, target: str) -> None:
+    def torn(source: Path, target: Path) -> None:
         nonlocal count
         count += 1
-        if count == at:
-            data = Path(source).read_bytes()
-            Path(target if in_place else source).write_bytes(data[: len(data) // 2])
+        if count == at and is_placed:
+            replace(source, target)
             die()
-        move(source, target)
+        if count == at:
+            data = source.read_bytes()
+            source.write_bytes(data[: len(data) // 2])
+            die()
+        replace(source, target)
 
-    local.shutil.move = torn
+    checkpointing.os.replace = torn  # type: ignore[assignment]
 
 
 def train(order: Mapping[str, Any]) -> None:
@@ -277,10 +272,10 @@ def train(order: Mapping[str, Any]) -> None:
     if kind in ("start", "step"):
         callbacks.append(DieAt(kind, at))
     if kind.startswith("write"):
-        die_while_writing(at, in_place=kind == "write in place")
+        die_while_writing(at, is_placed=kind == "write placed")
     saver = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)
     trainer = make_trainer(*callbacks, saver, max_steps=STEPS, enable_checkpointing=True)
-    saved = last_whole_checkpoint(folder)
+    saved = last_checkpoint(folder)
     trainer.fit(make_module(order["model"]), data, ckpt_path=saved, weights_only=True)
 
 

@@ -51,7 +51,17 @@ LAYERS: dict[str, set[str]] = {
     "datamodule": CORE | {"batch", "engines", "loaders", "module", "ranks", "rollout", "workflows"},
     "stopping": {"datamodule", "errors", "loaders"},
     "watchdog": {"datamodule", "errors"},
-    "callbacks": {"batch", "datamodule", "echo", "errors", "module", "rollout", "stopping"},
+    "checkpointing": {"errors"},
+    "callbacks": {
+        "batch",
+        "checkpointing",
+        "datamodule",
+        "echo",
+        "errors",
+        "module",
+        "rollout",
+        "stopping",
+    },
     "progress": set(),
     "summary": {"progress"},
     "doctor": {"errors", "loading"},
@@ -62,7 +72,7 @@ LAYERS: dict[str, set[str]] = {
 # These rooms see only the protocol, never an engine that exists.
 KNOW_BASE_ONLY = ("workflows", "rollout")
 LIGHTNING = {
-    *("module", "loaders", "datamodule", "stopping", "watchdog", "callbacks"),
+    *("module", "loaders", "datamodule", "stopping", "watchdog", "checkpointing", "callbacks"),
     *("progress", "summary", "trainer_cli"),
 }
 TRANSFORMERS = {"engines", "export", "forward", "loading", "module", "policy", "summary", "testing"}
@@ -70,7 +80,7 @@ TORCHMETRICS = {"metrics"}
 TORCH = {
     *("objective", "batch", "engines", "weights", "forward", "metrics", "scoring", "testing"),
     *("module", "policy", "ranks", "datamodule", "doctor", "echo", "export"),
-    *("batch_loss", "passes", "rank_sums"),
+    *("batch_loss", "checkpointing", "passes", "rank_sums"),
     "rollout",  # its checkpoint, tensors only
 }
 

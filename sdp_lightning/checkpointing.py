@@ -1,0 +1,116 @@
+"""Checkpoints that are there whole or not at all, and say so when they are not.
+
+Lightning writes a file in the temporary folder and moves it. Where that is another file system the
+move is a copy, and a kill in the middle leaves half a checkpoint under the name of a whole one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+
+from sdp_lightning.errors import CheckpointError
+
+
+class AtomicCheckpointIO(CheckpointIO):
+    """Writes beside the target, then puts the file in its place in one step.
+
+    A process that is killed leaves the checkpoint that was there before, and a hidden file
+    ``.NAME.PID.part``, which the next save under that name removes. Paths with a protocol
+    (``s3://``) are left to Lightning's own way.
+    """
+
+    def __init__(self) -> None:
+        self._plain = TorchCheckpointIO()
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
+    ) -> None:
+        if storage_options is not None or _is_remote(path):
+            self._plain.save_checkpoint(checkpoint, path, storage_options)
+            return
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for leftover in target.parent.glob(f".{target.name}.*.part"):
+            leftover.unlink(missing_ok=True)
+        part = target.with_name(f".{target.name}.{os.getpid()}.part")
+        try:
+            with part.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, target)
+        except BaseException as error:
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)
+            error.add_note(f"{target} was not written; if it was there before, it is untouched.")
+            raise
+        _sync_folder(target.parent)
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """What a checkpoint holds, on the CPU unless ``map_location`` says otherwise.
+
+        The file is read twice: torch does not look at its check sums.
+
+        Raises:
+            CheckpointError: if the file is torn or damaged; names the newest whole one beside it.
+            FileNotFoundError: if there is no such file.
+        """
+        found = Path(path)
+        if not _is_remote(path) and found.exists() and not _is_whole(found):
+            raise CheckpointError(_why_not(found))
+        where = _to_cpu if map_location is None else map_location
+        return self._plain.load_checkpoint(path, where, weights_only)
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        self._plain.remove_checkpoint(path)
+
+
+def use_atomic_checkpoints(trainer: L.Trainer) -> None:
+    """Let the trainer write its checkpoints so, unless the user has chosen another way."""
+    if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+        trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+
+
+def _why_not(path: Path) -> str:
+    beside = sorted(path.parent.glob("*.ckpt"), key=lambda found: -found.stat().st_mtime)
+    whole = next((found for found in beside if found != path and _is_whole(found)), None)
+    kind = "is a folder, but no sharded checkpoint" if path.is_dir() else "is torn or damaged"
+    remedy = "There is no whole one beside it." if whole is None else f"Use {str(whole)!r}."
+    return f"cannot load the checkpoint {str(path)!r}: it {kind}. {remedy}"
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether every part of the archive that torch writes is there, unharmed."""
+    if not path.is_file() or not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return archive.testzip() is None
+
+
+def _to_cpu(storage: Any, location: str) -> Any:
+    return storage
+
+
+def _is_remote(path: str | Path) -> bool:
+    return "://" in str(path)
+
+
+def _sync_folder(folder: Path) -> None:
+    """The new name outlives a loss of power, too."""
+    with contextlib.suppress(OSError):  # not every file system can
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
