@@ -22,16 +22,17 @@ from transformers import AutoTokenizer, PreTrainedModel
 from sdp_lightning.batch import Batch, collate, split_minibatches
 from sdp_lightning.batch_loss import batch_loss, within_second_moment
 from sdp_lightning.config import LossConfig, OptimizerConfig, UpdateConfig
-from sdp_lightning.errors import ConfigError, SDPError
+from sdp_lightning.errors import ConfigError
 from sdp_lightning.forward import LogprobForward
 from sdp_lightning.loading import resolve_model
-from sdp_lightning.metrics import LagMetrics
+from sdp_lightning.metrics import LagMetrics, Warner
 from sdp_lightning.objective import group_relative_advantages, loss_denominator
+from sdp_lightning.objective.ess import effective_share, ess_scale
 from sdp_lightning.objective.kl import kl_penalised_rewards
 from sdp_lightning.passes import Passes, fill_up
 from sdp_lightning.policy import (
+    GradientStep,
     check_strategy,
-    clip_gradients,
     gradient_sync,
     is_sharded,
     load,
@@ -89,8 +90,8 @@ class SegmentWisePPOModule(L.LightningModule):
         self._reference_passes: Passes
         self._reference: list[PreTrainedModel] = []  # in a list it is no part of this module
         self._model, self._model_kwargs = model, dict(model_kwargs or {})
-        self._metrics = LagMetrics()
-        self._skipped_in_a_row = 0
+        self._metrics, self._warner = LagMetrics(), Warner()
+        self._step = GradientStep(optimizer.gradient_clip_val, update.max_skipped_in_a_row)
         self._shuffler = torch.Generator().manual_seed(0)
 
     # The model -----------------------------------------------------------------------------------
@@ -256,6 +257,7 @@ class SegmentWisePPOModule(L.LightningModule):
         counts = self.over_ranks(share, batch.num_tokens, len(pieces))
         denominator, num_tokens = counts[:, 0].sum().item(), counts[:, 1].sum().item()
         pieces = fill_up(pieces, batch, int(counts[:, 2].max()))
+        before = self._metrics.weights
         total, kl = torch.zeros(2, dtype=torch.float32, device=self.device)
         for number, (part, _) in enumerate(pieces):
             forward = self._passes(part, layout)
@@ -275,24 +277,13 @@ class SegmentWisePPOModule(L.LightningModule):
             total += loss.detach()
             kl += found.kl.sum() * self._num_ranks / max(num_tokens, 1)
         values = {"loss": total, "kl": kl} if self.loss.needs_reference else {"loss": total}
-        return values | self._apply_gradient(optimizer)
-
-    def _apply_gradient(self, optimizer: Any) -> dict[str, Tensor]:
-        """Clip it and step, or skip the step if it is not finite."""
-        norm = clip_gradients(self.require_policy(), self.optimizer.gradient_clip_val)
-        schedulers: Any = self.lr_schedulers()
-        rate = torch.tensor(schedulers.get_last_lr()[0], dtype=torch.float32)
-        self._skipped_in_a_row = 0 if torch.isfinite(norm) else self._skipped_in_a_row + 1
-        if self._skipped_in_a_row == 0:
-            optimizer.step()
-            schedulers.step()
-        elif self._skipped_in_a_row >= self.update.max_skipped_in_a_row:
-            raise SDPError(
-                f"the gradient was not finite (norm {norm}) in {self._skipped_in_a_row} optimizer "
-                "steps in a row. Lower the learning rate, or look at the rewards and log-probs."
-            )
-        skipped = torch.tensor(float(self._skipped_in_a_row > 0))
-        return {"grad_norm": norm.float(), "lr": rate, "skipped": skipped}
+        scale = 1.0
+        if self.optimizer.scale_lr_by_ess:
+            share = effective_share(*self._sums.add_up(self._metrics.weights - before))
+            scale = ess_scale(share.item())
+            values["lr_scale"] = torch.tensor(scale)
+        schedule = self.lr_schedulers()
+        return values | self._step(self.require_policy(), optimizer, schedule, scale=scale)
 
     def _advantages(self, batch: Batch) -> Tensor:
         rewards, config = batch.rewards, self.loss
@@ -327,6 +318,9 @@ class SegmentWisePPOModule(L.LightningModule):
         found = dict(zip(values, (total / size).float(), strict=True)) | self._metrics.compute()
         self.log("train/reward", found.pop("train/reward"), prog_bar=True, batch_size=len(batch))
         self.log_dict(found, batch_size=len(batch))
+        if rank == 0:
+            known = dict(zip(found, torch.stack([*found.values()]).tolist(), strict=True))
+            self._warner.warn(known, leaves_bridge_out=self.loss.bends_bridge)
 
     def _log_evaluation(self, stage: str, batch: Any) -> None:
         size = batch.num_trajectories

@@ -14,8 +14,8 @@ step. A name with k is also logged for the tokens of each lag, with `_0`, `_1`, 
 `_4plus` behind it. Everything is 0 where there is no token. Percentiles are of histograms with 32
 bins a decade from 1e-6 to 100 nats: within 4 %. Before anything is squared or exponentiated its log
 is clamped to 20 nats either way; `drift/clamped_share` and `ess/clamped_sequences` count where.
-`sdp_lightning.metrics.verdicts` has the bounds from which a value is warned of. This page is made by
-`python tests/metrics_page.py > docs/metrics.md`.
+`sdp_lightning.metrics.verdicts` has the bounds from which a value is warned of. This page is made
+by `python tests/metrics_page.py > docs/metrics.md`.
 
 | name | k | meaning |
 |---|---|---|

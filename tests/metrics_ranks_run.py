@@ -16,7 +16,7 @@ from metrics_oracle import Step
 from torch import Tensor, distributed
 
 from sdp_lightning.metrics import LagMetrics
-from sdp_lightning.objective.ess import weight_sums
+from sdp_lightning.objective.ess import effective_share
 from sdp_lightning.rank_sums import RankSums
 
 SEEDS = (11, 12, 13)
@@ -35,14 +35,10 @@ def main(rank: int, size: int, meet: str, out: Path) -> None:
     distributed.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=size)
     sums = RankSums(torch.device("cpu"), rank, size)
     pooled, synced, calls = LagMetrics(sync_on_compute=False), LagMetrics(), [0]
-    weights = torch.zeros(3, dtype=torch.float64)
     for step in make_steps():
         for part in rows_of(rank, size, step):
             part.add_to(pooled)
             part.add_to(synced)
-            weights += weight_sums(
-                part.proximal - part.batch.behavior_logprobs, part.batch.loss_mask
-            )
 
     def counted(add_up: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         def call(tensor: Tensor) -> Tensor:
@@ -51,6 +47,7 @@ def main(rank: int, size: int, meet: str, out: Path) -> None:
 
         return call
 
+    share = effective_share(*sums.add_up(pooled.weights))
     other = torch.tensor([rank + 1.0], dtype=torch.float64)
     found = pooled.pool(counted(sums.add_up), other, rank=rank, num_ranks=size)
     result = {
@@ -58,7 +55,7 @@ def main(rank: int, size: int, meet: str, out: Path) -> None:
         "torchmetrics": {name: float(value) for name, value in synced.compute().items()},
         "other": found.tolist(),
         "all_reduces": calls[0],
-        "weights": sums.add_up(weights).tolist(),
+        "effective share": float(share),
     }
     out.write_text(json.dumps(result))
     distributed.destroy_process_group()

@@ -2,60 +2,49 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from metrics_oracle import Step, oracle
 
-from sdp_lightning.objective.ess import effective_share, ess_scale, weight_sums
+from sdp_lightning.metrics import LagMetrics
+from sdp_lightning.objective.ess import effective_share, ess_scale
 
 
 @settings(deadline=None, max_examples=60)
-@given(
-    seed=st.integers(0, 2**32 - 1),
-    scale=st.sampled_from([0.0, 0.1, 1.0, 30.0]),
-    level=st.sampled_from(["token", "sequence"]),
-)
-def test_sums_of_pieces_give_the_effective_share_of_all(seed: int, scale: float, level) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    logs = scale * torch.randn(4, 7, generator=generator)
-    mask = torch.rand(4, 7, generator=generator) < 0.6
-    junk = torch.where(mask, logs, math.nan)
-    parts = [weight_sums(junk[rows], mask[rows], level=level) for rows in ([0, 3], [1], [2])]
-    chosen = (
-        logs.double().numpy()[mask.numpy()]
-        if level == "token"
-        else np.asarray([logs[i][mask[i]].double().sum() for i in range(4) if mask[i].any()])
-    )
-    weights = np.exp(np.clip(chosen, -20, 20))
-    expected = weights.sum() ** 2 / (weights**2).sum() / len(weights) if len(weights) else 1.0
-    actual = effective_share(parts[0] + parts[1] + parts[2])
-    assert actual == pytest.approx(expected, rel=1e-4)
-    assert 0 < actual <= 1
+@given(logs=st.lists(st.floats(-15, 15), min_size=1, max_size=30))
+def test_the_share_is_that_of_numpy_and_in_its_range(logs: list[float]) -> None:
+    weights = np.exp(logs)
+    sums = [float(len(logs)), weights.sum(), (weights**2).sum()]
+    actual = float(effective_share(*torch.tensor(sums, dtype=torch.float64)))
+    assert actual == pytest.approx(weights.sum() ** 2 / (weights**2).sum() / len(logs))
+    assert 1 / len(logs) <= actual + 1e-9 and actual <= 1 + 1e-9
 
 
-def test_one_of_n_weights_that_outweighs_the_rest_is_worth_one_sample() -> None:
-    logs = torch.zeros(1, 10)
-    logs[0, 3] = 1e6
-    sums = weight_sums(logs, torch.ones(1, 10, dtype=torch.bool))
-    assert effective_share(sums) == pytest.approx(0.1, rel=1e-4)
-
-
-def test_no_weights_leave_the_learning_rate_as_it_is() -> None:
-    assert ess_scale(effective_share(torch.zeros(3, dtype=torch.float64))) == 1.0
+def test_the_weights_of_a_minibatch_are_what_was_added_since() -> None:
+    metrics, first, second = LagMetrics(), Step.random(0), Step.random(1)
+    first.add_to(metrics)
+    before = metrics.weights
+    for row in range(len(second.batch)):
+        second.select([row]).add_to(metrics)
+    share = effective_share(*metrics.weights - before)
+    assert float(share) == pytest.approx(oracle(second)["ess/token"], rel=1e-5)
 
 
 def test_the_scale_is_the_root_of_the_share_and_never_above_one() -> None:
-    assert ess_scale(1.0) == 1.0
+    assert ess_scale(1.0) == ess_scale(1 + 1e-12) == 1.0
     assert ess_scale(0.25) == pytest.approx(0.5)
     assert ess_scale(0.2, reference=0.8) == pytest.approx(0.5)
     assert ess_scale(0.9, reference=0.8) == 1.0
 
 
-@pytest.mark.parametrize(("ess", "reference"), [(0.0, 1.0), (1.1, 1.0), (0.5, 0.0), (0.5, 2.0)])
+def test_a_step_without_tokens_keeps_its_learning_rate() -> None:
+    assert ess_scale(float(effective_share(*torch.zeros(3)))) == 1.0
+
+
+@pytest.mark.parametrize(("ess", "reference"), [(-0.1, 1.0), (1.1, 1.0), (0.5, 0.0), (0.5, 2.0)])
 def test_shares_out_of_range_are_refused(ess: float, reference: float) -> None:
     with pytest.raises(ValueError, match=rf"got {ess} and {reference}"):
         ess_scale(ess, reference=reference)

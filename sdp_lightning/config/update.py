@@ -22,6 +22,9 @@ class OptimizerConfig:
         schedule: after the warm-up: ``"constant"``, or ``"linear"`` or ``"cosine"`` decay to 0.
         warmup_steps: steps of linear warm-up.
         total_steps: where the decay ends; None is the Trainer's ``max_steps``.
+        scale_lr_by_ess: multiply the learning rate of every step with the square root of the
+            effective sample size of its tokens, as a share (``ess/token``); logs what it was
+            multiplied with as ``train/lr_scale``.
 
     Raises:
         ConfigError: naming the value.
@@ -34,6 +37,7 @@ class OptimizerConfig:
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: int = 0
     total_steps: int | None = None
+    scale_lr_by_ess: bool = False
 
     def __post_init__(self) -> None:
         one_of("schedule", self.schedule, ("constant", "linear", "cosine"))

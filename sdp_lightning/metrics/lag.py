@@ -91,6 +91,12 @@ class LagMetrics(Metric):
         self.sequences += sequence_sums(batch, proximal_logprobs)
         self.lag_max = torch.maximum(self.lag_max, batch.lags.amax())
 
+    @property
+    def weights(self) -> Tensor:
+        """[3] float64: count, sum and sum of squares of the drift of the tokens added so far."""
+        names = ("tokens", "drift_weight", "drift_weight_squared")
+        return self.sums.sum(0)[[COLUMNS.index(name) for name in names]]
+
     def pool(
         self, add_up: Callable[[Tensor], Tensor], other: Tensor, *, rank: int, num_ranks: int
     ) -> Tensor:

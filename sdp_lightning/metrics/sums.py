@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sdp_lightning.batch import Batch
 from sdp_lightning.metrics.names import LAG_BINS
+from sdp_lightning.objective.ess import effective_share
 from sdp_lightning.objective.losses import PolicyLoss
 
 LARGEST_LOG = 20.0  # nats; of what is exponentiated, so that e^40 times any count stays exact
@@ -135,10 +136,10 @@ def statistics(sums: Tensor, histograms: Tensor, sequences: Tensor) -> dict[str,
         "lag/share": _ratio(total["tokens"], total["tokens"][0]),
         **{name: _ratio(total[column], total[count]) for name, (column, count) in _MEANS.items()},
         **{name: percentile(of[kind], percent) for name, (kind, percent) in _PERCENTILES.items()},
-        "ess/token": _effective_share(
+        "ess/token": effective_share(
             total["tokens"], total["drift_weight"], total["drift_weight_squared"]
         ),
-        "ess/sequence": _effective_share(rows["sequences"], rows["weight"], rows["weight_squared"]),
+        "ess/sequence": effective_share(rows["sequences"], rows["weight"], rows["weight_squared"]),
         "ess/clamped_sequences": _ratio(rows["clamped"], rows["sequences"]),
     }
     return found | {f"mismatch/{name}": found[f"drift/{name}"][1:2] for name in _MISMATCH}
@@ -170,8 +171,3 @@ def _counts(sizes: Tensor, where: Tensor, bins: Tensor) -> Tensor:
 
 def _ratio(value: Tensor, count: Tensor) -> Tensor:
     return value / count.clamp(min=1)
-
-
-def _effective_share(count: Tensor, weight: Tensor, squared: Tensor) -> Tensor:
-    """(sum w)^2 / (n sum w^2), 0 without weights."""
-    return torch.where(count > 0, weight**2 / (count * squared).clamp(min=1e-30), 0.0)

@@ -1,56 +1,27 @@
-"""The effective sample size of weights, and the learning rate that fits it.
-
-Pure functions on log-weights, in nats; sums over micro-batches and ranks are exact.
-"""
+"""The effective sample size of weights, and the learning rate that fits it: pure functions."""
 
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from sdp_lightning.objective.corrections import at_least_float32
 
-LARGEST_LOG = 20.0  # nats; the square of what is above would drown every other weight
-
-
-def weight_sums(
-    log_weights: Tensor, loss_mask: Tensor, *, level: Literal["token", "sequence"] = "token"
-) -> Tensor:
-    """What is needed of one piece to know the effective sample size of all of them.
-
-    Args:
-        log_weights: [B, T] x - b; read only where the mask holds.
-        loss_mask: [B, T] bool, a row is a sequence.
-        level: one weight for every token, or for every row with tokens: the exp of their sum.
-
-    Returns:
-        [3] float64: sum of w, sum of w^2, number of weights. Sums of pieces add up. Log-weights are
-        clamped to 20 nats either way.
-    """
-    logs = torch.where(loss_mask, at_least_float32(log_weights.detach()), 0.0).double()
-    counted = loss_mask
-    if level == "sequence":
-        logs, counted = logs.sum(1), loss_mask.any(1)
-    weights = logs.clamp(-LARGEST_LOG, LARGEST_LOG).exp() * counted
-    return torch.stack([weights.sum(), (weights**2).sum(), counted.sum().double()])
-
-
-def effective_share(sums: Tensor) -> float:
+def effective_share(count: Tensor, weights: Tensor, squares: Tensor) -> Tensor:
     r"""Effective sample size as a share of the sample: 1 for equal weights, 1/n for a single one.
 
     .. math:: \rho = \frac{(\sum_i w_i)^2}{n \sum_i w_i^2}
 
     Args:
-        sums: [3] as :func:`weight_sums` gives them, added up.
+        count: [...] n.
+        weights: [...] sum of w.
+        squares: [...] sum of w^2.
 
     Returns:
-        rho in (0, 1]; 1 without weights.
+        [...] rho in (0, 1], 0 without weights.
     """
-    total, squares, count = map(float, sums.tolist())
-    return min(1.0, total**2 / (count * squares)) if count else 1.0
+    return torch.where(count > 0, weights**2 / (count * squares).clamp(min=1e-30), 0.0)
 
 
 def ess_scale(ess: float, *, reference: float = 1.0) -> float:
@@ -59,15 +30,19 @@ def ess_scale(ess: float, *, reference: float = 1.0) -> float:
     .. math:: \min(1, \sqrt{\rho / \rho_0})
 
     With adaptive optimizers the step that a noisy gradient allows goes with the square root of the
-    sample size. Source: Huang et al. 2026 (VCPO), https://arxiv.org/abs/2602.17616.
+    sample size. Source: Huang et al. 2026 (VCPO), https://arxiv.org/abs/2602.17616, who take the
+    weights of sequences; the losses here weigh tokens, and so do their weights.
 
     Args:
-        ess: rho, as a share of the sample, of :func:`effective_share`.
+        ess: rho, as a share of the sample; 0 is no sample.
         reference: rho_0, the share at which the learning rate is whole.
 
+    Returns:
+        A factor in (0, 1]; 1 without a sample, whose gradient is 0.
+
     Raises:
-        ValueError: if one of them is not in (0, 1].
+        ValueError: if ``ess`` is not in [0, 1] or ``reference`` not in (0, 1].
     """
-    if not (0 < ess <= 1 and 0 < reference <= 1):
-        raise ValueError(f"ess and reference must be in (0, 1], got {ess} and {reference}.")
-    return min(1.0, math.sqrt(ess / reference))
+    if not (0 <= ess <= 1 + 1e-9 and 0 < reference <= 1):
+        raise ValueError(f"ess and reference must be in [0, 1], got {ess} and {reference}.")
+    return min(1.0, math.sqrt(ess / reference)) if ess else 1.0
