@@ -26,9 +26,14 @@ from sdp_lightning.errors import ConfigError
 from sdp_lightning.forward import LogprobForward
 from sdp_lightning.loading import resolve_model
 from sdp_lightning.metrics import LagMetrics, Warner
-from sdp_lightning.objective import group_relative_advantages, loss_denominator
+from sdp_lightning.objective import (
+    group_relative_advantages,
+    leave_one_out_advantages,
+    loss_denominator,
+)
 from sdp_lightning.objective.ess import effective_share, ess_scale
 from sdp_lightning.objective.kl import kl_penalised_rewards
+from sdp_lightning.optimizer import make_optimizer
 from sdp_lightning.passes import Passes, fill_up
 from sdp_lightning.policy import (
     GradientStep,
@@ -42,6 +47,7 @@ from sdp_lightning.policy import (
     silence_dropout,
 )
 from sdp_lightning.rank_sums import RankSums
+from sdp_lightning.ranks import Ranks
 from sdp_lightning.scoring import group_by_prompt, split_by_segment
 from sdp_lightning.types import Context, FloatArray, Segment, Trajectory
 
@@ -86,6 +92,7 @@ class SegmentWisePPOModule(L.LightningModule):
         self.loss, self.optimizer, self.update = loss, optimizer, update
         self.trainable, self.gradient_checkpointing = trainable, gradient_checkpointing
         self.policy: PreTrainedModel | None = None
+        self.ranks = Ranks()  # that the data module's ranks meet as, once it is set up
         self._passes: Passes
         self._reference_passes: Passes
         self._reference: list[PreTrainedModel] = []  # in a list it is no part of this module
@@ -162,18 +169,9 @@ class SegmentWisePPOModule(L.LightningModule):
             )
 
     def configure_optimizers(self) -> Any:
-        config = self.optimizer
-        parameters = [p for p in self.require_policy().parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(
-            parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
-        )
-        total = config.total_steps or self.trainer.max_steps
-        if config.schedule != "constant" and total <= config.warmup_steps:
-            raise ConfigError(
-                f"schedule={config.schedule!r} needs total_steps (or the Trainer's max_steps) "
-                f"above warmup_steps={config.warmup_steps}, got {total}."
-            )
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: config.factor(n, total))
+        parameters = self.require_policy().parameters()
+        steps = self.trainer.max_steps
+        optimizer, schedule = make_optimizer(parameters, self.optimizer, max_steps=steps)
         return [optimizer], [schedule]
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
@@ -224,10 +222,10 @@ class SegmentWisePPOModule(L.LightningModule):
 
     @property
     def _sums(self) -> RankSums:
-        return RankSums(self.device, self.global_rank, self._num_ranks)
+        return RankSums(self.device, self.global_rank, self._num_ranks, self.ranks)
 
     def over_ranks(self, *values: float) -> Tensor:
-        """[R, n] float64: the ``n`` values of each of R ranks, in one collective."""
+        """[R, n] float64: the ``n`` values of each of R ranks. All must come."""
         return self._sums.table(*values)
 
     # Helpers -------------------------------------------------------------------------------------
@@ -296,9 +294,11 @@ class SegmentWisePPOModule(L.LightningModule):
                 coefficient=config.kl_coefficient,
                 estimator=config.kl_estimator,
             )
-        per_row = group_relative_advantages(
-            rewards, batch.group_ids, scale_by_std=self.update.scale_advantages_by_std
-        )
+        if self.update.advantages == "rloo":
+            per_row = leave_one_out_advantages(rewards, batch.group_ids)
+        else:
+            scale = self.update.scale_advantages_by_std is not False
+            per_row = group_relative_advantages(rewards, batch.group_ids, scale_by_std=scale)
         per_token = per_row[:, None].expand(batch.loss_mask.shape)
         if batch.max_lag is not None:
             per_token = torch.where(batch.lags > batch.max_lag, 0.0, per_token)

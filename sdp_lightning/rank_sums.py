@@ -1,11 +1,13 @@
-"""Sums over the ranks of torch.distributed's default group; one process has its own only."""
+"""Sums over the ranks that train together; one process has its own only."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, distributed
+
+from sdp_lightning.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -13,14 +15,18 @@ class RankSums:
     """Collectives: all ranks call the same ones, in the same order.
 
     Args:
-        device: on which the ranks' backend works.
+        device: on which torch.distributed's default group works.
         rank: of this process.
         size: how many ranks there are.
+        ranks: through which single numbers go, in a third of the time of a collective and without
+            waiting for the device, and which names a rank that does not come; alone, it is not
+            used.
     """
 
     device: torch.device
     rank: int = 0
     size: int = 1
+    ranks: Ranks = field(default_factory=Ranks)
 
     def add_up(self, tensor: Tensor) -> Tensor:
         """The sum over ranks, in place."""
@@ -30,9 +36,11 @@ class RankSums:
 
     def table(self, *values: float) -> Tensor:
         """[R, n] float64 on the CPU: the ``n`` values of each of R ranks."""
+        if self.ranks.size == self.size:
+            return torch.tensor(self.ranks.gather("counting", values), dtype=torch.float64)
         table = torch.zeros(self.size, len(values), dtype=torch.float64)
         table[self.rank] = torch.tensor(values, dtype=torch.float64)
-        return table if self.size == 1 else self.add_up(table.to(self.device)).cpu()
+        return self.add_up(table.to(self.device)).cpu()
 
     def concatenate(self, values: Tensor) -> Tensor:
         """[N] the values [n] of every rank, one after another."""

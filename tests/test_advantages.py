@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sdp_lightning.objective import group_relative_advantages
+from sdp_lightning.objective import group_relative_advantages, leave_one_out_advantages
 
 untimed = settings(deadline=None)
 ROWS = st.lists(st.tuples(st.floats(-5, 5, width=32), st.integers(0, 4)), min_size=1, max_size=20)
@@ -62,3 +62,28 @@ def test_equal_rewards_give_exactly_zero_although_their_mean_is_rounded() -> Non
 def test_wrong_shapes_are_refused() -> None:
     with pytest.raises(ValueError, match=r"\(2, 1\) and \(2,\)"):
         group_relative_advantages(torch.ones(2, 1), torch.zeros(2, dtype=torch.long))
+
+
+# Leave one out ------------------------------------------------------------------------------------
+
+
+@untimed
+@given(rows=ROWS)
+def test_each_is_compared_with_the_mean_of_the_others(rows: list[tuple[float, int]]) -> None:
+    rewards = torch.tensor([reward for reward, _ in rows], dtype=torch.float64)
+    groups = torch.tensor([group for _, group in rows])
+    advantages = leave_one_out_advantages(rewards, groups)
+    for row, (reward, group) in enumerate(rows):
+        others = [r for i, (r, g) in enumerate(rows) if g == group and i != row]
+        expected = reward - sum(others) / len(others) if others else 0.0
+        assert float(advantages[row]) == pytest.approx(expected, abs=1e-9)
+
+
+def test_leave_one_out_by_hand() -> None:
+    # 1 against (0 + 0) / 2, 0 against (1 + 0) / 2; a group of one, and one of equals.
+    rewards = torch.tensor([1.0, 0.0, 0.0, 9.0, 0.1, 0.1])
+    groups = torch.tensor([4, 4, 4, 1, 2, 2])
+    found = leave_one_out_advantages(rewards, groups)
+    assert found.tolist() == [1.0, -0.5, -0.5, 0.0, 0.0, 0.0] and found.dtype == torch.float32
+    with pytest.raises(ValueError, match="must both be"):
+        leave_one_out_advantages(rewards, groups[:2])

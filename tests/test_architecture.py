@@ -41,12 +41,13 @@ LAYERS: dict[str, set[str]] = {
     "rollout": {"config", "engines", "errors", "ranks", "types", "workflows"},
     "testing": CORE | {"engines"},
     "policy": {"errors", "forward", "loading"},
-    "rank_sums": set(),
+    "rank_sums": {"ranks"},
+    "optimizer": {"config", "errors"},
     "batch_loss": {"batch", "config", "objective", "rank_sums"},
     "passes": {"batch", "config", "errors", "forward", "policy"},
     "module": CORE
     | {"batch", "batch_loss", "forward", "metrics", "objective", "passes", "policy"}
-    | {"rank_sums", "scoring"},
+    | {"optimizer", "rank_sums", "ranks", "scoring"},
     "loaders": {"batch", "errors", "ranks", "rollout", "types", "workflows"},
     "datamodule": CORE | {"batch", "engines", "loaders", "module", "ranks", "rollout", "workflows"},
     "stopping": {"datamodule", "errors", "loaders"},
@@ -80,7 +81,7 @@ TORCHMETRICS = {"metrics"}
 TORCH = {
     *("objective", "batch", "engines", "weights", "forward", "metrics", "scoring", "testing"),
     *("module", "policy", "ranks", "datamodule", "doctor", "echo", "export"),
-    *("batch_loss", "checkpointing", "passes", "rank_sums"),
+    *("batch_loss", "checkpointing", "optimizer", "passes", "rank_sums"),
     "rollout",  # its checkpoint, tensors only
 }
 

@@ -71,7 +71,11 @@ class UpdateConfig:
         max_tokens_per_microbatch: tokens computed at once; bounds memory, does not change the loss.
         layout: ``"shared_prefix"`` computes the prompt of a group once, ``"padded"`` works with
             every model, ``"auto"`` takes the first where the model allows it and it is cheaper.
-        scale_advantages_by_std: GRPO's division by the standard deviation of the group.
+        advantages: reward less the mean of its ``"group"`` (GRPO), or of its siblings without it
+            (``"rloo"``).
+        scale_advantages_by_std: GRPO's division by the standard deviation of the group; None is
+            True for ``"group"``. Dr. GRPO leaves it out, and has ``LossConfig(aggregation=
+            "constant")``.
         max_skipped_in_a_row: a step whose gradient is not finite is skipped; this many without a
             good one between are an error.
 
@@ -83,7 +87,8 @@ class UpdateConfig:
     num_epochs: int = 1
     max_tokens_per_microbatch: int = 4096
     layout: Literal["auto", "padded", "shared_prefix"] = "auto"
-    scale_advantages_by_std: bool = True
+    advantages: Literal["group", "rloo"] = "group"
+    scale_advantages_by_std: bool | None = None
     max_skipped_in_a_row: int = 10
 
     def __post_init__(self) -> None:
@@ -91,6 +96,12 @@ class UpdateConfig:
         at_least("num_minibatches", self.num_minibatches, 1)
         at_least("num_epochs", self.num_epochs, 1)
         at_least("max_tokens_per_microbatch", self.max_tokens_per_microbatch, 1)
+        one_of("advantages", self.advantages, ("group", "rloo"))
+        if self.advantages == "rloo" and self.scale_advantages_by_std:
+            raise ConfigError(
+                "advantages='rloo' is a baseline without bias, which scale_advantages_by_std=True "
+                "would bias. Remove one of the two."
+            )
         one_of("layout", self.layout, ("auto", "padded", "shared_prefix"))
 
     @property

@@ -4,7 +4,10 @@ Everything is in nats and at least float32. Letters: b behavior, q segment proxi
 n target, m centre of the trust region.
 """
 
-from sdp_lightning.objective.advantages import group_relative_advantages
+from sdp_lightning.objective.advantages import (
+    group_relative_advantages,
+    leave_one_out_advantages,
+)
 from sdp_lightning.objective.aggregation import loss_denominator
 from sdp_lightning.objective.corrections import (
     complete_segment_logprobs,
@@ -21,6 +24,7 @@ __all__ = [
     "PolicyLoss",
     "complete_segment_logprobs",
     "group_relative_advantages",
+    "leave_one_out_advantages",
     "loglinear_proximal",
     "loglinear_segment",
     "loss_denominator",

@@ -30,6 +30,39 @@ def group_relative_advantages(
     Raises:
         ValueError: if the two are not one-dimensional and of the same length.
     """
+    group, size, deviation = _deviations(rewards, group_ids)
+    if scale_by_std:
+        square = deviation.new_zeros(size.numel()).index_add(0, group, deviation.square())
+        scaled = deviation / ((square / size).sqrt() + eps)[group]
+        deviation = torch.where(deviation == 0, 0.0, scaled)
+    return deviation.to(torch.promote_types(rewards.dtype, torch.float32))
+
+
+def leave_one_out_advantages(rewards: Tensor, group_ids: Tensor) -> Tensor:
+    r"""Reward minus the mean of the others in its group (RLOO).
+
+    .. math:: A_i = R_i - \frac{1}{G - 1} \sum_{j \ne i} R_j = \frac{G}{G - 1} (R_i - \bar R)
+
+    A group of one, or of equal rewards, gets exactly 0. Source: Ahmadian et al. 2024,
+    https://arxiv.org/abs/2402.14740.
+
+    Args:
+        rewards: [B].
+        group_ids: [B] integers, in any order; equal ids are siblings.
+
+    Returns:
+        [B], float32, or float64 for float64 rewards.
+
+    Raises:
+        ValueError: if the two are not one-dimensional and of the same length.
+    """
+    group, size, deviation = _deviations(rewards, group_ids)
+    advantages = deviation * (size / (size - 1).clamp(min=1))[group]
+    return advantages.to(torch.promote_types(rewards.dtype, torch.float32))
+
+
+def _deviations(rewards: Tensor, group_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Place of each row's group [B], sizes [G], rewards less the group's mean [B] float64."""
     if rewards.dim() != 1 or rewards.shape != group_ids.shape:
         raise ValueError(
             f"rewards and group_ids must both be [B], got {tuple(rewards.shape)} and "
@@ -40,10 +73,6 @@ def group_relative_advantages(
     zeros = values.new_zeros(ids.numel())
     size = zeros.index_add(0, group, torch.ones_like(values))
     deviation = values - (zeros.index_add(0, group, values) / size)[group]
-    if scale_by_std:
-        std = (zeros.index_add(0, group, deviation.square()) / size).sqrt()
-        deviation = deviation / (std + eps)[group]
     highest = zeros.scatter_reduce(0, group, values, "amax", include_self=False)
     lowest = zeros.scatter_reduce(0, group, values, "amin", include_self=False)
-    advantages = torch.where((highest == lowest)[group], 0.0, deviation)
-    return advantages.to(torch.promote_types(rewards.dtype, torch.float32))
+    return group, size, torch.where((highest == lowest)[group], 0.0, deviation)
