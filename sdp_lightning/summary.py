@@ -32,6 +32,12 @@ DROPS = {
     "rollout/rejected": "rejected",
     "rollout/failed": "failed",
 }
+LAG_COLUMNS = {  # sums of metrics of a lag
+    "ESS": ("ess/token",),
+    "clipped": ("loss/clip_fraction_high", "loss/clip_fraction_low"),
+    "rejected": ("loss/rejected_fraction",),
+    "bridge": ("bridge/abs_log_mean",),
+}
 SPEEDS = {"generated": "generated", "train": "trained"}
 
 
@@ -168,7 +174,10 @@ def progress_text(row: Row, step: int, max_steps: int, elapsed_s: float) -> str:
 
 
 def render(rows: Sequence[Row], *, window: int) -> list[RenderableType]:
-    """The page: plot, reward, lags, time, drops, speed; parts without metrics are left out."""
+    """The page: plot, reward, lags, time, drops, speed, and what was done to tokens of each lag.
+
+    Parts without metrics are left out.
+    """
     from rich.table import Table
 
     parts: list[RenderableType] = []
@@ -193,7 +202,7 @@ def render(rows: Sequence[Row], *, window: int) -> list[RenderableType]:
     told = [f"{mean(values):.0f} {SPEEDS[label]}" for label, values in speeds.items() if values]
     if told:
         table.add_row("tokens/s", "", ", ".join(told))
-    return [*parts, table]
+    return [*parts, table, *lag_table(rows)]
 
 
 def series(rows: Sequence[Row], name: str) -> list[float]:
@@ -226,6 +235,28 @@ def lag_shares(rows: Sequence[Row]) -> dict[str, float]:
         f"{lag.replace('plus', ' or more')} version{'' if lag == '1' else 's'} old": share
         for lag, share in shares.items()
     }
+
+
+def lag_table(rows: Sequence[Row]) -> list[RenderableType]:
+    """ESS, clipping, rejection and bridge of every lag, over the tokens of all batches."""
+    from rich.table import Table
+
+    table = Table("lag", *LAG_COLUMNS, box=None, padding=(0, 2))
+    for lag in ("0", "1", "2", "3", "4plus"):
+        there = [row for row in rows if row.get(f"lag/tokens_{lag}", 0) > 0]
+        if there:
+            cells = [_of_lag(there, names, lag) for names in LAG_COLUMNS.values()]
+            table.add_row(lag.replace("plus", "+"), *cells)
+    return [table] if table.row_count else []
+
+
+def _of_lag(rows: Sequence[Row], names: tuple[str, ...], lag: str) -> str:
+    """The mean over tokens of the sum of some metrics; nothing if none of them was logged."""
+    logged = [name for name in names if f"{name}_{lag}" in rows[0]]
+    tokens = [row[f"lag/tokens_{lag}"] for row in rows]
+    values = [sum(row[f"{name}_{lag}"] for name in logged) for row in rows]
+    total = sum(value * count for value, count in zip(values, tokens, strict=True))
+    return f"{total / sum(tokens):.3f}" if logged else ""
 
 
 def phase_shares(rows: Sequence[Row]) -> dict[str, float]:

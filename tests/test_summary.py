@@ -125,6 +125,26 @@ def test_a_lag_between_is_shown_though_it_is_empty():
     ] == ("1 version old")
 
 
+def test_the_page_ends_with_what_was_done_to_tokens_of_each_lag():
+    of_lag = {
+        "lag/tokens_0": 300.0,
+        "ess/token_0": 1.0,
+        "loss/clip_fraction_high_0": 0.25,
+        "loss/clip_fraction_low_0": 0.25,
+        "loss/rejected_fraction_0": 0.0,
+        "lag/tokens_4plus": 100.0,
+        "ess/token_4plus": 0.5,
+        "bridge/abs_log_mean_4plus": 0.125,
+        "lag/tokens_2": 0.0,
+    }
+    later = of_lag | {"lag/tokens_4plus": 300.0, "ess/token_4plus": 0.9, "lag/tokens_0": 0.0}
+    text = page([of_lag, later])
+    assert line_of(text, "ESS").split() == ["lag", "ESS", "clipped", "rejected", "bridge"]
+    lines = text.splitlines()[-2:]
+    assert lines[0].split() == ["0", "1.000", "0.500", "0.000"]
+    assert lines[1].split() == ["4+", "0.800", "0.125"]  # 100 tokens of 0.5 and 300 of 0.9
+
+
 def test_phases_and_the_rest_add_up_to_all_of_the_time():
     # 2 s a step: 0.5 waiting, 1.0 training, nothing else measured, so 0.5 is the rest
     shares = summary.phase_shares(ROWS)
