@@ -53,6 +53,18 @@ def test_each_step_has_the_scale_of_its_own_minibatch(model_folder: str) -> None
     assert recorder.metrics["train/lr_scale"] == pytest.approx(sum(later) / len(later) / LR)
 
 
+def test_the_scale_of_a_second_minibatch_leaves_the_first_out(model_folder: str) -> None:
+    _, recorder = train(
+        model_folder,
+        drifted(model_folder, 3.0),
+        update=sdp.UpdateConfig(num_minibatches=2),
+        optimizer=optimizer(scale_lr_by_ess=True),
+    )
+    of_both = LR * recorder.metrics["ess/token"] ** 0.5
+    assert len(recorder.rates) == 2
+    assert all(abs(rate / of_both - 1) > 1e-3 for rate in recorder.rates)
+
+
 def test_unless_asked_for_the_learning_rate_is_as_set(model_folder: str) -> None:
     _, recorder = train(model_folder, drifted(model_folder, 3.0), optimizer=optimizer())
     assert recorder.rates == [LR]
