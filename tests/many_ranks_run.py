@@ -102,6 +102,7 @@ def recorded(
     minibatches: int = 1,
     max_tokens: int = 40,
     dtype: str = "float32",
+    loss: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
     """Train on groups made beforehand: rank r of n on every n-th. Alone, as if by ``ranks``."""
@@ -120,6 +121,7 @@ def recorded(
     )
     module = CountingModule(
         place.folder,
+        loss=sdp.LossConfig(**loss or {}),
         optimizer=sdp.OptimizerConfig(lr=1e-3),
         update=update,
         model_kwargs={"dtype": getattr(torch, dtype)},

@@ -101,12 +101,23 @@ RECORDED: dict[str, dict[str, Any]] = {
         "trainable": r"layers\.1\.|norm",
         "gradient_checkpointing": True,
     },
+    "second moment": {
+        "loss": {
+            "surrogate": "unclipped",
+            "trust_region": "behavior",
+            "second_moment_cap": 0.01,
+        }
+    },
 }
 MORE: dict[str, dict[str, Any]] = {
     "padded, float64": {"layout": "padded", "dtype": "float64", "minibatches": 2},
     "partly trained, padded": {"layout": "padded", "trainable": r"layers\.0\.mlp|lm_head"},
     "checkpointed": {"gradient_checkpointing": True, "minibatches": 2, "max_tokens": 200},
     "one micro-batch": {"layout": "shared_prefix", "max_tokens": 10_000},
+    "reference, mean of sequences": {
+        "minibatches": 2,
+        "loss": {"kl_coefficient": 0.5, "aggregation": "sequence", "clip_epsilon": 0.1},
+    },
 }
 
 
