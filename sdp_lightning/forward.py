@@ -17,17 +17,14 @@ from torch import Tensor, nn
 
 from sdp_lightning.batch import Batch, Layout
 from sdp_lightning.errors import ConfigError
-from sdp_lightning.objective.logprobs import token_logprobs
+from sdp_lightning.objective.logprobs import LogitTransform, token_logprobs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # What some model types do to their logits after the head, and the value that leaves them alone.
 _LOGIT_TRANSFORMS = {
-    "final_logit_softcapping": None,
     "logits_soft_cap": None,
-    "logit_scale": 1.0,
-    "logits_scaling": 1.0,
     "lm_head_multiplier": 1.0,
     "output_multiplier": 1.0,
 }
@@ -83,6 +80,7 @@ def sequence_logprobs(
         batch.temperatures[rows, columns],
         bias=head.bias,
         chunk_size=chunk_size,
+        transform=_logit_transform(model),
     )
     empty = logprobs.new_zeros(batch.loss_mask.shape)
     return SequenceLogprobs(
@@ -140,6 +138,14 @@ def check_model(model: PreTrainedModel, layout: Layout) -> None:
             f"model type {kind!r} runs with attention {config._attn_implementation!r}, which takes "
             "no mask of its own. Use attn_implementation='sdpa', or layout='padded'."
         )
+
+
+def _logit_transform(model: PreTrainedModel) -> LogitTransform:
+    """As Gemma 2 (a cap), Cohere (a factor) and Granite (a divisor) have it."""
+    config: Any = model.config.get_text_config(decoder=True)
+    factor: float = getattr(config, "logit_scale", None) or 1.0
+    divisor: float = getattr(config, "logits_scaling", None) or 1.0
+    return LogitTransform(factor / divisor, getattr(config, "final_logit_softcapping", None))
 
 
 def _padded_hidden(model: PreTrainedModel, batch: Batch) -> Tensor:

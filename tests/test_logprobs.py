@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sdp_lightning.objective import token_logprobs
+from sdp_lightning.objective.logprobs import LogitTransform
 
 torch.set_num_threads(1)
 untimed = settings(deadline=None, max_examples=50)
@@ -192,3 +193,61 @@ def test_what_does_not_fit_is_refused(change: dict[str, object], message: str) -
     arguments = {"hidden": hidden, "weight": weight, "targets": targets, "temperature": 1.0}
     with pytest.raises(ValueError, match=message):
         token_logprobs(**(arguments | change))  # type: ignore[arg-type]
+
+
+# Transformed logits -------------------------------------------------------------------------------
+
+
+@untimed
+@given(
+    seed=st.integers(0, 999),
+    chunk_size=st.integers(1, 14),
+    softcap=st.none() | st.floats(0.3, 20),
+    scale=st.floats(0.05, 4),
+    trained=st.booleans(),
+)
+def test_transformed_logits_equal_the_dense_ones_with_gradients(
+    seed: int, chunk_size: int, softcap: float | None, scale: float, trained: bool
+) -> None:
+    hidden, weight, bias, targets, temperature = inputs(seed=seed)
+    results: list[tuple[Tensor, ...]] = []
+    for chunked in (True, False):
+        leaves = [hidden.clone().requires_grad_(), weight.clone(), bias.clone()]
+        for leaf in leaves[1:]:
+            leaf.requires_grad_(trained)
+        h, w, b = leaves
+        if chunked:
+            transform = LogitTransform(scale, softcap)
+            logprobs, entropy = token_logprobs(
+                h, w, targets, temperature, bias=b, chunk_size=chunk_size, transform=transform
+            )
+        else:
+            logits = scale * (h @ w.t() + b)
+            if softcap is not None:
+                logits = softcap * (logits / softcap).tanh()
+            table = (logits / temperature.double()[:, None]).log_softmax(-1)
+            logprobs = table.gather(-1, targets[:, None])[:, 0]
+            entropy = -(table.exp() * table).sum(-1).detach()
+        slopes = torch.linspace(-1, 2, logprobs.numel(), dtype=torch.float64)
+        (logprobs * slopes).sum().backward()
+        grads = [leaf.grad for leaf in leaves if leaf.grad is not None]
+        assert len(grads) == (3 if trained else 1)
+        results.append((logprobs.detach(), entropy, *grads))
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_a_compiled_body_around_the_head_has_the_same_gradients() -> None:
+    hidden, weight, _, targets, temperature = inputs(dtype=torch.float32)
+    body = torch.nn.Linear(6, 6)
+
+    def loss(inner: torch.nn.Module) -> list[Tensor]:
+        body.zero_grad()
+        head = weight.clone().requires_grad_()
+        token_logprobs(inner(hidden).tanh(), head, targets, temperature)[0].sum().backward()
+        grads = [head.grad, *(parameter.grad for parameter in body.parameters())]
+        return [grad.clone() for grad in grads if grad is not None]
+
+    compiled = torch.compile(body, backend="aot_eager")
+    for found, expected in zip(loss(compiled), loss(body), strict=True):
+        torch.testing.assert_close(found, expected)

@@ -8,12 +8,31 @@ float64 inputs), under autocast too: half-precision logits would move log-probs 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 _HALVES = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class LogitTransform:
+    r"""What some models do to the logits of their head, before any temperature.
+
+    .. math:: l \to c \tanh(s l / c), \quad\text{or } s l \text{ without a cap}
+
+    Args:
+        scale: s.
+        softcap: c, positive; None is no cap.
+    """
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+PLAIN = LogitTransform()
 
 
 def token_logprobs(
@@ -24,6 +43,7 @@ def token_logprobs(
     *,
     bias: Tensor | None = None,
     chunk_size: int = 512,
+    transform: LogitTransform = PLAIN,
 ) -> tuple[Tensor, Tensor]:
     r"""Log-probs of ``targets`` under softmax((hidden W^T + bias) / temperature), and its entropy.
 
@@ -37,6 +57,7 @@ def token_logprobs(
         temperature: positive; one number, or [N].
         bias: [V] of the head, if it has one.
         chunk_size: tokens whose logits exist at once.
+        transform: of the logits.
 
     Returns:
         Log-probs [N] in nats, and the entropy [N] in nats, detached. float32, or float64 where an
@@ -59,13 +80,25 @@ def token_logprobs(
     )  # of logits and results
     scale = torch.as_tensor(temperature, dtype=dtype, device=hidden.device).detach()
     scale = scale.expand(targets.shape[0]).reciprocal()
+    if transform.softcap is None:
+        scale = scale * transform.scale
     head_trained = weight.requires_grad or (bias is not None and bias.requires_grad)
     eager = torch.is_grad_enabled() and hidden.requires_grad and not head_trained
-    return _TokenLogprobs.apply(hidden, weight, bias, targets, scale, (chunk_size, eager))  # pyright: ignore[reportReturnType]
+    options = _Options(chunk_size, eager, transform)
+    return _TokenLogprobs.apply(hidden, weight, bias, targets, scale, options)  # pyright: ignore[reportReturnType]
+
+
+class _Options(NamedTuple):
+    chunk_size: int
+    eager: bool
+    transform: LogitTransform
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """See :func:`token_logprobs`. ``scale`` is 1 / temperature, [N]."""
+    """See :func:`token_logprobs`.
+
+    ``scale``, [N], is 1 / temperature, times that of a transform without a cap.
+    """
 
     @staticmethod
     def forward(
@@ -75,15 +108,15 @@ class _TokenLogprobs(torch.autograd.Function):
         bias: Tensor | None,
         targets: Tensor,
         scale: Tensor,
-        options: tuple[int, bool],
+        options: _Options,
     ) -> tuple[Tensor, Tensor]:
-        chunk_size, eager = options
+        chunk_size, eager, transform = options
         logprobs, entropy, normalizer = (torch.empty_like(scale) for _ in range(3))
         slope = hidden.new_empty(hidden.shape if eager else (0,), dtype=scale.dtype)
         with torch.autocast(hidden.device.type, enabled=False):
             head = _head(weight, hidden, scale.dtype)
             for rows in _chunks(targets.shape[0], chunk_size):
-                logits = _logits(hidden[rows], head, bias, scale[rows])
+                logits = _logits(hidden[rows], head, bias, scale[rows], transform)
                 log_z = logits.logsumexp(-1)
                 index = targets[rows, None]
                 logprobs[rows] = logits.gather(-1, index).squeeze(-1) - log_z
@@ -91,7 +124,9 @@ class _TokenLogprobs(torch.autograd.Function):
                 probs = (logits - log_z[:, None]).exp_()
                 entropy[rows] = log_z - torch.linalg.vecdot(probs, logits)
                 if eager:
-                    slope[rows] = _product(_logit_slope(probs, index, scale[rows]), head)
+                    bend = _bend(logits, scale[rows], transform)
+                    d_logits = _logit_slope(probs, index, scale[rows], bend)
+                    slope[rows] = _product(d_logits, head)
         ctx.options = options
         # With a frozen head the slope is all that backward needs; [N, D] as hidden would be.
         empty = hidden.new_empty(0)
@@ -104,7 +139,7 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         grad = grads[0]
-        chunk_size, eager = ctx.options
+        chunk_size, eager, transform = ctx.options
         slope, hidden, weight, bias, targets, scale, normalizer = ctx.saved_tensors
         if eager:
             return (slope * grad[:, None]).to(ctx.hidden_dtype), None, None, None, None, None
@@ -115,9 +150,11 @@ class _TokenLogprobs(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             head = _head(weight, hidden, scale.dtype)
             for rows in _chunks(targets.shape[0], chunk_size):
-                logits = _logits(hidden[rows], head, bias, scale[rows])
+                logits = _logits(hidden[rows], head, bias, scale[rows], transform)
+                bend = _bend(logits, scale[rows], transform)
                 probs = logits.sub_(normalizer[rows, None]).exp_()
-                d_logits = _logit_slope(probs, targets[rows, None], scale[rows] * grad[rows])
+                index, factor = targets[rows, None], scale[rows] * grad[rows]
+                d_logits = _logit_slope(probs, index, factor, bend)
                 if d_hidden is not None:
                     d_hidden[rows] = _product(d_logits, head).to(d_hidden.dtype)
                 if d_weight is not None:
@@ -131,19 +168,32 @@ class _TokenLogprobs(torch.autograd.Function):
         return d_hidden, d_weight, d_bias, None, None, None
 
 
-def _logits(hidden: Tensor, head: Tensor, bias: Tensor | None, scale: Tensor) -> Tensor:
-    """[chunk, V], over temperature."""
+def _logits(
+    hidden: Tensor, head: Tensor, bias: Tensor | None, scale: Tensor, transform: LogitTransform
+) -> Tensor:
+    """[chunk, V], transformed and over temperature."""
     logits = _product(hidden, head.t())
     if bias is not None:
         logits += bias
+    if transform.softcap is not None:
+        logits.mul_(transform.scale / transform.softcap).tanh_().mul_(transform.softcap)
     return logits.mul_(scale[:, None])
 
 
-def _logit_slope(probs: Tensor, index: Tensor, factor: Tensor) -> Tensor:
-    """(one-hot - probs) * factor, [chunk, V]; overwrites ``probs``."""
+def _bend(logits: Tensor, scale: Tensor, transform: LogitTransform) -> Tensor | None:
+    """Slope of the cap at each logit, [chunk, V]: s (1 - tanh^2); None without a cap."""
+    if transform.softcap is None:
+        return None
+    tanh = logits / (scale[:, None] * transform.softcap)
+    return tanh.square_().neg_().add_(1).mul_(transform.scale)
+
+
+def _logit_slope(probs: Tensor, index: Tensor, factor: Tensor, bend: Tensor | None) -> Tensor:
+    """(one-hot - probs) * factor * bend, [chunk, V]; overwrites ``probs``."""
     slope = probs.neg_()
     slope.scatter_add_(-1, index, torch.ones_like(index, dtype=slope.dtype))
-    return slope.mul_(factor[:, None])
+    slope.mul_(factor[:, None])
+    return slope if bend is None else slope.mul_(bend)
 
 
 def _head(weight: Tensor, hidden: Tensor, dtype: torch.dtype) -> Tensor:
