@@ -51,13 +51,17 @@ class Passes:
             check_model(policy, "shared_prefix")
         except ConfigError:
             return "padded"
-        hidden: int = policy.config.get_text_config(decoder=True).hidden_size
-        return batch.cheapest_layout(self._update.max_tokens_per_microbatch, hidden)
+        return batch.cheapest_layout(self._update.max_tokens_per_microbatch, self._hidden_size)
 
     def cut(self, batch: Batch, layout: Layout) -> list[Piece]:
         """The micro-batches of ``batch``, each with its rows."""
-        chosen = batch.microbatches(self._update.max_tokens_per_microbatch, layout)
+        limit = self._update.max_tokens_per_microbatch
+        chosen = batch.microbatches(limit, layout, self._hidden_size)
         return [(batch.select(rows), rows) for rows in chosen]
+
+    @property
+    def _hidden_size(self) -> int:
+        return self._forward.policy.config.get_text_config(decoder=True).hidden_size
 
     def logprobs(self, batch: Batch) -> Tensor:
         """[B, T] float32 under the present weights, without gradient; 0 outside the loss mask.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -297,6 +297,42 @@ def test_a_shared_prefix_counts_once() -> None:
 
 def test_pieces_are_level_instead_of_full_with_a_rest() -> None:
     assert [len(piece) for piece in plan_microbatches([10] * 9, 80)] == [5, 4]
+
+
+@untimed
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=8),
+    budget=st.integers(20, 120),
+    pair_share=st.sampled_from([0.0, 0.05, 1.0]),
+)
+def test_no_other_cut_into_as_few_pieces_costs_less_at_its_dearest(
+    lengths: list[int], budget: int, pair_share: float
+) -> None:
+    def cost(piece: Sequence[int]) -> float:
+        width = max(lengths[row] for row in piece)
+        return len(piece) * (width + pair_share * width**2)
+
+    def fits(piece: Sequence[int]) -> bool:
+        return len(piece) == 1 or len(piece) * max(lengths[row] for row in piece) <= budget
+
+    plan = plan_microbatches(lengths, budget, pair_share=pair_share)
+    order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
+    best: dict[int, float] = {}
+    for cuts in itertools.product((False, True), repeat=len(order) - 1):
+        ends = [0, *(i + 1 for i, cut in enumerate(cuts) if cut), len(order)]
+        pieces = [order[a:b] for a, b in itertools.pairwise(ends)]
+        if all(map(fits, pieces)):
+            dearest = max(map(cost, pieces))
+            best[len(pieces)] = min(best.get(len(pieces), dearest), dearest)
+    assert len(plan) == min(best)
+    assert max(map(cost, plan)) <= best[len(plan)] + 0.5
+
+
+def test_pieces_are_level_by_pairs_of_tokens_too() -> None:
+    # By tokens 4 x 40 and 8 x 20 are 160 each; by pairs 3 x 40 cost more than 9 x 20 already.
+    lengths = [40] * 3 + [20] * 9
+    assert [len(piece) for piece in plan_microbatches(lengths, 180)] == [4, 8]
+    assert [len(piece) for piece in plan_microbatches(lengths, 180, pair_share=1.0)] == [3, 9]
 
 
 def test_rows_of_like_length_are_padded_together() -> None:

@@ -117,11 +117,17 @@ class Batch:
         row = self.select([0])
         return dataclasses.replace(row, loss_mask=torch.zeros_like(row.loss_mask))
 
-    def microbatches(self, max_tokens: int, layout: Layout) -> list[list[int]]:
-        """Rows in pieces of at most ``max_tokens`` computed tokens: :func:`plan_microbatches`."""
+    def microbatches(
+        self, max_tokens: int, layout: Layout, hidden_size: int | None = None
+    ) -> list[list[int]]:
+        """Rows in pieces of at most ``max_tokens`` computed tokens: :func:`plan_microbatches`.
+
+        With the model's ``hidden_size`` they are leveled by pairs of tokens, too.
+        """
         lengths: list[int] = self.scored_lengths.tolist()
         if layout == "padded":
-            return plan_microbatches(lengths, max_tokens)
+            share = 0.0 if hidden_size is None else _pair_share(hidden_size)
+            return plan_microbatches(lengths, max_tokens, pair_share=share)
         prefixes: list[int] = self.prefix_lengths.tolist()
         groups: list[int] = self.group_ids.tolist()
         return plan_microbatches(lengths, max_tokens, group_ids=groups, prefix_lengths=prefixes)
@@ -129,20 +135,20 @@ class Batch:
     def cheapest_layout(self, max_tokens: int, hidden_size: int) -> Layout:
         """The layout with fewer multiplications: linear layers cost by token, attention by pair.
 
-        With D hidden units a layer costs about 24 D^2 a token and 4 D a pair; both layouts compute
-        every pair of a row, or of a packed micro-batch.
+        Both layouts compute every pair of a row, or of a packed micro-batch.
         """
+        share = _pair_share(hidden_size)
         lengths: list[int] = self.scored_lengths.tolist()
         prefixes: list[int] = self.prefix_lengths.tolist()
         groups: list[int] = self.group_ids.tolist()
         padded = shared = 0.0
-        for rows in self.microbatches(max_tokens, "padded"):
+        for rows in self.microbatches(max_tokens, "padded", hidden_size):
             width = max(lengths[row] for row in rows)
-            padded += len(rows) * (width + width**2 / (6 * hidden_size))
+            padded += len(rows) * (width + share * width**2)
         for rows in self.microbatches(max_tokens, "shared_prefix"):
             own = sum(lengths[row] - prefixes[row] for row in rows)
             tokens = own + sum({groups[row]: prefixes[row] for row in rows}.values())
-            shared += tokens + tokens**2 / (6 * hidden_size)
+            shared += tokens + share * tokens**2
         return "shared_prefix" if shared < padded else "padded"
 
     def _each(self, function: Callable[[Tensor], Tensor]) -> Batch:
@@ -167,6 +173,11 @@ class SealedBatch:
     def to(self, device: torch.device | str | int, *, non_blocking: bool = False) -> SealedBatch:
         """The same envelope around the batch on another device."""
         return SealedBatch(self.batch.to(device, non_blocking=non_blocking))
+
+
+def _pair_share(hidden_size: int) -> float:
+    """What a pair costs, in tokens: with D units a layer takes some 24 D^2 a token, 4 D a pair."""
+    return 1 / (6 * hidden_size)
 
 
 def _group_index(group_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -19,18 +19,21 @@ def plan_microbatches(
     *,
     group_ids: Sequence[int] | None = None,
     prefix_lengths: Sequence[int] | None = None,
+    pair_share: float = 0.0,
 ) -> list[list[int]]:
     """Cut rows into as few micro-batches as a budget of computed tokens allows, evenly.
 
-    Without groups the cost of a micro-batch is rows times its longest row, and rows of like length
+    Without groups the size of a micro-batch is rows times its longest row, and rows of like length
     go together. With groups it is the sum of lengths with the prefix of a group counted once, and a
-    group stays whole if it fits. A row that is longer than the budget has one of its own.
+    group stays whole if it fits. A row that is longer than the budget has one of its own. Even is
+    what they cost: tokens, and pairs of tokens that attention computes.
 
     Args:
         lengths: tokens of each row.
         max_tokens: the budget.
         group_ids: of each row.
         prefix_lengths: leading tokens of each row that its group shares.
+        pair_share: what a pair costs, in tokens.
 
     Returns:
         Lists of row indices that cover every row once. The same input gives the same lists.
@@ -44,15 +47,22 @@ def plan_microbatches(
         order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
         units = [[row] for row in order]
 
-        def cost(rows: list[int]) -> int:
+        def size(rows: list[int]) -> int:
             return len(rows) * max(lengths[row] for row in rows)
+
+        def cost(rows: list[int]) -> float:
+            width = max(lengths[row] for row in rows)
+            return len(rows) * (width + pair_share * width**2)
 
     else:
 
-        def cost(rows: list[int]) -> int:
+        def size(rows: list[int]) -> int:
             prefixes = {group_ids[row]: prefix_lengths[row] for row in rows}
             own = sum(lengths[row] - prefix_lengths[row] for row in rows)
             return own + sum(prefixes.values())
+
+        def cost(rows: list[int]) -> float:
+            return size(rows)  # all pairs of a pack are computed: what levels one levels the other
 
         members: dict[int, list[int]] = {}
         for row, group in enumerate(group_ids):
@@ -60,9 +70,9 @@ def plan_microbatches(
         units = [
             unit
             for rows in members.values()
-            for unit in _pack_evenly([[row] for row in rows], cost, max_tokens)
+            for unit in _pack_evenly([[row] for row in rows], size, cost, max_tokens)
         ]
-    return _pack_evenly(units, cost, max_tokens)
+    return _pack_evenly(units, size, cost, max_tokens)
 
 
 def split_minibatches(
@@ -101,30 +111,36 @@ def split_minibatches(
 
 
 def _pack_evenly(
-    units: list[list[int]], cost: Callable[[list[int]], int], budget: int
+    units: list[list[int]],
+    size: Callable[[list[int]], int],
+    cost: Callable[[list[int]], float],
+    budget: int,
 ) -> list[list[int]]:
     """Runs of neighboring units within the budget: as few as greedy filling needs, then level.
 
-    Leveling searches for the smallest budget that still needs no more runs.
+    Leveling searches for the least cost of a run with which there are no more runs.
     """
-    packed = _fill(units, cost, budget)
-    low, high = 1, budget
-    while low < high:
-        middle = (low + high) // 2
-        trial = _fill(units, cost, middle)
+    packed = _fill(units, lambda rows: size(rows) <= budget)
+    low, high = 0.0, max(map(cost, packed), default=0.0)
+    while high - low > 0.5:
+        middle = (low + high) / 2
+
+        def fits(rows: list[int], limit: float = middle) -> bool:
+            return size(rows) <= budget and cost(rows) <= limit
+
+        trial = _fill(units, fits)
         if len(trial) <= len(packed):
             packed, high = trial, middle
         else:
-            low = middle + 1
+            low = middle
     return packed
 
 
-def _fill(
-    units: Iterable[list[int]], cost: Callable[[list[int]], int], budget: int
-) -> list[list[int]]:
+def _fill(units: Iterable[list[int]], fits: Callable[[list[int]], bool]) -> list[list[int]]:
+    """Greedy runs of neighbors; one that does not even fit alone is a run of its own."""
     runs: list[list[int]] = []
     for unit in units:
-        if runs and cost(runs[-1] + unit) <= budget:
+        if runs and fits(runs[-1] + unit):
             runs[-1] = runs[-1] + unit
         else:
             runs.append(list(unit))
