@@ -44,8 +44,9 @@ class WeightSyncCallback(Callback):
     ``rollout/{running,pending,rejected,failed}``, ``rollout/dropped_stale`` (they waited),
     ``rollout/dropped_overdue`` (they ran), ``rollout/diverged`` (did not repeat what a checkpoint
     had of them), and what the workflow counts, under its own names in ``rollout/``. Means:
-    ``rollout/trained_length`` and ``rollout/dropped_length``, sampled tokens of a group. Sums over
-    rank 0's ``time/step_s``: ``speed/generated_tokens_per_s`` and ``speed/train_tokens_per_s``.
+    ``rollout/trained_length`` and ``rollout/dropped_length``, sampled tokens of a group;
+    ``rollout/length_ratio``, the first over the mean of both: below 1, long rollouts starve. Sums
+    over rank 0's ``time/step_s``: ``speed/generated_tokens_per_s``, ``speed/train_tokens_per_s``.
 
     Args:
         echo_every: after the first publishes and every so many, ask the engine for the log-probs of
@@ -227,6 +228,8 @@ class WeightSyncCallback(Callback):
                 **{f"rollout/{n}": total for n, total in zip(counts, totals, strict=False)},
                 "rollout/trained_length": trained_tokens / max(1.0, trained),
                 "rollout/dropped_length": dropped_tokens / max(1.0, dropped),
+                "rollout/length_ratio": (trained_tokens / max(1.0, trained))
+                / max(1e-9, (trained_tokens + dropped_tokens) / max(1.0, trained + dropped)),
                 "speed/generated_tokens_per_s": sampled / step_s,
                 "speed/train_tokens_per_s": learned / step_s,
             },

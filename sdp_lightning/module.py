@@ -279,7 +279,7 @@ class SegmentWisePPOModule(L.LightningModule):
         if self.optimizer.scale_lr_by_ess:
             share = effective_share(*self._sums.add_up(self._metrics.weights - before))
             scale = ess_scale(share.item())
-            values["lr_scale"] = torch.tensor(scale)
+            values["lr_scale"] = torch.tensor(scale, dtype=torch.float32)
         schedule = self.lr_schedulers()
         return values | self._step(self.require_policy(), optimizer, schedule, scale=scale)
 

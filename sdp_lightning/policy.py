@@ -165,7 +165,8 @@ class GradientStep:
                 f"the gradient was not finite (norm {norm}) in {self.num_skipped} optimizer steps "
                 "in a row. Lower the learning rate, or look at the rewards and log-probs."
             )
-        rate, skipped = torch.tensor([rates[0] * scale, float(self.num_skipped > 0)])
+        values = rates[0] * scale, float(self.num_skipped > 0)
+        rate, skipped = torch.tensor(values, dtype=torch.float32)  # not the default type
         return {"grad_norm": norm.float(), "lr": rate, "skipped": skipped}
 
 

@@ -131,6 +131,9 @@ def test_dropped_groups_are_reported_with_their_length_and_warned_of_once(
     assert last["rollout/dropped_overdue"] + last["rollout/dropped_stale"] > 5
     assert last["rollout/trained_length"] == 6
     assert last["rollout/dropped_length"] == 12
+    share = last["rollout/dropped_overdue"] + last["rollout/dropped_stale"]
+    share /= share + last["rollout/version"]  # one group is trained on a version
+    assert last["rollout/length_ratio"] == pytest.approx(6 / (6 + 6 * share), rel=1e-3)
     warned = [r for r in caplog.records if "biased against long rollouts" in r.getMessage()]
     assert len(warned) == 1
     trained = [row for step in recorder.steps for row in step.row_ids]

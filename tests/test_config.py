@@ -111,6 +111,7 @@ GSPO = {"ratio_level": "sequence"}
         ),
         (M2PO | {"surrogate": "ppo"}, ("second_moment_cap=0.04", "'ppo'"), "in place of the clip"),
         (M2PO | {"surrogate": "cispo"}, ("second_moment_cap", "'cispo'"), "the same tokens"),
+        (M2PO | {"proximal": "loglinear"}, ("second_moment_cap", "loglinear"), "saves the forward"),
         (M2PO | MASKED, ("second_moment_cap", "behavior_mask"), "the same side"),
         (M2PO | TRUNCATED, ("second_moment_cap", "truncate"), "by their weight"),
         (M2PO | GSPO, ("second_moment_cap", "ratio_level"), "its mean would change"),

@@ -14,8 +14,6 @@ WELL: dict[str, float] = {
     **{name: 0.0 for name in all_names()},
     **{f"lag/tokens_{lag}": 1000.0 for lag in LAG_NAMES},
     **{f"ess/token_{lag}": 0.9 for lag in LAG_NAMES},
-    "rollout/trained_length": 40.0,
-    "rollout/dropped_length": 40.0,
 }
 # What is wrong, the kind of the verdict, what it says and what it names as a remedy.
 CASES = [
@@ -26,7 +24,6 @@ CASES = [
     ({"loss/rejected_fraction": 0.5}, "many_rejected", "50% of the tokens", "behavior_weight_cap"),
     ({"loss/clip_fraction": 0.6}, "many_clipped", "60% of the ratios", "lower lr"),
     ({"drift/clamped_share": 0.01}, "clamped", "1.00% of the tokens", "top_p"),
-    ({"rollout/dropped_length": 90.0}, "length_bias", "had 90", "on_overdue='wait'"),
 ]
 
 
@@ -49,9 +46,8 @@ def test_a_verdict_names_what_was_found_and_the_remedy(
         WELL | {"ess/token_1": 0.3, "mismatch/abs_log_mean": 0.05, "loss/rejected_fraction": 0.2},
         WELL | {"ess/token_1": 0.0, "lag/tokens_1": LEAST_TOKENS - 1.0},
         WELL | {"mismatch/abs_log_mean": 1.0, "lag/tokens_0": LEAST_TOKENS - 1.0},
-        WELL | {"rollout/trained_length": 0.0, "rollout/dropped_length": 9.0},
     ],
-    ids=["well", "nothing", "no tokens", "at the bounds", "few", "few of lag 0", "none trained on"],
+    ids=["well", "nothing", "no tokens", "at the bounds", "few", "few of lag 0"],
 )
 def test_there_is_no_verdict_where_nothing_is_known_to_be_wrong(metrics: dict[str, float]) -> None:
     assert verdicts(metrics, leaves_bridge_out=True) == []

@@ -285,6 +285,10 @@ def _mask_rules(config: LossConfig) -> _Rules:
             "correction='truncate' bounds the same tokens by their weight",
         ),
         (
+            config.proximal == "loglinear",
+            "proximal='loglinear' saves the forward that this bound needs before the first update",
+        ),
+        (
             "sequence" in (config.ratio_level, config.aggregation)
             or config.rejection_level != "token",
             "ratio_level, rejection_level and aggregation must be those of tokens: it takes single "

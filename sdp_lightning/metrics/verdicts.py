@@ -20,7 +20,6 @@ LARGEST_BRIDGE = 0.1  # nats, mean
 LARGEST_MISMATCH = 0.05  # nats, mean; bfloat16 engines are at some 0.01 to 0.03
 LARGEST_REJECTED = 0.2
 LARGEST_CLIPPED = 0.4
-LARGEST_LENGTH_RATIO = 1.5
 FRESHER = "lower max_head_lag or max_concurrent"
 
 
@@ -41,11 +40,10 @@ def verdicts(metrics: Mapping[str, float], *, leaves_bridge_out: bool = False) -
     """What is wrong, worst lag first where one is named; nothing if all is well.
 
     ``low_ess``, ``large_bridge``, ``engine_mismatch``, ``many_rejected``, ``many_clipped``,
-    ``clamped``, ``length_bias``.
+    ``clamped``.
 
     Args:
-        metrics: by name, as :class:`~sdp_lightning.metrics.LagMetrics` and ``WeightSyncCallback``
-            log them.
+        metrics: by name, as :class:`~sdp_lightning.metrics.LagMetrics` computes them.
         leaves_bridge_out: whether the estimator takes exp(x - q) not whole, as with a
             ``bridge_exponent`` below 1: only then is a large bridge wrong.
     """
@@ -56,7 +54,6 @@ def verdicts(metrics: Mapping[str, float], *, leaves_bridge_out: bool = False) -
         _rejected(metrics),
         _clipped(metrics),
         _far_tokens(metrics),
-        _length_bias(metrics),
     )
     return [verdict for verdict in found if verdict is not None]
 
@@ -145,19 +142,6 @@ def _far_tokens(metrics: Mapping[str, float]) -> Verdict | None:
         f"{value:.2%} of the tokens are over 20 nats more or less likely to the trainer than to "
         "the engine. Look for sampling that the trainer does not know of (top_p, masks, another "
         "temperature) and for a policy that has collapsed.",
-    )
-
-
-def _length_bias(metrics: Mapping[str, float]) -> Verdict | None:
-    trained = metrics.get("rollout/trained_length", 0.0)
-    dropped = metrics.get("rollout/dropped_length", 0.0)
-    if trained <= 0 or dropped <= LARGEST_LENGTH_RATIO * trained:
-        return None
-    return Verdict(
-        "length_bias",
-        f"groups that were dropped had {dropped:.0f} sampled tokens, those trained on {trained:.0f}"
-        f" (most {LARGEST_LENGTH_RATIO} times as many): long rollouts starve. Raise max_head_lag, "
-        "lower max_concurrent, or use on_overdue='wait'.",
     )
 
 
