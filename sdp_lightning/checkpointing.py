@@ -83,6 +83,12 @@ def use_atomic_checkpoints(trainer: L.Trainer) -> None:
 
 
 def _why_not(path: Path) -> str:
+    if (path / "meta.pt").is_file():
+        return (
+            f"the checkpoint {str(path)!r} is a folder of shards, which only ModelParallelStrategy "
+            "can go on from, on any number of devices: use it again, or begin anew from what "
+            "`sdp-lightning export` makes of the folder."
+        )
     beside = sorted(path.parent.glob("*.ckpt"), key=lambda found: -found.stat().st_mtime)
     whole = next((found for found in beside if found != path and _is_whole(found)), None)
     kind = "is a folder, but no sharded checkpoint" if path.is_dir() else "is torn or damaged"

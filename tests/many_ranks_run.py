@@ -32,7 +32,7 @@ import lightning as L
 import torch
 import transformers.models.llama.modeling_llama  # noqa: F401  (loaded here, once)
 from fitting import Recorder, executor_of, make_trainer, weigh_letters
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from serving import QUICK
 from stepping import Batches, make_trajectories
@@ -64,10 +64,15 @@ class Place:
 
 
 def make_strategy(name: str, size: int) -> Any:
+    """ "fsdp" writes one file, "fsdp shards" a folder."""
     if size == 1:
         return "auto"
-    if name == "fsdp":
-        return ModelParallelStrategy(data_parallel_size=size, tensor_parallel_size=1)
+    if name.startswith("fsdp"):
+        return ModelParallelStrategy(
+            data_parallel_size=size,
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=name == "fsdp shards",
+        )
     return name
 
 
@@ -238,6 +243,8 @@ class Troublemaker(Callback):
         if self._trouble.what == "kill":
             time.sleep(0.5)
             os.kill(os.getpid(), signal.SIGKILL)
+        if self._trouble.what == "told to stop":
+            os.kill(os.getpid(), signal.SIGTERM)
         if self._trouble.what == "server killed":
             os.kill(self._servers[-1]["pid"], signal.SIGKILL)
         if self._trouble.what == "load fails":
@@ -286,9 +293,14 @@ def rollouts(
     num_val: int = 0,
     margin_s: float = 30.0,
     minibatches: int = 1,
+    save_in: str = "",
+    resume: str = "",
     **rollout: Any,
 ) -> dict[str, Any]:
-    """A fit on a fake engine. ``rows``: what is said in those rows, by index."""
+    """A fit on a fake engine. ``rows``: what is said in those rows, by index.
+
+    Every step is saved in ``save_in``, and the fit goes on from the checkpoint ``resume``.
+    """
     sdp_lightning.datamodule._MARGIN_S = margin_s
     Lifeline.__init__.__kwdefaults__["grace_s"] = 1.0  # type: ignore[index]
     what = Trouble(**trouble or {})
@@ -323,11 +335,14 @@ def rollouts(
         update=sdp.UpdateConfig(num_minibatches=minibatches, max_tokens_per_microbatch=30),
     )
     seen, metrics = Steps(), Metrics()
+    saver = ModelCheckpoint(save_in, "{step}", every_n_train_steps=1, save_top_k=-1)
     trainer = make_trainer(
         sdp.WeightSyncCallback(),
         Troublemaker(place, what, servers),
         seen,
         metrics,
+        *([saver] if save_in else []),
+        enable_checkpointing=bool(save_in),
         max_steps=steps * minibatches if steps else -1,
         devices=place.size,
         strategy=make_strategy(strategy, place.size),
@@ -335,7 +350,7 @@ def rollouts(
         check_val_every_n_epoch=None if num_val else 1,
         num_sanity_val_steps=0,
     )
-    trainer.fit(module, data)
+    trainer.fit(module, data, ckpt_path=resume or None, weights_only=True)
     weights = weights_of(module)
     return {
         "weights": weights,
