@@ -1,8 +1,8 @@
 """A training run that may be killed at any moment, and the process that such runs are forked from.
 
-Run as a script, it reads orders from its standard input, one JSON object a line, and forks a child
-for each, which trains in ``folder`` from the last whole checkpoint there. It answers with the
-child's process id, and with its exit status once it has ended. Itself it runs no tensor operation,
+Run as a script, it reads orders from its standard input, one JSON object a line, and forks ``size``
+ranks for each, which train in ``folder`` from the last checkpoint there. It answers with their
+process ids, and with their exit statuses once they have ended. Itself it runs no tensor operation,
 so a fork finds no thread that it would have to go without.
 """
 
@@ -13,6 +13,7 @@ import json
 import os
 import select
 import signal
+import socket
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,7 +34,7 @@ from sdp_lightning.workflows.base import RolloutSession, Row
 
 # Loaded here, so that no child has to, and all run the same.
 LOADED = [sdp.RolloutDataModule, sdp.WeightSyncCallback, transformers.models.llama.modeling_llama]
-STEPS, NUM_ROWS, BATCH_SIZE = 8, 60, 2
+STEPS, NUM_ROWS, BATCH_SIZE = 8, 60, 2  # groups a rank
 
 
 def make_rows() -> list[dict[str, Any]]:
@@ -107,14 +108,16 @@ class Journal(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         executor = executor_of(trainer)
-        (state,) = checkpoint[type(trainer.datamodule).__qualname__]["ranks"]
+        states = checkpoint.get(type(trainer.datamodule).__qualname__, {}).get("ranks", [])
+        if not states:  # rank 0 saves what all have
+            return
         self.write(
             kind="saving",
             version=executor.version,
             step=trainer.global_step,
-            lost=self._lost,
+            lost=sum(state["lost"] for state in states),
             diverged=executor.telemetry.num_diverged,
-            live=live_rows(state),
+            live=[row for state in states for row in live_rows(state, len(states))],
         )
 
     def _count_with_state(self, executor: Any) -> None:
@@ -124,8 +127,8 @@ class Journal(Callback):
         def state_dict() -> dict[str, Any]:
             with executor.registry.changed:
                 stat = executor.stat
-                self._lost = stat.dropped + stat.rejected + stat.failed
-                return take_state()
+                lost = stat.dropped + stat.rejected + stat.failed
+                return take_state() | {"lost": lost}
 
         executor.state_dict = state_dict
 
@@ -144,10 +147,11 @@ def is_right(trajectory: Trajectory) -> bool:
     return isinstance(trajectory.parts[0], Context)
 
 
-def live_rows(state: Mapping[str, Any]) -> list[str]:
-    """Every row that a state of the executor still has before it, with repetitions."""
+def live_rows(state: Mapping[str, Any], num_ranks: int) -> list[str]:
+    """Every row that a state of a rank's executor still has before it, with repetitions."""
     stream = state["prompts"]
-    order = list(range(NUM_ROWS))[stream["position"] :] if stream["epoch"] == 0 else []
+    place = stream["position"] if stream["epoch"] == 0 else NUM_ROWS
+    order = list(range(place, NUM_ROWS, num_ranks))
     waiting = [index for _, index in stream["returned"]] + order
     groups = [*state["pending"], *state["running"]]
     return [f"row{i}" for i in waiting] + [group["row_id"] for group in groups]
@@ -240,8 +244,8 @@ def die_while_writing(at: int, *, is_placed: bool) -> None:
     checkpointing.os.replace = torn  # type: ignore[assignment]
 
 
-def train(order: Mapping[str, Any]) -> None:
-    folder, kill = Path(order["folder"]), order["kill"]
+def train(order: Mapping[str, Any], rank: int) -> None:
+    folder, kill, size = Path(order["folder"]), order["kill"], order["size"]
     torch.set_num_threads(1)
     kind, at = (kill["kind"], kill["at"]) if kill else ("", 0)
     engine = MortalEngine(
@@ -256,7 +260,7 @@ def train(order: Mapping[str, Any]) -> None:
         Turns(),
         engine=engine,
         rollout=sdp.RolloutConfig(
-            batch_size=BATCH_SIZE,
+            batch_size=BATCH_SIZE * size,
             max_head_lag=order["max_head_lag"],
             on_overdue=order["on_overdue"],
             shuffle=False,
@@ -266,7 +270,7 @@ def train(order: Mapping[str, Any]) -> None:
             drain_s=0.2,  # for requests that pass the gate and meet a paused engine
         ),
     )
-    callbacks: list[Callback] = [sdp.WeightSyncCallback(), Journal(folder / "journal")]
+    callbacks: list[Callback] = [sdp.WeightSyncCallback(), Journal(folder / f"journal.{rank}")]
     if kind == "score":
         callbacks.append(DieWhileScoring(at))
     if kind in ("start", "step"):
@@ -274,20 +278,35 @@ def train(order: Mapping[str, Any]) -> None:
     if kind.startswith("write"):
         die_while_writing(at, is_placed=kind == "write placed")
     saver = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)
-    trainer = make_trainer(*callbacks, saver, max_steps=STEPS, enable_checkpointing=True)
+    trainer = make_trainer(
+        *callbacks,
+        saver,
+        max_steps=STEPS,
+        enable_checkpointing=True,
+        devices=size,
+        strategy="ddp" if size > 1 else "auto",
+    )
     saved = last_checkpoint(folder)
     trainer.fit(make_module(order["model"]), data, ckpt_path=saved, weights_only=True)
 
 
-def run_child(order: Mapping[str, Any]) -> None:
+def run_child(order: Mapping[str, Any], rank: int, port: int) -> None:
     """Train, and leave without a word to the parent's own file descriptors."""
     folder = Path(order["folder"])
+    if order["size"] > 1:
+        os.environ |= {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "WORLD_SIZE": str(order["size"]),
+            "LOCAL_RANK": str(rank),
+            "NODE_RANK": "0",
+        }
     log = os.open(folder / "log", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.dup2(log, 1)
     os.dup2(log, 2)
     status = 1
     try:
-        train(order)
+        train(order, rank)
         status = 0
     finally:
         if status:
@@ -306,6 +325,8 @@ def serve() -> None:
     print(json.dumps({"ready": True}), flush=True)
     buffer, is_open = b"", True
     running: dict[int, int] = {}
+    ended: dict[int, dict[int, int]] = {}
+    pids: dict[int, list[int]] = {}
     while is_open or running:
         ready, _, _ = select.select([0] if is_open else [], [], [], 0.02)
         if ready:
@@ -314,16 +335,31 @@ def serve() -> None:
         while b"\n" in buffer:
             line, buffer = buffer.split(b"\n", 1)
             order = json.loads(line)
-            pid = os.fork()
-            if pid == 0:
-                run_child(order)
-            running[pid] = order["seed"]
-            print(json.dumps({"seed": order["seed"], "pid": pid}), flush=True)
+            seed = order["seed"]
+            pids[seed], ended[seed] = fork_ranks(order), {}
+            running |= dict.fromkeys(pids[seed], seed)
+            print(json.dumps({"seed": seed, "pids": pids[seed]}), flush=True)
         for pid in list(running):
-            ended, status = os.waitpid(pid, os.WNOHANG)
-            if ended:
-                code = os.waitstatus_to_exitcode(status)
-                print(json.dumps({"seed": running.pop(pid), "code": code}), flush=True)
+            found, status = os.waitpid(pid, os.WNOHANG)
+            if found:
+                seed = running.pop(pid)
+                ended[seed][pid] = os.waitstatus_to_exitcode(status)
+                if len(ended[seed]) == len(pids[seed]):
+                    codes = [ended[seed][pid] for pid in pids[seed]]
+                    print(json.dumps({"seed": seed, "codes": codes}), flush=True)
+
+
+def fork_ranks(order: Mapping[str, Any]) -> list[int]:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    pids: list[int] = []
+    for rank in range(order["size"]):
+        pid = os.fork()
+        if pid == 0:
+            run_child(order, rank, port)
+        pids.append(pid)
+    return pids
 
 
 if __name__ == "__main__":

@@ -111,7 +111,7 @@ def test_a_checkpoint_of_which_half_is_there_is_an_error_before_anything_is_samp
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     engine = FakeEngine()
     again = make_trainer(sdp.WeightSyncCallback(), max_steps=2)
-    with pytest.raises(RuntimeError, match="central directory"):
+    with pytest.raises(sdp.CheckpointError, match="torn or damaged"):
         again.fit(make_module(model_folder), make_data(engine=engine), ckpt_path=path)
     assert engine.num_requests == 0
 

@@ -19,6 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,20 +56,20 @@ class Forks:
         self._lock = threading.Lock()
         threading.Thread(target=self._listen, daemon=True).start()
 
-    def begin(self, seed: int, **order: Any) -> int:
+    def begin(self, seed: int, **order: Any) -> list[int]:
         """Start a run; its process id."""
         assert self._process.stdin is not None
         with self._lock:
             self._answers[seed] = queue.Queue()
             self._process.stdin.write(json.dumps({"seed": seed, **order}) + "\n")
             self._process.stdin.flush()
-        return self._answers[seed].get(timeout=DEADLINE_S)["pid"]
+        return self._answers[seed].get(timeout=DEADLINE_S)["pids"]
 
     def has_ended(self, seed: int) -> bool:
         return not self._answers[seed].empty()
 
-    def wait(self, seed: int) -> int:
-        return self._answers[seed].get(timeout=DEADLINE_S)["code"]
+    def wait(self, seed: int) -> list[int]:
+        return self._answers[seed].get(timeout=DEADLINE_S)["codes"]
 
     def close(self) -> None:
         os.killpg(self._process.pid, signal.SIGKILL)
@@ -98,21 +99,24 @@ class Survivor:
     order: dict[str, Any]
     kills: list[str]
 
-    def entries(self, kind: str | None = None) -> list[dict[str, Any]]:
-        path = self.folder / "journal"
+    def entries(self, kind: str | None = None, rank: int = 0) -> list[dict[str, Any]]:
+        path = self.folder / f"journal.{rank}"
         lines = path.read_text().splitlines() if path.exists() else []
         return [e for e in map(json.loads, lines) if kind in (None, e["kind"])]
 
 
-def survive(forks: Forks, seed: int, folder: Path, model: str) -> Survivor:
+def survive(forks: Forks, seed: int, folder: Path, model: str, size: int = 1) -> Survivor:
     folder.mkdir()
     dice, kind = random.Random(seed), KINDS[seed % len(KINDS)]
+    if size > 1:
+        kind = "any time"  # the others are of one process
     order = {
         "folder": str(folder),
         "model": model,
         "in_process": bool(dice.randrange(2)),
         "max_head_lag": 3 if kind == "score" else dice.randrange(4),
         "on_overdue": dice.choice(["drop", "wait", "mask"]),
+        "size": size,
     }
     run = Survivor(seed, folder, order, [])
     kinds = [kind] if seed % 3 else [kind, "any time"]
@@ -120,7 +124,7 @@ def survive(forks: Forks, seed: int, folder: Path, model: str) -> Survivor:
         at = dice.randrange(1, STEPS) if kind != "score" else dice.randrange(1, STEPS // 2)
         before = len(run.entries())
         aimed = None if kind == "any time" else {"kind": kind, "at": at}
-        pid = forks.begin(seed, kill=aimed, **order)
+        pids = forks.begin(seed, kill=aimed, **order)
         if kind == "any time":
             enough = before + dice.randrange(2 * STEPS)
             deadline = time.monotonic() + DEADLINE_S
@@ -129,30 +133,37 @@ def survive(forks: Forks, seed: int, folder: Path, model: str) -> Survivor:
                 time.sleep(0.005)
             time.sleep(dice.random() * 0.1)
             if not forks.has_ended(seed):
-                os.kill(pid, signal.SIGKILL)
-        if forks.wait(seed) == -signal.SIGKILL:
+                for pid in dice.choice([pids, pids[:1], pids[-1:]]):  # the others end with it
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+        if -signal.SIGKILL in forks.wait(seed):
             run.kills.append(kind)
     forks.begin(seed, kill=None, **order)
-    assert forks.wait(seed) == 0, f"seed {seed}, {order}: {(folder / 'log').read_text()[-3000:]}"
+    assert set(forks.wait(seed)) == {0}, (
+        f"seed {seed}, {order}: {(folder / 'log').read_text()[-3000:]}"
+    )
     return run
 
 
 def check(run: Survivor) -> None:
     """Every row once, the right tokens, the bound kept, no step but the last one done again."""
-    steps = run.entries("step")
+    ranks = range(run.order["size"])
+    steps = [entry for rank in ranks for entry in run.entries("step", rank)]
     end = run.entries("saving")[-1]
     assert end["version"] == end["step"] == STEPS
     assert not any(entry["diverged"] for entry in run.entries("saving"))
-    lineage = {entry["version"]: entry for entry in steps}
-    assert sorted(lineage) == list(range(STEPS))
+    lineages = [{entry["version"]: entry for entry in run.entries("step", r)} for r in ranks]
+    assert all(sorted(lineage) == list(range(STEPS)) for lineage in lineages)
     for entry in steps:  # also those that did not survive
         assert entry["is_right"] and entry["is_conserved"]
         assert entry["lag"] <= run.order["max_head_lag"]
         for row_id, lengths in entry["length"].items():
             assert lengths == [expected_length(ROWS[row_id])] * 2
-    trained = [row for entry in lineage.values() for row in entry["rows"]]
+    trained = [row for line in lineages for entry in line.values() for row in entry["rows"]]
     ended = Counter(trained + end["live"])
-    assert len(trained) == 2 * STEPS and ended.most_common(1)[0][1] == 1, "trained or there twice"
+    assert len(trained) == 2 * STEPS * len(ranks) and ended.most_common(1)[0][1] == 1, (
+        "trained or there twice"
+    )
     assert not LOST & set(trained)
     # A row that would have failed may be dropped before it does: the counts go together.
     assert len(set(ROWS) - set(ended)) == num_lost(run.entries()), "lost without a trace"
@@ -175,11 +186,20 @@ def num_lost(entries: list[dict[str, Any]]) -> int:
 
 
 def survive_all(
-    seeds: range, forks: Forks, tmp: Path, model: str, capsys: pytest.CaptureFixture[str]
+    seeds: range,
+    forks: Forks,
+    tmp: Path,
+    model: str,
+    capsys: pytest.CaptureFixture[str],
+    size: int = 1,
 ) -> list[Survivor]:
     begin = time.monotonic()
+
+    def one(seed: int) -> Survivor:
+        return survive(forks, seed, tmp / str(seed), model, size)
+
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        runs = list(pool.map(lambda seed: survive(forks, seed, tmp / str(seed), model), seeds))
+        runs = list(pool.map(one, seeds))
     for run in runs:
         try:
             check(run)
@@ -191,7 +211,7 @@ def survive_all(
     again, halves = (sum(entry[key] for entry in starts) for key in ("saved", "halves"))
     with capsys.disabled():
         print(
-            f"\n{len(runs)} seeds, killed {kills.total()} times {dict(kills)}, resumed to the end: "
+            f"\n{len(runs)} seeds of {size} ranks, killed {kills.total()} times {dict(kills)}, resumed to the end: "
             f"each of {NUM_ROWS} rows accounted for once; {again} segments of unfinished rollouts "
             f"came back, {halves} in the middle of a call; {time.monotonic() - begin:.0f} s"
         )
@@ -221,3 +241,10 @@ def test_kills_at_fifty_moments_lose_nothing_and_repeat_nothing(
 ) -> None:
     runs = survive_all(range(100, 155), forks, tmp_path, model_folder, capsys)
     assert {kind for run in runs for kind in run.kills} == set(KINDS)
+
+
+@pytest.mark.fault("process killed", "gather")
+def test_ranks_that_are_killed_lose_nothing_and_repeat_nothing(
+    forks: Forks, tmp_path: Path, model_folder: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    survive_all(range(200, 206), forks, tmp_path, model_folder, capsys, size=2)
