@@ -211,8 +211,8 @@ def survive_all(
     again, halves = (sum(entry[key] for entry in starts) for key in ("saved", "halves"))
     with capsys.disabled():
         print(
-            f"\n{len(runs)} seeds of {size} ranks, killed {kills.total()} times {dict(kills)}, resumed to the end: "
-            f"each of {NUM_ROWS} rows accounted for once; {again} segments of unfinished rollouts "
+            f"\n{len(runs)} seeds of {size} ranks, killed {kills.total()} times {dict(kills)}, "
+            f"resumed to the end: each of {NUM_ROWS} rows accounted for once; {again} segments of unfinished rollouts "
             f"came back, {halves} in the middle of a call; {time.monotonic() - begin:.0f} s"
         )
     assert again >= halves > 0 and kills.total() >= len(runs)
