@@ -213,7 +213,8 @@ def survive_all(
         print(
             f"\n{len(runs)} seeds of {size} ranks, killed {kills.total()} times {dict(kills)}, "
             f"resumed to the end: each of {NUM_ROWS} rows accounted for once; {again} segments "
-            f"of unfinished rollouts came back, {halves} in the middle of a call; {time.monotonic() - begin:.0f} s"
+            f"of unfinished rollouts came back, {halves} in the middle of a call; "
+            f"{time.monotonic() - begin:.0f} s"
         )
     assert again >= halves > 0 and kills.total() >= len(runs)
     return runs
