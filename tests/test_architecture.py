@@ -30,7 +30,7 @@ LAYERS: dict[str, set[str]] = {
     "lifeline": {"errors"},
     "links": set(),
     "ranks": {"errors", "lifeline", "links"},
-    "objective": {"config"},
+    "objective": {"config", "errors", "loading"},
     "batch": {"config", "errors", "types"},
     "engines": CORE | {"weights"},
     "scoring": {"types"},

@@ -62,7 +62,9 @@ class LossConfig:
         bridge_exponent: only for ``"proximal"``: 1 is decoupled PPO, 0 leaves the bridge out.
         bridge_cap: only for ``"proximal"``: the bridge exp(x - q) is at most this; None is off.
         surrogate: ``"ppo"``: the pessimistic minimum; ``"cispo"``: w r, detached and at most
-            1 + clip_epsilon_high, times n, so that every token keeps a gradient; ``"unclipped"``.
+            1 + clip_epsilon_high, times n, so that every token keeps a gradient; ``"unclipped"``;
+            or where to find a function of one's own, ``"path/to/file.py:name"``, with the arguments
+            and results of those in :mod:`~sdp_lightning.objective.surrogates`.
         ratio_level: weight and ratio of each ``"token"``, or of the ``"sequence"``: the geometric
             mean over its tokens, clipped as one.
         correction: what becomes of a token outside cap and floor: weight 0 (``"mask"``; the
@@ -97,7 +99,7 @@ class LossConfig:
     trust_region: TrustRegion = "segment"
     bridge_exponent: float = 1.0
     bridge_cap: float | None = None
-    surrogate: Literal["ppo", "cispo", "unclipped"] = "ppo"
+    surrogate: str = "ppo"
     ratio_level: Literal["token", "sequence"] = "token"
     correction: Literal["mask", "truncate"] = "mask"
     rejection_level: Literal["token", "sequence", "geometric"] = "token"
@@ -113,7 +115,8 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
-            one_of(name, getattr(self, name), choices)
+            if name != "surrogate" or not self.has_own_surrogate:
+                one_of(name, getattr(self, name), choices)
         _check_ranges(self)
         for wrong, reason in (
             *_surrogate_rules(self),
@@ -148,6 +151,11 @@ class LossConfig:
     def bends_bridge(self) -> bool:
         """Whether the bridge exp(x - q) is not taken whole."""
         return self.bridge_exponent != 1 or self.bridge_cap is not None
+
+    @property
+    def has_own_surrogate(self) -> bool:
+        """Whether the surrogate is a function that is named by its place."""
+        return ":" in self.surrogate
 
     @property
     def has_bounds(self) -> bool:
@@ -192,7 +200,7 @@ def _check_ranges(config: LossConfig) -> None:
 def _surrogate_rules(config: LossConfig) -> _Rules:
     """Contradictions of the surrogate, each with whether it is there."""
     yield (
-        config.surrogate != "ppo" and config.dual_clip is not None,
+        config.surrogate in ("cispo", "unclipped") and config.dual_clip is not None,
         f"dual_clip={config.dual_clip} bounds the loss of surrogate='ppo'; "
         f"surrogate={config.surrogate!r} "
         + ("bounds its weight already" if config.surrogate == "cispo" else "has no bound by name")
