@@ -31,23 +31,20 @@ class LossConfig:
     """The policy loss: trust region, correction from the behavior policy, bounds on it.
 
     Log-probs: b behavior, q segment proximal, x proximal, n target; m is the centre, the weight is
-    ``w = exp(m - b)``, the ratio ``r = exp(n - m)``, the drift ``exp(x - b)``. As published:
+    ``w = exp(m - b)``, the ratio ``r = exp(n - m)``, the drift ``exp(x - b)``.
 
-    ========================= =================================================================
-    decoupled PPO             ``trust_region="proximal"``
-    PPO, GRPO                 ``trust_region="behavior"``, GRPO with ``aggregation="sequence"``
-    DAPO's clip-higher        ``clip_epsilon_high=0.28``
-    TIS                       ``trust_region="proximal", correction="truncate",
-                              rejection_on="weight"``
-    IcePop                    ``trust_region="proximal", rejection_on="weight"``, cap and floor
-    MIS                       the same with ``rejection_level="sequence"`` or ``"geometric"``
-    GSPO                      ``ratio_level="sequence", trust_region="behavior",
-                              aggregation="sequence"``, epsilons of some 1e-4
-    CISPO                     ``surrogate="cispo", trust_region="behavior"``
-    M2PO                      ``surrogate="unclipped", trust_region="behavior",
-                              second_moment_cap=0.04``
-    Dr. GRPO                  ``aggregation="constant", aggregation_length=...``
-    ========================= =================================================================
+    | as published | settings |
+    |---|---|
+    | decoupled PPO | `trust_region="proximal"` |
+    | PPO, GRPO | `trust_region="behavior"`, GRPO with `aggregation="sequence"` |
+    | DAPO's clip-higher | `clip_epsilon_high=0.28` |
+    | TIS | `trust_region="proximal", correction="truncate", rejection_on="weight"` |
+    | IcePop | `trust_region="proximal", rejection_on="weight"`, cap and floor |
+    | MIS | the same with `rejection_level="sequence"` or `"geometric"` |
+    | GSPO | around behavior, `ratio_level`, `aggregation`: `"sequence"`; epsilons ~ 1e-4 |
+    | CISPO | `surrogate="cispo", trust_region="behavior"` |
+    | M2PO | `surrogate="unclipped", trust_region="behavior", second_moment_cap=0.04` |
+    | Dr. GRPO | `aggregation="constant", aggregation_length=...` |
 
     The cap of 5 on the drift stays in force in all of them unless ``behavior_weight_cap=None``.
 
