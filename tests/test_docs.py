@@ -72,4 +72,5 @@ def test_the_site_builds_without_a_warning_and_asks_nobody_for_anything(tmp_path
             r'<(?:script|link|img|iframe)\b[^>]*?\b(?:src|href)="(https?:[^"]+)"', text
         )
         assert not loads, f"{page} loads {loads}"
-        assert "\\(" not in text and 'class="arithmatex"' not in text, f"{page} has a raw formula"
+        assert 'class="arithmatex"' not in text and ".. math::" not in text, f"{page}: raw formula"
+        assert not re.search(r":(class|func|mod|meth):<code>", text), f"{page}: raw reference"
