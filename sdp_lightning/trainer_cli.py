@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
+import re
+import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from sdp_lightning.callbacks import WeightSyncCallback
 from sdp_lightning.datamodule import RolloutDataModule
@@ -21,6 +24,27 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "num_sanity_val_steps": 0,
     "enable_model_summary": False,
 }
+
+
+class OneLineParser(LightningArgumentParser):
+    """Says what is wrong in one line, with the nearest setting that there is; the usage is long."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Exit with status 2."""
+        parser: Any = vars(ex).get("subcommand_parser") if ex is not None else None
+        text = " ".join(line.strip() for line in str(message).splitlines())
+        sys.stderr.write(f"sdp-lightning: {text}{_nearest(text, parser or self)}\n")
+        sys.exit(2)
+
+
+def _nearest(text: str, parser: Any) -> str:
+    """The setting that a key which is not known looks like, if there is one."""
+    found = re.search(r"(?:does not accept option '|unrecognized arguments: --)([\w.]+)", text)
+    known = [action.dest for action in parser._actions]
+    if found is None:
+        return ""
+    near = difflib.get_close_matches(found[1], known, n=1, cutoff=0.75)
+    return f". Did you mean {near[0]}?" if near else f". See {parser.prog.split(' [')[0]} --help."
 
 
 class RolloutCLI(LightningCLI):
@@ -49,13 +73,13 @@ class RolloutCLI(LightningCLI):
         return trainer
 
 
-def run(arguments: Sequence[str]) -> RolloutCLI:
+def run(arguments: Sequence[str], kind: type[RolloutCLI] = RolloutCLI) -> RolloutCLI:
     """Parse ``arguments``, command first, and run it.
 
     Raises:
         SystemExit: if they cannot be parsed, or asked for help.
     """
-    return RolloutCLI(
+    return kind(
         SegmentWisePPOModule,
         RolloutDataModule,
         args=list(arguments),
@@ -63,6 +87,7 @@ def run(arguments: Sequence[str]) -> RolloutCLI:
         seed_everything_default=0,
         save_config_kwargs={"overwrite": True},
         parser_kwargs={"allow_abbrev": False},
+        parser_class=OneLineParser,
         auto_configure_optimizers=False,
         load_from_checkpoint_support=False,
     )

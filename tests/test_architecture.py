@@ -22,6 +22,7 @@ TESTS = sorted(ROOT.glob("tests/**/*.py"))
 CORE = {"errors", "types", "config", "loading"}
 LAYERS: dict[str, set[str]] = {
     "errors": set(),
+    "explain": {"errors"},
     "types": {"errors"},
     "config": {"errors"},
     "loading": {"errors"},
@@ -38,7 +39,7 @@ LAYERS: dict[str, set[str]] = {
     "forward": {"batch", "errors", "objective"},
     "metrics": {"batch", "objective"},
     "workflows": CORE | {"engines", "rewards"},
-    "rollout": {"config", "engines", "errors", "ranks", "types", "workflows"},
+    "rollout": {"config", "engines", "errors", "explain", "ranks", "types", "workflows"},
     "testing": CORE | {"engines"},
     "policy": {"errors", "forward", "loading"},
     "rank_sums": {"ranks"},
@@ -65,23 +66,34 @@ LAYERS: dict[str, set[str]] = {
     },
     "progress": set(),
     "summary": {"progress"},
-    "doctor": {"errors", "loading"},
+    "doctor": {"config", "errors", "loading"},
     "export": {"errors", "loading"},
     "trainer_cli": {"callbacks", "datamodule", "module", "summary"},
-    "cli": {"doctor", "errors", "export", "summary", "trainer_cli"},
+    "dry_run": {"datamodule", "errors", "loading", "trainer_cli"},
+    "cli": {"doctor", "dry_run", "errors", "explain", "export", "summary", "trainer_cli"},
 }
 # These rooms see only the protocol, never an engine that exists.
 KNOW_BASE_ONLY = ("workflows", "rollout")
 LIGHTNING = {
     *("module", "loaders", "datamodule", "stopping", "watchdog", "checkpointing", "callbacks"),
-    *("progress", "summary", "trainer_cli"),
+    *("progress", "summary", "trainer_cli", "dry_run"),
 }
-TRANSFORMERS = {"engines", "export", "forward", "loading", "module", "policy", "summary", "testing"}
+TRANSFORMERS = {
+    "dry_run",
+    "engines",
+    "export",
+    "forward",
+    "loading",
+    "module",
+    "policy",
+    "summary",
+    "testing",
+}
 TORCHMETRICS = {"metrics"}
 TORCH = {
     *("objective", "batch", "engines", "weights", "forward", "metrics", "scoring", "testing"),
     *("module", "policy", "ranks", "datamodule", "doctor", "echo", "export"),
-    *("batch_loss", "checkpointing", "optimizer", "passes", "rank_sums"),
+    *("batch_loss", "checkpointing", "dry_run", "optimizer", "passes", "rank_sums"),
     "rollout",  # its checkpoint, tensors only
 }
 
