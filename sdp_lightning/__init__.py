@@ -10,6 +10,8 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
+from sdp_lightning.display import Drawn, hooks
+
 if TYPE_CHECKING:
     from sdp_lightning.batch import Batch
     from sdp_lightning.callbacks import WeightSyncCallback
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
     from sdp_lightning.rollout.staleness import SegmentWisePPOStrategy, StandardPPOStrategy
     from sdp_lightning.summary import RunSummary
     from sdp_lightning.types import Context, SamplingParams, Segment, Trajectory, TrajectoryGroup
+    from sdp_lightning.viewing import view
     from sdp_lightning.watchdog import Watchdog
     from sdp_lightning.workflows import Episode, RLVRWorkflow, RolloutWorkflow
 
@@ -75,6 +78,7 @@ _HOMES = {
     "rollout.staleness": ("SegmentWisePPOStrategy", "StandardPPOStrategy"),
     "summary": ("RunSummary",),
     "types": ("Context", "SamplingParams", "Segment", "Trajectory", "TrajectoryGroup"),
+    "viewing": ("view",),
     "watchdog": ("Watchdog",),
     "workflows": ("Episode", "RLVRWorkflow", "RolloutWorkflow"),
 }
@@ -126,6 +130,7 @@ __all__ = [
     "create_staleness_strategy",
     "create_workflow_executor",
     "segment_wise_ppo_loss",
+    "view",
 ]
 
 
@@ -137,3 +142,10 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+def _draw(data: Any) -> Drawn:
+    return import_module(f"{__name__}.viewing").view(data)
+
+
+hooks.draw = _draw

@@ -22,7 +22,8 @@ TESTS = sorted(ROOT.glob("tests/**/*.py"))
 CORE = {"errors", "types", "config", "loading"}
 LAYERS: dict[str, set[str]] = {
     "errors": set(),
-    "types": {"errors"},
+    "display": set(),
+    "types": {"display", "errors"},
     "config": {"errors"},
     "loading": {"errors"},
     "rewards": {"errors", "loading"},
@@ -31,7 +32,8 @@ LAYERS: dict[str, set[str]] = {
     "links": set(),
     "ranks": {"errors", "lifeline", "links"},
     "objective": {"config"},
-    "batch": {"config", "errors", "types"},
+    "batch": {"config", "display", "errors", "types"},
+    "viewing": {"batch", "config", "display", "errors", "objective", "types"},
     "engines": CORE | {"weights"},
     "scoring": {"types"},
     "echo": {"errors", "types"},
@@ -47,7 +49,7 @@ LAYERS: dict[str, set[str]] = {
     "passes": {"batch", "config", "errors", "forward", "policy"},
     "module": CORE
     | {"batch", "batch_loss", "forward", "metrics", "objective", "passes", "policy"}
-    | {"optimizer", "rank_sums", "ranks", "scoring"},
+    | {"display", "optimizer", "rank_sums", "ranks", "scoring"},
     "loaders": {"batch", "errors", "ranks", "rollout", "types", "workflows"},
     "datamodule": CORE | {"batch", "engines", "loaders", "module", "ranks", "rollout", "workflows"},
     "stopping": {"datamodule", "errors", "loaders"},
