@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         ConfigError,
         EngineError,
         RankError,
+        RecordingError,
         RolloutError,
         RolloutTimeout,
         SDPError,
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
     )
     from sdp_lightning.module import SegmentWisePPOModule
     from sdp_lightning.objective import segment_wise_ppo_loss
+    from sdp_lightning.recorder import Recorder
+    from sdp_lightning.recording import Recording
+    from sdp_lightning.replay import ReplayDataModule
     from sdp_lightning.rewards.pool import RewardPool
     from sdp_lightning.rollout.capacity import (
         FilteredSamplesCapacityModifier,
@@ -62,6 +66,7 @@ _HOMES = {
         "ConfigError",
         "EngineError",
         "RankError",
+        "RecordingError",
         "RolloutError",
         "RolloutTimeout",
         "SDPError",
@@ -69,6 +74,9 @@ _HOMES = {
     ),
     "module": ("SegmentWisePPOModule",),
     "objective": ("segment_wise_ppo_loss",),
+    "recorder": ("Recorder",),
+    "recording": ("Recording",),
+    "replay": ("ReplayDataModule",),
     "rewards.pool": ("RewardPool",),
     "rollout.capacity": ("FilteredSamplesCapacityModifier", "StalenessManager"),
     "rollout.executor": ("WorkflowExecutor",),
@@ -105,6 +113,10 @@ __all__ = [
     "ProximalRecomputer",
     "RLVRWorkflow",
     "RankError",
+    "Recorder",
+    "Recording",
+    "RecordingError",
+    "ReplayDataModule",
     "RewardPool",
     "RolloutConfig",
     "RolloutDataModule",

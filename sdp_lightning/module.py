@@ -199,6 +199,10 @@ class SegmentWisePPOModule(L.LightningModule):
         """As ``validation_step``, under ``test/``."""
         self._log_evaluation("test", batch)
 
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        """The rollouts of the published version, as they are."""
+        return batch
+
     # Scoring (LogprobScorer) ---------------------------------------------------------------------
 
     def score(self, trajectories: Sequence[Trajectory]) -> list[list[FloatArray]]:

@@ -50,8 +50,13 @@ LAYERS: dict[str, set[str]] = {
     "module": CORE
     | {"batch", "batch_loss", "forward", "metrics", "objective", "passes", "policy"}
     | {"display", "optimizer", "rank_sums", "ranks", "scoring"},
-    "loaders": {"batch", "errors", "ranks", "rollout", "types", "workflows"},
-    "datamodule": CORE | {"batch", "engines", "loaders", "module", "ranks", "rollout", "workflows"},
+    "recording": {"config", "errors", "types"},
+    "loaders": {"batch", "config", "errors", "ranks", "rollout", "types", "workflows"},
+    "generation": {"errors", "loaders", "ranks", "rollout", "types", "workflows"},
+    "cores": {"engines"},
+    "datamodule": CORE
+    | {"batch", "cores", "engines", "generation", "loaders", "module", "ranks", "rollout"}
+    | {"workflows"},
     "stopping": {"datamodule", "errors", "loaders"},
     "watchdog": {"datamodule", "errors"},
     "checkpointing": {"errors"},
@@ -65,25 +70,28 @@ LAYERS: dict[str, set[str]] = {
         "rollout",
         "stopping",
     },
+    "recorder": {"datamodule", "errors", "generation", "module", "recording"},
+    "replay": {"batch", "callbacks", "errors", "loaders", "module", "ranks", "recording", "types"},
     "progress": set(),
     "summary": {"progress"},
     "doctor": {"errors", "loading"},
     "export": {"errors", "loading"},
-    "trainer_cli": {"callbacks", "datamodule", "module", "summary"},
+    "trainer_cli": {"callbacks", "datamodule", "errors", "module", "recorder", "recording"}
+    | {"summary", "types"},
     "cli": {"doctor", "errors", "export", "summary", "trainer_cli"},
 }
 # These rooms see only the protocol, never an engine that exists.
 KNOW_BASE_ONLY = ("workflows", "rollout")
 LIGHTNING = {
     *("module", "loaders", "datamodule", "stopping", "watchdog", "checkpointing", "callbacks"),
-    *("progress", "summary", "trainer_cli"),
+    *("generation", "progress", "recorder", "replay", "summary", "trainer_cli"),
 }
 TRANSFORMERS = {"engines", "export", "forward", "loading", "module", "policy", "summary", "testing"}
 TORCHMETRICS = {"metrics"}
 TORCH = {
     *("objective", "batch", "engines", "weights", "forward", "metrics", "scoring", "testing"),
     *("module", "policy", "ranks", "datamodule", "doctor", "echo", "export"),
-    *("batch_loss", "checkpointing", "optimizer", "passes", "rank_sums"),
+    *("batch_loss", "checkpointing", "cores", "optimizer", "passes", "rank_sums"),
     "rollout",  # its checkpoint, tensors only
 }
 
