@@ -1,7 +1,7 @@
 """The command ``sdp-lightning``.
 
-``--version`` and ``doctor`` answer at once, ``export`` loads no Lightning; ``fit``, ``validate``
-and ``test`` are Lightning's, for this package's module and data module.
+``--version`` and ``doctor`` answer at once, ``export`` loads no Lightning; ``fit``, ``validate``,
+``test`` and ``rollout`` are Lightning's, for this package's module and data module.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import sys
 from collections.abc import Sequence
 from importlib import metadata
 
-from sdp_lightning.errors import ConfigError, SDPError
+from sdp_lightning.errors import ConfigError, RecordingError, SDPError
 from sdp_lightning.explain import TRACEBACK, explain
 
-TRAINER_COMMANDS = ("fit", "validate", "test")
+TRAINER_COMMANDS = ("fit", "validate", "test", "rollout")
 HELP = """\
-usage: sdp-lightning fit|validate|test --config FILE [--model.X Y] [--data.X Y] [--trainer.X Y]
+usage: sdp-lightning fit|validate|test|rollout --config FILE [--model.X Y] [--trainer.X Y] ...
        sdp-lightning fit --config FILE --dry-run
        sdp-lightning export CKPT OUT [--model MODEL] [--dtype DTYPE] [--overwrite]
        sdp-lightning doctor [--config FILE] [--gpu-gib N]
@@ -29,6 +29,7 @@ fit        train: sdp-lightning fit --config recipes/arithmetic_cpu/config.yaml
            same architecture and the real tokenizer, rows, workflow and reward
 validate   score the prompts in data.val_prompts, with --ckpt_path FILE those weights
 test       the same as validate, under Lightning's test loop
+rollout    only generate, and record it: --num_batches N, --folder DIR, --ckpt_path FILE
 export     write a checkpoint as a Hugging Face folder, for transformers, vLLM and others
 doctor     what works on this machine, and what to do about what does not; with --config
            also whether the GPUs, servers, model and rows of that config are there, what
@@ -101,12 +102,12 @@ def export(arguments: Sequence[str]) -> int:
 
 
 def run_trainer(arguments: list[str]) -> int:
-    """``fit``, ``validate`` or ``test``; what goes wrong is one line, not a traceback.
+    """A command of the Trainer; what goes wrong is one line, not a traceback.
 
     2: a setting is refused. 1: a run has ended with an error of this package, or of the system.
     """
     from sdp_lightning.summary import quiet_logs
-    from sdp_lightning.trainer_cli import run
+    from sdp_lightning.trainer_cli import recorded, run
 
     quiet_logs()
     try:
@@ -114,11 +115,13 @@ def run_trainer(arguments: list[str]) -> int:
             from sdp_lightning.dry_run import dry_run
 
             print(dry_run([argument for argument in arguments if argument != "--dry-run"]))
-        else:
-            run(arguments)
+            return 0
+        trainer = run(arguments).trainer
+        if arguments[0] == "rollout" and trainer.is_global_zero:
+            print(recorded(trainer))
     except (SDPError, OSError) as error:
         if os.environ.get(TRACEBACK):
             raise
         print(f"sdp-lightning: {explain(error)}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
+        return 2 if isinstance(error, ConfigError | RecordingError) else 1
     return 0

@@ -23,7 +23,8 @@ CORE = {"errors", "types", "config", "loading"}
 LAYERS: dict[str, set[str]] = {
     "errors": set(),
     "explain": {"errors"},
-    "types": {"errors"},
+    "display": set(),
+    "types": {"display", "errors"},
     "config": {"errors"},
     "loading": {"errors"},
     "rewards": {"errors", "loading"},
@@ -32,7 +33,8 @@ LAYERS: dict[str, set[str]] = {
     "links": set(),
     "ranks": {"errors", "lifeline", "links"},
     "objective": {"config", "errors", "loading"},
-    "batch": {"config", "errors", "types"},
+    "batch": {"config", "display", "errors", "types"},
+    "viewing": {"batch", "config", "display", "errors", "objective", "types"},
     "engines": CORE | {"weights"},
     "scoring": {"types"},
     "echo": {"errors", "types"},
@@ -48,9 +50,14 @@ LAYERS: dict[str, set[str]] = {
     "passes": {"batch", "config", "errors", "forward", "policy"},
     "module": CORE
     | {"batch", "batch_loss", "forward", "metrics", "objective", "passes", "policy"}
-    | {"optimizer", "rank_sums", "ranks", "scoring"},
-    "loaders": {"batch", "errors", "ranks", "rollout", "types", "workflows"},
-    "datamodule": CORE | {"batch", "engines", "loaders", "module", "ranks", "rollout", "workflows"},
+    | {"display", "optimizer", "rank_sums", "ranks", "scoring"},
+    "recording": {"config", "errors", "types"},
+    "loaders": {"batch", "config", "errors", "ranks", "rollout", "types", "workflows"},
+    "generation": {"errors", "loaders", "ranks", "rollout", "types", "workflows"},
+    "cores": {"engines"},
+    "datamodule": CORE
+    | {"batch", "cores", "engines", "generation", "loaders", "module", "ranks", "rollout"}
+    | {"workflows"},
     "stopping": {"datamodule", "errors", "loaders"},
     "watchdog": {"datamodule", "errors"},
     "checkpointing": {"errors"},
@@ -64,11 +71,14 @@ LAYERS: dict[str, set[str]] = {
         "rollout",
         "stopping",
     },
+    "recorder": {"datamodule", "errors", "generation", "module", "recording"},
+    "replay": {"batch", "callbacks", "errors", "loaders", "module", "ranks", "recording", "types"},
     "progress": set(),
     "summary": {"progress"},
     "doctor": {"config", "errors", "loading"},
     "export": {"errors", "loading"},
-    "trainer_cli": {"callbacks", "datamodule", "module", "summary"},
+    "trainer_cli": {"callbacks", "datamodule", "errors", "module", "recorder", "recording"}
+    | {"summary", "types"},
     "dry_run": {"datamodule", "errors", "loading", "trainer_cli"},
     "cli": {"doctor", "dry_run", "errors", "explain", "export", "summary", "trainer_cli"},
 }
@@ -76,24 +86,17 @@ LAYERS: dict[str, set[str]] = {
 KNOW_BASE_ONLY = ("workflows", "rollout")
 LIGHTNING = {
     *("module", "loaders", "datamodule", "stopping", "watchdog", "checkpointing", "callbacks"),
-    *("progress", "summary", "trainer_cli", "dry_run"),
+    *("dry_run", "generation", "progress", "recorder", "replay", "summary", "trainer_cli"),
 }
 TRANSFORMERS = {
-    "dry_run",
-    "engines",
-    "export",
-    "forward",
-    "loading",
-    "module",
-    "policy",
-    "summary",
+    *("dry_run", "engines", "export", "forward", "loading", "module", "policy", "summary"),
     "testing",
 }
 TORCHMETRICS = {"metrics"}
 TORCH = {
     *("objective", "batch", "engines", "weights", "forward", "metrics", "scoring", "testing"),
     *("module", "policy", "ranks", "datamodule", "doctor", "echo", "export"),
-    *("batch_loss", "checkpointing", "dry_run", "optimizer", "passes", "rank_sums"),
+    *("batch_loss", "checkpointing", "cores", "dry_run", "optimizer", "passes", "rank_sums"),
     "rollout",  # its checkpoint, tensors only
 }
 
