@@ -6,7 +6,7 @@ It knows batches and log-probs, and nothing of rollouts or engines.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cached_property
@@ -122,6 +122,13 @@ class SegmentWisePPOModule(L.LightningModule):
             self._reference = [reference]
         self.policy = policy
 
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """As of any module, also where no model is yet: where ``ddp_notebook`` brings weights."""
+        self.configure_model()
+        return super().load_state_dict(state_dict, strict, assign)
+
     def _load(self, *, frozen: bool) -> tuple[PreTrainedModel, Passes]:
         """The model, sharded if the strategy shards. Frozen, it is a reference."""
         sharded = isinstance(mesh := self.device_mesh, DeviceMesh)
@@ -136,7 +143,8 @@ class SegmentWisePPOModule(L.LightningModule):
             policy.disable_input_require_grads()  # frozen layers need no graph
         forward = LogprobForward(policy.train())
         if isinstance(mesh, DeviceMesh):
-            shard(forward, mesh, source, self.trainer.strategy.root_device)
+            device, precision = self.trainer.strategy.root_device, self.trainer.precision
+            shard(forward, mesh, source, device, precision=str(precision))
         passes = Passes(
             forward,  # no submodule of this one: its weights are the policy's
             self.update,

@@ -107,6 +107,7 @@ def recorded(
     minibatches: int = 1,
     max_tokens: int = 40,
     dtype: str = "float32",
+    precision: str = "32-true",
     loss: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
@@ -132,9 +133,11 @@ def recorded(
         model_kwargs={"dtype": getattr(torch, dtype)},
         **settings,
     )
-    metrics = Metrics()
+    metrics, seen = Metrics(), Types(make_trajectories(place.folder, [3], seed=place.rank)[0])
     trainer = make_trainer(
         metrics,
+        seen,
+        precision=precision,
         max_steps=steps * minibatches,
         devices=place.size,
         strategy=make_strategy(strategy, place.size),
@@ -147,6 +150,8 @@ def recorded(
         "metrics": metrics.steps,
         "microbatches": counts,
         "num_loads": len(loads),
+        "types": seen.types,
+        "scores": seen.scores,
     }
 
 
@@ -167,6 +172,30 @@ def split_as(ranks: int) -> Any:
         return [sorted(rows) for rows in minibatches]
 
     return split
+
+
+class Types(Callback):
+    """What is computed in and what is kept, and the scores of ``trajectories`` before any step."""
+
+    def __init__(self, trajectories: Sequence[Trajectory]) -> None:
+        self.types: dict[str, str] = {}
+        self.scores: list[list[Any]] = []
+        self._trajectories = trajectories
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, sdp.SegmentWisePPOModule)
+        layer: Any = pl_module.require_policy().get_decoder().layers[0]
+
+        def note(name: str, value: torch.Tensor) -> None:
+            self.types[name] = str(value.dtype)
+
+        handle = layer.mlp.register_forward_pre_hook(
+            lambda mlp, inputs: note("used", mlp.up_proj.weight) or note("hidden", inputs[0])
+        )
+        scores = pl_module.score(self._trajectories)
+        self.scores = [[segment.tolist() for segment in scored] for scored in scores]
+        handle.remove()
+        note("kept", layer.mlp.up_proj.weight)
 
 
 class CountingModule(sdp.SegmentWisePPOModule):

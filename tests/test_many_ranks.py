@@ -21,8 +21,12 @@ from fitting import make_module, make_trainer
 from lightning.pytorch.strategies import FSDPStrategy
 from real_vllm import assert_gone
 from serving import Server, servers
+from stepping import VERSION, make_trajectories
+from transformers import AutoModelForCausalLM
 
 import sdp_lightning as sdp
+from sdp_lightning.batch import collate
+from sdp_lightning.forward import sequence_logprobs
 
 STRATEGIES = ("ddp", "fsdp")
 LIMIT_S = 60.0
@@ -158,6 +162,35 @@ def test_ranks_learn_what_one_process_learns_in_every_setting(
     launcher: Launcher, strategy: str
 ) -> None:
     compare_recorded(launcher, MORE, strategy)
+
+
+def test_mixed_precision_rounds_sharded_weights_on_their_way_and_no_log_prob(
+    launcher: Launcher, model_folder: str
+) -> None:
+    case = {
+        "kind": "recorded",
+        "strategy": "fsdp",
+        "precision": "bf16-mixed",
+        "max_tokens": 10_000,  # other shapes round otherwise
+    }
+    ranks = [rank["it"] for rank in launcher.run(2, {"it": case})]
+    half = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.bfloat16)
+    for number, rank in enumerate(ranks):
+        assert rank["types"] == {
+            "used": "torch.bfloat16",
+            "hidden": "torch.bfloat16",
+            "kept": "torch.float32",
+        }
+        group = sdp.TrajectoryGroup(tuple(make_trajectories(model_folder, [3], seed=number)[0]))
+        batch = collate([group], version=VERSION)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            expected = sequence_logprobs(half, batch).logprobs[batch.loss_mask]
+        scores = torch.tensor([x for scored in rank["scores"] for part in scored for x in part])
+        torch.testing.assert_close(scores, expected, atol=1e-5, rtol=0)
+        assert (scores.bfloat16().float() != scores).float().mean() > 0.9
+        assert {value.dtype for value in rank["weights"].values()} == {torch.float32}
+        assert len(rank["metrics"]) == 5 and rank["metrics"] == ranks[0]["metrics"]
+    assert_same_weights(ranks[1], ranks[0])
 
 
 # Rollouts -----------------------------------------------------------------------------------------
