@@ -331,9 +331,9 @@ class SegmentWisePPOModule(L.LightningModule):
             self._warner.warn(known, leaves_bridge_out=self.loss.bends_bridge)
 
     def _log_evaluation(self, stage: str, batch: Any) -> None:
-        size = batch.num_trajectories
-        for name, value in batch.metrics.items():
-            self.log(f"{stage}/{name}", value, batch_size=size, prog_bar=name != "version")
+        settings: dict[str, Any] = {"batch_size": batch.num_trajectories, "sync_dist": True}
+        for name, value in batch.metrics.items():  # all ranks have the same: else Lightning warns
+            self.log(f"{stage}/{name}", value, prog_bar=name != "version", **settings)
 
     def _precision(self) -> AbstractContextManager[Any]:
         return (

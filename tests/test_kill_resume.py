@@ -211,8 +211,8 @@ def survive_all(
     again, halves = (sum(entry[key] for entry in starts) for key in ("saved", "halves"))
     with capsys.disabled():
         print(
-            f"\n{len(runs)} runs on {size} ranks, killed {kills.total()} times {dict(kills)}, resumed "
-            f"to the end: each of {NUM_ROWS} rows accounted for once; {again} segments of "
+            f"\n{len(runs)} runs on {size} ranks, killed {kills.total()} times {dict(kills)}, "
+            f"resumed to the end: each of {NUM_ROWS} rows accounted for once; {again} segments of "
             f"unfinished rollouts came back, {halves} in the middle of a call; "
             f"{time.monotonic() - begin:.0f} s"
         )

@@ -33,6 +33,7 @@ STEP_S, NUM_STEPS, WARM_UP = 0.1, 60, 5
 METRICS = ("LagMetrics.pool",)
 spent: dict[str, list[float]] = defaultdict(list)
 waited: list[float] = []
+within: list[str] = []  # the calls under way: one inside another is a part of it
 
 
 def timed(owner: Any, name: str) -> None:
@@ -40,15 +41,19 @@ def timed(owner: Any, name: str) -> None:
     function: Callable[..., Any] = getattr(owner, name)
 
     def call(*args: Any, **kwargs: Any) -> Any:
+        if within:
+            return function(*args, **kwargs)
         if distributed.is_initialized():
             start = time.perf_counter()
             distributed.barrier()
             waited.append(time.perf_counter() - start)
+        within.append(name)
         start = time.perf_counter()
         try:
             return function(*args, **kwargs)
         finally:
             spent[f"{owner.__name__}.{name}"].append(time.perf_counter() - start)
+            within.pop()
 
     setattr(owner, name, call)
 
