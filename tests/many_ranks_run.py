@@ -19,6 +19,7 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 import time
 import traceback
 import urllib.request
@@ -47,6 +48,7 @@ from sdp_lightning.engines.base import GenerationRequest, NamedWeights, PublishR
 from sdp_lightning.engines.connect import connect_engine
 from sdp_lightning.errors import EngineError
 from sdp_lightning.lifeline import Lifeline
+from sdp_lightning.summary import RunSummary
 from sdp_lightning.testing import FakeEngine
 from sdp_lightning.types import Trajectory
 from sdp_lightning.workflows.base import RolloutSession, Row
@@ -320,6 +322,7 @@ def rollouts(
     servers: Sequence[Mapping[str, Any]] = (),
     launch: str = "",
     num_val: int = 0,
+    summary: bool = False,
     margin_s: float = 30.0,
     minibatches: int = 1,
     save_in: str = "",
@@ -365,11 +368,14 @@ def rollouts(
     )
     seen, metrics = Steps(), Metrics()
     saver = ModelCheckpoint(save_in, "{step}", every_n_train_steps=1, save_top_k=-1)
+    page = tempfile.mkdtemp(dir=Path(place.folder).parent)
     trainer = make_trainer(
         sdp.WeightSyncCallback(),
         Troublemaker(place, what, servers),
         seen,
         metrics,
+        *([RunSummary()] if summary else []),
+        default_root_dir=page,
         *([saver] if save_in else []),
         enable_checkpointing=bool(save_in),
         max_steps=steps * minibatches if steps else -1,
@@ -390,6 +396,7 @@ def rollouts(
         "versions": seen.versions,
         "exact": seen.exact,
         "servers": seen.servers,
+        "page": os.listdir(page),
         "val_rows": val_workflow.seen,
         "val": seen.evaluations,
         "scored": module.num_scored,

@@ -201,7 +201,7 @@ UNEVEN = {
     for i in range(1, 80, 2)
 }
 ROLLOUTS: dict[str, dict[str, Any]] = {
-    "on policy": {"num_val": 5},
+    "on policy": {"num_val": 5, "summary": True},
     "to the end": {"steps": 0, "num_rows": 15, "num_epochs": 1},
     "rank 1 is late": {"rows": {str(i): {"slow_s": 0.2} for i in range(1, 40, 2)}},
     "uneven": {
@@ -312,6 +312,10 @@ def test_every_evaluation_row_is_rolled_out_once_and_all_ranks_log_the_same(
     rewards = [reward for reward, _ in alone["on policy"]["val"]]
     assert [reward for reward, _ in first["val"]] == pytest.approx(rewards)
     assert [version for _, version in first["val"]] == [1, 2, 3, 4]
+
+
+def test_one_rank_writes_the_summary(both: Results) -> None:
+    assert [rank["on policy"]["page"] for rank in both] == [["reward.png"], []]
 
 
 def test_every_token_has_the_version_that_sampled_it(both: Results) -> None:

@@ -20,7 +20,7 @@ from sdp_lightning.cli import main
 from sdp_lightning.engines.server import ManagedServers
 from sdp_lightning.testing import FakeEngine
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1200)]
 
 TEXT, NUM_TOKENS = "12+3=", 24
 
@@ -57,7 +57,8 @@ def test_vllm_samples_an_exported_model_with_the_log_probs_of_what_was_trained(
     assert checkpoint.is_dir() == (kind == "shards")
     out = tmp_path / "out"
     assert main(["export", str(checkpoint), str(out)]) == 0
-    servers = ManagedServers(make_config(str(out), tmp_path / "logs"))
+    config = make_config(str(out), tmp_path / "logs", startup_timeout_s=900.0)
+    servers = ManagedServers(config)
     try:
         (url,) = servers.start()
         model = ask(url, "/v1/models")["data"][0]["id"]
