@@ -67,15 +67,13 @@ class Place:
 
 def make_strategy(name: str, size: int) -> Any:
     """ "fsdp" writes one file, "fsdp shards" a folder."""
-    if size == 1:
-        return "auto"
     if name.startswith("fsdp"):
         return ModelParallelStrategy(
             data_parallel_size=size,
             tensor_parallel_size=1,
             save_distributed_checkpoint=name == "fsdp shards",
         )
-    return name
+    return "auto" if size == 1 else name
 
 
 def whole(value: torch.Tensor) -> torch.Tensor:
