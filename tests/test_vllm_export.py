@@ -18,7 +18,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import sdp_lightning as sdp
 from sdp_lightning.cli import main
 from sdp_lightning.engines.server import ManagedServers
-from sdp_lightning.testing import FakeEngine
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1200)]
 
@@ -35,9 +34,8 @@ def train(base: str, out: Path, kind: str) -> tuple[Path, dict[str, torch.Tensor
         launcher.close()
         return out / "step=4.ckpt", ranks[0]["it"]["weights"]
     module, saver = make_module(base), ModelCheckpoint(out, "{step}", every_n_train_steps=4)
-    data = make_data(engine=FakeEngine())
     trainer = make_trainer(sdp.WeightSyncCallback(), saver, max_steps=4, enable_checkpointing=True)
-    trainer.fit(module, data)
+    trainer.fit(module, make_data())
     return out / "step=4.ckpt", weights_of(module)
 
 
@@ -70,10 +68,8 @@ def test_vllm_samples_an_exported_model_with_the_log_probs_of_what_was_trained(
     prompt, sampled = choice["prompt_token_ids"], choice["token_ids"]
     assert prompt == AutoTokenizer.from_pretrained(base)(TEXT)["input_ids"]
     assert len(sampled) == NUM_TOKENS
-    tokens, found = (
-        torch.tensor(prompt + sampled),
-        torch.tensor(choice["logprobs"]["token_logprobs"]),
-    )
+    tokens = torch.tensor(prompt + sampled)
+    found = torch.tensor(choice["logprobs"]["token_logprobs"])
 
     def logprobs(policy: Any) -> torch.Tensor:
         with torch.no_grad():
