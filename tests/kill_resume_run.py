@@ -70,7 +70,8 @@ def expected_length(row: Mapping[str, Any]) -> int:
 class Journal(Callback):
     """What happened, in a file that outlives the process. Goes last, but before the checkpoint."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, came_back: Mapping[str, int]) -> None:
+        self._came_back = came_back
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 
     def write(self, **entry: Any) -> None:
@@ -79,10 +80,7 @@ class Journal(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         executor = executor_of(trainer)
-        logs = [log for group in executor.state_dict()["running"] for log in group["logs"]]
-        saved = sum("version" in event for log in logs for event in log)
-        halves = sum(bool(log) and "version" in log[-1] for log in logs)
-        self.write(kind="start", version=executor.version, saved=saved, halves=halves)
+        self.write(kind="start", version=executor.version, **self._came_back)
         self._count_with_state(executor)
 
     def on_train_batch_start(
@@ -164,6 +162,18 @@ def last_checkpoint(folder: Path) -> Path | None:
         return int(path.stem.removeprefix("step="))
 
     return max(folder.glob("step=*.ckpt"), key=step, default=None)
+
+
+def came_back(checkpoint: Path | None, rank: int) -> dict[str, int]:
+    """Segments of unfinished rollouts, and those in the middle of a call, that it has of a rank."""
+    if checkpoint is None:
+        return {"saved": 0, "halves": 0}
+    state = torch.load(checkpoint, weights_only=True)["RolloutDataModule"]["ranks"][rank]
+    logs = [log for group in state["running"] for log in group["logs"]]
+    return {
+        "saved": sum("version" in event for log in logs for event in log),
+        "halves": sum(bool(log) and "version" in log[-1] for log in logs),
+    }
 
 
 # Moments to be killed at --------------------------------------------------------------------------
@@ -282,7 +292,9 @@ def train(order: Mapping[str, Any], rank: int) -> None:
             drain_s=0.2,  # for requests that pass the gate and meet a paused engine
         ),
     )
-    callbacks: list[Callback] = [sdp.WeightSyncCallback(), Journal(folder / f"journal.{rank}")]
+    saved = last_checkpoint(folder)
+    journal = Journal(folder / f"journal.{rank}", came_back(saved, rank))
+    callbacks: list[Callback] = [sdp.WeightSyncCallback(), journal]
     if kind == "score":
         callbacks.append(DieWhileScoring(at))
     if kind in ("start", "step"):
@@ -298,7 +310,6 @@ def train(order: Mapping[str, Any], rank: int) -> None:
         devices=size,
         strategy="ddp" if size > 1 else "auto",
     )
-    saved = last_checkpoint(folder)
     trainer.fit(make_module(order["model"]), data, ckpt_path=saved, weights_only=True)
 
 
