@@ -216,7 +216,9 @@ def survive_all(
             f"unfinished rollouts came back, {halves} in the middle of a call; "
             f"{time.monotonic() - begin:.0f} s"
         )
-    assert again >= halves > 0 and kills.total() >= len(runs)
+    assert kills.total() >= len(runs)
+    if len(runs) > 10:  # of a few, none may have been in the middle of a call
+        assert again >= halves > 0
     return runs
 
 
