@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 
 from sdp_lightning.callbacks import WeightSyncCallback
@@ -61,8 +62,8 @@ def _last_of_all_versions(trainer: Trainer) -> Path | None:
 
     Lightning looks in the folder of the new run only. None leaves it to that.
     """
-    savers: list[Any] = trainer.checkpoint_callbacks
-    if trainer.logger is None or any(getattr(saver, "dirpath", None) for saver in savers):
+    savers = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+    if trainer.logger is None or any(saver.dirpath for saver in savers):
         return None
     folder = Path(trainer.logger.save_dir or trainer.default_root_dir, str(trainer.logger.name))
     found = folder.glob("version_*/checkpoints/last*.ckpt")
