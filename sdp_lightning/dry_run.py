@@ -85,6 +85,7 @@ def _cut(config: Any, folder: Path) -> None:
     steps = update.num_minibatches * update.num_epochs
     config.trainer.max_steps = NUM_BATCHES * steps
     config.model.optimizer.warmup_steps = 0
+    config.ckpt_path = None
     data.engine, data.engine_options = "embedded", {"device": "cpu"}
     data.rollout.batch_size = max(2, update.num_minibatches)
     data.rollout.max_concurrent = None

@@ -81,6 +81,7 @@ class RunSummary(Callback):
             self.rows.append({k: float(value) for k, value in trainer.callback_metrics.items()})
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        folder = Path(trainer.log_dir or trainer.default_root_dir)  # asks all ranks
         if not trainer.is_global_zero or not self.rows:
             return
         from rich.console import Console
@@ -89,7 +90,6 @@ class RunSummary(Callback):
         for part in render(self.rows, window=self.window):
             console.print(part)
         if self.plot is not None and self._rewards():
-            folder = Path(trainer.log_dir or trainer.default_root_dir)
             console.print(write_plot(self._rewards(), folder / self.plot, window=self.window))
 
     def _rewards(self) -> list[float]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from sdp_lightning.callbacks import WeightSyncCallback
@@ -116,6 +117,25 @@ class RolloutCLI(LightningCLI):
         if not any(isinstance(callback, WeightSyncCallback) for callback in callbacks):
             callbacks.insert(0, WeightSyncCallback())
         return trainer
+
+    def before_fit(self) -> None:
+        """Let ``--ckpt_path last`` find what an earlier run has left, as Lightning's hook."""
+        settings = self.config_init["fit"]
+        if settings.get("ckpt_path") == "last" and (found := _last_of_all_versions(self.trainer)):
+            settings["ckpt_path"] = str(found)
+
+
+def _last_of_all_versions(trainer: Trainer) -> Path | None:
+    """The newest ``last*.ckpt`` of all runs, where a logger gives each run a folder of its own.
+
+    Lightning looks in the folder of the new run only. None leaves it to that.
+    """
+    savers = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+    if trainer.logger is None or any(saver.dirpath for saver in savers):
+        return None
+    folder = Path(trainer.logger.save_dir or trainer.default_root_dir, str(trainer.logger.name))
+    found = folder.glob("version_*/checkpoints/last*.ckpt")
+    return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
 
 def recorded(trainer: Trainer) -> str:
