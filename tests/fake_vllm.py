@@ -413,6 +413,7 @@ class FakeVLLM:
         return {
             "version": self.version,
             "paused": self.paused,
+            "no_scale_out": self.no_scale_out,
             "clear_cache": self.clear_cache,
             "dead": self.dead,
             "running": len(self.running),
