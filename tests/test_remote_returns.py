@@ -147,6 +147,21 @@ def test_a_server_that_fails_whenever_it_returns_is_tried_less_often_while_other
         assert replica.num_returns == 0
 
 
+def test_groups_of_a_lost_server_move_back_to_where_least_is_out_when_it_returns():
+    async def homes() -> list[str]:
+        replicas = ReplicaSet(["http://a", "http://b"])
+        first, second = replicas.replicas
+        replicas.bring_in(first)
+        found = [(await replicas.choose("group", 1.0)).url]
+        first.outstanding.add(asyncio.Future())
+        found.append((await replicas.choose("group", 1.0)).url)  # where its prefix is
+        replicas.bring_in(second)
+        found.append((await replicas.choose("group", 1.0)).url)
+        return found
+
+    assert asyncio.run(homes()) == ["http://a", "http://a", "http://b"]
+
+
 class SlowFiles(FileTransport):
     """Its first whole delivery to a server that came back lasts until it is told to go on."""
 
