@@ -348,6 +348,14 @@ def test_no_more_than_max_requests_are_out(one: Server):
         assert sending.join() == ["length"] * 5
 
 
+def test_requests_that_follow_one_another_share_a_connection(one: Server):
+    with connected(one, health_interval_s=1000.0) as engine:
+        publish(engine, 0, reset=True)
+        for _ in range(24):
+            generate(engine, request())
+        assert one.do()["connections"] < 12  # 1 where nothing stands still for seconds
+
+
 def test_groups_of_a_long_run_are_forgotten(one: Server):
     from sdp_lightning.engines import replicas
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 from collections.abc import Callable, Iterator
+from itertools import product
 from typing import Any
 
 import pytest
@@ -79,6 +80,7 @@ def is_back(engine: RemoteInfEngine, server: Server, count: int = 1) -> None:
 # Every phase, every fault -------------------------------------------------------------------------
 
 CONNECT = ["/health", "/v1/models", GENERATE, "/resume"]
+ALSO_ASKED = ["/weight_info", "/get_world_size", "/collective_rpc"]
 PHASES = {
     "pause": "/pause",
     "load": "/collective_rpc",
@@ -88,8 +90,10 @@ PHASES = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("path", CONNECT)
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [*product(CONNECT, KINDS), *product(ALSO_ASKED, ["500", "disconnect", "garbage"])],
+)
 def test_a_fault_while_connecting_names_the_server(one: Server, path: str, kind: str):
     one.fault(path, kind)
     engine = make_engine(one, **limits(kind))
