@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import socketserver
+import threading
 from collections.abc import Callable, Iterator
 from itertools import product
 from typing import Any
@@ -377,8 +379,6 @@ class KillWhen:
     """Kills a server when it is next asked for ``path``."""
 
     def __init__(self, server: Server, path: str) -> None:
-        import threading
-
         count = server.do()["received"].get(path, 0)
 
         def work() -> None:
@@ -479,8 +479,6 @@ def test_work_that_times_out_itself_raises_that():
 
 @pytest.mark.fault("hang", "teardown")
 def test_a_call_that_waits_when_the_client_closes_is_told():
-    import threading
-
     results: list[BaseException] = []
 
     def work(client: HttpClient) -> None:
@@ -500,14 +498,57 @@ def test_a_call_that_waits_when_the_client_closes_is_told():
     assert "closed" in str(results[0])
 
 
+class Closing(socketserver.ThreadingTCPServer):
+    """Answers the first request of some connections, and closes them at the second one, unread."""
+
+    def __init__(self, num_kept: int) -> None:
+        super().__init__(("127.0.0.1", 0), self.Handler)
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        self.num_kept, self.connections = num_kept, 0
+
+    class Handler(socketserver.StreamRequestHandler):
+        server: Closing
+
+        def handle(self) -> None:
+            self.server.connections += 1
+            if self.server.connections <= self.server.num_kept:
+                while self.rfile.readline().strip():
+                    pass
+                self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
+                self.rfile.read(1)
+
+
+@pytest.mark.parametrize("num_kept", [1, 2])
+def test_a_call_on_a_connection_that_the_server_closes_just_then_is_sent_once_more(num_kept: int):
+    def two_calls(client: HttpClient) -> None:
+        def call() -> Any:
+            return client.run(client.request(server.url, Call("POST", "/pause"), timeout_s=20), 30)
+
+        assert call() == {}
+        if num_kept == 2:
+            assert call() == {}
+        else:  # it is closed again
+            with pytest.raises(ServerError, match=f"{server.url}/pause: ") as caught:
+                call()
+            assert caught.value.status is None
+
+    with Closing(num_kept) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            with_client(two_calls)
+        finally:
+            server.shutdown()
+            thread.join()
+    assert server.connections == 2
+
+
 def test_names_are_looked_up_and_no_thread_of_that_is_left(one: Server):
     def work(client: HttpClient) -> Any:
         url = f"http://localhost:{one.port}"
         return client.run(client.request(url, Call("GET", "/is_paused"), timeout_s=20.0), 30.0)
 
     assert with_client(work) == {"is_paused": False}
-    import threading
-
     assert not [t.name for t in threading.enumerate() if t.name.startswith("asyncio_")]
 
 

@@ -46,7 +46,7 @@ BUDGET = 240
 RECOVER_S = 5.0
 LOAD_S = 20.0  # a publish waits so long for a server that froze in it
 OPTIONS = RemoteOptions(
-    recover_s=RECOVER_S, health_interval_s=0.5, health_timeout_s=2.0, control_timeout_s=LOAD_S
+    recover_s=RECOVER_S, health_interval_s=0.5, health_timeout_s=8.0, control_timeout_s=LOAD_S
 )
 
 
@@ -146,6 +146,7 @@ class Run:
 
     def sample_while(self, fault: Callable[[], None]) -> None:
         """While both servers sample, let ``fault`` happen; what they sampled ends all the same."""
+        wait_for(lambda: self.engine.num_serving == 2)
         workflow = LongSamples(sdp.SamplingParams(max_new_tokens=480))
         with ThreadPoolExecutor(1) as pool:
             sampled = pool.submit(self.data.executor.evaluate, make_long_rows(8), workflow)
