@@ -70,7 +70,7 @@ def build(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--python", default=str(BESIDE) if BESIDE.exists() else sys.executable)
-    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=24)
     arguments = parser.parse_args()
     os.chdir(ROOT)
     trainer, model, data = build(arguments.python, arguments.steps)
