@@ -73,6 +73,7 @@ class FakeVLLM:
         self.faults: list[dict[str, Any]] = []
         self.running: list[Running] = []
         self.received: Counter[str] = Counter()
+        self.callers: set[Any] = set()  # addresses: one a connection
         self.loads: list[list[str]] = []
         self.weights: dict[str, float] = {}
         self.seen: list[dict[str, Any]] = []
@@ -340,6 +341,8 @@ class FakeVLLM:
         if path.startswith("/fake"):
             return await handler(request)
         self.received[path] += 1
+        assert request.transport is not None
+        self.callers.add(request.transport.get_extra_info("peername"))
         await self.notify()
         key = self.options.api_key
         guarded = path.startswith(self.guarded)
@@ -413,6 +416,7 @@ class FakeVLLM:
         return {
             "version": self.version,
             "paused": self.paused,
+            "no_scale_out": self.no_scale_out,
             "clear_cache": self.clear_cache,
             "dead": self.dead,
             "running": len(self.running),
@@ -421,6 +425,7 @@ class FakeVLLM:
             "receiving": self.receiving,
             "adapters": self.adapters,
             "received": dict(self.received),
+            "connections": len(self.callers),
             "loads": self.loads,
             "weights": self.weights,
             "seen": self.seen,

@@ -213,14 +213,10 @@ def num_sampled(url: str) -> float:
     return read_metrics(url, "vllm:generation_tokens_total")[0]
 
 
-def num_running(url: str) -> float:
-    return read_metrics(url, "vllm:num_requests_running")[0]
-
-
-def wait_until_sampling(url: str, num_requests: int) -> None:
-    """Until half of ``num_requests`` run, and as many tokens more than now have been sampled."""
+def wait_until_sampling(url: str, num_requests: int, *, num_tokens: int = 1) -> None:
+    """Until half of ``num_requests`` run, and ``num_tokens`` times as many have been sampled."""
     names = "vllm:num_requests_running", "vllm:generation_tokens_total"
-    enough = num_sampled(url) + num_requests
+    enough = num_sampled(url) + num_requests * num_tokens
 
     def is_sampling() -> bool:
         running, sampled = read_metrics(url, *names)

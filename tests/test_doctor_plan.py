@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +27,7 @@ from sdp_lightning.doctor.plan import (
 )
 
 ROOT = Path(__file__).parents[1]
-EIGHT = Machine(tuple(range(8)), tuple(range(8)))
+EIGHT = Machine(tuple(range(8)), tuple(range(8)), has_vllm=True)
 GPU = {"accelerator": "gpu", "devices": 1}
 
 
@@ -149,16 +150,22 @@ def host() -> Iterator[str]:
 
 
 def test_servers_that_should_run_are_asked(host: str) -> None:
-    well, ill = check_servers(f"vllm://{host},127.0.0.1:1")
+    well, ill = check_servers(f"vllm://{host},127.0.0.1:1", Machine())
     assert (well.state, well.text) == ("ok", f"{host} answers 200")
     assert ill.state == "problem" and "127.0.0.1:1 does not answer" in ill.text
 
 
 def test_servers_to_be_started_need_their_interpreter(tmp_path: Path) -> None:
-    [missing] = check_servers(f"vllm://launch?replicas=2&python={tmp_path}/bin/python")
+    [missing] = check_servers(f"vllm://launch?python={tmp_path}/bin/python", EIGHT)
     assert missing.state == "problem" and f"{tmp_path}/bin/python is not there" in missing.text
-    assert check_servers("vllm://launch?python=/bin/sh") == []
-    assert check_servers("vllm://launch") == check_servers("embedded") == []
+    assert check_servers("vllm://launch?python=/bin/sh", Machine()) == []
+    assert check_servers("embedded", Machine()) == []
+
+
+def test_servers_to_be_started_by_the_trainer_s_interpreter_need_vllm_there() -> None:
+    [missing] = check_servers("vllm://launch?replicas=2", Machine())
+    assert missing.state == "problem" and f"{sys.executable} has no vLLM" in missing.text
+    assert check_servers("vllm://launch?replicas=2", EIGHT) == []
 
 
 # Model and rows ------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -79,6 +80,25 @@ def test_when_a_publish_returns_every_interrupted_token_is_in_its_episode() -> N
                 assert executor.version == version
                 if not in_process:
                     engine.wait_for_requests(executor.stat.running)
+
+
+@pytest.mark.parametrize("in_process", [True, False])
+def test_a_publish_reports_how_long_nothing_was_sampled_and_the_trainer_waited(
+    in_process: bool,
+) -> None:
+    class Slow(FakeEngine):
+        def update_weights(self, weights: Any, version: int, *, reset: bool = False) -> Any:
+            time.sleep(0.02)
+            return super().update_weights(weights, version, reset=reset)
+
+        def pause(self) -> None:
+            super().pause()
+            time.sleep(0.01)
+
+    with rolling(Slow(in_process=in_process), max_head_lag=1, batch_size=1) as executor:
+        start = time.monotonic()
+        report = executor.publish([], 1)
+        assert 0.03 <= report.paused_s <= report.exposed_s <= time.monotonic() - start
 
 
 class Straggling(FakeEngine):

@@ -7,12 +7,22 @@ import os
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import pytest
 from rolling import Samples, assert_conserved, rolling, wait_until
-from serving import GENERATE, Server, assert_nothing_left, connected, make_engine, servers, weights
+from serving import (
+    COMPLETIONS,
+    GENERATE,
+    Server,
+    assert_nothing_left,
+    connected,
+    make_engine,
+    servers,
+    weights,
+)
 
 from sdp_lightning.engines.base import GenerationRequest, InferenceEngine
 from sdp_lightning.engines.options import RemoteOptions
@@ -178,19 +188,64 @@ def test_a_request_that_comes_after_the_pause_returns_and_is_sent_again(one: Ser
         assert [s.version for s in generate(engine, request())] == [1]
 
 
-def test_a_request_that_reaches_the_server_after_its_pause_is_taken_back(one: Server):
+def send_too_late(engine: RemoteInfEngine, server: Server) -> Sending:
+    """A request that waits at a server that is paused, as one does that comes after the pause."""
+    urlopen_pause(server)
+    path = COMPLETIONS if server.do()["no_scale_out"] else GENERATE
+    before = server.do()["received"][path]
+    sending = Sending(engine, [request()])
+    server.wait(**{path: before + 1})
+    return sending
+
+
+@pytest.mark.parametrize("no_scale_out", [False, True], ids=["spans", "no spans"])
+def test_a_request_that_reaches_the_server_after_its_pause_is_taken_back(
+    one: Server, no_scale_out: bool
+):
+    one.do(reset={"no_scale_out": no_scale_out})
     with connected(one) as engine:
         publish(engine, 0, reset=True)
-        urlopen_pause(one)  # so that the request waits there, as one that came too late does
-        sending = Sending(engine, [request()])
-        one.do(wait={GENERATE: one.do()["received"].get(GENERATE, 0)})
-        while not engine._running().replicas[0].outstanding:
-            one.do()
+        sending = send_too_late(engine, one)
         engine.pause()
-        assert sending.join() == ["abort"]
+        assert sending.join() == ["abort"] and sending.segments == [[]]
         engine.update_weights(weights(1.0), 1)
         engine.resume()
         assert [s.version for s in generate(engine, request())] == [1]
+
+
+@pytest.mark.parametrize("no_scale_out", [False, True], ids=["spans", "no spans"])
+def test_a_request_of_another_client_that_comes_after_the_pause_is_taken_back_too(
+    one: Server, no_scale_out: bool
+):
+    one.do(reset={"no_scale_out": no_scale_out})
+    with connected(one) as leader, connected_to(leader, one) as follower:
+        leader.pause()
+        leader.update_weights(weights(0.0), 0, reset=True)
+        follower.follow(0, leader.servers)
+        for engine in (leader, follower):
+            engine.resume()
+        sending = send_too_late(follower, one)
+        follower.pause()  # as rollout/publishing.py orders them
+        leader.pause()
+        follower.drain()
+        assert sending.join() == ["abort"] and sending.segments == [[]]
+        leader.update_weights(weights(1.0), 1)
+        follower.follow(1, leader.servers)
+        for engine in (leader, follower):
+            engine.resume()
+        assert [s.version for s in generate(follower, request())] == [1]
+        assert one.do()["loads"] == [["a", "b"]] * 2  # the follower sends no weights
+
+
+@contextmanager
+def connected_to(leader: RemoteInfEngine, *running: Server) -> Iterator[RemoteInfEngine]:
+    """The engine of another rank, on the servers of ``leader``."""
+    engine = make_engine(*running)
+    try:
+        engine.start(servers=leader.servers)
+        yield engine
+    finally:
+        engine.close()
 
 
 def urlopen_pause(server: Server) -> None:
@@ -291,6 +346,14 @@ def test_no_more_than_max_requests_are_out(one: Server):
         assert one.do()["received"][GENERATE] == 2 + 2  # and two probes
         one.do(held=False)
         assert sending.join() == ["length"] * 5
+
+
+def test_requests_that_follow_one_another_share_a_connection(one: Server):
+    with connected(one, health_interval_s=1000.0) as engine:
+        publish(engine, 0, reset=True)
+        for _ in range(24):
+            generate(engine, request())
+        assert one.do()["connections"] < 12  # 1 where nothing stands still for seconds
 
 
 def test_groups_of_a_long_run_are_forgotten(one: Server):

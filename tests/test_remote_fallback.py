@@ -195,12 +195,22 @@ def test_an_echo_is_of_the_weights_that_sample_now(two: list[Server], scale_out:
         assert found[two[1].url].tolist() == pytest.approx([-1.52, -1.53])
 
 
-def test_a_server_that_does_not_echo_is_taken_out_and_the_last_one_is_an_error(two: list[Server]):
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("odd", "an echo without prompt_logprobs of every token"),
+        ("500", "answered 500"),
+        ("truncated", "0 servers are left"),
+    ],
+)
+def test_a_server_that_does_not_echo_is_taken_out_and_the_last_one_is_an_error(
+    two: list[Server], kind: str, said: str
+):
     with connected(*two, health_interval_s=1000.0) as engine:
         publish(engine, 0, reset=True)
-        two[1].fault(COMPLETIONS, "odd")
+        two[1].fault(COMPLETIONS, kind)
         assert engine.echo(np.array([7, 20])).keys() == {two[0].url}
         assert engine.num_serving == 1
-        two[0].fault(COMPLETIONS, "odd")
-        with pytest.raises(EngineError, match="an echo without prompt_logprobs of every token"):
+        two[0].fault(COMPLETIONS, kind)
+        with pytest.raises(EngineError, match=f"echoing a text: .*{said}"):
             engine.echo(np.array([7, 20]))

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import Iterator
 
 import pytest
-from serving import Server, connected, servers, weights
+from serving import GENERATE, Server, connected, servers, weights
 from test_remote_engine import generate, publish, request
 
+from sdp_lightning.engines import fleet as fleet_module
+from sdp_lightning.engines.http import ServerError
 from sdp_lightning.engines.replicas import ReplicaSet
 from sdp_lightning.errors import EngineError
 from sdp_lightning.weights.base import Target
@@ -108,6 +111,55 @@ def test_what_is_known_of_a_server_that_is_out_stands_beside_its_error():
     replicas.bring_in(replicas.replicas[1])
     replicas.take_out(replicas.replicas[0], EngineError("no answer."))
     assert replicas.describe_lost() == "http://a: no answer. The end of its log: a."
+
+
+def test_a_server_that_fails_whenever_it_returns_is_tried_less_often_while_others_are_enough(
+    two: list[Server], monkeypatch: pytest.MonkeyPatch
+):
+    """At most every 32 intervals of its health; at once where it is needed."""
+    second = 0.0
+    monkeypatch.setattr(fleet_module, "monotonic", lambda: second)
+    ill = two[1]
+    with connected(*two, health_interval_s=1000.0, recover_s=0.1) as engine:
+        fleet = engine._running()
+        publish(engine, 0, reset=True)
+        ill.fault(GENERATE, "500")
+        replica = fleet.replicas[1]
+        fleet._set.take_out(replica, EngineError("it failed."))
+
+        def seconds_of_tries(first: int, last: int) -> list[int]:
+            nonlocal second
+            found: list[int] = []
+            for now in range(first, last, 1000):
+                second, before = float(now), ill.do()["received"].get("/pause", 0)
+                with contextlib.suppress(ServerError):
+                    engine._client.run(fleet._bring_back(replica, 0), 60.0)
+                if ill.do()["received"].get("/pause", 0) > before:
+                    found.append(now // 1000)
+            return found
+
+        assert seconds_of_tries(0, 130_000) == [0, 2, 6, 14, 30, 62, 94, 126]
+        fleet._set.take_out(fleet.replicas[0], EngineError("it is gone, too."))
+        assert seconds_of_tries(130_000, 133_000) == [130, 131, 132]
+        ill.do(faults=[])
+        assert seconds_of_tries(133_000, 134_000) == [133] and replica.serving
+        assert [segment.version for segment in generate(engine, request())] == [0]
+        assert replica.num_returns == 0
+
+
+def test_groups_of_a_lost_server_move_back_to_where_least_is_out_when_it_returns():
+    async def homes() -> list[str]:
+        replicas = ReplicaSet(["http://a", "http://b"])
+        first, second = replicas.replicas
+        replicas.bring_in(first)
+        found = [(await replicas.choose("group", 1.0)).url]
+        first.outstanding.add(asyncio.Future())
+        found.append((await replicas.choose("group", 1.0)).url)  # where its prefix is
+        replicas.bring_in(second)
+        found.append((await replicas.choose("group", 1.0)).url)
+        return found
+
+    assert asyncio.run(homes()) == ["http://a", "http://a", "http://b"]
 
 
 class SlowFiles(FileTransport):

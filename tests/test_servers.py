@@ -446,6 +446,19 @@ def test_a_killed_parent_takes_guard_server_and_their_children_with_it(
     assert_gone(pids)
 
 
+@pytest.mark.fault("process killed", "teardown")
+def test_a_guard_that_is_killed_itself_takes_its_server_with_it(fake_python: str, tmp_path: Path):
+    servers = make_servers(fake_python, tmp_path / "logs")
+    servers.start()
+    try:
+        server, child = read_pids(tmp_path / "logs")  # vLLM ends its own children
+        os.kill(servers.process_ids[0], signal.SIGKILL)
+        assert_gone([server])
+        os.kill(child, signal.SIGKILL)
+    finally:
+        servers.close()
+
+
 def test_ctrl_c_reaches_the_parent_alone_which_then_ends_the_server(
     fake_python: str, tmp_path: Path
 ):

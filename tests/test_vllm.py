@@ -91,6 +91,10 @@ def test_fit_through_a_server_trains_on_exactly_what_was_sampled(
     assert not recorder.weights[0][embedding].equal(recorder.weights[6][embedding])
     lags = {lag for step in recorder.lags for lag in step}
     assert lags == {0} if max_head_lag == 0 else 0 < max(lags) <= max_head_lag
+    for metrics in recorder.metrics:
+        assert 0 < metrics["time/paused_s"] <= metrics["time/publish_s"]
+        assert metrics["publish/bytes"] == sum(w.nbytes for w in make_model().parameters())
+        assert metrics["publish/bytes"] / metrics["publish/bytes_per_s"] < metrics["time/paused_s"]
     drift = [metrics["drift/abs_log_mean"] for metrics in recorder.metrics]
     assert max(drift) < 1e-4 or max_head_lag > 0, drift
     groups = [group for step in recorder.steps for group in step.groups]
@@ -146,6 +150,29 @@ def test_the_echo_check_agrees_at_every_publish_of_a_trained_embedding(
     assert len(echoes) == 3 and all(0 < echo < 1e-4 for echo in echoes)
     embedding = "model.embed_tokens.weight"
     assert not recorder.weights[0][embedding].equal(recorder.weights[3][embedding])
+
+
+@pytest.mark.fault("exception", "publish")
+def test_a_load_that_fails_is_a_named_error_and_the_server_is_exact_after_the_next_start(
+    server_url: str, vllm_folder: str
+) -> None:
+    """It samples nothing in between: vLLM would not survive that."""
+    whole = make_model(seed=5).state_dict()
+    stranger = whole | {"model.layers.1.mlp.up_proj.weight": torch.zeros(7, 5)}
+    for broken, reset in ((stranger, False), (stranger, True)):
+        engine = sdp.connect_engine(engine_url(server_url))
+        with pytest.raises(sdp.EngineError, match=f"0 servers are left.*{server_url}/collective_r"):
+            try:
+                engine.start()
+                engine.pause()
+                if not reset:
+                    engine.update_weights(whole.items(), 0, reset=True)
+                engine.update_weights(broken.items(), 1, reset=reset)
+            finally:
+                engine.close()
+    weights = {v: make_model(seed=10 + v).state_dict() for v in range(4)}
+    trajectories = generate_across(server_url, [weights[v].items() for v in range(4)])
+    assert_exact(Judge(vllm_folder), weights, trajectories)
 
 
 @pytest.mark.parametrize(

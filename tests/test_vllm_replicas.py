@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,36 +25,40 @@ from real_vllm import (
     descendants_of,
     make_config,
     make_long_rows,
-    num_running,
     num_sampled,
     save_model,
     wait_for,
+    wait_until_sampling,
 )
+from rolling import versions
 
 import sdp_lightning as sdp
 from sdp_lightning.engines.backend import Call
 from sdp_lightning.engines.options import RemoteOptions
 from sdp_lightning.engines.remote import RemoteInfEngine
 from sdp_lightning.engines.server import ManagedServers
-from sdp_lightning.engines.vllm import VLLMBackend
+from sdp_lightning.engines.vllm import STREAM_INTERVAL, VLLMBackend
 from sdp_lightning.weights.base import Instruction
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
 BUDGET = 240
 RECOVER_S = 5.0
-OPTIONS = RemoteOptions(recover_s=RECOVER_S, health_interval_s=0.5, health_timeout_s=2.0)
+LOAD_S = 20.0  # a publish waits so long for a server that froze in it
+OPTIONS = RemoteOptions(
+    recover_s=RECOVER_S, health_interval_s=0.5, health_timeout_s=8.0, control_timeout_s=LOAD_S
+)
 
 
-class KillingBackend(VLLMBackend):
-    """Runs ``kill`` in the middle of one publish: after the pause, before the first load."""
+class FaultyBackend(VLLMBackend):
+    """Lets ``fault`` happen in the middle of one publish: after the pause, before a load."""
 
-    kill: Callable[[], None] | None = None
+    fault: Callable[[], None] | None = None
 
     def load(self, instruction: Instruction) -> Call:
-        kill, self.kill = self.kill, None
-        if kill is not None:
-            kill()
+        fault, self.fault = self.fault, None
+        if fault is not None:
+            fault()
         return super().load(instruction)
 
 
@@ -131,23 +136,25 @@ class Run:
             make_long_rows(64), workflow, engine=engine, rollout=rollout
         )
 
-    def fit(self, actions: dict[int, Callable[[], None]]) -> None:
+    def fit(self, actions: dict[int, Callable[[], None]], *, max_steps: int = 7) -> None:
         module = make_module(self.model, trainable=r"layers\.[14]\.")
         callbacks = sdp.WeightSyncCallback(), At(actions), self.recorder
-        make_trainer(*callbacks, max_steps=7).fit(module, self.data)
+        make_trainer(*callbacks, max_steps=max_steps).fit(module, self.data)
 
     def wait_until_one_serves(self) -> None:
         wait_for(lambda: self.engine.num_serving == 1)
 
     def sample_while(self, fault: Callable[[], None]) -> None:
         """While both servers sample, let ``fault`` happen; what they sampled ends all the same."""
+        wait_for(lambda: self.engine.num_serving == 2)
         workflow = LongSamples(sdp.SamplingParams(max_new_tokens=480))
         with ThreadPoolExecutor(1) as pool:
             sampled = pool.submit(self.data.executor.evaluate, make_long_rows(8), workflow)
-            wait_for(lambda: all(num_running(url) >= 2 for url in self.pair.urls))
+            for url in self.pair.urls:
+                wait_until_sampling(url, 4)
             fault()
             groups = sampled.result()
-        assert [len(s) for g in groups for t in g.trajectories for s in t.segments] == [480] * 8
+        assert [sum(map(len, t.segments)) for g in groups for t in g.trajectories] == [480] * 8
         self.evaluated += groups
 
     def sample_on_both(self) -> None:
@@ -161,8 +168,15 @@ class Run:
         assert all(new >= old + 40 for old, new in zip(before, after, strict=True))
 
     @property
-    def evaluated_versions(self) -> list[int]:
-        return [s.version for g in self.evaluated for t in g.trajectories for s in t.segments]
+    def evaluated_versions(self) -> list[set[int]]:
+        return [set(versions(t)) for group in self.evaluated for t in group.trajectories]
+
+    @property
+    def num_continued(self) -> int:
+        """Samples that went on elsewhere with the tokens that a lost server had sent."""
+        groups = [*self.evaluated, *(g for step in self.recorder.steps for g in step.groups)]
+        found = [versions(t) for group in groups for t in group.trajectories]
+        return sum(len(set(ours)) < len(ours) for ours in found)
 
     def assert_each_row_once(self) -> None:
         steps = self.recorder.steps
@@ -175,10 +189,13 @@ class Run:
 
 
 @pytest.mark.fault("hang", "generate")
+@pytest.mark.fault("hang", "publish")
 def test_a_server_that_freezes_is_left_and_serves_the_present_version_when_it_thaws(
     pair: Pair, tmp_path: Path
 ) -> None:
-    run = Run(pair, RemoteInfEngine(pair.urls, VLLMBackend(), options=OPTIONS), tmp_path)
+    """First while it samples, then in a publish: after its pause, before it has the weights."""
+    backend = FaultyBackend()
+    run = Run(pair, RemoteInfEngine(pair.urls, backend, options=OPTIONS), tmp_path)
 
     def freeze() -> None:
         pair.signal_group(0, signal.SIGSTOP)
@@ -192,24 +209,34 @@ def test_a_server_that_freezes_is_left_and_serves_the_present_version_when_it_th
         pair.signal_group(0, signal.SIGCONT)
         run.sample_on_both()
 
+    def arm() -> None:
+        backend.fault = lambda: pair.signal_group(0, signal.SIGSTOP)
+
     try:
-        run.fit({1: lambda: run.sample_while(freeze), 4: thaw})
+        actions = {1: lambda: run.sample_while(freeze), 3: thaw, 4: arm, 6: thaw}
+        run.fit(actions, max_steps=8)
     finally:
         pair.signal_group(0, signal.SIGCONT)
-    assert run.recorder.engine_versions == list(range(8))
+    assert run.recorder.engine_versions == list(range(9))
     assert run.engine.num_serving == 2
-    assert run.evaluated_versions == [1] * 8 + [4] * 24
+    assert run.evaluated_versions == [{1}] * 8 + [{3}] * 24 + [{6}] * 24
+    published_s = [metrics["time/publish_s"] for metrics in run.recorder.metrics]
+    assert max(published_s) == published_s[4] > LOAD_S
+    assert run.num_continued == 0  # nothing was streamed, so all was sampled from its start
     run.assert_each_row_once()
 
 
 @pytest.mark.fault("process killed", "generate")
-def test_a_server_killed_while_it_samples_costs_no_row_and_serves_again_after_a_restart(
+def test_a_server_killed_while_it_streams_costs_no_row_and_serves_again_after_a_restart(
     pair: Pair, tmp_path: Path
 ) -> None:
-    run = Run(pair, RemoteInfEngine(pair.urls, VLLMBackend(), options=OPTIONS), tmp_path)
+    """Of what it sampled only the tokens are lost that it had not sent."""
+    options = replace(OPTIONS, stream=True)
+    run = Run(pair, RemoteInfEngine(pair.urls, VLLMBackend(), options=options), tmp_path)
     processes = pair.processes_of(0)
 
     def kill() -> None:
+        wait_until_sampling(pair.urls[0], 4, num_tokens=4 * STREAM_INTERVAL)
         pair.kill(0)
         run.wait_until_one_serves()
 
@@ -222,7 +249,8 @@ def test_a_server_killed_while_it_samples_costs_no_row_and_serves_again_after_a_
     run.fit({1: lambda: run.sample_while(kill), 4: start_again})
     assert run.recorder.engine_versions == list(range(8))
     assert run.engine.num_serving == 2
-    assert run.evaluated_versions == [1] * 8 + [4] * 24
+    assert run.evaluated_versions == [{1}] * 8 + [{4}] * 24
+    assert run.num_continued > 0
     run.assert_each_row_once()
 
 
@@ -230,13 +258,13 @@ def test_a_server_killed_while_it_samples_costs_no_row_and_serves_again_after_a_
 def test_a_server_killed_during_a_publish_costs_no_row_and_the_last_one_is_a_named_error(
     pair: Pair, tmp_path: Path
 ) -> None:
-    backend = KillingBackend()
+    backend = FaultyBackend()
     run = Run(pair, RemoteInfEngine(pair.servers, backend, options=OPTIONS), tmp_path)
     processes = [*pair.processes_of(0), *pair.processes_of(1)]
     killed_at: list[float] = []
 
     def arm() -> None:
-        backend.kill = lambda: pair.kill(0)
+        backend.fault = lambda: pair.kill(0)
 
     def kill_last() -> None:
         assert run.engine.num_serving == 1

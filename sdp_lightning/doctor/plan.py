@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import sys
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,20 +37,22 @@ _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 @dataclass(frozen=True)
 class Machine:
-    """The GPUs of a machine, as nvidia-smi counts.
+    """The GPUs of a machine, as nvidia-smi counts, and what the trainer's interpreter has.
 
     Attributes:
         gpus: all.
         visible: those that CUDA shows to the trainer, in its order.
         gpu_gib: memory of the smallest; None where there is none or it is not told.
+        has_vllm: whether vLLM is installed there.
     """
 
     gpus: tuple[int, ...] = ()
     visible: tuple[int, ...] = ()
     gpu_gib: float | None = None
+    has_vllm: bool = False
 
     @classmethod
-    def look(cls, ask: Ask | None, visible: str | None) -> Machine:
+    def look(cls, ask: Ask | None, visible: str | None, *, has_vllm: bool = False) -> Machine:
         """As nvidia-smi and ``CUDA_VISIBLE_DEVICES`` say; a GPU that has no number is -1."""
         try:
             gpus = parse_gpus(ask(GPU_QUERY)) if ask is not None else []
@@ -63,6 +66,7 @@ class Machine:
             tuple(gpu.index for gpu in gpus),
             tuple(numbers.get(name, -1) for name in names),
             None if memory is None else memory / 1024,
+            has_vllm,
         )
 
 
@@ -88,7 +92,7 @@ def examine_configs(files: Sequence[str], machine: Machine) -> list[Finding]:
     model = _part(config, "model").get("model")
     return [
         *check_devices(trainer, _engine(config), machine),
-        *check_servers(_engine(config)),
+        *check_servers(_engine(config), machine),
         check_model(model),
         *(check_rows(name, data[name]) for name in ("prompts", "val_prompts") if data.get(name)),
         *check_division(config, world_size(trainer, machine)),
@@ -186,16 +190,21 @@ def launch_query(engine: str) -> dict[str, str]:
     return {k: v[-1] for k, v in parse_qs(query).items()} if _launches(engine) else {}
 
 
-def check_servers(engine: str) -> list[Finding]:
-    """That servers that should run answer, and that those to be started have an interpreter."""
+def check_servers(engine: str, machine: Machine) -> list[Finding]:
+    """That servers that should run answer, and that those to be started have what they run in."""
     _, separator, rest = engine.partition("://")
     if not separator:
         return []
     if _launches(engine):
         python = launch_query(engine).get("python")
-        if python is None or shutil.which(python) is not None:
+        if machine.has_vllm if python is None else shutil.which(python) is not None:
             return []
-        text = f"{python} is not there: make that environment, or change python= in data.engine."
+        text = (
+            f"{sys.executable} has no vLLM: pip install 'vllm>=0.32', or name an interpreter that "
+            "has it with python= in data.engine."
+            if python is None
+            else f"{python} is not there: make that environment, or change python= in data.engine."
+        )
         return [Finding("problem", "servers", text)]
     return [_ask(host) for host in rest.rstrip("/").split(",") if host]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from time import monotonic
 
 from sdp_lightning.engines.backend import Chunk, Completion, assemble
 from sdp_lightning.engines.base import GenerationRequest
@@ -22,6 +23,7 @@ from sdp_lightning.weights.base import WeightTransport
 logger = logging.getLogger(__name__)
 
 _INTERRUPTED = Completion((), "abort")
+_MOST_DOUBLINGS = 5
 
 
 class Fleet:
@@ -223,6 +225,7 @@ class Fleet:
         try:
             completion = await self._complete(replica, request, oldest, chunks)
             check_versions(completion, oldest, self.version if keep else oldest, replica)
+            replica.num_returns = 0
         except ServerError as error:
             if not error.is_refusal and replica.num_losses == num_losses:
                 self._set.take_out(replica, error)
@@ -266,10 +269,17 @@ class Fleet:
     async def _bring_back(self, replica: Replica, version: int) -> None:
         """Bring ``replica`` to ``version``, whatever it held, and let it serve.
 
-        If a publish comes between, it waits for the next one, which takes it in.
+        If a publish comes between, it waits for the next one, which takes it in. One that completes
+        nothing between two returns is tried less and less often while others are enough.
         """
         if self._transport is None or replica.waits_for_publish:
             return  # without a transport, the leading rank does, and says so when it publishes
+        rest_s = self._options.health_interval_s * 2 ** min(replica.num_returns, _MOST_DOUBLINGS)
+        is_needed = self.num_serving < self._options.min_replicas or not replica.num_returns
+        if not is_needed and monotonic() < replica.tried_s + rest_s:
+            return
+        replica.num_returns += 1
+        replica.tried_s = monotonic()
         await self._control.pause(replica, "interrupt")
         replica.is_met = False
         if not self._transport.is_live:  # else what it would be sent now may be changing

@@ -1,6 +1,7 @@
 """Calls to servers from any thread: one event loop of its own, connections kept alive.
 
-Every call has a deadline. Nothing is retried here: what may be sent twice is the caller's to know.
+Every call has a deadline. A call is sent again once if the server closes its connection before it
+answers, and else not: what may be sent twice is the caller's to know.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import AsyncGenerator, Coroutine
 from concurrent.futures import CancelledError, Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import aiohttp
@@ -155,14 +157,22 @@ class HttpClient:
         if self._session is None:
             raise EngineError("the client is closed.")
         where = _where(url, call)
+        send = partial(
+            self._session.request,
+            call.method,
+            url + call.path,
+            json=call.body,
+            timeout=aiohttp.ClientTimeout(total=timeout_s),
+            allow_redirects=False,
+        )
         try:
-            async with self._session.request(
-                call.method,
-                url + call.path,
-                json=call.body,
-                timeout=aiohttp.ClientTimeout(total=timeout_s),
-                allow_redirects=False,
-            ) as answer:
+            try:
+                begun = await send()
+            except aiohttp.ServerDisconnectedError:
+                # It closed a kept connection just then and has seen nothing, as it may where either
+                # side stands still for seconds; or it has died, and refuses the next connection.
+                begun = await send()
+            async with begun as answer:
                 if answer.status != 200:
                     text = (await answer.read()).decode(errors="replace")
                     raise ServerError(

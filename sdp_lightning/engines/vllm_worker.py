@@ -21,8 +21,7 @@ class WorkerExtension:
 
     def sdp_load_folder(self, folder: str) -> None:
         """Load the safetensors files of ``folder`` over the weights that are there."""
-        self.model_runner.reload_weights(weights_path=folder)
-        self._sdp_pack_heads()
+        self._sdp_reload(weights_path=folder)
 
     def sdp_receive(
         self, host: str, port: int, key: str, num_workers: int, timeout_s: float
@@ -35,8 +34,28 @@ class WorkerExtension:
         worker = parallel.data_parallel_index * parallel.world_size + self.rank
         # All of them before the first is loaded: a load that breaks off leaves no model behind.
         weights = list(receive(Receive(host, port, key, num_workers, timeout_s), worker))
-        self.model_runner.reload_weights(weights_iterator=iter(weights))
+        self._sdp_reload(weights_iterator=iter(weights))
+
+    def _sdp_reload(self, **source: Any) -> None:
+        """Load; if that fails, leave a model of old and new weights that can be loaded again."""
+        try:
+            self.model_runner.reload_weights(**source)
+        except Exception:
+            self._sdp_end_reload()
+            raise
         self._sdp_pack_heads()
+
+    def _sdp_end_reload(self) -> None:
+        """End what a failed load began: vLLM leaves layers empty, which no later load can fill."""
+        from vllm.model_executor.model_loader.reload import layerwise  # type: ignore
+
+        model = self.model_runner.get_model()
+        for layer in model.modules():
+            info: Any = layerwise.get_layerwise_info(layer)
+            if info.can_load():  # without what was kept for it, it gets its old weights back
+                info.loaded_weights.clear()
+                info.load_numel = 0
+        layerwise.finalize_layerwise_reload(model, self.vllm_config.model_config)
 
     def _sdp_pack_heads(self) -> None:
         """Pack every embedding and head again.
