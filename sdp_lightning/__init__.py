@@ -43,7 +43,16 @@ if TYPE_CHECKING:
     from sdp_lightning.summary import RunSummary
     from sdp_lightning.types import Context, SamplingParams, Segment, Trajectory, TrajectoryGroup
     from sdp_lightning.watchdog import Watchdog
-    from sdp_lightning.workflows import Episode, RLVRWorkflow, RolloutWorkflow
+    from sdp_lightning.workflows import (
+        Environment,
+        Episode,
+        MultiTurnWorkflow,
+        RLVRWorkflow,
+        RolloutWorkflow,
+        ShapedWorkflow,
+        StepResult,
+        ToolEnvironment,
+    )
 
 _HOMES = {
     "batch": ("Batch",),
@@ -76,7 +85,16 @@ _HOMES = {
     "summary": ("RunSummary",),
     "types": ("Context", "SamplingParams", "Segment", "Trajectory", "TrajectoryGroup"),
     "watchdog": ("Watchdog",),
-    "workflows": ("Episode", "RLVRWorkflow", "RolloutWorkflow"),
+    "workflows": (
+        "Environment",
+        "Episode",
+        "MultiTurnWorkflow",
+        "RLVRWorkflow",
+        "RolloutWorkflow",
+        "ShapedWorkflow",
+        "StepResult",
+        "ToolEnvironment",
+    ),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -93,10 +111,12 @@ __all__ = [
     "Context",
     "EmbeddedEngine",
     "EngineError",
+    "Environment",
     "Episode",
     "FilteredSamplesCapacityModifier",
     "InferenceEngine",
     "LossConfig",
+    "MultiTurnWorkflow",
     "OptimizerConfig",
     "ProximalRecomputer",
     "RLVRWorkflow",
@@ -113,8 +133,11 @@ __all__ = [
     "Segment",
     "SegmentWisePPOModule",
     "SegmentWisePPOStrategy",
+    "ShapedWorkflow",
     "StalenessManager",
     "StandardPPOStrategy",
+    "StepResult",
+    "ToolEnvironment",
     "Trajectory",
     "TrajectoryGroup",
     "UpdateConfig",

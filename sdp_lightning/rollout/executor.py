@@ -197,7 +197,8 @@ class WorkflowExecutor:
         try:
             for index, row in enumerate(rows):
                 prompt = PromptRow(EVALUATION_EPOCH, index, row)
-                live = LiveGroup(index, prompt, version, self._source.new_session(prompt))
+                session = self._source.new_session(prompt, is_evaluation=True)
+                live = LiveGroup(index, prompt, version, session)
                 runner.submit(self._evaluate_row, live, workflow)
             groups: list[TrajectoryGroup | None] = runner.wait(len(rows), limit)
         finally:
@@ -274,7 +275,7 @@ class WorkflowExecutor:
             session.end()
             if session.divergence:
                 pass
-            elif reason := why_rejected(trajectories):
+            elif reason := session.rejection or why_rejected(trajectories):
                 self.registry.reject(live, reason)
             else:
                 self.registry.finish(live, live.make_group(trajectories or ()))
