@@ -78,4 +78,5 @@ class ToolEnvironment(Environment):
 
 
 def _describe(name: str, tool: Callable[..., object]) -> str:
-    return f"- {name}{inspect.signature(tool)}: {inspect.getdoc(tool) or ''}"
+    signature = str(inspect.signature(tool)).replace("'", "")  # of annotations that are strings
+    return f"- {name}{signature}: {inspect.getdoc(tool) or ''}"

@@ -1,0 +1,69 @@
+"""A game that answers back: find a hidden digit in four guesses, told ``higher`` or ``lower``."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import sdp_lightning as sdp
+
+PROMPT = "guess 0-9\n"
+MAX_GUESSES = 4
+
+
+class HigherLower(sdp.Environment):
+    r"""Says of each guess whether the hidden digit is higher or lower; 1.0 for finding it.
+
+    >>> game = HigherLower()
+    >>> game.reset({"secret": 7})
+    'guess 0-9\n'
+    >>> [game.step(guess)[0] for guess in ("5\n", "9\n", "x\n")]
+    ['higher', 'lower', 'a digit']
+    >>> game.step("7\n")
+    StepResult(observation='', reward=1.0, done=True)
+    """
+
+    def reset(self, row: Mapping[str, Any]) -> str:
+        self._secret = int(row["secret"])
+        return PROMPT
+
+    def step(self, completion: str) -> sdp.StepResult:
+        guess = completion.removesuffix("\n")
+        if len(guess) != 1 or not guess.isdigit():
+            return sdp.StepResult("a digit")
+        if int(guess) == self._secret:
+            return sdp.StepResult(reward=1.0, done=True)
+        return sdp.StepResult("higher" if int(guess) < self._secret else "lower")
+
+
+def make_rows(count: int, seed: int) -> list[dict[str, Any]]:
+    """Games with their hidden digits.
+
+    >>> make_rows(1, seed=1)
+    [{'id': 'game-0', 'secret': 2}]
+    """
+    digits = random.Random(seed).choices(range(10), k=count)
+    return [{"id": f"game-{index}", "secret": digit} for index, digit in enumerate(digits)]
+
+
+rows = make_rows(1024, seed=1)
+val_rows = [{"id": f"digit-{digit}", "secret": digit} for digit in range(10)] * 5
+
+
+def play(guesser: random.Random, careless: float) -> list[tuple[str, bool]]:
+    """A game as (text, whether the player wrote it): a careless guess heeds no answer."""
+    game, secret = HigherLower(), guesser.randrange(10)
+    parts = [(game.reset({"secret": secret}), False)]
+    low, high = 0, 9
+    for _ in range(MAX_GUESSES):
+        heeds = guesser.random() >= careless
+        guess = guesser.randint(low, high) if heeds else guesser.randrange(10)
+        parts.append((f"{guess}\n", True))
+        answer, _, done = game.step(f"{guess}\n")
+        if done:
+            break
+        parts.append((f"{answer}\n", False))
+        low = max(low, guess + 1) if answer == "higher" else low
+        high = min(high, guess - 1) if answer == "lower" else high
+    return parts
