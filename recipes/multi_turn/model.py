@@ -1,7 +1,8 @@
-"""A Llama of 0.4 M parameters that has seen the game played carelessly.
+"""A Llama of 0.4 M parameters that has seen the game played by players who waste their turns.
 
-The warm start is supervised steps on games in which half of the guesses heed no answer. So the
-model knows the rules, and finds the digit about as often as the players that it has seen.
+The warm start is supervised steps on games in which every digit heeds the answers before it, and
+half of the turns are a letter, which the game does not take. So the model has an idea of the rules,
+and wins about as often as the players that it has seen.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ class WarmStart:
     intermediate_size: int = 384
     num_layers: int = 2
     num_heads: int = 4
-    num_steps: int = 200
-    batch_size: int = 64
-    learning_rate: float = 2e-3
-    careless: float = 0.6
+    num_steps: int = 250
+    batch_size: int = 48
+    learning_rate: float = 3e-3
+    junk: float = 0.5
     seed: int = 0
 
 
@@ -66,7 +67,7 @@ def warm_start(settings: WarmStart, folder: Path) -> None:
             for step in range(settings.num_steps):
                 warmed, left = (step + 1) / 10, 1 - step / settings.num_steps
                 optimizer.param_groups[0]["lr"] = settings.learning_rate * min(warmed, 1) * left
-                games = [play(generator, settings.careless) for _ in range(settings.batch_size)]
+                games = [play(generator, settings.junk) for _ in range(settings.batch_size)]
                 loss = _guess_loss(model, tokenizer, games)
                 optimizer.zero_grad()
                 loss.backward()
@@ -87,17 +88,17 @@ def _guess_loss(
     """Cross-entropy of the guesses alone: what the game says is not to be learned."""
     import torch
 
-    encoded = [
-        [(token, mine) for text, mine in game for token in tokenizer(text)["input_ids"]]
-        for game in games
-    ]
+    encoded = [tokenizer("".join(text for text, _ in game))["input_ids"] for game in games]
     inputs = torch.zeros(len(games), max(map(len, encoded)), dtype=torch.long)
     labels = torch.full_like(inputs, -100)
-    for row, game in enumerate(encoded):
-        tokens = torch.tensor([token for token, _ in game])
-        mine = torch.tensor([is_mine for _, is_mine in game])
-        inputs[row, : len(game)] = tokens
-        labels[row, : len(game)] = torch.where(mine, tokens, -100)
+    for row, (game, tokens) in enumerate(zip(games, encoded, strict=True)):
+        inputs[row, : len(tokens)] = torch.tensor(tokens)
+        start = 0
+        for text, is_mine in game:  # one token a character
+            end = start + len(text)
+            if is_mine:
+                labels[row, start:end] = inputs[row, start:end]
+            start = end
     logits = model(input_ids=inputs, use_cache=False).logits[:, :-1]
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
 

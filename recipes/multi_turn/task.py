@@ -1,4 +1,4 @@
-"""A game that answers back: find a hidden digit in four guesses, told ``higher`` or ``lower``."""
+"""A game that answers back: find a hidden digit in four guesses, told ``up`` or ``down``."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import Any
 
 import sdp_lightning as sdp
 
-PROMPT = "guess 0-9\n"
+PROMPT = "0-9?\n"
 MAX_GUESSES = 4
 
 
-class HigherLower(sdp.Environment):
-    r"""Says of each guess whether the hidden digit is higher or lower; 1.0 for finding it.
+class UpOrDown(sdp.Environment):
+    r"""Says of each guess where the hidden digit is from there; 1.0 for finding it.
 
-    >>> game = HigherLower()
+    >>> game = UpOrDown()
     >>> game.reset({"secret": 7})
-    'guess 0-9\n'
+    '0-9?\n'
     >>> [game.step(guess)[0] for guess in ("5\n", "9\n", "x\n")]
-    ['higher', 'lower', 'a digit']
+    ['up', 'down', 'no']
     >>> game.step("7\n")
     StepResult(observation='', reward=1.0, done=True)
     """
@@ -31,10 +31,10 @@ class HigherLower(sdp.Environment):
     def step(self, completion: str) -> sdp.StepResult:
         guess = completion.removesuffix("\n")
         if len(guess) != 1 or not guess.isdigit():
-            return sdp.StepResult("a digit")
+            return sdp.StepResult("no")
         if int(guess) == self._secret:
             return sdp.StepResult(reward=1.0, done=True)
-        return sdp.StepResult("higher" if int(guess) < self._secret else "lower")
+        return sdp.StepResult("up" if int(guess) < self._secret else "down")
 
 
 def make_rows(count: int, seed: int) -> list[dict[str, Any]]:
@@ -51,19 +51,22 @@ rows = make_rows(1024, seed=1)
 val_rows = [{"id": f"digit-{digit}", "secret": digit} for digit in range(10)] * 5
 
 
-def play(guesser: random.Random, careless: float) -> list[tuple[str, bool]]:
-    """A game as (text, whether the player wrote it): a careless guess heeds no answer."""
-    game, secret = HigherLower(), guesser.randrange(10)
+def play(player: random.Random, junk: float) -> list[tuple[str, bool]]:
+    """A game as (text, whether the player wrote it), of a player who heeds every answer.
+
+    But for a share ``junk`` of the turns, in which it writes a letter.
+    """
+    game, secret = UpOrDown(), player.randrange(10)
     parts = [(game.reset({"secret": secret}), False)]
     low, high = 0, 9
     for _ in range(MAX_GUESSES):
-        heeds = guesser.random() >= careless
-        guess = guesser.randint(low, high) if heeds else guesser.randrange(10)
+        writes_junk = player.random() < junk
+        guess = player.choice("abcdef") if writes_junk else str(player.randint(low, high))
         parts.append((f"{guess}\n", True))
         answer, _, done = game.step(f"{guess}\n")
         if done:
             break
         parts.append((f"{answer}\n", False))
-        low = max(low, guess + 1) if answer == "higher" else low
-        high = min(high, guess - 1) if answer == "lower" else high
+        low = int(guess) + 1 if answer == "up" else low
+        high = int(guess) - 1 if answer == "down" else high
     return parts

@@ -1,9 +1,9 @@
-"""A 0.4 M-parameter model learns to heed `higher` and `lower`, in about a minute."""
+"""A 0.4 M-parameter model learns to find a digit, told `up` or `down`, in about a minute."""
 
 import lightning as L
 from lightning.pytorch.loggers import CSVLogger
 from model import model_path
-from task import MAX_GUESSES, HigherLower, rows, val_rows
+from task import MAX_GUESSES, UpOrDown, rows, val_rows
 
 import sdp_lightning as sdp
 from sdp_lightning.summary import ProgressLine, RunSummary, quiet_logs
@@ -15,7 +15,7 @@ def build() -> tuple[L.Trainer, sdp.SegmentWisePPOModule, sdp.RolloutDataModule]
     L.seed_everything(0)
 
     workflow = sdp.MultiTurnWorkflow(
-        HigherLower,
+        UpOrDown,
         group_size=8,
         sampling=sdp.SamplingParams(max_new_tokens=3),
         max_turns=MAX_GUESSES,

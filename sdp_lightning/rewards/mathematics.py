@@ -19,6 +19,7 @@ from sdp_lightning.errors import RolloutError
 from sdp_lightning.rows.named import require
 
 require("math_verify", "math-verify", __name__)
+from math_verify import parse, verify  # noqa: E402 # here: its deadline is a start's, not a call's
 
 
 def math_reward(completion: str, row: Mapping[str, Any], *, answer_key: str = "answer") -> float:
@@ -45,8 +46,6 @@ def math_reward(completion: str, row: Mapping[str, Any], *, answer_key: str = "a
         )
     if answer_key not in row:
         raise RolloutError(f"row has no {answer_key!r}; its keys are {sorted(row)}.")
-    from math_verify import verify
-
     expected = _expected(str(row[answer_key]))
     return float(verify(expected, _read(completion), timeout_seconds=None))
 
@@ -61,8 +60,6 @@ def _expected(answer: str) -> list[Any]:
 
 
 def _read(text: str) -> list[Any]:
-    from math_verify import parse
-
     # It warns that it has no deadline then, and of each answer that it cannot read.
     logging.getLogger("math_verify").setLevel(logging.ERROR)
     return parse(text, parsing_timeout=None)  # pyright: ignore[reportArgumentType]
