@@ -41,7 +41,7 @@ def make_rows(count: int, seed: int) -> list[dict[str, Any]]:
     """Games with their hidden digits.
 
     >>> make_rows(1, seed=1)
-    [{'id': 'game-0', 'secret': 2}]
+    [{'id': 'game-0', 'secret': 1}]
     """
     digits = random.Random(seed).choices(range(10), k=count)
     return [{"id": f"game-{index}", "secret": digit} for index, digit in enumerate(digits)]

@@ -3,8 +3,9 @@ r"""Mathematical equality by math-verify, as a reward.
 >>> math_reward(r"So it is $\frac{1}{2}$.", {"answer": "0.5"})
 1.0
 
-Only in a process that can be killed: ``RLVRWorkflow(reward, reward_workers=2)``. A power tower such
-as ``$9^{9^{9^{9}}}$`` never returns, and math-verify's own deadlines do not stop it.
+Only in a process that can be killed: ``RLVRWorkflow(reward, reward_workers=2)``. math-verify's own
+deadlines are signals, which work in no thread, and without them a power tower such as
+``$9^{9^{9^{9}}}$`` never returns. Here they are off, and the pool's deadline is the one there is.
 """
 
 from __future__ import annotations
