@@ -26,7 +26,7 @@ def build() -> tuple[L.Trainer, sdp.SegmentWisePPOModule, sdp.RolloutDataModule]
     data = sdp.RolloutDataModule(rows, workflow, rollout=rollout, val_prompts=val_rows)
     model = sdp.SegmentWisePPOModule(
         model_path(),
-        optimizer=sdp.OptimizerConfig(lr=3e-4),
+        optimizer=sdp.OptimizerConfig(lr=2e-4),
         update=sdp.UpdateConfig(num_minibatches=2),
     )
     trainer = L.Trainer(
