@@ -353,7 +353,6 @@ class NotFinite(Counts):
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
-@pytest.mark.fault("exception", "reward")
 def test_an_environment_that_fails_is_named_with_row_and_step(
     environment: Any, message: str
 ) -> None:
@@ -363,7 +362,6 @@ def test_an_environment_that_fails_is_named_with_row_and_step(
         assert executor.stat.failed >= 1
 
 
-@pytest.mark.fault("hang", "reward")
 def test_an_environment_that_hangs_fails_its_group_at_the_deadline_and_others_go_on() -> None:
     release, closed = threading.Event(), list[str]()
 

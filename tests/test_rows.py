@@ -54,7 +54,6 @@ def test_a_file_of_another_system_is_read(tmp_path: Path) -> None:
     ],
     ids=["cut off", "text", "no UTF-8", "a list", "null"],
 )
-@pytest.mark.fault("corrupted data", "fetch")
 def test_a_bad_line_is_named_with_its_file(line: str | bytes, message: str, tmp_path: Path) -> None:
     name = write(tmp_path / "bad.jsonl", '{"prompt": "1+1="}', line)
     with pytest.raises(ConfigError, match=rf"bad\.jsonl, {message}"):

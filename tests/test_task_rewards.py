@@ -105,7 +105,6 @@ def test_a_row_without_a_mathematical_answer_is_named() -> None:
         math_reward("3", {"answer": ""})
 
 
-@pytest.mark.fault("hang", "reward")
 def test_a_power_tower_is_killed_at_the_deadline_and_the_next_answer_is_judged() -> None:
     async def main(pool: RewardPool) -> list[float]:
         answers = (r"\boxed{3}", BOMB, r"\boxed{3}")
