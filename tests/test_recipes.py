@@ -65,7 +65,7 @@ def test_the_tiny_recipe_raises_the_sampled_reward_with_trajectories_of_several_
 
 def test_a_conversation_with_a_game_is_learned_by_a_tiny_model() -> None:
     before, after, lags, _ = run("recipes/multi_turn/train.py")
-    assert after >= before + 0.2
+    assert after >= before + 0.1
     assert max(lag for batch in lags for lag in batch) <= 2
 
 
