@@ -50,7 +50,16 @@ if TYPE_CHECKING:
     from sdp_lightning.types import Context, SamplingParams, Segment, Trajectory, TrajectoryGroup
     from sdp_lightning.viewing import view
     from sdp_lightning.watchdog import Watchdog
-    from sdp_lightning.workflows import Episode, RLVRWorkflow, RolloutWorkflow
+    from sdp_lightning.workflows import (
+        Environment,
+        Episode,
+        MultiTurnWorkflow,
+        RLVRWorkflow,
+        RolloutWorkflow,
+        ShapedWorkflow,
+        StepResult,
+        ToolEnvironment,
+    )
 
 _HOMES = {
     "batch": ("Batch",),
@@ -88,7 +97,16 @@ _HOMES = {
     "types": ("Context", "SamplingParams", "Segment", "Trajectory", "TrajectoryGroup"),
     "viewing": ("view",),
     "watchdog": ("Watchdog",),
-    "workflows": ("Episode", "RLVRWorkflow", "RolloutWorkflow"),
+    "workflows": (
+        "Environment",
+        "Episode",
+        "MultiTurnWorkflow",
+        "RLVRWorkflow",
+        "RolloutWorkflow",
+        "ShapedWorkflow",
+        "StepResult",
+        "ToolEnvironment",
+    ),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -105,10 +123,12 @@ __all__ = [
     "Context",
     "EmbeddedEngine",
     "EngineError",
+    "Environment",
     "Episode",
     "FilteredSamplesCapacityModifier",
     "InferenceEngine",
     "LossConfig",
+    "MultiTurnWorkflow",
     "OptimizerConfig",
     "ProximalRecomputer",
     "RLVRWorkflow",
@@ -129,8 +149,11 @@ __all__ = [
     "Segment",
     "SegmentWisePPOModule",
     "SegmentWisePPOStrategy",
+    "ShapedWorkflow",
     "StalenessManager",
     "StandardPPOStrategy",
+    "StepResult",
+    "ToolEnvironment",
     "Trajectory",
     "TrajectoryGroup",
     "UpdateConfig",

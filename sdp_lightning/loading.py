@@ -1,4 +1,4 @@
-"""Objects named by strings, folders that are built once, transformers kept quiet.
+"""Objects and rows named by strings, folders that are built once, transformers kept quiet.
 
 ``package.module:name`` or ``path/to/file.py:name`` names anything importable, so that a config file
 can point at a list of prompts, a reward function or a function that returns a model's folder.
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from sdp_lightning.errors import ConfigError
+from sdp_lightning.rows import find_rows
 
 _FORM = "Write 'package.module:name' or 'path/to/file.py:name'."
 
@@ -76,12 +77,19 @@ def resolve_model(model: str | Path) -> str:
 def load_rows(source: str | Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
     """Dataset rows: as they are, or those that a string names, or that the named function returns.
 
+    A string is ``"package.module:name"``, ``"path/to/file.py:name"``, or one of the forms of
+    :func:`~sdp_lightning.rows.find_rows`: ``"rows.jsonl"``, ``"rows.parquet"``,
+    ``"reasoning_gym:task?size=500"``, ``"datasets:name?split=train"``.
+
     Raises:
         ConfigError: if they have no length or no order: a generator, a single row, None.
     """
-    found: object = load_object(source) if isinstance(source, str) else source
-    if isinstance(source, str) and callable(found):
-        found = found()
+    found: object = source
+    if isinstance(source, str):
+        rows = find_rows(source)
+        found = load_object(source) if rows is None else rows
+        if callable(found):
+            found = found()
     if not isinstance(found, Sized) or isinstance(found, (Mapping, str)):
         raise ConfigError(
             "prompts must be a sequence of rows, such as a list of mappings or a datasets.Dataset; "

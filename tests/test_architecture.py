@@ -26,8 +26,9 @@ LAYERS: dict[str, set[str]] = {
     "display": set(),
     "types": {"display", "errors"},
     "config": {"errors"},
-    "loading": {"errors"},
-    "rewards": {"errors", "loading"},
+    "rows": {"errors"},
+    "loading": {"errors", "rows"},
+    "rewards": {"errors", "loading", "rows"},
     "weights": {"errors"},
     "lifeline": {"errors"},
     "links": set(),
@@ -110,6 +111,7 @@ PASSED_ON = {
     ("engines/embedded/loop.py", "_run"): "fails every request, present and future",
     ("engines/embedded/loop.py", "_deliver"): "fails the request whose sink raised",
     ("weights/vllm_native.py", "_run"): "raised where the transfer is awaited",
+    ("workflows/tools.py", "_run"): "told to the policy that called the tool",
     ("rewards/calling.py", "work"): "raised where the reward is awaited",
     ("rewards/crew.py", "_serve"): "raised where the reward is awaited",
     ("rewards/worker.py", "_attempt"): "sent to the pool, which raises it",
@@ -117,7 +119,7 @@ PASSED_ON = {
 # Things of others: model configurations differ by type, callables may have no name.
 FOREIGN_ATTRIBUTES = {
     *("forward.py", "engines/embedded/loading.py", "rewards/calling.py"),
-    "rewards/pool.py",
+    *("rewards/pool.py", "workflows/tools.py"),
     "engines/vllm_worker.py",
 }
 PRINTING = {"cli.py", "summary.py", "progress.py"}

@@ -23,11 +23,12 @@ from sdp_lightning.testing import FakeEngine
 FAKE: InferenceEngine = FakeEngine()
 EMBEDDED: InferenceEngine = EmbeddedEngine("model")
 
-# DESIGN section 7, without what later issues build (MultiTurnWorkflow).
+# DESIGN section 7.
 PROMISED = {
     "Batch",
     "InferenceEngine",
     "LossConfig",
+    "MultiTurnWorkflow",
     "RLVRWorkflow",
     "RolloutConfig",
     "RolloutDataModule",

@@ -61,3 +61,15 @@ def test_the_tiny_recipe_raises_the_sampled_reward_with_trajectories_of_several_
     assert after >= before + 0.2
     assert max(lag for batch in lags for lag in batch) <= 2
     assert mixed > 0
+
+
+def test_a_conversation_with_a_game_is_learned_by_a_tiny_model() -> None:
+    before, after, lags, _ = run("recipes/multi_turn/train.py")
+    assert after >= before + 0.1
+    assert max(lag for batch in lags for lag in batch) <= 2
+
+
+def test_a_task_of_reasoning_gym_is_learned_by_a_real_model() -> None:
+    before, after, lags, _ = run("recipes/reasoning_gym/train.py")
+    assert after >= before + 0.1
+    assert max(lag for batch in lags for lag in batch) <= 2

@@ -1,6 +1,7 @@
 """Verifiers: what a completion is worth. Pure functions of the completion and its dataset row.
 
-``RewardPool`` calls any of them in worker processes that can be killed.
+``RewardPool`` calls any of them in worker processes that can be killed. ``reasoning`` and
+``mathematics`` need a library each, and are imported by their own names only.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Calls reward functions, plain or async, with a deadline."""
+"""Calls functions of the user, plain or async, with a deadline."""
 
 from __future__ import annotations
 
@@ -13,27 +13,43 @@ from sdp_lightning.rewards.value import as_reward
 
 
 async def call_reward(function: Callable[..., Any], *args: Any, timeout_s: float) -> float:
-    """``function(*args)`` as a float.
-
-    A plain function runs in a daemon thread of its own, so one that blocks stalls nothing else; it
-    cannot be killed, though: past its deadline its result is ignored. ``RewardPool`` kills.
+    """``function(*args)`` as a float, by :func:`call_bounded`.
 
     Raises:
         RolloutError: if it takes longer than ``timeout_s``, or returns no finite number.
     """
-    deadline = asyncio.timeout(timeout_s)
     name = str(getattr(function, "__name__", function))
+    value = await call_bounded(function, *args, timeout_s=timeout_s, what=f"reward {name!r}")
+    return as_reward(value, name)
+
+
+async def call_bounded(
+    function: Callable[..., Any], *args: Any, timeout_s: float, what: str
+) -> Any:
+    """``function(*args)``, awaited if it is async.
+
+    A plain function runs in a daemon thread of its own, so one that blocks stalls nothing else; it
+    cannot be killed, though: past its deadline its result is ignored. ``RewardPool`` kills.
+
+    Args:
+        function: plain or async.
+        args: its arguments.
+        timeout_s: the longest that it may take.
+        what: the subject of the error's sentence.
+
+    Raises:
+        RolloutError: if it takes longer than ``timeout_s``. Its own errors pass through.
+    """
+    deadline = asyncio.timeout(timeout_s)
     try:
         async with deadline:
             if inspect.iscoroutinefunction(function):
-                value = await function(*args)
-            else:
-                value = await _in_thread(function, *args)
+                return await function(*args)
+            return await _in_thread(function, *args)
     except TimeoutError as error:
         if not deadline.expired():
             raise
-        raise RolloutError(f"reward {name!r} took longer than {timeout_s} s.") from error
-    return as_reward(value, name)
+        raise RolloutError(f"{what} took longer than {timeout_s} s.") from error
 
 
 async def _in_thread(function: Callable[..., Any], *args: Any) -> Any:
@@ -47,10 +63,10 @@ async def _in_thread(function: Callable[..., Any], *args: Any) -> Any:
         except Exception as error:  # raised again where the reward is awaited
             failure = error
         except SystemExit as error:  # it ends this thread alone, and would seem to take for ever
-            failure = RolloutError(f"the reward called sys.exit({error.code!r}).")
+            failure = RolloutError(f"it called sys.exit({error.code!r}).")
         _deliver(loop, future, (value, failure))
 
-    threading.Thread(target=work, name="sdp-reward", daemon=True).start()
+    threading.Thread(target=work, name="sdp-call", daemon=True).start()
     value, failure = await future
     if failure is not None:
         raise failure

@@ -213,7 +213,10 @@ class WorkflowExecutor:
         runner = AsyncTaskRunner(name="sdp-evaluation", interrupted=interrupted)
         try:
             for order, prompt in enumerate(prompts, first_order):
-                live = LiveGroup(order, prompt, version, self._source.new_session(prompt))
+                session = self._source.new_session(
+                    prompt, is_evaluation=prompt.epoch == EVALUATION_EPOCH
+                )
+                live = LiveGroup(order, prompt, version, session)
                 runner.submit(self._evaluate_row, live, workflow)
             groups: list[TrajectoryGroup | None] = runner.wait(len(prompts), limit)
         finally:
@@ -290,7 +293,7 @@ class WorkflowExecutor:
             session.end()
             if session.divergence:
                 pass
-            elif reason := why_rejected(trajectories):
+            elif reason := session.rejection or why_rejected(trajectories):
                 self.registry.reject(live, reason)
             else:
                 self.registry.finish(live, live.make_group(trajectories or ()))

@@ -1,15 +1,42 @@
 """What one rollout does: workflows write to episodes, and know no engine."""
 
 from sdp_lightning.workflows.base import RolloutSession, RolloutWorkflow, Tokenizer
+from sdp_lightning.workflows.environment import Environment, StepResult
 from sdp_lightning.workflows.episode import Episode
 from sdp_lightning.workflows.gate import SendGate
+from sdp_lightning.workflows.multi_turn import MultiTurnWorkflow
 from sdp_lightning.workflows.rlvr import RLVRWorkflow
+from sdp_lightning.workflows.shaping import (
+    AllEqual,
+    AllRight,
+    AllWrong,
+    GroupFilter,
+    LengthPenalty,
+    LinearLength,
+    ShapedWorkflow,
+    SoftOverlong,
+    Truncated,
+)
+from sdp_lightning.workflows.tools import ToolEnvironment
 
 __all__ = [
+    "AllEqual",
+    "AllRight",
+    "AllWrong",
+    "Environment",
     "Episode",
+    "GroupFilter",
+    "LengthPenalty",
+    "LinearLength",
+    "MultiTurnWorkflow",
     "RLVRWorkflow",
     "RolloutSession",
     "RolloutWorkflow",
     "SendGate",
+    "ShapedWorkflow",
+    "SoftOverlong",
+    "StepResult",
     "Tokenizer",
+    "ToolEnvironment",
+    "Truncated",
 ]

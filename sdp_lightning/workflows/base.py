@@ -47,6 +47,7 @@ class RolloutSession:
         tokenizer: of the policy.
         new_episode: makes the episode of the n-th sample.
         saved: logs of the episodes of an interrupted run, which those of this one replay.
+        is_evaluation: the group is only judged, and never trained on.
     """
 
     def __init__(
@@ -54,8 +55,11 @@ class RolloutSession:
         tokenizer: Tokenizer,
         new_episode: Callable[[int], Episode],
         saved: Sequence[Sequence[Event]] = (),
+        *,
+        is_evaluation: bool = False,
     ) -> None:
-        self.tokenizer = tokenizer
+        self.tokenizer, self.is_evaluation = tokenizer, is_evaluation
+        self.rejection = ""
         self._new_episode = new_episode
         self._saved = tuple(tuple(log) for log in saved)
         self._lock = threading.Lock()
@@ -88,6 +92,10 @@ class RolloutSession:
                 episode.replay(self._saved[index])
             self._episodes.append(episode)
             return episode
+
+    def reject(self, reason: str) -> None:
+        """Train on nothing of this group. Groups are counted by ``reason``: one of a few texts."""
+        self.rejection = reason
 
     def end(self) -> None:
         """The workflow has returned. If it has not repeated all that was saved, that diverges."""

@@ -160,9 +160,15 @@ class Episode:
         self._finish_reason = reason
         return reason
 
-    def finish(self, reward: float) -> Trajectory:
-        """The trajectory, with the very segments that were collected here."""
-        return Trajectory(self.parts, reward=reward, finish_reason=self._finish_reason)
+    def finish(self, reward: float, *, truncated: bool = False) -> Trajectory:
+        """The trajectory, with the very segments that were collected here.
+
+        Args:
+            reward: of the whole.
+            truncated: it was ended by a bound, whatever ended its last ``generate``.
+        """
+        reason = "length" if truncated else self._finish_reason
+        return Trajectory(self.parts, reward=reward, finish_reason=reason)
 
     def _begin_call(self, params: SamplingParams) -> FinishReason | None:
         """Replay this call. How it ended, None if it has not: what is left is to be sampled."""

@@ -18,6 +18,8 @@ from sdp_lightning.workflows.episode import Episode
 
 logger = logging.getLogger(__name__)
 
+REWARD_REJECTED = "a reward could not be had"
+
 Reward = Callable[[str, Row], float | Awaitable[float]]
 
 
@@ -107,6 +109,7 @@ class RLVRWorkflow(RolloutWorkflow):
             return await gather_or_cancel(samples)
         except RewardRejected as error:
             logger.warning("%s; its group is rejected", error)
+            session.reject(REWARD_REJECTED)
             return None
 
     async def _sample(
@@ -148,8 +151,12 @@ def encode_prompt(
     """The prompt's tokens. Raises ``RolloutError`` naming what the row lacks."""
     if key not in row:
         raise RolloutError(f"row has no {key!r}; its keys are {sorted(row)}. Set prompt_key.")
-    prompt: Any = row[key]
-    if not isinstance(prompt, str) and not _is_conversation(prompt):
+    return encode_opening(row[key], tokenizer, use_chat_template=use_chat_template)
+
+
+def encode_opening(prompt: Any, tokenizer: Tokenizer, *, use_chat_template: bool) -> list[int]:
+    """The tokens of a prompt: text, or messages. Raises ``RolloutError`` if it is neither."""
+    if not isinstance(prompt, str) and not is_conversation(prompt):
         raise RolloutError(
             f"the prompt {prompt!r} is neither text nor a list of {{'role', 'content'}} messages."
         )
@@ -174,7 +181,8 @@ def _render(messages: Any, tokenizer: Tokenizer) -> str:
         ) from error
 
 
-def _is_conversation(prompt: Any) -> bool:
+def is_conversation(prompt: Any) -> bool:
+    """Whether it is a list of messages."""
     return isinstance(prompt, (list, tuple)) and all(isinstance(m, Mapping) for m in prompt)
 
 

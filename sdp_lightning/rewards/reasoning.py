@@ -1,0 +1,56 @@
+"""reasoning-gym's verifiers as rewards, for rows of ``reasoning_gym:...``.
+
+They give partial credit to an answer, so the answer is taken out of the completion first: a whole
+completion that contains the answer somewhere would get a part of it for its length.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from sdp_lightning.errors import RolloutError
+from sdp_lightning.rows.named import require
+
+require("reasoning_gym", "reasoning-gym", __name__)
+import reasoning_gym  # noqa: E402 # here: its deadline is a start's, not a call's
+
+_TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+
+
+def reward(completion: str, row: Mapping[str, Any]) -> float:
+    """Of what stands between the last ``<answer>`` and ``</answer>``; 0.0 without them.
+
+    Args:
+        completion: what was sampled.
+        row: of :class:`~sdp_lightning.rows.reasoning.ReasoningGymRows`.
+
+    Raises:
+        RolloutError: if the row says of no task where it comes from.
+    """
+    tagged: list[str] = _TAGGED.findall(completion)
+    return score(tagged[-1], row) if tagged else 0.0
+
+
+def line_reward(completion: str, row: Mapping[str, Any]) -> float:
+    """Of the first line of the completion: for rows with ``shots``, which end in ``Answer:``."""
+    return score(completion.strip().partition("\n")[0], row)
+
+
+def score(answer: str, row: Mapping[str, Any]) -> float:
+    """What the task's own verifier gives for ``answer``, from 0 to 1."""
+    try:
+        name = row["metadata"]["source_dataset"]
+    except (KeyError, TypeError) as error:
+        raise RolloutError(
+            f"row has no 'metadata' with a 'source_dataset'; its keys are {sorted(row)}. This "
+            "reward is for prompts such as 'reasoning_gym:chain_sum'."
+        ) from error
+    return float(_verifier(name)(answer.strip(), dict(row)))
+
+
+@functools.cache
+def _verifier(name: str) -> Callable[..., Any]:
+    return reasoning_gym.get_score_answer_fn(name)

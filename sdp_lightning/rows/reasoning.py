@@ -1,0 +1,87 @@
+"""reasoning-gym's tasks as rows: made as they are read, the same for the same settings.
+
+Importing reasoning-gym takes seconds, so that happens when the rows are made.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, overload
+
+from sdp_lightning.errors import ConfigError
+from sdp_lightning.rows.named import require
+
+ASK = "\nGive the final answer between <answer> and </answer>."
+Row = Mapping[str, Any]
+
+
+class ReasoningGymRows(Sequence[Row]):
+    r"""The rows of one task of reasoning-gym.
+
+    Each has ``prompt``, ``answer``, ``id``, and ``metadata``, by which
+    :mod:`sdp_lightning.rewards.reasoning` scores. Row n is made when it is read, from (seed, n).
+
+    With ``shots`` the prompt is ``Question: ..\nAnswer: ..`` of so many solved tasks, then of the
+    row's own, for models without a chat: score it with ``line_reward``. Without, it is the question
+    and a line that asks for ``<answer>`` tags: score it with ``reward``.
+
+    Args:
+        name: of the task, such as ``chain_sum``.
+        size: how many rows.
+        seed: of the task; another one gives other rows.
+        shots: solved tasks before each question, the same for all rows, and none of them.
+        settings: of the task's configuration in reasoning-gym.
+
+    Raises:
+        ConfigError: if reasoning-gym is not installed, or refuses name or settings.
+    """
+
+    def __init__(
+        self, name: str, *, size: int = 500, seed: int = 0, shots: int = 0, **settings: Any
+    ) -> None:
+        require("reasoning_gym", "reasoning-gym", f"reasoning_gym:{name}")
+        import reasoning_gym
+        from reasoning_gym.factory import DATASETS
+
+        if name not in DATASETS:
+            near = difflib.get_close_matches(name, list(DATASETS), n=3)
+            hint = f" Did you mean {' or '.join(near)}?" if near else ""
+            raise ConfigError(f"reasoning-gym has no task {name!r}.{hint}")
+        if size < 1 or shots < 0:
+            raise ConfigError(f"size must be at least 1 and shots 0, got {size} and {shots}.")
+        try:
+            self._tasks: Any = reasoning_gym.create_dataset(
+                name, size=size + shots, seed=seed, **settings
+            )
+        except (TypeError, AssertionError, ValueError) as error:
+            raise ConfigError(f"reasoning-gym refuses {name} with {settings}: {error}.") from error
+        self.name, self.size, self.shots = name, size, shots
+
+    def __len__(self) -> int:
+        return self.size
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Row]: ...
+    def __getitem__(self, index: int | slice) -> Row | list[Row]:
+        places = range(self.size)[index]
+        if isinstance(places, range):
+            return [self[place] for place in places]
+        task = self._tasks[places]
+        question = str(task["question"])
+        prompt = f"{self._solved}Question: {question}\nAnswer:" if self.shots else question + ASK
+        return {
+            "id": f"{self.name}-{places}",
+            "prompt": prompt,
+            "question": question,
+            "answer": task["answer"],
+            "metadata": {"source_dataset": self.name, **task["metadata"]},
+        }
+
+    @functools.cached_property
+    def _solved(self) -> str:
+        tasks = [self._tasks[self.size + shot] for shot in range(self.shots)]
+        return "".join(f"Question: {t['question']}\nAnswer: {t['answer']}\n\n" for t in tasks)

@@ -1,0 +1,165 @@
+"""Rollouts of several turns: the policy speaks, an environment answers, and so on."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from sdp_lightning.errors import ConfigError, RolloutError
+from sdp_lightning.loading import load_object
+from sdp_lightning.rewards.pool import RewardRejected
+from sdp_lightning.types import SamplingParams, Trajectory
+from sdp_lightning.workflows.base import RolloutSession, RolloutWorkflow, Row, Tokenizer
+from sdp_lightning.workflows.environment import BoundedEnvironment, Environment
+from sdp_lightning.workflows.episode import Episode
+from sdp_lightning.workflows.rlvr import (
+    REWARD_REJECTED,
+    encode_opening,
+    gather_or_cancel,
+    with_stops,
+)
+from sdp_lightning.workflows.turns import PLACE, encode_turn
+
+logger = logging.getLogger(__name__)
+
+
+class MultiTurnWorkflow(RolloutWorkflow):
+    """Plays ``group_size`` conversations between the policy and environments of one row.
+
+    Tokens in, tokens out: what was sampled in one turn is the history of the next, token for token,
+    and only that is trained on. What stands between is added as context: the observation, with what
+    the chat template, or ``turn_format``, writes around it.
+
+    A rollout ends when its environment is done, or truncated: after ``max_turns``, or when the next
+    turn has no room in ``max_total_tokens``. Its reward is the sum of its turns'.
+
+    Args:
+        environment: makes an :class:`Environment`, one for each sample: a class, a function, or
+            where to find one: ``"package.module:name"`` or ``"path/to/file.py:name"``.
+        group_size: conversations a row.
+        sampling: of one turn; the tokenizer's end of text and the tokens of ``stop`` are added to
+            its ``stop_token_ids``.
+        max_turns: of the policy.
+        max_total_tokens: of a whole trajectory, prompt and observations included; None is what the
+            engine allows, which then fails the group.
+        stop: texts of one token each that end a turn, such as a newline.
+        turn_format: text with ``{observation}`` in it, which stands between two turns; prompts are
+            then plain text, too. None: the tokenizer's chat template, for prompts and turns.
+        step_timeout_s: the longest ``reset`` or ``step`` of an environment; a later one fails its
+            group, with an error naming row and step.
+
+    Raises:
+        ConfigError: if a setting is out of range.
+    """
+
+    def __init__(
+        self,
+        environment: str | Callable[[], Environment],
+        *,
+        group_size: int = 8,
+        sampling: SamplingParams | None = None,
+        max_turns: int = 8,
+        max_total_tokens: int | None = None,
+        stop: Sequence[str] = (),
+        turn_format: str | None = None,
+        step_timeout_s: float = 30.0,
+    ) -> None:
+        if group_size < 1 or max_turns < 1:
+            raise ConfigError(
+                f"group_size and max_turns must be at least 1, got {group_size} and {max_turns}."
+            )
+        if max_total_tokens is not None and max_total_tokens < 2:
+            raise ConfigError(f"max_total_tokens must be at least 2, got {max_total_tokens}.")
+        if not step_timeout_s > 0:
+            raise ConfigError(f"step_timeout_s must be positive, got {step_timeout_s}.")
+        if turn_format is not None and PLACE not in turn_format:
+            raise ConfigError(f"turn_format must have {PLACE} in it, got {turn_format!r}.")
+        found: Any = load_object(environment) if isinstance(environment, str) else environment
+        if not callable(found):
+            raise ConfigError(
+                f"environment must be a class or a function that makes one, got {found!r}."
+            )
+        self._make_environment: Any = found
+        self._sampling = sampling if sampling is not None else SamplingParams()
+        self.group_size, self.max_turns = group_size, max_turns
+        self.max_total_tokens = max_total_tokens
+        self.stop = tuple(stop)
+        self.turn_format = turn_format
+        self.step_timeout_s = step_timeout_s
+
+    @property
+    def sampling(self) -> SamplingParams:
+        return self._sampling
+
+    async def run(self, row: Row, session: RolloutSession) -> Sequence[Trajectory] | None:
+        params = with_stops(self._sampling, session.tokenizer, self.stop)
+        episodes = [session.open() for _ in range(self.group_size)]
+        rollouts = [self._play(row, session.tokenizer, episode, params) for episode in episodes]
+        try:
+            return await gather_or_cancel(rollouts)
+        except RewardRejected as error:
+            logger.warning("%s; its group is rejected", error)
+            session.reject(REWARD_REJECTED)
+            return None
+
+    async def _play(
+        self, row: Row, tokenizer: Tokenizer, episode: Episode, params: SamplingParams
+    ) -> Trajectory:
+        environment: object = self._make_environment()
+        if not isinstance(environment, Environment):
+            raise ConfigError(
+                f"environment must make a sdp_lightning.Environment; it made {environment!r}."
+            )
+        world = BoundedEnvironment(environment, timeout_s=self.step_timeout_s)
+        try:
+            opening = await world.reset(row)
+            uses_template = self.turn_format is None
+            tokens = encode_opening(opening, tokenizer, use_chat_template=uses_template)
+            if self._room(len(tokens)) < 1:
+                raise RolloutError(
+                    f"the prompt has {len(tokens)} tokens, which leaves none of "
+                    f"max_total_tokens={self.max_total_tokens} to sample: shorten it."
+                )
+            episode.add_context(tokens)
+            return await self._take_turns(world, tokenizer, episode, params)
+        finally:
+            await world.close()
+
+    async def _take_turns(
+        self,
+        world: BoundedEnvironment,
+        tokenizer: Tokenizer,
+        episode: Episode,
+        params: SamplingParams,
+    ) -> Trajectory:
+        reward = 0.0
+        for turn in range(self.max_turns):
+            start = episode.token_ids.size
+            budget = min(params.max_new_tokens, self._room(start))
+            await episode.generate(replace(params, max_new_tokens=budget))
+            sampled: list[int] = episode.token_ids[start:].tolist()
+            result = await world.step(tokenizer.decode(sampled, skip_special_tokens=True))
+            reward += result.reward
+            if result.done:
+                return episode.finish(reward)
+            if turn + 1 < self.max_turns:
+                last = sampled[-1]
+                between = encode_turn(
+                    result.observation,
+                    tokenizer,
+                    turn_format=self.turn_format,
+                    stopped_by=last if last in params.stop_token_ids else None,
+                )
+                if self._room(episode.token_ids.size + len(between)) < 1:
+                    break
+                if between:
+                    episode.add_context(between)
+        return episode.finish(reward, truncated=True)
+
+    def _room(self, num_tokens: int) -> int:
+        """How many more tokens a history of ``num_tokens`` may get."""
+        if self.max_total_tokens is None:
+            return self._sampling.max_new_tokens
+        return self.max_total_tokens - num_tokens

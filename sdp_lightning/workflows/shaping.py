@@ -1,0 +1,179 @@
+"""What training sees of a workflow: groups that teach something, rewards that mind the length.
+
+Pieces to put together. Evaluation sees the workflow itself, unshaped.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from sdp_lightning.errors import ConfigError
+from sdp_lightning.types import SamplingParams, Trajectory
+from sdp_lightning.workflows.base import RolloutSession, RolloutWorkflow, Row
+
+
+class GroupFilter(ABC):
+    """Says of a group whether it is left out of training."""
+
+    @abstractmethod
+    def why_not(self, trajectories: Sequence[Trajectory]) -> str:
+        """Why it is left out, as one of a few texts, by which groups are counted; empty: kept."""
+
+
+@dataclass(frozen=True)
+class AllRight(GroupFilter):
+    """Leaves out groups whose every reward is ``at_least`` or more: nothing is left to learn."""
+
+    at_least: float = 1.0
+
+    def why_not(self, trajectories: Sequence[Trajectory]) -> str:
+        is_right = all(trajectory.reward >= self.at_least for trajectory in trajectories)
+        return f"every reward of the group is {self.at_least:g} or more" if is_right else ""
+
+
+@dataclass(frozen=True)
+class AllWrong(GroupFilter):
+    """Leaves out groups whose every reward is ``at_most`` or less: nothing shows what is better."""
+
+    at_most: float = 0.0
+
+    def why_not(self, trajectories: Sequence[Trajectory]) -> str:
+        is_wrong = all(trajectory.reward <= self.at_most for trajectory in trajectories)
+        return f"every reward of the group is {self.at_most:g} or less" if is_wrong else ""
+
+
+@dataclass(frozen=True)
+class AllEqual(GroupFilter):
+    """Leaves out groups whose rewards differ by ``tolerance`` or less: advantages would be 0."""
+
+    tolerance: float = 0.0
+
+    def why_not(self, trajectories: Sequence[Trajectory]) -> str:
+        rewards = [trajectory.reward for trajectory in trajectories]
+        is_equal = max(rewards) - min(rewards) <= self.tolerance
+        return "all rewards of the group are equal" if is_equal else ""
+
+
+class LengthPenalty(ABC):
+    """Something that is added to a trajectory's reward for its length."""
+
+    @abstractmethod
+    def of(self, trajectory: Trajectory) -> float:
+        """0 or less, by the sampled tokens of ``trajectory``."""
+
+
+@dataclass(frozen=True)
+class SoftOverlong(LengthPenalty):
+    r"""DAPO's soft overlong punishment: nothing, then a ramp, then ``-scale``.
+
+    .. math:: p(n) = -s \cdot \mathrm{clip}((n - (L - b)) / b, 0, 1)
+
+    Source: Yu et al. 2025, equation 13, https://arxiv.org/abs/2503.14476.
+
+    Args:
+        max_tokens: L, sampled tokens at which the penalty is full.
+        buffer: b, the tokens before those over which it grows.
+        scale: s, the full penalty.
+
+    Raises:
+        ConfigError: unless 1 <= buffer <= max_tokens and scale > 0.
+    """
+
+    max_tokens: int
+    buffer: int
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.buffer <= self.max_tokens or not self.scale > 0:
+            raise ConfigError(
+                "SoftOverlong needs 1 <= buffer <= max_tokens and scale > 0; got "
+                f"buffer={self.buffer}, max_tokens={self.max_tokens}, scale={self.scale}."
+            )
+
+    def of(self, trajectory: Trajectory) -> float:
+        over = trajectory.num_sampled - (self.max_tokens - self.buffer)
+        return -self.scale * min(max(over / self.buffer, 0.0), 1.0)
+
+
+@dataclass(frozen=True)
+class LinearLength(LengthPenalty):
+    """``-per_token`` for each sampled token after the first ``free_tokens``, to ``-at_most``.
+
+    Raises:
+        ConfigError: unless per_token > 0, at_most > 0 and free_tokens >= 0.
+    """
+
+    per_token: float
+    free_tokens: int = 0
+    at_most: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (self.per_token > 0 and self.at_most > 0 and self.free_tokens >= 0):
+            raise ConfigError(
+                "LinearLength needs per_token > 0, at_most > 0 and free_tokens >= 0; got "
+                f"{self.per_token}, {self.at_most} and {self.free_tokens}."
+            )
+
+    def of(self, trajectory: Trajectory) -> float:
+        over = max(0, trajectory.num_sampled - self.free_tokens)
+        return -min(self.per_token * over, self.at_most)
+
+
+@dataclass(frozen=True)
+class Truncated(LengthPenalty):
+    """``-penalty`` for a trajectory that was cut off at a bound."""
+
+    penalty: float = 1.0
+
+    def of(self, trajectory: Trajectory) -> float:
+        return -self.penalty if trajectory.finish_reason == "length" else 0.0
+
+
+class ShapedWorkflow(RolloutWorkflow):
+    """Another workflow, whose groups are filtered and whose rewards are shaped, for training only.
+
+    A filtered group is rejected, and its row is not repeated in that epoch: others take its place
+    in the batch, as many as it takes. ``max_rejected_in_a_row`` of the RolloutConfig bounds how
+    many, with an error that names the reason.
+
+    Args:
+        workflow: what one rollout does.
+        filters: judge the workflow's own rewards; the first that objects names the reason.
+        penalties: are all added to the rewards, after the filters.
+    """
+
+    def __init__(
+        self,
+        workflow: RolloutWorkflow,
+        *,
+        filters: Sequence[GroupFilter] = (),
+        penalties: Sequence[LengthPenalty] = (),
+    ) -> None:
+        self.workflow = workflow
+        self.filters, self.penalties = tuple(filters), tuple(penalties)
+
+    @property
+    def sampling(self) -> SamplingParams:
+        return self.workflow.sampling
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        return self.workflow.counts
+
+    def close(self) -> None:
+        self.workflow.close()
+
+    async def run(self, row: Row, session: RolloutSession) -> Sequence[Trajectory] | None:
+        trajectories = await self.workflow.run(row, session)
+        if session.is_evaluation or not trajectories or session.rejection:
+            return trajectories
+        for judge in self.filters:
+            if reason := judge.why_not(trajectories):
+                session.reject(reason)
+                return None
+        return [
+            replace(each, reward=each.reward + sum(p.of(each) for p in self.penalties))
+            for each in trajectories
+        ]
