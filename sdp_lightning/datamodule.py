@@ -161,6 +161,8 @@ class RolloutDataModule(L.LightningDataModule):
         options = dict(self._engine_options)
         if isinstance(self._engine_source, str):
             options = {"model": module.model_id, **options}
+            if module.lora is not None and options.get("transport") == "lora":
+                options.setdefault("lora_alpha", module.lora.alpha)
         engine = connect_engine(self._engine_source, **options)
         self._check_servers(engine)
         self._ranks = ranks = self._make_ranks()

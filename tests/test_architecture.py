@@ -27,6 +27,7 @@ LAYERS: dict[str, set[str]] = {
     "types": {"display", "errors"},
     "config": {"errors"},
     "loading": {"errors"},
+    "adapters": {"config", "errors"},
     "rewards": {"errors", "loading"},
     "weights": {"errors"},
     "lifeline": {"errors"},
@@ -43,14 +44,17 @@ LAYERS: dict[str, set[str]] = {
     "workflows": CORE | {"engines", "rewards"},
     "rollout": {"config", "engines", "errors", "explain", "ranks", "types", "workflows"},
     "testing": CORE | {"engines"},
-    "policy": {"errors", "forward", "loading"},
+    "policy": {"adapters", "config", "errors", "forward", "loading", "weights"},
     "rank_sums": {"ranks"},
     "optimizer": {"config", "errors"},
+    "batch_advantages": {"batch", "config", "objective"},
     "batch_loss": {"batch", "config", "objective", "rank_sums"},
     "passes": {"batch", "config", "errors", "forward", "policy"},
+    "trainer_checks": {"config", "errors"},
     "module": CORE
-    | {"batch", "batch_loss", "forward", "metrics", "objective", "passes", "policy"}
-    | {"display", "optimizer", "rank_sums", "ranks", "scoring"},
+    | {"adapters", "batch", "batch_advantages", "batch_loss", "forward", "metrics", "objective"}
+    | {"display", "optimizer", "passes", "policy", "rank_sums", "ranks", "scoring"}
+    | {"trainer_checks", "weights"},
     "recording": {"config", "errors", "types"},
     "loaders": {"batch", "config", "errors", "ranks", "rollout", "types", "workflows"},
     "generation": {"errors", "loaders", "ranks", "rollout", "types", "workflows"},
@@ -86,7 +90,8 @@ LAYERS: dict[str, set[str]] = {
 KNOW_BASE_ONLY = ("workflows", "rollout")
 LIGHTNING = {
     *("module", "loaders", "datamodule", "stopping", "watchdog", "checkpointing", "callbacks"),
-    *("dry_run", "generation", "progress", "recorder", "replay", "summary", "trainer_cli"),
+    *("dry_run", "generation", "progress", "recorder", "replay", "summary"),
+    *("trainer_checks", "trainer_cli"),
 }
 TRANSFORMERS = {
     *("dry_run", "engines", "export", "forward", "loading", "module", "policy", "summary"),
@@ -96,7 +101,8 @@ TORCHMETRICS = {"metrics"}
 TORCH = {
     *("objective", "batch", "engines", "weights", "forward", "metrics", "scoring", "testing"),
     *("module", "policy", "ranks", "datamodule", "doctor", "echo", "export"),
-    *("batch_loss", "checkpointing", "cores", "dry_run", "optimizer", "passes", "rank_sums"),
+    *("adapters", "batch_advantages", "batch_loss", "checkpointing", "cores"),
+    *("dry_run", "optimizer", "passes", "rank_sums"),
     "rollout",  # its checkpoint, tensors only
 }
 
@@ -210,6 +216,7 @@ def test_big_libraries_are_imported_only_where_they_belong(path: Path) -> None:
         "lightning": LIGHTNING,
         "transformers": TRANSFORMERS,
         "torchmetrics": TORCHMETRICS,
+        "peft": {"adapters"},
         "torch": TORCH,
     }
     for name in imports(path):
