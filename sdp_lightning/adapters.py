@@ -11,7 +11,7 @@ import re
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from sdp_lightning.config import LoRAConfig
 from sdp_lightning.errors import ConfigError
 
+T = TypeVar("T")
 LORA_KEY = "sdp_lora"  # where a checkpoint says what adapter it holds
 _ADAPTER = re.compile(r"\.lora_(A|B)\.[^.]+(?=\.weight$)")
 
@@ -74,11 +75,15 @@ def merged_name(name: str) -> str:
     return _ADAPTER.sub("", name).replace(".base_layer.", ".")
 
 
-def parts_of(state: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
-    """By its name without an adapter, each weight and, where there are some, A and B on it."""
-    parts: dict[str, list[Tensor]] = {}
-    for name, tensor in state.items():
-        parts.setdefault(merged_name(name), []).append(tensor)
+def parts_of(state: Mapping[str, T]) -> dict[str, list[T]]:
+    """By its name without an adapter: what each weight has, then, if there are any, A and B on it.
+
+    Args:
+        state: anything by the names of a ``state_dict``, in its order.
+    """
+    parts: dict[str, list[T]] = {}
+    for name, part in state.items():
+        parts.setdefault(merged_name(name), []).append(part)
     return parts
 
 

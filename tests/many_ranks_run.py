@@ -108,6 +108,7 @@ def recorded(
     max_tokens: int = 40,
     dtype: str = "float32",
     loss: Mapping[str, Any] | None = None,
+    lora: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
     """Train on groups made beforehand: rank r of n on every n-th. Alone, as if by ``ranks``."""
@@ -124,9 +125,11 @@ def recorded(
     update = sdp.UpdateConfig(
         num_minibatches=minibatches, layout=layout, max_tokens_per_microbatch=max_tokens
     )
+    torch.manual_seed(place.rank)  # of adapters; all ranks get rank 0's
     module = CountingModule(
         place.folder,
         loss=sdp.LossConfig(**loss or {}),
+        lora=None if lora is None else sdp.LoRAConfig(**lora),
         optimizer=sdp.OptimizerConfig(lr=1e-3),
         update=update,
         model_kwargs={"dtype": getattr(torch, dtype)},
@@ -141,9 +144,10 @@ def recorded(
     )
     trainer.fit(module, Batches(*batches))
     counts = [len(b.microbatches(max_tokens, layout)) for b in batches]  # type: ignore
+    merged = {name: tensor.clone() for name, tensor in module.named_weights()}
     sdp_lightning.policy.load_policy = load
     return {
-        "weights": weights_of(module),
+        "weights": weights_of(module) | (merged if lora else {}),
         "metrics": metrics.steps,
         "microbatches": counts,
         "num_loads": len(loads),

@@ -38,7 +38,7 @@ LAYERS: dict[str, set[str]] = {
     "viewing": {"batch", "config", "display", "errors", "objective", "types"},
     "engines": CORE | {"weights"},
     "scoring": {"types"},
-    "echo": {"errors", "types"},
+    "echo": {"adapters", "errors", "types"},
     "forward": {"batch", "errors", "objective"},
     "metrics": {"batch", "objective"},
     "workflows": CORE | {"engines", "rewards"},
@@ -80,7 +80,7 @@ LAYERS: dict[str, set[str]] = {
     "progress": set(),
     "summary": {"progress"},
     "doctor": {"config", "errors", "loading"},
-    "export": {"errors", "loading"},
+    "export": {"adapters", "errors", "loading", "weights"},
     "trainer_cli": {"callbacks", "datamodule", "errors", "module", "recorder", "recording"}
     | {"summary", "types"},
     "dry_run": {"datamodule", "errors", "loading", "trainer_cli"},

@@ -99,7 +99,7 @@ class RemoteInfEngine:
 
     @property
     def lora_alpha(self) -> float | None:
-        return self._options.lora_alpha
+        return self.options.lora_alpha
 
     @property
     def servers(self) -> Sequence[str]:

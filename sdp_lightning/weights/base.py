@@ -34,6 +34,12 @@ class WeightStream(Iterator[tuple[str, "Tensor"]]):
         self.layout, self._make = layout, make
         self._names = iter(layout)
 
+    @classmethod
+    def of(cls, weights: Weights) -> WeightStream:
+        """Of weights that are all there."""
+        layout = dict(weights)
+        return cls(layout, layout.__getitem__)
+
     def __next__(self) -> tuple[str, Tensor]:
         name = next(self._names)
         return name, self._make(name)
