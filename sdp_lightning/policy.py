@@ -43,13 +43,16 @@ def load(
     """
     if not sharded:
         return _with_adapter(load_policy(model_id, options), lora), None
-    source = load_policy(model_id, options) if distributed.get_rank() == 0 else None
-    kind: list[Any] = [source and (type(source), source.config, source.dtype)]
+    source, kind = None, list[Any]([None])
+    if distributed.get_rank() == 0:
+        source = load_policy(model_id, options)
+        kind = [(type(source), source.config, source.dtype)]
+        source = _with_adapter(source, lora)  # at random, as in one process
     distributed.broadcast_object_list(kind, src=0)
     model_class, config, dtype = kind[0]
     with torch.device("meta"):
         model = model_class(config).to(dtype)
-    return _with_adapter(model, lora), source and _with_adapter(source, lora)
+    return _with_adapter(model, lora), source
 
 
 def _with_adapter(model: PreTrainedModel, lora: LoRAConfig | None) -> PreTrainedModel:
