@@ -43,7 +43,8 @@ def load(
     """
     if not sharded:
         return _with_adapter(load_policy(model_id, options), lora), None
-    source, kind = None, list[Any]([None])
+    source: Source = None
+    kind: list[Any] = [None]
     if distributed.get_rank() == 0:
         source = load_policy(model_id, options)
         kind = [(type(source), source.config, source.dtype)]
@@ -51,7 +52,7 @@ def load(
     distributed.broadcast_object_list(kind, src=0)
     model_class, config, dtype = kind[0]
     with torch.device("meta"):
-        model = model_class(config).to(dtype)
+        model: Any = model_class(config).to(dtype)
     return _with_adapter(model, lora), source
 
 
