@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import peft  # noqa: F401  (loaded here, once)
 import torch
 import transformers.models.llama.modeling_llama  # noqa: F401  (loaded here, once)
 from fitting import Recorder, executor_of, make_trainer, weigh_letters
