@@ -15,7 +15,13 @@ from sdp_lightning.display import Drawn, hooks
 if TYPE_CHECKING:
     from sdp_lightning.batch import Batch
     from sdp_lightning.callbacks import WeightSyncCallback
-    from sdp_lightning.config import LossConfig, OptimizerConfig, RolloutConfig, UpdateConfig
+    from sdp_lightning.config import (
+        LoRAConfig,
+        LossConfig,
+        OptimizerConfig,
+        RolloutConfig,
+        UpdateConfig,
+    )
     from sdp_lightning.datamodule import RolloutDataModule
     from sdp_lightning.engines.base import InferenceEngine
     from sdp_lightning.engines.connect import connect_engine
@@ -64,7 +70,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "batch": ("Batch",),
     "callbacks": ("WeightSyncCallback",),
-    "config": ("LossConfig", "OptimizerConfig", "RolloutConfig", "UpdateConfig"),
+    "config": ("LoRAConfig", "LossConfig", "OptimizerConfig", "RolloutConfig", "UpdateConfig"),
     "datamodule": ("RolloutDataModule",),
     "engines.base": ("InferenceEngine",),
     "engines.connect": ("connect_engine",),
@@ -127,6 +133,7 @@ __all__ = [
     "Episode",
     "FilteredSamplesCapacityModifier",
     "InferenceEngine",
+    "LoRAConfig",
     "LossConfig",
     "MultiTurnWorkflow",
     "OptimizerConfig",

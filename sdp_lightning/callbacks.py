@@ -131,7 +131,8 @@ class WeightSyncCallback(Callback):
                 f"{self.version}: was a publish skipped?"
             )
         start = time.monotonic()
-        weights = module.named_weights(changed_only=True)
+        alpha = executor.engine.lora_alpha
+        weights = module.named_weights(changed_only=True, lora_alpha=alpha)
         report = executor.publish(weights, self.version + 1)
         self.version += 1
         now = time.monotonic()
@@ -184,7 +185,8 @@ class WeightSyncCallback(Callback):
         if not executor.is_published:
             if trainer.state.fn == "fit":
                 data.go_on(self.version)
-            executor.publish(module.named_weights(), self.version, reset=True)
+            weights = module.named_weights(lora_alpha=executor.engine.lora_alpha)
+            executor.publish(weights, self.version, reset=True)
             self._check_echo(module, executor)
 
     def _check_echo(self, module: SegmentWisePPOModule, executor: WorkflowExecutor) -> float:

@@ -20,7 +20,7 @@ TRAINER_COMMANDS = ("fit", "validate", "test", "rollout")
 HELP = """\
 usage: sdp-lightning fit|validate|test|rollout --config FILE [--model.X Y] [--trainer.X Y] ...
        sdp-lightning fit --config FILE --dry-run
-       sdp-lightning export CKPT OUT [--model MODEL] [--dtype DTYPE] [--overwrite]
+       sdp-lightning export CKPT OUT [--model MODEL] [--dtype DTYPE] [--adapter] [--overwrite]
        sdp-lightning doctor [--config FILE] [--gpu-gib N]
        sdp-lightning --version
 
@@ -30,7 +30,8 @@ fit        train: sdp-lightning fit --config recipes/arithmetic_cpu/config.yaml
 validate   score the prompts in data.val_prompts, with --ckpt_path FILE those weights
 test       the same as validate, under Lightning's test loop
 rollout    only generate, and record it: --num_batches N, --folder DIR, --ckpt_path FILE
-export     write a checkpoint as a Hugging Face folder, for transformers, vLLM and others
+export     write a checkpoint as a Hugging Face folder, for transformers, vLLM and others;
+           a LoRA adapter is merged, or with --adapter written alone, for peft
 doctor     what works on this machine, and what to do about what does not; with --config
            also whether the GPUs, servers, model and rows of that config are there, what
            memory it takes and how old its tokens will be; --gpu-gib 80 for GPUs to be had
@@ -89,6 +90,7 @@ def export(arguments: Sequence[str]) -> int:
     parser.add_argument("out", metavar="OUT", help="the folder to write")
     parser.add_argument("--model", help="what was trained: id, folder or file.py:name")
     parser.add_argument("--dtype", help="float32 or bfloat16; the checkpoint's if not given")
+    parser.add_argument("--adapter", action="store_true", help="only the LoRA adapter, for peft")
     parser.add_argument("--overwrite", action="store_true", help="replace a model folder")
     given = parser.parse_args(arguments)
     from sdp_lightning.export import export_checkpoint

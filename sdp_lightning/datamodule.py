@@ -158,9 +158,10 @@ class RolloutDataModule(L.LightningDataModule):
                 f"estimator (trust_region={module.loss.trust_region!r}) never has segments scored. "
                 "Use another missing_proximal, or trust_region='segment'."
             )
-        options = dict(self._engine_options)
-        if isinstance(self._engine_source, str):
-            options = {"model": module.model_id, **options}
+        known = {"model": module.model_id} if isinstance(self._engine_source, str) else {}
+        options: dict[str, Any] = {**known, **self._engine_options}
+        if module.lora is not None and options.get("transport") == "lora":
+            options.setdefault("lora_alpha", module.lora.alpha)
         engine = connect_engine(self._engine_source, **options)
         self._check_servers(engine)
         self._ranks = ranks = self._make_ranks()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 
+from sdp_lightning.adapters import merged_name
 from sdp_lightning.errors import ConfigError, EngineError
 from sdp_lightning.types import Context, FloatArray, IntArray, Segment, Trajectory
 
@@ -42,7 +43,7 @@ class EchoCheck:
         if not tolerance > 0:
             raise ConfigError(f"echo_tolerance must be positive, got {tolerance}.")
         self._tolerance, self._num_tokens, self._seed = tolerance, num_tokens, seed
-        self._agreed: dict[str, Tensor] = {}
+        self._agreed: dict[str, dict[str, Tensor]] = {}  # by what the engine knows them by
 
     def check(self, policy: nn.Module, *, num_embeddings: int, score: Score, ask: Ask) -> float:
         """Returns the largest mean difference of any engine, in nats.
@@ -72,11 +73,11 @@ class EchoCheck:
         trained = {name for name, p in policy.named_parameters() if p.requires_grad}
         if any(isinstance(parameter, DTensor) for parameter in policy.parameters()):
             return differences[worst]  # no rank has whole weights to keep
-        self._agreed = {
-            name: tensor.detach().to("cpu", copy=True)
-            for name, tensor in policy.named_parameters(remove_duplicate=False)
-            if name in trained or _is_tied(policy, name, trained)
-        }
+        self._agreed = {}
+        for name, tensor in policy.named_parameters(remove_duplicate=False):
+            if name in trained or _is_tied(policy, name, trained):
+                copy = tensor.detach().to("cpu", copy=True)
+                self._agreed.setdefault(merged_name(name), {})[name] = copy
         return differences[worst]
 
     def _find_fault(self, policy: nn.Module, tokens: IntArray, found: FloatArray) -> str:
@@ -87,7 +88,7 @@ class EchoCheck:
             return "Do trainer and engine load the same model, tokenizer and dtype?"
         now = _mean_difference(found, _logprobs(policy, {}, tokens))
         left = {
-            name: _mean_difference(found, _logprobs(policy, {name: old}, tokens))
+            name: _mean_difference(found, _logprobs(policy, old, tokens))
             for name, old in self._agreed.items()
         }
         best = min(left, key=lambda name: left[name])

@@ -6,7 +6,7 @@ It knows batches and log-probs, and nothing of rollouts or engines.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cached_property
@@ -19,26 +19,22 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoTokenizer, PreTrainedModel
 
+from sdp_lightning.adapters import LORA_KEY, check_adapter, describe, merged_alpha, without_adapter
 from sdp_lightning.batch import Batch, collate, split_minibatches
+from sdp_lightning.batch_advantages import batch_advantages
 from sdp_lightning.batch_loss import batch_loss, within_second_moment
-from sdp_lightning.config import LossConfig, OptimizerConfig, UpdateConfig
+from sdp_lightning.config import LoRAConfig, LossConfig, OptimizerConfig, UpdateConfig
 from sdp_lightning.display import hooks
 from sdp_lightning.errors import ConfigError
 from sdp_lightning.forward import LogprobForward
 from sdp_lightning.loading import resolve_model
 from sdp_lightning.metrics import LagMetrics, Warner
-from sdp_lightning.objective import (
-    group_relative_advantages,
-    leave_one_out_advantages,
-    loss_denominator,
-)
+from sdp_lightning.objective import loss_denominator
 from sdp_lightning.objective.ess import effective_share, ess_scale
-from sdp_lightning.objective.kl import kl_penalised_rewards
 from sdp_lightning.optimizer import make_optimizer
 from sdp_lightning.passes import Passes, fill_up
 from sdp_lightning.policy import (
     GradientStep,
-    check_strategy,
     gradient_sync,
     is_sharded,
     load,
@@ -50,7 +46,10 @@ from sdp_lightning.policy import (
 from sdp_lightning.rank_sums import RankSums
 from sdp_lightning.ranks import Ranks
 from sdp_lightning.scoring import group_by_prompt, split_by_segment
+from sdp_lightning.step_values import UniformWatch, step_values
+from sdp_lightning.trainer_checks import check_trainer
 from sdp_lightning.types import Context, FloatArray, Segment, Trajectory
+from sdp_lightning.weights.base import WeightStream
 
 # The weights after the step, with the version published for them, are what a resume needs.
 warnings.filterwarnings(
@@ -70,6 +69,7 @@ class SegmentWisePPOModule(L.LightningModule):
         optimizer: AdamW and its schedule.
         update: minibatches, epochs, memory.
         trainable: regular expression; only parameters whose name it finds are trained. None is all.
+        lora: train a LoRA adapter in place of the model's own weights; None trains these.
         gradient_checkpointing: recompute activations in the backward pass.
         model_kwargs: passed on to ``from_pretrained``; ``dtype`` is float32 unless set.
 
@@ -85,12 +85,18 @@ class SegmentWisePPOModule(L.LightningModule):
         optimizer: OptimizerConfig = OptimizerConfig(),
         update: UpdateConfig = UpdateConfig(),
         trainable: str | None = None,
+        lora: LoRAConfig | None = None,
         gradient_checkpointing: bool = False,
         model_kwargs: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self.loss, self.optimizer, self.update = loss, optimizer, update
+        if lora is not None and trainable is not None:
+            raise ConfigError(
+                f"trainable={trainable!r} and lora= both say what is trained. Remove one of the "
+                "two; lora.target_modules says where adapters lie."
+            )
+        self.loss, self.optimizer, self.update, self.lora = loss, optimizer, update, lora
         self.trainable, self.gradient_checkpointing = trainable, gradient_checkpointing
         self.policy: PreTrainedModel | None = None
         self.ranks = Ranks()  # that the data module's ranks meet as, once it is set up
@@ -101,6 +107,7 @@ class SegmentWisePPOModule(L.LightningModule):
         self._metrics, self._warner = LagMetrics(), Warner()
         self._step = GradientStep(optimizer.gradient_clip_val, update.max_skipped_in_a_row)
         self._shuffler = torch.Generator().manual_seed(0)
+        self._uniform = UniformWatch(update.max_uniform_in_a_row)
 
     # The model -----------------------------------------------------------------------------------
 
@@ -119,7 +126,7 @@ class SegmentWisePPOModule(L.LightningModule):
         if self.policy is not None:
             return
         policy, self._passes = self._load(frozen=False)
-        if self.loss.needs_reference:
+        if self.loss.needs_reference and self.lora is None:
             reference, self._reference_passes = self._load(frozen=True)
             self._reference = [reference]
         self.policy = policy
@@ -134,11 +141,12 @@ class SegmentWisePPOModule(L.LightningModule):
     def _load(self, *, frozen: bool) -> tuple[PreTrainedModel, Passes]:
         """The model, sharded if the strategy shards. Frozen, it is a reference."""
         sharded = isinstance(mesh := self.device_mesh, DeviceMesh)
-        policy, source = load(self.model_id, self._model_kwargs, sharded=sharded)
+        options = self._model_kwargs
+        policy, source = load(self.model_id, options, sharded=sharded, lora=self.lora)
         silence_dropout(policy)
         if frozen:
             policy.requires_grad_(False)
-        else:
+        elif self.lora is None:
             select_trainable(policy, self.trainable)
         if self.gradient_checkpointing and not frozen:
             policy.gradient_checkpointing_enable({"use_reentrant": False})
@@ -155,28 +163,33 @@ class SegmentWisePPOModule(L.LightningModule):
         )
         return policy, passes
 
-    def named_weights(self, *, changed_only: bool = False) -> Iterator[tuple[str, Tensor]]:
-        """What an engine must be given; see :func:`~sdp_lightning.policy.named_weights`."""
-        return named_weights(self.require_policy(), changed_only=changed_only)
+    def named_weights(
+        self, *, changed_only: bool = False, lora_alpha: float | None = None
+    ) -> WeightStream:
+        """What an engine must be given; see :func:`~sdp_lightning.policy.named_weights`.
+
+        Args:
+            changed_only: what training has changed, with all else of the same layers.
+            lora_alpha: of an engine that samples with adapters: they come as they are, under
+                PEFT's names. None: they come merged, under the names of the model without them.
+
+        Raises:
+            ConfigError: if the engine awaits an adapter of another alpha, or there is none.
+        """
+        alpha = merged_alpha(self.lora, lora_alpha)
+        return named_weights(self.require_policy(), changed_only=changed_only, merged_alpha=alpha)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.lora is not None:
+            checkpoint[LORA_KEY] = describe(self.lora)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        check_adapter(checkpoint, self.lora)
 
     # Training ------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        check_strategy(self.trainer.strategy)
-        precision = str(self.trainer.precision)
-        if stage == "fit" and precision in ("16-mixed", "16-true"):
-            raise ConfigError(
-                f"precision={precision!r} needs a scaled loss, which this module does not do; use "
-                "'bf16-mixed' or '32-true'."
-            )
-        steps, every = self.trainer.max_steps, self.update.steps_per_batch
-        if stage == "fit" and steps > 0 and steps % every:
-            near = [str(n) for n in (steps // every * every, (steps // every + 1) * every) if n]
-            raise ConfigError(
-                f"max_steps={steps} is no multiple of {every}, the optimizer steps of one batch "
-                f"({self.update.num_minibatches} minibatches x {self.update.num_epochs} epochs): "
-                f"use {' or '.join(near)}."
-            )
+        check_trainer(self.trainer, self.update, stage)
 
     def configure_optimizers(self) -> Any:
         parameters = self.require_policy().parameters()
@@ -252,11 +265,17 @@ class SegmentWisePPOModule(L.LightningModule):
         ):
             batch = replace(batch, proximal_logprobs=self._passes.logprobs(batch))
         if config.needs_reference:
-            for reference in self._reference:
-                reference.to(self.device)  # type: ignore
-            reference = self._reference_passes.logprobs(batch)
-            batch = replace(batch, reference_logprobs=reference)
-        return replace(batch, advantages=self._advantages(batch))
+            batch = replace(batch, reference_logprobs=self._reference_logprobs(batch))
+        return replace(batch, advantages=batch_advantages(batch, config, self.update))
+
+    def _reference_logprobs(self, batch: Batch) -> Tensor:
+        """[B, T] under the weights at the start: a frozen copy, or those below the adapter."""
+        if self.lora is not None:
+            with without_adapter(self.require_policy()):
+                return self._passes.logprobs(batch)
+        for reference in self._reference:
+            reference.to(self.device)  # type: ignore
+        return self._reference_passes.logprobs(batch)
 
     def _optimizer_step(self, batch: Batch, share_done: float) -> dict[str, Tensor]:
         optimizer: Any = self.optimizers()
@@ -297,39 +316,13 @@ class SegmentWisePPOModule(L.LightningModule):
         schedule = self.lr_schedulers()
         return values | self._step(self.require_policy(), optimizer, schedule, scale=scale)
 
-    def _advantages(self, batch: Batch) -> Tensor:
-        rewards, config = batch.rewards, self.loss
-        if batch.reference_logprobs is not None and config.kl_in == "reward":
-            rewards = kl_penalised_rewards(
-                rewards,
-                batch.behavior_logprobs,
-                batch.reference_logprobs,
-                batch.loss_mask,
-                coefficient=config.kl_coefficient,
-                estimator=config.kl_estimator,
-            )
-        if self.update.advantages == "rloo":
-            per_row = leave_one_out_advantages(rewards, batch.group_ids)
-        else:
-            scale = self.update.scale_advantages_by_std is not False
-            per_row = group_relative_advantages(rewards, batch.group_ids, scale_by_std=scale)
-        per_token = per_row[:, None].expand(batch.loss_mask.shape)
-        if batch.max_lag is not None:
-            per_token = torch.where(batch.lags > batch.max_lag, 0.0, per_token)
-        return per_token
-
     def _log_step(self, batch: Batch, steps: list[dict[str, Tensor]]) -> None:
-        means = {name: torch.stack([s[name] for s in steps]).mean() for name in steps[0]}
-        values = {
-            "train/reward": batch.rewards.mean(),
-            **{f"train/{name}": value for name, value in means.items()},
-            "train/tokens": batch.loss_mask.sum() * self._num_ranks,
-            "train/truncated": batch.truncated.float().mean(),
-        }
+        values = step_values(batch, steps, self._num_ranks)
         mine = torch.stack([value.double().to(self.device) for value in values.values()])
         rank, size = self.global_rank, self._num_ranks
         total = self._metrics.pool(self._sums.add_up, mine, rank=rank, num_ranks=size)
         found = dict(zip(values, (total / size).float(), strict=True)) | self._metrics.compute()
+        self._uniform.note(found["train/uniform"].item(), reward=found["train/reward"].item())
         self.log("train/reward", found.pop("train/reward"), prog_bar=True, batch_size=len(batch))
         self.log_dict(found, batch_size=len(batch))
         if rank == 0:

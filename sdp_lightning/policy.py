@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,9 +18,12 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from sdp_lightning.adapters import add_adapter, merge, merged_name, parts_of
+from sdp_lightning.config import LoRAConfig
 from sdp_lightning.errors import ConfigError, SDPError
 from sdp_lightning.forward import LogprobForward
 from sdp_lightning.loading import quiet_transformers
+from sdp_lightning.weights.base import WeightStream
 
 Source = PreTrainedModel | None
 
@@ -31,34 +34,32 @@ def load_policy(model_id: str, options: Mapping[str, Any]) -> PreTrainedModel:
         return AutoModelForCausalLM.from_pretrained(model_id, **{"dtype": torch.float32, **options})
 
 
-def check_strategy(strategy: object) -> None:
-    """Refuse FSDP1, whose flat parameters can be neither named, frozen in part nor published.
-
-    Raises:
-        ConfigError: naming the strategy to use.
-    """
-    if any(kind.__name__ == "FSDPStrategy" for kind in type(strategy).__mro__):
-        raise ConfigError(
-            "FSDPStrategy (FSDP1) is not supported: it hides the model's parameters. Use FSDP2, "
-            "ModelParallelStrategy(data_parallel_size=<devices>, tensor_parallel_size=1)."
-        )
-
-
 def load(
-    model_id: str, options: Mapping[str, Any], *, sharded: bool
+    model_id: str, options: Mapping[str, Any], *, sharded: bool, lora: LoRAConfig | None = None
 ) -> tuple[PreTrainedModel, Source]:
-    """The model, and what :func:`shard` fills it from.
+    """The model, with an adapter if there is to be one, and what :func:`shard` fills it from.
 
     With ``sharded`` it has no weights yet, on the meta device, and only rank 0 reads them.
     """
     if not sharded:
-        return load_policy(model_id, options), None
-    source = load_policy(model_id, options) if distributed.get_rank() == 0 else None
-    kind: list[Any] = [source and (type(source), source.config, source.dtype)]
+        return _with_adapter(load_policy(model_id, options), lora), None
+    source: Source = None
+    kind: list[Any] = [None]
+    if distributed.get_rank() == 0:
+        source = load_policy(model_id, options)
+        kind = [(type(source), source.config, source.dtype)]
+        source = _with_adapter(source, lora)  # at random, as in one process
     distributed.broadcast_object_list(kind, src=0)
     model_class, config, dtype = kind[0]
     with torch.device("meta"):
-        return model_class(config).to(dtype), source
+        model: Any = model_class(config).to(dtype)
+    return _with_adapter(model, lora), source
+
+
+def _with_adapter(model: PreTrainedModel, lora: LoRAConfig | None) -> PreTrainedModel:
+    if lora is not None:
+        add_adapter(model, lora)
+    return model
 
 
 def shard(
@@ -182,20 +183,49 @@ class GradientStep:
         return {"grad_norm": norm.float(), "lr": rate, "skipped": skipped}
 
 
-def named_weights(policy: nn.Module, *, changed_only: bool) -> Iterator[tuple[str, Tensor]]:
+def named_weights(
+    policy: nn.Module, *, changed_only: bool, merged_alpha: float | None = None
+) -> WeightStream:
     """What an engine must be given, under the names of the model's ``state_dict``.
 
-    Sharded weights are gathered one at a time: all ranks must go through the whole iterator.
+    Sharded weights are gathered, and adapters merged into copies, one at a time: all ranks must go
+    through the whole stream.
 
     Args:
         policy: the model.
         changed_only: the trained weights, with all else of their layers: servers fuse weights of a
             layer, and a fused one that comes in part is wrong.
+        merged_alpha: of the policy's LoRA adapter, which comes merged, under the names of the model
+            without it; None leaves it as it is, or there is none.
     """
-    trained = {_layer_of(name) for name, p in policy.named_parameters() if p.requires_grad}
-    for name, tensor in policy.state_dict().items():
-        if not changed_only or _layer_of(name) in trained:
-            yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    state, trained = (
+        policy.state_dict(),
+        [n for n, p in policy.named_parameters() if p.requires_grad],
+    )
+    if merged_alpha is None:
+        parts = {name: [tensor] for name, tensor in state.items()}
+    else:
+        parts, trained = parts_of(state), [merged_name(name) for name in trained]
+    layers = {_layer_of(name) for name in trained}
+    layout = {
+        name: _like(some)
+        for name, some in parts.items()
+        if not changed_only or _layer_of(name) in layers
+    }
+    return WeightStream(
+        layout, lambda name: merge([_whole(t) for t in parts[name]], merged_alpha or 0.0)
+    )
+
+
+def _like(parts: list[Tensor]) -> Tensor:
+    """The weight, if it is there, or one of its shape and type on the meta device."""
+    if len(parts) == 1 and not isinstance(parts[0], DTensor):
+        return parts[0]
+    return torch.empty(parts[0].shape, dtype=parts[0].dtype, device="meta")
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _layer_of(name: str) -> str:

@@ -149,6 +149,10 @@ class FakeEngine:
         return False
 
     @property
+    def lora_alpha(self) -> float | None:
+        return None
+
+    @property
     def servers(self) -> Sequence[str]:
         return ()
 

@@ -43,6 +43,7 @@ def make_data(
     *,
     rows: Sequence[Row] | None = None,
     engine: str | InferenceEngine = "embedded",
+    engine_options: dict[str, Any] | None = None,
     val_prompts: Sequence[Row] | None = None,
     **rollout: Any,
 ) -> sdp.RolloutDataModule:
@@ -51,7 +52,9 @@ def make_data(
         make_rows() if rows is None else rows,
         make_workflow() if workflow is None else workflow,
         engine=engine,
-        engine_options={"device": "cpu", "max_slots": 16} if engine == "embedded" else None,
+        engine_options={"device": "cpu", "max_slots": 16}
+        if engine == "embedded"
+        else engine_options,
         rollout=sdp.RolloutConfig(**settings),
         val_prompts=val_prompts,
     )
@@ -75,8 +78,8 @@ def make_trainer(*callbacks: Callback, **settings: Any) -> L.Trainer:
 
 
 def weights_of(module: sdp.SegmentWisePPOModule) -> dict[str, Tensor]:
-    assert module.policy is not None
-    return {name: value.clone() for name, value in module.policy.state_dict().items()}
+    """As an engine gets them: adapters merged."""
+    return {name: value.clone() for name, value in module.named_weights()}
 
 
 @dataclass(eq=False)

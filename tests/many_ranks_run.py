@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import peft  # noqa: F401  (loaded here, once)
 import torch
 import transformers.models.llama.modeling_llama  # noqa: F401  (loaded here, once)
 from fitting import Recorder, executor_of, make_trainer, weigh_letters
@@ -109,6 +110,7 @@ def recorded(
     dtype: str = "float32",
     precision: str = "32-true",
     loss: Mapping[str, Any] | None = None,
+    lora: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
     """Train on groups made beforehand: rank r of n on every n-th. Alone, as if by ``ranks``."""
@@ -125,9 +127,11 @@ def recorded(
     update = sdp.UpdateConfig(
         num_minibatches=minibatches, layout=layout, max_tokens_per_microbatch=max_tokens
     )
+    torch.manual_seed(place.rank)  # of adapters; all ranks get rank 0's
     module = CountingModule(
         place.folder,
         loss=sdp.LossConfig(**loss or {}),
+        lora=None if lora is None else sdp.LoRAConfig(**lora),
         optimizer=sdp.OptimizerConfig(lr=1e-3),
         update=update,
         model_kwargs={"dtype": getattr(torch, dtype)},
@@ -144,9 +148,10 @@ def recorded(
     )
     trainer.fit(module, Batches(*batches))
     counts = [len(b.microbatches(max_tokens, layout)) for b in batches]  # type: ignore
+    merged = {name: tensor.clone() for name, tensor in module.named_weights()}
     sdp_lightning.policy.load_policy = load
     return {
-        "weights": weights_of(module),
+        "weights": weights_of(module) | (merged if lora else {}),
         "metrics": metrics.steps,
         "microbatches": counts,
         "num_loads": len(loads),

@@ -28,6 +28,7 @@ LAYERS: dict[str, set[str]] = {
     "config": {"errors"},
     "rows": {"errors"},
     "loading": {"errors", "rows"},
+    "adapters": {"config", "errors"},
     "rewards": {"errors", "loading", "rows"},
     "weights": {"errors"},
     "lifeline": {"errors"},
@@ -38,20 +39,24 @@ LAYERS: dict[str, set[str]] = {
     "viewing": {"batch", "config", "display", "errors", "objective", "types"},
     "engines": CORE | {"weights"},
     "scoring": {"types"},
-    "echo": {"errors", "types"},
+    "echo": {"adapters", "errors", "types"},
     "forward": {"batch", "errors", "objective"},
     "metrics": {"batch", "objective"},
     "workflows": CORE | {"engines", "rewards"},
     "rollout": {"config", "engines", "errors", "explain", "ranks", "types", "workflows"},
     "testing": CORE | {"engines"},
-    "policy": {"errors", "forward", "loading"},
+    "policy": {"adapters", "config", "errors", "forward", "loading", "weights"},
     "rank_sums": {"ranks"},
     "optimizer": {"config", "errors"},
+    "step_values": {"batch", "errors"},
+    "batch_advantages": {"batch", "config", "objective"},
     "batch_loss": {"batch", "config", "objective", "rank_sums"},
     "passes": {"batch", "config", "errors", "forward", "policy"},
+    "trainer_checks": {"config", "errors"},
     "module": CORE
-    | {"batch", "batch_loss", "forward", "metrics", "objective", "passes", "policy"}
-    | {"display", "optimizer", "rank_sums", "ranks", "scoring"},
+    | {"adapters", "batch", "batch_advantages", "batch_loss", "forward", "metrics", "objective"}
+    | {"display", "optimizer", "passes", "policy", "rank_sums", "ranks", "scoring"}
+    | {"trainer_checks", "weights"},
     "recording": {"config", "errors", "types"},
     "loaders": {"batch", "config", "errors", "ranks", "rollout", "types", "workflows"},
     "generation": {"errors", "loaders", "ranks", "rollout", "types", "workflows"},
@@ -77,7 +82,7 @@ LAYERS: dict[str, set[str]] = {
     "progress": set(),
     "summary": {"progress"},
     "doctor": {"config", "errors", "loading"},
-    "export": {"errors", "loading"},
+    "export": {"adapters", "errors", "loading", "weights"},
     "trainer_cli": {"callbacks", "datamodule", "errors", "module", "recorder", "recording"}
     | {"summary", "types"},
     "dry_run": {"datamodule", "errors", "loading", "trainer_cli"},
@@ -87,7 +92,8 @@ LAYERS: dict[str, set[str]] = {
 KNOW_BASE_ONLY = ("workflows", "rollout")
 LIGHTNING = {
     *("module", "loaders", "datamodule", "stopping", "watchdog", "checkpointing", "callbacks"),
-    *("dry_run", "generation", "progress", "recorder", "replay", "summary", "trainer_cli"),
+    *("dry_run", "generation", "progress", "recorder", "replay", "summary"),
+    *("trainer_checks", "trainer_cli"),
 }
 TRANSFORMERS = {
     *("dry_run", "engines", "export", "forward", "loading", "module", "policy", "summary"),
@@ -97,7 +103,8 @@ TORCHMETRICS = {"metrics"}
 TORCH = {
     *("objective", "batch", "engines", "weights", "forward", "metrics", "scoring", "testing"),
     *("module", "policy", "ranks", "datamodule", "doctor", "echo", "export"),
-    *("batch_loss", "checkpointing", "cores", "dry_run", "optimizer", "passes", "rank_sums"),
+    *("adapters", "batch_advantages", "batch_loss", "checkpointing", "cores"),
+    *("dry_run", "optimizer", "passes", "rank_sums"),
     "rollout",  # its checkpoint, tensors only
 }
 
@@ -212,6 +219,7 @@ def test_big_libraries_are_imported_only_where_they_belong(path: Path) -> None:
         "lightning": LIGHTNING,
         "transformers": TRANSFORMERS,
         "torchmetrics": TORCHMETRICS,
+        "peft": {"adapters"},
         "torch": TORCH,
     }
     for name in imports(path):

@@ -209,6 +209,28 @@ def test_print_config_shows_every_setting_and_can_be_read_back(
 
 
 @pytest.mark.filterwarnings("default")  # as users run it: jsonargparse tries text after an error
+def test_an_adapter_is_set_in_the_config_or_on_the_command_line(config: dict[str, Any]):
+    config["trainer"] |= {"logger": False, "default_root_dir": "out"}
+    config["model"]["lora"] = {"rank": 2, "target_modules": ["q_proj", "v_proj"]}
+    assert run("fit", config, "--model.lora.alpha=4") == 0
+    saved = yaml.safe_load(Path("out/config.yaml").read_text())["model"]["lora"]
+    assert saved == {"rank": 2, "alpha": 4.0, "target_modules": ["q_proj", "v_proj"]}
+
+
+def test_an_adapter_alone_is_exported_by_a_flag(
+    config: dict[str, Any], capsys: pytest.CaptureFixture[str]
+):
+    config["trainer"] |= {"logger": False, "default_root_dir": "out", "enable_checkpointing": True}
+    assert run("fit", config, "--model.lora.rank=2") == 0
+    (checkpoint,) = Path("out").rglob("*.ckpt")
+    assert main(["export", str(checkpoint), "adapter", "--adapter"]) == 0
+    assert "28 weights" in (text := capsys.readouterr().out) and "an adapter for" in text
+    assert sorted(p.name for p in Path("adapter").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+
+
 def test_a_reward_in_a_file_stays_a_text_in_a_saved_config(
     config: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ):

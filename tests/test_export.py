@@ -410,8 +410,8 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], Path], str]] = {
         r"no policy.\* weights but net.weight",
     ),
     "adapters": (
-        holding(lambda: {"model.layers.0.mlp.up_proj.lora_A.weight": torch.ones(1)}),
-        r"1 LoRA weights, such as model.layers.0.mlp.up_proj.lora_A.weight",
+        holding(lambda: {"model.layers.0.mlp.up_proj.lora_A.default.weight": torch.ones(1)}),
+        r"1 LoRA weights of its policy, but not with which alpha",
     ),
     "a weight too few": (
         holding(lambda: without("model.norm.weight")),

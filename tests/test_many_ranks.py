@@ -113,6 +113,13 @@ RECORDED: dict[str, dict[str, Any]] = {
             "second_moment_cap": 0.01,
         }
     },
+    "adapter, reference below it": {
+        "layout": "shared_prefix",
+        "lora": {"rank": 4, "alpha": 8.0},
+        "loss": {"kl_coefficient": 0.5},
+        "minibatches": 2,
+        "gradient_checkpointing": True,
+    },
 }
 MORE: dict[str, dict[str, Any]] = {
     "padded, float64": {"layout": "padded", "dtype": "float64", "minibatches": 2},

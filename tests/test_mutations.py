@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -222,3 +223,64 @@ def test_a_mutant_is_caught(
     mutant = Mutant(monkeypatch, module, old, new)
     with pytest.raises(AssertionError):
         check(mutant)
+
+
+# One mutant of each of five kinds, and the estimators in which it stays unseen because they have no
+# such part; every other one must catch it by its own numbers.
+KINDS: dict[str, tuple[tuple[tuple[str, str, str], ...], Callable[[LossConfig], bool]]] = {
+    "swap min and max": (
+        (
+            ("surrogates", "where(clipped, bound, log_ratio)", "where(clipped, log_ratio, bound)"),
+            ("surrogates", "measured.clamp(max=upper)", "measured.clamp(min=upper)"),
+            ("corrections", "log_value.clamp(max=", "log_value.clamp(min="),
+        ),
+        lambda config: config.surrogate == "unclipped" and config.correction == "mask",
+    ),
+    "swap a ratio": ((("losses", "target - centre", "centre - target"),), lambda _: False),
+    "mask after exp": (
+        (
+            (
+                "surrogates",
+                "torch.where(acting, log_value, 0.0).exp() * torch.where(acting, advantages, 0.0)",
+                "torch.where(acting, log_value.exp() * advantages, 0.0)",
+            ),
+            # CISPO follows no exponential; what it masks is what it multiplies with.
+            ("surrogates", "weighted * torch.where(acting, target, 0.0)", "weighted * target"),
+        ),
+        lambda _: False,
+    ),
+    "reverse the cap": (
+        (
+            ("corrections", "log_value <= math.log(cap)", "log_value >= math.log(cap)"),
+            ("corrections", "log_value.clamp(max=", "log_value.clamp(min="),
+        ),
+        lambda config: config.behavior_weight_cap is None,
+    ),
+    "change the denominator": (
+        (("losses", "loss_denominator(loss_mask, config) if", "loss_mask.numel() if"),),
+        lambda _: False,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_estimator_catches_each_kind_of_mutant_that_it_can_see(
+    monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    mutations, is_blind = KINDS[kind]
+    mutants: list[Mutant] = []
+    for mutation in mutations:
+        with monkeypatch.context() as patch:
+            mutants.append(Mutant(patch, *mutation))
+
+    def catches(config: LossConfig) -> bool:
+        for mutant in mutants:
+            try:
+                for seed in (3, 4):
+                    check_case(mutant, Case.random(seed), config)
+            except AssertionError:
+                return True
+        return False
+
+    unseen = {name for name, config in ESTIMATORS.items() if not catches(config)}
+    assert unseen == {name for name, config in ESTIMATORS.items() if is_blind(config)}

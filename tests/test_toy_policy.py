@@ -15,7 +15,14 @@ from loss_cases import CENTRES, ESTIMATORS
 from torch import Tensor
 
 from sdp_lightning.config import LossConfig
-from sdp_lightning.objective import loglinear_segment, segment_wise_ppo_loss
+from sdp_lightning.objective import (
+    loglinear_proximal,
+    loglinear_segment,
+    second_moment_bound,
+    second_moment_set,
+    segment_wise_ppo_loss,
+    within_second_moment,
+)
 
 torch.set_num_threads(1)
 SEQUENCES = torch.tensor(list(itertools.product(range(3), repeat=2)))  # [9, 2]
@@ -25,6 +32,14 @@ BY_WEIGHT = replace(
     UNBOUND, correction="truncate", rejection_on="weight", behavior_weight_cap=1e30,
     trust_region="proximal",
 )  # fmt: skip
+# With what the module prepares of them: policies on the log-linear way, and M2PO's own mask.
+ALL = ESTIMATORS | {
+    "log-linear segments": LossConfig(segment_proximal="loglinear"),
+    "log-linear proximal": LossConfig(trust_region="proximal", proximal="loglinear"),
+    "both log-linear": LossConfig(proximal="loglinear", segment_proximal="loglinear"),
+    "M2PO": replace(UNBOUND, second_moment_cap=0.2),
+}
+SHARE_DONE = 0.5
 
 
 def token_logprobs(parameters: Tensor) -> Tensor:
@@ -36,13 +51,17 @@ def token_logprobs(parameters: Tensor) -> Tensor:
 
 @dataclass
 class Toy:
-    """Parameters [4, 3] of the four policies, float64, and the advantage of every sequence, [9]."""
+    """Parameters [4, 3] of the four policies, float64, and the advantage of every sequence, [9].
+
+    M2PO bounds a whole optimizer step; here each step has one sequence.
+    """
 
     behavior: Tensor
     segment: Tensor
     proximal: Tensor
     target: Tensor
     advantages: Tensor
+    lag: int = 0
 
     @classmethod
     def at_lag(cls, lag: int, step: float = 0.5, seed: int = 0) -> Toy:
@@ -55,7 +74,7 @@ class Toy:
         walk = 0.7 * draw(1, 4, 3) + torch.cumsum(step * draw(lag + 2, 4, 3), 0)
         target = walk[lag] + 0.5 * (walk[lag + 1] - walk[lag])
         rewards = draw(9)
-        return cls(walk[0], walk[min(lag, 1)], walk[lag], target, rewards - rewards.mean())
+        return cls(walk[0], walk[min(lag, 1)], walk[lag], target, rewards - rewards.mean(), lag)
 
     @property
     def probabilities(self) -> Tensor:
@@ -66,12 +85,10 @@ class Toy:
         """[R, 12]: the gradient of the objective (minus the loss) on each sequence alone."""
         rows = torch.arange(9) if rows is None else rows
         target = token_logprobs(self.target).requires_grad_()
-        inputs = [
-            token_logprobs(policy)[rows] for policy in (self.proximal, self.segment, self.behavior)
-        ]
+        inputs = [policy[rows] for policy in self.policies(config)]
         advantages = self.advantages[rows, None].expand(-1, 2)
         result = segment_wise_ppo_loss(
-            target[rows], *inputs, advantages, torch.ones(len(rows), 2, dtype=torch.bool),
+            target[rows], *inputs, advantages, self.kept(config)[rows],
             config=config, num_tokens=1.0,
         )  # fmt: skip
         leaf = self.target.clone().requires_grad_()
@@ -85,6 +102,30 @@ class Toy:
             return torch.stack(each).flatten(1)
         total = torch.autograd.grad((per_token * token_logprobs(leaf)).sum(), leaf)[0]
         return total.flatten()[None]
+
+    def policies(self, config: LossConfig) -> tuple[Tensor, Tensor, Tensor]:
+        """x, q and b of every sequence, [9, 2] each, as the module makes them."""
+        n, x, q, b = map(token_logprobs, (self.target, self.proximal, self.segment, self.behavior))
+        lags = torch.full((9, 2), self.lag)
+        if config.proximal == "loglinear":
+            x = loglinear_proximal(n, b, lags, SHARE_DONE)
+        if config.segment_proximal == "loglinear":
+            q = loglinear_segment(x, b, lags)
+        return x, q, b
+
+    def kept(self, config: LossConfig) -> Tensor:
+        """[9, 2] bool: what M2PO leaves of every sequence; without it all."""
+        whole, cap = torch.ones(9, 2, dtype=torch.bool), config.second_moment_cap
+        if cap is None:
+            return whole
+        x, _, b = self.policies(config)
+        rows: list[Tensor] = []
+        for drift, advantage in zip(x - b, self.advantages, strict=True):
+            both = advantage.expand(2)
+            inside = second_moment_set(drift, both, whole[0])
+            bound = second_moment_bound(drift[inside], cap)
+            rows.append(within_second_moment(drift, both, whole[0], bound))
+        return torch.stack(rows)
 
     def moments(self, config: LossConfig) -> tuple[Tensor, Tensor]:
         """Mean and variance of each component under the behavior policy, [12] each, exact."""
@@ -118,7 +159,7 @@ def spread(toy: Toy, config: LossConfig) -> float:
     return float(toy.moments(config)[1].sum())
 
 
-@pytest.mark.parametrize("config", ESTIMATORS.values(), ids=ESTIMATORS)
+@pytest.mark.parametrize("config", ALL.values(), ids=ALL)
 def test_sampled_gradients_have_the_enumerated_mean_and_variance(config: LossConfig) -> None:
     toy = Toy.at_lag(3)
     mean, variance = toy.moments(config)
@@ -135,7 +176,7 @@ def test_sampled_gradients_have_the_enumerated_mean_and_variance(config: LossCon
     assert ((each.var(0) - variance).abs() <= 5 * error + 1e-3 * variance + 1e-12).all()
 
 
-@pytest.mark.parametrize("config", ESTIMATORS.values(), ids=ESTIMATORS)
+@pytest.mark.parametrize("config", ALL.values(), ids=ALL)
 def test_on_policy_no_estimator_has_a_bias(config: LossConfig) -> None:
     toy = Toy.at_lag(0)
     toy = replace(toy, segment=toy.behavior, proximal=toy.behavior, target=toy.behavior)
@@ -208,6 +249,13 @@ def test_every_bounded_estimator_has_a_bias_and_less_variance_at_a_large_lag() -
         config = ESTIMATORS[name]
         assert bias(toy, config) > 1e-3, name
         assert spread(toy, config) < free, name
+
+
+def test_m2po_masks_some_tokens_here_and_pays_with_bias() -> None:
+    toy, config = Toy.at_lag(4), ALL["M2PO"]
+    kept = toy.kept(config)
+    assert 0 < int((~kept).sum()) < kept.numel()
+    assert bias(toy, config) > 1e-3 and spread(toy, config) < spread(toy, UNBOUND)
 
 
 def test_loglinear_segments_are_exact_on_a_straight_walk_of_logits() -> None:

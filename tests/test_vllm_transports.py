@@ -11,7 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from fitting import Judge, Recorder, make_data, make_module, make_trainer, make_workflow
+from fitting import (
+    Judge,
+    Recorder,
+    make_data,
+    make_module,
+    make_trainer,
+    make_workflow,
+    weights_of,
+)
 from real_vllm import (
     At,
     assert_exact,
@@ -118,6 +126,29 @@ def test_adapters_that_change_under_requests_in_flight_are_exact(
     trajectories = generate_across(server_url, updates, transport="lora", lora_alpha=ALPHA)
     weights = {version: merge(base, adapter) for version, adapter in enumerate(adapters)}
     assert_exact(Judge(model), weights, trajectories)
+
+
+def test_a_fit_of_an_adapter_trains_on_exactly_what_the_server_samples_with_it(
+    server_url: str, model: str
+) -> None:
+    data = make_data(
+        make_workflow(max_new_tokens=12),
+        engine=engine_url(server_url),
+        engine_options={"transport": "lora"},  # alpha is the module's
+        max_head_lag=0,
+    )
+    recorder = Recorder()
+    sync = sdp.WeightSyncCallback(echo_every=1, echo_tolerance=1e-3)
+    module = make_module(model, lora=sdp.LoRAConfig(RANK, ALPHA), lr=1e-2)
+    make_trainer(sync, recorder, max_steps=4).fit(module, data)
+    assert recorder.engine_versions == list(range(5))
+    for name in ("model.layers.5.self_attn.v_proj.weight", "model.layers.0.mlp.up_proj.weight"):
+        assert not recorder.weights[0][name].equal(recorder.weights[3][name])
+    groups = [group for step in recorder.steps for group in step.groups]
+    assert_exact(Judge(model), recorder.weights, [t for g in groups for t in g.trajectories])
+    # An adapter takes a fraction of what its merged weights would.
+    assert recorder.metrics[1]["publish/bytes"] < sum(w.nbytes for w in weights_of(module).values())
+    assert all(0 < metrics["publish/echo"] < 1e-4 for metrics in recorder.metrics)
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -4,12 +4,14 @@ Each class is one concern. A setting that is out of range, or contradicts anothe
 raises ``ConfigError`` with the value and the remedy.
 """
 
+from sdp_lightning.config.lora import LoRAConfig
 from sdp_lightning.config.loss import LossConfig, TrustRegion
 from sdp_lightning.config.rollout import LONGEST_S, MissingProximal, OnOverdue, RolloutConfig
 from sdp_lightning.config.update import OptimizerConfig, UpdateConfig
 
 __all__ = [
     "LONGEST_S",
+    "LoRAConfig",
     "LossConfig",
     "MissingProximal",
     "OnOverdue",

@@ -78,6 +78,8 @@ class UpdateConfig:
             "constant")``.
         max_skipped_in_a_row: a step whose gradient is not finite is skipped; this many without a
             good one between are an error.
+        max_uniform_in_a_row: so many batches in a row in which no group has two different rewards
+            end the run with an error: there is nothing to learn. None never does.
 
     Raises:
         ConfigError: naming the value.
@@ -90,9 +92,12 @@ class UpdateConfig:
     advantages: Literal["group", "rloo"] = "group"
     scale_advantages_by_std: bool | None = None
     max_skipped_in_a_row: int = 10
+    max_uniform_in_a_row: int | None = 100
 
     def __post_init__(self) -> None:
         at_least("max_skipped_in_a_row", self.max_skipped_in_a_row, 1)
+        if self.max_uniform_in_a_row is not None:
+            at_least("max_uniform_in_a_row", self.max_uniform_in_a_row, 1)
         at_least("num_minibatches", self.num_minibatches, 1)
         at_least("num_epochs", self.num_epochs, 1)
         at_least("max_tokens_per_microbatch", self.max_tokens_per_microbatch, 1)

@@ -95,6 +95,11 @@ class InferenceEngine(Protocol):
         ...
 
     @property
+    def lora_alpha(self) -> float | None:
+        """Of the LoRA adapters that it samples with; None: it needs adapters merged."""
+        ...
+
+    @property
     def num_generated(self) -> int:
         """Tokens sampled since ``start``."""
         ...

@@ -98,6 +98,10 @@ class RemoteInfEngine:
         return True
 
     @property
+    def lora_alpha(self) -> float | None:
+        return self.options.lora_alpha
+
+    @property
     def servers(self) -> Sequence[str]:
         return [] if self._fleet is None else self._fleet.serving_urls
 

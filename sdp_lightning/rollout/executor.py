@@ -18,7 +18,7 @@ from sdp_lightning.errors import ConfigError, RolloutError, RolloutTimeout, Vers
 from sdp_lightning.explain import describe
 from sdp_lightning.ranks import Ranks
 from sdp_lightning.rollout.capacity import RolloutStat, StalenessManager
-from sdp_lightning.rollout.prompts import PromptRow
+from sdp_lightning.rollout.prompts import EVALUATION_EPOCH, PromptRow
 from sdp_lightning.rollout.publishing import publish
 from sdp_lightning.rollout.recompute import LogprobScorer, ProximalRecomputer, RecomputeReport
 from sdp_lightning.rollout.registry import GroupRegistry, LiveGroup, RolloutTelemetry
@@ -34,8 +34,6 @@ from sdp_lightning.workflows.base import (
 from sdp_lightning.workflows.gate import is_being_cancelled
 
 logger = logging.getLogger(__name__)
-
-EVALUATION_EPOCH = 2**31
 
 
 class WorkflowExecutor:
@@ -213,10 +211,7 @@ class WorkflowExecutor:
         runner = AsyncTaskRunner(name="sdp-evaluation", interrupted=interrupted)
         try:
             for order, prompt in enumerate(prompts, first_order):
-                session = self._source.new_session(
-                    prompt, is_evaluation=prompt.epoch == EVALUATION_EPOCH
-                )
-                live = LiveGroup(order, prompt, version, session)
+                live = LiveGroup(order, prompt, version, self._source.new_session(prompt))
                 runner.submit(self._evaluate_row, live, workflow)
             groups: list[TrajectoryGroup | None] = runner.wait(len(prompts), limit)
         finally:

@@ -15,6 +15,8 @@ import numpy as np
 from sdp_lightning.errors import ConfigError, RolloutError
 from sdp_lightning.workflows.base import Row
 
+EVALUATION_EPOCH = 2**31  # of rows that are only judged
+
 
 @dataclass(frozen=True, eq=False)
 class PromptRow:
@@ -31,6 +33,11 @@ class PromptRow:
     @property
     def row_id(self) -> str:
         return str(self.data.get("id", self.index))
+
+    @property
+    def is_evaluation(self) -> bool:
+        """Whether it is only judged, and never trained on."""
+        return self.epoch == EVALUATION_EPOCH
 
 
 class PromptStream:

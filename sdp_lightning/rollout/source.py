@@ -65,13 +65,7 @@ class GroupSource:
         self._next_order += 1
         return LiveGroup(self._next_order - 1, row, version, self.new_session(row))
 
-    def new_session(
-        self,
-        row: PromptRow,
-        saved: Sequence[Sequence[Event]] = (),
-        *,
-        is_evaluation: bool = False,
-    ) -> RolloutSession:
+    def new_session(self, row: PromptRow, saved: Sequence[Sequence[Event]] = ()) -> RolloutSession:
         """What the workflow gets to roll ``row`` out, with the logs that it is to repeat."""
         key = f"{row.epoch}/{row.index}"
 
@@ -79,7 +73,8 @@ class GroupSource:
             seed = derive_seed(self._seed, row.epoch, row.index, sample)
             return Episode(self._engine, self.gate, seed=seed, group_key=key)
 
-        return RolloutSession(self._tokenizer, new_episode, saved, is_evaluation=is_evaluation)
+        judged = row.is_evaluation
+        return RolloutSession(self._tokenizer, new_episode, saved, is_evaluation=judged)
 
     def put_back(self, group: LiveGroup) -> None:
         """Hand out ``group`` again, before any other: it could not be submitted."""

@@ -7,7 +7,7 @@ call.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -16,6 +16,33 @@ if TYPE_CHECKING:
 
 Weights = Iterable[tuple[str, "Tensor"]]
 TransportName = Literal["files", "gloo", "nccl", "ipc", "lora"]
+
+
+class WeightStream(Iterator[tuple[str, "Tensor"]]):
+    """Weights that come one at a time, and whose names and shapes are known before the first.
+
+    What has to be gathered or merged exists only while it is handled, so whoever reads the stream
+    in order needs no room for all of it.
+
+    Args:
+        layout: what will come, in order: the tensors themselves, or, of those that are not made
+            yet, their likes on the meta device.
+        make: the tensor of a name. May be a collective.
+    """
+
+    def __init__(self, layout: Mapping[str, Tensor], make: Callable[[str], Tensor]) -> None:
+        self.layout, self._make = layout, make
+        self._names = iter(layout)
+
+    @classmethod
+    def of(cls, weights: Weights) -> WeightStream:
+        """Of weights that are all there."""
+        layout = dict(weights)
+        return cls(layout, layout.__getitem__)
+
+    def __next__(self) -> tuple[str, Tensor]:
+        name = next(self._names)
+        return name, self._make(name)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ No threads and no versions: whoever calls holds the target still.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -20,7 +21,8 @@ def check_weights(source: Sequence[tuple[str, Tensor]], model: nn.Module, *, ful
 
     Args:
         source: names and tensors as in ``model.state_dict()``. Of names that share one tensor (a
-            tied ``lm_head``) any may be absent, and those present must agree.
+            tied ``lm_head``) any may be absent, and those present must agree. Those on the meta
+            device have no values yet to be looked at.
         model: the target.
         full: every tensor of the model must be there.
 
@@ -46,10 +48,7 @@ def check_weights(source: Sequence[tuple[str, Tensor]], model: nn.Module, *, ful
             )
         place = _place(target[name])
         if place in seen and not _agree(seen[place][1], tensor):
-            raise EngineError(
-                f"{seen[place][0]} and {name} are one tied tensor in the engine's model but were "
-                "sent with different values. Tie them in the trainer too, or untie the engine's."
-            )
+            raise _contradiction(seen[place][0], name)
         seen[place] = (name, tensor)
     missing = [name for name, tensor in target.items() if _place(tensor) not in seen]
     if full and missing:
@@ -63,25 +62,34 @@ def copy_weights(source: Iterable[tuple[str, Tensor]], model: nn.Module) -> int:
     """Copy each tensor of ``source`` into ``model`` in place; when this returns they are there.
 
     Args:
-        source: names and tensors that :func:`check_weights` accepted, of any dtype and device.
+        source: names and tensors that :func:`check_weights` accepted, of any dtype and device. Each
+            is let go before the next one is asked for, unless it is tied to another.
         model: the target, which nobody reads meanwhile.
 
     Returns:
         Bytes sent, a tied tensor counted once.
+
+    Raises:
+        EngineError: if tied weights contradict each other whose values could not be checked before.
     """
     target = model.state_dict()
-    copied: set[int] = set()
+    places = Counter(_place(tensor) for tensor in target.values())
+    tied: dict[int, tuple[str, Tensor]] = {}
     devices: set[torch.device] = set()
     num_bytes = 0
     with torch.no_grad():
         for name, tensor in source:
             place = _place(target[name])
-            if place in copied:
+            if place in tied:
+                if not _agree(tied[place][1], tensor):
+                    raise _contradiction(tied[place][0], name)
                 continue
             target[name].copy_(tensor.detach())
-            copied.add(place)
+            if places[place] > 1:
+                tied[place] = name, tensor
             devices.update((target[name].device, tensor.device))
             num_bytes += tensor.numel() * tensor.element_size()
+            del tensor
     for device in devices:
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # the reader may use another stream
@@ -92,7 +100,16 @@ def _place(tensor: Tensor) -> int:
     return tensor.data_ptr()
 
 
+def _contradiction(first: str, second: str) -> EngineError:
+    return EngineError(
+        f"{first} and {second} are one tied tensor in the engine's model but were sent with "
+        "different values. Tie them in the trainer too, or untie the engine's."
+    )
+
+
 def _agree(first: Tensor, second: Tensor) -> bool:
+    if first.is_meta or second.is_meta:
+        return True  # not known yet
     same_memory = first.device == second.device and first.data_ptr() == second.data_ptr()
     return same_memory or torch.equal(first, second.to(first.device))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Generator
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -12,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sdp_lightning.errors import EngineError
-from sdp_lightning.weights.base import LoadAdapter, LoadFolder, Target, Weights
+from sdp_lightning.weights.base import LoadAdapter, LoadFolder, Target, Weights, WeightStream
 from sdp_lightning.weights.files import WeightFolder
 
 ADAPTER = "sdp-adapter"
@@ -42,25 +43,28 @@ class LoRATransport:
         return False
 
     def stage(self, weights: Weights, *, full: bool) -> int:
-        adapter: dict[str, Tensor] = {}
-        base: list[tuple[str, Tensor]] = []
-        for name, tensor in weights:
-            if _NAME.match(name):
-                adapter[name] = tensor.detach().cpu().contiguous()
-            else:
-                plain = name.removeprefix(_PREFIX).replace(".base_layer.", ".")
-                base.append((plain, tensor))
-        if base and not full:
+        stream = weights if isinstance(weights, WeightStream) else WeightStream.of(weights)
+        shapes = {name: tensor for name, tensor in stream.layout.items() if _NAME.match(name)}
+        if len(shapes) < len(stream.layout) and not full:
+            other = next(_base_name(name) for name in stream.layout if name not in shapes)
             raise EngineError(
-                f"{base[0][0]} changed, but transport='lora' sends an adapter only. Freeze it, or "
+                f"{other} changed, but transport='lora' sends an adapter only. Freeze it, or "
                 "use another transport."
             )
-        if not adapter and not full:
+        if not shapes and not full:
             return 0  # a skipped step: the same adapter goes on
-        config = adapter_config(adapter, self._alpha)
-        folder = self._write(adapter, config)
+        config = adapter_config(shapes, self._alpha)
+        adapter: dict[str, Tensor] = {}
+        folder = self._folder(self._number + 1)
         try:
-            num_bytes = self._files.write(base, full=True)[1] if full else 0
+            folder.mkdir()
+            num_bytes = self._files.write(_base_of(stream, adapter), full=True)[1] if full else 0
+            adapter |= {plain_name(n): tensor.detach().cpu().contiguous() for n, tensor in stream}
+            save_file(adapter, folder / "adapter_model.safetensors")
+            (folder / "adapter_config.json").write_text(json.dumps(config))
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise EngineError(f"the adapter cannot be written to {folder}: {error}") from error
         except EngineError:
             shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -81,18 +85,18 @@ class LoRATransport:
     def _folder(self, number: int) -> Path:
         return self._files.path / f"adapter-{number}"
 
-    def _write(self, adapter: dict[str, Tensor], config: dict[str, object]) -> Path:
-        """The folder of the next adapter."""
-        folder = self._folder(self._number + 1)
-        try:
-            folder.mkdir()
-            names = {plain_name(name): tensor for name, tensor in adapter.items()}
-            save_file(names, folder / "adapter_model.safetensors")
-            (folder / "adapter_config.json").write_text(json.dumps(config))
-        except (OSError, SafetensorError) as error:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise EngineError(f"the adapter cannot be written to {folder}: {error}") from error
-        return folder
+
+def _base_of(stream: WeightStream, adapter: dict[str, Tensor]) -> Generator[tuple[str, Tensor]]:
+    """What is not of the adapter, under its plain name; what is goes into ``adapter``."""
+    for name, tensor in stream:
+        if _NAME.match(name):
+            adapter[plain_name(name)] = tensor.detach().cpu().contiguous()
+        else:
+            yield _base_name(name), tensor
+
+
+def _base_name(name: str) -> str:
+    return name.removeprefix(_PREFIX).replace(".base_layer.", ".")
 
 
 def plain_name(name: str) -> str:

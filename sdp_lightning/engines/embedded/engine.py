@@ -29,6 +29,7 @@ from sdp_lightning.engines.embedded.loop import DecodeLoop, Job
 from sdp_lightning.engines.embedded.slots import ATTENTION_NAME
 from sdp_lightning.errors import ConfigError, EngineError, VersionError
 from sdp_lightning.types import FinishReason, FloatArray, IntArray, KVPolicy
+from sdp_lightning.weights.base import WeightStream
 from sdp_lightning.weights.inprocess import check_weights, copy_weights
 
 if TYPE_CHECKING:
@@ -135,6 +136,10 @@ class EmbeddedEngine:
         return False
 
     @property
+    def lora_alpha(self) -> float | None:
+        return None
+
+    @property
     def servers(self) -> Sequence[str]:
         return ()
 
@@ -192,12 +197,19 @@ class EmbeddedEngine:
     def update_weights(
         self, weights: NamedWeights, version: int, *, reset: bool = False
     ) -> PublishReport:
-        """See the protocol. ``weights`` is read to its end before anything changes."""
+        """See the protocol. Names and shapes are checked before anything changes.
+
+        A :class:`~sdp_lightning.weights.base.WeightStream` is read while sampling waits, so that
+        there is never a second copy of what has to be gathered or merged; anything else before it.
+        """
         with self._update_lock:
             running = self._require_usable()
             _check_version(version, self.version, reset=reset)
-            source = list(weights)
-            check_weights(source, running.model, full=reset)
+            if isinstance(weights, WeightStream):
+                source, layout = weights, list(weights.layout.items())
+            else:
+                source = layout = list(weights)
+            check_weights(layout, running.model, full=reset)
             with running.loop.hold():
                 begin_s = time.perf_counter()
                 running.loop.close_segments()
@@ -228,9 +240,7 @@ class EmbeddedEngine:
         return self._running
 
 
-def _swap(
-    source: list[tuple[str, torch.Tensor]], version: int, running: _Running, *, keep_kv: bool
-) -> int:
+def _swap(source: NamedWeights, version: int, running: _Running, *, keep_kv: bool) -> int:
     try:
         num_bytes = copy_weights(source, running.model)
         if not keep_kv:

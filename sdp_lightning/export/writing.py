@@ -7,31 +7,26 @@ are mapped from files and written file by file, never all in memory.
 
 from __future__ import annotations
 
+import json
 import os
-import pickle
 import shutil
-import warnings
-import zipfile
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load
 
+from sdp_lightning.adapters import is_adapter
 from sdp_lightning.errors import ConfigError
+from sdp_lightning.export.checkpoints import Checkpoint, MergedCheckpoint, open_checkpoint
 from sdp_lightning.loading import quiet_transformers, resolve_model
+from sdp_lightning.weights.lora import adapter_config, plain_name
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-MODEL_KEY = "sdp_model_id"  # where a checkpoint says which model it trained
-_PREFIX = "policy."
-_SHARDED_PREFIX = f"state_dict.{_PREFIX}"
 
 
 @dataclass(frozen=True)
@@ -42,91 +37,14 @@ class Export:
     model_id: str
     num_weights: int
     num_bytes: int
+    is_adapter: bool = False
 
     def __str__(self) -> str:
+        what = "an adapter for" if self.is_adapter else "config and tokenizer of"
         return (
             f"wrote {self.folder}: {self.num_weights} weights, {self.num_bytes / 1e6:,.1f} MB, "
-            f"config and tokenizer of {self.model_id}"
+            f"{what} {self.model_id}"
         )
-
-
-class Checkpoint(Protocol):
-    """The policy's weights in a checkpoint, by their transformers names."""
-
-    @property
-    def model_id(self) -> str | None:
-        """The model that was trained, if the checkpoint says so."""
-        ...
-
-    @property
-    def layout(self) -> Mapping[str, Tensor]:
-        """Every weight's shape and dtype, as a tensor whose values may not be there."""
-        ...
-
-    def read(self, dtype: torch.dtype | None, scratch: Path) -> dict[str, Tensor]:
-        """Every weight, mapped from a file: of the checkpoint, or a nameless one in ``scratch``.
-
-        Args:
-            dtype: what floats are cast to; None keeps them.
-            scratch: a folder with room for all weights.
-        """
-        ...
-
-
-class PlainCheckpoint:
-    """One file of ``torch.save``; anything but tensors and plain types in it is refused."""
-
-    def __init__(self, path: Path) -> None:
-        if not zipfile.is_zipfile(path):
-            raise ConfigError(
-                f"{path} is no checkpoint, or was cut short: {path.stat().st_size:,} bytes, and no "
-                "archive of torch.save."
-            )
-        found = _load_plain(path)
-        if not isinstance(found.get("state_dict"), Mapping):
-            some = ", ".join(map(repr, list(found)[:5]))
-            raise ConfigError(f"{path} is no Lightning checkpoint: no 'state_dict' among {some}.")
-        self.layout = _policy_of(found["state_dict"], _PREFIX, path)
-        self.model_id = cast("str | None", found.get(MODEL_KEY))
-
-    def read(self, dtype: torch.dtype | None, scratch: Path) -> dict[str, Tensor]:
-        return {
-            name: tensor
-            if _target_dtype(tensor, dtype) == tensor.dtype
-            else _room_for(tensor, dtype, scratch).copy_(tensor)
-            for name, tensor in self.layout.items()
-        }
-
-
-class ShardedCheckpoint:
-    """A folder of torch.distributed.checkpoint, with Lightning's ``meta.pt``.
-
-    torch reads its ``.metadata`` with pickle, which can run code: open only those you trust.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        metadata = FileSystemReader(path).read_metadata().state_dict_metadata
-        shapes = {
-            name: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
-            for name, entry in metadata.items()
-            if isinstance(entry, TensorStorageMetadata)
-        }
-        self.layout = _policy_of(shapes, _SHARDED_PREFIX, path)
-        rest = path / "meta.pt"
-        found = _load_plain(rest) if rest.is_file() else {}
-        self.model_id = cast("str | None", found.get(MODEL_KEY))
-
-    def read(self, dtype: torch.dtype | None, scratch: Path) -> dict[str, Tensor]:
-        tensors = {name: _room_for(t, dtype, scratch) for name, t in self.layout.items()}
-        flat: dict[str, Any] = {f"{_SHARDED_PREFIX}{name}": t for name, t in tensors.items()}
-        try:
-            with warnings.catch_warnings(action="ignore", category=UserWarning):
-                load(flat, checkpoint_id=self._path, no_dist=True)  # warns of no_dist itself
-        except CheckpointException as error:
-            first = next(iter(error.failures.values()), (error,))[0]
-            raise ConfigError(f"cannot read all shards of {self._path}: {first}.") from error
-        return tensors
 
 
 def export_checkpoint(
@@ -135,9 +53,12 @@ def export_checkpoint(
     *,
     model: str | None = None,
     dtype: str | None = None,
+    adapter: bool = False,
     overwrite: bool = False,
 ) -> Export:
     """Write the policy of ``checkpoint`` as a folder that transformers and vLLM load.
+
+    A LoRA adapter that was trained is merged into the weights, or alone what is written.
 
     The folder appears complete or not at all: until then it is a hidden sibling,
     ``.NAME.PID.part``, which may take twice the size of the weights.
@@ -148,6 +69,7 @@ def export_checkpoint(
         model: id, folder or ``file.py:name`` of the model that was trained, for its config and
             tokenizer; None is the one that the checkpoint names.
         dtype: ``"float32"`` or ``"bfloat16"``; None keeps the checkpoint's.
+        adapter: write the LoRA adapter only, as ``peft`` does.
         overwrite: replace ``out`` if it is a model folder.
 
     Raises:
@@ -158,53 +80,23 @@ def export_checkpoint(
         raise ConfigError(f"dtype={dtype!r} is none of {', '.join(DTYPES)}.")
     wanted = None if dtype is None else DTYPES[dtype]
     source, target = Path(checkpoint).expanduser(), Path(out).expanduser().absolute()
-    found = open_checkpoint(source)
+    trained = open_checkpoint(source)
+    found = MergedCheckpoint(trained, source)
     base = _base_model(found, model, source)
     _check_target(target, source, Path(base), overwrite=overwrite)
     with quiet_transformers():
         empty = _empty_model(base, wanted or next(iter(found.layout.values())).dtype)
         _check_weights(found.layout, empty, source, base)
+        if adapter:
+            return _export_adapter(trained, source, base, target, wanted)
         with _whole_folder(target) as folder:
-            weights = _untie(found.read(wanted, folder), empty, source)
+            weights = _untie(found.read(found.layout, wanted, folder), empty, source)
             export = Export(target, base, len(weights), sum(t.nbytes for t in weights.values()))
             _write(empty, weights, base, folder)
     return export
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint at ``path``, of which nothing large is read yet.
-
-    Raises:
-        ConfigError: if it is none, or does not hold a policy's weights.
-    """
-    if (path / ".metadata").is_file():
-        return ShardedCheckpoint(path)
-    if path.is_file():
-        return PlainCheckpoint(path)
-    what = "a folder without .metadata" if path.is_dir() else "not there"
-    raise ConfigError(
-        f"no checkpoint {str(path)!r}: it is {what}. Name a .ckpt file of Lightning, or the folder "
-        "that ModelParallelStrategy wrote."
-    )
-
-
 # Checks -------------------------------------------------------------------------------------------
-
-
-def _policy_of(tensors: Mapping[str, Tensor], prefix: str, path: Path) -> dict[str, Tensor]:
-    found = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-    if not found:
-        some = ", ".join(list(tensors)[:3]) or "nothing"
-        raise ConfigError(
-            f"{path} holds no {_PREFIX}* weights but {some}: it is not of SegmentWisePPOModule."
-        )
-    adapters = [name for name in found if ".lora_" in name]
-    if adapters:
-        raise ConfigError(
-            f"{path} holds {len(adapters)} LoRA weights, such as {adapters[0]}; export does not "
-            "write adapters yet."
-        )
-    return found
 
 
 def _check_weights(layout: Mapping[str, Tensor], model: Any, path: Path, base: str) -> None:
@@ -237,7 +129,7 @@ def _check_target(out: Path, *sources: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise ConfigError(f"{out} is not empty. Name another folder, or pass --overwrite.")
-    if not (out / "config.json").is_file():
+    if not any((out / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise ConfigError(f"{out} is not a model folder (no config.json): not overwritten.")
     for source in sources:
         if source.exists() and source.resolve().is_relative_to(out.resolve()):
@@ -252,36 +144,6 @@ def _base_model(found: Checkpoint, model: str | None, path: Path) -> str:
     if found.model_id[:1] in "/.~" and not Path(found.model_id).expanduser().is_dir():
         raise ConfigError(f"{path} is of {found.model_id!r}, which is not there. Pass --model.")
     return found.model_id
-
-
-# Reading ------------------------------------------------------------------------------------------
-
-
-def _load_plain(path: Path) -> Mapping[Any, Any]:
-    try:
-        found: object = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ConfigError(
-            f"{path} holds more than tensors and plain types, which is not unpickled: "
-            f"{str(error).splitlines()[0]}"
-        ) from error
-    if not isinstance(found, Mapping):
-        raise ConfigError(f"{path} is no Lightning checkpoint but {type(found).__name__}.")
-    return cast("Mapping[Any, Any]", found)
-
-
-def _target_dtype(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
-    return dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-
-
-def _room_for(tensor: Tensor, dtype: torch.dtype | None, folder: Path) -> Tensor:
-    """Of its shape, in a file in ``folder`` that is gone once the result is; not initialised."""
-    target, path = _target_dtype(tensor, dtype), folder / "scratch"
-    with path.open("wb") as file:  # a full disk raises here; later it would be a SIGBUS
-        os.posix_fallocate(file.fileno(), 0, max(1, tensor.numel() * target.itemsize))
-    flat = torch.from_file(str(path), shared=True, size=tensor.numel(), dtype=target)
-    path.unlink()
-    return flat.view(tensor.shape)
 
 
 def _untie(weights: dict[str, Tensor], model: Any, path: Path) -> dict[str, Tensor]:
@@ -319,8 +181,7 @@ def _write(model: Any, weights: dict[str, Tensor], base: str, folder: Path) -> N
     from transformers.utils.hub import cached_file
 
     model.save_pretrained(folder, state_dict=weights, max_shard_size="5GB")  # empties weights
-    for file in folder.glob("*.safetensors"):  # safetensors lets nobody else read them
-        file.chmod((folder / "config.json").stat().st_mode)
+    _let_others_read(folder, like="config.json")
     name = "generation_config.json"
     generation = cached_file(base, name, _raise_exceptions_for_missing_entries=False)
     if generation is not None:  # as it is: transformers refuses to write some that it reads
@@ -329,6 +190,31 @@ def _write(model: Any, weights: dict[str, Tensor], base: str, folder: Path) -> N
         AutoTokenizer.from_pretrained(base).save_pretrained(folder)
     except (OSError, ValueError) as error:
         raise ConfigError(f"no tokenizer in {base!r}: {error}") from error
+
+
+def _export_adapter(
+    found: Checkpoint, source: Path, base: str, target: Path, dtype: torch.dtype | None
+) -> Export:
+    names = [name for name in found.layout if is_adapter(name)]
+    if not names or found.lora_alpha is None:
+        raise ConfigError(f"{source} holds no LoRA adapter: leave out --adapter.")
+    with _whole_folder(target) as folder:
+        weights = found.read(names, dtype, folder)
+        config = adapter_config(weights, found.lora_alpha) | {"base_model_name_or_path": base}
+        save_file(
+            {plain_name(name): tensor for name, tensor in weights.items()},
+            folder / "adapter_model.safetensors",
+            metadata={"format": "pt"},
+        )
+        (folder / "adapter_config.json").write_text(json.dumps(config, indent=2))
+        _let_others_read(folder, like="adapter_config.json")
+        num_bytes = sum(tensor.nbytes for tensor in weights.values())
+        return Export(target, base, len(weights), num_bytes, is_adapter=True)
+
+
+def _let_others_read(folder: Path, *, like: str) -> None:
+    for file in folder.glob("*.safetensors"):  # safetensors lets nobody else read them
+        file.chmod((folder / like).stat().st_mode)
 
 
 @contextmanager

@@ -1,0 +1,40 @@
+"""Which layers get a LoRA adapter, and of what size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sdp_lightning.config.checks import at_least
+from sdp_lightning.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """A LoRA adapter: ``W + alpha / rank * B A`` in place of a linear layer's W; only B, A train.
+
+    There is no dropout: it would make every log-prob a random number.
+
+    Args:
+        rank: of A and B.
+        alpha: what the adapter's output is multiplied with, times rank.
+        target_modules: names of linear layers, such as ``("q_proj", "v_proj")``; None is all but
+            the head.
+
+    Raises:
+        ConfigError: naming the value.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    target_modules: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        at_least("rank", self.rank, 1)
+        if not self.alpha > 0:
+            raise ConfigError(f"alpha must be positive, got {self.alpha}.")
+        targets = self.target_modules
+        if targets is not None and (isinstance(targets, str) or not targets):
+            raise ConfigError(
+                f"target_modules={targets!r} must be a sequence of names, such as ('q_proj', "
+                "'v_proj'), or None for every linear layer but the head."
+            )

@@ -1,0 +1,213 @@
+"""The policy's weights in what Lightning writes: one file, or a folder of shards."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import warnings
+import zipfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+
+from sdp_lightning.adapters import LORA_KEY, is_adapter, merge, parts_of
+from sdp_lightning.errors import ConfigError
+
+MODEL_KEY = "sdp_model_id"  # where a checkpoint says which model it trained
+_PREFIX = "policy."
+_SHARDED_PREFIX = f"state_dict.{_PREFIX}"
+
+
+class Checkpoint(Protocol):
+    """The policy's weights in a checkpoint, by their names in the policy."""
+
+    @property
+    def model_id(self) -> str | None:
+        """The model that was trained, if the checkpoint says so."""
+        ...
+
+    @property
+    def lora_alpha(self) -> float | None:
+        """Of the LoRA adapter that was trained, if the checkpoint says so."""
+        ...
+
+    @property
+    def layout(self) -> Mapping[str, Tensor]:
+        """Every weight's shape and dtype, as a tensor whose values may not be there."""
+        ...
+
+    def read(
+        self, names: Iterable[str], dtype: torch.dtype | None, scratch: Path
+    ) -> dict[str, Tensor]:
+        """Weights mapped from a file: of the checkpoint, or a nameless one in ``scratch``.
+
+        Args:
+            names: of weights.
+            dtype: what floats are cast to; None keeps them.
+            scratch: a folder with room for them.
+        """
+        ...
+
+
+class PlainCheckpoint:
+    """One file of ``torch.save``; anything but tensors and plain types in it is refused."""
+
+    def __init__(self, path: Path) -> None:
+        if not zipfile.is_zipfile(path):
+            raise ConfigError(
+                f"{path} is no checkpoint, or was cut short: {path.stat().st_size:,} bytes, and no "
+                "archive of torch.save."
+            )
+        found = _load_plain(path)
+        if not isinstance(found.get("state_dict"), Mapping):
+            some = ", ".join(map(repr, list(found)[:5]))
+            raise ConfigError(f"{path} is no Lightning checkpoint: no 'state_dict' among {some}.")
+        self.layout = _policy_of(found["state_dict"], _PREFIX, path)
+        self.model_id = cast("str | None", found.get(MODEL_KEY))
+        self.lora_alpha = _alpha_of(found)
+
+    def read(
+        self, names: Iterable[str], dtype: torch.dtype | None, scratch: Path
+    ) -> dict[str, Tensor]:
+        return {name: _cast(self.layout[name], dtype, scratch) for name in names}
+
+
+class ShardedCheckpoint:
+    """A folder of torch.distributed.checkpoint, with Lightning's ``meta.pt``.
+
+    torch reads its ``.metadata`` with pickle, which can run code: open only those you trust.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        metadata = FileSystemReader(path).read_metadata().state_dict_metadata
+        shapes = {
+            name: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
+            for name, entry in metadata.items()
+            if isinstance(entry, TensorStorageMetadata)
+        }
+        self.layout = _policy_of(shapes, _SHARDED_PREFIX, path)
+        rest = path / "meta.pt"
+        found = _load_plain(rest) if rest.is_file() else {}
+        self.model_id = cast("str | None", found.get(MODEL_KEY))
+        self.lora_alpha = _alpha_of(found)
+
+    def read(
+        self, names: Iterable[str], dtype: torch.dtype | None, scratch: Path
+    ) -> dict[str, Tensor]:
+        tensors = {name: _room_for(self.layout[name], dtype, scratch) for name in names}
+        flat: dict[str, Any] = {f"{_SHARDED_PREFIX}{name}": t for name, t in tensors.items()}
+        try:
+            with warnings.catch_warnings(action="ignore", category=UserWarning):
+                load(flat, checkpoint_id=self._path, no_dist=True)  # warns of no_dist itself
+        except CheckpointException as error:
+            first = next(iter(error.failures.values()), (error,))[0]
+            raise ConfigError(f"cannot read all shards of {self._path}: {first}.") from error
+        return tensors
+
+
+class MergedCheckpoint:
+    """A checkpoint with a LoRA adapter, as if it were of the model with the adapter in its weights.
+
+    Raises:
+        ConfigError: if it does not say what the adapter is multiplied with.
+    """
+
+    def __init__(self, inner: Checkpoint, path: Path) -> None:
+        self._inner, self.model_id = inner, inner.model_id
+        self._parts = parts_of({name: name for name in inner.layout})
+        count = sum(map(is_adapter, inner.layout))
+        if count and inner.lora_alpha is None:
+            raise ConfigError(
+                f"{path} holds {count} LoRA weights of its policy, but not with which alpha they "
+                "were trained: it was not written by SegmentWisePPOModule(lora=...)."
+            )
+        self.lora_alpha = inner.lora_alpha
+        self.layout = {name: inner.layout[parts[0]] for name, parts in self._parts.items()}
+
+    def read(
+        self, names: Iterable[str], dtype: torch.dtype | None, scratch: Path
+    ) -> dict[str, Tensor]:
+        """See :class:`Checkpoint`. Weights are merged one at a time."""
+        wanted = {name: self._parts[name] for name in names}
+        whole = {parts[0]: name for name, parts in wanted.items() if len(parts) == 1}
+        found = self._inner.read(whole, dtype, scratch)
+        result = {whole[name]: tensor for name, tensor in found.items()}
+        for name, parts in wanted.items():
+            if len(parts) > 1:
+                tensors = list(self._inner.read(parts, None, scratch).values())
+                room = _room_for(tensors[0], dtype, scratch)
+                result[name] = room.copy_(merge(tensors, self.lora_alpha or 0.0))
+        return result
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint at ``path``, of which nothing large is read yet.
+
+    Raises:
+        ConfigError: if it is none, or does not hold a policy's weights.
+    """
+    if (path / ".metadata").is_file():
+        return ShardedCheckpoint(path)
+    if path.is_file():
+        return PlainCheckpoint(path)
+    what = "a folder without .metadata" if path.is_dir() else "not there"
+    raise ConfigError(
+        f"no checkpoint {str(path)!r}: it is {what}. Name a .ckpt file of Lightning, or the folder "
+        "that ModelParallelStrategy wrote."
+    )
+
+
+def _policy_of(tensors: Mapping[str, Tensor], prefix: str, path: Path) -> dict[str, Tensor]:
+    found = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+    if not found:
+        some = ", ".join(list(tensors)[:3]) or "nothing"
+        raise ConfigError(
+            f"{path} holds no {_PREFIX}* weights but {some}: it is not of SegmentWisePPOModule."
+        )
+    return found
+
+
+def _load_plain(path: Path) -> Mapping[Any, Any]:
+    try:
+        found: object = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ConfigError(
+            f"{path} holds more than tensors and plain types, which is not unpickled: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    if not isinstance(found, Mapping):
+        raise ConfigError(f"{path} is no Lightning checkpoint but {type(found).__name__}.")
+    return cast("Mapping[Any, Any]", found)
+
+
+def _alpha_of(found: Mapping[Any, Any]) -> float | None:
+    lora: Any = found.get(LORA_KEY)
+    return None if lora is None else float(lora["alpha"])
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype | None, folder: Path) -> Tensor:
+    if _target_dtype(tensor, dtype) == tensor.dtype:
+        return tensor
+    return _room_for(tensor, dtype, folder).copy_(tensor)
+
+
+def _target_dtype(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    return dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+
+
+def _room_for(tensor: Tensor, dtype: torch.dtype | None, folder: Path) -> Tensor:
+    """Of its shape, in a file in ``folder`` that is gone once the result is; not initialised."""
+    target, path = _target_dtype(tensor, dtype), folder / "scratch"
+    with path.open("wb") as file:  # a full disk raises here; later it would be a SIGBUS
+        os.posix_fallocate(file.fileno(), 0, max(1, tensor.numel() * target.itemsize))
+    flat = torch.from_file(str(path), shared=True, size=tensor.numel(), dtype=target)
+    path.unlink()
+    return flat.view(tensor.shape)

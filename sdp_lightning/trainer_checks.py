@@ -1,0 +1,37 @@
+"""What of a Trainer's settings the module cannot work with."""
+
+from __future__ import annotations
+
+import lightning as L
+
+from sdp_lightning.config import UpdateConfig
+from sdp_lightning.errors import ConfigError
+
+
+def check_trainer(trainer: L.Trainer, update: UpdateConfig, stage: str) -> None:
+    """Refuse a strategy, a precision or a number of steps that cannot work.
+
+    FSDP1 has flat parameters, which can be neither named, frozen in part nor published.
+
+    Raises:
+        ConfigError: naming the setting and the one to use.
+    """
+    if any(kind.__name__ == "FSDPStrategy" for kind in type(trainer.strategy).__mro__):
+        raise ConfigError(
+            "FSDPStrategy (FSDP1) is not supported: it hides the model's parameters. Use FSDP2, "
+            "ModelParallelStrategy(data_parallel_size=<devices>, tensor_parallel_size=1)."
+        )
+    precision = str(trainer.precision)
+    if stage == "fit" and precision in ("16-mixed", "16-true"):
+        raise ConfigError(
+            f"precision={precision!r} needs a scaled loss, which this module does not do; use "
+            "'bf16-mixed' or '32-true'."
+        )
+    steps, every = trainer.max_steps, update.steps_per_batch
+    if stage == "fit" and steps > 0 and steps % every:
+        near = [str(n) for n in (steps // every * every, (steps // every + 1) * every) if n]
+        raise ConfigError(
+            f"max_steps={steps} is no multiple of {every}, the optimizer steps of one batch "
+            f"({update.num_minibatches} minibatches x {update.num_epochs} epochs): "
+            f"use {' or '.join(near)}."
+        )
