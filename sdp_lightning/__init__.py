@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     )
     from sdp_lightning.module import SegmentWisePPOModule
     from sdp_lightning.objective import segment_wise_ppo_loss
+    from sdp_lightning.progress import ProgressLine
+    from sdp_lightning.report.callback import RunReport
     from sdp_lightning.rewards.pool import RewardPool
     from sdp_lightning.rollout.capacity import (
         FilteredSamplesCapacityModifier,
@@ -66,6 +68,8 @@ _HOMES = {
     ),
     "module": ("SegmentWisePPOModule",),
     "objective": ("segment_wise_ppo_loss",),
+    "progress": ("ProgressLine",),
+    "report.callback": ("RunReport",),
     "rewards.pool": ("RewardPool",),
     "rollout.capacity": ("FilteredSamplesCapacityModifier", "StalenessManager"),
     "rollout.executor": ("WorkflowExecutor",),
@@ -98,6 +102,7 @@ __all__ = [
     "InferenceEngine",
     "LossConfig",
     "OptimizerConfig",
+    "ProgressLine",
     "ProximalRecomputer",
     "RLVRWorkflow",
     "RankError",
@@ -107,6 +112,7 @@ __all__ = [
     "RolloutError",
     "RolloutTimeout",
     "RolloutWorkflow",
+    "RunReport",
     "RunSummary",
     "SDPError",
     "SamplingParams",

@@ -1,7 +1,7 @@
 """The command ``sdp-lightning``.
 
-``--version`` and ``doctor`` answer at once, ``export`` loads no Lightning; ``fit``, ``validate``
-and ``test`` are Lightning's, for this package's module and data module.
+``--version`` and ``doctor`` answer at once, ``export`` and ``report`` load no Lightning; ``fit``,
+``validate`` and ``test`` are Lightning's, for this package's module and data module.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ TRAINER_COMMANDS = ("fit", "validate", "test")
 HELP = """\
 usage: sdp-lightning fit|validate|test --config FILE [--model.X Y] [--data.X Y] [--trainer.X Y]
        sdp-lightning export CKPT OUT [--model MODEL] [--dtype DTYPE] [--overwrite]
+       sdp-lightning report RUN_DIR
        sdp-lightning doctor [--config FILE]
        sdp-lightning --version
 
@@ -25,6 +26,7 @@ fit        train: sdp-lightning fit --config recipes/arithmetic_cpu/config.yaml
 validate   score the prompts in data.val_prompts, with --ckpt_path FILE those weights
 test       the same as validate, under Lightning's test loop
 export     write a checkpoint as a Hugging Face folder, for transformers, vLLM and others
+report     make the page report.html of a run, from what RunReport (or a CSVLogger) left there
 doctor     what works on this machine, and what to do about what does not; with --config
            also whether the GPUs, servers, model and rows of that config are there
 
@@ -51,9 +53,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return doctor(arguments[1:])
     if command == "export":
         return export(arguments[1:])
+    if command == "report":
+        return report(arguments[1:])
     if command in TRAINER_COMMANDS:
         return run_trainer(arguments)
-    commands = (*TRAINER_COMMANDS, "export", "doctor", "--version")
+    commands = (*TRAINER_COMMANDS, "export", "report", "doctor", "--version")
     near = difflib.get_close_matches(command, commands, n=1)
     hint = f" Did you mean {near[0]}?" if near else ""
     print(
@@ -86,6 +90,21 @@ def export(arguments: Sequence[str]) -> int:
 
     try:
         print(export_checkpoint(**vars(given)))
+    except ConfigError as error:
+        print(f"sdp-lightning: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def report(arguments: Sequence[str]) -> int:
+    """Make the page of a run; 2 if there is none."""
+    parser = argparse.ArgumentParser(prog="sdp-lightning report", allow_abbrev=False)
+    parser.add_argument("folder", metavar="RUN_DIR", help="the run's folder: its logger's")
+    given = parser.parse_args(arguments)
+    from sdp_lightning.report import write_report
+
+    try:
+        print(write_report(given.folder))
     except ConfigError as error:
         print(f"sdp-lightning: {error}", file=sys.stderr)
         return 2

@@ -30,6 +30,7 @@ LAYERS: dict[str, set[str]] = {
     "lifeline": {"errors"},
     "links": set(),
     "ranks": {"errors", "lifeline", "links"},
+    "activity": set(),
     "objective": {"config"},
     "batch": {"config", "errors", "types"},
     "engines": CORE | {"weights"},
@@ -48,12 +49,14 @@ LAYERS: dict[str, set[str]] = {
     "module": CORE
     | {"batch", "batch_loss", "forward", "metrics", "objective", "passes", "policy"}
     | {"optimizer", "rank_sums", "ranks", "scoring"},
-    "loaders": {"batch", "errors", "ranks", "rollout", "types", "workflows"},
-    "datamodule": CORE | {"batch", "engines", "loaders", "module", "ranks", "rollout", "workflows"},
+    "loaders": {"activity", "batch", "errors", "ranks", "rollout", "types", "workflows"},
+    "datamodule": CORE
+    | {"activity", "batch", "engines", "loaders", "module", "ranks", "rollout", "workflows"},
     "stopping": {"datamodule", "errors", "loaders"},
     "watchdog": {"datamodule", "errors"},
     "checkpointing": {"errors"},
     "callbacks": {
+        "activity",
         "batch",
         "checkpointing",
         "datamodule",
@@ -63,18 +66,20 @@ LAYERS: dict[str, set[str]] = {
         "rollout",
         "stopping",
     },
-    "progress": set(),
+    "progress": {"datamodule", "errors"},
+    "report": {"activity", "datamodule", "errors", "metrics", "module", "rollout", "types"}
+    | {"viewing"},
     "summary": {"progress"},
     "doctor": {"errors", "loading"},
     "export": {"errors", "loading"},
     "trainer_cli": {"callbacks", "datamodule", "module", "summary"},
-    "cli": {"doctor", "errors", "export", "summary", "trainer_cli"},
+    "cli": {"doctor", "errors", "export", "report", "summary", "trainer_cli"},
 }
 # These rooms see only the protocol, never an engine that exists.
 KNOW_BASE_ONLY = ("workflows", "rollout")
 LIGHTNING = {
     *("module", "loaders", "datamodule", "stopping", "watchdog", "checkpointing", "callbacks"),
-    *("progress", "summary", "trainer_cli"),
+    *("progress", "report", "summary", "trainer_cli"),
 }
 TRANSFORMERS = {"engines", "export", "forward", "loading", "module", "policy", "summary", "testing"}
 TORCHMETRICS = {"metrics"}
@@ -105,7 +110,7 @@ FOREIGN_ATTRIBUTES = {
     "rewards/pool.py",
     "engines/vllm_worker.py",
 }
-PRINTING = {"cli.py", "summary.py", "progress.py"}
+PRINTING = {"cli.py", "progress.py"}
 
 
 def name_of(path: Path) -> str:

@@ -20,10 +20,11 @@ from sdp_lightning.rollout.capacity import RolloutStat, StalenessManager
 from sdp_lightning.rollout.prompts import PromptRow
 from sdp_lightning.rollout.publishing import publish
 from sdp_lightning.rollout.recompute import LogprobScorer, ProximalRecomputer, RecomputeReport
-from sdp_lightning.rollout.registry import GroupRegistry, LiveGroup, RolloutTelemetry
+from sdp_lightning.rollout.registry import GroupRegistry, LiveGroup
 from sdp_lightning.rollout.runner import STOP_CHECK_S, AsyncTaskRunner, TaskResult
 from sdp_lightning.rollout.source import GroupSource
 from sdp_lightning.rollout.staleness import StalenessControlStrategy
+from sdp_lightning.rollout.telemetry import RolloutTelemetry
 from sdp_lightning.types import TrajectoryGroup
 from sdp_lightning.workflows.base import (
     RolloutWorkflow,
@@ -88,6 +89,11 @@ class WorkflowExecutor:
     def telemetry(self) -> RolloutTelemetry:
         """Why groups were lost, and how long they were."""
         return self.registry.telemetry
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds so far in which at least one request was with the engine."""
+        return self._gate.busy_s
 
     # Versions ------------------------------------------------------------------------------------
 
