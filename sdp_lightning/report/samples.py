@@ -85,14 +85,9 @@ class SampleKeeper:
 
     def state(self, draw: Callable[[Sample], str]) -> dict[str, list[dict[str, Any]]]:
         """All of them, as a page needs them."""
-        kinds = {
-            "best": self.best,
-            "worst": self.worst,
-            "mixed": self.mixed,
-            "random": self.random,
-        }
-        ordered = {kind: sorted(kept, key=lambda s: -s.version) for kind, kept in kinds.items()}
-        return {kind: [s.state(draw) for s in kept] for kind, kept in ordered.items()}
+        newest = sorted(self.random, key=lambda s: -s.version)
+        kinds = {"best": self.best, "worst": self.worst, "mixed": self.mixed, "random": newest}
+        return {kind: [sample.state(draw) for sample in kept] for kind, kept in kinds.items()}
 
 
 def _num_versions(trajectory: Trajectory) -> int:
