@@ -67,7 +67,16 @@ LAYERS: dict[str, set[str]] = {
         "stopping",
     },
     "progress": {"datamodule", "errors"},
-    "report": {"activity", "datamodule", "errors", "metrics", "module", "rollout", "types"}
+    "report": {
+        "activity",
+        "callbacks",
+        "datamodule",
+        "errors",
+        "metrics",
+        "module",
+        "rollout",
+        "types",
+    }
     | {"viewing"},
     "summary": {"progress"},
     "doctor": {"errors", "loading"},

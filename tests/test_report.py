@@ -15,13 +15,14 @@ import lightning as L
 import pytest
 from fitting import Recorder, make_data, make_module, make_rows, make_trainer
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from reporting import Page, make_step, write_run
 
 import sdp_lightning as sdp
 from sdp_lightning.cli import main
 from sdp_lightning.metrics.names import POOL, logged_names
 from sdp_lightning.report import write_report
+from sdp_lightning.report.callback import run_folder
 from sdp_lightning.report.charts import Line, area_chart, line_chart, thin
 from sdp_lightning.report.files import read_run
 from sdp_lightning.report.samples import NUM_EXTREME, NUM_RANDOM, SampleKeeper
@@ -305,6 +306,30 @@ def test_a_report_needs_our_module_and_data(tmp_path: Path) -> None:
         sdp.RunReport().on_fit_start(make_trainer(default_root_dir=tmp_path), L.LightningModule())
     with pytest.raises(sdp.ConfigError, match="save_every_s must be 0 or more, got -1"):
         sdp.RunReport(save_every_s=-1)
+
+
+class ElsewhereLogger(Logger):
+    """Of a service: it has no folder of its own."""
+
+    name, version, save_dir = "project", "run7", "."
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None: ...
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None: ...
+
+
+def test_every_run_has_a_folder_of_its_own(tmp_path: Path) -> None:
+    assert run_folder(make_trainer(default_root_dir=tmp_path)) == tmp_path
+    logger = CSVLogger(tmp_path, name="a", version=3)
+    assert run_folder(make_trainer(logger=logger)) == tmp_path / "a" / "version_3"
+    assert run_folder(make_trainer(logger=ElsewhereLogger())) == Path("project", "run7")
+
+
+def test_a_report_before_the_metrics_is_refused(tmp_path: Path, model_folder: str) -> None:
+    trainer = make_trainer(
+        sdp.RunReport(), sdp.WeightSyncCallback(), max_steps=1, default_root_dir=tmp_path
+    )
+    with pytest.raises(sdp.ConfigError, match="RunReport must come after WeightSyncCallback"):
+        trainer.fit(make_module(model_folder), make_data(engine=FakeEngine()))
 
 
 # Samples --------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ def build() -> tuple[L.Trainer, sdp.SegmentWisePPOModule, sdp.RolloutDataModule]
     )
     trainer = L.Trainer(
         max_steps=24,
-        callbacks=[sdp.WeightSyncCallback(), sdp.ProgressLine(), RunSummary()],
+        callbacks=[sdp.WeightSyncCallback(), sdp.ProgressLine(), sdp.RunReport(), RunSummary()],
         logger=CSVLogger("runs", name="arithmetic_cpu"),
         log_every_n_steps=1,
         num_sanity_val_steps=0,

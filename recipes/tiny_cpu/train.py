@@ -25,7 +25,7 @@ def build() -> tuple[L.Trainer, sdp.SegmentWisePPOModule, sdp.RolloutDataModule]
     )
     trainer = L.Trainer(
         max_steps=120,  # optimizer steps: 60 batches of 2 minibatches
-        callbacks=[sdp.WeightSyncCallback(), sdp.ProgressLine(), RunSummary()],
+        callbacks=[sdp.WeightSyncCallback(), sdp.ProgressLine(), sdp.RunReport(), RunSummary()],
         logger=CSVLogger("runs", name="tiny_cpu"),
         log_every_n_steps=1,
         num_sanity_val_steps=0,

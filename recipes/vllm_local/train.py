@@ -44,7 +44,7 @@ def build(
     )
     trainer = L.Trainer(
         max_steps=max_steps,
-        callbacks=[sdp.WeightSyncCallback(), sdp.ProgressLine(), RunSummary()],
+        callbacks=[sdp.WeightSyncCallback(), sdp.ProgressLine(), sdp.RunReport(), RunSummary()],
         logger=CSVLogger("runs", name="vllm_local"),
         log_every_n_steps=1,
         num_sanity_val_steps=0,

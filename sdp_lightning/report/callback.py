@@ -11,7 +11,9 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
+from sdp_lightning.callbacks import WeightSyncCallback
 from sdp_lightning.datamodule import RolloutDataModule
 from sdp_lightning.errors import ConfigError
 from sdp_lightning.module import SegmentWisePPOModule
@@ -31,9 +33,9 @@ MOST_SHARE = 0.01  # of a run's time, for what is sampled of it
 class RunReport(Callback):
     """Writes ``report.html`` in the run's folder: one page, which needs nothing else.
 
-    Place it after ``WeightSyncCallback``, whose metrics it reads. The folder is the logger's, else
-    the Trainer's ``default_root_dir``. The metrics of every step are written as it ends, a sample
-    of trajectories from time to time, so a killed run can still be reported:
+    Place it after ``WeightSyncCallback``, whose metrics it reads. The folder is the first logger's,
+    else the Trainer's ``default_root_dir``. The metrics of every step are written as it ends, a
+    sample of trajectories from time to time, so a killed run can still be reported:
     ``sdp-lightning report FOLDER`` makes the page of what there is. Rank 0 writes.
 
     Args:
@@ -55,8 +57,9 @@ class RunReport(Callback):
         self._begun = self._own_s = self._next_save = 0.0
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        folder = Path(trainer.log_dir or trainer.default_root_dir)  # a collective
+        folder = run_folder(trainer)
         module, data = _parts(trainer, pl_module)
+        _check_order(trainer)
         self._keeper, self._writer = SampleKeeper(), None
         self._begun, self._own_s, self._next_save = time.monotonic(), 0.0, 0.0
         if trainer.is_global_zero:
@@ -137,6 +140,26 @@ class RunReport(Callback):
                 "samples": self._keeper.state(draw),
                 "style": VIEW_STYLE,
             }
+        )
+
+
+def run_folder(trainer: Trainer) -> Path:
+    """Where a run's files are: its logger's folder, one for each run. A collective."""
+    log_dir = Path(trainer.log_dir or trainer.default_root_dir)
+    logger = trainer.logger
+    if logger is None or isinstance(logger, CSVLogger | TensorBoardLogger):
+        return log_dir
+    version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+    return log_dir / str(logger.name) / version
+
+
+def _check_order(trainer: Trainer) -> None:
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    kinds = [type(c) for c in callbacks if isinstance(c, RunReport | WeightSyncCallback)]
+    if kinds[:1] != [WeightSyncCallback]:
+        raise ConfigError(
+            "RunReport must come after WeightSyncCallback among the Trainer's callbacks: it writes "
+            f"what that one logs. Found {[kind.__name__ for kind in kinds]}."
         )
 
 
