@@ -10,6 +10,8 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
+from sdp_lightning.display import Drawn, hooks
+
 if TYPE_CHECKING:
     from sdp_lightning.batch import Batch
     from sdp_lightning.callbacks import WeightSyncCallback
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
         ConfigError,
         EngineError,
         RankError,
+        RecordingError,
         RolloutError,
         RolloutTimeout,
         SDPError,
@@ -31,6 +34,9 @@ if TYPE_CHECKING:
     from sdp_lightning.module import SegmentWisePPOModule
     from sdp_lightning.objective import segment_wise_ppo_loss
     from sdp_lightning.progress import ProgressLine
+    from sdp_lightning.recorder import Recorder
+    from sdp_lightning.recording import Recording
+    from sdp_lightning.replay import ReplayDataModule
     from sdp_lightning.report.callback import RunReport
     from sdp_lightning.rewards.pool import RewardPool
     from sdp_lightning.rollout.capacity import (
@@ -44,6 +50,7 @@ if TYPE_CHECKING:
     from sdp_lightning.rollout.staleness import SegmentWisePPOStrategy, StandardPPOStrategy
     from sdp_lightning.summary import RunSummary
     from sdp_lightning.types import Context, SamplingParams, Segment, Trajectory, TrajectoryGroup
+    from sdp_lightning.viewing import view
     from sdp_lightning.watchdog import Watchdog
     from sdp_lightning.workflows import Episode, RLVRWorkflow, RolloutWorkflow
 
@@ -61,6 +68,7 @@ _HOMES = {
         "ConfigError",
         "EngineError",
         "RankError",
+        "RecordingError",
         "RolloutError",
         "RolloutTimeout",
         "SDPError",
@@ -69,6 +77,9 @@ _HOMES = {
     "module": ("SegmentWisePPOModule",),
     "objective": ("segment_wise_ppo_loss",),
     "progress": ("ProgressLine",),
+    "recorder": ("Recorder",),
+    "recording": ("Recording",),
+    "replay": ("ReplayDataModule",),
     "report.callback": ("RunReport",),
     "rewards.pool": ("RewardPool",),
     "rollout.capacity": ("FilteredSamplesCapacityModifier", "StalenessManager"),
@@ -79,6 +90,7 @@ _HOMES = {
     "rollout.staleness": ("SegmentWisePPOStrategy", "StandardPPOStrategy"),
     "summary": ("RunSummary",),
     "types": ("Context", "SamplingParams", "Segment", "Trajectory", "TrajectoryGroup"),
+    "viewing": ("view",),
     "watchdog": ("Watchdog",),
     "workflows": ("Episode", "RLVRWorkflow", "RolloutWorkflow"),
 }
@@ -106,6 +118,10 @@ __all__ = [
     "ProximalRecomputer",
     "RLVRWorkflow",
     "RankError",
+    "Recorder",
+    "Recording",
+    "RecordingError",
+    "ReplayDataModule",
     "RewardPool",
     "RolloutConfig",
     "RolloutDataModule",
@@ -132,6 +148,7 @@ __all__ = [
     "create_staleness_strategy",
     "create_workflow_executor",
     "segment_wise_ppo_loss",
+    "view",
 ]
 
 
@@ -143,3 +160,10 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+def _draw(data: Any) -> Drawn:
+    return import_module(f"{__name__}.viewing").view(data)
+
+
+hooks.draw = _draw

@@ -82,6 +82,9 @@ class WeightSyncCallback(Callback):
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._publish_first(trainer, pl_module)
 
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._publish_first(trainer, pl_module)
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._publish_first(trainer, pl_module)
         _, data, executor = _parts(trainer, pl_module)

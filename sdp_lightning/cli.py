@@ -1,7 +1,7 @@
 """The command ``sdp-lightning``.
 
 ``--version`` and ``doctor`` answer at once, ``export`` and ``report`` load no Lightning; ``fit``,
-``validate`` and ``test`` are Lightning's, for this package's module and data module.
+``validate``, ``test`` and ``rollout`` are Lightning's, for this package's module and data module.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import sys
 from collections.abc import Sequence
 from importlib import metadata
 
-from sdp_lightning.errors import ConfigError
+from sdp_lightning.errors import ConfigError, RecordingError
 
-TRAINER_COMMANDS = ("fit", "validate", "test")
+TRAINER_COMMANDS = ("fit", "validate", "test", "rollout")
 HELP = """\
-usage: sdp-lightning fit|validate|test --config FILE [--model.X Y] [--data.X Y] [--trainer.X Y]
+usage: sdp-lightning fit|validate|test|rollout --config FILE [--model.X Y] [--trainer.X Y] ...
        sdp-lightning export CKPT OUT [--model MODEL] [--dtype DTYPE] [--overwrite]
        sdp-lightning report RUN_DIR
        sdp-lightning doctor [--config FILE]
@@ -25,6 +25,7 @@ usage: sdp-lightning fit|validate|test --config FILE [--model.X Y] [--data.X Y] 
 fit        train: sdp-lightning fit --config recipes/arithmetic_cpu/config.yaml
 validate   score the prompts in data.val_prompts, with --ckpt_path FILE those weights
 test       the same as validate, under Lightning's test loop
+rollout    only generate, and record it: --num_batches N, --folder DIR, --ckpt_path FILE
 export     write a checkpoint as a Hugging Face folder, for transformers, vLLM and others
 report     make the page report.html of a run, from what RunReport (or a CSVLogger) left there
 doctor     what works on this machine, and what to do about what does not; with --config
@@ -112,14 +113,16 @@ def report(arguments: Sequence[str]) -> int:
 
 
 def run_trainer(arguments: list[str]) -> int:
-    """``fit``, ``validate`` or ``test``. A setting that is refused is one line, not a traceback."""
+    """A command of the Trainer. A setting that is refused is one line, not a traceback."""
     from sdp_lightning.summary import quiet_logs
-    from sdp_lightning.trainer_cli import run
+    from sdp_lightning.trainer_cli import recorded, run
 
     quiet_logs()
     try:
-        run(arguments)
-    except ConfigError as error:
+        trainer = run(arguments).trainer
+        if arguments[0] == "rollout" and trainer.is_global_zero:
+            print(recorded(trainer))
+    except (ConfigError, RecordingError) as error:
         print(f"sdp-lightning: {error}", file=sys.stderr)
         return 2
     return 0

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import sys
 import warnings
 import weakref
 from collections.abc import Mapping, Sequence
@@ -24,11 +23,12 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from sdp_lightning.activity import Activity
 from sdp_lightning.batch import SealedBatch
 from sdp_lightning.config import RolloutConfig
+from sdp_lightning.cores import leave_cores
 from sdp_lightning.engines.base import InferenceEngine
 from sdp_lightning.engines.connect import connect_engine
-from sdp_lightning.engines.embedded import EmbeddedEngine
 from sdp_lightning.engines.remote import RemoteInfEngine
 from sdp_lightning.errors import ConfigError
+from sdp_lightning.generation import GenerationLoader
 from sdp_lightning.loaders import EvaluationLoader, RolloutLoader, StopRequest
 from sdp_lightning.loading import load_rows
 from sdp_lightning.module import SegmentWisePPOModule
@@ -173,7 +173,7 @@ class RolloutDataModule(L.LightningDataModule):
         if self._val_prompts is None and stage == "fit" and self.trainer is not None:
             self.trainer.limit_val_batches = 0
         self._start(engine, ranks)
-        self._share_cores(engine)
+        self._trainer_threads = leave_cores(engine)
 
     def train_dataloader(self) -> RolloutLoader:
         module, trainer = self._module(), self.trainer
@@ -205,6 +205,19 @@ class RolloutDataModule(L.LightningDataModule):
 
     def test_dataloader(self) -> EvaluationLoader:
         return self.val_dataloader()
+
+    def predict_dataloader(self) -> GenerationLoader:
+        """Rollouts of the training prompts: only generated, nothing is learned from them."""
+        assert self.trainer is not None
+        limit: Any = self.trainer.limit_predict_batches
+        return GenerationLoader(
+            self.executor,
+            load_rows(self._prompts),
+            self.workflow,
+            num_batches=limit if isinstance(limit, int) else None,
+            trainer=self.trainer,
+            ranks=self._ranks,
+        )
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         return batch.batch if isinstance(batch, SealedBatch) else batch
@@ -304,16 +317,6 @@ class RolloutDataModule(L.LightningDataModule):
         if trainer.strategy.root_device.type == "cuda":
             visible = os.environ.get("CUDA_VISIBLE_DEVICES")
             config.check_trainer_devices(trainer.device_ids, visible=visible)
-
-    def _share_cores(self, engine: InferenceEngine) -> None:
-        """Leave the engine its cores: on shared ones two OpenMP pools spin against each other."""
-        if not isinstance(engine, EmbeddedEngine) or "OMP_NUM_THREADS" in os.environ:
-            return
-        cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-        share = max(1, cores - engine.num_cpu_threads)
-        if engine.num_cpu_threads and share < torch.get_num_threads():
-            self._trainer_threads = torch.get_num_threads()
-            torch.set_num_threads(share)
 
     def _module(self) -> SegmentWisePPOModule:
         module = None if self.trainer is None else self.trainer.lightning_module

@@ -31,3 +31,7 @@ class RankError(SDPError):
 
 class CheckpointError(SDPError):
     """A checkpoint is torn or damaged."""
+
+
+class RecordingError(SDPError):
+    """A recording of rollouts is missing, damaged, or does not go with what is to be trained."""

@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from sdp_lightning.activity import Activity
 from sdp_lightning.batch import Batch, SealedBatch, collate
+from sdp_lightning.config import MissingProximal
 from sdp_lightning.errors import ConfigError, RankError, RolloutError, RolloutTimeout
 from sdp_lightning.ranks import Ranks
 from sdp_lightning.rollout.executor import WorkflowExecutor
@@ -94,7 +95,7 @@ class RolloutLoader:
         return self._length
 
     def __iter__(self) -> Iterator[SealedBatch]:
-        _require_published(self._executor)
+        require_published(self._executor)
         if self.ended:
             raise RolloutError(
                 "the prompts have ended, but the Trainer goes on: leave out its min_steps and "
@@ -113,7 +114,7 @@ class RolloutLoader:
 
     def _take(self) -> list[TrajectoryGroup] | None:
         self._activity.enter("wait")
-        with _ends_on_sigterm(self._trainer):
+        with ends_on_sigterm(self._trainer):
             (groups, _), told = self._ranks.together(
                 f"taking the batch of version {self._executor.version}",
                 self._take_mine,
@@ -143,19 +144,30 @@ class RolloutLoader:
 
     def _collate(self, groups: list[TrajectoryGroup]) -> Batch:
         config = self._executor.config
-        batch = collate(
+        return make_batch(
             groups,
             version=self._executor.version,
             pad_token_id=self._pad_token_id,
             segment_wise=config.enable_segment_wise_ppo,
-        )
-        if not config.enable_segment_wise_ppo:
-            return replace(batch, missing_proximal="decoupled")
-        return replace(
-            batch,
             missing_proximal=config.missing_proximal,
             max_lag=config.max_head_lag if config.on_overdue == "mask" else None,
         )
+
+
+def make_batch(
+    groups: Sequence[TrajectoryGroup],
+    *,
+    version: int,
+    pad_token_id: int,
+    segment_wise: bool,
+    missing_proximal: MissingProximal,
+    max_lag: int | None,
+) -> Batch:
+    """The tensors of one step; without the segment-wise mode, those of standard decoupled PPO."""
+    batch = collate(groups, version=version, pad_token_id=pad_token_id, segment_wise=segment_wise)
+    if not segment_wise:
+        return replace(batch, missing_proximal="decoupled")
+    return replace(batch, missing_proximal=missing_proximal, max_lag=max_lag)
 
 
 class Evaluation:
@@ -209,9 +221,9 @@ class EvaluationLoader:
         return 1
 
     def __iter__(self) -> Iterator[Evaluation]:
-        _require_published(self._executor)
+        require_published(self._executor)
         version = self._executor.version
-        with _ends_on_sigterm(self._trainer):
+        with ends_on_sigterm(self._trainer):
             _, parts = self._ranks.together(
                 f"evaluating version {version}", self._roll_out_mine, lambda part: part
             )
@@ -236,7 +248,8 @@ class EvaluationLoader:
         return self._stop.look() or self._trainer.received_sigterm
 
 
-def _require_published(executor: WorkflowExecutor) -> None:
+def require_published(executor: WorkflowExecutor) -> None:
+    """``ConfigError`` if there is nothing to sample with yet."""
     if not executor.is_published:
         raise ConfigError(
             "no weights were published to the engine, so it cannot sample: add "
@@ -245,7 +258,7 @@ def _require_published(executor: WorkflowExecutor) -> None:
 
 
 @contextmanager
-def _ends_on_sigterm(trainer: L.Trainer) -> Generator[None]:
+def ends_on_sigterm(trainer: L.Trainer) -> Generator[None]:
     """A wait that SIGTERM cut short ends in Lightning's exception for it."""
     try:
         yield

@@ -22,6 +22,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from sdp_lightning.batch import Batch, collate, split_minibatches
 from sdp_lightning.batch_loss import batch_loss, within_second_moment
 from sdp_lightning.config import LossConfig, OptimizerConfig, UpdateConfig
+from sdp_lightning.display import hooks
 from sdp_lightning.errors import ConfigError
 from sdp_lightning.forward import LogprobForward
 from sdp_lightning.loading import resolve_model
@@ -110,8 +111,9 @@ class SegmentWisePPOModule(L.LightningModule):
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The model's tokenizer."""
-        return AutoTokenizer.from_pretrained(self.model_id)
+        """The model's tokenizer; from now on trajectories are shown as its text."""
+        hooks.tokenizer = found = AutoTokenizer.from_pretrained(self.model_id)
+        return found
 
     def configure_model(self) -> None:
         if self.policy is not None:
@@ -196,6 +198,10 @@ class SegmentWisePPOModule(L.LightningModule):
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """As ``validation_step``, under ``test/``."""
         self._log_evaluation("test", batch)
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        """The rollouts of the published version, as they are."""
+        return batch
 
     # Scoring (LogprobScorer) ---------------------------------------------------------------------
 

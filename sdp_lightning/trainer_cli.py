@@ -1,8 +1,9 @@
-"""``sdp-lightning fit | validate | test``: LightningCLI for this package's two classes."""
+"""``sdp-lightning fit | validate | test | rollout``: LightningCLI for this package's classes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -10,7 +11,11 @@ from lightning.pytorch.cli import LightningCLI
 
 from sdp_lightning.callbacks import WeightSyncCallback
 from sdp_lightning.datamodule import RolloutDataModule
+from sdp_lightning.errors import ConfigError
 from sdp_lightning.module import SegmentWisePPOModule
+from sdp_lightning.recorder import Recorder
+from sdp_lightning.recording import Recording
+from sdp_lightning.types import count_tokens
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "logger": {
@@ -23,6 +28,46 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 }
 
 
+class RolloutTrainer(Trainer):
+    """A Trainer that can also only generate."""
+
+    def rollout(
+        self,
+        model: SegmentWisePPOModule,
+        datamodule: RolloutDataModule,
+        num_batches: int = 1,
+        folder: str | None = None,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Generates batches of the training prompts and records them; trains nothing.
+
+        Args:
+            model: whose weights sample.
+            datamodule: prompts, workflow, engine.
+            num_batches: of data.rollout.batch_size groups each.
+            folder: of the recording; by default recording/ in the folder of the logger.
+            ckpt_path: sample with the weights of this checkpoint.
+            weights_only: load nothing from it but tensors and plain values.
+        """
+        if num_batches < 1:
+            raise ConfigError(f"num_batches must be at least 1, got {num_batches}.")
+        recorders = [c for c in self.callbacks if isinstance(c, Recorder)]  # type: ignore
+        if not recorders:
+            recorders = [Recorder()]
+            self.callbacks.append(recorders[0])  # type: ignore[attr-defined]
+        if folder is not None:
+            recorders[0].folder = Path(folder)
+        self.limit_predict_batches = num_batches
+        self.predict(
+            model,
+            datamodule=datamodule,
+            return_predictions=False,
+            ckpt_path=ckpt_path,
+            weights_only=weights_only,
+        )
+
+
 class RolloutCLI(LightningCLI):
     """LightningCLI without abbreviated flags, and with weights always published.
 
@@ -31,10 +76,10 @@ class RolloutCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Those of Lightning but ``predict``: a policy is used by its engine."""
+        """Those of Lightning, with ``rollout`` for ``predict``."""
         commands = LightningCLI.subcommands()
         del commands["predict"]
-        return commands
+        return commands | {"rollout": {"model", "datamodule"}}
 
     def parse_arguments(self, parser: Any, args: Any) -> None:
         """The base class warns if ``sys.argv`` has arguments too; here they are always passed."""
@@ -49,6 +94,19 @@ class RolloutCLI(LightningCLI):
         return trainer
 
 
+def recorded(trainer: Trainer) -> str:
+    """What ``rollout`` has recorded, in a line."""
+    (recorder,) = [c for c in trainer.callbacks if isinstance(c, Recorder)]  # type: ignore
+    recording = Recording(recorder.written_to)
+    groups = [group for batch in recording for group in batch.groups]
+    rewards = [t.reward for group in groups for t in group.trajectories]
+    return (
+        f"{len(recording)} batches: {len(groups)} groups, {len(rewards)} trajectories, "
+        f"{count_tokens(groups):,} sampled tokens, mean reward {sum(rewards) / len(rewards):.3f}; "
+        f"recorded in {recording.folder}"
+    )
+
+
 def run(arguments: Sequence[str]) -> RolloutCLI:
     """Parse ``arguments``, command first, and run it.
 
@@ -58,6 +116,7 @@ def run(arguments: Sequence[str]) -> RolloutCLI:
     return RolloutCLI(
         SegmentWisePPOModule,
         RolloutDataModule,
+        trainer_class=RolloutTrainer,
         args=list(arguments),
         trainer_defaults=TRAINER_DEFAULTS,
         seed_everything_default=0,

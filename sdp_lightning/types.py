@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from sdp_lightning.display import Displayed
 from sdp_lightning.errors import ConfigError, RolloutError, VersionError
 
 IntArray = NDArray[np.int64]
@@ -189,7 +190,7 @@ class Segment:
 
 
 @dataclass(frozen=True, eq=False)
-class Trajectory:
+class Trajectory(Displayed):
     """One sampled sequence: contexts and segments in order, and its reward.
 
     Args:
@@ -243,7 +244,7 @@ class Trajectory:
 
 
 @dataclass(frozen=True, eq=False)
-class TrajectoryGroup:
+class TrajectoryGroup(Displayed):
     """The trajectories of one prompt: the unit of work, of capacity, of drops.
 
     Args:

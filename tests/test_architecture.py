@@ -22,7 +22,8 @@ TESTS = sorted(ROOT.glob("tests/**/*.py"))
 CORE = {"errors", "types", "config", "loading"}
 LAYERS: dict[str, set[str]] = {
     "errors": set(),
-    "types": {"errors"},
+    "display": set(),
+    "types": {"display", "errors"},
     "config": {"errors"},
     "loading": {"errors"},
     "rewards": {"errors", "loading"},
@@ -32,7 +33,8 @@ LAYERS: dict[str, set[str]] = {
     "ranks": {"errors", "lifeline", "links"},
     "activity": set(),
     "objective": {"config"},
-    "batch": {"config", "errors", "types"},
+    "batch": {"config", "display", "errors", "types"},
+    "viewing": {"batch", "config", "display", "errors", "objective", "types"},
     "engines": CORE | {"weights"},
     "scoring": {"types"},
     "echo": {"errors", "types"},
@@ -48,10 +50,15 @@ LAYERS: dict[str, set[str]] = {
     "passes": {"batch", "config", "errors", "forward", "policy"},
     "module": CORE
     | {"batch", "batch_loss", "forward", "metrics", "objective", "passes", "policy"}
-    | {"optimizer", "rank_sums", "ranks", "scoring"},
-    "loaders": {"activity", "batch", "errors", "ranks", "rollout", "types", "workflows"},
+    | {"display", "optimizer", "rank_sums", "ranks", "scoring"},
+    "recording": {"config", "errors", "types"},
+    "loaders": {"activity", "batch", "config", "errors", "ranks", "rollout", "types"}
+    | {"workflows"},
+    "generation": {"errors", "loaders", "ranks", "rollout", "types", "workflows"},
+    "cores": {"engines"},
     "datamodule": CORE
-    | {"activity", "batch", "engines", "loaders", "module", "ranks", "rollout", "workflows"},
+    | {"activity", "batch", "cores", "engines", "generation", "loaders", "module", "ranks"}
+    | {"rollout", "workflows"},
     "stopping": {"datamodule", "errors", "loaders"},
     "watchdog": {"datamodule", "errors"},
     "checkpointing": {"errors"},
@@ -66,36 +73,30 @@ LAYERS: dict[str, set[str]] = {
         "rollout",
         "stopping",
     },
+    "recorder": {"datamodule", "errors", "generation", "module", "recording"},
+    "replay": {"batch", "callbacks", "errors", "loaders", "module", "ranks", "recording", "types"},
     "progress": {"datamodule", "errors"},
-    "report": {
-        "activity",
-        "callbacks",
-        "datamodule",
-        "errors",
-        "metrics",
-        "module",
-        "rollout",
-        "types",
-    }
-    | {"viewing"},
+    "report": {"activity", "callbacks", "datamodule", "errors", "metrics", "module", "rollout"}
+    | {"types", "viewing"},
     "summary": {"progress"},
     "doctor": {"errors", "loading"},
     "export": {"errors", "loading"},
-    "trainer_cli": {"callbacks", "datamodule", "module", "summary"},
+    "trainer_cli": {"callbacks", "datamodule", "errors", "module", "recorder", "recording"}
+    | {"summary", "types"},
     "cli": {"doctor", "errors", "export", "report", "summary", "trainer_cli"},
 }
 # These rooms see only the protocol, never an engine that exists.
 KNOW_BASE_ONLY = ("workflows", "rollout")
 LIGHTNING = {
     *("module", "loaders", "datamodule", "stopping", "watchdog", "checkpointing", "callbacks"),
-    *("progress", "report", "summary", "trainer_cli"),
+    *("generation", "progress", "recorder", "replay", "report", "summary", "trainer_cli"),
 }
 TRANSFORMERS = {"engines", "export", "forward", "loading", "module", "policy", "summary", "testing"}
 TORCHMETRICS = {"metrics"}
 TORCH = {
     *("objective", "batch", "engines", "weights", "forward", "metrics", "scoring", "testing"),
     *("module", "policy", "ranks", "datamodule", "doctor", "echo", "export"),
-    *("batch_loss", "checkpointing", "optimizer", "passes", "rank_sums"),
+    *("batch_loss", "checkpointing", "cores", "optimizer", "passes", "rank_sums"),
     "rollout",  # its checkpoint, tensors only
 }
 

@@ -46,8 +46,8 @@ PROMISED = {
     "segment_wise_ppo_loss",
 }
 ERRORS = (
-    *("CheckpointError", "ConfigError", "EngineError", "RankError", "RolloutError"),
-    *("RolloutTimeout", "VersionError"),
+    *("CheckpointError", "ConfigError", "EngineError", "RankError", "RecordingError"),
+    *("RolloutError", "RolloutTimeout", "VersionError"),
 )
 
 

@@ -17,13 +17,14 @@ from torch import Tensor
 
 from sdp_lightning.batch.plan import plan_microbatches
 from sdp_lightning.config import MissingProximal
+from sdp_lightning.display import Displayed
 
 Layout = Literal["padded", "shared_prefix"]
 NO_VERSION = -1  # of tokens that the policy did not choose
 
 
 @dataclass(frozen=True, eq=False)
-class Batch:
+class Batch(Displayed):
     """What one training step, or a piece of it, sees. Log-probs in nats.
 
     Args:

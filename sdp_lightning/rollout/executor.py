@@ -197,15 +197,30 @@ class WorkflowExecutor:
             RolloutTimeout: at the deadline, or interrupted.
             RolloutError: if a rollout failed, naming the row.
         """
+        prompts = [PromptRow(EVALUATION_EPOCH, index, row) for index, row in enumerate(rows)]
+        return self.roll_out(prompts, workflow, timeout_s=timeout_s, interrupted=interrupted)
+
+    def roll_out(
+        self,
+        prompts: Sequence[PromptRow],
+        workflow: RolloutWorkflow,
+        *,
+        first_order: int = 0,
+        timeout_s: float | None = None,
+        interrupted: Callable[[], bool] = lambda: False,
+    ) -> list[TrajectoryGroup]:
+        """As ``evaluate``, for prompts with places of their own, of which tokens' seeds are made.
+
+        Their groups are numbered from ``first_order``.
+        """
         version = self.version
         limit = self.config.timeout_s if timeout_s is None else timeout_s
         runner = AsyncTaskRunner(name="sdp-evaluation", interrupted=interrupted)
         try:
-            for index, row in enumerate(rows):
-                prompt = PromptRow(EVALUATION_EPOCH, index, row)
-                live = LiveGroup(index, prompt, version, self._source.new_session(prompt))
+            for order, prompt in enumerate(prompts, first_order):
+                live = LiveGroup(order, prompt, version, self._source.new_session(prompt))
                 runner.submit(self._evaluate_row, live, workflow)
-            groups: list[TrajectoryGroup | None] = runner.wait(len(rows), limit)
+            groups: list[TrajectoryGroup | None] = runner.wait(len(prompts), limit)
         finally:
             runner.close()
         return sorted((g for g in groups if g is not None), key=lambda group: group.order)

@@ -1,0 +1,128 @@
+"""Rollouts without training: what ``Trainer.predict`` iterates over."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import lightning as L
+
+from sdp_lightning.errors import RolloutError
+from sdp_lightning.loaders import ends_on_sigterm, require_published
+from sdp_lightning.ranks import Ranks
+from sdp_lightning.rollout.executor import WorkflowExecutor
+from sdp_lightning.rollout.prompts import PromptRow, PromptStream
+from sdp_lightning.types import TrajectoryGroup
+from sdp_lightning.workflows.base import RolloutWorkflow, Row
+
+
+class Rollouts:
+    """The groups of one batch that were only generated. Lightning moves it whole.
+
+    Attributes:
+        version: of the policy that sampled them.
+        groups: in the order of their prompts.
+        places: (epoch, index) of the dataset row of every group.
+    """
+
+    __slots__ = ("groups", "places", "version")
+
+    def __init__(
+        self, version: int, groups: Sequence[TrajectoryGroup], places: Sequence[tuple[int, int]]
+    ) -> None:
+        self.version, self.groups, self.places = version, tuple(groups), tuple(places)
+
+    def to(self, device: Any, *, non_blocking: bool = False) -> Rollouts:
+        """Itself: nothing here lives on a device."""
+        return self
+
+
+class GenerationLoader:
+    """Rolls out prompts in their order of training, on the one version that was published.
+
+    No ledger and no lag. Groups that a workflow rejects are left out, and the next prompts fill
+    their places.
+
+    Args:
+        executor: of this process.
+        rows: the dataset.
+        workflow: what one rollout does.
+        num_batches: how many; the prompts are repeated if they end before, unless ``num_epochs``
+            says how often. None is one pass over them, or ``num_epochs``.
+        trainer: asked for SIGTERM while waiting.
+        ranks: each takes its share of the prompts.
+    """
+
+    def __init__(
+        self,
+        executor: WorkflowExecutor,
+        rows: Sequence[Row],
+        workflow: RolloutWorkflow,
+        *,
+        num_batches: int | None,
+        trainer: L.Trainer,
+        ranks: Ranks,
+    ) -> None:
+        config = executor.config
+        self._executor, self._trainer = executor, trainer
+        self._workflow, self._size = workflow, config.batch_size
+        passes = config.num_epochs or (1 if num_batches is None else None)
+        self._stream = PromptStream(
+            rows,
+            seed=config.seed,
+            shuffle=config.shuffle,
+            num_epochs=passes,
+            rank=ranks.rank,
+            num_ranks=ranks.size,
+        )
+        self._length = num_batches
+        if passes is not None:  # on several ranks whole batches only: all have as many
+            whole = len(rows) * passes // (self._size * ranks.size)
+            there = whole if ranks.size > 1 else -(-len(rows) * passes // self._size)
+            self._length = there if num_batches is None else min(there, num_batches)
+
+    def __len__(self) -> int:
+        assert self._length is not None
+        return self._length
+
+    def __iter__(self) -> Iterator[Rollouts]:
+        require_published(self._executor)
+        done: list[TrajectoryGroup] = []
+        rows: dict[int, PromptRow] = {}  # by the number of their group
+        rejected = 0
+        for number in range(len(self)):
+            while len(done) < self._size:
+                missing = (len(self) - number) * self._size - len(done)
+                drawn = self._draw(len(rows), min(missing, self._executor.config.concurrency))
+                if not drawn:
+                    break
+                found = self._roll_out(drawn)
+                rows |= drawn
+                rejected = 0 if found else rejected + len(drawn)
+                if rejected >= self._executor.config.max_rejected_in_a_row:
+                    raise RolloutError(f"{rejected} groups in a row were rejected by the workflow.")
+                done += found
+            batch, done = done[: self._size], done[self._size :]
+            if not batch:
+                return
+            places = [(rows[g.order].epoch, rows[g.order].index) for g in batch]
+            yield Rollouts(self._executor.version, batch, places)
+
+    def _draw(self, first: int, count: int) -> dict[int, PromptRow]:
+        """The next prompts, numbered from ``first``; fewer if they end."""
+        drawn: dict[int, PromptRow] = {}
+        while len(drawn) < count:
+            row = self._stream.next()
+            if row is None:
+                break
+            drawn[first + len(drawn)] = row
+        return drawn
+
+    def _roll_out(self, drawn: dict[int, PromptRow]) -> list[TrajectoryGroup]:
+        with ends_on_sigterm(self._trainer):
+            return self._executor.roll_out(
+                list(drawn.values()),
+                self._workflow,
+                first_order=min(drawn),
+                interrupted=lambda: self._trainer.received_sigterm,
+            )

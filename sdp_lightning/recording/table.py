@@ -1,0 +1,236 @@
+"""Consumed groups as rows of a table, one a trajectory, and back, bit by bit.
+
+==================  ===========================================================================
+column              meaning
+==================  ===========================================================================
+``version``         policy version that trained on the trajectory
+``step``            optimizer steps made before
+``rank``            process that trained on it
+``group``           place of its group in the batch of that process
+``member``          place in the group
+``row_id``          of the dataset row, as text
+``epoch``           pass over the dataset
+``row_index``       place of the row in the dataset
+``order``           number of the group in the order of creation
+``created_version`` policy version when the group was submitted
+``reward``          of the trajectory
+``finish_reason``   stop, length or abort
+``truncated``       whether sampling did not end by itself
+``num_tokens``      of the trajectory, contexts included
+``num_sampled``     tokens that the policy chose
+``head_version``    the oldest version among them
+``tail_version``    the newest one
+``parts``           list, in order, of:
+``.kind``           context (prompt, tool output) or segment (sampled)
+``.token_ids``      of the part
+``.version``        policy version that sampled it; null for a context, like all that follows
+``.logprobs``       behavior log-probs, nats, float32
+``.temperature``    of the distribution sampled from
+``.kv_on_update``   what the engine does with the KV cache when weights change
+``.proximal``       segment proximal log-probs, null if nobody scored the segment
+``.proximal_version``  policy version that scored it
+==================  ===========================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from numpy.typing import NDArray
+
+from sdp_lightning.errors import ConfigError, RecordingError, RolloutError, VersionError
+from sdp_lightning.types import Context, Segment, Trajectory, TrajectoryGroup
+
+
+@dataclass(frozen=True, eq=False)
+class RecordedBatch:
+    """What one process trained on in one step.
+
+    Args:
+        version: the policy version that trained, c.
+        step: optimizer steps made before.
+        groups: in the order of the batch.
+        places: (epoch, index) of the dataset row of every group.
+    """
+
+    version: int
+    step: int
+    groups: tuple[TrajectoryGroup, ...]
+    places: tuple[tuple[int, int], ...]
+
+    @property
+    def num_trajectories(self) -> int:
+        """Rows that it takes."""
+        return sum(len(group.trajectories) for group in self.groups)
+
+
+def import_pyarrow() -> tuple[Any, Any]:
+    """``pyarrow`` and ``pyarrow.parquet``.
+
+    Raises:
+        ConfigError: if they are not installed.
+    """
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ConfigError(
+            "recordings are Parquet files, and pyarrow is not installed: "
+            "pip install 'sdp-lightning[recording]'."
+        ) from error
+    return pyarrow, pyarrow.parquet
+
+
+def schema() -> Any:
+    """The ``pyarrow.Schema`` of a recording."""
+    pa, _ = import_pyarrow()
+    part = pa.struct(
+        [
+            ("kind", pa.string()),
+            ("token_ids", pa.list_(pa.int64())),
+            ("version", pa.int64()),
+            ("logprobs", pa.list_(pa.float32())),
+            ("temperature", pa.float64()),
+            ("kv_on_update", pa.string()),
+            ("proximal", pa.list_(pa.float32())),
+            ("proximal_version", pa.int64()),
+        ]
+    )
+    whole = ("version", "step", "rank", "group", "member")
+    counts = ("num_tokens", "num_sampled", "head_version", "tail_version")
+    return pa.schema(
+        [
+            *((name, pa.int64()) for name in whole),
+            ("row_id", pa.string()),
+            *((name, pa.int64()) for name in ("epoch", "row_index", "order", "created_version")),
+            ("reward", pa.float64()),
+            ("finish_reason", pa.string()),
+            ("truncated", pa.bool_()),
+            *((name, pa.int64()) for name in counts),
+            ("parts", pa.list_(part)),
+        ]
+    )
+
+
+def rows_of(batch: RecordedBatch, rank: int) -> Iterator[dict[str, Any]]:
+    """One row for every trajectory of ``batch``."""
+    for place, (group, (epoch, index)) in enumerate(zip(batch.groups, batch.places, strict=True)):
+        for member, trajectory in enumerate(group.trajectories):
+            yield {
+                "version": batch.version,
+                "step": batch.step,
+                "rank": rank,
+                "group": place,
+                "member": member,
+                "row_id": group.row_id,
+                "epoch": epoch,
+                "row_index": index,
+                "order": group.order,
+                "created_version": group.created_version,
+                "reward": trajectory.reward,
+                "finish_reason": trajectory.finish_reason,
+                "truncated": trajectory.finish_reason != "stop",
+                "num_tokens": trajectory.num_tokens,
+                "num_sampled": trajectory.num_sampled,
+                "head_version": trajectory.head_version,
+                "tail_version": trajectory.tail_version,
+                "parts": [_part_to_row(part) for part in trajectory.parts],
+            }
+
+
+def to_rows(table: Any) -> list[dict[str, Any]]:
+    """The rows of a ``pyarrow.Table``, with arrays in their parts."""
+    lists = table["parts"].combine_chunks()
+    values = lists.values
+    names = ("kind", "version", "temperature", "kv_on_update", "proximal_version")
+    columns = {name: values.field(name).to_pylist() for name in names}
+    columns |= {n: _arrays(values.field(n)) for n in ("token_ids", "logprobs", "proximal")}
+    parts = [dict(zip(columns, part, strict=True)) for part in zip(*columns.values(), strict=True)]
+    bounds = lists.offsets.to_pylist()
+    return [
+        row | {"parts": parts[start:end]}
+        for row, (start, end) in zip(
+            table.drop_columns(["parts"]).to_pylist(), pairwise(bounds), strict=True
+        )
+    ]
+
+
+def _arrays(column: Any) -> list[NDArray[Any] | None]:
+    """The arrays of a column of lists, None where it is null."""
+    values, bounds = column.values.to_numpy(), column.offsets.to_pylist()
+    there = column.is_valid().to_pylist()
+    return [
+        values[start:end] if valid else None
+        for (start, end), valid in zip(pairwise(bounds), there, strict=True)
+    ]
+
+
+def batch_of(rows: Sequence[Mapping[str, Any]], source: str) -> RecordedBatch:
+    """What :func:`rows_of` made rows of; all of one version and one rank, at least one.
+
+    Raises:
+        RecordingError: if values make no sense; ``source`` says where they were found.
+    """
+    members: dict[int, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        members.setdefault(row["group"], []).append(row)
+    try:
+        groups = [_group_of(members[place]) for place in sorted(members)]
+    except (RolloutError, VersionError, ValueError, TypeError) as error:
+        raise RecordingError(f"{source} holds values that make no trajectory: {error}") from error
+    first = [members[place][0] for place in sorted(members)]
+    return RecordedBatch(
+        version=rows[0]["version"],
+        step=rows[0]["step"],
+        groups=tuple(groups),
+        places=tuple((row["epoch"], row["row_index"]) for row in first),
+    )
+
+
+def _group_of(rows: Sequence[Mapping[str, Any]]) -> TrajectoryGroup:
+    return TrajectoryGroup(
+        tuple(
+            Trajectory(
+                tuple(_part_of(part) for part in row["parts"]),
+                reward=row["reward"],
+                finish_reason=row["finish_reason"],
+            )
+            for row in sorted(rows, key=lambda row: row["member"])
+        ),
+        row_id=rows[0]["row_id"],
+        order=rows[0]["order"],
+        created_version=rows[0]["created_version"],
+    )
+
+
+def _part_to_row(part: Context | Segment) -> dict[str, Any]:
+    if isinstance(part, Context):
+        return {"kind": "context", "token_ids": part.token_ids}
+    return {
+        "kind": "segment",
+        "token_ids": part.token_ids,
+        "version": part.version,
+        "logprobs": part.logprobs,
+        "temperature": part.temperature,
+        "kv_on_update": part.kv_on_update,
+        "proximal": part.proximal.logprobs,
+        "proximal_version": part.proximal.version,
+    }
+
+
+def _part_of(row: Mapping[str, Any]) -> Context | Segment:
+    if row["kind"] == "context":
+        return Context(row["token_ids"])
+    segment = Segment(
+        row["version"],
+        row["token_ids"],
+        row["logprobs"],
+        temperature=row["temperature"],
+        kv_on_update=row["kv_on_update"],
+    )
+    if row["proximal"] is not None:
+        segment.proximal.set(row["proximal"], row["proximal_version"])
+    return segment
