@@ -27,9 +27,10 @@ class ReplayDataModule(L.LightningDataModule):
     """Trains on what a :class:`Recorder` recorded, once, in its order: ``Trainer(max_epochs=1)``.
 
     Takes the place of ``RolloutDataModule``; ``WeightSyncCallback`` is left out. With the settings
-    of the recorded run (``max_steps``, too, if the learning rate has a schedule), from the same weights, losses and weights are those of that run, on the CPU
-    bit by bit. With other settings it compares them on the same data: another ``LossConfig``, say.
-    Its lags are those of the recorded run, so the policies that it assumes are those, too.
+    of the recorded run (``max_steps``, too, if the learning rate has a schedule), from the same
+    weights, losses and weights are those of that run, on the CPU bit by bit. With other settings it
+    compares them on the same data: another ``LossConfig``, say. Its lags are those of the recorded
+    run, so the policies that it assumes are those, too.
 
     A recording of several processes may be replayed by one, or by any number that divides the
     groups of a batch.
@@ -51,7 +52,7 @@ class ReplayDataModule(L.LightningDataModule):
     def setup(self, stage: str) -> None:
         if stage != "fit" or self.trainer is None:
             raise ConfigError(
-                f"a recording is to be trained on, with Trainer.fit; it has nothing for {stage!r}."
+                f"a recording is to be trained on, with Trainer.fit; for {stage} it has nothing."
             )
         module, settings = self._module(), self.recording.settings
         callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]

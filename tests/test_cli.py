@@ -208,3 +208,41 @@ def test_a_refused_setting_is_one_line_and_status_2(
     error = capsys.readouterr().err.strip()
     assert error.startswith("sdp-lightning: clip_epsilon must be in (0, 1), got 3")
     assert "\n" not in error
+
+
+# rollout ------------------------------------------------------------
+
+
+def test_rollout_generates_and_records_and_trains_nothing(
+    config: dict[str, Any], capsys: pytest.CaptureFixture[str]
+):
+    assert run("rollout", config, "--num_batches=3", "--folder=seen") == 0
+    line = capsys.readouterr().out.strip().splitlines()[-1]
+    assert line.startswith("3 batches: 6 groups, 12 trajectories, ")
+    assert line.endswith("recorded in seen")
+    recording = sdp.Recording("seen")
+    assert recording.versions == [0, 1, 2]
+    segments = [s for batch in recording for group in batch.groups for s in group.segments]
+    assert {segment.version for segment in segments} == {0}
+
+
+def test_rollout_takes_a_config_that_a_fit_has_saved_and_records_beside_its_log(
+    config: dict[str, Any],
+):
+    assert run("fit", config) == 0
+    saved = yaml.safe_load(Path("runs/version_0/config.yaml").read_text())
+    assert run("rollout", saved) == 0
+    assert len(sdp.Recording("runs/version_1/recording")) == 1
+
+
+def test_rollout_refuses_no_batches_and_a_folder_in_use_in_a_line(
+    config: dict[str, Any], capsys: pytest.CaptureFixture[str]
+):
+    assert run("rollout", config, "--num_batches=0") == 2
+    assert "num_batches must be at least 1, got 0" in capsys.readouterr().err
+    assert run("rollout", config, "--folder=seen") == 0
+    assert run("rollout", config, "--folder=seen") == 2
+    assert "Give Recorder another folder" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run("rollout", config, "--num_batches=many")
+    assert "num_batches" in capsys.readouterr().err

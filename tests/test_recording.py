@@ -161,7 +161,6 @@ def nonsense(path: Path) -> None:
         (nonsense, "values that make no trajectory: the reward"),
     ],
 )
-@pytest.mark.fault("corrupted data", "resume")
 def test_a_file_that_cannot_be_used_is_named_with_the_reason(
     harm: Any, message: str, tmp_path: Path
 ) -> None:
