@@ -93,7 +93,7 @@ class WeightSyncCallback(Callback):
         if self._stop is not None:
             self._stop.begin(trainer, self.version)
         data.activity.take_spent()
-        self._generated, self._busy_s = executor.engine.num_generated, executor.busy_s
+        self._generated, self._busy_s = executor.engine.num_generated, executor.gate.busy_s
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
@@ -123,7 +123,7 @@ class WeightSyncCallback(Callback):
         report = executor.publish(weights, self.version + 1)
         self.version += 1
         data.activity.enter("rest")
-        spent, busy_s = data.activity.take_spent(), executor.busy_s
+        spent, busy_s = data.activity.take_spent(), executor.gate.busy_s
         paused_s = report.paused_s if executor.engine.in_process else 0.0  # requests stay with it
         self._times = {
             **{f"time/{phase}_s": spent.get(phase, 0.0) for phase in PHASES},

@@ -78,7 +78,7 @@ def test_sampling_and_reward_of_a_trajectory_are_told_apart() -> None:
         assert times.reward_s >= 4 * PAUSE_S * 0.9
         assert times.tool_s == 0.0
         assert telemetry.group_s >= 2 * 3 * PAUSE_S * 0.9
-        assert executor.busy_s >= 2 * PAUSE_S * 0.9
+        assert executor.gate.busy_s >= 2 * PAUSE_S * 0.9
 
 
 class TwoTurns(Samples):
@@ -106,9 +106,9 @@ def test_an_engine_with_no_request_is_not_busy() -> None:
         engine.wait_for_requests(2)
         engine.advance(4)
         wait_until(executor, lambda: executor.stat.pending == 2)
-        busy = executor.busy_s
+        busy = executor.gate.busy_s
         time.sleep(PAUSE_S)
-        assert executor.busy_s == busy > 0
+        assert executor.gate.busy_s == busy > 0
 
 
 def test_the_slowest_groups_are_kept_with_what_became_of_them() -> None:

@@ -26,11 +26,7 @@ from sdp_lightning.rollout.source import GroupSource
 from sdp_lightning.rollout.staleness import StalenessControlStrategy
 from sdp_lightning.rollout.telemetry import RolloutTelemetry
 from sdp_lightning.types import TrajectoryGroup
-from sdp_lightning.workflows.base import (
-    RolloutWorkflow,
-    Row,
-    why_rejected,
-)
+from sdp_lightning.workflows.base import RolloutWorkflow, Row, why_rejected
 from sdp_lightning.workflows.gate import is_being_cancelled
 
 logger = logging.getLogger(__name__)
@@ -63,7 +59,7 @@ class WorkflowExecutor:
         self.config, self.engine, self.manager = config, engine, manager
         self._recomputer, self._ranks = recomputer, ranks
         self.registry = GroupRegistry(config, strategy, manager, on_drop=self._on_drop)
-        self._workflow, self._source, self._gate = workflow, source, source.gate
+        self._workflow, self._source, self.gate = workflow, source, source.gate
         self._runner = AsyncTaskRunner(name="sdp-rollout", on_result=self._on_task_result)
         self._generating = self._closed = False
 
@@ -90,11 +86,6 @@ class WorkflowExecutor:
         """Why groups were lost, and how long they were."""
         return self.registry.telemetry
 
-    @property
-    def busy_s(self) -> float:
-        """Seconds so far in which at least one request was with the engine."""
-        return self._gate.busy_s
-
     # Versions ------------------------------------------------------------------------------------
 
     def publish(self, weights: NamedWeights, version: int, *, reset: bool = False) -> PublishReport:
@@ -116,7 +107,7 @@ class WorkflowExecutor:
             )
         report = publish(
             self.engine,
-            self._gate,
+            self.gate,
             self._ranks,
             weights,
             version,
