@@ -13,6 +13,7 @@ from sdp_lightning.report.advice import Advice, advice_on
 from sdp_lightning.report.charts import number
 from sdp_lightning.report.files import PAGE, Run, read_run
 from sdp_lightning.report.markup import card, duration, escape, section, table, value
+from sdp_lightning.report.rollouts import rollouts
 from sdp_lightning.report.style import style_block
 
 ICONS = {"bad": "Change", "hint": "Consider", "good": "Good"}
@@ -49,7 +50,7 @@ def page(run: Run) -> str:
         sections.rewards(run),
         sections.times(run, account),
         sections.lags(run),
-        sections.rollouts(run),
+        rollouts(run),
         _samples(run.state),
         section("all", "Everything", _settings(run.settings) + _metrics(run.steps)),
         f"<footer>{_footer(run)}</footer>",
