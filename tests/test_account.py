@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdp_lightning.activity import PHASES
@@ -28,6 +28,7 @@ def make_rows(count: int = 30, more: dict[str, float] | None = None, **seconds: 
 # The account ----------------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(
     spent=st.lists(st.tuples(*[SECONDS] * (len(PHASES) + 2)), min_size=1, max_size=5),
     took=st.tuples(SECONDS, SECONDS, SECONDS),
@@ -98,12 +99,12 @@ def setting(part: str, **changes: Any) -> dict[str, Any]:
     return SETTINGS | {part: {**SETTINGS[part], **changes}}
 
 
-def told(rows: Any, settings: dict[str, Any] = SETTINGS) -> dict[str, str]:
-    return {advice.kind: advice.text for advice in advice_on(rows, settings)}
+def told(rows: Any, options: dict[str, Any] = SETTINGS) -> dict[str, str]:
+    return {advice.kind: advice.text for advice in advice_on(rows, options)}
 
 
 @pytest.mark.parametrize(
-    ("kind", "rows", "settings", "words"),
+    ("kind", "rows", "options", "words"),
     [
         (
             "trainer_waits",
@@ -195,9 +196,9 @@ def told(rows: Any, settings: dict[str, Any] = SETTINGS) -> dict[str, str]:
     ids=lambda value: value if isinstance(value, str) and " " not in value else "",
 )
 def test_what_is_wrong_is_said_with_numbers(
-    kind: str, rows: Any, settings: dict[str, Any], words: str
+    kind: str, rows: Any, options: dict[str, Any], words: str
 ) -> None:
-    assert words in told(rows, settings)[kind]
+    assert words in told(rows, options)[kind]
 
 
 def test_of_a_healthy_run_only_good_is_said() -> None:
