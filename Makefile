@@ -4,13 +4,14 @@ READY := .venv/.ready
 COVERAGE ?= 95
 ARGS ?=
 
-.PHONY: help demo test test-vllm check setup setup-vllm clean
+.PHONY: help demo test test-vllm check docs setup setup-vllm clean
 
 help:
 	@echo "make demo        train a real 135M model by asynchronous RL, here, in minutes"
 	@echo "make test        the tests, but for those that need minutes or vLLM; ARGS=... to pytest"
 	@echo "make test-vllm   the tests on real vLLM servers on the CPU, in .venv-vllm"
 	@echo "make check       ruff, pyright and the tests"
+	@echo "make docs        the documentation, as a site in build/site"
 	@echo "make clean       remove caches, runs and logs; the environment stays"
 
 demo: $(READY)
@@ -27,6 +28,10 @@ check: $(READY)
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m pyright
 	@$(MAKE) --no-print-directory test
+
+docs: $(READY)
+	@NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict
+	@echo "Open build/site/index.html."
 
 setup: $(READY)
 

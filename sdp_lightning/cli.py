@@ -8,28 +8,34 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import sys
 from collections.abc import Sequence
 from importlib import metadata
 
-from sdp_lightning.errors import ConfigError, RecordingError
+from sdp_lightning.errors import ConfigError, RecordingError, SDPError
+from sdp_lightning.explain import TRACEBACK, explain
 
 TRAINER_COMMANDS = ("fit", "validate", "test", "rollout")
 HELP = """\
 usage: sdp-lightning fit|validate|test|rollout --config FILE [--model.X Y] [--trainer.X Y] ...
+       sdp-lightning fit --config FILE --dry-run
        sdp-lightning export CKPT OUT [--model MODEL] [--dtype DTYPE] [--overwrite]
        sdp-lightning report RUN_DIR
-       sdp-lightning doctor [--config FILE]
+       sdp-lightning doctor [--config FILE] [--gpu-gib N]
        sdp-lightning --version
 
 fit        train: sdp-lightning fit --config recipes/arithmetic_cpu/config.yaml
+           with --dry-run two steps of everything on the CPU, with a tiny random model of the
+           same architecture and the real tokenizer, rows, workflow and reward
 validate   score the prompts in data.val_prompts, with --ckpt_path FILE those weights
 test       the same as validate, under Lightning's test loop
 rollout    only generate, and record it: --num_batches N, --folder DIR, --ckpt_path FILE
 export     write a checkpoint as a Hugging Face folder, for transformers, vLLM and others
 report     make the page report.html of a run, from what RunReport (or a CSVLogger) left there
 doctor     what works on this machine, and what to do about what does not; with --config
-           also whether the GPUs, servers, model and rows of that config are there
+           also whether the GPUs, servers, model and rows of that config are there, what
+           memory it takes and how old its tokens will be; --gpu-gib 80 for GPUs to be had
 
 sdp-lightning fit --help lists every setting, sdp-lightning fit --config FILE --print_config shows
 them all as one file. trainer.max_steps counts optimizer steps, not batches.
@@ -73,7 +79,9 @@ def doctor(arguments: Sequence[str]) -> int:
 
     parser = argparse.ArgumentParser(prog="sdp-lightning doctor", allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE", action="append", default=[])
-    findings = examine(parser.parse_args(arguments).config)
+    parser.add_argument("--gpu-gib", metavar="N", type=float, help="memory of GPUs to be had")
+    given = parser.parse_args(arguments)
+    findings = examine(given.config, given.gpu_gib)
     print("\n".join(map(str, findings)))
     return int(any(finding.state == "problem" for finding in findings))
 
@@ -113,16 +121,26 @@ def report(arguments: Sequence[str]) -> int:
 
 
 def run_trainer(arguments: list[str]) -> int:
-    """A command of the Trainer. A setting that is refused is one line, not a traceback."""
+    """A command of the Trainer; what goes wrong is one line, not a traceback.
+
+    2: a setting is refused. 1: a run has ended with an error of this package, or of the system.
+    """
     from sdp_lightning.summary import quiet_logs
     from sdp_lightning.trainer_cli import recorded, run
 
     quiet_logs()
     try:
+        if "--dry-run" in arguments:
+            from sdp_lightning.dry_run import dry_run
+
+            print(dry_run([argument for argument in arguments if argument != "--dry-run"]))
+            return 0
         trainer = run(arguments).trainer
         if arguments[0] == "rollout" and trainer.is_global_zero:
             print(recorded(trainer))
-    except (ConfigError, RecordingError) as error:
-        print(f"sdp-lightning: {error}", file=sys.stderr)
-        return 2
+    except (SDPError, OSError) as error:
+        if os.environ.get(TRACEBACK):
+            raise
+        print(f"sdp-lightning: {explain(error)}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError | RecordingError) else 1
     return 0

@@ -6,7 +6,7 @@ It knows batches and log-probs, and nothing of rollouts or engines.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cached_property
@@ -124,6 +124,13 @@ class SegmentWisePPOModule(L.LightningModule):
             self._reference = [reference]
         self.policy = policy
 
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """As of any module, also where no model is yet: where ``ddp_notebook`` brings weights."""
+        self.configure_model()
+        return super().load_state_dict(state_dict, strict, assign)
+
     def _load(self, *, frozen: bool) -> tuple[PreTrainedModel, Passes]:
         """The model, sharded if the strategy shards. Frozen, it is a reference."""
         sharded = isinstance(mesh := self.device_mesh, DeviceMesh)
@@ -138,7 +145,8 @@ class SegmentWisePPOModule(L.LightningModule):
             policy.disable_input_require_grads()  # frozen layers need no graph
         forward = LogprobForward(policy.train())
         if isinstance(mesh, DeviceMesh):
-            shard(forward, mesh, source, self.trainer.strategy.root_device)
+            device, precision = self.trainer.strategy.root_device, self.trainer.precision
+            shard(forward, mesh, source, device, precision=str(precision))
         passes = Passes(
             forward,  # no submodule of this one: its weights are the policy's
             self.update,
@@ -330,9 +338,9 @@ class SegmentWisePPOModule(L.LightningModule):
             self._warner.warn(known, leaves_bridge_out=self.loss.bends_bridge)
 
     def _log_evaluation(self, stage: str, batch: Any) -> None:
-        size = batch.num_trajectories
-        for name, value in batch.metrics.items():
-            self.log(f"{stage}/{name}", value, batch_size=size, prog_bar=name != "version")
+        settings: dict[str, Any] = {"batch_size": batch.num_trajectories, "sync_dist": True}
+        for name, value in batch.metrics.items():  # all ranks have the same: else Lightning warns
+            self.log(f"{stage}/{name}", value, prog_bar=name != "version", **settings)
 
     def _precision(self) -> AbstractContextManager[Any]:
         return (

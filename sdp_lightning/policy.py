@@ -6,14 +6,14 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -61,7 +61,14 @@ def load(
         return model_class(config).to(dtype), source
 
 
-def shard(forward: LogprobForward, mesh: DeviceMesh, source: Source, device: torch.device) -> None:
+def shard(
+    forward: LogprobForward,
+    mesh: DeviceMesh,
+    source: Source,
+    device: torch.device,
+    *,
+    precision: str = "32-true",
+) -> None:
     """FSDP2: every decoder layer a unit, the rest one more, over the data-parallel ranks.
 
     Args:
@@ -69,6 +76,8 @@ def shard(forward: LogprobForward, mesh: DeviceMesh, source: Source, device: tor
         mesh: of all ranks.
         source: returned beside it.
         device: of this rank.
+        precision: the Trainer's; under ``"bf16-mixed"`` weights are gathered and used in bfloat16,
+            each rank keeps its part of them as it was loaded, and gradients are added in float32.
 
     Raises:
         ConfigError: if the mesh asks for tensor parallelism.
@@ -78,11 +87,14 @@ def shard(forward: LogprobForward, mesh: DeviceMesh, source: Source, device: tor
             f"tensor_parallel_size={mesh['tensor_parallel'].size()} is not supported: use "
             "ModelParallelStrategy(data_parallel_size=<devices>, tensor_parallel_size=1)."
         )
-    data_parallel = mesh["data_parallel"]
+    data_parallel, mixed = mesh["data_parallel"], MixedPrecisionPolicy()
+    if precision == "bf16-mixed":
+        mixed = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32)
     decoder: Any = forward.policy.get_decoder()
     for layer in decoder.layers:
-        fully_shard(layer, mesh=data_parallel)
-    fully_shard(forward, mesh=data_parallel)
+        fully_shard(layer, mesh=data_parallel, mp_policy=mixed)
+    mixed = replace(mixed, cast_forward_inputs=False)  # a batch: temperatures stay as they are
+    fully_shard(forward, mesh=data_parallel, mp_policy=mixed)
     _fill(forward.policy, source, device)
 
 

@@ -81,7 +81,7 @@ class RunSummary(Callback):
             self.rows.append({k: float(value) for k, value in trainer.callback_metrics.items()})
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        log_dir = trainer.log_dir  # a collective
+        folder = Path(trainer.log_dir or trainer.default_root_dir)  # asks all ranks
         if not trainer.is_global_zero or not self.rows:
             return
         from rich.console import Console
@@ -90,7 +90,6 @@ class RunSummary(Callback):
         for part in render(self.rows, window=self.window):
             console.print(part)
         if self.plot is not None and self._rewards():
-            folder = Path(log_dir or trainer.default_root_dir)
             console.print(write_plot(self._rewards(), folder / self.plot, window=self.window))
 
     def _rewards(self) -> list[float]:

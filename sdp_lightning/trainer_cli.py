@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
+import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from sdp_lightning.callbacks import WeightSyncCallback
 from sdp_lightning.datamodule import RolloutDataModule
@@ -26,6 +30,27 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "num_sanity_val_steps": 0,
     "enable_model_summary": False,
 }
+
+
+class OneLineParser(LightningArgumentParser):
+    """Says what is wrong in one line, with the nearest setting that there is; the usage is long."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Exit with status 2."""
+        parser: Any = vars(ex).get("subcommand_parser") if ex is not None else None
+        text = " ".join(line.strip() for line in str(message).splitlines())
+        sys.stderr.write(f"sdp-lightning: {text}{_nearest(text, parser or self)}\n")
+        sys.exit(2)
+
+
+def _nearest(text: str, parser: Any) -> str:
+    """The setting that a key which is not known looks like, if there is one."""
+    found = re.search(r"(?:does not accept option '|unrecognized arguments: --)([\w.]+)", text)
+    known = [action.dest for action in parser._actions]
+    if found is None:
+        return ""
+    near = difflib.get_close_matches(found[1], known, n=1, cutoff=0.75)
+    return f". Did you mean {near[0]}?" if near else f". See {parser.prog.split(' [')[0]} --help."
 
 
 class RolloutTrainer(Trainer):
@@ -93,6 +118,25 @@ class RolloutCLI(LightningCLI):
             callbacks.insert(0, WeightSyncCallback())
         return trainer
 
+    def before_fit(self) -> None:
+        """Let ``--ckpt_path last`` find what an earlier run has left, as Lightning's hook."""
+        settings = self.config_init["fit"]
+        if settings.get("ckpt_path") == "last" and (found := _last_of_all_versions(self.trainer)):
+            settings["ckpt_path"] = str(found)
+
+
+def _last_of_all_versions(trainer: Trainer) -> Path | None:
+    """The newest ``last*.ckpt`` of all runs, where a logger gives each run a folder of its own.
+
+    Lightning looks in the folder of the new run only. None leaves it to that.
+    """
+    savers = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+    if trainer.logger is None or any(saver.dirpath for saver in savers):
+        return None
+    folder = Path(trainer.logger.save_dir or trainer.default_root_dir, str(trainer.logger.name))
+    found = folder.glob("version_*/checkpoints/last*.ckpt")
+    return max(found, key=lambda path: path.stat().st_mtime, default=None)
+
 
 def recorded(trainer: Trainer) -> str:
     """What ``rollout`` has recorded, in a line."""
@@ -107,13 +151,13 @@ def recorded(trainer: Trainer) -> str:
     )
 
 
-def run(arguments: Sequence[str]) -> RolloutCLI:
+def run(arguments: Sequence[str], kind: type[RolloutCLI] = RolloutCLI) -> RolloutCLI:
     """Parse ``arguments``, command first, and run it.
 
     Raises:
         SystemExit: if they cannot be parsed, or asked for help.
     """
-    return RolloutCLI(
+    return kind(
         SegmentWisePPOModule,
         RolloutDataModule,
         trainer_class=RolloutTrainer,
@@ -122,6 +166,7 @@ def run(arguments: Sequence[str]) -> RolloutCLI:
         seed_everything_default=0,
         save_config_kwargs={"overwrite": True},
         parser_kwargs={"allow_abbrev": False},
+        parser_class=OneLineParser,
         auto_configure_optimizers=False,
         load_from_checkpoint_support=False,
     )

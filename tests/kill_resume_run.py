@@ -70,7 +70,8 @@ def expected_length(row: Mapping[str, Any]) -> int:
 class Journal(Callback):
     """What happened, in a file that outlives the process. Goes last, but before the checkpoint."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, came_back: Mapping[str, int]) -> None:
+        self._came_back = came_back
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 
     def write(self, **entry: Any) -> None:
@@ -79,10 +80,7 @@ class Journal(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         executor = executor_of(trainer)
-        logs = [log for group in executor.state_dict()["running"] for log in group["logs"]]
-        saved = sum("version" in event for log in logs for event in log)
-        halves = sum(bool(log) and "version" in log[-1] for log in logs)
-        self.write(kind="start", version=executor.version, saved=saved, halves=halves)
+        self.write(kind="start", version=executor.version, **self._came_back)
         self._count_with_state(executor)
 
     def on_train_batch_start(
@@ -166,6 +164,18 @@ def last_checkpoint(folder: Path) -> Path | None:
     return max(folder.glob("step=*.ckpt"), key=step, default=None)
 
 
+def came_back(checkpoint: Path | None, rank: int) -> dict[str, int]:
+    """Segments of unfinished rollouts, and those in the middle of a call, that it has of a rank."""
+    if checkpoint is None:
+        return {"saved": 0, "halves": 0}
+    state = torch.load(checkpoint, weights_only=True)["RolloutDataModule"]["ranks"][rank]
+    logs = [log for group in state["running"] for log in group["logs"]]
+    return {
+        "saved": sum("version" in event for log in logs for event in log),
+        "halves": sum(bool(log) and "version" in log[-1] for log in logs),
+    }
+
+
 # Moments to be killed at --------------------------------------------------------------------------
 
 
@@ -174,11 +184,22 @@ def die() -> None:
 
 
 class MortalEngine(FakeEngine):
-    """Is killed while it takes the weights of version ``at``: after the first, or after all."""
+    """Is killed while it takes the weights of version ``at``: after the first, or after all.
 
-    def __init__(self, at: int | None, half: bool, **settings: Any) -> None:
+    With ``spans`` the first call of two rows in ten is answered under two versions, so a checkpoint
+    finds calls of which a part is sampled, however fast the engine and slow the trainer.
+    """
+
+    def __init__(self, at: int | None, half: bool, spans: bool, **settings: Any) -> None:
         super().__init__(lambda request: 10**6, **settings)  # to the full budget
-        self._at, self._half = at, half
+        self._at, self._half, self._spans = at, half, spans
+
+    def _sample(self, entry: Any, num_tokens: int) -> None:
+        prompt = entry.request.token_ids
+        is_first = prompt.size == 2 and (prompt[0] - 3) % 10 in (3, 6)
+        if self._spans and is_first and entry.sampled and entry.num_closed == 0:
+            return  # until the weights change
+        super()._sample(entry, num_tokens)
 
     def update_weights(
         self, weights: NamedWeights, version: int, *, reset: bool = False
@@ -247,10 +268,11 @@ def die_while_writing(at: int, *, is_placed: bool) -> None:
 def train(order: Mapping[str, Any], rank: int) -> None:
     folder, kill, size = Path(order["folder"]), order["kill"], order["size"]
     torch.set_num_threads(1)
-    kind, at = (kill["kind"], kill["at"]) if kill else ("", 0)
+    kind, at = (kill["kind"], kill["at"]) if kill and kill["rank"] == rank else ("", 0)
     engine = MortalEngine(
         at if kind.startswith("publish") else None,
         kind == "publish half",
+        order["max_head_lag"] > 0,
         in_process=order["in_process"],
         latency_s=0.06,
         chunks=4,
@@ -270,7 +292,9 @@ def train(order: Mapping[str, Any], rank: int) -> None:
             drain_s=0.2,  # for requests that pass the gate and meet a paused engine
         ),
     )
-    callbacks: list[Callback] = [sdp.WeightSyncCallback(), Journal(folder / f"journal.{rank}")]
+    saved = last_checkpoint(folder)
+    journal = Journal(folder / f"journal.{rank}", came_back(saved, rank))
+    callbacks: list[Callback] = [sdp.WeightSyncCallback(), journal]
     if kind == "score":
         callbacks.append(DieWhileScoring(at))
     if kind in ("start", "step"):
@@ -286,7 +310,6 @@ def train(order: Mapping[str, Any], rank: int) -> None:
         devices=size,
         strategy="ddp" if size > 1 else "auto",
     )
-    saved = last_checkpoint(folder)
     trainer.fit(make_module(order["model"]), data, ckpt_path=saved, weights_only=True)
 
 

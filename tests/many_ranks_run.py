@@ -19,6 +19,7 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 import time
 import traceback
 import urllib.request
@@ -47,6 +48,7 @@ from sdp_lightning.engines.base import GenerationRequest, NamedWeights, PublishR
 from sdp_lightning.engines.connect import connect_engine
 from sdp_lightning.errors import EngineError
 from sdp_lightning.lifeline import Lifeline
+from sdp_lightning.summary import RunSummary
 from sdp_lightning.testing import FakeEngine
 from sdp_lightning.types import Trajectory
 from sdp_lightning.workflows.base import RolloutSession, Row
@@ -65,15 +67,13 @@ class Place:
 
 def make_strategy(name: str, size: int) -> Any:
     """ "fsdp" writes one file, "fsdp shards" a folder."""
-    if size == 1:
-        return "auto"
     if name.startswith("fsdp"):
         return ModelParallelStrategy(
             data_parallel_size=size,
             tensor_parallel_size=1,
             save_distributed_checkpoint=name == "fsdp shards",
         )
-    return name
+    return "auto" if size == 1 else name
 
 
 def whole(value: torch.Tensor) -> torch.Tensor:
@@ -107,6 +107,7 @@ def recorded(
     minibatches: int = 1,
     max_tokens: int = 40,
     dtype: str = "float32",
+    precision: str = "32-true",
     loss: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
@@ -132,9 +133,11 @@ def recorded(
         model_kwargs={"dtype": getattr(torch, dtype)},
         **settings,
     )
-    metrics = Metrics()
+    metrics, seen = Metrics(), Types(make_trajectories(place.folder, [3], seed=place.rank)[0])
     trainer = make_trainer(
         metrics,
+        seen,
+        precision=precision,
         max_steps=steps * minibatches,
         devices=place.size,
         strategy=make_strategy(strategy, place.size),
@@ -147,6 +150,8 @@ def recorded(
         "metrics": metrics.steps,
         "microbatches": counts,
         "num_loads": len(loads),
+        "types": seen.types,
+        "scores": seen.scores,
     }
 
 
@@ -167,6 +172,30 @@ def split_as(ranks: int) -> Any:
         return [sorted(rows) for rows in minibatches]
 
     return split
+
+
+class Types(Callback):
+    """What is computed in and what is kept, and the scores of ``trajectories`` before any step."""
+
+    def __init__(self, trajectories: Sequence[Trajectory]) -> None:
+        self.types: dict[str, str] = {}
+        self.scores: list[list[Any]] = []
+        self._trajectories = trajectories
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, sdp.SegmentWisePPOModule)
+        layer: Any = pl_module.require_policy().get_decoder().layers[0]
+
+        def note(name: str, value: torch.Tensor) -> None:
+            self.types[name] = str(value.dtype)
+
+        handle = layer.mlp.register_forward_pre_hook(
+            lambda mlp, inputs: note("used", mlp.up_proj.weight) or note("hidden", inputs[0])
+        )
+        scores = pl_module.score(self._trajectories)
+        self.scores = [[segment.tolist() for segment in scored] for scored in scores]
+        handle.remove()
+        note("kept", layer.mlp.up_proj.weight)
 
 
 class CountingModule(sdp.SegmentWisePPOModule):
@@ -291,6 +320,7 @@ def rollouts(
     servers: Sequence[Mapping[str, Any]] = (),
     launch: str = "",
     num_val: int = 0,
+    summary: bool = False,
     margin_s: float = 30.0,
     minibatches: int = 1,
     save_in: str = "",
@@ -336,12 +366,15 @@ def rollouts(
     )
     seen, metrics = Steps(), Metrics()
     saver = ModelCheckpoint(save_in, "{step}", every_n_train_steps=1, save_top_k=-1)
+    page = tempfile.mkdtemp(dir=Path(place.folder).parent)
     trainer = make_trainer(
         sdp.WeightSyncCallback(),
         Troublemaker(place, what, servers),
         seen,
         metrics,
+        *([RunSummary()] if summary else []),
         *([saver] if save_in else []),
+        default_root_dir=page,
         enable_checkpointing=bool(save_in),
         max_steps=steps * minibatches if steps else -1,
         devices=place.size,
@@ -361,6 +394,7 @@ def rollouts(
         "versions": seen.versions,
         "exact": seen.exact,
         "servers": seen.servers,
+        "page": os.listdir(page),
         "val_rows": val_workflow.seen,
         "val": seen.evaluations,
         "scored": module.num_scored,

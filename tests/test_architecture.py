@@ -22,6 +22,7 @@ TESTS = sorted(ROOT.glob("tests/**/*.py"))
 CORE = {"errors", "types", "config", "loading"}
 LAYERS: dict[str, set[str]] = {
     "errors": set(),
+    "explain": {"errors"},
     "display": set(),
     "types": {"display", "errors"},
     "config": {"errors"},
@@ -32,7 +33,7 @@ LAYERS: dict[str, set[str]] = {
     "links": set(),
     "ranks": {"errors", "lifeline", "links"},
     "activity": set(),
-    "objective": {"config"},
+    "objective": {"config", "errors", "loading"},
     "batch": {"config", "display", "errors", "types"},
     "viewing": {"batch", "config", "display", "errors", "objective", "types"},
     "engines": CORE | {"weights"},
@@ -41,7 +42,7 @@ LAYERS: dict[str, set[str]] = {
     "forward": {"batch", "errors", "objective"},
     "metrics": {"batch", "objective"},
     "workflows": CORE | {"engines", "rewards"},
-    "rollout": {"config", "engines", "errors", "ranks", "types", "workflows"},
+    "rollout": {"config", "engines", "errors", "explain", "ranks", "types", "workflows"},
     "testing": CORE | {"engines"},
     "policy": {"errors", "forward", "loading"},
     "rank_sums": {"ranks"},
@@ -79,24 +80,38 @@ LAYERS: dict[str, set[str]] = {
     "report": {"activity", "callbacks", "datamodule", "errors", "metrics", "module", "rollout"}
     | {"types", "viewing"},
     "summary": {"progress"},
-    "doctor": {"errors", "loading"},
+    "doctor": {"config", "errors", "loading"},
     "export": {"errors", "loading"},
     "trainer_cli": {"callbacks", "datamodule", "errors", "module", "recorder", "recording"}
     | {"summary", "types"},
-    "cli": {"doctor", "errors", "export", "report", "summary", "trainer_cli"},
+    "dry_run": {"datamodule", "errors", "loading", "trainer_cli"},
+    "cli": {"doctor", "dry_run", "errors", "explain", "export", "report", "summary"}
+    | {"trainer_cli"},
 }
 # These rooms see only the protocol, never an engine that exists.
 KNOW_BASE_ONLY = ("workflows", "rollout")
 LIGHTNING = {
     *("module", "loaders", "datamodule", "stopping", "watchdog", "checkpointing", "callbacks"),
-    *("generation", "progress", "recorder", "replay", "report", "summary", "trainer_cli"),
+    *(
+        "dry_run",
+        "generation",
+        "progress",
+        "recorder",
+        "replay",
+        "report",
+        "summary",
+        "trainer_cli",
+    ),
 }
-TRANSFORMERS = {"engines", "export", "forward", "loading", "module", "policy", "summary", "testing"}
+TRANSFORMERS = {
+    *("dry_run", "engines", "export", "forward", "loading", "module", "policy", "summary"),
+    "testing",
+}
 TORCHMETRICS = {"metrics"}
 TORCH = {
     *("objective", "batch", "engines", "weights", "forward", "metrics", "scoring", "testing"),
     *("module", "policy", "ranks", "datamodule", "doctor", "echo", "export"),
-    *("batch_loss", "checkpointing", "cores", "optimizer", "passes", "rank_sums"),
+    *("batch_loss", "checkpointing", "cores", "dry_run", "optimizer", "passes", "rank_sums"),
     "rollout",  # its checkpoint, tensors only
 }
 

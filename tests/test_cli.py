@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import subprocess
 import sys
 from pathlib import Path
@@ -123,6 +124,22 @@ def test_a_saved_config_can_be_fitted_again_into_the_same_folder(config: dict[st
     assert run("fit", saved, "--model.loss.clip_epsilon=0.3") == 0
     again = yaml.safe_load(Path("again/config.yaml").read_text())
     assert again["model"]["loss"]["clip_epsilon"] == 0.3
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
+def test_the_last_checkpoint_of_an_earlier_run_is_found(config: dict[str, Any]):
+    saver = "lightning.pytorch.callbacks.ModelCheckpoint"
+    config["trainer"] |= {
+        "enable_checkpointing": True,
+        "callbacks": [{"class_path": saver, "init_args": {"save_last": True}}],
+    }
+    assert run("fit", config) == 0
+    assert run("fit", config, "--ckpt_path", "last", "--trainer.max_steps", "5") == 0
+    versions: list[list[str]] = []
+    for folder in sorted(Path("runs").iterdir()):
+        with (folder / "metrics.csv").open() as file:
+            versions.append([row["rollout/version"] for row in csv.DictReader(file)])
+    assert versions == [["1.0", "2.0"], ["3.0", "4.0", "5.0"]]
 
 
 def test_the_callback_that_publishes_is_added_only_if_the_config_has_none(

@@ -28,7 +28,7 @@ def test_a_problem_makes_the_status_1(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     problem = doctor.Finding("problem", "python", "3.9.0: use Python 3.11 or 3.12.")
-    monkeypatch.setattr(doctor, "examine", lambda configs: [problem])
+    monkeypatch.setattr(doctor, "examine", lambda configs, gpu_gib: [problem])
     assert main(["doctor"]) == 1
     assert (
         capsys.readouterr().out == "problem  python             3.9.0: use Python 3.11 or 3.12.\n"
@@ -36,7 +36,9 @@ def test_a_problem_makes_the_status_1(
 
 
 def test_a_note_does_not(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(doctor, "examine", lambda configs: [doctor.Finding("note", "vllm", "")])
+    monkeypatch.setattr(
+        doctor, "examine", lambda configs, gpu_gib: [doctor.Finding("note", "vllm", "")]
+    )
     assert main(["doctor"]) == 0
 
 

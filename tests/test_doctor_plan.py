@@ -114,7 +114,7 @@ def test_a_machine_knows_which_gpus_the_trainer_sees(
     visible: str | None, expected: tuple[int, ...]
 ) -> None:
     text = "0, GPU-a, 0, 1, [N/A]\n1, GPU-b, 0, 1, [N/A]\n"
-    assert Machine.look(lambda query: text, visible) == Machine((0, 1), expected)
+    assert Machine.look(lambda query: text, visible) == Machine((0, 1), expected, 1 / 1024)
 
 
 def test_a_machine_without_an_answer_has_no_gpu() -> None:
@@ -256,3 +256,18 @@ def test_the_command_looks_at_the_configs_it_is_given(
     with pytest.raises(SystemExit) as refusal:
         main(["doctor", "--conf", tiny])
     assert refusal.value.code == 2
+
+
+def test_gpus_to_be_had_are_judged_by_the_memory_that_is_named(
+    tmp_path: Path, model_folder: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "config.yaml"
+    engine = "vllm://launch?devices=0&gpu_memory_utilization=0.4&max_model_len=512"
+    config.write_text(
+        yaml.safe_dump({"model": {"model": model_folder}, "data": {"engine": engine}})
+    )
+    main(["doctor", "--config", str(config), "--gpu-gib", "80"])
+    out = capsys.readouterr().out
+    assert "of 48." in out, "what the server leaves of 80"
+    assert " fit, " in out
+    assert "about 2.0 versions if generation" in out

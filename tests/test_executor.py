@@ -170,7 +170,7 @@ def test_a_failed_rollout_frees_its_slot_and_is_named_with_row_version_and_cause
             raise KeyError("lost")
 
     with rolling(FakeEngine(), Samples(script=script), version=5) as executor:
-        message = r"the rollout of row 'row1', submitted at version 5, failed: KeyError\('lost'\)"
+        message = r"the rollout of row 'row1', submitted at version 5, failed: KeyError: 'lost'"
         with pytest.raises(RolloutError, match=message) as caught:
             while True:
                 executor.take()

@@ -108,8 +108,6 @@ class Survivor:
 def survive(forks: Forks, seed: int, folder: Path, model: str, size: int = 1) -> Survivor:
     folder.mkdir()
     dice, kind = random.Random(seed), KINDS[seed % len(KINDS)]
-    if size > 1:
-        kind = "any time"  # the others are of one process
     order = {
         "folder": str(folder),
         "model": model,
@@ -123,7 +121,8 @@ def survive(forks: Forks, seed: int, folder: Path, model: str, size: int = 1) ->
     for kind in kinds:
         at = dice.randrange(1, STEPS) if kind != "score" else dice.randrange(1, STEPS // 2)
         before = len(run.entries())
-        aimed = None if kind == "any time" else {"kind": kind, "at": at}
+        rank = 0 if kind.startswith("write") else dice.randrange(size)
+        aimed = None if kind == "any time" else {"kind": kind, "at": at, "rank": rank}
         pids = forks.begin(seed, kill=aimed, **order)
         if kind == "any time":
             enough = before + dice.randrange(2 * STEPS)
@@ -133,8 +132,9 @@ def survive(forks: Forks, seed: int, folder: Path, model: str, size: int = 1) ->
                 time.sleep(0.005)
             time.sleep(dice.random() * 0.1)
             if not forks.has_ended(seed):
-                for pid in dice.choice([pids, pids[:1], pids[-1:]]):  # the others end with it
-                    with suppress(ProcessLookupError):
+                have_met = len(run.entries()) > before  # else others wait half an hour in torch
+                for pid in dice.choice([pids, pids[:1], pids[-1:]]) if have_met else pids:
+                    with suppress(ProcessLookupError):  # the others end with it
                         os.kill(pid, signal.SIGKILL)
         if -signal.SIGKILL in forks.wait(seed):
             run.kills.append(kind)
@@ -207,19 +207,22 @@ def survive_all(
             journal = "\n".join(map(str, run.entries()))
             raise AssertionError(f"seed {run.seed}, {run.order}\n{journal}") from error
     kills = Counter(kind for run in runs for kind in run.kills)
-    starts = [entry for run in runs for entry in run.entries("start")]
+    starts = [e for run in runs for rank in range(size) for e in run.entries("start", rank)]
     again, halves = (sum(entry[key] for entry in starts) for key in ("saved", "halves"))
     with capsys.disabled():
         print(
-            f"\n{len(runs)} seeds of {size} ranks, killed {kills.total()} times {dict(kills)}, "
-            f"resumed to the end: each of {NUM_ROWS} rows accounted for once; {again} segments "
-            f"of unfinished rollouts came back, {halves} in the middle of a call; "
+            f"\n{len(runs)} runs on {size} ranks, killed {kills.total()} times {dict(kills)}, "
+            f"resumed to the end: each of {NUM_ROWS} rows accounted for once; {again} segments of "
+            f"unfinished rollouts came back, {halves} in the middle of a call; "
             f"{time.monotonic() - begin:.0f} s"
         )
-    assert again >= halves > 0 and kills.total() >= len(runs)
+    assert kills.total() >= len(runs)
+    if len(runs) > 10:  # of a few, none may have been in the middle of a call
+        assert again >= halves > 0
     return runs
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.fault("process killed", "publish")
 @pytest.mark.fault("process killed", "checkpoint")
 @pytest.mark.fault("process killed", "score")
@@ -231,7 +234,7 @@ def test_a_few_kills_lose_nothing_and_repeat_nothing(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 @pytest.mark.fault("process killed", "publish")
 @pytest.mark.fault("process killed", "checkpoint")
 @pytest.mark.fault("process killed", "score")
@@ -244,8 +247,19 @@ def test_kills_at_fifty_moments_lose_nothing_and_repeat_nothing(
     assert {kind for run in runs for kind in run.kills} == set(KINDS)
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.fault("process killed", "gather")
 def test_ranks_that_are_killed_lose_nothing_and_repeat_nothing(
     forks: Forks, tmp_path: Path, model_folder: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    survive_all(range(200, 206), forks, tmp_path, model_folder, capsys, size=2)
+    survive_all(range(200, 203), forks, tmp_path, model_folder, capsys, size=2)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.fault("process killed", "gather")
+def test_ranks_that_are_killed_at_every_kind_of_moment_lose_nothing_and_repeat_nothing(
+    forks: Forks, tmp_path: Path, model_folder: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = survive_all(range(300, 311), forks, tmp_path, model_folder, capsys, size=2)
+    assert {kind for run in runs for kind in run.kills} == set(KINDS)

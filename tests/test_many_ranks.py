@@ -21,11 +21,15 @@ from fitting import make_module, make_trainer
 from lightning.pytorch.strategies import FSDPStrategy
 from real_vllm import assert_gone
 from serving import Server, servers
+from stepping import VERSION, make_trajectories
+from transformers import AutoModelForCausalLM
 
 import sdp_lightning as sdp
+from sdp_lightning.batch import collate
+from sdp_lightning.forward import sequence_logprobs
 
 STRATEGIES = ("ddp", "fsdp")
-LIMIT_S = 60.0
+LIMIT_S = 100.0
 Results = list[dict[str, Any]]
 
 
@@ -69,6 +73,7 @@ class Launcher:
         """What each rank saw of each case."""
         answer, logs, out = self.launch(size, cases)
         assert answer["codes"] == [0] * size, "\n".join(logs)[-6000:]
+        assert not any("sync_dist" in log for log in logs), "Lightning takes values for one rank's"
         return [torch.load(out / f"{rank}.pt") for rank in range(size)]
 
     def close(self) -> None:
@@ -160,6 +165,35 @@ def test_ranks_learn_what_one_process_learns_in_every_setting(
     compare_recorded(launcher, MORE, strategy)
 
 
+def test_mixed_precision_rounds_sharded_weights_on_their_way_and_no_log_prob(
+    launcher: Launcher, model_folder: str
+) -> None:
+    case = {
+        "kind": "recorded",
+        "strategy": "fsdp",
+        "precision": "bf16-mixed",
+        "max_tokens": 10_000,  # other shapes round otherwise
+    }
+    ranks = [rank["it"] for rank in launcher.run(2, {"it": case})]
+    half = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.bfloat16)
+    for number, rank in enumerate(ranks):
+        assert rank["types"] == {
+            "used": "torch.bfloat16",
+            "hidden": "torch.bfloat16",
+            "kept": "torch.float32",
+        }
+        group = sdp.TrajectoryGroup(tuple(make_trajectories(model_folder, [3], seed=number)[0]))
+        batch = collate([group], version=VERSION)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            expected = sequence_logprobs(half, batch).logprobs[batch.loss_mask]
+        scores = torch.tensor([x for scored in rank["scores"] for part in scored for x in part])
+        torch.testing.assert_close(scores, expected, atol=1e-5, rtol=0)
+        assert (scores.bfloat16().float() != scores).float().mean() > 0.9
+        assert {value.dtype for value in rank["weights"].values()} == {torch.float32}
+        assert len(rank["metrics"]) == 5 and rank["metrics"] == ranks[0]["metrics"]
+    assert_same_weights(ranks[1], ranks[0])
+
+
 # Rollouts -----------------------------------------------------------------------------------------
 
 UNEVEN = {
@@ -167,7 +201,7 @@ UNEVEN = {
     for i in range(1, 80, 2)
 }
 ROLLOUTS: dict[str, dict[str, Any]] = {
-    "on policy": {"num_val": 5},
+    "on policy": {"num_val": 5, "summary": True},
     "to the end": {"steps": 0, "num_rows": 15, "num_epochs": 1},
     "rank 1 is late": {"rows": {str(i): {"slow_s": 0.2} for i in range(1, 40, 2)}},
     "uneven": {
@@ -251,7 +285,7 @@ def test_ranks_stay_together_whatever_each_has_to_wait_for_and_to_score(both: Re
     assert max(lag for step in second["lags"] for lag in step) >= 2, "the case is too easy"
     for mine, *lags in zip(first["metrics"], first["lags"], second["lags"], strict=True):
         assert mine["lag/max"] == max(map(max, lags))
-    assert second["scored"] > 0 and second["scored"] != first["scored"]
+    assert second["scored"] > 0
     late = [rank["rank 1 is late"] for rank in both]
     assert late[0]["digest"] == late[1]["digest"]
     assert [len(step) for rank in late for step in rank["rows"]] == [2] * 8
@@ -278,6 +312,10 @@ def test_every_evaluation_row_is_rolled_out_once_and_all_ranks_log_the_same(
     rewards = [reward for reward, _ in alone["on policy"]["val"]]
     assert [reward for reward, _ in first["val"]] == pytest.approx(rewards)
     assert [version for _, version in first["val"]] == [1, 2, 3, 4]
+
+
+def test_one_rank_writes_the_summary(both: Results) -> None:
+    assert [rank["on policy"]["page"] for rank in both] == [["reward.png"], []]
 
 
 def test_every_token_has_the_version_that_sampled_it(both: Results) -> None:
@@ -412,7 +450,7 @@ def check_failure(launcher: Launcher, strategy: str, case: tuple[str, int, str, 
     assert answer["codes"][1 - rank] == 1
     assert own in logs[rank], logs[rank]
     assert others in logs[1 - rank], logs[1 - rank]
-    assert max(answer["seconds"]) < 30.0
+    assert max(answer["seconds"]) < LIMIT_S
 
 
 def name_failure(case: tuple[str, int, str, str]) -> str:

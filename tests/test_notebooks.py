@@ -18,6 +18,7 @@ from sdp_lightning.loading import cache_folder, load_object
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(path.name for path in (ROOT / "notebooks").glob("*.ipynb"))
+BY_HAND = "01_the_loss_by_hand.ipynb"
 LIFE = "02_life_of_a_rollout.ipynb"
 
 
@@ -75,6 +76,26 @@ def kinds(notebook: Any) -> list[list[str]]:
     return [[o.get("name", o.output_type) for o in cell.outputs] for cell in code_cells(notebook)]
 
 
+def pictures(notebook: Any) -> int:
+    outputs = [output for cell in code_cells(notebook) for output in cell.outputs]
+    return sum("image/png" in o.data for o in outputs if o.output_type == "display_data")
+
+
+def check_the_loss_by_hand(notebook: Any) -> None:
+    text = printed(notebook)
+    assert pictures(notebook) == 3
+    table = re.findall(r"^(\w+) +(-?[\d.]+) +(-?[\d.]+) +([A-E.]{5}) +([A-E.]{5})$", text, re.M)
+    assert [row[0] for row in table] == ["segment", "proximal", "behavior"]
+    assert all(abs(float(library) - float(hand)) < 2e-4 for _, library, hand, _, _ in table)
+    clipped = {name: marks for name, _, _, marks, _ in table}
+    assert clipped == {"segment": "A.C.E", "proximal": ".....", "behavior": "A.C.E"}
+    biases = re.findall(r"lag \d: bias ([\d.]+) with the bridge, ([\d.]+) without", text)
+    assert [float(with_it) for with_it, _ in biases] == [0.0] * 6
+    without = [float(value) for _, value in biases]
+    assert without[:2] == [0.0, 0.0] and sorted(without[2:]) == without[2:] and without[2] > 0.1
+    assert re.search(r"^lag +3 +3 +1 +1 +0$", text, re.M), "one row, three authors"
+
+
 def check_life_of_a_rollout(notebook: Any) -> None:
     text, page = printed(notebook), pages(notebook)
     assert re.findall(r"published version (\d)", text) == ["0", "1", "2", "3"]
@@ -103,7 +124,7 @@ def check_life_of_a_rollout(notebook: Any) -> None:
     assert text.endswith("threads left: 0\n")
 
 
-CLAIMS = {LIFE: check_life_of_a_rollout}
+CLAIMS = {BY_HAND: check_the_loss_by_hand, LIFE: check_life_of_a_rollout}
 
 
 @pytest.mark.slow

@@ -18,7 +18,8 @@ from sdp_lightning.ranks import Ranks
 from sdp_lightning.replay import ReplayLoader
 from sdp_lightning.testing import FakeEngine
 
-STEPS = 10  # optimizer steps, 2 a batch
+STEPS = 8  # optimizer steps, 2 a batch
+Again = tuple[sdp.SegmentWisePPOModule, Losses, StepRecorder]
 
 
 class Recorded:
@@ -44,10 +45,15 @@ def replay(
     return model, losses, seen
 
 
+@pytest.fixture(scope="module")
+def again(model_folder: str, run: Recorded) -> Again:
+    return replay(model_folder, run.folder)
+
+
 def test_a_replay_has_the_losses_gradients_and_weights_of_the_run_bit_by_bit(
-    model_folder: str, run: Recorded
+    again: Again, run: Recorded
 ) -> None:
-    model, losses, seen = replay(model_folder, run.folder)
+    model, losses, seen = again
     lags = torch.cat([b.lags[b.loss_mask & b.segment_scored] for b in run.seen.batches])
     assert lags.max() >= 2, "the run trained on old segments that were scored"
     assert losses.steps == run.losses.steps and len(losses.steps) == STEPS // 2
@@ -57,8 +63,8 @@ def test_a_replay_has_the_losses_gradients_and_weights_of_the_run_bit_by_bit(
     assert all(torch.equal(final[name], value) for name, value in run.weights.items())
 
 
-def test_a_replay_hands_out_the_batches_of_the_run(model_folder: str, run: Recorded) -> None:
-    _, _, seen = replay(model_folder, run.folder)
+def test_a_replay_hands_out_the_batches_of_the_run(again: Again, run: Recorded) -> None:
+    _, _, seen = again
     for one, other in zip(seen.batches, run.seen.batches, strict=True):
         assert (one.version, one.missing_proximal, one.max_lag) == (
             *(other.version, other.missing_proximal, other.max_lag),
@@ -78,6 +84,7 @@ def test_another_loss_is_compared_on_the_same_data(model_folder: str, run: Recor
     assert losses.steps[-1] != run.losses.steps[-1]
 
 
+@pytest.mark.slow
 def test_a_replay_ends_with_its_recording_or_before(model_folder: str, run: Recorded) -> None:
     recording = sdp.Recording(run.folder)
     _, longer, _ = replay(model_folder, recording, steps=None)
@@ -127,6 +134,7 @@ def test_processes_share_the_groups_of_a_batch(run: Recorded, rank: int) -> None
         list(third)
 
 
+@pytest.mark.slow
 def test_the_mode_and_the_mask_of_the_run_are_those_of_its_replay(
     model_folder: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

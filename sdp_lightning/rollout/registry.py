@@ -15,6 +15,7 @@ from typing import Literal
 
 from sdp_lightning.config import RolloutConfig
 from sdp_lightning.errors import RolloutError, VersionError
+from sdp_lightning.explain import describe
 from sdp_lightning.rollout.buffer import RolloutCache, RolloutQueue
 from sdp_lightning.rollout.capacity import StalenessManager
 from sdp_lightning.rollout.prompts import PromptRow
@@ -198,7 +199,7 @@ class GroupRegistry:
             self._manager.on_failed()
             failure = RolloutError(
                 f"the rollout of row {live.row.row_id!r}, submitted at version "
-                f"{live.created_version}, failed: {error!r}"
+                f"{live.created_version}, failed: {describe(error)}"
             )
             failure.__cause__ = error
             if self._manager.stat.failed > self._config.max_failures:

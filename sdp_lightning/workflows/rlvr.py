@@ -157,11 +157,21 @@ def encode_prompt(
         tokens = tokenizer.encode(prompt, add_special_tokens=False)
     else:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        text = _render(messages, tokenizer)
         tokens = tokenizer.encode(text, add_special_tokens=False)
     if not tokens:
         raise RolloutError(f"the prompt {prompt!r} has no tokens.")
     return tokens
+
+
+def _render(messages: Any, tokenizer: Tokenizer) -> str:
+    try:
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    except ValueError as error:  # what transformers raises where there is no template
+        raise RolloutError(
+            f"the tokenizer cannot write a chat: {error} Use a model with a chat template "
+            "(an instruct or chat model), or prompts that are text, with use_chat_template=False."
+        ) from error
 
 
 def _is_conversation(prompt: Any) -> bool:

@@ -1,0 +1,148 @@
+"""How large a model is, read from its folder: no weights are loaded, no model is built.
+
+Counts come from the headers of its safetensors files. Sizes in bytes unless a name says otherwise.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, cast
+
+from sdp_lightning.errors import ConfigError
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """What memory depends on.
+
+    Args:
+        weights: number of elements of every weight, by its name.
+        hidden: units D of a layer's input.
+        intermediate: units of a layer's feed-forward part.
+        num_layers: L.
+        kv_units: units that a layer keeps of a token, keys and values together.
+        vocabulary: V.
+    """
+
+    weights: Mapping[str, int]
+    hidden: int
+    intermediate: int
+    num_layers: int
+    kv_units: int
+    vocabulary: int
+
+    @classmethod
+    def read(cls, folder: Path) -> ModelSize:
+        """Of a Hugging Face folder.
+
+        Raises:
+            ConfigError: if it has no ``config.json`` or no safetensors files that can be read.
+        """
+        try:
+            read = cast("dict[str, Any]", json.loads((folder / "config.json").read_text()))
+            config = cast("dict[str, Any]", read.get("text_config", read))
+            heads = int(config["num_attention_heads"])
+            head = int(config.get("head_dim") or config["hidden_size"] // heads)
+            return cls(
+                weights=_weights(folder),
+                hidden=int(config["hidden_size"]),
+                intermediate=int(config.get("intermediate_size") or 4 * config["hidden_size"]),
+                num_layers=int(config["num_hidden_layers"]),
+                kv_units=2 * head * int(config.get("num_key_value_heads") or heads),
+                vocabulary=int(config["vocab_size"]),
+            )
+        except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
+            raise ConfigError(f"the size of {folder} cannot be read: {error!r}") from error
+
+    @property
+    def num_parameters(self) -> int:
+        """Of all weights; tied ones are stored once."""
+        return sum(self.weights.values())
+
+    def num_trained(self, pattern: str | None) -> int:
+        """Of the weights whose name ``pattern`` finds; None is all."""
+        found = (size for name, size in self.weights.items() if re.search(pattern or "", name))
+        return sum(found)
+
+
+@dataclass(frozen=True)
+class TrainerMemory:
+    """What one process that trains holds, in bytes.
+
+    Args:
+        weights: and a frozen reference, if there is one.
+        training: gradients and the moments of AdamW.
+        activations: of one micro-batch, with the logits that exist at once; an estimate.
+    """
+
+    weights: int
+    training: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.training + self.activations
+
+
+def trainer_memory(
+    size: ModelSize,
+    *,
+    num_trained: int,
+    dtype: str,
+    num_shards: int = 1,
+    has_reference: bool = False,
+    tokens: int,
+    checkpointing: bool,
+    computes_in: str,
+) -> TrainerMemory:
+    """Memory of training.
+
+    Args:
+        size: of the model.
+        num_trained: parameters that are trained.
+        dtype: of the weights.
+        num_shards: processes that share them (FSDP2).
+        has_reference: whether a frozen copy is kept.
+        tokens: of one micro-batch.
+        checkpointing: whether activations are recomputed.
+        computes_in: dtype of the activations.
+    """
+    per_weight, per_activation = BYTES[dtype], BYTES[computes_in]
+    layer = tokens * (8 * size.hidden + size.kv_units + 4 * size.intermediate) * per_activation
+    if per_activation < 4:
+        layer += tokens * 6 * size.hidden * 4  # norms and sums stay in float32
+    boundary = tokens * size.hidden * 4
+    kept = boundary * size.num_layers + layer if checkpointing else layer * size.num_layers
+    return TrainerMemory(
+        weights=size.num_parameters * per_weight * (1 + has_reference) // num_shards,
+        training=num_trained * 3 * per_weight // num_shards,
+        activations=kept + 2 * 512 * size.vocabulary * 4,
+    )
+
+
+def cache_bytes(size: ModelSize, tokens: int, *, dtype: str = "bfloat16") -> int:
+    """Keys and values of ``tokens``, on an engine."""
+    return tokens * size.num_layers * size.kv_units * BYTES[dtype]
+
+
+def _weights(folder: Path) -> dict[str, int]:
+    """Elements by name, over all files; tied weights count once, as they are stored."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"there is no *.safetensors in {folder}")
+    found: dict[str, int] = {}
+    for path in files:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = cast("dict[str, Any]", json.loads(file.read(length)))
+        found |= {n: prod(entry["shape"]) for n, entry in header.items() if n != "__metadata__"}
+    return found

@@ -1,0 +1,278 @@
+"""What a new user does wrong: each gives one line that says what and what to do, and a status.
+
+The table is tried through the command line, as a user would; nothing else is printed, no traceback.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from sdp_lightning.cli import main
+
+# Lightning calls functions of jsonargparse by their old names; Python shows that to nobody else.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning",
+    "ignore:.max_epochs. was not set",  # Lightning's, before it asks the data module
+)
+
+TASK = """
+prompts = [{"prompt": f"{i}+{i}="} for i in range(8)]
+none_at_all = []
+very_long = [{"prompt": "1" * 2000}]
+chats = [{"prompt": [{"role": "user", "content": "1+1"}]}]
+questions = [{"question": "1+1="}]
+
+def reward(completion, row): return len(set(completion)) / 10
+def not_a_number(completion, row): return float("nan")
+def nothing(completion, row): return None
+def words(completion, row): return "good"
+def fails(completion, row): return row["gold"]
+"""
+
+Tree = dict[str, Any]
+Change = Callable[[Tree], object]
+
+
+def put(path: str, value: object) -> Change:
+    """Set one value of a config, by its dotted place."""
+
+    def change(config: Tree) -> None:
+        *parents, last = path.split(".")
+        for parent in parents:
+            config = config.setdefault(parent, {})
+        config[last] = value
+
+    return change
+
+
+def rewarded(name: str) -> Change:
+    return put("data.workflow.init_args.reward", f"task.py:{name}")
+
+
+def nothing(config: Tree) -> None:
+    """Leave the config as it is."""
+
+
+# What is wrong, flags, status, and what the line says.
+TABLE: dict[str, tuple[Change, list[str], int, str]] = {
+    "a config file that is not there": (
+        nothing,
+        ["--config=nope.yaml"],
+        2,
+        r"File does not exist.*nope\.yaml",
+    ),
+    "a model folder that is not there": (
+        put("model.model", "/no/such/model"),
+        [],
+        2,
+        r"no model folder '/no/such/model'",
+    ),
+    "a file of prompts that is not there": (
+        put("data.prompts", "tusk.py:prompts"),
+        [],
+        2,
+        r"no file 'tusk\.py'.*Did you mean task\.py\?",
+    ),
+    "prompts of another name": (
+        put("data.prompts", "task.py:promts"),
+        [],
+        2,
+        r"no 'promts'\. Did you mean prompts\?",
+    ),
+    "a reward of another name": (
+        rewarded("rewad"),
+        [],
+        2,
+        r"no 'rewad'\. Did you mean reward\?",
+    ),
+    "no prompts at all": (
+        put("data.prompts", "task.py:none_at_all"),
+        [],
+        2,
+        r"prompts is empty: a run needs at least one row",
+    ),
+    "rows without a prompt": (
+        put("data.prompts", "task.py:questions"),
+        [],
+        1,
+        r"row '0'.*has no 'prompt'; its keys are \['question'\]\. Set prompt_key",
+    ),
+    "a reward that is not a number": (
+        rewarded("not_a_number"),
+        [],
+        1,
+        r"reward 'not_a_number' returned nan; it must be finite",
+    ),
+    "a reward that returns nothing": (
+        rewarded("nothing"),
+        [],
+        1,
+        r"reward 'nothing' returned None; it must be a number",
+    ),
+    "a reward that returns words": (
+        rewarded("words"),
+        [],
+        1,
+        r"reward 'words' returned 'good'; it must be a number",
+    ),
+    "a reward that fails": (
+        rewarded("fails"),
+        [],
+        1,
+        r"row '\d'.* failed: KeyError: 'gold' It came from .*task\.py:12, in fails",
+    ),
+    "a prompt longer than the model": (
+        put("data.prompts", "task.py:very_long"),
+        [],
+        1,
+        r"a prompt of 2000 tokens and max_new_tokens=4 do not fit.*max_length=512\. Shorten",
+    ),
+    "a chat for a tokenizer without a template": (
+        put("data.prompts", "task.py:chats"),
+        [],
+        1,
+        r"cannot write a chat.*Use a model with a chat template",
+    ),
+    "a typo in a flag": (
+        nothing,
+        ["--data.rollout.batch_sise=4"],
+        2,
+        r"batch_sise.*Did you mean data\.rollout\.batch_size\?",
+    ),
+    "a typo in a file": (
+        put("data.rollout.max_hed_lag", 1),
+        [],
+        2,
+        r"max_hed_lag.*Did you mean data\.rollout\.max_head_lag\?",
+    ),
+    "an abbreviated flag": (nothing, ["--model.loss.clip_eps=0.1"], 2, r"clip_eps"),
+    "a class of another name": (
+        put("data.workflow.class_path", "sdp_lightning.RLVRWorkflw"),
+        [],
+        2,
+        r"RLVRWorkflw",
+    ),
+    "text where a number belongs": (
+        nothing,
+        ["--data.rollout.batch_size=many"],
+        2,
+        r"data\.rollout\.batch_size.*many",
+    ),
+    "an engine that nobody knows": (
+        put("data.engine", "vlm://127.0.0.1:9"),
+        [],
+        2,
+        r"engine 'vlm://127\.0\.0\.1:9' is not known\. Known are",
+    ),
+    "no end": (put("trainer.max_steps", -1), [], 2, r"nothing ends this run: set the Trainer's"),
+    "a number of steps that does not divide": (
+        put("model.update", {"num_minibatches": 2}),
+        ["--trainer.max_steps=3"],
+        2,
+        r"max_steps=3 is no multiple of 2.*use 2 or 4",
+    ),
+    "a checkpoint that is not there": (
+        nothing,
+        ["--ckpt_path=nope.ckpt"],
+        1,
+        r"Checkpoint file not found: nope\.ckpt",
+    ),
+    "a folder of runs that cannot be written": (
+        put("trainer.default_root_dir", "/proc/nope"),
+        ["--trainer.logger=true"],
+        1,
+        r"/proc/nope",
+    ),
+}
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_folder: str) -> Tree:
+    monkeypatch.chdir(tmp_path)
+    Path("task.py").write_text(TASK)
+    return {
+        "trainer": {
+            "max_steps": 2,
+            "accelerator": "cpu",
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+        },
+        "model": {"model": model_folder},
+        "data": {
+            "prompts": "task.py:prompts",
+            "workflow": {
+                "class_path": "sdp_lightning.RLVRWorkflow",
+                "init_args": {
+                    "reward": "task.py:reward",
+                    "group_size": 2,
+                    "sampling": {"max_new_tokens": 4},
+                },
+            },
+            "rollout": {"batch_size": 2, "timeout_s": 60.0},
+        },
+    }
+
+
+def run(config: Tree, *flags: str) -> int:
+    Path("config.yaml").write_text(yaml.safe_dump(config))
+    try:
+        return main(["fit", "--config", "config.yaml", *flags])
+    except SystemExit as done:
+        assert isinstance(done.code, int)
+        return done.code
+
+
+@pytest.mark.parametrize("wrong", TABLE)
+def test_what_is_wrong_is_one_line_and_a_status(
+    wrong: str, config: Tree, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change, flags, status, says = TABLE[wrong]
+    change(config)
+    assert run(config, *flags) == status
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("sdp-lightning: ") and "\n" not in error, error
+    assert re.search(says, error), error
+
+
+@pytest.fixture
+def full_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system with no room for a checkpoint, and one of an earlier run on it."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    options = ["-t", "tmpfs", "-o", "size=128k", "tmpfs", str(folder)]
+    if subprocess.run(["mount", *options], capture_output=True, check=False).returncode:
+        pytest.skip("needs the right to mount a file system, which root has")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="tmpfs is Linux's")
+def test_a_full_disk_is_named_and_what_was_saved_before_is_untouched(
+    config: Tree, full_disk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    earlier = full_disk / "last.ckpt"
+    earlier.write_bytes(b"an earlier run")
+    config["trainer"] |= {
+        "logger": False,
+        "enable_checkpointing": True,
+        "callbacks": [
+            {
+                "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+                "init_args": {"dirpath": str(full_disk / "new"), "every_n_train_steps": 1},
+            }
+        ],
+    }
+    assert run(config) == 1
+    error = capsys.readouterr().err.strip()
+    assert "No space left on device" in error and "was not written" in error, error
+    assert "Traceback" not in error
+    assert earlier.read_bytes() == b"an earlier run"
+    assert not list((full_disk / "new").iterdir()), "no part of one"
