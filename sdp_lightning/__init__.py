@@ -39,9 +39,11 @@ if TYPE_CHECKING:
     )
     from sdp_lightning.module import SegmentWisePPOModule
     from sdp_lightning.objective import segment_wise_ppo_loss
+    from sdp_lightning.progress import ProgressLine
     from sdp_lightning.recorder import Recorder
     from sdp_lightning.recording import Recording
     from sdp_lightning.replay import ReplayDataModule
+    from sdp_lightning.report.callback import RunReport
     from sdp_lightning.rewards.pool import RewardPool
     from sdp_lightning.rollout.capacity import (
         FilteredSamplesCapacityModifier,
@@ -89,9 +91,11 @@ _HOMES = {
     ),
     "module": ("SegmentWisePPOModule",),
     "objective": ("segment_wise_ppo_loss",),
+    "progress": ("ProgressLine",),
     "recorder": ("Recorder",),
     "recording": ("Recording",),
     "replay": ("ReplayDataModule",),
+    "report.callback": ("RunReport",),
     "rewards.pool": ("RewardPool",),
     "rollout.capacity": ("FilteredSamplesCapacityModifier", "StalenessManager"),
     "rollout.executor": ("WorkflowExecutor",),
@@ -137,6 +141,7 @@ __all__ = [
     "LossConfig",
     "MultiTurnWorkflow",
     "OptimizerConfig",
+    "ProgressLine",
     "ProximalRecomputer",
     "RLVRWorkflow",
     "RankError",
@@ -150,6 +155,7 @@ __all__ = [
     "RolloutError",
     "RolloutTimeout",
     "RolloutWorkflow",
+    "RunReport",
     "RunSummary",
     "SDPError",
     "SamplingParams",

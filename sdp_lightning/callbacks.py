@@ -6,13 +6,13 @@ It runs in ``on_train_batch_end``, before ModelCheckpoint saves and before the n
 from __future__ import annotations
 
 import logging
-import time
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
+from sdp_lightning.activity import PHASES
 from sdp_lightning.batch import Batch
 from sdp_lightning.checkpointing import use_atomic_checkpoints
 from sdp_lightning.datamodule import RolloutDataModule
@@ -35,18 +35,8 @@ class WeightSyncCallback(Callback):
     each training batch the trained ones follow as the next version; then stale groups are purged.
     Before each batch, segments that need their proximal log-probs now are scored.
 
-    Logged, of rank 0, in seconds: ``time/wait_s`` for the batch, ``time/score_s``,
-    ``time/train_s``, ``time/publish_s`` (the trainer waits), ``time/paused_s`` (no token sampled),
-    ``time/step_s`` from batch to batch; ``publish/bytes`` and ``publish/bytes_per_s`` of the
-    transfer, ``publish/echo`` (nats, where the echo was checked); ``rollout/version``.
-
-    Logged, of all ranks together, right after the publish. Sums, in groups:
-    ``rollout/{running,pending,rejected,failed}``, ``rollout/dropped_stale`` (they waited),
-    ``rollout/dropped_overdue`` (they ran), ``rollout/diverged`` (did not repeat what a checkpoint
-    had of them), and what the workflow counts, under its own names in ``rollout/``. Means:
-    ``rollout/trained_length`` and ``rollout/dropped_length``, sampled tokens of a group;
-    ``rollout/length_ratio``, the first over the mean of both: below 1, long rollouts starve. Sums
-    over rank 0's ``time/step_s``: ``speed/generated_tokens_per_s``, ``speed/train_tokens_per_s``.
+    Where the time went, what became of groups, and how fast both sides are is logged right after
+    the publish: times are rank 0's, counts those of all ranks. docs/metrics.md has every name.
 
     Args:
         echo_every: after the first publishes and every so many, ask the engine for the log-probs of
@@ -72,8 +62,7 @@ class WeightSyncCallback(Callback):
         self._echo_every = echo_every
         self._echo = None if echo_every is None else EchoCheck(tolerance=echo_tolerance)
         self._times: dict[str, float] = {}
-        self._marks: dict[str, float] = {}
-        self._generated = 0
+        self._generated, self._busy_s = 0, 0.0
         self._warned = False
         self._stop = GracefulStop(grace_s=stop_grace_s) if save_on_stop else None
         self._start = self._validated = 0  # versions: when the fit began, and the last evaluated
@@ -88,6 +77,7 @@ class WeightSyncCallback(Callback):
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._publish_first(trainer, pl_module)
+        _parts(trainer, pl_module)[1].activity.enter("evaluate")
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._publish_first(trainer, pl_module)
@@ -97,24 +87,22 @@ class WeightSyncCallback(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._publish_first(trainer, pl_module)
-        executor = _parts(trainer, pl_module)[2]
+        _, data, executor = _parts(trainer, pl_module)
         executor.resume()
         self._start = self.version
         if self._stop is not None:
             self._stop.begin(trainer, self.version)
-        self._marks["step"] = time.monotonic()
-        self._generated = executor.engine.num_generated
+        data.activity.take_spent()
+        self._generated, self._busy_s = executor.engine.num_generated, executor.gate.busy_s
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
         module, data, executor = _parts(trainer, pl_module)
-        start = time.monotonic()
+        data.activity.enter("score")
         if module.loss.needs_segment_scores:
             executor.recompute(module)
-        now = time.monotonic()
-        self._times = {"time/wait_s": data.last_wait_s, "time/score_s": now - start}
-        self._marks["train"] = now
+        data.activity.enter("train")
 
     def on_train_batch_end(
         self,
@@ -130,27 +118,30 @@ class WeightSyncCallback(Callback):
                 f"the batch was taken at version {batch.version}, but the trainer is at "
                 f"{self.version}: was a publish skipped?"
             )
-        start = time.monotonic()
+        data.activity.enter("publish")
         alpha = executor.engine.lora_alpha
         weights = module.named_weights(changed_only=True, lora_alpha=alpha)
         report = executor.publish(weights, self.version + 1)
         self.version += 1
-        now = time.monotonic()
-        self._times |= {
-            "time/train_s": start - self._marks["train"],
-            "time/publish_s": now - start,
+        data.activity.enter("rest")
+        spent, busy_s = data.activity.take_spent(), executor.gate.busy_s
+        paused_s = report.paused_s if executor.engine.in_process else 0.0  # requests stay with it
+        self._times = {
+            **{f"time/{phase}_s": spent.get(phase, 0.0) for phase in PHASES},
+            "time/step_s": sum(spent.values()),
             "time/paused_s": report.paused_s,
-            "time/step_s": now - self._marks["step"],
+            "time/sampling_s": max(0.0, busy_s - self._busy_s - paused_s),
             "publish/bytes": float(report.num_bytes),
             "publish/bytes_per_s": report.bytes_per_s,
         }
+        self._busy_s = busy_s
         if self._echo_every and (self.version == 1 or self.version % self._echo_every == 0):
             self._times["publish/echo"] = self._check_echo(module, executor)
-        self._marks["step"] = now
         self._log(module, data, batch)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._validated = self.version
+        _parts(trainer, pl_module)[1].activity.enter("rest")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.enable_validation and self._start < self.version != self._validated:
@@ -216,6 +207,8 @@ class WeightSyncCallback(Callback):
         others = (
             *(telemetry.trained_groups, telemetry.trained_tokens),
             *(telemetry.dropped_groups, telemetry.dropped_tokens),
+            *(telemetry.timed_groups, telemetry.group_s, telemetry.times.num),
+            *(telemetry.times.sample_s, telemetry.times.tool_s, telemetry.times.reward_s),
             *(engine.num_generated - self._generated, batch.num_tokens),
         )
         self._generated = engine.num_generated
@@ -224,7 +217,8 @@ class WeightSyncCallback(Callback):
             f"counting at version {self.version}", [*counts.values(), *others]
         )
         totals = [float(sum(column)) for column in zip(*every, strict=True)]
-        trained, trained_tokens, dropped, dropped_tokens, sampled, learned = totals[len(counts) :]
+        trained, trained_tokens, dropped, dropped_tokens, *took = totals[len(counts) :]
+        timed, group_s, rows, sample_s, tool_s, reward_s, sampled, learned = took
         step_s = max(self._times["time/step_s"], 1e-9)
         module.log_dict(
             {
@@ -235,11 +229,17 @@ class WeightSyncCallback(Callback):
                 "rollout/dropped_length": dropped_tokens / max(1.0, dropped),
                 "rollout/length_ratio": (trained_tokens / max(1.0, trained))
                 / max(1e-9, (trained_tokens + dropped_tokens) / max(1.0, trained + dropped)),
+                "rollout_time/group_s": group_s / max(1.0, timed),
+                "rollout_time/sample_s": sample_s / max(1.0, rows),
+                "rollout_time/tool_s": tool_s / max(1.0, rows),
+                "rollout_time/reward_s": reward_s / max(1.0, rows),
                 "speed/generated_tokens_per_s": sampled / step_s,
                 "speed/train_tokens_per_s": learned / step_s,
             },
             batch_size=len(batch),
         )
+        waited = self._times["time/wait_s"] / step_s
+        module.log("wait", waited, prog_bar=True, logger=False, batch_size=len(batch))
         if module.global_rank == 0:
             self._warn_of_drops(int(dropped), int(trained))
 

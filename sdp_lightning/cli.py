@@ -1,7 +1,7 @@
 """The command ``sdp-lightning``.
 
-``--version`` and ``doctor`` answer at once, ``export`` loads no Lightning; ``fit``, ``validate``,
-``test`` and ``rollout`` are Lightning's, for this package's module and data module.
+``--version`` and ``doctor`` answer at once, ``export`` and ``report`` load no Lightning; ``fit``,
+``validate``, ``test`` and ``rollout`` are Lightning's, for this package's module and data module.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ HELP = """\
 usage: sdp-lightning fit|validate|test|rollout --config FILE [--model.X Y] [--trainer.X Y] ...
        sdp-lightning fit --config FILE --dry-run
        sdp-lightning export CKPT OUT [--model MODEL] [--dtype DTYPE] [--adapter] [--overwrite]
+       sdp-lightning report RUN_DIR
        sdp-lightning doctor [--config FILE] [--gpu-gib N]
        sdp-lightning --version
 
@@ -32,6 +33,7 @@ test       the same as validate, under Lightning's test loop
 rollout    only generate, and record it: --num_batches N, --folder DIR, --ckpt_path FILE
 export     write a checkpoint as a Hugging Face folder, for transformers, vLLM and others;
            a LoRA adapter is merged, or with --adapter written alone, for peft
+report     make the page report.html of a run, from what RunReport (or a CSVLogger) left there
 doctor     what works on this machine, and what to do about what does not; with --config
            also whether the GPUs, servers, model and rows of that config are there, what
            memory it takes and how old its tokens will be; --gpu-gib 80 for GPUs to be had
@@ -59,9 +61,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return doctor(arguments[1:])
     if command == "export":
         return export(arguments[1:])
+    if command == "report":
+        return report(arguments[1:])
     if command in TRAINER_COMMANDS:
         return run_trainer(arguments)
-    commands = (*TRAINER_COMMANDS, "export", "doctor", "--version")
+    commands = (*TRAINER_COMMANDS, "export", "report", "doctor", "--version")
     near = difflib.get_close_matches(command, commands, n=1)
     hint = f" Did you mean {near[0]}?" if near else ""
     print(
@@ -97,6 +101,21 @@ def export(arguments: Sequence[str]) -> int:
 
     try:
         print(export_checkpoint(**vars(given)))
+    except ConfigError as error:
+        print(f"sdp-lightning: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def report(arguments: Sequence[str]) -> int:
+    """Make the page of a run; 2 if there is none."""
+    parser = argparse.ArgumentParser(prog="sdp-lightning report", allow_abbrev=False)
+    parser.add_argument("folder", metavar="RUN_DIR", help="the run's folder: its logger's")
+    given = parser.parse_args(arguments)
+    from sdp_lightning.report import write_report
+
+    try:
+        print(write_report(given.folder))
     except ConfigError as error:
         print(f"sdp-lightning: {error}", file=sys.stderr)
         return 2

@@ -20,6 +20,7 @@ import torch
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from sdp_lightning.activity import Activity
 from sdp_lightning.batch import SealedBatch
 from sdp_lightning.config import RolloutConfig
 from sdp_lightning.cores import leave_cores
@@ -109,6 +110,7 @@ class RolloutDataModule(L.LightningDataModule):
         self._engine_spent = False
         self._ranks = Ranks()
         self.stop = StopRequest()
+        self.activity = Activity()  # of the trainer's thread
 
     @property
     def executor(self) -> WorkflowExecutor:
@@ -121,11 +123,6 @@ class RolloutDataModule(L.LightningDataModule):
     def ranks(self) -> Ranks:
         """The processes that train together, from ``setup`` to ``teardown``."""
         return self._ranks
-
-    @property
-    def last_wait_s(self) -> float:
-        """How long the last batch was waited for."""
-        return 0.0 if self._loader is None else self._loader.last_wait_s
 
     @property
     def is_between_steps(self) -> bool:
@@ -189,6 +186,7 @@ class RolloutDataModule(L.LightningDataModule):
             trainer=trainer,
             ranks=self._ranks,
             stop=self.stop,
+            activity=self.activity,
         )
         return self._loader
 

@@ -17,6 +17,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from sdp_lightning.activity import Activity
 from sdp_lightning.batch import Batch, SealedBatch, collate
 from sdp_lightning.config import MissingProximal
 from sdp_lightning.errors import ConfigError, RankError, RolloutError, RolloutTimeout
@@ -68,6 +69,7 @@ class RolloutLoader:
         trainer: asked for SIGTERM while waiting, and told when prompts or time have ended.
         ranks: that take their batches together: all, or none.
         stop: looked at before a batch is taken and while it is waited for.
+        activity: told when a batch is waited for.
 
     Attributes:
         ended: whether all prompts were handed out.
@@ -82,10 +84,10 @@ class RolloutLoader:
         trainer: L.Trainer,
         ranks: Ranks,
         stop: StopRequest,
+        activity: Activity,
     ) -> None:
-        self.last_wait_s = 0.0
         self.ended = False
-        self._ranks, self._stop = ranks, stop
+        self._ranks, self._stop, self._activity = ranks, stop, activity
         self._executor, self._pad_token_id = executor, pad_token_id
         self._length, self._trainer = length, trainer
 
@@ -111,7 +113,7 @@ class RolloutLoader:
         """Nothing to load."""
 
     def _take(self) -> list[TrajectoryGroup] | None:
-        start = time.monotonic()
+        self._activity.enter("wait")
         with ends_on_sigterm(self._trainer):
             (groups, _), told = self._ranks.together(
                 f"taking the batch of version {self._executor.version}",
@@ -119,7 +121,7 @@ class RolloutLoader:
                 lambda taken: (taken[0] is None, taken[1]),
             )
         self._stop.obey(signum for _, signum in told)
-        self.last_wait_s = time.monotonic() - start
+        self._activity.enter("rest")
         return None if any(ended for ended, _ in told) else groups
 
     def _take_mine(self) -> tuple[list[TrajectoryGroup] | None, int | None]:

@@ -323,8 +323,9 @@ class SegmentWisePPOModule(L.LightningModule):
         total = self._metrics.pool(self._sums.add_up, mine, rank=rank, num_ranks=size)
         found = dict(zip(values, (total / size).float(), strict=True)) | self._metrics.compute()
         self._uniform.note(found["train/uniform"].item(), reward=found["train/reward"].item())
-        self.log("train/reward", found.pop("train/reward"), prog_bar=True, batch_size=len(batch))
         self.log_dict(found, batch_size=len(batch))
+        bar = {"reward": found["train/reward"], "lag": found["lag/mean"]}
+        self.log_dict(bar, prog_bar=True, logger=False, batch_size=len(batch))
         if rank == 0:
             known = dict(zip(found, torch.stack([*found.values()]).tolist(), strict=True))
             self._warner.warn(known, leaves_bridge_out=self.loss.bends_bridge)

@@ -1,4 +1,4 @@
-"""What a run has been: a line while it goes on, a page and a plot when it ends.
+"""What a run has been: a page and a plot when it ends.
 
 Reads the Trainer's metrics and nothing else. Times in seconds, rewards as means of a batch.
 """
@@ -6,15 +6,14 @@ Reads the Trainer's metrics and nothing else. Times in seconds, rewards as means
 from __future__ import annotations
 
 import logging
-import sys
-import time
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ProgressBar
+
+from sdp_lightning.progress import ProgressLine as ProgressLine  # where configs look for it, too
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -25,6 +24,7 @@ PHASES = {
     "score": "scoring",
     "train": "training",
     "publish": "publishing weights",
+    "evaluate": "evaluating",
 }
 DROPS = {
     "rollout/dropped_stale": "dropped (stale)",
@@ -94,83 +94,6 @@ class RunSummary(Callback):
 
     def _rewards(self) -> list[float]:
         return series(self.rows, "train/reward")
-
-
-class ProgressLine(ProgressBar):
-    """One line that tells where the run is; rewritten on a terminal, else one line a step."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._enabled = True
-        self._open = False  # whether the cursor is behind a line that may be rewritten
-        self._started = 0.0
-
-    @property
-    def is_enabled(self) -> bool:
-        """Lightning asks it before the module prints."""
-        return self._enabled
-
-    def enable(self) -> None:
-        self._enabled = True
-
-    def disable(self) -> None:
-        self._enabled = False
-
-    def print(self, *args: Any, **kwargs: Any) -> None:
-        self._end_line()
-        print(*args, **kwargs)
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._started = time.monotonic()
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        row = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        elapsed = time.monotonic() - self._started
-        self._write(progress_text(row, trainer.global_step, trainer.max_steps, elapsed))
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._end_line()
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._end_line()
-        self._write("evaluating")
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        value = trainer.callback_metrics.get("val/reward")
-        self._write("evaluated" if value is None else f"evaluated  reward {float(value):.3f}")
-        self._end_line()
-
-    def _write(self, text: str) -> None:
-        if not (self._enabled and self.trainer.is_global_zero):
-            return
-        live = sys.stdout.isatty()
-        print(f"\r\x1b[2K{text}" if live else text, end="" if live else "\n", flush=True)
-        self._open = live
-
-    def _end_line(self) -> None:
-        if self._open:
-            print(flush=True)
-            self._open = False
-
-
-def progress_text(row: Row, step: int, max_steps: int, elapsed_s: float) -> str:
-    """The line of one step; what is not in ``row`` is left out.
-
-    >>> progress_text({"train/reward": 0.5, "lag/mean": 1.25}, 3, 20, 75)
-    'step  3/20  reward 0.500  lag 1.2  1:15'
-    """
-    of = f"{step:>{len(str(max_steps))}}/{max_steps}" if max_steps > 0 else str(step)
-    parts = [f"step {of}"]
-    for name, label, form in (
-        ("train/reward", "reward", ".3f"),
-        ("lag/mean", "lag", ".1f"),
-        ("time/step_s", "step", ".1f"),
-    ):
-        if name in row:
-            parts.append(f"{label} {row[name]:{form}}" + (" s" if name.endswith("_s") else ""))
-    return "  ".join([*parts, f"{int(elapsed_s) // 60}:{int(elapsed_s) % 60:02d}"])
 
 
 def render(rows: Sequence[Row], *, window: int) -> list[RenderableType]:

@@ -34,6 +34,7 @@ LAYERS: dict[str, set[str]] = {
     "lifeline": {"errors"},
     "links": set(),
     "ranks": {"errors", "lifeline", "links"},
+    "activity": set(),
     "objective": {"config", "errors", "loading"},
     "batch": {"config", "display", "errors", "types"},
     "viewing": {"batch", "config", "display", "errors", "objective", "types"},
@@ -58,16 +59,18 @@ LAYERS: dict[str, set[str]] = {
     | {"display", "optimizer", "passes", "policy", "rank_sums", "ranks", "scoring"}
     | {"trainer_checks", "weights"},
     "recording": {"config", "errors", "types"},
-    "loaders": {"batch", "config", "errors", "ranks", "rollout", "types", "workflows"},
+    "loaders": {"activity", "batch", "config", "errors", "ranks", "rollout", "types"}
+    | {"workflows"},
     "generation": {"errors", "loaders", "ranks", "rollout", "types", "workflows"},
     "cores": {"engines"},
     "datamodule": CORE
-    | {"batch", "cores", "engines", "generation", "loaders", "module", "ranks", "rollout"}
-    | {"workflows"},
+    | {"activity", "batch", "cores", "engines", "generation", "loaders", "module", "ranks"}
+    | {"rollout", "workflows"},
     "stopping": {"datamodule", "errors", "loaders"},
     "watchdog": {"datamodule", "errors"},
     "checkpointing": {"errors"},
     "callbacks": {
+        "activity",
         "batch",
         "checkpointing",
         "datamodule",
@@ -79,20 +82,23 @@ LAYERS: dict[str, set[str]] = {
     },
     "recorder": {"datamodule", "errors", "generation", "module", "recording"},
     "replay": {"batch", "callbacks", "errors", "loaders", "module", "ranks", "recording", "types"},
-    "progress": set(),
+    "progress": {"datamodule", "errors"},
+    "report": {"activity", "callbacks", "datamodule", "errors", "metrics", "module", "rollout"}
+    | {"types", "viewing"},
     "summary": {"progress"},
     "doctor": {"config", "errors", "loading"},
     "export": {"adapters", "errors", "loading", "weights"},
     "trainer_cli": {"callbacks", "datamodule", "errors", "module", "recorder", "recording"}
     | {"summary", "types"},
     "dry_run": {"datamodule", "errors", "loading", "trainer_cli"},
-    "cli": {"doctor", "dry_run", "errors", "explain", "export", "summary", "trainer_cli"},
+    "cli": {"doctor", "dry_run", "errors", "explain", "export", "report", "summary"}
+    | {"trainer_cli"},
 }
 # These rooms see only the protocol, never an engine that exists.
 KNOW_BASE_ONLY = ("workflows", "rollout")
 LIGHTNING = {
     *("module", "loaders", "datamodule", "stopping", "watchdog", "checkpointing", "callbacks"),
-    *("dry_run", "generation", "progress", "recorder", "replay", "summary"),
+    *("dry_run", "generation", "progress", "recorder", "replay", "report", "summary"),
     *("trainer_checks", "trainer_cli"),
 }
 TRANSFORMERS = {
@@ -129,7 +135,7 @@ FOREIGN_ATTRIBUTES = {
     *("rewards/pool.py", "workflows/tools.py"),
     "engines/vllm_worker.py",
 }
-PRINTING = {"cli.py", "summary.py", "progress.py"}
+PRINTING = {"cli.py", "progress.py"}
 
 
 def name_of(path: Path) -> str:

@@ -317,7 +317,7 @@ def test_nothing_grows_with_the_number_of_requests() -> None:
             executor.publish([], version + 1)
         wait_until(executor, lambda: executor.stat.running == 0)
         assert len(executor.registry.snapshot()) == executor.stat.pending <= 6
-        assert executor._gate.num_outstanding == 0 and not executor._runner._results
+        assert executor.gate.num_outstanding == 0 and not executor._runner._results
 
 
 def test_evaluation_spends_no_capacity_and_moves_nothing() -> None:

@@ -248,7 +248,7 @@ def test_rollouts_of_ranks_are_those_of_one_process(
         assert rank["versions"] == expected["versions"]
     for step, rows in enumerate(expected["rows"]):
         assert found[0]["rows"][step] == rows[0::2] and found[1]["rows"][step] == rows[1::2]
-    local = ("time/", "speed/", "rollout/running", "rollout/pending")  # moments
+    local = ("time/", "rollout_time/", "speed/", "rollout/running", "rollout/pending")  # moments
     for first, second, one in zip(*(f["metrics"] for f in (*found, expected)), strict=True):
         names = [key for key in one if not key.startswith(local)]
         assert first.keys() == one.keys()

@@ -1,4 +1,4 @@
-"""The line, the page and the plot of a run."""
+"""The page and the plot of a run."""
 
 from __future__ import annotations
 
@@ -6,32 +6,13 @@ import io
 import logging
 import sys
 from pathlib import Path
-from typing import Any
 
-import lightning as L
 import pytest
-import torch
+from replaying import ROWS, replay
 from rich.console import Console
 
 from sdp_lightning import summary
-from sdp_lightning.summary import ProgressLine, RunSummary
-
-ROWS: list[dict[str, float]] = [
-    {
-        "train/reward": reward,
-        "lag/share_0": 0.5,
-        "lag/share_1": 0.5,
-        "lag/share_2": 0.0,
-        "lag/share_4plus": 0.0,
-        "time/step_s": 2.0,
-        "time/wait_s": 0.5,
-        "time/train_s": 1.0,
-        "rollout/dropped_stale": count,
-        "speed/generated_tokens_per_s": 100.0,
-        "speed/train_tokens_per_s": 80.0,
-    }
-    for reward, count in ((0.25, 0.0), (0.75, 1.0), (0.75, 3.0))
-]
+from sdp_lightning.summary import RunSummary
 
 
 def page(rows: list[dict[str, float]], *, window: int = 2) -> str:
@@ -44,40 +25,6 @@ def page(rows: list[dict[str, float]], *, window: int = 2) -> str:
 
 def line_of(text: str, word: str) -> str:
     return next(line for line in text.splitlines() if word in line)
-
-
-class Replay(L.LightningModule):
-    """Logs the given metrics, step by step, as the callbacks of a real run do."""
-
-    def __init__(self, rows: list[dict[str, float]]) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-        self.weight = torch.nn.Parameter(torch.zeros(1))
-        self.rows = rows
-
-    def training_step(self, batch: Any, batch_idx: int) -> None:
-        self.log_dict(self.rows[batch_idx])
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self.log("val/reward", 0.625, batch_size=1)
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
-def replay(folder: Path, *callbacks: L.Callback, rows: list[dict[str, float]] = ROWS) -> None:
-    trainer = L.Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        default_root_dir=folder,
-        callbacks=list(callbacks),
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        enable_progress_bar=any(isinstance(callback, ProgressLine) for callback in callbacks),
-    )
-    trainer.fit(Replay(rows), [0] * len(rows), [0])
 
 
 # The page --------------------------------------------------------------------
@@ -183,54 +130,7 @@ def test_without_matplotlib_the_user_is_told(tmp_path: Path, monkeypatch: pytest
     assert not (tmp_path / "reward.png").exists()
 
 
-# The line --------------------------------------------------------------------
-
-
-def test_off_a_terminal_every_step_is_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    replay(tmp_path, ProgressLine())
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split("  ")[1] for line in lines[:2]] == ["reward 0.250", "reward 0.750"]
-    assert lines[3:] == ["evaluating", "evaluated  reward 0.625"]
-
-
-def test_on_a_terminal_the_line_is_rewritten(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
-    replay(tmp_path, ProgressLine())
-    out = capsys.readouterr().out
-    assert out.count("\r\x1b[2K") == len(ROWS) + 2
-    assert out.count("\n") == 2  # after the last step, and after the evaluation
-
-
-def test_a_disabled_line_is_silent(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    line = ProgressLine()
-    line.disable()
-    replay(tmp_path, line)
-    assert capsys.readouterr().out == ""
-    line.enable()
-    replay(tmp_path, line)
-    assert "step" in capsys.readouterr().out
-
-
-def test_what_the_module_prints_gets_a_line_of_its_own(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
-    class Talking(Replay):
-        def training_step(self, batch: Any, batch_idx: int) -> None:
-            self.print("hello")
-
-    trainer = L.Trainer(
-        max_epochs=1,
-        limit_val_batches=0,
-        accelerator="cpu",
-        callbacks=[ProgressLine()],
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(Talking([]), [0], [0])
-    assert "hello\n" in capsys.readouterr().out
+# Logs -----------------------------------------------------------------------
 
 
 def test_quiet_logs_keeps_information_off_and_warnings_on():

@@ -6,7 +6,7 @@ from model import model_path
 from task import reward, rows
 
 import sdp_lightning as sdp
-from sdp_lightning.summary import ProgressLine, RunSummary, quiet_logs
+from sdp_lightning.summary import RunSummary, quiet_logs
 
 
 def build() -> tuple[L.Trainer, sdp.SegmentWisePPOModule, sdp.RolloutDataModule]:
@@ -25,7 +25,7 @@ def build() -> tuple[L.Trainer, sdp.SegmentWisePPOModule, sdp.RolloutDataModule]
     )
     trainer = L.Trainer(
         max_steps=24,
-        callbacks=[sdp.WeightSyncCallback(), ProgressLine(), RunSummary()],
+        callbacks=[sdp.WeightSyncCallback(), sdp.ProgressLine(), sdp.RunReport(), RunSummary()],
         logger=CSVLogger("runs", name="arithmetic_cpu"),
         log_every_n_steps=1,
         num_sanity_val_steps=0,

@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 import sdp_lightning as sdp
 from sdp_lightning.loading import load_object
-from sdp_lightning.summary import ProgressLine, RunSummary, quiet_logs
+from sdp_lightning.summary import RunSummary, quiet_logs
 
 ROOT = Path(__file__).resolve().parents[2]
 TASK = ROOT / "recipes" / "arithmetic_cpu"
@@ -56,7 +56,7 @@ def build(
     )
     trainer = L.Trainer(
         max_steps=max_steps,
-        callbacks=[sdp.WeightSyncCallback(), ProgressLine(), RunSummary()],
+        callbacks=[sdp.WeightSyncCallback(), sdp.ProgressLine(), sdp.RunReport(), RunSummary()],
         logger=CSVLogger("runs", name="vllm_local"),
         log_every_n_steps=1,
         num_sanity_val_steps=-1,

@@ -4,8 +4,23 @@
 ``lag`` holds the sums between micro-batches, ``verdicts`` says what is wrong.
 """
 
-from sdp_lightning.metrics.lag import LagMetrics
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from sdp_lightning.metrics.names import FAMILIES, Family, all_names
 from sdp_lightning.metrics.verdicts import Verdict, Warner, verdicts
 
+if TYPE_CHECKING:
+    from sdp_lightning.metrics.lag import LagMetrics
+
 __all__ = ["FAMILIES", "Family", "LagMetrics", "Verdict", "Warner", "all_names", "verdicts"]
+
+
+def __getattr__(name: str) -> Any:
+    """``LagMetrics`` needs torch: who only reads metrics does not load it."""
+    if name == "LagMetrics":
+        from sdp_lightning.metrics.lag import LagMetrics
+
+        return LagMetrics
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

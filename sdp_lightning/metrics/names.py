@@ -1,4 +1,7 @@
-"""The names under which :class:`~sdp_lightning.metrics.LagMetrics` logs, and what they mean."""
+"""Every name under which a run logs, and what it means: docs/metrics.md is made of these tables.
+
+``FAMILIES`` are the statistics of :class:`~sdp_lightning.metrics.LagMetrics`; ``OTHERS`` the rest.
+"""
 
 from __future__ import annotations
 
@@ -69,3 +72,103 @@ FAMILIES = (
 def all_names() -> list[str]:
     """Every name that is logged, in the order of the table."""
     return [name for family in FAMILIES for name in family.names]
+
+
+@dataclass(frozen=True)
+class Logged:
+    """One name of its own.
+
+    Args:
+        name: as logged.
+        meaning: in words.
+        when: what it needs to be logged; empty if it always is.
+    """
+
+    name: str
+    meaning: str
+    when: str = ""
+
+
+POOL = "`reward_workers` or a `RewardPool`"
+REFERENCE = "a KL term: `loss.kl_coefficient`"
+OTHERS: dict[str, tuple[Logged, ...]] = {
+    "Training: means over the optimizer steps of a batch, of all ranks": (
+        Logged("train/reward", "mean reward of the batch's trajectories"),
+        Logged("train/loss", "what is minimised"),
+        Logged("train/kl", "mean estimate of the KL to the reference model, nats", REFERENCE),
+        Logged("train/grad_norm", "norm of the gradient before it is clipped"),
+        Logged("train/lr", "the learning rate, as it was applied"),
+        Logged("train/lr_scale", "what the rate was scaled by", "`optimizer.scale_lr_by_ess`"),
+        Logged("train/skipped", "share of steps skipped, as the gradient was not finite"),
+        Logged("train/tokens", "sampled tokens in the batch"),
+        Logged("train/truncated", "share of trajectories that ended at their token budget"),
+        Logged("train/uniform", "share of groups whose rewards are all equal: they teach nothing"),
+    ),
+    "Evaluation, on the published version": (
+        Logged("val/reward", "mean reward of the rollouts of `val_prompts`", "`val_prompts`"),
+        Logged("val/version", "the policy version that was evaluated", "`val_prompts`"),
+        Logged(
+            "val/pass_at_k",
+            "share of rows of which a sample has reward 1 or more",
+            "`val_prompts`, several samples a row",
+        ),
+    ),
+    "Time of a step, rank 0's clock, seconds; what is in no phase is the rest": (
+        Logged("time/step_s", "from the end of a publish to the end of the next"),
+        Logged("time/wait_s", "waiting for the batch"),
+        Logged("time/score_s", "scoring segments that need their proximal log-probs now"),
+        Logged("time/train_s", "`training_step`: all forward and backward passes and updates"),
+        Logged("time/publish_s", "publishing weights; the trainer waits"),
+        Logged("time/evaluate_s", "evaluations since the last publish"),
+        Logged("time/paused_s", "of the publish: no token was sampled"),
+        Logged(
+            "time/sampling_s", "at least one request of rank 0 was being sampled, beside the phases"
+        ),
+    ),
+    "Time of rollouts, all ranks, seconds, means over those of the run so far": (
+        Logged("rollout_time/group_s", "from the submission of a group until it was ready"),
+        Logged("rollout_time/sample_s", "of a trajectory: its requests, waiting and running"),
+        Logged("rollout_time/tool_s", "of a trajectory: between two requests (tools, turns)"),
+        Logged("rollout_time/reward_s", "of a trajectory: after its last request (its reward)"),
+    ),
+    "Speed, all ranks, over rank 0's `time/step_s`": (
+        Logged("speed/generated_tokens_per_s", "tokens sampled"),
+        Logged("speed/train_tokens_per_s", "sampled tokens trained on"),
+    ),
+    "Groups, all ranks; counts of the run so far, but for the first three": (
+        Logged("rollout/version", "the policy version after the publish"),
+        Logged("rollout/running", "being rolled out now"),
+        Logged("rollout/pending", "finished, waiting for the trainer now"),
+        Logged("rollout/dropped_stale", "dropped: too old when they had waited"),
+        Logged("rollout/dropped_overdue", "dropped: too old while they ran"),
+        Logged("rollout/rejected", "the workflow returned nothing to train on"),
+        Logged("rollout/failed", "the workflow raised"),
+        Logged("rollout/diverged", "did not repeat what a checkpoint had of them"),
+        Logged("rollout/trained_length", "mean sampled tokens of a trained group"),
+        Logged("rollout/dropped_length", "the same of a dropped one"),
+        Logged(
+            "rollout/length_ratio",
+            "the first over the mean of both: below 1, long rollouts starve",
+        ),
+        Logged("rollout/reward_raised", "rewards that raised", POOL),
+        Logged("rollout/reward_timed_out", "rewards that took too long, and were killed", POOL),
+        Logged("rollout/reward_out_of_memory", "rewards that ran out of memory", POOL),
+        Logged("rollout/reward_crashed", "rewards that ended their process", POOL),
+    ),
+    "Weights on their way": (
+        Logged("publish/bytes", "sent"),
+        Logged("publish/bytes_per_s", "of the transfer"),
+        Logged(
+            "publish/echo",
+            "mean difference of the log-probs of a text, engine against trainer, nats; as of the "
+            "last time that it was asked",
+            "`WeightSyncCallback(echo_every=)`",
+        ),
+    ),
+}
+
+
+def logged_names() -> dict[str, str]:
+    """Every name that a fit may log, with what it needs to be logged, or nothing."""
+    others = {entry.name: entry.when for table in OTHERS.values() for entry in table}
+    return others | dict.fromkeys(all_names(), "")

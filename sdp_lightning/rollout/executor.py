@@ -21,16 +21,13 @@ from sdp_lightning.rollout.capacity import RolloutStat, StalenessManager
 from sdp_lightning.rollout.prompts import EVALUATION_EPOCH, PromptRow
 from sdp_lightning.rollout.publishing import publish
 from sdp_lightning.rollout.recompute import LogprobScorer, ProximalRecomputer, RecomputeReport
-from sdp_lightning.rollout.registry import GroupRegistry, LiveGroup, RolloutTelemetry
+from sdp_lightning.rollout.registry import GroupRegistry, LiveGroup
 from sdp_lightning.rollout.runner import STOP_CHECK_S, AsyncTaskRunner, TaskResult
 from sdp_lightning.rollout.source import GroupSource
 from sdp_lightning.rollout.staleness import StalenessControlStrategy
+from sdp_lightning.rollout.telemetry import RolloutTelemetry
 from sdp_lightning.types import TrajectoryGroup
-from sdp_lightning.workflows.base import (
-    RolloutWorkflow,
-    Row,
-    why_rejected,
-)
+from sdp_lightning.workflows.base import RolloutWorkflow, Row, why_rejected
 from sdp_lightning.workflows.gate import is_being_cancelled
 
 logger = logging.getLogger(__name__)
@@ -61,7 +58,7 @@ class WorkflowExecutor:
         self.config, self.engine, self.manager = config, engine, manager
         self._recomputer, self._ranks = recomputer, ranks
         self.registry = GroupRegistry(config, strategy, manager, on_drop=self._on_drop)
-        self._workflow, self._source, self._gate = workflow, source, source.gate
+        self._workflow, self._source, self.gate = workflow, source, source.gate
         self._runner = AsyncTaskRunner(name="sdp-rollout", on_result=self._on_task_result)
         self._generating = self._closed = False
 
@@ -109,7 +106,7 @@ class WorkflowExecutor:
             )
         report = publish(
             self.engine,
-            self._gate,
+            self.gate,
             self._ranks,
             weights,
             version,

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from sdp_lightning.config import RolloutConfig
 from sdp_lightning.errors import RolloutError, VersionError
@@ -18,9 +20,10 @@ from sdp_lightning.rollout.buffer import RolloutCache, RolloutQueue
 from sdp_lightning.rollout.capacity import StalenessManager
 from sdp_lightning.rollout.prompts import PromptRow
 from sdp_lightning.rollout.staleness import StalenessControlStrategy
+from sdp_lightning.rollout.telemetry import GroupRecord, RolloutTelemetry
 from sdp_lightning.types import Context, Segment, Trajectory, TrajectoryGroup
 from sdp_lightning.workflows.base import RolloutSession
-from sdp_lightning.workflows.episode import parts_of
+from sdp_lightning.workflows.episode import EpisodeTimes, parts_of
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +37,8 @@ class LiveGroup:
     Attributes:
         group: set when the workflow has returned; None while it runs.
         in_hand: handed to the trainer, its version not committed yet.
+        started_at: when it was submitted, by ``time.monotonic``.
+        seconds: what it took, once it has ended; 0 if a checkpoint had it finished.
     """
 
     order: int
@@ -43,6 +48,8 @@ class LiveGroup:
     task_id: int | None = None
     group: TrajectoryGroup | None = None
     in_hand: bool = field(default=False)
+    started_at: float = field(default_factory=time.monotonic)
+    seconds: float | None = None
 
     @property
     def parts(self) -> list[Parts]:
@@ -74,22 +81,16 @@ class LiveGroup:
             created_version=self.created_version,
         )
 
+    @property
+    def times(self) -> EpisodeTimes:
+        """What its trajectories took so far, added up."""
+        return sum((episode.times for episode in self.session.episodes), EpisodeTimes())
 
-@dataclass
-class RolloutTelemetry:
-    """What the ledger does not hold: why groups were lost, and how long they were.
-
-    Lengths are sampled tokens of whole groups. ``num_diverged`` groups of a checkpoint were sampled
-    from scratch, because their workflow did not repeat what was saved of them.
-    """
-
-    num_overdue: int = 0
-    trained_groups: int = 0
-    trained_tokens: int = 0
-    dropped_groups: int = 0
-    dropped_tokens: int = 0
-    rejections: dict[str, int] = field(default_factory=dict[str, int])
-    num_diverged: int = 0
+    def record(self, fate: Literal["trained", "stale", "overdue"]) -> GroupRecord:
+        """What is kept of it when it has ended."""
+        seconds = time.monotonic() - self.started_at if self.seconds is None else self.seconds
+        row_id, sampled = self.row.row_id, self.num_sampled
+        return GroupRecord(row_id, seconds, sampled, fate, self.versions, self.times)
 
 
 class GroupRegistry:
@@ -168,6 +169,8 @@ class GroupRegistry:
         with self.changed:
             if live.order in self._live:  # else it was dropped as overdue while it finished
                 live.group = group
+                live.seconds = time.monotonic() - live.started_at
+                self.telemetry.on_finished(live.seconds, live.times)
                 self._admit(live)
             self.changed.notify_all()
 
@@ -212,7 +215,7 @@ class GroupRegistry:
         """Finished groups of a checkpoint; they wait to be trained from the first publish on."""
         with self.changed:
             for live, group in groups:
-                live.group = group
+                live.group, live.seconds = group, 0.0
                 self._live[live.order] = live
                 self._restored.append(group)
 
@@ -271,9 +274,9 @@ class GroupRegistry:
             batch = self._cache.take(self._config.batch_size)
             self._manager.on_consumed(len(batch))
             for group in batch:
-                self._live[group.order].in_hand = True
-                self.telemetry.trained_groups += 1
-                self.telemetry.trained_tokens += group.num_sampled
+                live = self._live[group.order]
+                live.in_hand = True
+                self.telemetry.on_ended(live.record("trained"))
             return batch
 
     # Helpers, under the lock ---------------------------------------------------------------------
@@ -315,17 +318,15 @@ class GroupRegistry:
 
         for group in [*self._queue.purge(is_stale), *self._cache.purge(is_stale)]:
             self._manager.on_dropped()
-            self._record_drop(self._live.pop(group.order))
+            self._record_drop(self._live.pop(group.order), "stale")
         self._admit_held()
 
     def _drop_running(self, live: LiveGroup) -> None:
         self._manager.on_overdue()
-        self.telemetry.num_overdue += 1
-        self._record_drop(self._live.pop(live.order))
+        self._record_drop(self._live.pop(live.order), "overdue")
 
-    def _record_drop(self, live: LiveGroup) -> None:
-        self.telemetry.dropped_groups += 1
-        self.telemetry.dropped_tokens += live.num_sampled
+    def _record_drop(self, live: LiveGroup, fate: Literal["stale", "overdue"]) -> None:
+        self.telemetry.on_ended(live.record(fate))
         self._on_drop(live)
 
     def _admit_held(self) -> None:

@@ -8,6 +8,7 @@ start, and its episodes replay what the checkpoint holds of them before they sam
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NoReturn
@@ -45,6 +46,31 @@ class CallEnd:
 
 
 Event = Context | Segment | CallStart | CallEnd
+
+
+@dataclass(frozen=True)
+class EpisodeTimes:
+    """What trajectories took, in seconds added up; not what was replayed.
+
+    Args:
+        num: trajectories.
+        sample_s: in ``generate``: for requests that wait and run.
+        tool_s: between one ``generate`` and the next, for what the workflow does there.
+        reward_s: after the last ``generate``.
+    """
+
+    num: int = 0
+    sample_s: float = 0.0
+    tool_s: float = 0.0
+    reward_s: float = 0.0
+
+    def __add__(self, other: EpisodeTimes) -> EpisodeTimes:
+        return EpisodeTimes(
+            self.num + other.num,
+            self.sample_s + other.sample_s,
+            self.tool_s + other.tool_s,
+            self.reward_s + other.reward_s,
+        )
 
 
 def parts_of(log: Iterable[Event]) -> tuple[Context | Segment, ...]:
@@ -86,6 +112,13 @@ class Episode:
         self._position = 0  # events from here on are still to be replayed
         self._finish_reason: FinishReason = "stop"
         self._divergence = ""
+        self._times = EpisodeTimes(1)
+        self._returned_at: float | None = None  # from the last generate
+
+    @property
+    def times(self) -> EpisodeTimes:
+        """What it took so far."""
+        return self._times
 
     @property
     def parts(self) -> tuple[Context | Segment, ...]:
@@ -152,11 +185,15 @@ class Episode:
         """
         if not self.parts:
             raise RolloutError("generate() needs a context first: call add_context(prompt_tokens).")
-        before = self._num_sampled()
+        start, before = time.monotonic(), self._num_sampled()
+        if self._returned_at is not None:
+            self._times += EpisodeTimes(tool_s=start - self._returned_at)
         reason = self._begin_call(params)
         if reason is None:
             reason = await self._sample(params, self._num_sampled() - before)
             self._append(CallEnd(reason))
+        self._returned_at = time.monotonic()
+        self._times += EpisodeTimes(sample_s=self._returned_at - start)
         self._finish_reason = reason
         return reason
 
@@ -167,6 +204,8 @@ class Episode:
             reward: of the whole.
             truncated: it was ended by a bound, whatever ended its last ``generate``.
         """
+        if self._returned_at is not None:
+            self._times += EpisodeTimes(reward_s=time.monotonic() - self._returned_at)
         reason = "length" if truncated else self._finish_reason
         return Trajectory(self.parts, reward=reward, finish_reason=reason)
 

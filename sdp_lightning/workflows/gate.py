@@ -28,6 +28,13 @@ class SendGate:
         self._out: dict[asyncio.Task[FinishReason], asyncio.AbstractEventLoop] = {}
         self._waiting: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
         self._cancelled: set[asyncio.Task[FinishReason]] = set()
+        self._busy_s, self._busy_since = 0.0, 0.0
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds so far in which at least one request was out."""
+        with self._changed:
+            return self._busy_s + (time.monotonic() - self._busy_since if self._out else 0.0)
 
     @property
     def num_outstanding(self) -> int:
@@ -95,6 +102,8 @@ class SendGate:
         finally:
             with self._changed:
                 self._out.pop(task, None)
+                if not self._out:
+                    self._busy_s += time.monotonic() - self._busy_since
                 self._cancelled.discard(task)
                 self._changed.notify_all()
 
@@ -104,6 +113,8 @@ class SendGate:
             with self._changed:
                 if self._is_open:
                     task = loop.create_task(request)
+                    if not self._out:
+                        self._busy_since = time.monotonic()
                     self._out[task] = loop
                     return task
                 future: asyncio.Future[None] = loop.create_future()

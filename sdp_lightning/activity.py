@@ -1,0 +1,37 @@
+"""What the trainer's thread is doing now, and what it has spent its time on. Seconds."""
+
+from __future__ import annotations
+
+import time
+
+PHASES = ("wait", "score", "train", "publish", "evaluate")
+
+
+class Activity:
+    """The phase of a run: written by the trainer's thread, read by any.
+
+    Every moment belongs to one phase, ``"rest"`` if to none of ``PHASES``; so what is spent on all
+    of them is all of the time.
+    """
+
+    def __init__(self) -> None:
+        self._now = ("rest", time.monotonic())
+        self._spent: dict[str, float] = {}
+
+    @property
+    def now(self) -> tuple[str, float]:
+        """The present phase, and how long it has gone on."""
+        phase, since = self._now
+        return phase, time.monotonic() - since
+
+    def enter(self, phase: str) -> None:
+        """From now on it is ``phase``."""
+        before, since = self._now
+        self._now = (phase, now := time.monotonic())
+        self._spent[before] = self._spent.get(before, 0.0) + now - since
+
+    def take_spent(self) -> dict[str, float]:
+        """Seconds in every phase since this was last called; the present one goes on."""
+        self.enter(self._now[0])
+        spent, self._spent = self._spent, {}
+        return spent

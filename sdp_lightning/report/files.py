@@ -1,0 +1,144 @@
+"""What a run leaves in its folder for the report, and reading it again.
+
+``report/steps.jsonl`` and ``report/evaluations.jsonl`` only grow: one line a step, whole when it is
+written. ``report/run.json`` holds settings, ``report/state.json`` what is sampled of the run; both
+are replaced in one step. So a killed run leaves all but its last moment.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sdp_lightning.errors import ConfigError
+
+FOLDER = "report"
+PAGE = "report.html"
+VERSION = "rollout/version"
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that a page is made of.
+
+    Args:
+        folder: of the run.
+        settings: of the run, as far as they were kept.
+        steps: the metrics of every consumed batch, in order of versions.
+        evaluations: of every evaluation.
+        state: slowest rollouts, reasons of rejections, sampled trajectories, how it ended.
+    """
+
+    folder: Path
+    settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    steps: list[dict[str, float]] = field(default_factory=list[dict[str, float]])
+    evaluations: list[dict[str, float]] = field(default_factory=list[dict[str, float]])
+    state: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+
+class RunWriter:
+    """Writes the files of one run, or goes on with those of the run that it resumes."""
+
+    def __init__(self, folder: Path) -> None:
+        self.page = folder / PAGE
+        self._folder = folder / FOLDER
+        self._folder.mkdir(parents=True, exist_ok=True)
+
+    def settings(self, settings: Mapping[str, Any]) -> None:
+        """Replace the settings."""
+        self._replace("run.json", settings)
+
+    def state(self, state: Mapping[str, Any]) -> None:
+        """Replace the sampled state."""
+        self._replace("state.json", state)
+
+    def step(self, row: Mapping[str, float]) -> None:
+        """Add the metrics of a step."""
+        self._append("steps.jsonl", row)
+
+    def evaluation(self, row: Mapping[str, float]) -> None:
+        """Add the metrics of an evaluation."""
+        self._append("evaluations.jsonl", row)
+
+    def _append(self, name: str, row: Mapping[str, float]) -> None:
+        line = json.dumps({key: float(f"{value:.7g}") for key, value in row.items()})
+        with (self._folder / name).open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    def _replace(self, name: str, value: Mapping[str, Any]) -> None:
+        beside = self._folder / f"{name}.{os.getpid()}"
+        beside.write_text(json.dumps(value), encoding="utf-8")
+        beside.replace(self._folder / name)
+
+
+def read_run(folder: Path) -> Run:
+    """What ``RunReport`` wrote; without it, what a ``CSVLogger`` did.
+
+    Raises:
+        ConfigError: if neither is there.
+    """
+    folder = folder.resolve()
+    files = folder / FOLDER
+    if (files / "run.json").is_file():
+        return Run(
+            folder,
+            settings=_read_json(files / "run.json"),
+            steps=_latest(_read_lines(files / "steps.jsonl"), VERSION),
+            evaluations=_latest(_read_lines(files / "evaluations.jsonl"), "val/version"),
+            state=_read_json(files / "state.json"),
+        )
+    if (folder / "metrics.csv").is_file():
+        return _read_csv(folder)
+    near = [path.parent.parent for path in sorted(folder.glob(f"*/{FOLDER}/run.json"))]
+    near += [path.parent for path in sorted(folder.glob("*/metrics.csv"))]
+    hint = f" Did you mean {near[-1]}?" if near else ""
+    raise ConfigError(
+        f"{folder} has neither {FOLDER}/run.json nor metrics.csv, so there is no run to report: "
+        f"put RunReport() among the Trainer's callbacks.{hint}"
+    )
+
+
+def _read_csv(folder: Path) -> Run:
+    steps: list[dict[str, float]] = []
+    evaluations: list[dict[str, float]] = []
+    with (folder / "metrics.csv").open(encoding="utf-8", newline="") as file:
+        for line in csv.DictReader(file):
+            row = {name: float(value) for name, value in line.items() if value}
+            if "val/version" in row:
+                evaluations.append({k: v for k, v in row.items() if k.startswith("val/")})
+            if VERSION in row:
+                steps.append({k: v for k, v in row.items() if "/" in k and k[:4] != "val/"})
+    return Run(folder, steps=_latest(steps, VERSION), evaluations=evaluations)
+
+
+def _latest(rows: list[dict[str, float]], key: str) -> list[dict[str, float]]:
+    """Without what was done again: a run that was killed, and resumed from an older version."""
+    kept: list[dict[str, float]] = []
+    for row in rows:
+        if key in row:
+            while kept and kept[-1][key] >= row[key]:
+                kept.pop()
+            kept.append(row)
+    return kept
+
+
+def _read_lines(path: Path) -> list[dict[str, float]]:
+    """Every line that is whole: a kill may have torn one."""
+    if not path.is_file():
+        return []
+    rows: list[dict[str, float]] = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -1,0 +1,98 @@
+"""A few trajectories of a run, chosen as it goes: best, worst, mixed, random. Bounded memory."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sdp_lightning.types import Trajectory, TrajectoryGroup
+
+NUM_EXTREME, NUM_RANDOM = 3, 6
+
+
+@dataclass(eq=False)
+class Sample:
+    """One trajectory that is kept.
+
+    Args:
+        trajectory: as it was trained on.
+        row_id: of its prompt.
+        version: the trainer's, when it was trained on.
+        mean_reward: of its group.
+        drawn: its HTML, once it was drawn.
+    """
+
+    trajectory: Trajectory
+    row_id: str
+    version: int
+    mean_reward: float
+    drawn: str | None = None
+
+    def state(self, draw: Callable[[Sample], str]) -> dict[str, Any]:
+        """What a page needs of it. ``draw`` makes its HTML, once."""
+        if self.drawn is None:
+            self.drawn = draw(self)
+        return {
+            "row_id": self.row_id,
+            "version": self.version,
+            "reward": self.trajectory.reward,
+            "mean_reward": self.mean_reward,
+            "html": self.drawn,
+        }
+
+
+class SampleKeeper:
+    """Keeps the ``NUM_EXTREME`` best and worst, and those that were sampled by most versions.
+
+    The newer of equal ones, one of a batch at most. And ``NUM_RANDOM`` random ones: every batch has
+    the same chance to be there, whenever it came.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        self.best: list[Sample] = []
+        self.worst: list[Sample] = []
+        self.mixed: list[Sample] = []
+        self.random: list[Sample] = []
+        self._generator = random.Random(seed)
+        self._num_batches = 0
+
+    def see(self, groups: Sequence[TrajectoryGroup], version: int) -> None:
+        """Look at the groups of one batch, trained at ``version``."""
+        members = [(group, trajectory) for group in groups for trajectory in group.trajectories]
+        if not members:
+            return
+        self._generator.shuffle(members)
+
+        def sample(chosen: tuple[TrajectoryGroup, Trajectory]) -> Sample:
+            return Sample(chosen[1], chosen[0].row_id, version, chosen[0].reward)
+
+        rewards = [trajectory.reward for _, trajectory in members]
+        best, worst = rewards.index(max(rewards)), rewards.index(min(rewards))
+        mixed = max(members, key=lambda member: _num_versions(member[1]))
+        self.best = _first([sample(members[best]), *self.best], lambda s: -s.trajectory.reward)
+        self.worst = _first([sample(members[worst]), *self.worst], lambda s: s.trajectory.reward)
+        if _num_versions(mixed[1]) > 1:
+            kept = [sample(mixed), *self.mixed]
+            self.mixed = _first(kept, lambda s: -_num_versions(s.trajectory))
+        self._num_batches += 1
+        place = self._generator.randrange(self._num_batches)
+        if len(self.random) < NUM_RANDOM:
+            self.random.append(sample(members[0]))
+        elif place < NUM_RANDOM:
+            self.random[place] = sample(members[0])
+
+    def state(self, draw: Callable[[Sample], str]) -> dict[str, list[dict[str, Any]]]:
+        """All of them, as a page needs them."""
+        newest = sorted(self.random, key=lambda s: -s.version)
+        kinds = {"best": self.best, "worst": self.worst, "mixed": self.mixed, "random": newest}
+        return {kind: [sample.state(draw) for sample in kept] for kind, kept in kinds.items()}
+
+
+def _num_versions(trajectory: Trajectory) -> int:
+    return len({segment.version for segment in trajectory.segments})
+
+
+def _first(samples: list[Sample], key: Callable[[Sample], float]) -> list[Sample]:
+    return sorted(samples, key=key)[:NUM_EXTREME]
