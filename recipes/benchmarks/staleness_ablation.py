@@ -30,6 +30,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--stage", choices=("1", "2", "controls", "probe", "report"), default="1")
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--lags", nargs="*", type=int, help="only these; all unless given")
+    parser.add_argument("--minibatches", nargs="*", type=int, default=[2, 4])
     parser.add_argument("--seeds", type=int, default=3, help="how many, from 0 on")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run after")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="of results, table and figure")
@@ -47,8 +48,13 @@ def chosen_cells(options: argparse.Namespace) -> Iterable[Cell]:
         "controls": lambda: controls(options.methods, seeds),
         "report": lambda: iter(()),
     }[options.stage]()
-    kept = (cell for cell in cells if cell.method in options.methods)
-    return (cell for cell in kept if options.lags is None or cell.lag in options.lags)
+    return (
+        cell
+        for cell in cells
+        if cell.method in options.methods
+        and cell.minibatches in options.minibatches
+        and (options.lags is None or cell.lag in options.lags)
+    )
 
 
 def main(argv: Sequence[str] | None = None, model: Any = None) -> None:
@@ -82,11 +88,14 @@ def main(argv: Sequence[str] | None = None, model: Any = None) -> None:
 
 
 def run_probe(model: Any, scale: Scale, options: argparse.Namespace, probed: Results) -> None:
-    """Gradients of all methods along runs of the default one."""
+    """Gradients of all methods along runs of the default one, those that are not there yet."""
+    done = {(line["lag"], line["seed"]) for line in probed.lines}
     for seed in range(options.seeds):
         for lag in options.lags or (4, 8):
+            if (lag, seed) in done:
+                continue
             this = Run(model, Cell(DEFAULT, "whole", lag, seed=seed), scale)
-            for line in probe(this, (12, 24), num_batches=8, num_fresh=16):
+            for line in list(probe(this, (12, 24), num_batches=10, num_fresh=20)):
                 probed.append(line)
 
 

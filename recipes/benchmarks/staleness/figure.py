@@ -8,25 +8,23 @@ from pathlib import Path
 from typing import Any
 
 from staleness.report import expanded
-from staleness.summary import Line, Place, Table
+from staleness.summary import Line, Place, Table, estimate
 
 # Okabe and Ito's colors, with a marker and a dash each: told apart without color, too.
 STYLES = {
     "segment": ("#0072B2", "o", "-", "segment (scored)"),
     "segment, log-linear q": ("#56B4E9", "v", "--", "segment, q log-linear"),
+    "log-linear q, ESS rate": ("#000000", "^", "--", "q log-linear, rate by ESS"),
     "behavior": ("#009E73", "s", "-", "behavior"),
     "behavior, clip 0.3": ("#009E73", "P", ":", "behavior, clip 0.3"),
-    "proximal, behavior mask": ("#E69F00", "D", "-.", "decoupled, behavior mask"),
-    "segment, ESS rate": ("#F0E442", "^", "--", "segment, ESS rate"),
-    "log-linear q, ESS rate": ("#999999", "<", "--", "q log-linear, ESS rate"),
     "proximal": ("#CC79A7", "X", "-", "decoupled"),
-    "origin": ("#D55E00", "*", "-", "origin (bridge^0)"),
-    "uncorrected": ("#000000", "x", ":", "uncorrected"),
+    "origin": ("#D55E00", "*", "-", "origin (exponent 0)"),
+    "uncorrected": ("#999999", "x", ":", "uncorrected"),
 }
 
 
 def draw(lines: Sequence[Line], path: Path) -> None:
-    """Three panels, to ``path``; bands and bars are 95 % intervals of the mean over seeds."""
+    """Three panels, to ``path``; bands and bars are one standard error either way."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -43,7 +41,7 @@ def draw(lines: Sequence[Line], path: Path) -> None:
         handles |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
         axis.set_ylim(0, 0.9)
         axis.grid(alpha=0.25)
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5, fontsize=9)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=9)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
@@ -58,7 +56,7 @@ def _courses(axis: Any, table: Table, place: Place) -> None:
         means = [statistics.fmean(column) for column in columns]
         axis.plot(steps, means, dash, color=color, label=label, linewidth=1.8)
         if len(runs) > 1:
-            halves = [statistics.stdev(c) / len(c) ** 0.5 for c in columns]
+            halves = [estimate(column).error for column in columns]
             low = [m - h for m, h in zip(means, halves, strict=True)]
             high = [m + h for m, h in zip(means, halves, strict=True)]
             axis.fill_between(steps, low, high, color=color, alpha=0.12, linewidth=0)
@@ -75,7 +73,7 @@ def _against_lag(axis: Any, table: Table, staleness: str) -> None:
         shift += 0.025
         if not points:
             continue
-        bars = [e.half if e.count > 1 else 0.0 for _, e in points]
+        bars = [e.error for _, e in points]
         axis.errorbar(
             [x for x, _ in points], [e.mean for _, e in points], yerr=bars, fmt=marker + dash,
             color=color, label=label, markersize=6, linewidth=1.4, elinewidth=0.8, capsize=2,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sdp_lightning.config import LossConfig
 
@@ -21,10 +21,25 @@ class Method:
     scale_lr_by_ess: bool = False
     corrected: bool = True
 
-    @property
-    def fresh_kind(self) -> tuple[object, ...]:
-        """What still tells it from others when nothing is stale: then x = q = b."""
-        return self.loss.surrogate, self.loss.clip_epsilon, self.loss.clip_epsilon_high
+    def kind(self, lag: int) -> Method | tuple[object, ...]:
+        """What it shares with all methods that are the same at this lag.
+
+        Without staleness x = q = b, and only the surrogate and its clip are left. At lag 1 q = x:
+        the centres q and x are one, and there is no bridge.
+        """
+        loss = self.loss
+        if lag == 0:
+            return loss.surrogate, loss.clip_epsilon, loss.clip_epsilon_high
+        if lag == 1 and loss.trust_region != "behavior":
+            plain = replace(
+                loss,
+                trust_region="proximal",
+                bridge_exponent=1.0,
+                bridge_cap=None,
+                segment_proximal="scored",
+            )
+            return replace(self, loss=plain)
+        return self
 
 
 DEFAULT = "segment"

@@ -44,15 +44,10 @@ def controls(methods: Sequence[str], seeds: Iterable[int]) -> Iterator[Cell]:
 
 
 def representative(cell: Cell) -> Cell:
-    """The cell that is run for this one: without staleness, one stands for all of its kind.
-
-    There x = q = b, and methods whose surrogate is the same are the same. A test holds that.
-    """
-    if cell.lag > 0:
-        return cell
-    kind = METHODS[cell.method].fresh_kind
-    first = next(name for name, method in METHODS.items() if method.fresh_kind == kind)
-    return replace(cell, method=first, staleness="whole")
+    """The cell that is run for this one: one stands for all of its kind. A test holds that."""
+    kind = METHODS[cell.method].kind(cell.lag)
+    first = next(name for name, method in METHODS.items() if method.kind(cell.lag) == kind)
+    return replace(cell, method=first, staleness=cell.staleness if cell.lag else "whole")
 
 
 class Results:

@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 from staleness.methods import METHODS, Method
+from staleness.net import TinyLlama
 from staleness.rollouts import Rollouts, sample
-from staleness.training import Run, minibatch_loss, prepare
+from staleness.training import Run, minibatch_loss, policy_logprobs, prepare
 from torch import Tensor
 
 from sdp_lightning.batch import Batch
 
-FRESH = METHODS["uncorrected"]
+FRESH, FRESH_WEIGHTS = METHODS["uncorrected"], METHODS["proximal"]
 
 
 @dataclass(frozen=True)
@@ -56,14 +57,18 @@ def compare(this: Run, step: int, num_batches: int, num_fresh: int) -> dict[str,
     """Every method on ``num_batches`` old batches, against ``num_fresh`` fresh ones."""
     fresh = [this.rollouts(step, stream=500 + i) for i in range(num_fresh)]
     present = [renewed(this, rollouts) for rollouts in fresh]
-    truth = [gradient(this, this.batch(r), FRESH)[0] for r in present]
+    target = torch.stack([gradient(this, this.batch(r), FRESH)[0] for r in present])
     old = [this.rollouts(step, stream=1 + i) for i in range(num_batches)]
     scored = [this.batch(r) for r in old]
-    target = torch.stack(truth)
-    return {
+    found = {
         name: summed_up([gradient(this, batch, method) for batch in scored], target)
         for name, method in METHODS.items()
+        if not method.scale_lr_by_ess  # which changes no gradient
     }
+    for name, present_baseline in (("old baseline", False), ("present baseline", True)):
+        whole = [(sequence_gradient(this, batch, present_baseline), 1.0) for batch in scored]
+        found[f"sequence weights, {name}"] = summed_up(whole, target)
+    return found
 
 
 def renewed(this: Run, rollouts: Rollouts) -> Rollouts:
@@ -82,11 +87,43 @@ def gradient(this: Run, batch: Batch, method: Method) -> tuple[Tensor, float]:
     if found is None:
         return torch.zeros(sum(p.numel() for p in net.parameters())), 0.0
     found.loss.backward()
-    flat = torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
     policy = found.policy
     frozen = policy.clipped if method.loss.surrogate != "cispo" else policy.clipped & False
     acting = (policy.kept & ~frozen).sum() / part.loss_mask.sum()
-    return flat.clone(), float(acting)
+    return flat_gradient(net), float(acting)
+
+
+def sequence_gradient(this: Run, batch: Batch, present_baseline: bool) -> Tensor:
+    """The policy gradient, corrected by the weight exp(sum of x - b) of whole sequences.
+
+    Short answers allow what long ones do not. With ``present_baseline`` the mean and deviation of a
+    group's rewards are weighed likewise, as those of the present policy's samples: nothing is left
+    of the old policy.
+    """
+    net = this.learner.net
+    net.zero_grad()
+    prepared = prepare(net, batch, FRESH_WEIGHTS)
+    assert prepared.advantages is not None and prepared.proximal_logprobs is not None
+    part = prepared.select((prepared.advantages[:, -1] != 0).nonzero()[:, 0].tolist())
+    assert part.advantages is not None and part.proximal_logprobs is not None
+    drift = torch.where(part.loss_mask, part.proximal_logprobs - part.behavior_logprobs, 0.0)
+    members = drift.sum(1).view(-1, net.layout.num_answers)
+    weight = members.softmax(1) * net.layout.num_answers  # of mean 1 in a group
+    advantage = part.advantages[:, -1].view_as(weight)
+    if present_baseline:
+        reward = part.rewards.view_as(weight)
+        mean = (weight * reward).mean(1, keepdim=True)
+        spread = (weight * (reward - mean).square()).mean(1, keepdim=True).sqrt()
+        advantage = (reward - mean) / (spread + 1e-6)
+    factor = (weight * advantage).flatten()[:, None]
+    loss = -(factor * policy_logprobs(net, part)).sum() / prepared.loss_mask.sum()
+    loss.backward()
+    return flat_gradient(net)
+
+
+def flat_gradient(net: TinyLlama) -> Tensor:
+    """[D] of all weights."""
+    return torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None]).clone()
 
 
 def summed_up(found: Sequence[tuple[Tensor, float]], fresh: Tensor) -> Gradients:

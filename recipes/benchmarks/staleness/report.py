@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from staleness.methods import DEFAULT, METHODS
-from staleness.plan import representative
+from staleness.plan import STALENESS, cell_of, representative
 from staleness.summary import Estimate, Line, Place, Table, final, whole_course
-from staleness.training import Cell
 
 MEASURES = {
     "abs_drift": "mean abs(x - b)",
@@ -26,14 +26,14 @@ MEASURES = {
 
 
 def expanded(lines: Iterable[Line]) -> list[Line]:
-    """Lines of lag 0 for every method and staleness that they stand for, too."""
-    found = list(lines)
-    for line in [line for line in found if line["lag"] == 0]:
-        place = line["lag"], line["minibatches"], line["seed"], line.get("rate", 1.0)
+    """Lines for every cell that they stand for."""
+    found: list[Line] = []
+    for line in lines:
+        cell = cell_of(line)
         for method in METHODS:
-            for staleness in ("whole", "mixed"):
-                same = Cell(method, staleness, *place)  # pyright: ignore[reportArgumentType]
-                if representative(same).method == line["method"]:
+            for staleness in STALENESS:
+                twin = replace(cell, method=method, staleness=staleness)
+                if twin == cell or representative(twin) == cell:
                     found.append({**line, "method": method, "staleness": staleness})
     return found
 
@@ -68,7 +68,7 @@ def gradients(lines: Sequence[Line]) -> str:
     columns = ("cosine_of_mean", "cosine", "length", "noise", "acting")
     rows = [["lag", "method", "cosine of the mean", "of one batch", "length", "noise", "acting"]]
     for lag in sorted({line["lag"] for line in lines}):
-        for method in METHODS:
+        for method in dict.fromkeys(line["method"] for line in lines):
             found = [x for x in lines if x["lag"] == lag and x["method"] == method]
             if found:
                 means = [statistics.fmean(x[name] for x in found) for name in columns]
@@ -85,11 +85,15 @@ def _levels(table: Table, places: Sequence[Place], score: Callable[[Line], float
 
 
 def _differences(table: Table, places: Sequence[Place], score: Callable[[Line], float]) -> str:
-    def cell(place: Place, method: str) -> str:
-        found = table.difference(place, method, DEFAULT, score)
-        return "" if found is None or method == DEFAULT else difference_text(found)
-
-    return _grid(table, places, cell)
+    stale = [place for place in places if place.lag >= 2]
+    rows = [["", *map(_name, places), "mean of lags from 2 on"]]
+    for method in METHODS:
+        found = [table.difference(place, method, DEFAULT, score) for place in places]
+        if method == DEFAULT or not any(found):
+            continue
+        found.append(table.pooled(stale, method, DEFAULT, score) if stale else None)
+        rows.append([method, *("" if e is None else difference_text(e) for e in found)])
+    return _markdown(rows)
 
 
 def difference_text(found: Estimate) -> str:

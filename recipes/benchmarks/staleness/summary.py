@@ -27,10 +27,18 @@ class Place:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over seeds and half of its 95 % interval, by Student's t; inf for one seed."""
+    """A mean over seeds.
+
+    Args:
+        mean: over seeds.
+        half: of the 95 % interval, by Student's t; inf for one seed.
+        error: the standard error; 0 for one seed.
+        count: of seeds.
+    """
 
     mean: float
     half: float
+    error: float
     count: int
 
     @property
@@ -43,14 +51,14 @@ def estimate(values: Sequence[float]) -> Estimate:
     """Mean and interval of independent values.
 
     >>> estimate([1.0, 2.0, 3.0])
-    Estimate(mean=2.0, half=2.4843..., count=3)
+    Estimate(mean=2.0, half=2.48..., error=0.57..., count=3)
     """
     count = len(values)
     if count == 1:
-        return Estimate(values[0], math.inf, 1)
+        return Estimate(values[0], math.inf, 0.0, 1)
     quantile = _T[min(count - 2, len(_T) - 1)]
-    half = quantile * statistics.stdev(values) / math.sqrt(count)
-    return Estimate(statistics.fmean(values), half, count)
+    error = statistics.stdev(values) / math.sqrt(count)
+    return Estimate(statistics.fmean(values), quantile * error, error, count)
 
 
 def final(line: Line) -> float:
@@ -108,6 +116,24 @@ class Table:
         if not seeds:
             return None
         return estimate([score(ours[seed]) - score(theirs[seed]) for seed in seeds])
+
+    def pooled(
+        self,
+        places: Sequence[Place],
+        method: str,
+        base: str,
+        score: Callable[[Line], float] = final,
+    ) -> Estimate | None:
+        """The difference averaged over ``places`` first, of seeds that have all of them."""
+        pairs = [(self.runs(p, method), self.runs(p, base)) for p in places]
+        seeds = set[int].intersection(*(set(run) for pair in pairs for run in pair))
+        if not seeds:
+            return None
+        gains = [
+            statistics.fmean(score(ours[seed]) - score(theirs[seed]) for ours, theirs in pairs)
+            for seed in sorted(seeds)
+        ]
+        return estimate(gains)
 
     def measure(self, place: Place, method: str, name: str) -> float | None:
         """Mean over seeds of one of the measures."""
