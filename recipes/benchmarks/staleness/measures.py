@@ -1,0 +1,82 @@
+"""What is measured of policies and of steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from staleness.net import TinyLlama
+from staleness.rollouts import EOS, NEWLINE, encode
+from staleness.task import Row
+from torch import Tensor
+
+from sdp_lightning.batch import Batch
+from sdp_lightning.batch_loss import BatchLoss
+
+
+@torch.no_grad()
+def success(net: TinyLlama, rows: Sequence[Row]) -> Tensor:
+    """[n] the chance that a sample of the policy is right, by the chain rule: nothing is sampled.
+
+    Args:
+        net: its layout has one answer a group.
+        rows: prompts with answers.
+    """
+    prompts, answers = (encode([row[key] for row in rows]) for key in ("prompt", "answer"))
+    tokens = torch.cat([prompts, answers], 1)
+    hidden = net.hidden(tokens, torch.ones_like(tokens, dtype=torch.bool))
+    logprobs = net.logits(hidden[:, prompts.shape[1] - 1 :]).log_softmax(-1)
+    digits = logprobs[:, :-1].gather(-1, answers[..., None])[..., 0].sum(-1)
+    ends = logprobs[:, -1, [NEWLINE, EOS]].logsumexp(-1)
+    return (digits + ends).exp()
+
+
+@dataclass
+class StepSums:
+    """Sums over tokens that have an advantage, and over optimizer steps."""
+
+    sums: dict[str, float] = field(default_factory=dict[str, float])
+    tokens: float = 0.0
+    steps: float = 0.0
+
+    def add(self, batch: Batch, found: BatchLoss) -> None:
+        """The tokens of one minibatch."""
+        assert batch.advantages is not None
+        mask, policy = batch.loss_mask, found.policy
+        log_drift = torch.where(mask, found.proximal - batch.behavior_logprobs, 0.0)
+        bridge = torch.where(mask, found.proximal - found.segment, 0.0)
+        away = log_drift * torch.sign(batch.advantages)
+        values = {
+            "clipped_high": policy.clipped & (policy.log_ratio > 0),
+            "clipped_low": policy.clipped & (policy.log_ratio < 0),
+            "rejected": mask & ~policy.kept,
+            "abs_drift": log_drift.abs(),
+            "kl_drift": torch.where(mask, log_drift.exp() - 1 - log_drift, 0.0),
+            "abs_bridge": bridge.abs(),
+            "moved_with_advantage": mask & (away > 0.1823),
+            "weight": torch.where(policy.kept, policy.log_weight.exp(), 0.0),
+            "mean_lag": batch.lags,
+        }
+        self.tokens += float(mask.sum())
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + float(value.double().sum())
+
+    def note(self, grad_norm: float, lr_scale: float) -> None:
+        """One optimizer step."""
+        self.steps += 1
+        for name, value in (("grad_norm", grad_norm), ("lr_scale", lr_scale)):
+            self.sums[name] = self.sums.get(name, 0.0) + value
+
+    def means(self) -> dict[str, float]:
+        """By token, or by optimizer step."""
+        per_step = ("grad_norm", "lr_scale")
+        return {
+            name: value / max(self.steps if name in per_step else self.tokens, 1)
+            for name, value in self.sums.items()
+        }
+
+    def __add__(self, other: StepSums) -> StepSums:
+        names = {*self.sums, *other.sums}
+        sums = {name: self.sums.get(name, 0.0) + other.sums.get(name, 0.0) for name in names}
+        return StepSums(sums, self.tokens + other.tokens, self.steps + other.steps)

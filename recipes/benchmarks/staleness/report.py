@@ -1,0 +1,135 @@
+"""Tables of the ablation, in Markdown."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from staleness.methods import DEFAULT, METHODS
+from staleness.plan import STALENESS, cell_of, representative
+from staleness.summary import Estimate, Line, Place, Table, final, whole_course
+
+MEASURES = {
+    "abs_drift": "mean abs(x - b)",
+    "moved_with_advantage": "moved over 20 % with the advantage",
+    "clipped_high": "clipped above",
+    "clipped_low": "clipped below",
+    "rejected": "rejected",
+    "weight": "mean weight",
+    "abs_bridge": "mean abs(x - q)",
+    "grad_norm": "gradient norm",
+    "lr_scale": "learning rate x",
+}
+
+
+def expanded(lines: Iterable[Line]) -> list[Line]:
+    """Lines for every cell that they stand for."""
+    found: list[Line] = []
+    for line in lines:
+        cell = cell_of(line)
+        for method in METHODS:
+            for staleness in STALENESS:
+                twin = replace(cell, method=method, staleness=staleness)
+                if twin == cell or representative(twin) == cell:
+                    found.append({**line, "method": method, "staleness": staleness})
+    return found
+
+
+def write(lines: Sequence[Line], path: Path, probed: Sequence[Line] = ()) -> None:
+    """All tables, to ``path``."""
+    table = Table(expanded(lines))
+    parts: list[str] = []
+    for minibatches, rate in sorted({(p.minibatches, p.rate) for p in table.places}):
+        places = [p for p in table.places if (p.minibatches, p.rate) == (minibatches, rate)]
+        places = [p for p in places if p.lag > 0 or p.staleness == "whole"]
+        head = f"## {minibatches} minibatches" + ("" if rate == 1 else f", learning rate x {rate}")
+        parts += [head, "### Chance of a right answer at the end", _levels(table, places, final)]
+        parts += ["### The same, mean over the course", _levels(table, places, whole_course)]
+        parts += [
+            f"### Paired differences to {DEFAULT} at the end, with 95 % intervals",
+            _differences(table, places, final),
+            "### The same, mean over the course",
+            _differences(table, places, whole_course),
+        ]
+        if minibatches == 2 and rate == 1:
+            stale = [p for p in places if p.lag >= 2 and p.staleness == "whole"]
+            for place in stale:
+                parts += [f"### What happened to tokens: {_name(place)}", _measures(table, place)]
+    if probed:
+        parts += ["## Gradients against those of fresh samples", gradients(probed)]
+    path.write_text("\n\n".join(parts) + "\n")
+
+
+def gradients(lines: Sequence[Line]) -> str:
+    """Means of the probe over steps and seeds, by lag and method."""
+    columns = ("cosine_of_mean", "cosine", "length", "noise", "acting")
+    rows = [["lag", "method", "cosine of the mean", "of one batch", "length", "noise", "acting"]]
+    for lag in sorted({line["lag"] for line in lines}):
+        for method in dict.fromkeys(line["method"] for line in lines):
+            found = [x for x in lines if x["lag"] == lag and x["method"] == method]
+            if found:
+                means = [statistics.fmean(x[name] for x in found) for name in columns]
+                rows.append([str(lag), method, *(f"{mean:.2f}" for mean in means)])
+    return _markdown(rows)
+
+
+def _levels(table: Table, places: Sequence[Place], score: Callable[[Line], float]) -> str:
+    def cell(place: Place, method: str) -> str:
+        found = table.level(place, method, score)
+        return "" if found is None else f"{found.mean:.3f} ({found.count})"
+
+    return _grid(table, places, cell)
+
+
+def _differences(table: Table, places: Sequence[Place], score: Callable[[Line], float]) -> str:
+    stale = [place for place in places if place.lag >= 2]
+    rows = [["", *map(_name, places), "mean of lags from 2 on"]]
+    for method in METHODS:
+        found = [table.difference(place, method, DEFAULT, score) for place in places]
+        if method == DEFAULT or not any(found):
+            continue
+        found.append(table.pooled(stale, method, DEFAULT, score) if stale else None)
+        rows.append([method, *("" if e is None else difference_text(e) for e in found)])
+    return _markdown(rows)
+
+
+def difference_text(found: Estimate) -> str:
+    """``+.012 ± .030``, in bold where the interval excludes zero."""
+    if found.count == 1:
+        return f"{found.mean:+.3f} (1)"
+    text = f"{found.mean:+.3f} ± {found.half:.3f}"
+    return f"**{text}** ({found.count})" if found.excludes_zero else f"{text} ({found.count})"
+
+
+def _measures(table: Table, place: Place) -> str:
+    rows = [["", *MEASURES.values()]]
+    for method in METHODS:
+        values = [table.measure(place, method, name) for name in MEASURES]
+        if any(value is not None for value in values):
+            rows.append([method, *("" if v is None else f"{v:.3f}" for v in values)])
+    return _markdown(rows)
+
+
+def _grid(table: Table, places: Sequence[Place], cell: Callable[[Place, str], str]) -> str:
+    rows = [["", *map(_name, places)]]
+    for method in METHODS:
+        if any(table.runs(place, method) for place in places):
+            rows.append([method, *(cell(place, method) for place in places)])
+    return _markdown(rows)
+
+
+def _name(place: Place) -> str:
+    return f"{place.staleness} {place.lag}" if place.lag else "fresh"
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
+
+
+def read(path: Path) -> list[Line]:
+    """Lines of a file of results; none if it is not there."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

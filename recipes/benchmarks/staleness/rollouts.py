@@ -1,0 +1,232 @@
+"""Completions of a known staleness: sampled from a history of weights, no threads, no clock.
+
+The same seed gives the same prompts, random numbers and lags to every method, whose runs are
+therefore pairs. Shapes: G groups, R answers, T tokens of an answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from staleness.net import TinyLlama
+from staleness.task import Judge, Row
+from torch import Tensor
+
+from sdp_lightning.batch import Batch, collate
+from sdp_lightning.testing import TINY_CHARACTERS
+from sdp_lightning.types import Context, Segment, Trajectory, TrajectoryGroup
+
+EOS, FIRST_CHARACTER = 1, 3
+NEWLINE = FIRST_CHARACTER + TINY_CHARACTERS.index("\n")
+
+Staleness = Literal["whole", "mixed"]
+
+
+def encode(texts: Sequence[str]) -> Tensor:
+    """[n, length] token ids of texts of one length."""
+    return torch.tensor([[FIRST_CHARACTER + TINY_CHARACTERS.index(c) for c in t] for t in texts])
+
+
+def decode(token_ids: Sequence[int]) -> str:
+    """The text; special tokens give none."""
+    return "".join(TINY_CHARACTERS[i - FIRST_CHARACTER] for i in token_ids if i >= FIRST_CHARACTER)
+
+
+def lags_of_tokens(
+    staleness: Staleness, lag: int, num_tokens: int, generator: torch.Generator
+) -> list[int]:
+    """How old each token of a trajectory is, [T], never rising: it starts ``lag`` versions back.
+
+    ``"whole"``: all tokens are. ``"mixed"``: weights change at random places under the trajectory,
+    which half of its age was sampled in and half waited: lags k, 3k/4, k/2, or k and k/2 below 4.
+    """
+    if staleness == "whole":
+        return [lag] * num_tokens
+    steps = [lag, lag - lag // 4, lag // 2] if lag >= 4 else [lag, lag // 2]
+    places = 1 + torch.randperm(num_tokens - 1, generator=generator)[: len(steps) - 1]
+    cuts = [0, *sorted(places.tolist()), num_tokens]
+    return [steps[i] for i in range(len(steps)) for _ in range(cuts[i], cuts[i + 1])]
+
+
+@dataclass(frozen=True, eq=False)
+class Rollouts:
+    """What was sampled for one training step.
+
+    Args:
+        rows: G prompts with their answers.
+        prompts: [G, P].
+        answers: [G, R, T] token ids, 0 after the end.
+        lengths: [G, R] sampled tokens, the stop included.
+        behavior: [G, R, T] log-probs b.
+        versions: [T] that sampled each place.
+    """
+
+    rows: list[Row]
+    prompts: Tensor
+    answers: Tensor
+    lengths: Tensor
+    behavior: Tensor
+    versions: list[int]
+
+    @property
+    def sampled(self) -> Tensor:
+        """[G, R, T] bool."""
+        return torch.arange(len(self.versions)) < self.lengths[..., None]
+
+    @property
+    def segments(self) -> list[tuple[int, int, int]]:
+        """(first place, place after the last, version) of every run of equal versions."""
+        starts = [0, *(t for t in range(1, len(self.versions)) if self._changes(t))]
+        ends = [*starts[1:], len(self.versions)]
+        return [(a, b, self.versions[a]) for a, b in zip(starts, ends, strict=True)]
+
+    def _changes(self, place: int) -> bool:
+        return self.versions[place] != self.versions[place - 1]
+
+    def rewards(self, judge: Judge) -> Tensor:
+        """[G, R]."""
+        texts = [
+            [decode(answer[:n]) for answer, n in zip(answers, lengths, strict=True)]
+            for answers, lengths in zip(self.answers.tolist(), self.lengths.tolist(), strict=True)
+        ]
+        pairs = zip(texts, self.rows, strict=True)
+        return torch.tensor([[judge(text, row) for text in group] for group, row in pairs])
+
+
+class History:
+    """Every version of the weights of one run, and a net to look through them.
+
+    Args:
+        reader: takes on the weights of a version.
+    """
+
+    def __init__(self, reader: TinyLlama) -> None:
+        self._reader, self._weights = reader, list[Tensor]()
+
+    def append(self, net: TinyLlama) -> None:
+        """Commit the next version."""
+        weights = torch.nn.utils.parameters_to_vector(net.parameters())
+        self._weights.append(weights.detach().clone())
+
+    def at(self, version: int) -> TinyLlama:
+        """The net of a version; until the next call."""
+        weights = self._weights[version]
+        torch.nn.utils.vector_to_parameters(weights, self._reader.parameters())
+        return self._reader
+
+    @property
+    def version(self) -> int:
+        """The newest one."""
+        return len(self._weights) - 1
+
+
+@torch.no_grad()
+def sample(history: History, rows: list[Row], lags: Sequence[int], uniforms: Tensor) -> Rollouts:
+    """Sample groups, each token from the version ``lags`` says, with a KV cache of that version.
+
+    Args:
+        history: versions up to the present.
+        rows: G prompts.
+        lags: [T], of each place; a version before the first is the first.
+        uniforms: [G, R, T] random numbers, one a token.
+    """
+    versions = [max(0, history.version - lag) for lag in lags]
+    prompts = encode([row["prompt"] for row in rows])
+    groups, num_answers, budget = uniforms.shape
+    answers = torch.zeros(uniforms.shape, dtype=torch.long)
+    behavior, lengths = torch.zeros(uniforms.shape), torch.zeros(groups, num_answers).long()
+    alive = torch.ones(groups, num_answers, dtype=torch.bool)
+    net = history.at(versions[0])
+    cache = net.new_cache(groups)
+    for place in range(budget):
+        changed = place == 0 or versions[place] != versions[place - 1]
+        net = history.at(versions[place])
+        start = 0 if changed else net.layout.end(place - 1)
+        tokens, real = _columns(prompts, answers, alive, start, place, net)
+        hidden = net.hidden(tokens, real, start=start, cache=cache)
+        last = hidden[:, -1:] if place == 0 else hidden[:, -num_answers:]
+        logprobs = net.logits(last.expand(-1, num_answers, -1)[alive]).log_softmax(-1)
+        chosen = _chosen(logprobs, uniforms[:, :, place][alive])
+        answers[:, :, place][alive] = chosen
+        behavior[:, :, place][alive] = logprobs.gather(-1, chosen[:, None])[:, 0]
+        lengths += alive
+        alive[alive.clone()] = (chosen != NEWLINE) & (chosen != EOS)
+        if not alive.any():
+            break
+    return Rollouts(rows, prompts, answers, lengths, behavior, versions)
+
+
+def _columns(
+    prompts: Tensor, answers: Tensor, alive: Tensor, start: int, place: int, net: TinyLlama
+) -> tuple[Tensor, Tensor]:
+    """[G, S'] tokens of the columns from ``start`` to ``place``, and which of them are needed."""
+    first = 0 if start == 0 else place - 1
+    own = answers[:, :, first:place].transpose(1, 2).reshape(len(prompts), -1)
+    real = alive[:, None].expand(-1, place - first, -1).reshape(len(prompts), -1)
+    if start > 0:
+        return own, real
+    return torch.cat([prompts, own], 1), torch.cat([torch.ones_like(prompts).bool(), real], 1)
+
+
+def _chosen(logprobs: Tensor, uniform: Tensor) -> Tensor:
+    """[N] tokens: where the cumulated probabilities pass the random number."""
+    cumulated = logprobs.exp().cumsum(-1)
+    threshold = (uniform * cumulated[:, -1])[:, None]
+    return torch.searchsorted(cumulated, threshold, right=True)[:, 0].clamp(
+        max=logprobs.shape[1] - 1
+    )
+
+
+@torch.no_grad()
+def segment_scores(history: History, rollouts: Rollouts) -> list[Tensor | None]:
+    """[G, R, T] q of each segment under the version after its own; None where no score is due.
+
+    That is a lag of 0 or 1: the version after it is the trainer's present one, or not there yet.
+    """
+    scores: list[Tensor | None] = []
+    for start, end, version in rollouts.segments:
+        if history.version - version < 2:
+            scores.append(None)
+            continue
+        place = torch.arange(len(rollouts.versions))
+        wanted = rollouts.sampled & (place >= start) & (place < end)
+        net = history.at(version + 1)
+        scores.append(net.logprobs(rollouts.prompts, rollouts.answers, wanted))
+    return scores
+
+
+def to_batch(
+    rollouts: Rollouts, scores: Sequence[Tensor | None], version: int, judge: Judge
+) -> Batch:
+    """The library's trajectories, collated by it.
+
+    Args:
+        rollouts: what was sampled.
+        scores: of its segments; empty for a method that reads none.
+        version: that trains.
+        judge: gives rewards.
+    """
+    scores = scores or [None] * len(rollouts.segments)
+    rewards = rollouts.rewards(judge).tolist()
+    arrays = rollouts.answers.numpy(), rollouts.behavior.numpy(), rollouts.lengths.tolist()
+    tables = [None if score is None else score.numpy() for score in scores]
+    groups: list[TrajectoryGroup] = []
+    for g, prompt in enumerate(rollouts.prompts.numpy()):
+        members: list[Trajectory] = []
+        for r, reward in enumerate(rewards[g]):
+            answer, behavior, length = (array[g][r] for array in arrays)
+            parts: list[Context | Segment] = [Context(prompt)]
+            for (start, end, own), table in zip(rollouts.segments, tables, strict=True):
+                if start >= length:
+                    break
+                end = min(end, length)
+                segment = Segment(own, answer[start:end], behavior[start:end])
+                if table is not None:
+                    segment.proximal.set(table[g, r, start:end], own + 1)
+                parts.append(segment)
+            members.append(Trajectory(tuple(parts), reward=reward))
+        groups.append(TrajectoryGroup(tuple(members)))
+    return collate(groups, version=version)

@@ -1,0 +1,103 @@
+"""Which estimator learns from old samples: ``python recipes/benchmarks/staleness_ablation.py``.
+
+Trains the task of recipes/tiny_cpu with samples 0 to 8 policy versions old, by every estimator of
+the library, on one core, some 6 s a run. Results are appended to a file, a line a run; runs that
+are in it are not repeated, so an interrupted job goes on. Table and figure show what is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from staleness import figure, report
+from staleness.methods import DEFAULT, METHODS
+from staleness.plan import Results, controls, fill, stage_1, stage_2
+from staleness.probe import probe
+from staleness.task import warm_model
+from staleness.training import Cell, Run, Scale, record, run
+
+FOLDER = Path(__file__).parent / "results"
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--stage", choices=("1", "2", "controls", "probe", "report"), default="1")
+    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--lags", nargs="*", type=int, help="only these; all unless given")
+    parser.add_argument("--minibatches", nargs="*", type=int, default=[2, 4])
+    parser.add_argument("--seeds", type=int, default=3, help="how many, from 0 on")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run after")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="of results, table and figure")
+    parser.add_argument("--steps", type=int, default=Scale.num_steps)
+    parser.add_argument("--groups", type=int, default=Scale.num_groups)
+    return parser.parse_args(argv)
+
+
+def chosen_cells(options: argparse.Namespace) -> Iterable[Cell]:
+    """What to run, in order."""
+    seeds = range(options.seeds)
+    cells = {
+        "1": lambda: stage_1(seeds),
+        "2": lambda: stage_2(options.methods, seeds),
+        "controls": lambda: controls(options.methods, seeds),
+        "report": lambda: iter(()),
+    }[options.stage]()
+    return (
+        cell
+        for cell in cells
+        if cell.method in options.methods
+        and cell.minibatches in options.minibatches
+        and (options.lags is None or cell.lag in options.lags)
+    )
+
+
+def main(argv: Sequence[str] | None = None, model: Any = None) -> None:
+    options = parse(argv)
+    torch.set_num_threads(1)
+    scale = Scale(num_steps=options.steps, num_groups=options.groups)
+    results = Results(options.folder / "staleness.jsonl")
+    probed = Results(options.folder / "staleness_gradients.jsonl")
+    start = time.monotonic()
+    if options.stage == "probe":
+        run_probe(model or warm_model(), scale, options, probed)
+    elif options.stage != "report":
+        model = model or warm_model()
+
+        def compute(cell: Cell) -> dict[str, Any]:
+            begin = time.process_time()
+            line = record(cell, scale, run(model, cell, scale))
+            line["cpu_s"] = round(time.process_time() - begin, 1)
+            print(json.dumps({**vars(cell), "final": line["final"], "cpu_s": line["cpu_s"]}))
+            return line
+
+        fill(
+            results,
+            chosen_cells(options),
+            compute,
+            may_go_on=lambda: time.monotonic() - start < 60 * options.minutes,
+        )
+    lines = results.lines
+    report.write(lines, options.folder / "staleness.md", probed.lines)
+    figure.draw(lines, options.folder / "staleness.png")
+
+
+def run_probe(model: Any, scale: Scale, options: argparse.Namespace, probed: Results) -> None:
+    """Gradients of all methods along runs of the default one, those that are not there yet."""
+    done = {(line["lag"], line["seed"]) for line in probed.lines}
+    for seed in range(options.seeds):
+        for lag in options.lags or (4, 8):
+            if (lag, seed) in done:
+                continue
+            this = Run(model, Cell(DEFAULT, "whole", lag, seed=seed), scale)
+            for line in list(probe(this, (12, 24), num_batches=10, num_fresh=20)):
+                probed.append(line)
+
+
+if __name__ == "__main__":
+    main()
