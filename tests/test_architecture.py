@@ -57,7 +57,7 @@ LAYERS: dict[str, set[str]] = {
     "module": CORE
     | {"adapters", "batch", "batch_advantages", "batch_loss", "forward", "metrics", "objective"}
     | {"display", "optimizer", "passes", "policy", "rank_sums", "ranks", "scoring"}
-    | {"trainer_checks", "weights"},
+    | {"step_values", "trainer_checks", "weights"},
     "recording": {"config", "errors", "types"},
     "loaders": {"activity", "batch", "config", "errors", "ranks", "rollout", "types"}
     | {"workflows"},
@@ -109,7 +109,7 @@ TORCHMETRICS = {"metrics"}
 TORCH = {
     *("objective", "batch", "engines", "weights", "forward", "metrics", "scoring", "testing"),
     *("module", "policy", "ranks", "datamodule", "doctor", "echo", "export"),
-    *("adapters", "batch_advantages", "batch_loss", "checkpointing", "cores"),
+    *("adapters", "batch_advantages", "batch_loss", "checkpointing", "cores", "step_values"),
     *("dry_run", "optimizer", "passes", "rank_sums"),
     "rollout",  # its checkpoint, tensors only
 }
