@@ -34,6 +34,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3, help="how many, from 0 on")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run after")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="of results, table and figure")
+    parser.add_argument("--figure", type=Path, help="where to draw; in the folder unless set")
     parser.add_argument("--steps", type=int, default=Scale.num_steps)
     parser.add_argument("--groups", type=int, default=Scale.num_groups)
     return parser.parse_args(argv)
@@ -84,7 +85,7 @@ def main(argv: Sequence[str] | None = None, model: Any = None) -> None:
         )
     lines = results.lines
     report.write(lines, options.folder / "staleness.md", probed.lines)
-    figure.draw(lines, options.folder / "staleness.png")
+    figure.draw(lines, options.figure or options.folder / "staleness.png")
 
 
 def run_probe(model: Any, scale: Scale, options: argparse.Namespace, probed: Results) -> None:
