@@ -100,6 +100,7 @@ def assert_same_weights(found: Mapping[str, Any], expected: Mapping[str, Any]) -
 
 RECORDED: dict[str, dict[str, Any]] = {
     "padded": {"layout": "padded"},
+    "packed": {"layout": "packed", "minibatches": 2},
     "shared prefix, several minibatches": {"layout": "shared_prefix", "minibatches": 2},
     "partly trained, checkpointed": {
         "layout": "shared_prefix",

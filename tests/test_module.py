@@ -57,7 +57,7 @@ def test_tokens_beyond_max_lag_get_weight_0_and_count_in_n(model_folder: str) ->
     assert recorder.metrics["train/tokens"] == batch.loss_mask.sum()
 
 
-@pytest.mark.parametrize("layout", ["padded", "shared_prefix", "auto"])
+@pytest.mark.parametrize("layout", ["padded", "packed", "shared_prefix", "auto"])
 @pytest.mark.parametrize("max_tokens", [1, 40, 10_000])
 def test_layout_and_microbatches_change_no_gradient(
     model_folder: str, layout: Any, max_tokens: int

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from sdp_lightning.batch.data import NO_VERSION, Batch
 from sdp_lightning.errors import RolloutError, VersionError
-from sdp_lightning.types import Segment, Trajectory, TrajectoryGroup
+from sdp_lightning.types import Context, Segment, Trajectory, TrajectoryGroup
 
 
 def collate(
@@ -54,6 +54,16 @@ def collate(
         truncated=torch.tensor([t.finish_reason != "stop" for _, t in owned]),
         **tensors,
     )
+
+
+def two_rows(vocab_size: int) -> Batch:
+    """Two short rows of unlike length that share a prefix: to try a model on."""
+    start, *answers = (
+        [(7919 * k + 1) % vocab_size for k in range(first, last)]
+        for first, last in ((0, 4), (4, 9), (9, 17))
+    )
+    rows = (Trajectory((Context(start), Segment(0, own, [-1.0] * len(own)))) for own in answers)
+    return collate([TrajectoryGroup(tuple(rows))], version=0)
 
 
 class _Rows:
