@@ -126,7 +126,9 @@ def test_agrees_with_linear_cross_entropy_of_torch_in_values_and_gradients() -> 
     hidden, weight, bias, targets, _ = inputs()
     leaves = [tensor.requires_grad_() for tensor in (hidden, weight, bias)]
     slope = torch.linspace(-1, 1, 11, dtype=torch.float64)
-    expected = -functional.linear_cross_entropy(hidden, weight, targets, bias, reduction="none")
+    expected = -functional.linear_cross_entropy(
+        hidden, weight, targets, linear_bias=bias, reduction="none"
+    )
     found = token_logprobs(hidden, weight, targets, 1.0, bias=bias)[0]
     torch.testing.assert_close(found, expected)
     wanted = torch.autograd.grad((expected * slope).sum(), leaves)
@@ -323,6 +325,7 @@ def test_transformed_logits_equal_the_dense_ones_with_gradients(
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # of inductor
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_a_compiled_body_around_the_head_has_the_same_gradients(backend: str) -> None:
     hidden, weight, _, targets, temperature = inputs(dtype=torch.float32)
