@@ -108,7 +108,17 @@ TRANSFORMERS = {
 }
 TORCHMETRICS = {"metrics"}
 TORCH = {
-    *("objective", "batch", "engines", "weights", "forward", "metrics", "scoring", "testing"),
+    *(
+        "objective",
+        "batch",
+        "engines",
+        "weights",
+        "packing",
+        "forward",
+        "metrics",
+        "scoring",
+        "testing",
+    ),
     *("module", "policy", "ranks", "datamodule", "doctor", "echo", "export"),
     *("adapters", "batch_advantages", "batch_loss", "checkpointing", "cores", "step_values"),
     *("dry_run", "optimizer", "passes", "rank_sums"),
