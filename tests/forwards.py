@@ -46,10 +46,15 @@ def plain(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     return logprobs, entropy
 
 
-def gradients(model: Any, logprobs: Tensor) -> dict[str, Tensor]:
+def uneven_sum(logprobs: Tensor) -> Tensor:
+    """A scalar in which no two tokens have the same weight."""
     slope = torch.linspace(-1, 1, logprobs.numel(), dtype=logprobs.dtype).view_as(logprobs)
+    return (logprobs * slope).sum()
+
+
+def gradients(model: Any, logprobs: Tensor) -> dict[str, Tensor]:
     model.zero_grad()
-    (logprobs * slope).sum().backward()
+    uneven_sum(logprobs).backward()
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 

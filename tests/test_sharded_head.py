@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from forwards import LAYOUTS, gradients, plain, random_batch
+from forwards import LAYOUTS, gradients, plain, random_batch, uneven_sum
 from torch import Tensor, distributed, multiprocessing
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -34,11 +34,13 @@ def score(rank: int, folder: str) -> None:
         assert is_sharded(forward)
         head: Any = forward.policy.get_output_embeddings()
         assert isinstance(head.weight, DTensor) and head.weight.to_local().shape[0] == 25
+        shards: dict[str, Any] = dict(forward.policy.named_parameters())
         for layout in LAYOUTS:
-            forward.zero_grad()  # before it gathers: afterwards modules hold the whole weights
+            for parameter in shards.values():  # as an optimizer does; modules may hold whole ones
+                parameter.grad = None
             logprobs, _ = forward(random_batch(7), layout)
-            grads: dict[str, Any] = gradients(forward.policy, logprobs)
-            whole = {name: grad.full_tensor() for name, grad in grads.items()}
+            uneven_sum(logprobs).backward()
+            whole = {name: parameter.grad.full_tensor() for name, parameter in shards.items()}
             found[tied, layout] = logprobs.detach(), whole
     torch.save(found, f"{folder}/{rank}.pt")
     distributed.destroy_process_group()

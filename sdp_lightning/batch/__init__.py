@@ -1,6 +1,6 @@
 """From groups of trajectories to tensors, and how to cut those into pieces that fit."""
 
-from sdp_lightning.batch.collate import collate, two_rows
+from sdp_lightning.batch.collate import collate, trial_batch
 from sdp_lightning.batch.data import NO_VERSION, Batch, Layout, SealedBatch
 from sdp_lightning.batch.plan import (
     AttentionCosts,
@@ -21,5 +21,5 @@ __all__ = [
     "pad_microbatches",
     "share_microbatches",
     "split_minibatches",
-    "two_rows",
+    "trial_batch",
 ]

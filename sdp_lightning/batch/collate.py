@@ -56,14 +56,22 @@ def collate(
     )
 
 
-def two_rows(vocab_size: int) -> Batch:
-    """Two short rows of unlike length that share a prefix: to try a model on."""
-    start, *answers = (
-        [(7919 * k + 1) % vocab_size for k in range(first, last)]
-        for first, last in ((0, 4), (4, 9), (9, 17))
-    )
-    rows = (Trajectory((Context(start), Segment(0, own, [-1.0] * len(own)))) for own in answers)
-    return collate([TrajectoryGroup(tuple(rows))], version=0)
+def trial_batch(vocab_size: int) -> Batch:
+    """Short rows of unlike length, to try a model on: two after a prefix, and their copies.
+
+    The copies, rows 2 and 3, are the same tokens after another prefix. Both prefixes end with the
+    same token, so that only attention makes a difference.
+    """
+
+    def tokens(*numbers: int) -> list[int]:
+        return [(7919 * number + 1) % vocab_size for number in numbers]
+
+    answers = (tokens(*range(7, 12)), tokens(*range(12, 20)))
+    groups: list[TrajectoryGroup] = []
+    for prefix in (tokens(0, 1, 2, 3), tokens(4, 5, 6, 3)):
+        segments = (Segment(0, answer, [-1.0] * len(answer)) for answer in answers)
+        groups.append(TrajectoryGroup(tuple(Trajectory((Context(prefix), s)) for s in segments)))
+    return collate(groups, version=0)
 
 
 class _Rows:
