@@ -138,7 +138,7 @@ class SpanMask(Tensor):
     ) -> Any:
         if func is scaled_dot_product_attention:
             return _attend(*args, **(kwargs or {}))
-        if func.__name__ in ("__get__", "dim", "size"):  # what kind of tensor it is
+        if func.__name__ in ("__get__", "dim", "size", "is_floating_point"):  # what kind it is
             return super().__torch_function__(func, types, args, kwargs or {})
         raise ConfigError(
             f"this model computes with its attention mask ({func.__name__}), so rows cannot be "

@@ -8,15 +8,33 @@ from typing import Any
 import pytest
 import torch
 from forwards import LAYOUTS, gradients, plain, random_batch, uneven_sum
-from torch import Tensor, distributed, multiprocessing
+from torch import Tensor, distributed, multiprocessing, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
+from sdp_lightning.batch import Layout
+from sdp_lightning.errors import ConfigError
 from sdp_lightning.forward import LogprobForward
 from sdp_lightning.policy import is_sharded, shard
 from sdp_lightning.testing import tiny_model
 
 TIED = (True, False)
+AFTER = "padded, after a layout that the model refused"
+Found = tuple[Tensor, dict[str, Tensor]]
+
+
+def refuse_packs(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    if args[0].shape[0] == 1:
+        raise ConfigError("in the midst of it")
+
+
+def learn(forward: LogprobForward, shards: dict[str, Any], layout: Layout) -> Found:
+    for parameter in shards.values():  # as an optimizer does; modules may hold the whole weights
+        parameter.grad = None
+    logprobs, _ = forward(random_batch(7), layout)
+    uneven_sum(logprobs).backward()
+    grads = {name: parameter.grad.full_tensor() for name, parameter in shards.items()}
+    return logprobs.detach(), grads
 
 
 def score(rank: int, folder: str) -> None:
@@ -25,7 +43,7 @@ def score(rank: int, folder: str) -> None:
     store = distributed.FileStore(f"{folder}/store", 2)
     distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
     mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("data_parallel", "tensor_parallel"))
-    found: dict[Any, tuple[Tensor, dict[str, Tensor]]] = {}
+    found: dict[Any, Found] = {}
     for tied in TIED:
         with torch.device("meta"):
             forward = LogprobForward(tiny_model(tie_word_embeddings=tied))
@@ -36,12 +54,11 @@ def score(rank: int, folder: str) -> None:
         assert isinstance(head.weight, DTensor) and head.weight.to_local().shape[0] == 25
         shards: dict[str, Any] = dict(forward.policy.named_parameters())
         for layout in LAYOUTS:
-            for parameter in shards.values():  # as an optimizer does; modules may hold whole ones
-                parameter.grad = None
-            logprobs, _ = forward(random_batch(7), layout)
-            uneven_sum(logprobs).backward()
-            whole = {name: parameter.grad.full_tensor() for name, parameter in shards.items()}
-            found[tied, layout] = logprobs.detach(), whole
+            found[tied, layout] = learn(forward, shards, layout)
+        forward.policy.model.layers[1].register_forward_pre_hook(refuse_packs)
+        with pytest.raises(ConfigError, match="in the midst"):
+            forward(random_batch(7), "packed")
+        found[tied, AFTER] = learn(forward, shards, "padded")
     torch.save(found, f"{folder}/{rank}.pt")
     distributed.destroy_process_group()
 
@@ -62,7 +79,7 @@ def test_a_sharded_head_scores_as_a_whole_one(tmp_path: Path) -> None:
         wanted = gradients(model, expected)
         for rank in range(2):
             found = torch.load(tmp_path / f"{rank}.pt")
-            for layout in LAYOUTS:
+            for layout in (*LAYOUTS, AFTER):
                 logprobs, grads = found[tied, layout]
                 torch.testing.assert_close(logprobs, expected.detach(), rtol=1e-5, atol=1e-5)
                 assert grads.keys() == wanted.keys()
