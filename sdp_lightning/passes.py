@@ -70,7 +70,7 @@ class Passes:
             raise refusal
         if wanted != "auto":
             return wanted
-        able = [layout for layout in _LAYOUTS if self._refusal(layout) is None]
+        able: list[Layout] = [layout for layout in _LAYOUTS if self._refusal(layout) is None]
         limit, costs = self._update.max_tokens_per_microbatch, self._costs
         return min(able, key=lambda layout: batch.cost(limit, layout, costs))
 

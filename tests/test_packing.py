@@ -130,6 +130,7 @@ def test_attention_within_spans_is_attention_under_their_mask() -> None:
         q, k, v = torch.randn(3, 1, 2, pack.row.numel(), 4)
         mask = pack.span_mask()
         assert mask.shape == (1, 1, *pack.dense_mask().shape) and mask.dtype == torch.bool
+        assert len(mask.spans) == (3 if shared else 8)  # groups, or rows
         found = attend(q, k, v, attn_mask=mask, scale=0.3)
         torch.testing.assert_close(found, attend(q, k, v, attn_mask=pack.dense_mask(), scale=0.3))
 
