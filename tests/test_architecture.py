@@ -108,20 +108,10 @@ TRANSFORMERS = {
 }
 TORCHMETRICS = {"metrics"}
 TORCH = {
-    *(
-        "objective",
-        "batch",
-        "engines",
-        "weights",
-        "packing",
-        "forward",
-        "metrics",
-        "scoring",
-        "testing",
-    ),
+    *("objective", "batch", "engines", "weights", "forward", "metrics", "scoring", "testing"),
     *("module", "policy", "ranks", "datamodule", "doctor", "echo", "export"),
     *("adapters", "batch_advantages", "batch_loss", "checkpointing", "cores", "step_values"),
-    *("dry_run", "optimizer", "passes", "rank_sums"),
+    *("dry_run", "optimizer", "packing", "passes", "rank_sums"),
     "rollout",  # its checkpoint, tensors only
 }
 
