@@ -1,8 +1,8 @@
 """Log-probs of a batch's sampled tokens under a transformers causal LM.
 
 The decoder runs without its language-model head; the head is applied, in chunks, only where a
-sampled token is scored. Two layouts give the same numbers: ``"padded"`` is [B, T] as collated,
-``"shared_prefix"`` computes the prompt of a group once and packs every row's own tokens after it.
+sampled token is scored. Three layouts give the same numbers: ``"padded"`` is [B, T] as collated,
+``"packed"`` lays rows one after another, ``"shared_prefix"`` does with a group's prompt there once.
 
 Shapes: B rows, T tokens, N packed tokens, M sampled tokens, D hidden units.
 """
@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from sdp_lightning.batch import Batch, Layout
+from sdp_lightning.batch import AttentionCosts, Batch, Layout
 from sdp_lightning.errors import ConfigError
 from sdp_lightning.objective.logprobs import LogitTransform, token_logprobs
+from sdp_lightning.packing import Pack
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,6 +29,9 @@ _LOGIT_TRANSFORMS = {
     "lm_head_multiplier": 1.0,
     "output_multiplier": 1.0,
 }
+# Of a call of attention, forward and backward on a CPU, in tokens times D. With it "auto" takes the
+# fastest layout in all cases of recipes/benchmarks/packing.py.
+_SPAN_COST = 6000.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +62,7 @@ def sequence_logprobs(
     Args:
         model: a decoder with a linear head, ``get_decoder`` and ``get_output_embeddings``.
         batch: on the model's device.
-        layout: ``"shared_prefix"`` needs full attention in every layer.
+        layout: all but ``"padded"`` need full attention in every layer.
         chunk_size: tokens whose logits exist at once.
 
     Raises:
@@ -70,8 +74,8 @@ def sequence_logprobs(
     if layout == "padded":
         hidden = _padded_hidden(model, batch)[rows, columns - 1]
     else:
-        pack = _Pack.of(batch)
-        hidden = _packed_hidden(model, batch, pack)[pack.place(rows, columns - 1)]
+        pack = Pack.of(batch, shared=layout == "shared_prefix")
+        hidden = _packed_hidden(model, batch, pack, layout)[pack.place(rows, columns - 1)]
     head: Any = model.get_output_embeddings()
     logprobs, entropy = token_logprobs(
         hidden,
@@ -131,13 +135,28 @@ def check_model(model: PreTrainedModel, layout: Layout) -> None:
         found = f"sliding_window={window}" if layers == {"full_attention"} else sorted(layers)
         raise ConfigError(
             f"model type {kind!r} has layers that are not full attention ({found}): rows cannot "
-            "share a prefix. Use layout='padded'."
+            f"be laid out as {layout!r}. Use layout='padded'."
         )
-    if config._attn_implementation not in ("sdpa", "eager"):
-        raise ConfigError(
-            f"model type {kind!r} runs with attention {config._attn_implementation!r}, which takes "
-            "no mask of its own. Use attn_implementation='sdpa', or layout='padded'."
-        )
+    attention = config._attn_implementation
+    if attention in ("sdpa", "eager") or (layout == "packed" and attention.startswith("flash_")):
+        return
+    lack = "does not keep packed rows apart" if layout == "packed" else "takes no mask of its own"
+    raise ConfigError(
+        f"model type {kind!r} runs with attention {attention!r}, which {lack}. "
+        "Use attn_implementation='sdpa', or layout='padded'."
+    )
+
+
+def attention_costs(model: PreTrainedModel) -> AttentionCosts:
+    """What attention costs in this model, where it is now: see :class:`AttentionCosts`."""
+    config: Any = model.config.get_text_config(decoder=True)
+    attention: str = config._attn_implementation
+    on_cpu = model.device.type == "cpu"
+    return AttentionCosts(
+        pair=1 / (6 * config.hidden_size),  # with D units a layer takes 24 D^2 a token, 4 D a pair
+        span=_SPAN_COST / config.hidden_size if on_cpu else 0.0,
+        by_span=(on_cpu and attention == "sdpa") or attention.startswith("flash_"),
+    )
 
 
 def _logit_transform(model: PreTrainedModel) -> LogitTransform:
@@ -161,86 +180,26 @@ def _padded_hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
     ).last_hidden_state
 
 
-def _packed_hidden(model: PreTrainedModel, batch: Batch, pack: _Pack) -> Tensor:
+def _packed_hidden(model: PreTrainedModel, batch: Batch, pack: Pack, layout: Layout) -> Tensor:
     """[N, D]."""
-    mask = pack.attention()[None, None]
     decoder = model.get_decoder()
-    config: Any = decoder.config
-    if config._attn_implementation == "eager":  # adds its mask instead of choosing by it
-        low = torch.finfo(decoder.dtype).min
-        mask = torch.zeros_like(mask, dtype=decoder.dtype).masked_fill(~mask, low)
     return decoder(
         input_ids=batch.input_ids[pack.row, pack.column][None],
-        attention_mask=mask,
+        attention_mask=_packed_mask(decoder, pack, layout),
         position_ids=batch.position_ids[pack.row, pack.column][None],
-        use_cache=False,
+        use_cache=False,  # with a cache transformers does not see that positions start again
     ).last_hidden_state[0]
 
 
-@dataclass(frozen=True, eq=False)
-class _Pack:
-    """Where the tokens of a batch lie when every group's prefix is computed once.
-
-    First all prefixes, then all remainders: G + B blocks, some of them empty.
-
-    Args:
-        row: [N] of the batch; for a prefix, the first row of its group.
-        column: [N].
-        group: [N].
-        block: [N], below G for a prefix.
-        num_groups: G.
-        starts: [G + B] first packed place of each block.
-        prefixes: [B] length of the prefix of each row's group.
-        groups: [B].
-    """
-
-    row: Tensor
-    column: Tensor
-    group: Tensor
-    block: Tensor
-    num_groups: int
-    starts: Tensor
-    prefixes: Tensor
-    groups: Tensor
-
-    @classmethod
-    def of(cls, batch: Batch) -> _Pack:
-        used, prefixes = batch.scored_lengths, batch.prefix_lengths
-        if not bool(used.any()):
-            used = used.index_fill(
-                0, used.new_zeros(1), 1
-            )  # nothing to score: one token, for the graph
-        ids, groups = torch.unique(batch.group_ids, return_inverse=True)
-        count = ids.numel()
-        rows = torch.arange(len(batch), device=used.device)
-        shared = used.new_zeros(count).scatter_reduce(0, groups, prefixes, "amax")
-        first = used.new_full((count,), len(batch)).scatter_reduce(0, groups, rows, "amin")
-        lengths = torch.cat([shared, (used - prefixes).clamp(min=0)])
-        starts = lengths.cumsum(0) - lengths
-        block = torch.repeat_interleave(lengths)
-        offset = torch.arange(block.numel(), device=used.device) - starts[block]
-        row = torch.cat([first, rows])[block]
-        return cls(
-            row=row,
-            column=torch.where(block < count, offset, offset + prefixes[row]),
-            group=groups[row],
-            block=block,
-            num_groups=count,
-            starts=starts,
-            prefixes=prefixes,
-            groups=groups,
-        )
-
-    def attention(self) -> Tensor:
-        """[N, N] bool: a token sees its group's prefix and its own row, up to itself."""
-        shared = self.block < self.num_groups
-        same_group = self.group[:, None] == self.group
-        reachable = shared | (self.block[:, None] == self.block)
-        return same_group & reachable & (self.column[:, None] >= self.column)
-
-    def place(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """[M] packed places of tokens of the batch."""
-        prefix = self.prefixes[rows]
-        in_prefix = self.starts[self.groups[rows]] + columns
-        in_remainder = self.starts[self.num_groups + rows] + columns - prefix
-        return torch.where(columns < prefix, in_prefix, in_remainder)
+def _packed_mask(decoder: Any, pack: Pack, layout: Layout) -> Tensor | None:
+    """None where transformers keeps rows apart, by positions that start again."""
+    attention = decoder.config._attn_implementation
+    if attention == "sdpa" and pack.row.device.type == "cpu":
+        return pack.span_mask()
+    if layout == "packed":
+        return None
+    mask = pack.dense_mask()[None, None]
+    if attention != "eager":
+        return mask
+    low = torch.finfo(decoder.dtype).min  # eager attention adds its mask
+    return torch.zeros_like(mask, dtype=decoder.dtype).masked_fill(~mask, low)

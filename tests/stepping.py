@@ -63,8 +63,8 @@ def _with_logprobs(
     return sdp.Trajectory(tuple(parts), reward=draft.reward)
 
 
-def make_batch(folder: str, sizes: Sequence[int] = (3, 2, 4)) -> Batch:
-    groups = [sdp.TrajectoryGroup(tuple(g)) for g in make_trajectories(folder, sizes)]
+def make_batch(folder: str, sizes: Sequence[int] = (3, 2, 4), *, seed: int = 0) -> Batch:
+    groups = [sdp.TrajectoryGroup(tuple(g)) for g in make_trajectories(folder, sizes, seed=seed)]
     return collate(groups, version=VERSION)
 
 

@@ -41,7 +41,8 @@ LAYERS: dict[str, set[str]] = {
     "engines": CORE | {"weights"},
     "scoring": {"types"},
     "echo": {"adapters", "errors", "types"},
-    "forward": {"batch", "errors", "objective"},
+    "packing": {"batch", "errors"},
+    "forward": {"batch", "errors", "objective", "packing"},
     "metrics": {"batch", "objective"},
     "workflows": CORE | {"engines", "rewards"},
     "rollout": {"config", "engines", "errors", "explain", "ranks", "types", "workflows"},
@@ -110,7 +111,7 @@ TORCH = {
     *("objective", "batch", "engines", "weights", "forward", "metrics", "scoring", "testing"),
     *("module", "policy", "ranks", "datamodule", "doctor", "echo", "export"),
     *("adapters", "batch_advantages", "batch_loss", "checkpointing", "cores", "step_values"),
-    *("dry_run", "optimizer", "passes", "rank_sums"),
+    *("dry_run", "optimizer", "packing", "passes", "rank_sums"),
     "rollout",  # its checkpoint, tensors only
 }
 

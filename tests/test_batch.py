@@ -13,10 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdp_lightning.batch import (
+    AttentionCosts,
     Batch,
+    Layout,
     SealedBatch,
     collate,
-    plan_microbatches,
+    pack_microbatches,
+    pad_microbatches,
+    share_microbatches,
     split_minibatches,
 )
 from sdp_lightning.errors import ConfigError, RolloutError, VersionError
@@ -260,11 +264,11 @@ def test_padded_pieces_cover_every_row_once_within_the_budget(
     rows: list[tuple[int, int]], budget: int
 ) -> None:
     lengths = [length for length, _ in rows]
-    plan = plan_microbatches(lengths, budget)
+    plan = pad_microbatches(lengths, budget)
     assert sorted(row for piece in plan for row in piece) == list(range(len(lengths)))
     for piece in plan:
         assert len(piece) == 1 or len(piece) * max(lengths[row] for row in piece) <= budget
-    assert plan == plan_microbatches(lengths, budget)
+    assert plan == pad_microbatches(lengths, budget)
 
 
 @untimed
@@ -274,7 +278,7 @@ def test_shared_pieces_keep_a_group_whole_where_it_fits(
 ) -> None:
     lengths, groups = [length for length, _ in rows], [group for _, group in rows]
     prefix = prefix_of(lengths, groups)
-    plan = plan_microbatches(lengths, budget, group_ids=groups, prefix_lengths=prefix)
+    plan = share_microbatches(lengths, prefix, groups, budget)
     assert sorted(row for piece in plan for row in piece) == list(range(len(lengths)))
     for piece in plan:
         assert len(piece) == 1 or shared_cost(piece, lengths, groups, prefix) <= budget
@@ -287,16 +291,16 @@ def test_shared_pieces_keep_a_group_whole_where_it_fits(
 def test_a_shared_prefix_counts_once() -> None:
     # Two groups of 4 rows, prompt 10, 3 tokens each: 22 a group instead of 52.
     lengths, groups, prefix = [13] * 8, [0] * 4 + [1] * 4, [10] * 8
-    plan = plan_microbatches(lengths, 44, group_ids=groups, prefix_lengths=prefix)
+    plan = share_microbatches(lengths, prefix, groups, 44)
     assert plan == [list(range(8))]
-    plan = plan_microbatches(lengths, 43, group_ids=groups, prefix_lengths=prefix)
+    plan = share_microbatches(lengths, prefix, groups, 43)
     assert plan == [[0, 1, 2, 3], [4, 5, 6, 7]]
-    plan = plan_microbatches(lengths, 17, group_ids=groups, prefix_lengths=prefix)
+    plan = share_microbatches(lengths, prefix, groups, 17)
     assert plan == [[0, 1], [2, 3], [4, 5], [6, 7]]
 
 
 def test_pieces_are_level_instead_of_full_with_a_rest() -> None:
-    assert [len(piece) for piece in plan_microbatches([10] * 9, 80)] == [5, 4]
+    assert [len(piece) for piece in pad_microbatches([10] * 9, 80)] == [5, 4]
 
 
 @untimed
@@ -315,7 +319,7 @@ def test_no_other_cut_into_as_few_pieces_costs_less_at_its_dearest(
     def fits(piece: Sequence[int]) -> bool:
         return len(piece) == 1 or len(piece) * max(lengths[row] for row in piece) <= budget
 
-    plan = plan_microbatches(lengths, budget, pair_share=pair_share)
+    plan = pad_microbatches(lengths, budget, AttentionCosts(pair=pair_share))
     order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
     best: dict[int, float] = {}
     for cuts in itertools.product((False, True), repeat=len(order) - 1):
@@ -331,12 +335,15 @@ def test_no_other_cut_into_as_few_pieces_costs_less_at_its_dearest(
 def test_pieces_are_level_by_pairs_of_tokens_too() -> None:
     # By tokens 4 x 40 and 8 x 20 are 160 each; by pairs 3 x 40 cost more than 9 x 20 already.
     lengths = [40] * 3 + [20] * 9
-    assert [len(piece) for piece in plan_microbatches(lengths, 180)] == [4, 8]
-    assert [len(piece) for piece in plan_microbatches(lengths, 180, pair_share=1.0)] == [3, 9]
+    assert [len(piece) for piece in pad_microbatches(lengths, 180)] == [4, 8]
+    assert [len(piece) for piece in pad_microbatches(lengths, 180, AttentionCosts(pair=1.0))] == [
+        3,
+        9,
+    ]
 
 
 def test_rows_of_like_length_are_padded_together() -> None:
-    plan = plan_microbatches([2, 20, 2, 20, 2], 40)
+    plan = pad_microbatches([2, 20, 2, 20, 2], 40)
     assert [sorted(piece) for piece in plan] == [[1, 3], [0, 2, 4]]
 
 
@@ -354,7 +361,7 @@ def test_microbatches_of_a_batch_count_what_is_computed() -> None:
 
 def test_a_budget_below_one_token_is_refused() -> None:
     with pytest.raises(ConfigError, match="max_tokens must be at least 1, got 0"):
-        plan_microbatches([3], 0)
+        pad_microbatches([3], 0)
 
 
 # Minibatches -------------------------------------------------------------------------------------
@@ -391,13 +398,67 @@ def test_minibatches_are_shuffled_by_the_generator_alone() -> None:
     assert split_minibatches(list(range(8)), 2) == [[0, 1, 2, 3], [4, 5, 6, 7]]
 
 
-@pytest.mark.parametrize(
-    ("prompt", "answer", "layout"), [(14, 4, "shared_prefix"), (1, 200, "padded")]
-)
-def test_the_cheapest_layout_shares_prompts_unless_pairs_cost_more(
-    prompt: int, answer: int, layout: str
+@untimed
+@given(rows=ROWS, budget=st.integers(1, 80), pair=st.sampled_from([0.0, 0.1]))
+def test_packed_pieces_cover_every_row_once_within_the_budget(
+    rows: list[tuple[int, int]], budget: int, pair: float
 ) -> None:
-    tokens, logprobs = [5] * answer, [-1.0] * answer
-    member = Trajectory((Context(range(3, 3 + prompt)), Segment(0, tokens, logprobs)))
-    batch = collate([TrajectoryGroup((member,) * 8)], version=0)
-    assert batch.cheapest_layout(4096, 32) == layout
+    lengths = [length for length, _ in rows]
+    plan = pack_microbatches(lengths, budget, AttentionCosts(pair=pair))
+    assert sorted(row for piece in plan for row in piece) == list(range(len(lengths)))
+    for piece in plan:
+        tokens = [lengths[row] for row in piece if lengths[row]]
+        assert len(tokens) <= 1 or sum(tokens) <= budget
+    assert plan == pack_microbatches(lengths, budget, AttentionCosts(pair=pair))
+    if max(lengths) <= budget:  # two of the pieces, together, are more than one can hold
+        assert len(plan) <= 1 + 2 * sum(lengths) // budget
+
+
+def test_long_and_short_rows_are_packed_together() -> None:
+    assert pack_microbatches([9, 9, 1, 1], 10) == [[0, 2], [1, 3]]
+    assert pack_microbatches([30, 4, 0, 4], 10) == [[0], [1, 3, 2]]
+
+
+def test_packs_are_level_by_pairs_of_tokens_too() -> None:
+    # By tokens 16 and 14; by pairs the one row of 10, 100, outweighs all others, 70.
+    lengths = [10, 5, 5, 2, 2, 2, 2, 2]
+    assert pack_microbatches(lengths, 20) == [[0, 3, 5, 7], [1, 2, 4, 6]]
+    by_pairs = pack_microbatches(lengths, 20, AttentionCosts(pair=1.0))
+    assert by_pairs == [[0], [1, 2, 3, 4, 5, 6, 7]]
+
+
+COSTS = AttentionCosts(pair=0.01, span=5.0)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answers", "costs", "cheapest"),
+    [
+        (14, [4] * 8, COSTS, "shared_prefix"),
+        (1, [200, 10, 200, 10], COSTS, "packed"),  # the pairs of 200 with 200 are for nothing
+        (1, [200] * 4, COSTS, "padded"),
+        (1, [200, 150, 200, 150], dataclasses.replace(COSTS, by_span=False), "padded"),
+    ],
+)
+def test_the_cheapest_layout_depends_on_padding_prompts_and_pairs(
+    prompt: int, answers: list[int], costs: AttentionCosts, cheapest: str
+) -> None:
+    start = Context(range(3, 3 + prompt))
+    members = [Trajectory((start, Segment(0, [5] * n, [-1.0] * n))) for n in answers]
+    batch = collate([TrajectoryGroup(tuple(members))], version=0)
+    layouts: tuple[Layout, ...] = ("padded", "packed", "shared_prefix")
+    cost = {layout: batch.cost(4096, layout, costs) for layout in layouts}
+    assert min(cost, key=lambda layout: cost[layout]) == cheapest, cost
+
+
+def test_what_a_layout_costs() -> None:
+    # Rows of 2 + 3 and 2 + 5 tokens, the last of each not computed.
+    start = Context([3, 4])
+    members = [Trajectory((start, Segment(0, [5] * n, [-1.0] * n))) for n in (3, 5)]
+    batch = collate([TrajectoryGroup(tuple(members))], version=0)
+    costs = AttentionCosts(pair=0.5, span=10.0)
+    assert batch.cost(99, "padded", costs) == 2 * (6 + 0.5 * 36) + 10
+    assert batch.cost(99, "packed", costs) == 10 + 0.5 * (16 + 36) + 2 * 10
+    assert batch.cost(99, "shared_prefix", costs) == 8 + 0.5 * 64 + 10
+    whole = dataclasses.replace(costs, by_span=False)
+    assert batch.cost(99, "packed", whole) == 10 + 0.5 * 100 + 10
+    assert batch.cost(4, "packed", whole) == 4 + 0.5 * 16 + 10 + 6 + 0.5 * 36 + 10

@@ -1,64 +1,24 @@
-"""The forward: both layouts against a plain full forward, values and gradients."""
+"""The forward: all layouts against a plain full forward, values and gradients."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from forwards import LAYOUTS, build, gradients, plain, random_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sdp_lightning.batch import Batch, Layout, collate
+from sdp_lightning.batch import Layout, collate
 from sdp_lightning.errors import ConfigError
 from sdp_lightning.forward import SequenceLogprobs, check_model, sequence_logprobs
 from sdp_lightning.testing import tiny_model
 from sdp_lightning.types import Context, Segment, Trajectory, TrajectoryGroup
 
 torch.set_num_threads(1)
-LAYOUTS: tuple[Layout, ...] = ("padded", "shared_prefix")
-
-
-def random_batch(seed: int, sizes: tuple[int, ...] = (3, 1, 4)) -> Batch:
-    """Groups with a prompt each, several turns, several temperatures; rows of unlike length."""
-    rng = np.random.default_rng(seed)
-    groups: list[TrajectoryGroup] = []
-    for size in sizes:
-        prompt = rng.integers(3, 40, rng.integers(1, 8))
-        members: list[Trajectory] = []
-        for _ in range(size):
-            parts: list[Context | Segment] = [Context(prompt)]
-            for version in range(rng.integers(1, 4)):
-                n = rng.integers(1, 5)
-                tokens, logprobs = rng.integers(3, 40, n), -rng.random(n)
-                parts.append(Segment(version, tokens, logprobs, 0.5 + 0.5 * version))
-                if rng.random() < 0.5:
-                    parts.append(Context(rng.integers(3, 40, 2)))
-            members.append(Trajectory(tuple(parts)))
-        groups.append(TrajectoryGroup(tuple(members)))
-    return collate(groups, version=3)
-
-
-def plain(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-    """[B, T] log-probs and entropy, row by row, through the model's own head."""
-    logprobs, entropy = (torch.zeros(batch.loss_mask.shape, dtype=model.dtype) for _ in range(2))
-    for row, length in enumerate(batch.lengths.tolist()):
-        logits = model(input_ids=batch.input_ids[row : row + 1, :length], use_cache=False).logits[0]
-        for t in batch.loss_mask[row].nonzero()[:, 0].tolist():
-            table = (logits[t - 1] / batch.temperatures[row, t]).log_softmax(-1)
-            logprobs[row, t] = table[batch.input_ids[row, t]]
-            entropy[row, t] = -(table.exp() * table).sum()
-    return logprobs, entropy
-
-
-def gradients(model: Any, logprobs: Tensor) -> dict[str, Tensor]:
-    slope = torch.linspace(-1, 1, logprobs.numel(), dtype=logprobs.dtype).view_as(logprobs)
-    model.zero_grad()
-    (logprobs * slope).sum().backward()
-    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
 @settings(deadline=None, max_examples=15)
@@ -68,7 +28,7 @@ def gradients(model: Any, logprobs: Tensor) -> dict[str, Tensor]:
     attention=st.sampled_from(["sdpa", "eager"]),
     tied=st.booleans(),
 )
-def test_both_layouts_equal_a_forward_row_by_row(
+def test_all_layouts_equal_a_forward_row_by_row(
     seed: int, layout: Layout, attention: str, tied: bool
 ) -> None:
     model = tiny_model(tie_word_embeddings=tied).double()
@@ -90,7 +50,8 @@ def test_shared_prefix_equals_padded_in_float32(attention: str) -> None:
     model = tiny_model(num_layers=3)
     model.set_attn_implementation(attention)
     batch = random_batch(1, sizes=(8, 8))
-    results = [sequence_logprobs(model, batch, layout=layout) for layout in LAYOUTS]
+    layouts: tuple[Layout, ...] = ("padded", "shared_prefix")
+    results = [sequence_logprobs(model, batch, layout=layout) for layout in layouts]
     torch.testing.assert_close(results[0].logprobs, results[1].logprobs, rtol=1e-5, atol=1e-5)
     grads = [gradients(model, result.logprobs) for result in results]
     for name, grad in grads[0].items():
@@ -147,7 +108,7 @@ def test_a_prompt_is_computed_once_and_last_tokens_not_at_all() -> None:
         counter = TokenCounter(model)
         sequence_logprobs(model, batch, layout=layout)
         counts[layout] = counter.tokens
-    assert counts == {"padded": 8 * 12, "shared_prefix": 10 + 8 * 2}
+    assert counts == {"padded": 8 * 12, "packed": 8 * 12, "shared_prefix": 10 + 8 * 2}
     assert batch.microbatches(26, "shared_prefix") == [list(range(8))]
     assert len(batch.microbatches(25, "shared_prefix")) == 2
 
@@ -212,29 +173,6 @@ def test_log_probs_are_float32_for_a_bfloat16_model_and_under_autocast(layout: L
         result.logprobs.sum().backward()
 
 
-def build(kind: str, **settings: Any) -> Any:
-    """A model of another type, as small as the tiny one."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.for_model(
-        kind,
-        vocab_size=50,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        pad_token_id=0,
-        bos_token_id=None,
-        eos_token_id=1,
-        **settings,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(config)
-
-
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3", "mistral", "gpt_neox", "phi", "olmo2"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_other_model_types_score_as_their_own_forward_does(kind: str, layout: Layout) -> None:
@@ -274,6 +212,8 @@ REFUSED = [
     ("falcon_h1", {"lm_head_multiplier": 0.5}, "padded", r"falcon_h1.*lm_head_multiplier=0\.5"),
     ("mistral", {"sliding_window": 4}, "shared_prefix", "mistral.*sliding_window=4.*'padded'"),
     ("gemma3_text", {}, "shared_prefix", "gemma3_text.*sliding_attention"),
+    ("mistral", {"sliding_window": 4}, "packed", "mistral.*sliding_window=4.*'packed'.*'padded'"),
+    ("gemma3_text", {}, "packed", "gemma3_text.*sliding_attention"),
 ]
 
 
@@ -293,12 +233,27 @@ def test_a_sliding_window_is_allowed_in_the_padded_layout() -> None:
         torch.testing.assert_close(result.logprobs, plain(model, batch)[0], rtol=1e-5, atol=1e-5)
 
 
-def test_attention_that_takes_no_mask_is_refused_for_the_shared_prefix() -> None:
+@pytest.mark.parametrize(
+    ("attention", "layout", "message"),
+    [
+        ("flash_attention_2", "padded", None),
+        ("flash_attention_2", "packed", None),
+        ("flash_attention_2", "shared_prefix", "takes no mask of its own"),
+        ("flex_attention", "packed", "does not keep packed rows apart"),
+    ],
+)
+def test_a_layout_needs_attention_that_can_do_it(
+    attention: str, layout: Layout, message: str | None
+) -> None:
     model = tiny_model()
-    model.config._attn_implementation_internal = "flash_attention_2"
-    check_model(model, "padded")
-    with pytest.raises(ConfigError, match=r"'llama' runs with attention 'flash_attention_2'"):
-        check_model(model, "shared_prefix")
+    model.config._attn_implementation_internal = attention
+    if message is None:
+        check_model(model, layout)
+    else:
+        with pytest.raises(
+            ConfigError, match=f"'llama' runs with attention '{attention}'.*{message}"
+        ):
+            check_model(model, layout)
 
 
 def test_a_model_without_a_head_is_refused() -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sdp_lightning.objective import token_logprobs
 from sdp_lightning.objective.logprobs import LogitTransform
@@ -116,13 +119,98 @@ def test_one_temperature_for_all_equals_one_for_each() -> None:
     torch.testing.assert_close(one, each)
 
 
-def test_agrees_with_linear_cross_entropy_of_torch() -> None:
+def test_agrees_with_linear_cross_entropy_of_torch_in_values_and_gradients() -> None:
     functional = torch.nn.functional
     if not hasattr(functional, "linear_cross_entropy"):
         pytest.skip("this torch has no linear_cross_entropy")
-    hidden, weight, _, targets, _ = inputs()
-    expected = -functional.linear_cross_entropy(hidden, weight, targets, reduction="none")
-    torch.testing.assert_close(token_logprobs(hidden, weight, targets, 1.0)[0], expected)
+    hidden, weight, bias, targets, _ = inputs()
+    leaves = [tensor.requires_grad_() for tensor in (hidden, weight, bias)]
+    slope = torch.linspace(-1, 1, 11, dtype=torch.float64)
+    expected = -functional.linear_cross_entropy(
+        hidden, weight, targets, linear_bias=bias, reduction="none"
+    )
+    found = token_logprobs(hidden, weight, targets, 1.0, bias=bias)[0]
+    torch.testing.assert_close(found, expected)
+    wanted = torch.autograd.grad((expected * slope).sum(), leaves)
+    for grad, other in zip(torch.autograd.grad((found * slope).sum(), leaves), wanted, strict=True):
+        torch.testing.assert_close(grad, other)
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_float32_equals_the_dense_path_within_1e_5(softcap: float | None) -> None:
+    """At a size where sums are long: 96 units, 2,000 words, 300 tokens in chunks of 128."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(300, 96, generator=generator).requires_grad_()
+    weight = (0.2 * torch.randn(2000, 96, generator=generator)).requires_grad_()
+    targets = torch.randint(2000, (300,), generator=generator)
+    temperature = 0.5 + torch.rand(300, generator=generator)
+    transform = LogitTransform(1.0, softcap)
+    found, _ = token_logprobs(
+        hidden, weight, targets, temperature, chunk_size=128, transform=transform
+    )
+    logits = hidden @ weight.t()
+    if softcap is not None:
+        logits = softcap * (logits / softcap).tanh()
+    dense = (logits / temperature[:, None]).log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+    torch.testing.assert_close(found, dense, rtol=1e-6, atol=1e-5)
+    slope = torch.linspace(-1, 1, 300)
+    wanted = torch.autograd.grad((dense * slope).sum(), (hidden, weight))
+    grads = torch.autograd.grad((found * slope).sum(), (hidden, weight))
+    for grad, other in zip(grads, wanted, strict=True):
+        torch.testing.assert_close(grad, other, rtol=1e-5, atol=1e-5)
+
+
+def test_bfloat16_gradients_of_the_head_are_summed_in_float32() -> None:
+    """512 equal steps of 1: a sum in bfloat16 would end at 256."""
+    hidden = torch.ones(512, 1, dtype=torch.bfloat16)
+    weight = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
+    targets = torch.zeros(512, dtype=torch.long)
+    token_logprobs(hidden, weight, targets, 0.5, chunk_size=1)[0].sum().backward()
+    assert weight.grad is not None and weight.grad[:, 0].tolist() == [512.0, -512.0]
+
+
+def test_a_head_tied_to_the_embedding_gets_both_gradients() -> None:
+    table = torch.randn(13, 6, dtype=torch.float64).requires_grad_()
+    ids = torch.arange(12)
+    grads: list[Tensor] = []
+    for chunked in (True, False):
+        hidden = table[ids].tanh()
+        values = (
+            token_logprobs(hidden, table, ids + 1, 1.0, chunk_size=5)[0]
+            if chunked
+            else plain(hidden, table, None, ids + 1, torch.ones(12))[0]
+        )
+        grads.append(torch.autograd.grad(values.square().sum(), table)[0])
+    torch.testing.assert_close(*grads)
+
+
+class Tallest(TorchDispatchMode):
+    """The most elements of any tensor that an operation returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("frozen_head", [False, True])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_no_operation_returns_more_than_a_chunk_of_logits(
+    softcap: float | None, frozen_head: bool
+) -> None:
+    hidden = torch.randn(200, 4, requires_grad=True)
+    weight = torch.randn(1000, 4, requires_grad=not frozen_head)
+    targets = torch.arange(200)
+    with Tallest() as seen:
+        logprobs, _ = token_logprobs(
+            hidden, weight, targets, 1.0, chunk_size=16, transform=LogitTransform(1.0, softcap)
+        )
+        logprobs.sum().backward()
+    assert seen.elements == 16 * 1000
 
 
 def test_a_gradient_that_is_not_required_is_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,7 +325,9 @@ def test_transformed_logits_equal_the_dense_ones_with_gradients(
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
-def test_a_compiled_body_around_the_head_has_the_same_gradients() -> None:
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # of inductor
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_compiled_body_around_the_head_has_the_same_gradients(backend: str) -> None:
     hidden, weight, _, targets, temperature = inputs(dtype=torch.float32)
     body = torch.nn.Linear(6, 6)
 
@@ -248,6 +338,6 @@ def test_a_compiled_body_around_the_head_has_the_same_gradients() -> None:
         grads = [head.grad, *(parameter.grad for parameter in body.parameters())]
         return [grad.clone() for grad in grads if grad is not None]
 
-    compiled = torch.compile(body, backend="aot_eager")
+    compiled = torch.compile(body, backend=backend)
     for found, expected in zip(loss(compiled), loss(body), strict=True):
         torch.testing.assert_close(found, expected)

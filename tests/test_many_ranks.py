@@ -25,7 +25,7 @@ from stepping import VERSION, make_trajectories
 from transformers import AutoModelForCausalLM
 
 import sdp_lightning as sdp
-from sdp_lightning.batch import collate
+from sdp_lightning.batch import Layout, collate
 from sdp_lightning.forward import sequence_logprobs
 
 STRATEGIES = ("ddp", "fsdp")
@@ -100,6 +100,7 @@ def assert_same_weights(found: Mapping[str, Any], expected: Mapping[str, Any]) -
 
 RECORDED: dict[str, dict[str, Any]] = {
     "padded": {"layout": "padded"},
+    "packed": {"layout": "packed", "minibatches": 2},
     "shared prefix, several minibatches": {"layout": "shared_prefix", "minibatches": 2},
     "partly trained, checkpointed": {
         "layout": "shared_prefix",
@@ -181,10 +182,12 @@ def test_mixed_precision_rounds_sharded_weights_on_their_way_and_no_log_prob(
         "precision": "bf16-mixed",
         "max_tokens": 10_000,  # other shapes round otherwise
     }
-    ranks = [rank["it"] for rank in launcher.run(2, {"it": case})]
+    layouts: tuple[Layout, ...] = ("padded", "packed")
+    ranks = launcher.run(2, {layout: {"layout": layout, **case} for layout in layouts})
     half = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.bfloat16)
-    for number, rank in enumerate(ranks):
-        assert rank["types"] == {
+    for layout, (number, rank) in itertools.product(layouts, enumerate(ranks)):
+        seen = rank[layout]
+        assert seen["types"] == {
             "used": "torch.bfloat16",
             "hidden": "torch.bfloat16",
             "kept": "torch.float32",
@@ -192,13 +195,13 @@ def test_mixed_precision_rounds_sharded_weights_on_their_way_and_no_log_prob(
         group = sdp.TrajectoryGroup(tuple(make_trajectories(model_folder, [3], seed=number)[0]))
         batch = collate([group], version=VERSION)
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            expected = sequence_logprobs(half, batch).logprobs[batch.loss_mask]
-        scores = torch.tensor([x for scored in rank["scores"] for part in scored for x in part])
+            expected = sequence_logprobs(half, batch, layout=layout).logprobs[batch.loss_mask]
+        scores = torch.tensor([x for scored in seen["scores"] for part in scored for x in part])
         torch.testing.assert_close(scores, expected, atol=1e-5, rtol=0)
         assert (scores.bfloat16().float() != scores).float().mean() > 0.9
-        assert {value.dtype for value in rank["weights"].values()} == {torch.float32}
-        assert len(rank["metrics"]) == 5 and rank["metrics"] == ranks[0]["metrics"]
-    assert_same_weights(ranks[1], ranks[0])
+        assert {value.dtype for value in seen["weights"].values()} == {torch.float32}
+        assert len(seen["metrics"]) == 5 and seen["metrics"] == ranks[0][layout]["metrics"]
+        assert_same_weights(seen, ranks[0][layout])
 
 
 # Rollouts -----------------------------------------------------------------------------------------

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from fitting import Judge, make_module, weights_of
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from lightning.pytorch.plugins import MixedPrecision
 from stepping import (
     advantages,
@@ -57,12 +59,21 @@ def test_tokens_beyond_max_lag_get_weight_0_and_count_in_n(model_folder: str) ->
     assert recorder.metrics["train/tokens"] == batch.loss_mask.sum()
 
 
-@pytest.mark.parametrize("layout", ["padded", "shared_prefix", "auto"])
-@pytest.mark.parametrize("max_tokens", [1, 40, 10_000])
-def test_layout_and_microbatches_change_no_gradient(
-    model_folder: str, layout: Any, max_tokens: int
+@settings(deadline=None, max_examples=6)
+@given(
+    layout=st.sampled_from(["padded", "packed", "shared_prefix", "auto"]),
+    max_tokens=st.integers(1, 150),
+    sizes=st.lists(st.integers(2, 4), min_size=1, max_size=4),
+    seed=st.integers(0, 2**32 - 1),
+)
+@example(layout="padded", max_tokens=40, sizes=[3, 2, 4], seed=0)
+@example(layout="packed", max_tokens=40, sizes=[3, 2, 4], seed=0)
+@example(layout="shared_prefix", max_tokens=40, sizes=[3, 2, 4], seed=0)
+@example(layout="auto", max_tokens=1, sizes=[3, 2, 4], seed=0)
+def test_neither_layout_nor_microbatches_change_the_loss_or_its_gradient(
+    model_folder: str, layout: Any, max_tokens: int, sizes: list[int], seed: int
 ) -> None:
-    batch = make_batch(model_folder)
+    batch = make_batch(model_folder, sizes, seed=seed)
     update = sdp.UpdateConfig(layout=layout, max_tokens_per_microbatch=max_tokens)
     _, recorder = train(model_folder, batch, update=update)
     loss, gradients = loss_by_hand(Judge(model_folder).model, batch, sdp.LossConfig())

@@ -1,15 +1,25 @@
 """From groups of trajectories to tensors, and how to cut those into pieces that fit."""
 
-from sdp_lightning.batch.collate import collate
+from sdp_lightning.batch.collate import collate, trial_batch
 from sdp_lightning.batch.data import NO_VERSION, Batch, Layout, SealedBatch
-from sdp_lightning.batch.plan import plan_microbatches, split_minibatches
+from sdp_lightning.batch.plan import (
+    AttentionCosts,
+    pack_microbatches,
+    pad_microbatches,
+    share_microbatches,
+    split_minibatches,
+)
 
 __all__ = [
     "NO_VERSION",
+    "AttentionCosts",
     "Batch",
     "Layout",
     "SealedBatch",
     "collate",
-    "plan_microbatches",
+    "pack_microbatches",
+    "pad_microbatches",
+    "share_microbatches",
     "split_minibatches",
+    "trial_batch",
 ]

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from sdp_lightning.batch.data import NO_VERSION, Batch
 from sdp_lightning.errors import RolloutError, VersionError
-from sdp_lightning.types import Segment, Trajectory, TrajectoryGroup
+from sdp_lightning.types import Context, Segment, Trajectory, TrajectoryGroup
 
 
 def collate(
@@ -54,6 +54,24 @@ def collate(
         truncated=torch.tensor([t.finish_reason != "stop" for _, t in owned]),
         **tensors,
     )
+
+
+def trial_batch(vocab_size: int) -> Batch:
+    """Short rows of unlike length, to try a model on: two after a prefix, and their copies.
+
+    The copies, rows 2 and 3, are the same tokens after another prefix. Both prefixes end with the
+    same token, so that only attention makes a difference.
+    """
+
+    def tokens(*numbers: int) -> list[int]:
+        return [(7919 * number + 1) % vocab_size for number in numbers]
+
+    answers = (tokens(*range(7, 12)), tokens(*range(12, 20)))
+    groups: list[TrajectoryGroup] = []
+    for prefix in (tokens(0, 1, 2, 3), tokens(4, 5, 6, 3)):
+        segments = (Segment(0, answer, [-1.0] * len(answer)) for answer in answers)
+        groups.append(TrajectoryGroup(tuple(Trajectory((Context(prefix), s)) for s in segments)))
+    return collate(groups, version=0)
 
 
 class _Rows:

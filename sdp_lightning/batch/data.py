@@ -15,11 +15,18 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sdp_lightning.batch.plan import plan_microbatches
+from sdp_lightning.batch.plan import (
+    FREE,
+    AttentionCosts,
+    pack_microbatches,
+    pad_microbatches,
+    share_microbatches,
+    shared_spans,
+)
 from sdp_lightning.config import MissingProximal
 from sdp_lightning.display import Displayed
 
-Layout = Literal["padded", "shared_prefix"]
+Layout = Literal["padded", "packed", "shared_prefix"]
 NO_VERSION = -1  # of tokens that the policy did not choose
 
 
@@ -119,38 +126,29 @@ class Batch(Displayed):
         return dataclasses.replace(row, loss_mask=torch.zeros_like(row.loss_mask))
 
     def microbatches(
-        self, max_tokens: int, layout: Layout, hidden_size: int | None = None
+        self, max_tokens: int, layout: Layout, costs: AttentionCosts = FREE
     ) -> list[list[int]]:
-        """Rows in pieces of at most ``max_tokens`` computed tokens: :func:`plan_microbatches`.
-
-        With the model's ``hidden_size`` they are leveled by pairs of tokens, too.
-        """
+        """Rows in pieces of at most ``max_tokens`` computed tokens, level by what they cost."""
         lengths: list[int] = self.scored_lengths.tolist()
         if layout == "padded":
-            share = 0.0 if hidden_size is None else _pair_share(hidden_size)
-            return plan_microbatches(lengths, max_tokens, pair_share=share)
+            return pad_microbatches(lengths, max_tokens, costs)
+        if layout == "packed":
+            return pack_microbatches(lengths, max_tokens, costs)
         prefixes: list[int] = self.prefix_lengths.tolist()
         groups: list[int] = self.group_ids.tolist()
-        return plan_microbatches(lengths, max_tokens, group_ids=groups, prefix_lengths=prefixes)
+        return share_microbatches(lengths, prefixes, groups, max_tokens, costs)
 
-    def cheapest_layout(self, max_tokens: int, hidden_size: int) -> Layout:
-        """The layout with fewer multiplications: linear layers cost by token, attention by pair.
-
-        Both layouts compute every pair of a row, or of a packed micro-batch.
-        """
-        share = _pair_share(hidden_size)
+    def cost(self, max_tokens: int, layout: Layout, costs: AttentionCosts) -> float:
+        """Of a pass over all micro-batches in a layout, in tokens through the linear layers."""
+        pieces = self.microbatches(max_tokens, layout, costs)
         lengths: list[int] = self.scored_lengths.tolist()
+        if layout == "padded":
+            return sum(costs.padded([lengths[row] for row in rows]) for rows in pieces)
+        if layout == "packed":
+            return sum(costs.packed([lengths[row] for row in rows]) for rows in pieces)
         prefixes: list[int] = self.prefix_lengths.tolist()
         groups: list[int] = self.group_ids.tolist()
-        padded = shared = 0.0
-        for rows in self.microbatches(max_tokens, "padded", hidden_size):
-            width = max(lengths[row] for row in rows)
-            padded += len(rows) * (width + share * width**2)
-        for rows in self.microbatches(max_tokens, "shared_prefix"):
-            own = sum(lengths[row] - prefixes[row] for row in rows)
-            tokens = own + sum({groups[row]: prefixes[row] for row in rows}.values())
-            shared += tokens + share * tokens**2
-        return "shared_prefix" if shared < padded else "padded"
+        return sum(costs.packed(shared_spans(rows, lengths, prefixes, groups)) for rows in pieces)
 
     def _each(self, function: Callable[[Tensor], Tensor]) -> Batch:
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -174,11 +172,6 @@ class SealedBatch:
     def to(self, device: torch.device | str | int, *, non_blocking: bool = False) -> SealedBatch:
         """The same envelope around the batch on another device."""
         return SealedBatch(self.batch.to(device, non_blocking=non_blocking))
-
-
-def _pair_share(hidden_size: int) -> float:
-    """What a pair costs, in tokens: with D units a layer takes some 24 D^2 a token, 4 D a pair."""
-    return 1 / (6 * hidden_size)
 
 
 def _group_index(group_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:

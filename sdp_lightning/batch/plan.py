@@ -6,6 +6,7 @@ Pure bookkeeping on lengths and group ids; a piece is a list of row indices.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,27 +14,49 @@ from torch import Tensor
 from sdp_lightning.errors import ConfigError
 
 
-def plan_microbatches(
-    lengths: Sequence[int],
-    max_tokens: int,
-    *,
-    group_ids: Sequence[int] | None = None,
-    prefix_lengths: Sequence[int] | None = None,
-    pair_share: float = 0.0,
-) -> list[list[int]]:
-    """Cut rows into as few micro-batches as a budget of computed tokens allows, evenly.
+@dataclass(frozen=True)
+class AttentionCosts:
+    """What attention costs beside the linear layers, in tokens that go through those.
 
-    Without groups the size of a micro-batch is rows times its longest row, and rows of like length
-    go together. With groups it is the sum of lengths with the prefix of a group counted once, and a
-    group stays whole if it fits. A row that is longer than the budget has one of its own. Even is
-    what they cost: tokens, and pairs of tokens that attention computes.
+    Args:
+        pair: of a pair of tokens.
+        span: of each call, whatever its size.
+        by_span: packed rows are attended one by one, and groups that share a prefix too; else all
+            pairs of a pack are computed.
+    """
+
+    pair: float = 0.0
+    span: float = 0.0
+    by_span: bool = True
+
+    def padded(self, lengths: Sequence[int]) -> float:
+        """Of rows of these lengths, padded to the longest."""
+        width = max(lengths)
+        return len(lengths) * (width + self.pair * width**2) + self.span
+
+    def packed(self, spans: Sequence[int]) -> float:
+        """Of spans of these lengths, one after another."""
+        total = sum(spans)
+        if not self.by_span:
+            return total + self.pair * total**2 + self.span
+        return total + self.pair * sum(n**2 for n in spans) + self.span * len(spans)
+
+
+FREE = AttentionCosts()
+
+
+def pad_microbatches(
+    lengths: Sequence[int], max_tokens: int, costs: AttentionCosts = FREE
+) -> list[list[int]]:
+    """Cut rows into as few micro-batches as a budget allows, evenly, each padded to its longest.
+
+    The size of a micro-batch is rows times its longest row, and rows of like length go together. A
+    row that is longer than the budget has one of its own. Even is what they cost.
 
     Args:
         lengths: tokens of each row.
-        max_tokens: the budget.
-        group_ids: of each row.
-        prefix_lengths: leading tokens of each row that its group shares.
-        pair_share: what a pair costs, in tokens.
+        max_tokens: the budget of computed tokens.
+        costs: of attention.
 
     Returns:
         Lists of row indices that cover every row once. The same input gives the same lists.
@@ -41,38 +64,100 @@ def plan_microbatches(
     Raises:
         ConfigError: if ``max_tokens`` is below 1.
     """
-    if max_tokens < 1:
-        raise ConfigError(f"max_tokens must be at least 1, got {max_tokens}.")
-    if group_ids is None or prefix_lengths is None:
-        order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
-        units = [[row] for row in order]
+    _check_budget(max_tokens)
+    order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
 
-        def size(rows: list[int]) -> int:
-            return len(rows) * max(lengths[row] for row in rows)
+    def size(rows: list[int]) -> int:
+        return len(rows) * max(lengths[row] for row in rows)
 
-        def cost(rows: list[int]) -> float:
-            width = max(lengths[row] for row in rows)
-            return len(rows) * (width + pair_share * width**2)
+    def cost(rows: list[int]) -> float:
+        return costs.padded([lengths[row] for row in rows])
 
-    else:
+    return _pack_evenly([[row] for row in order], size, cost, max_tokens)
 
-        def size(rows: list[int]) -> int:
-            prefixes = {group_ids[row]: prefix_lengths[row] for row in rows}
-            own = sum(lengths[row] - prefix_lengths[row] for row in rows)
-            return own + sum(prefixes.values())
 
-        def cost(rows: list[int]) -> float:
-            return size(rows)  # all pairs of a pack are computed: what levels one levels the other
+def share_microbatches(
+    lengths: Sequence[int],
+    prefix_lengths: Sequence[int],
+    group_ids: Sequence[int],
+    max_tokens: int,
+    costs: AttentionCosts = FREE,
+) -> list[list[int]]:
+    """As :func:`pad_microbatches`, without padding and with the prefix of a group counted once.
 
-        members: dict[int, list[int]] = {}
-        for row, group in enumerate(group_ids):
-            members.setdefault(group, []).append(row)
-        units = [
-            unit
-            for rows in members.values()
-            for unit in _pack_evenly([[row] for row in rows], size, cost, max_tokens)
-        ]
+    Args:
+        lengths: tokens of each row.
+        prefix_lengths: leading tokens of each row that its group shares.
+        group_ids: of each row. A group stays whole if it fits.
+        max_tokens: the budget of computed tokens.
+        costs: of attention.
+    """
+    _check_budget(max_tokens)
+
+    def size(rows: list[int]) -> int:
+        return sum(shared_spans(rows, lengths, prefix_lengths, group_ids))
+
+    def cost(rows: list[int]) -> float:
+        return costs.packed(shared_spans(rows, lengths, prefix_lengths, group_ids))
+
+    members: dict[int, list[int]] = {}
+    for row, group in enumerate(group_ids):
+        members.setdefault(group, []).append(row)
+    units = [
+        unit
+        for rows in members.values()
+        for unit in _pack_evenly([[row] for row in rows], size, cost, max_tokens)
+    ]
     return _pack_evenly(units, size, cost, max_tokens)
+
+
+def shared_spans(
+    rows: Iterable[int],
+    lengths: Sequence[int],
+    prefix_lengths: Sequence[int],
+    group_ids: Sequence[int],
+) -> list[int]:
+    """Tokens that each group has among ``rows``, its prefix once."""
+    spans: dict[int, int] = {}
+    for row in rows:
+        before = spans.get(group_ids[row], prefix_lengths[row])
+        spans[group_ids[row]] = before + lengths[row] - prefix_lengths[row]
+    return list(spans.values())
+
+
+def pack_microbatches(
+    lengths: Sequence[int], max_tokens: int, costs: AttentionCosts = FREE
+) -> list[list[int]]:
+    """As :func:`pad_microbatches`, of rows one after another, where long and short go together.
+
+    Each row, longest first, joins the cheapest micro-batch that has room, of as few as suffice for
+    that.
+    """
+    _check_budget(max_tokens)
+    fewest = -(-sum(min(length, max_tokens) for length in lengths) // max_tokens)
+    for number in range(max(1, fewest), len(lengths) + 1):
+        packs = _spread(lengths, max_tokens, number, costs)
+        if packs is not None:
+            return packs
+    return []
+
+
+def _spread(
+    lengths: Sequence[int], max_tokens: int, number: int, costs: AttentionCosts
+) -> list[list[int]] | None:
+    """Rows over ``number`` micro-batches; None if one finds no room."""
+    packs: list[list[int]] = [[] for _ in range(number)]
+    tokens, cost = [0] * number, [0.0] * number
+    for row in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
+        length = lengths[row]
+        room = [i for i, n in enumerate(tokens) if not n or not length or n + length <= max_tokens]
+        if not room:
+            return None
+        cheapest = min(room, key=cost.__getitem__)
+        packs[cheapest].append(row)
+        tokens[cheapest] += length
+        cost[cheapest] += costs.packed([length])
+    return [pack for pack in packs if pack]
 
 
 def split_minibatches(
@@ -145,3 +230,8 @@ def _fill(units: Iterable[list[int]], fits: Callable[[list[int]], bool]) -> list
         else:
             runs.append(list(unit))
     return runs
+
+
+def _check_budget(max_tokens: int) -> None:
+    if max_tokens < 1:
+        raise ConfigError(f"max_tokens must be at least 1, got {max_tokens}.")

@@ -69,8 +69,9 @@ class UpdateConfig:
         num_minibatches: groups are dealt out to this many minibatches, whole.
         num_epochs: passes over the batch.
         max_tokens_per_microbatch: tokens computed at once; bounds memory, does not change the loss.
-        layout: ``"shared_prefix"`` computes the prompt of a group once, ``"padded"`` works with
-            every model, ``"auto"`` takes the first where the model allows it and it is cheaper.
+        layout: ``"padded"`` works with every model; ``"packed"`` lays rows one after another,
+            without padding; ``"shared_prefix"`` computes the prompt of a group once; ``"auto"``
+            takes the cheapest of those that the model allows.
         advantages: reward less the mean of its ``"group"`` (GRPO), or of its siblings without it
             (``"rloo"``).
         scale_advantages_by_std: GRPO's division by the standard deviation of the group; None is
@@ -88,7 +89,7 @@ class UpdateConfig:
     num_minibatches: int = 1
     num_epochs: int = 1
     max_tokens_per_microbatch: int = 4096
-    layout: Literal["auto", "padded", "shared_prefix"] = "auto"
+    layout: Literal["auto", "padded", "packed", "shared_prefix"] = "auto"
     advantages: Literal["group", "rloo"] = "group"
     scale_advantages_by_std: bool | None = None
     max_skipped_in_a_row: int = 10
@@ -107,7 +108,7 @@ class UpdateConfig:
                 "advantages='rloo' is a baseline without bias, which scale_advantages_by_std=True "
                 "would bias. Remove one of the two."
             )
-        one_of("layout", self.layout, ("auto", "padded", "shared_prefix"))
+        one_of("layout", self.layout, ("auto", "padded", "packed", "shared_prefix"))
 
     @property
     def steps_per_batch(self) -> int:

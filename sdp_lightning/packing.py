@@ -1,0 +1,168 @@
+"""Rows of a batch one after another, without padding, and attention that keeps them apart.
+
+Shapes: B rows, N packed tokens, M sampled tokens, H heads, D units of a head. A span is a run of
+packed tokens that see nothing outside it: a row, or all of a group that shares its prefix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from sdp_lightning.batch import Batch
+from sdp_lightning.errors import ConfigError
+
+
+@dataclass(frozen=True, eq=False)
+class Pack:
+    """Where the tokens of a batch lie. Every span is the prefix of its group, then its rows' own.
+
+    Args:
+        row: [N] of the batch; for a prefix, the first row of its group.
+        column: [N] in that row.
+        group: [N], the number of the span.
+        block: [N], below ``num_groups`` for a prefix, then one for each row.
+        num_groups: spans, empty ones too.
+        starts: [G + B] packed place of the first token of each block.
+        prefixes: [B] length of the prefix of each row's group.
+        groups: [B].
+    """
+
+    row: Tensor
+    column: Tensor
+    group: Tensor
+    block: Tensor
+    num_groups: int
+    starts: Tensor
+    prefixes: Tensor
+    groups: Tensor
+
+    @classmethod
+    def of(cls, batch: Batch, *, shared: bool) -> Pack:
+        """With ``shared`` the prefix of a group is there once; else each row is its own group."""
+        used, rows = batch.scored_lengths, torch.arange(len(batch), device=batch.lengths.device)
+        if not bool(used.any()):  # nothing to score: one token, for the graph
+            used = used.index_fill(0, used.new_zeros(1), 1)
+        prefixes = batch.prefix_lengths if shared else torch.zeros_like(used)
+        ids, groups = torch.unique(batch.group_ids if shared else rows, return_inverse=True)
+        count = ids.numel()
+        prefix = used.new_zeros(count).scatter_reduce(0, groups, prefixes, "amax")
+        first = used.new_full((count,), len(batch)).scatter_reduce(0, groups, rows, "amin")
+        lengths = torch.cat([prefix, (used - prefixes).clamp(min=0)])
+        owners = torch.cat([torch.arange(count, device=used.device), groups])
+        order = owners.argsort(stable=True)  # a prefix comes before the rows of its group
+        starts = torch.empty_like(lengths)
+        starts[order] = lengths[order].cumsum(0) - lengths[order]
+        block = torch.repeat_interleave(order, lengths[order])
+        offset = torch.arange(block.numel(), device=used.device) - starts[block]
+        row = torch.cat([first, rows])[block]
+        return cls(
+            row=row,
+            column=torch.where(block < count, offset, offset + prefixes[row]),
+            group=owners[block],
+            block=block,
+            num_groups=count,
+            starts=starts,
+            prefixes=prefixes,
+            groups=groups,
+        )
+
+    def place(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """[M] packed places of tokens of the batch."""
+        prefix = self.prefixes[rows]
+        in_prefix = self.starts[self.groups[rows]] + columns
+        in_remainder = self.starts[self.num_groups + rows] + columns - prefix
+        return torch.where(columns < prefix, in_prefix, in_remainder)
+
+    def dense_mask(self) -> Tensor:
+        """[N, N] bool: a token sees its group's prefix and its own row, up to itself."""
+        return self._visible(slice(None))
+
+    def span_mask(self) -> SpanMask:
+        """The same without what lies outside the spans."""
+        spans: list[_Span] = []
+        start = 0
+        lengths: list[int] = torch.bincount(self.group).tolist()
+        for length in filter(None, lengths):
+            inside = slice(start, start + length)
+            blocks = self.block[inside]
+            one_row = bool((blocks[:1] == blocks).all())
+            spans.append(_Span(inside, None if one_row else self._visible(inside)))
+            start += length
+        return SpanMask.of(spans, self.block.numel())
+
+    def _visible(self, inside: slice) -> Tensor:
+        group, block, column = self.group[inside], self.block[inside], self.column[inside]
+        reachable = (block < self.num_groups) | (block[:, None] == block)
+        return (group[:, None] == group) & reachable & (column[:, None] >= column)
+
+
+@dataclass(frozen=True, eq=False)
+class _Span:
+    """Packed places, and what is visible among them; None is everything up to oneself."""
+
+    inside: slice
+    visible: Tensor | None
+
+
+class SpanMask(Tensor):
+    """A mask [1, 1, N, N] of which only the spans on its diagonal exist.
+
+    ``scaled_dot_product_attention`` attends span by span when it is given one, so that neither N^2
+    pairs nor their mask are computed. Whatever else would read the mask is an error: a model that
+    computes with its mask cannot come out wrong in silence.
+    """
+
+    spans: Sequence[_Span]
+
+    @classmethod
+    def of(cls, spans: Sequence[_Span], size: int) -> SpanMask:
+        """``size`` is N."""
+        nothing = torch.zeros((), dtype=torch.bool).expand(1, 1, size, size)
+        mask: Any = torch.Tensor._make_subclass(cls, nothing)  # pyright: ignore[reportPrivateUsage]
+        mask.spans = spans
+        return mask
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func is scaled_dot_product_attention:
+            return _attend(*args, **(kwargs or {}))
+        if func.__name__ in ("__get__", "dim", "size", "is_floating_point"):  # what kind it is
+            return super().__torch_function__(func, types, args, kwargs or {})
+        raise ConfigError(
+            f"this model computes with its attention mask ({func.__name__}), so rows cannot be "
+            "packed. Use layout='padded'."
+        )
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: SpanMask,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    **options: Any,
+) -> Tensor:
+    """[1, H, N, D], of ``scaled_dot_product_attention`` within each span."""
+    del is_causal  # every span is causal, by itself or by its mask
+    parts: list[Tensor] = []
+    for span in attn_mask.spans:
+        q, k, v = (tensor[:, :, span.inside] for tensor in (query, key, value))
+        causal = span.visible is None
+        attended = scaled_dot_product_attention(
+            q, k, v, attn_mask=span.visible, dropout_p=dropout_p, is_causal=causal, **options
+        )
+        parts.append(attended)
+    return torch.cat(parts, dim=2)
