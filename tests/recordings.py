@@ -103,7 +103,7 @@ class Losses(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        elsewhere = ("rollout/", "time/", "publish/", "speed/")
+        elsewhere = ("rollout/", "rollout_time/", "time/", "publish/", "speed/", "wait")
         found = {k: float(v) for k, v in trainer.callback_metrics.items()}
         self.steps.append({k: v for k, v in found.items() if not k.startswith(elsewhere)})
 

@@ -111,6 +111,7 @@ def make_executor(
     **config: Any,
 ) -> WorkflowExecutor:
     settings = {"batch_size": 2, "timeout_s": DEADLINE_S, "shuffle": False} | config
+    settings.setdefault("drain_s", 1.0)  # for requests that pass the gate and meet a paused engine
     return create_workflow_executor(
         config=sdp.RolloutConfig(**settings),
         engine=engine,

@@ -71,7 +71,12 @@ class GlooTransport:
         return False
 
     def stage(self, weights: Weights, *, full: bool) -> int:
-        folder, num_bytes = self._files.write(weights, full=full)
+        try:
+            folder, num_bytes = self._files.write(weights, full=full)
+        except EngineError as error:
+            if self._store is None:  # with its folder
+                raise EngineError("the engine was closed while weights were written.") from error
+            raise
         self._latest = [folder] if num_bytes else []
         return num_bytes
 
