@@ -20,6 +20,8 @@ ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(path.name for path in (ROOT / "notebooks").glob("*.ipynb"))
 BY_HAND = "01_the_loss_by_hand.ipynb"
 LIFE = "02_life_of_a_rollout.ipynb"
+TRAIN = "03_train_in_a_notebook.ipynb"
+READING = "04_reading_the_metrics.ipynb"
 
 
 class ThisInterpreter(AsyncKernelManager):
@@ -38,7 +40,8 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks")
     (tmp_path / "recipes").symlink_to(ROOT / "recipes", target_is_directory=True)
-    load_object(str(ROOT / "recipes/arithmetic_cpu/model.py:model_path"))()  # not in a cell's time
+    for recipe in ("arithmetic_cpu", "tiny_cpu"):  # not in a cell's time
+        load_object(str(ROOT / "recipes" / recipe / "model.py:model_path"))()
     return tmp_path
 
 
@@ -76,6 +79,12 @@ def kinds(notebook: Any) -> list[list[str]]:
     return [[o.get("name", o.output_type) for o in cell.outputs] for cell in code_cells(notebook)]
 
 
+def tables(notebook: Any) -> str:
+    outputs = [output for cell in code_cells(notebook) for output in cell.outputs]
+    shown = (o.data.get("text/markdown", "") for o in outputs if o.output_type == "display_data")
+    return "".join(shown)
+
+
 def pictures(notebook: Any) -> int:
     outputs = [output for cell in code_cells(notebook) for output in cell.outputs]
     return sum("image/png" in o.data for o in outputs if o.output_type == "display_data")
@@ -100,11 +109,15 @@ def check_life_of_a_rollout(notebook: Any) -> None:
     text, page = printed(notebook), pages(notebook)
     assert re.findall(r"published version (\d)", text) == ["0", "1", "2", "3"]
 
-    sentences = page.split("<small>")[:-1]
+    sentences = page.split('<div class="sdp-row">')[1:]
     assert len(sentences) == 4, "one group of four"
     for sentence in sentences:
-        assert re.findall(r"<sub>v(\d)</sub>", sentence) == ["0", "1"], "cut in two"
-    assert page.count("<ruby>") == sum(map(int, re.findall(r"lag \d: (\d+) tokens", text)))
+        assert re.findall(r'class="sdp-label">v(\d)<', sentence) == ["0", "1"], "cut in two"
+        old, new = (sentence.count(f'title="version {v}, lag {1 - v}\n') for v in (0, 1))
+        assert old and new and sentence.count("\nbehavior ") == old + new
+        assert sentence.count("\nsegment ") == old, "what the publish closed was scored in time"
+    tokens = sum(map(int, re.findall(r"lag \d: (\d+) tokens", text)))
+    assert page.count('<span class="sdp-t"') == tokens
 
     errors = re.findall(r"tokens stamped version \d +([\d.]+) +([\d.]+)", text)
     (own_0, other_0), (other_1, own_1) = [tuple(map(float, row)) for row in errors]
@@ -124,11 +137,59 @@ def check_life_of_a_rollout(notebook: Any) -> None:
     assert text.endswith("threads left: 0\n")
 
 
-CLAIMS = {BY_HAND: check_the_loss_by_hand, LIFE: check_life_of_a_rollout}
+def check_train_in_a_notebook(notebook: Any) -> None:
+    text, page = printed(notebook), pages(notebook)
+    assert pictures(notebook) == 2, "each fit has one picture, which is replaced"
+    stop = (
+        r"Ctrl-C: the run ends after this step; once more ends it at once\.\n"
+        r"version 16 is saved: go on with ckpt_path='.*last-stopped-step=32\.ckpt'\.\n"
+        r"stopped at optimizer step 32, policy version 16\n"
+        r"saved: last-stopped-step=32\.ckpt; threads left: 0\n"
+    )
+    assert re.search(stop, text)
+    assert "policy versions: 1 to 16, then 17 to 40\n" in text
+    assert "640 groups were trained on, of 640 prompts\n" in text
+    sampled_by, trained_by = re.findall(r"sampled by versions \[(.*)\], .* version (\d+)", text)[0]
+    versions = [int(version) for version in sampled_by.split(", ")]
+    assert max(versions) <= int(trained_by) <= min(versions) + 2
+    assert page.count('<div class="sdp-row">') == 4 and "4 more trajectories not shown" in page
+    before, after = map(int, re.findall(r"before (\d+)%, after (\d+)%", text)[0])
+    assert after > before + 10
+    assert text.endswith("threads left: 0\n")
+
+
+def check_reading_the_metrics(notebook: Any) -> None:
+    text, page = printed(notebook), tables(notebook)
+    assert pictures(notebook) == 2
+    names = ["healthy", "too fast", "stale", "stale, segment"]
+    found = re.findall(r"^(\w[\w, ]*?) +(\d\.\d\d) +(\d\.\d\d)$", text, re.M)
+    assert [name for name, _, _ in found] == names
+    last = {name: float(reward) for name, _, reward in found}
+    assert last["too fast"] < last["stale"] < last["stale, segment"] < last["healthy"]
+
+    assert re.findall(r"^\*\*(.*)\*\*$", page, re.M) == names
+    by_lag = re.findall(r"^\| (0|1|2|3|4\+) \| ([\d,]+) \|", page, re.M)
+    assert [lag for lag, _ in by_lag] == ["0", "1", "2", "3", "4+"] * 4
+    assert [count != "0" for _, count in by_lag[:5]] == [True, True, True, False, False]
+    assert all(count != "0" for _, count in by_lag[10:])
+
+    said = text[text.index("HEALTHY: ") :]
+    _, fast, stale, segment = re.split(r"^(?:TOO FAST|STALE|STALE, SEGMENT): ", said, flags=re.M)
+    assert "low_ess: said of" in fast and "lower lr" in fast
+    assert "large_bridge: said of" in stale and "trust_region='segment'" in stale
+    assert "large_bridge" not in segment
+
+
+CLAIMS = {
+    BY_HAND: check_the_loss_by_hand,
+    LIFE: check_life_of_a_rollout,
+    TRAIN: check_train_in_a_notebook,
+    READING: check_reading_the_metrics,
+}
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(240)  # the kernel gets 180 s a cell; all cells together take 20 s of CPU
+@pytest.mark.timeout(480)  # the kernel gets 180 s a cell; all cells take up to 80 s of CPU
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_a_notebook_runs_from_its_folder_and_shows_what_it_claims(checkout: Path, name: str):
     notebook = read(checkout / "notebooks", name)

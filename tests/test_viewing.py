@@ -276,6 +276,16 @@ def test_no_text_of_a_model_becomes_markup(text: str) -> None:
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", output.getvalue())
 
 
+def test_the_plain_text_of_a_view_does_not_repeat_its_data() -> None:
+    """A notebook saves it beside the HTML, and the repr of a tokenizer says where it lies."""
+    member = text_trajectory("q", (3, "a"))
+    one, two = (
+        sdp.view(member, tokenizer=CodePoints()),
+        sdp.view(sdp.TrajectoryGroup((member,) * 2)),
+    )
+    assert [repr(one), repr(two)] == ["View(1 trajectory)", "View(2 trajectories)"]
+
+
 def test_a_saved_page_has_one_style_no_script_and_nothing_from_the_network(tmp_path: Path) -> None:
     group = sdp.TrajectoryGroup((text_trajectory("?", (0, "a")),) * 2)
     path = sdp.view(group).save(tmp_path / "page.html", title="<b>")

@@ -16,6 +16,7 @@ from sdp_lightning.errors import ConfigError
 from sdp_lightning.viewing.html import STYLE, fragment, page
 from sdp_lightning.viewing.rows import Section, Viewable, sections_of
 from sdp_lightning.viewing.terminal import renderable
+from sdp_lightning.viewing.words import count_of
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["STYLE", "View", "Viewable", "view"]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class View:
     """Trajectories, ready to be shown in a notebook, a terminal or a file. Made by :func:`view`."""
 
@@ -65,6 +66,10 @@ class View:
         from rich.console import Console
 
         (console or Console()).print(self.rich())
+
+    def __repr__(self) -> str:
+        num_rows = sum(len(section.rows) for section in self.sections)
+        return f"View({count_of(num_rows, 'trajectory', 'trajectories')})"
 
     def _repr_html_(self) -> str:
         return self.html()
