@@ -173,6 +173,7 @@ def told(rows: Any, options: dict[str, Any] = SETTINGS) -> dict[str, str]:
         ("many_failed", make_rows(more={"rollout/failed": 50.0}), SETTINGS, "it raised"),
         ("flat_reward", make_rows(more={"train/reward": 0.0}), SETTINGS, "was 0 in each of the"),
         ("skipped", make_rows(more={"train/skipped": 0.5}), SETTINGS, "50.0% of the optimizer"),
+        ("uniform", make_rows(more={"train/uniform": 0.8}), SETTINGS, "In 80% of the groups all"),
         (
             "truncated",
             make_rows(more={"train/truncated": 0.4}),
@@ -208,6 +209,15 @@ def test_of_a_healthy_run_only_good_is_said() -> None:
     for index, row in enumerate(rows):
         row["train/reward"] = index / 30
     assert list(told(rows)) == ["near_floor"]
+
+
+def test_a_lag_that_few_batches_have_is_judged_by_its_tokens_alone() -> None:
+    """A metric of a lag is 0 where a batch has no token of it, which is no low share."""
+    rows = make_rows(more={"ess/token_2": 0.0, "lag/tokens_2": 0.0})
+    rows[-1] |= {"ess/token_2": 0.9, "lag/tokens_2": 5000.0}
+    assert "low_ess" not in told(rows)
+    rows[-1]["ess/token_2"] = 0.1
+    assert "effective sample size at lag 2 is 0.10" in told(rows)["low_ess"]
 
 
 def test_what_costs_most_comes_first_and_praise_last() -> None:

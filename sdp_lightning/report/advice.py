@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from sdp_lightning.metrics.names import LAG_NAMES
 from sdp_lightning.metrics.verdicts import verdicts
 from sdp_lightning.report.account import REST, Account, Row, account_of, reward_share
 
@@ -17,6 +18,7 @@ LONG_WAIT, SHORT_WAIT = 0.15, 0.05
 LOW_FLOOR = 0.8
 MUCH = 0.15  # of the time, for what is neither waiting nor training
 DROPS = 0.05
+UNIFORM = 0.7  # of the groups
 FLAT = 20  # batches without a reward that differs
 
 
@@ -192,6 +194,15 @@ def _learning(rows: Sequence[Row]) -> Iterator[Advice]:
             f"The reward was {rewards[-1]:.3g} in each of the last {FLAT} batches: if groups "
             "agree within themselves, too, nothing is learned. Look at the trajectories below.",
         )
+    uniform = _mean(rows[len(rows) // 2 :], "train/uniform")
+    if uniform > UNIFORM:
+        yield Advice(
+            "uniform",
+            "bad",
+            f"In {uniform:.0%} of the groups all rewards are equal, and such a group teaches "
+            "nothing: leave them out (ShapedWorkflow with AllEqual), give partial credit, or use "
+            "rows that are neither too hard nor done.",
+        )
     skipped = _mean(rows, "train/skipped")
     if skipped > 0:
         text = f"{skipped:.1%} of the optimizer steps were skipped: the gradient was not finite."
@@ -207,8 +218,14 @@ def _learning(rows: Sequence[Row]) -> Iterator[Advice]:
 
 
 def _mean(rows: Sequence[Row], name: str) -> float:
-    values = [row[name] for row in rows if name in row]
-    return sum(values) / len(values) if values else 0.0
+    """Over batches; a metric of the tokens of one lag over these tokens, as it is 0 without any."""
+    lag = name.rpartition("_")[2]
+    tokens = f"lag/tokens_{lag}"
+    of_lag = lag in LAG_NAMES and not name.startswith("lag/")
+    weights = {i: row.get(tokens, 0.0) if of_lag else 1.0 for i, row in enumerate(rows)}
+    there = [(weights[i], row[name]) for i, row in enumerate(rows) if name in row]
+    total = sum(weight for weight, _ in there)
+    return sum(weight * value for weight, value in there) / total if total else 0.0
 
 
 def _setting(settings: Mapping[str, Any], part: str, name: str, default: Any) -> Any:
