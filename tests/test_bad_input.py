@@ -34,6 +34,7 @@ def reward(completion, row): return len(set(completion)) / 10
 def not_a_number(completion, row): return float("nan")
 def nothing(completion, row): return None
 def words(completion, row): return "good"
+def same(completion, row): return 1.0
 def fails(completion, row): return row["gold"]
 """
 
@@ -127,7 +128,7 @@ TABLE: dict[str, tuple[Change, list[str], int, str]] = {
         rewarded("fails"),
         [],
         1,
-        r"row '\d'.* failed: KeyError: 'gold' It came from .*task\.py:12, in fails",
+        r"row '\d'.* failed: KeyError: 'gold' It came from .*task\.py:13, in fails",
     ),
     "a prompt longer than the model": (
         put("data.prompts", "task.py:very_long"),
@@ -171,6 +172,18 @@ TABLE: dict[str, tuple[Change, list[str], int, str]] = {
         [],
         2,
         r"engine 'vlm://127\.0\.0\.1:9' is not known\. Known are",
+    ),
+    "a server that is not there": (
+        put("data.engine", "vllm://127.0.0.1:9"),
+        [],
+        1,
+        r"cannot use the vllm server at http://127\.0\.0\.1:9.*Is it running there\?",
+    ),
+    "rewards that are all equal for ever": (
+        rewarded("same"),
+        ["--model.update.max_uniform_in_a_row=2"],
+        1,
+        r"in 2 batches in a row all samples of every prompt had the same reward \(mean 1\)",
     ),
     "no end": (put("trainer.max_steps", -1), [], 2, r"nothing ends this run: set the Trainer's"),
     "a number of steps that does not divide": (

@@ -96,7 +96,9 @@ class Fleet:
                 raise
             except EngineError as error:
                 raise EngineError(
-                    f"cannot use the {self._control.kind} server at {replica.url}: {error}"
+                    f"cannot use the {self._control.kind} server at {replica.url}: {error} Is it "
+                    "running there? `sdp-lightning doctor --config FILE` asks; engine="
+                    "'vllm://launch' starts one, and 'embedded' needs none."
                 ) from error
             self._set.bring_in(replica)
 
