@@ -32,6 +32,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return count
 
 
+PADDED: dict[str, Any] = {"layout": "padded"}  # the others are tried once, in passes of their own
 UPDATES: dict[str, tuple[dict[str, Any], int, int]] = {
     # settings, passes with a gradient, and without, for a batch that fits into one micro-batch
     "one minibatch and one epoch": ({}, 1, 0),
@@ -53,7 +54,7 @@ def test_the_proximal_policy_takes_a_forward_only_where_several_steps_follow(
     module = make_module(
         model_folder,
         loss=LossConfig(trust_region=region),
-        update=UpdateConfig(max_tokens_per_microbatch=10_000, **update),
+        update=UpdateConfig(max_tokens_per_microbatch=10_000, **PADDED, **update),
     )
     trainer = make_trainer(max_steps=module.update.steps_per_batch, limit_val_batches=0)
     trainer.fit(module, Batches(make_batch(model_folder)))
@@ -75,7 +76,7 @@ def test_segments_are_scored_only_if_a_lag_of_two_is_allowed(
     model_folder: str, passes: Counter[str], max_head_lag: int, expected: bool
 ) -> None:
     """With one optimizer step a batch and lags of at most 1, each token is computed once."""
-    module, recorder = Scoring(model_folder), Recorder()
+    module, recorder = Scoring(model_folder, update=UpdateConfig(**PADDED)), Recorder()
     trainer = make_trainer(sdp.WeightSyncCallback(), recorder, max_steps=6)
     trainer.fit(module, make_data(max_head_lag=max_head_lag))
     assert (module.num_scored > 0) is expected
