@@ -322,7 +322,8 @@ class SegmentWisePPOModule(L.LightningModule):
         rank, size = self.global_rank, self._num_ranks
         total = self._metrics.pool(self._sums.add_up, mine, rank=rank, num_ranks=size)
         found = dict(zip(values, (total / size).float(), strict=True)) | self._metrics.compute()
-        self._uniform.note(found["train/uniform"].item(), reward=found["train/reward"].item())
+        uniform, reward = found["train/uniform"].item(), found["train/reward"].item()
+        self._uniform.note(uniform, reward=reward, rank=rank)
         self.log_dict(found, batch_size=len(batch))
         bar = {"reward": found["train/reward"], "lag": found["lag/mean"]}
         self.log_dict(bar, prog_bar=True, logger=False, batch_size=len(batch))

@@ -67,8 +67,10 @@ class UniformWatch:
     def __init__(self, limit: int | None) -> None:
         self._limit, self._in_a_row, self._warned = limit, 0, False
 
-    def note(self, share: float, *, reward: float) -> None:
+    def note(self, share: float, *, reward: float, rank: int = 0) -> None:
         """A batch of which this share of groups was uniform, and its mean reward.
+
+        All ranks note the same; the first one warns.
 
         Raises:
             SDPError: if it is the last of ``limit`` in a row.
@@ -80,6 +82,6 @@ class UniformWatch:
         )
         if self._limit is not None and self._in_a_row >= self._limit:
             raise SDPError(f"{text} max_uniform_in_a_row={self._limit} ends the run here.")
-        if self._in_a_row == WARN_AFTER and not self._warned:
+        if self._in_a_row == WARN_AFTER and not self._warned and rank == 0:
             self._warned = True
             logger.warning("%s", text)
