@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 from real_vllm import assert_gone, require_vllm
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(960)]
 
 ROOT = Path(__file__).parents[1]
 MARK = "SDP_TEST_MARK"  # servers inherit it, in whatever session they are
-DEADLINE_S = 540.0
+DEADLINE_S = 900.0
 
 
 def marked_processes(mark: str) -> dict[int, str]:
