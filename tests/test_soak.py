@@ -122,7 +122,7 @@ def test_nothing_grows_over_ten_thousand_groups(
         "batch_size": BATCH_SIZE,
         "max_head_lag": 2,
         "max_concurrent": 32,
-        "drain_s": 0.02,  # for requests that pass the gate and meet a paused engine
+        "drain_s": 0.1,  # for requests that pass the gate and meet a paused engine
         "max_failures": 10**6,
         "max_rejected_in_a_row": 10**6,
     }
