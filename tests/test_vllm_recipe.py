@@ -54,7 +54,7 @@ def test_the_script_trains_through_its_server_and_leaves_no_process(tmp_path: Pa
         run.wait()
     text = log.read_text()
     assert run.returncode == 0, text[-3000:]
-    steps = re.findall(r"^step (\d)/2  reward (\S+)", text, re.MULTILINE)
+    steps = re.findall(r"^step (\d)/2  v\d  reward (\S+)", text, re.MULTILINE)
     assert [number for number, _ in steps] == ["1", "2"], text[-3000:]
     assert all(0 <= float(reward) <= 1 for _, reward in steps)
     [found] = re.findall(r": (\S+) before, (\S+) after 2 steps\.$", text, re.MULTILINE)

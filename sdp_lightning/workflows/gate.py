@@ -14,6 +14,8 @@ from typing import Any
 from sdp_lightning.errors import RolloutTimeout
 from sdp_lightning.types import FinishReason
 
+CANCEL_S = 5.0  # to end a cancelled request: milliseconds, but a busy machine's threads starve
+
 
 class SendGate:
     """Counts requests that are out, and holds back new ones while it is closed.
@@ -75,12 +77,14 @@ class SendGate:
             self._cancelled.update(task for task, _ in stragglers)
             for task, loop in stragglers:
                 loop.call_soon_threadsafe(task.cancel)
-            deadline = time.monotonic() + timeout_s
+            cancel_s = max(timeout_s, CANCEL_S)
+            deadline = time.monotonic() + cancel_s
             while self._out:
                 if (left := deadline - time.monotonic()) <= 0:
                     raise RolloutTimeout(
-                        f"{len(self._out)} requests neither returned nor could be cancelled "
-                        f"within {2 * timeout_s} s: the engine's generate() ignores cancellation."
+                        f"{len(self._out)} requests neither returned within {timeout_s:g} s nor "
+                        f"ended within {cancel_s:g} s of being cancelled: the engine's generate() "
+                        "ignores cancellation."
                     )
                 self._changed.wait(left)
         return len(stragglers)
