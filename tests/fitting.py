@@ -48,13 +48,12 @@ def make_data(
     **rollout: Any,
 ) -> sdp.RolloutDataModule:
     settings = {"batch_size": 2, "timeout_s": WAIT_S} | rollout
+    on_cpu: dict[str, Any] = {"device": "cpu", "max_slots": 16}
     return sdp.RolloutDataModule(
         make_rows() if rows is None else rows,
         make_workflow() if workflow is None else workflow,
         engine=engine,
-        engine_options={"device": "cpu", "max_slots": 16}
-        if engine == "embedded"
-        else engine_options,
+        engine_options=on_cpu if engine == "embedded" and not engine_options else engine_options,
         rollout=sdp.RolloutConfig(**settings),
         val_prompts=val_prompts,
     )

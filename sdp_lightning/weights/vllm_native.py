@@ -56,7 +56,7 @@ class NativeTransport:
             )
         self._latest = staged
         self._base = staged if full else self._base | staged
-        return sum(tensor.nbytes for tensor in staged.values())
+        return sum({tensor.data_ptr(): tensor.nbytes for tensor in staged.values()}.values())
 
     async def deliver(self, target: Target, *, whole: bool) -> None:
         weights = self._base if whole else self._latest
