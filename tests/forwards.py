@@ -49,7 +49,7 @@ def plain(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
 def uneven_sum(logprobs: Tensor) -> Tensor:
     """A scalar in which no two tokens have the same weight."""
     slope = torch.linspace(-1, 1, logprobs.numel(), dtype=logprobs.dtype).view_as(logprobs)
-    return (logprobs * slope).sum()
+    return (logprobs * slope.to(logprobs.device)).sum()
 
 
 def gradients(model: Any, logprobs: Tensor) -> dict[str, Tensor]:

@@ -272,7 +272,7 @@ def train(order: Mapping[str, Any], rank: int) -> None:
     engine = MortalEngine(
         at if kind.startswith("publish") else None,
         kind == "publish half",
-        order["max_head_lag"] > 0,
+        order["max_head_lag"] > 0 and order["on_overdue"] != "wait",  # each for the other
         in_process=order["in_process"],
         latency_s=0.06,
         chunks=4,
