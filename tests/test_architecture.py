@@ -109,7 +109,7 @@ TRANSFORMERS = {
 TORCHMETRICS = {"metrics"}
 TORCH = {
     *("objective", "batch", "engines", "weights", "forward", "metrics", "scoring", "testing"),
-    *("module", "policy", "ranks", "datamodule", "doctor", "echo", "export"),
+    *("module", "policy", "ranks", "datamodule", "doctor", "echo", "export", "trainer_checks"),
     *("adapters", "batch_advantages", "batch_loss", "checkpointing", "cores", "step_values"),
     *("dry_run", "optimizer", "packing", "passes", "rank_sums"),
     "rollout",  # its checkpoint, tensors only
