@@ -5,6 +5,8 @@ number of threads, in turns. ``generate`` gets all requests as one left-padded b
 the longest is done; only the tokens asked for count. The engine also returns log-probs.
 
     python recipes/benchmarks/embedded_vs_generate.py [--model PATH] [--threads 1] [--repeats 5]
+
+With ``--device cuda`` the model is in bfloat16, and of the size of SmolLM2-135M unless given.
 """
 
 from __future__ import annotations
@@ -13,16 +15,27 @@ import argparse
 import asyncio
 import statistics
 import time
+from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from sdp_lightning import testing
 from sdp_lightning.engines.base import GenerationRequest
 from sdp_lightning.engines.embedded import EmbeddedEngine
 from sdp_lightning.types import SamplingParams
 
+SMOLLM2: dict[str, Any] = {  # 135M
+    "vocab_size": 49_152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": True,
+}
 Shape = list[tuple[np.ndarray, int]]  # prompt and budget of each request
 
 
@@ -97,19 +110,25 @@ def main() -> None:
     parser.add_argument("--model", help="an id or a folder; the shipped tiny model by default")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    model = (
-        testing.tiny_model(hidden_size=128)
-        if arguments.model is None
-        else AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
-    )
+    on_cpu = arguments.device == "cpu"
+    if arguments.model is not None:
+        model: Any = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
+    elif on_cpu:
+        model = testing.tiny_model(hidden_size=128)
+    else:
+        model = LlamaForCausalLM(LlamaConfig(**SMOLLM2))
+    model = model.to(arguments.device, torch.float32 if on_cpu else torch.bfloat16)
     model.eval()
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    engine = EmbeddedEngine(model, device="cpu", num_threads=arguments.threads)
+    engine = EmbeddedEngine(model, device=arguments.device, num_threads=arguments.threads)
     engine.start()
     version = 0
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, fp32, CPU")
+    print(
+        f"{sum(p.numel() for p in model.parameters()):,} parameters, {model.dtype}, {model.device}"
+    )
     for shape_of in (arithmetic, mixed, equal):
         shape = shape_of(vocabulary)
         num_tokens = sum(budget for _, budget in shape)

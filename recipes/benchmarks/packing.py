@@ -3,6 +3,8 @@
 Log-probs forward and backward, over the micro-batches of each layout in turn, on one thread. Times
 are CPU seconds, the least of some rounds, as ratios to the padded layout; beside them the estimate
 by which ``layout="auto"`` chooses, and how much slower its choice is than the fastest.
+
+With ``--device cuda``: bfloat16, a wider model, longer rows, and seconds of the GPU.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import argparse
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +23,7 @@ from sdp_lightning.forward import attention_costs, sequence_logprobs
 from sdp_lightning.types import Context, Segment, Trajectory, TrajectoryGroup
 
 LAYOUTS: tuple[Layout, ...] = ("padded", "packed", "shared_prefix")
-MAX_TOKENS = 4096
+MAX_TOKENS = {"cpu": 4096, "cuda": 16_384}
 
 
 @dataclass(frozen=True)
@@ -43,15 +46,22 @@ class Shape:
         return collate(groups, version=0)
 
 
-# Hidden units (those of a 135M model in the second), layers, attention heads, key heads.
-MODELS = {"tiny": (128, 2, 4, 2), "wide": (576, 2, 9, 3)}
+# Hidden units (those of 135M and 1.5B models in the last two), layers, attention heads, key heads.
+MODELS = {"tiny": (128, 2, 4, 2), "wide": (576, 2, 9, 3), "large": (1536, 8, 12, 2)}
+ON = {"cpu": ("tiny", "wide"), "cuda": ("large",)}
 SHAPES = {
+    "large": (
+        Shape(16, 200, 20, 60),
+        Shape(8, 500, 100, 1000),
+        Shape(8, 100, 900, 1000),
+        Shape(2, 2000, 100, 2000),
+    ),
     "tiny": (Shape(16, 14, 4, 8), Shape(16, 2, 8, 8), Shape(8, 8, 4, 90), Shape(2, 100, 4, 100)),
     "wide": (Shape(8, 20, 4, 4), Shape(4, 60, 20, 60), Shape(2, 8, 10, 250), Shape(1, 8, 10, 700)),
 }
 
 
-def build(name: str) -> LlamaForCausalLM:
+def build(name: str, device: str) -> LlamaForCausalLM:
     hidden, layers, heads, keys = MODELS[name]
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -62,32 +72,44 @@ def build(name: str) -> LlamaForCausalLM:
         num_attention_heads=heads,
         num_key_value_heads=keys,
     )
-    return LlamaForCausalLM(config).train()
+    model: Any = LlamaForCausalLM(config).train()
+    return model if device == "cpu" else model.to(device, torch.bfloat16)
 
 
-def seconds(model: LlamaForCausalLM, batch: Batch, layout: Layout) -> float:
-    """Of CPU, for one pass over all micro-batches."""
-    pieces = batch.microbatches(MAX_TOKENS, layout, attention_costs(model))
-    parts = [batch.select(rows) for rows in pieces]
-    start = time.thread_time()
+def seconds(model: LlamaForCausalLM, batch: Batch, layout: Layout, max_tokens: int) -> float:
+    """Of the CPU or the GPU, for one pass over all micro-batches."""
+    pieces = batch.microbatches(max_tokens, layout, attention_costs(model))
+    parts = [batch.select(rows).to(model.device) for rows in pieces]
+    on_cpu = model.device.type == "cpu"
+    clock, wait = (
+        (time.thread_time, lambda: None) if on_cpu else (time.perf_counter, torch.cuda.synchronize)
+    )
+    wait()
+    start = clock()
     for part in parts:
         sequence_logprobs(model, part, layout=layout).logprobs.sum().backward()
-    return time.thread_time() - start
+    wait()
+    return clock() - start
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--device", choices=ON, default="cpu")
+    arguments = parser.parse_args()
+    rounds, device, most = arguments.rounds, arguments.device, MAX_TOKENS[arguments.device]
     torch.set_num_threads(1)
     print("model, groups x 8, prompt, answers: time and (estimate) over padded; slower than best")
-    for name in MODELS:
-        model = build(name)
+    for name in ON[device]:
+        model = build(name, device)
+        seconds(model, SHAPES[name][0].batch(), "padded", most)  # loads what it needs
         for shape in SHAPES[name]:
             batch, costs = shape.batch(), attention_costs(model)
-            runs = [{lay: seconds(model, batch, lay) for lay in LAYOUTS} for _ in range(rounds)]
+            runs = [
+                {lay: seconds(model, batch, lay, most) for lay in LAYOUTS} for _ in range(rounds)
+            ]
             took = {layout: min(run[layout] for run in runs) for layout in LAYOUTS}
-            estimate = {layout: batch.cost(MAX_TOKENS, layout, costs) for layout in LAYOUTS}
+            estimate = {layout: batch.cost(most, layout, costs) for layout in LAYOUTS}
             chosen = min(LAYOUTS, key=estimate.__getitem__)
             ratios = ", ".join(
                 f"{layout} {took[layout] / took['padded']:.2f} "
@@ -97,7 +119,7 @@ def main() -> None:
             slower = took[chosen] / min(took.values())
             print(
                 f"{name}, {shape.groups}, {shape.prompt}, {shape.shortest}-{shape.longest}: "
-                f"{ratios}; auto: {chosen}, {slower:.2f}x (padded {took['padded']:.2f} s)",
+                f"{ratios}; auto: {chosen}, {slower:.2f}x (padded {took['padded']:.3f} s)",
                 flush=True,
             )
 
