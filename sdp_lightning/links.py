@@ -5,15 +5,14 @@ Whoever waits does it in :func:`wait_for_any`, between two looks at whatever els
 
 from __future__ import annotations
 
-import contextlib
 import pickle
-import selectors
+import select
 import socket
 from collections.abc import Iterable
 from typing import Any
 
 _HEADER = 8  # bytes: the length of what follows
-_CHUNK = 2**20
+_CHUNK = 2**16
 
 
 class Link:
@@ -53,10 +52,8 @@ class Link:
     def push(self) -> None:
         """Send what fits now."""
         try:
-            while self.is_sending:
-                with memoryview(self._unsent) as unsent:
-                    count = self._connection.send(unsent[:_CHUNK])
-                del self._unsent[:count]
+            while self._unsent and not self.is_gone:
+                del self._unsent[: self._connection.send(self._unsent[:_CHUNK])]
         except BlockingIOError:
             return
         except OSError:
@@ -98,9 +95,8 @@ def pack(value: object) -> bytes:
 
 def wait_for_any(links: Iterable[Link], timeout_s: float) -> None:
     """Until one of them has something to read, or room for what it has to send."""
-    with selectors.DefaultSelector() as selector:
-        for link in links:
-            with contextlib.suppress(ValueError):  # closed here
-                writes = selectors.EVENT_WRITE if link.is_sending else 0
-                selector.register(link, selectors.EVENT_READ | writes)
-        selector.select(timeout_s)
+    poll = select.poll()  # a selector costs a third of a meeting
+    for link in links:
+        if link.fileno() >= 0:  # else closed here
+            poll.register(link, select.POLLIN | (select.POLLOUT if link.is_sending else 0))
+    poll.poll(1000 * timeout_s)

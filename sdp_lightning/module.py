@@ -251,8 +251,8 @@ class SegmentWisePPOModule(L.LightningModule):
     def _sums(self) -> RankSums:
         return RankSums(self.device, self.global_rank, self._num_ranks, self.ranks)
 
-    def over_ranks(self, *values: float) -> Tensor:
-        """[R, n] float64: the ``n`` values of each of R ranks. All must come."""
+    def over_ranks(self, *values: float) -> list[tuple[float, ...]]:
+        """The ``values`` of each rank, in order of rank. All must come."""
         return self._sums.table(*values)
 
     # Helpers -------------------------------------------------------------------------------------
@@ -285,9 +285,9 @@ class SegmentWisePPOModule(L.LightningModule):
         layout = self._passes.layout(batch)
         pieces = self._passes.cut(batch, layout)
         share = float(loss_denominator(batch.loss_mask, self.loss))
-        counts = self.over_ranks(share, batch.num_tokens, len(pieces))
-        denominator, num_tokens = counts[:, 0].sum().item(), counts[:, 1].sum().item()
-        pieces = fill_up(pieces, batch, int(counts[:, 2].max()))
+        every = self.over_ranks(share, batch.num_tokens, len(pieces))
+        denominator, num_tokens, _ = map(sum, zip(*every, strict=True))
+        pieces = fill_up(pieces, batch, int(max(number for *_, number in every)))
         before = self._metrics.weights
         total, kl = torch.zeros(2, dtype=torch.float32, device=self.device)
         for number, (part, _) in enumerate(pieces):

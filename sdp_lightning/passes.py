@@ -35,7 +35,7 @@ class Passes:
     Args:
         forward: the policy.
         update: micro-batches and layout.
-        over_ranks: [R, n] the ``n`` values that each of R ranks gives.
+        over_ranks: the values of each rank, given this one's.
         precision: the context in which passes without gradient run.
     """
 
@@ -44,7 +44,7 @@ class Passes:
         forward: LogprobForward,
         update: UpdateConfig,
         *,
-        over_ranks: Callable[..., Tensor],
+        over_ranks: Callable[..., list[tuple[float, ...]]],
         precision: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         self._forward, self._update = forward, update
@@ -124,7 +124,8 @@ class Passes:
         with torch.no_grad(), self._precision():
             pieces = self.cut(batch, layout)
             if is_sharded(self._forward):
-                pieces = fill_up(pieces, batch, int(self._over_ranks(len(pieces)).max()))
+                (most,) = max(self._over_ranks(len(pieces)))
+                pieces = fill_up(pieces, batch, int(most))
             for part, rows in pieces:
                 logprobs = self(part, layout).logprobs.float()
                 out[rows] = torch.where(part.loss_mask, logprobs, out[rows])

@@ -34,17 +34,17 @@ class RankSums:
             distributed.all_reduce(tensor)
         return tensor
 
-    def table(self, *values: float) -> Tensor:
-        """[R, n] float64 on the CPU: the ``n`` values of each of R ranks."""
+    def table(self, *values: float) -> list[tuple[float, ...]]:
+        """The ``values`` of each rank, in order of rank."""
         if self.ranks.size == self.size:
-            return torch.tensor(self.ranks.gather("counting", values), dtype=torch.float64)
+            return self.ranks.gather("counting", values)
         table = torch.zeros(self.size, len(values), dtype=torch.float64)
         table[self.rank] = torch.tensor(values, dtype=torch.float64)
-        return self.add_up(table.to(self.device)).cpu()
+        return [tuple(row) for row in self.add_up(table.to(self.device)).tolist()]
 
     def concatenate(self, values: Tensor) -> Tensor:
         """[N] the values [n] of every rank, one after another."""
-        sizes: list[int] = self.table(values.numel())[:, 0].long().tolist()
+        sizes = [int(size) for (size,) in self.table(values.numel())]
         start = sum(sizes[: self.rank])
         result = values.new_zeros(sum(sizes))
         result[start : start + values.numel()] = values

@@ -48,7 +48,7 @@ class Ranks:
     ) -> None:
         self.rank, self.size = rank, size
         self._timeout_s, self._interrupted = timeout_s, interrupted
-        self._links = {rank: Link(end) for rank, end in (links or {}).items()}
+        self._links = {rank: Link(end) for rank, end in sorted((links or {}).items())}
         self._lifeline: Lifeline | None = None
         self._number, self._latest = 0, "nothing yet"  # of meetings
         self._inbox: dict[tuple[int, int], tuple[str, Any]] = {}  # by rank and meeting
@@ -158,7 +158,7 @@ class Ranks:
         limit_s = self._timeout_s if timeout_s is None else timeout_s
         if self.rank > 0:  # it waits longer than rank 0, whose error names the one that is missing
             self._send(what, value)
-            error, reply = self._receive(what, limit_s + _AFTER_S)[0]
+            [(error, reply)] = self._receive(what, limit_s + _AFTER_S)
             if error:
                 raise RankError(error)
         else:
@@ -174,18 +174,19 @@ class Ranks:
 
     def _receive_all(self, what: str, value: T, limit_s: float) -> list[T]:
         """What all ranks brought to this meeting, rank 0's ``value`` first."""
-        brought = {0: (what, value)} | self._receive(what, limit_s)
-        for rank, (place, _) in sorted(brought.items()):
+        values = [value]
+        for rank, (place, brought) in enumerate(self._receive(what, limit_s), 1):
             if place != what:
                 raise RankError(f"rank {rank} is at {place!r} while rank 0 is at {what!r}.")
-        return [value for _, (_, value) in sorted(brought.items())]
+            values.append(brought)
+        return values
 
     def _send(self, text: str, value: object) -> None:
         data = pack((self._number, text, value))
         for link in self._links.values():
             link.send(data)
 
-    def _receive(self, what: str, limit_s: float) -> dict[int, tuple[str, Any]]:
+    def _receive(self, what: str, limit_s: float) -> list[tuple[str, Any]]:
         """What the other ends say at this meeting; what came too late for an earlier one goes."""
 
         def has_come(rank: int) -> bool:
@@ -195,7 +196,7 @@ class Ranks:
             return (rank, self._number) in self._inbox
 
         self._await(has_come, what, limit_s)
-        return {rank: self._inbox.pop((rank, self._number)) for rank in self._links}
+        return [self._inbox.pop((rank, self._number)) for rank in self._links]
 
     def _await(self, is_done: Callable[[int], bool], what: str, limit_s: float) -> None:
         """Until it ``is_done`` with every rank at the other ends."""

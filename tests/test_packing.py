@@ -147,7 +147,7 @@ def test_a_model_that_computes_with_its_mask_is_stopped() -> None:
 
 def passes_of(model: Any, layout: Any) -> Passes:
     update = UpdateConfig(layout=layout)
-    return Passes(LogprobForward(model), update, over_ranks=lambda *_: torch.ones(1, 1))
+    return Passes(LogprobForward(model), update, over_ranks=lambda *_: [(1,)])
 
 
 def uneven() -> Batch:
