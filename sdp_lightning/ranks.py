@@ -195,6 +195,7 @@ class Ranks:
                     self._inbox[rank, number] = text, value
             return (rank, self._number) in self._inbox
 
+        wait_for_any(self._links.values(), _LOOK_S)  # to look at once is mostly in vain
         self._await(has_come, what, limit_s)
         return [self._inbox.pop((rank, self._number)) for rank in self._links]
 

@@ -23,7 +23,7 @@ import tempfile
 import time
 import traceback
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -38,6 +38,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from serving import QUICK
 from stepping import Batches, make_trajectories
+from torch import distributed
 from torch.distributed.tensor import DTensor
 
 import sdp_lightning as sdp
@@ -49,6 +50,7 @@ from sdp_lightning.engines.base import GenerationRequest, NamedWeights, PublishR
 from sdp_lightning.engines.connect import connect_engine
 from sdp_lightning.errors import EngineError
 from sdp_lightning.lifeline import Lifeline
+from sdp_lightning.ranks import Ranks
 from sdp_lightning.summary import RunSummary
 from sdp_lightning.testing import FakeEngine
 from sdp_lightning.types import Trajectory
@@ -93,6 +95,38 @@ class Metrics(Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         self.steps.append({k: float(v) for k, v in trainer.callback_metrics.items()})
+
+
+class Collectives(Callback):
+    """What every step asks of the other ranks, from the end of the one before. Goes last.
+
+    Meetings by their first word, and collectives that Python asks torch.distributed for: no
+    gradients, and no shards of weights.
+    """
+
+    NAMES = ("all_reduce", "all_gather", "all_gather_object", "broadcast", "barrier")
+
+    def __init__(self) -> None:
+        self.steps: list[list[str]] = []
+        self._found: list[str] = []
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._watch(Ranks, "_meet", lambda args: args[1].split()[0])
+        for name in self.NAMES:
+            self._watch(distributed, name, lambda _, name=name: name)
+
+    def _watch(self, owner: Any, name: str, word: Callable[[Sequence[Any]], str]) -> None:
+        function = getattr(owner, name)
+
+        def call(*args: Any, **settings: Any) -> Any:
+            self._found.append(word(args))
+            return function(*args, **settings)
+
+        setattr(owner, name, call)  # for the rest of the process: later cases have their own
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        self.steps.append(self._found.copy())
+        self._found.clear()
 
 
 # Recorded groups ----------------------------------------------------------------------------------
@@ -369,7 +403,7 @@ def rollouts(
         optimizer=sdp.OptimizerConfig(lr=1e-3),
         update=sdp.UpdateConfig(num_minibatches=minibatches, max_tokens_per_microbatch=30),
     )
-    seen, metrics = Steps(), Metrics()
+    seen, metrics, collectives = Steps(), Metrics(), Collectives()
     saver = ModelCheckpoint(save_in, "{step}", every_n_train_steps=1, save_top_k=-1)
     page = tempfile.mkdtemp(dir=Path(place.folder).parent)
     trainer = make_trainer(
@@ -377,6 +411,7 @@ def rollouts(
         Troublemaker(place, what, servers),
         seen,
         metrics,
+        collectives,
         *([RunSummary()] if summary else []),
         *([saver] if save_in else []),
         default_root_dir=page,
@@ -394,6 +429,7 @@ def rollouts(
         "weights": weights,
         "digest": hashlib.sha256(b"".join(w.numpy().tobytes() for w in weights.values())).digest(),
         "metrics": metrics.steps,
+        "collectives": collectives.steps,
         "rows": seen.rows,
         "lags": seen.lags,
         "versions": seen.versions,
