@@ -106,16 +106,21 @@ def main() -> None:
             enable_model_summary=False,
         )
         trainer.fit(sdp.SegmentWisePPOModule(folder), data)
+    steps = NUM_STEPS - WARM_UP
+    shares = {
+        name: len(times) / steps * statistics.median(times) / STEP_S
+        for name, times in spent.items()
+    }
+    every: list[Any] = [None] * trainer.world_size
+    distributed.all_gather_object(every, shares)
     if trainer.is_global_zero:
-        steps = NUM_STEPS - WARM_UP
-        total = 0.0
         for name, times in spent.items():
             number, each_s = len(times) / steps, statistics.median(times)
-            share = number * each_s / STEP_S
-            total += 0.0 if name in METRICS else share
-            print(f"{name}: {number:.0f} a step of {1000 * each_s:.2f} ms, {share:.2%} of it")
+            print(f"{name}: {number:.0f} a step of {1000 * each_s:.2f} ms on rank 0")
+        totals = [sum(v for name, v in one.items() if name not in METRICS) for one in every]
+        each = ", ".join(f"rank {rank} {total:.2%}" for rank, total in enumerate(totals))
         metrics = ", ".join(METRICS)
-        print(f"agreement and ledger: {total:.2%} of {1000 * STEP_S:.0f} ms (without {metrics})")
+        print(f"agreement and ledger: {each} of {1000 * STEP_S:.0f} ms (without {metrics})")
         print(f"beside {sum(waited) / steps * 1000:.1f} ms of waiting for the other rank's work")
 
 
