@@ -19,6 +19,7 @@ from transformers import (
 from sdp_lightning.cli import main
 from sdp_lightning.dry_run import shrink
 from sdp_lightning.errors import ConfigError
+from sdp_lightning.loading import load_object
 from sdp_lightning.testing import tiny_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -63,6 +64,8 @@ def test_a_recipe_runs_dry_and_leaves_nothing(
 ) -> None:
     (tmp_path / "recipes").symlink_to(ROOT / "recipes", target_is_directory=True)
     monkeypatch.chdir(tmp_path)
+    load_object("recipes/tiny_cpu/model.py:model_path")()  # which is said, once
+    capsys.readouterr()
     assert main(["fit", "--config=recipes/tiny_cpu/config.yaml", "--dry-run"]) == 0
     out = capsys.readouterr().out.strip()
     assert "\n" not in out

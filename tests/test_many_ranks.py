@@ -426,7 +426,7 @@ def test_launched_servers_are_started_once_and_ended(launcher: Launcher, tmp_pat
     fake = str(Path(__file__).with_name("fake_vllm.py"))
     script.write_text(LAUNCHED.format(python=sys.executable, log=str(log), fake=fake))
     script.chmod(0o755)
-    url = f"vllm://launch?python={script}&log_folder={tmp_path}&replicas=2"
+    url = f"vllm://launch?python={script}&log_folder={tmp_path}&replicas=2&devices=cpu"
     ranks = launcher.run(2, {"it": {"kind": "rollouts", "steps": 2, "launch": url}})
     pids = [int(pid) for pid in log.read_text().split()]
     assert len(pids) == 2

@@ -461,6 +461,6 @@ def test_a_data_module_on_several_hosts_starts_no_servers(
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")  # which Lightning does not look at with one device
     trainer = make_trainer(sdp.WeightSyncCallback(), max_steps=1)
-    data = make_data(engine="vllm://launch")
+    data = make_data(engine="vllm://launch?devices=cpu")
     with pytest.raises(ConfigError, match=r"1 of 2 ranks are here.*vllm serve"):
         trainer.fit(make_module(model_folder), data)

@@ -200,7 +200,7 @@ class ServerConfig:
         most = max(held.values()) if held else self.replicas
         if share is None and (devices is None or most > 1):
             raise ConfigError(
-                f"{self.replicas} vLLM servers on devices {devices} share a GPU with one "
+                f"{self.replicas} vLLM servers on {devices or 'all devices'} share a GPU with one "
                 "another or with the trainer: say how much of its memory each may take with "
                 "gpu_memory_utilization, or give them devices of their own."
             )
