@@ -23,7 +23,7 @@ from sdp_lightning.engines.base import NamedWeights, PublishReport
 from sdp_lightning.engines.embedded import EmbeddedEngine
 from sdp_lightning.testing import FakeEngine
 
-DEADLINE_S = 90
+DEADLINE_S = 200
 
 
 @pytest.fixture(autouse=True)
@@ -210,8 +210,8 @@ def test_an_error_while_validating_names_the_row(model_folder: str) -> None:
 @pytest.mark.fault("hang", "generate")
 def test_a_batch_that_never_comes_is_a_timeout_that_says_why(model_folder: str) -> None:
     engine = FakeEngine(manual=True)
-    data = make_data(engine=engine, timeout_s=0.3)
-    with pytest.raises(sdp.RolloutTimeout, match=r"waited 0.3 s for 2 groups: 0 are ready, 6 run"):
+    data = make_data(engine=engine, timeout_s=1.5)
+    with pytest.raises(sdp.RolloutTimeout, match=r"waited 1.5 s for 2 groups: 0 are ready, 6 run"):
         fit(model_folder, data)
     assert_closed(data, engine)
 
@@ -302,7 +302,6 @@ def ended(
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     running: dict[tuple[str, bool], subprocess.Popen[str]] = {}
     folders = {case: tmp_path_factory.mktemp("saved") for case in CASES}
-    shared = set(os.listdir("/dev/shm"))
     for name, waiting in CASES:
         script = SCRIPT.format(
             tests=str(Path(__file__).parent),
@@ -331,7 +330,9 @@ def ended(
             found[key] = Ended(process.returncode, stdout, stderr, [*folders[key].iterdir()])
             with pytest.raises(ProcessLookupError):  # no child is left in its session
                 os.killpg(process.pid, 0)
-        assert set(os.listdir("/dev/shm")) <= shared
+        numbers = [str(process.pid) for process in running.values()]
+        shared = os.listdir("/dev/shm")
+        assert not [name for name in shared if any(number in name for number in numbers)]
     finally:
         for process in running.values():
             process.kill()
