@@ -15,8 +15,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # under nohup, or in a sc
 
 torch.set_num_threads(1)
 
-# Many cases, or much that is not the package: to trace their lines takes as long as to run them. All
-# that they reach in the package is also reached by tests that are measured.
+# Many cases, or much that is not the package: to trace their lines takes as long as to run them.
+# What they reach in the package is also reached by tests that are measured.
 UNMEASURED = {
     "test_architecture.py",
     "test_estimators.py",
