@@ -99,12 +99,29 @@ class RolloutCLI(LightningCLI):
     A config without a ``WeightSyncCallback`` gets one: without it nothing would ever be sampled.
     """
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """Those of Lightning, with ``rollout`` for ``predict``."""
-        commands = LightningCLI.subcommands()
-        del commands["predict"]
-        return commands | {"rollout": {"model", "datamodule"}}
+    def __init__(self, arguments: Sequence[str]) -> None:
+        self._command = arguments[0]
+        super().__init__(
+            SegmentWisePPOModule,
+            RolloutDataModule,
+            trainer_class=RolloutTrainer,
+            args=list(arguments),
+            trainer_defaults=TRAINER_DEFAULTS,
+            seed_everything_default=0,
+            save_config_kwargs={"overwrite": True},
+            parser_kwargs={"allow_abbrev": False},
+            parser_class=OneLineParser,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+        )
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """The one that is asked for: a parser for each would take as long again, and again.
+
+        Those of Lightning, with ``rollout`` for ``predict``.
+        """
+        commands = LightningCLI.subcommands() | {"rollout": {"model", "datamodule"}}
+        return {self._command: commands[self._command]}
 
     def parse_arguments(self, parser: Any, args: Any) -> None:
         """The base class warns if ``sys.argv`` has arguments too; here they are always passed."""
@@ -157,16 +174,4 @@ def run(arguments: Sequence[str], kind: type[RolloutCLI] = RolloutCLI) -> Rollou
     Raises:
         SystemExit: if they cannot be parsed, or asked for help.
     """
-    return kind(
-        SegmentWisePPOModule,
-        RolloutDataModule,
-        trainer_class=RolloutTrainer,
-        args=list(arguments),
-        trainer_defaults=TRAINER_DEFAULTS,
-        seed_everything_default=0,
-        save_config_kwargs={"overwrite": True},
-        parser_kwargs={"allow_abbrev": False},
-        parser_class=OneLineParser,
-        auto_configure_optimizers=False,
-        load_from_checkpoint_support=False,
-    )
+    return kind(arguments)

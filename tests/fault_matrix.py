@@ -32,6 +32,7 @@ PHASES = {
     "resume": "reading one, and repeating what was under way",
     "teardown": "closing executor, engine, servers and reward workers",
 }
+QUICKLY = ["--collect-only", "-qq", "-p", "no:cacheprovider", "--assert=plain", "-o", "addopts="]
 APART = ("slow", "vllm", "gpu")  # not among the tests that `make test` runs
 
 Cell = tuple[str, str]  # kind, phase
@@ -164,9 +165,7 @@ def collect() -> list[Shown]:
     )
     collector = Collector()
     with contextlib.redirect_stdout(sys.stderr):
-        code = pytest.main(
-            ["--collect-only", "-qq", "-p", "no:cacheprovider", *files], plugins=[collector]
-        )
+        code = pytest.main([*QUICKLY, *files], plugins=[collector])
     if code != 0:
         raise SystemExit(int(code))
     return sorted(set(collector.shown), key=lambda one: (*one.cell, one.file, one.name))

@@ -288,7 +288,7 @@ def train(order: Mapping[str, Any], rank: int) -> None:
             shuffle=False,
             num_epochs=1,
             max_failures=NUM_ROWS,
-            timeout_s=30,
+            timeout_s=90,
             drain_s=0.2,  # for requests that pass the gate and meet a paused engine
         ),
     )

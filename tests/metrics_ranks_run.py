@@ -1,12 +1,13 @@
-"""One rank of a gloo group: adds its rows to ``LagMetrics``, reduces, writes what it computes.
+"""Ranks of a gloo group: each adds its rows to ``LagMetrics``, reduces, writes what it computes.
 
-Arguments: rank, number of ranks, a file to meet over, the file to write. Rank r has every row i of
-each step with i % ranks == r, one micro-batch a row.
+Arguments: the number of ranks, and a folder to meet and to write in. Rank r has every row i of each
+step with i % ranks == r, one micro-batch a row. Ranks are forked, before any tensor operation.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -31,8 +32,9 @@ def rows_of(rank: int, size: int, step: Step) -> list[Step]:
     return [step.select([row]) for row in range(rank, len(step.batch), size)]
 
 
-def main(rank: int, size: int, meet: str, out: Path) -> None:
-    distributed.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=size)
+def be_rank(rank: int, size: int, folder: Path) -> None:
+    meet = f"file://{folder / 'meet'}"
+    distributed.init_process_group("gloo", init_method=meet, rank=rank, world_size=size)
     sums = RankSums(torch.device("cpu"), rank, size)
     pooled, synced, calls = LagMetrics(sync_on_compute=False), LagMetrics(), [0]
     for step in make_steps():
@@ -57,10 +59,21 @@ def main(rank: int, size: int, meet: str, out: Path) -> None:
         "all_reduces": calls[0],
         "effective share": float(share),
     }
-    out.write_text(json.dumps(result))
+    (folder / f"{rank}.json").write_text(json.dumps(result))
     distributed.destroy_process_group()
 
 
-if __name__ == "__main__":
+def main(size: int, folder: Path) -> None:
     torch.set_num_threads(1)
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4]))
+    forked: list[int] = []
+    for rank in range(1, size):
+        if (pid := os.fork()) == 0:
+            be_rank(rank, size, folder)
+            return
+        forked.append(pid)
+    be_rank(0, size, folder)
+    assert all(os.waitpid(pid, 0)[1] == 0 for pid in forked)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]))

@@ -27,6 +27,7 @@ from sdp_lightning.testing import tiny_model, tiny_tokenizer
 from sdp_lightning.workflows.base import RolloutSession, Row
 
 DEADLINE_S = 120.0
+SAMPLING_S = 400.0  # for 40,000 tokens, half a minute's work of quiet cores
 BESIDE = Path(__file__).parents[1] / ".venv-vllm" / "bin" / "python"
 PYTHON = Path(os.environ.get("SDP_VLLM_PYTHON", BESIDE))
 TOLERANCE = 1e-4  # nats, between vLLM's float32 and transformers'
@@ -157,6 +158,7 @@ def generate_across(
         batch_size=num_requests,
         max_head_lag=len(updates) - 1,
         max_concurrent=num_requests,
+        drain_s=DEADLINE_S,
     )
     try:
         executor.publish(updates[0], 0, reset=True)
@@ -164,7 +166,7 @@ def generate_across(
         for version in range(1, len(updates)):
             wait_until_sampling(server_url, num_requests)
             executor.publish(updates[version], version)
-        wait_until(executor, lambda: executor.stat.running == 0)
+        wait_until(executor, lambda: executor.stat.running == 0, within_s=SAMPLING_S)
         live = executor.registry.snapshot()
         assert_conserved(executor)
         stat = executor.stat
@@ -214,15 +216,16 @@ def num_sampled(url: str) -> float:
 
 
 def wait_until_sampling(url: str, num_requests: int, *, num_tokens: int = 1) -> None:
-    """Until half of ``num_requests`` run, and ``num_tokens`` times as many have been sampled."""
+    """Until half of ``num_requests`` run, and ``num_tokens`` times as many are sampled then."""
     names = "vllm:num_requests_running", "vllm:generation_tokens_total"
-    enough = num_sampled(url) + num_requests * num_tokens
 
-    def is_sampling() -> bool:
+    def are_running(enough: float = 0.0) -> bool:
         running, sampled = read_metrics(url, *names)
         return running >= num_requests // 2 and sampled >= enough
 
-    wait_for(is_sampling, "half of the requests sampling")
+    wait_for(are_running, "half of the requests running")
+    enough = num_sampled(url) + num_requests * num_tokens  # by those that run now, not by the first
+    wait_for(lambda: are_running(enough), "half of the requests sampling")
 
 
 def wait_for(condition: Callable[[], bool], what: str = "it") -> None:

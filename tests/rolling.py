@@ -145,10 +145,12 @@ def rolling(
     assert "sdp-rollout" not in left and "sdp-evaluation" not in left
 
 
-def wait_until(executor: WorkflowExecutor, condition: Callable[[], bool]) -> None:
+def wait_until(
+    executor: WorkflowExecutor, condition: Callable[[], bool], *, within_s: float = DEADLINE_S
+) -> None:
     changed = executor.registry.changed
     with changed:
-        assert changed.wait_for(condition, DEADLINE_S), f"never came true; {executor.stat}"
+        assert changed.wait_for(condition, within_s), f"never came true; {executor.stat}"
 
 
 def assert_conserved(executor: WorkflowExecutor) -> None:

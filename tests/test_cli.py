@@ -74,7 +74,7 @@ def test_a_quick_command_imports_neither_lightning_nor_transformers(argument: st
         "assert not heavy, heavy\n"
     )
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, timeout=100
+        [sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, timeout=200
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout

@@ -223,7 +223,7 @@ def test_one_that_hangs_is_left_at_the_deadline() -> None:
             command=[sys.executable, "-c", "import time; time.sleep(60)"],
             deadline_s=0.5,
         )
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 50
 
 
 def test_the_report_asks_the_nvidia_smi_of_this_machine(

@@ -138,7 +138,7 @@ def test_the_command_runs_in_a_process_of_its_own_without_lightning(
     )
     command = [sys.executable, "-W", "error", "-c", script, "export", str(trained)]
     arguments = [str(tmp_path / "out"), "--model", model_folder, "--dtype", "bfloat16"]
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=100)
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=200)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith(f"wrote {tmp_path / 'out'}: 20 weights, 0.0 MB")
     state = torch.load(trained, weights_only=True)["state_dict"]
@@ -197,7 +197,7 @@ def train_sharded(base: str, place: Path) -> Path:
     script, out = place / "train.py", place / "shards"
     script.write_text(TRAIN_SHARDED)
     command = [sys.executable, str(script), base, str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=place)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=place)
     assert done.returncode == 0, done.stderr
     assert len(list(out.glob("*.distcp"))) == 2
     return out
@@ -322,7 +322,7 @@ def test_an_export_that_is_killed_leaves_the_folder_as_it_was(
     before = content(old)
     command = [sys.executable, "-c", script, "export", str(trained), str(old)]
     arguments = ["--model", model_folder, "--overwrite"]
-    done = subprocess.run([*command, *arguments], capture_output=True, timeout=100)
+    done = subprocess.run([*command, *arguments], capture_output=True, timeout=200)
     assert done.returncode == -9
     assert list(tmp_path.glob(".old.*.part/*.safetensors"))
     assert content(old) == before

@@ -148,7 +148,7 @@ def test_of_two_processes_one_builds_and_both_find_the_folder_complete(cache: Pa
         subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
         for _ in range(2)
     ]
-    outputs = [process.communicate(timeout=60)[0] for process in processes]
+    outputs = [process.communicate(timeout=200)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
     assert sorted(outputs) == ["", "built\n"]
 

@@ -29,7 +29,7 @@ from sdp_lightning.batch import Layout, collate
 from sdp_lightning.forward import sequence_logprobs
 
 STRATEGIES = ("ddp", "fsdp")
-LIMIT_S = 100.0
+LIMIT_S = 200.0
 Results = list[dict[str, Any]]
 
 
@@ -519,7 +519,7 @@ def test_no_process_is_left_of_ranks_that_lightning_started(
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
-    words, _ = first.communicate(timeout=100.0)  # to the end of all that hold its output
+    words, _ = first.communicate(timeout=200.0)  # to the end of all that hold its output
     assert first.returncode not in (0, None)
     assert others in words
     assert not running_in_group(first.pid)

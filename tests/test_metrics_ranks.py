@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +21,21 @@ LIMIT_S = 240.0
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
-    script, meet = Path(__file__).with_name("metrics_ranks_run.py"), folder / "meet"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(rank), "2", str(meet), str(folder / f"{rank}.json")],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
+    script = Path(__file__).with_name("metrics_ranks_run.py")
+    process = subprocess.Popen(
+        [sys.executable, str(script), "2", str(folder)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     try:
-        for process in processes:
-            _, errors = process.communicate(timeout=LIMIT_S)
-            assert process.returncode == 0, errors
+        _, errors = process.communicate(timeout=LIMIT_S)
+        assert process.returncode == 0, errors
     finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 

@@ -24,7 +24,7 @@ from sdp_lightning.errors import ConfigError, RankError
 from sdp_lightning.lifeline import Lifeline, Listener, RankFailure, connect
 from sdp_lightning.ranks import Ranks, require_one_host
 
-DEADLINE_S = 30.0
+DEADLINE_S = 60.0
 
 
 class World:
@@ -198,7 +198,7 @@ def test_a_deadline_names_the_late_rank_what_was_awaited_and_what_was_done_last(
 
     start = time.monotonic()
     found = world.run(work)
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < DEADLINE_S / 2
     in_time = [result for rank, result in enumerate(found) if rank != late]
     assert all(isinstance(error, RankError) for error in in_time), found
     assert any(
@@ -257,7 +257,7 @@ def test_a_failure_ends_the_wait_of_all_others_with_its_error(
 
     start = time.monotonic()
     found = make_world(3).run(work)
-    assert time.monotonic() - start < 5.0
+    assert time.monotonic() - start < DEADLINE_S / 2
     for rank in {0, 1, 2} - {failing}:
         assert isinstance(found[rank], RankError)
         assert str(found[rank]).startswith(f"rank {failing} failed: ValueError: no such letter")

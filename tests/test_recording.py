@@ -73,7 +73,7 @@ def test_what_a_killed_run_leaves_is_readable(tmp_path: Path) -> None:
         "write(folder, range(6))\n"
     )
     command = [sys.executable, "-c", script, str(tmp_path)]
-    done = subprocess.run(command, cwd=Path(__file__).parent, timeout=100, capture_output=True)
+    done = subprocess.run(command, cwd=Path(__file__).parent, timeout=200, capture_output=True)
     assert done.returncode == -9, done.stderr
     assert [path.name[0] for path in sorted(tmp_path.iterdir())].count(".") == 1
     assert sdp.Recording(tmp_path).versions == [0, 1, 2, 3]
@@ -230,7 +230,7 @@ def test_the_package_needs_no_pyarrow_until_something_is_recorded() -> None:
         "import sdp_lightning.recording\n"
         "assert not {'lightning', 'torch'} & set(sys.modules)\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], timeout=100, capture_output=True)
+    done = subprocess.run([sys.executable, "-c", script], timeout=200, capture_output=True)
     assert done.returncode == 0, done.stderr
 
 

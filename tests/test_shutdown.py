@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,6 +14,7 @@ import lightning as L
 import pytest
 import torch
 from fitting import executor_of, make_data, make_module, make_rows, make_trainer, make_workflow
+from forking import Ended, forked
 from lightning.pytorch.callbacks import Callback
 
 import sdp_lightning as sdp
@@ -23,7 +22,7 @@ from sdp_lightning.engines.base import NamedWeights, PublishReport
 from sdp_lightning.engines.embedded import EmbeddedEngine
 from sdp_lightning.testing import FakeEngine
 
-DEADLINE_S = 90
+DEADLINE_S = 200
 
 
 @pytest.fixture(autouse=True)
@@ -210,8 +209,8 @@ def test_an_error_while_validating_names_the_row(model_folder: str) -> None:
 @pytest.mark.fault("hang", "generate")
 def test_a_batch_that_never_comes_is_a_timeout_that_says_why(model_folder: str) -> None:
     engine = FakeEngine(manual=True)
-    data = make_data(engine=engine, timeout_s=0.3)
-    with pytest.raises(sdp.RolloutTimeout, match=r"waited 0.3 s for 2 groups: 0 are ready, 6 run"):
+    data = make_data(engine=engine, timeout_s=1.5)
+    with pytest.raises(sdp.RolloutTimeout, match=r"waited 1.5 s for 2 groups: 0 are ready, 6 run"):
         fit(model_folder, data)
     assert_closed(data, engine)
 
@@ -283,79 +282,62 @@ print("ENDED", flush=True)
 """
 
 
+CASES = [f"{name} {where}" for name in ("SIGINT", "SIGTERM") for where in ("training", "waiting")]
+
+
 @dataclass(frozen=True)
-class Ended:
-    returncode: int
-    stdout: str
-    stderr: str
+class Stopped(Ended):
     saved: list[Path]
 
 
-CASES = [(name, waiting) for name in ("SIGINT", "SIGTERM") for waiting in (False, True)]
-
-
 @pytest.fixture(scope="module")
-def ended(
-    model_folder: str, tmp_path_factory: pytest.TempPathFactory
-) -> dict[tuple[str, bool], Ended]:
+def stopped(model_folder: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Stopped]:
     """Four runs at once, each sent its signal once it has printed its mark."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    running: dict[tuple[str, bool], subprocess.Popen[str]] = {}
     folders = {case: tmp_path_factory.mktemp("saved") for case in CASES}
-    shared = set(os.listdir("/dev/shm"))
-    for name, waiting in CASES:
-        script = SCRIPT.format(
+    scripts = {
+        case: SCRIPT.format(
             tests=str(Path(__file__).parent),
             folder=model_folder,
-            waiting=waiting,
-            saved=str(folders[name, waiting]),
+            waiting=case.endswith("waiting"),
+            saved=str(folders[case]),
         )
-        running[name, waiting] = subprocess.Popen(
-            [sys.executable, "-c", script],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment,
-            start_new_session=True,
-        )
-    found: dict[tuple[str, bool], Ended] = {}
-    try:
-        for (name, _), process in running.items():
-            assert process.stdout is not None
-            for line in process.stdout:
+        for case in CASES
+    }
+    with forked(scripts, tmp_path_factory.mktemp("errors")) as forks:
+        for case, run in forks.running.items():
+            for line in run.stdout:
                 if line.startswith("MARK"):
-                    process.send_signal(signal.Signals[name])
+                    os.kill(run.pid, signal.Signals[case.split()[0]])
                     break
-        for key, process in running.items():
-            stdout, stderr = process.communicate(timeout=DEADLINE_S)
-            found[key] = Ended(process.returncode, stdout, stderr, [*folders[key].iterdir()])
-            with pytest.raises(ProcessLookupError):  # no child is left in its session
-                os.killpg(process.pid, 0)
-        assert set(os.listdir("/dev/shm")) <= shared
-    finally:
-        for process in running.values():
-            process.kill()
-    return found
+        ended = forks.wait(DEADLINE_S)
+        numbers = [run.pid for run in forks.running.values()]
+    for number in numbers:
+        with pytest.raises(ProcessLookupError):  # no child is left in its session
+            os.killpg(number, 0)
+    shared = os.listdir("/dev/shm")
+    assert not [name for name in shared if any(str(number) in name for number in numbers)]
+    return {
+        case: Stopped(one.returncode, one.stdout, one.stderr, [*folders[case].iterdir()])
+        for case, one in ended.items()
+    }
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CASES)
 def test_a_signal_leaves_one_whole_checkpoint_and_says_where(
-    ended: dict[tuple[str, bool], Ended], case: tuple[str, bool]
+    stopped: dict[str, Stopped], case: str
 ) -> None:
-    (path,) = ended[case].saved
-    assert f"go on with ckpt_path='{path}'" in ended[case].stderr
+    (path,) = stopped[case].saved
+    assert f"go on with ckpt_path='{path}'" in stopped[case].stderr
     state = torch.load(path, weights_only=True)
     version = state["callbacks"]["WeightSyncCallback"]["version"]
     assert version == state["global_step"]
-    assert version >= (2 if case[1] else 3)
+    assert version >= (2 if case.endswith("waiting") else 3)
     assert path.name == f"last-stopped-step={version}.ckpt"
 
 
-@pytest.mark.parametrize("waiting", [False, True], ids=["training", "waiting"])
-def test_ctrl_c_ends_a_run_without_a_traceback(
-    ended: dict[tuple[str, bool], Ended], waiting: bool
-) -> None:
-    result = ended["SIGINT", waiting]
+@pytest.mark.parametrize("where", ["training", "waiting"])
+def test_ctrl_c_ends_a_run_without_a_traceback(stopped: dict[str, Stopped], where: str) -> None:
+    result = stopped[f"SIGINT {where}"]
     assert result.returncode == 1, result.stderr
     assert "ENDED" not in result.stdout
     assert "Detected KeyboardInterrupt" in result.stderr
@@ -363,11 +345,11 @@ def test_ctrl_c_ends_a_run_without_a_traceback(
     assert "Warning" not in result.stderr
 
 
-@pytest.mark.parametrize("waiting", [False, True], ids=["training", "waiting"])
+@pytest.mark.parametrize("where", ["training", "waiting"])
 def test_sigterm_ends_a_run_and_is_not_reported_as_success(
-    ended: dict[tuple[str, bool], Ended], waiting: bool
+    stopped: dict[str, Stopped], where: str
 ) -> None:
-    result = ended["SIGTERM", waiting]
+    result = stopped[f"SIGTERM {where}"]
     assert result.returncode == 128 + signal.SIGTERM, result.stderr
     assert "ENDED" not in result.stdout
     assert "Received SIGTERM" in result.stderr

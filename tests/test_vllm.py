@@ -80,7 +80,7 @@ def test_fit_through_a_server_trains_on_exactly_what_was_sampled(
         make_workflow(max_new_tokens=24),
         engine=engine_url(server_url),
         engine_options={"on_update": on_update},
-        rollout=sdp.RolloutConfig(batch_size=4, max_head_lag=max_head_lag, timeout_s=60.0),
+        rollout=sdp.RolloutConfig(batch_size=4, max_head_lag=max_head_lag, timeout_s=240.0),
     )
     recorder = Recorder()
     trainer = make_trainer(sdp.WeightSyncCallback(), recorder, max_steps=6)

@@ -202,7 +202,7 @@ def test_a_server_that_freezes_is_left_and_serves_the_present_version_when_it_th
         frozen_at = time.monotonic()
         run.wait_until_one_serves()
         allowed_s = OPTIONS.health_interval_s + OPTIONS.health_timeout_s
-        assert time.monotonic() - frozen_at < allowed_s + 5.0
+        assert time.monotonic() - frozen_at < allowed_s + 30.0
 
     def thaw() -> None:
         assert run.engine.num_serving == 1
@@ -273,7 +273,7 @@ def test_a_server_killed_during_a_publish_costs_no_row_and_the_last_one_is_a_nam
 
     with pytest.raises(sdp.EngineError, match=r"servers are left|no server has been left"):
         run.fit({1: arm, 4: kill_last})
-    assert time.monotonic() - killed_at[0] < RECOVER_S + 40
+    assert time.monotonic() - killed_at[0] < RECOVER_S + 100
     assert run.recorder.engine_versions[:5] == list(range(5))
     run.recorder.steps = run.recorder.steps[:5]
     run.assert_each_row_once()
