@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import lightning as L
-import quick_logging  # noqa: F401  (for what it does)
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor

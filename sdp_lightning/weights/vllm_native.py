@@ -1,7 +1,7 @@
 """Weights from GPU to GPU by vLLM's own transfer engines: NCCL, or CUDA IPC on a shared GPU.
 
-Needs vLLM in the trainer's environment too. CUDA IPC was run on a GPU between vLLM's own engines, in
-two processes; NCCL, which needs two GPUs, and a whole server on a GPU were not.
+Needs vLLM in the trainer's environment too. CUDA IPC was run on a GPU between two processes, both
+with vLLM's own engines; NCCL, which needs two GPUs, and a whole server on a GPU were not.
 """
 
 from __future__ import annotations
