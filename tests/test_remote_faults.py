@@ -6,6 +6,7 @@ import asyncio
 import signal
 import socketserver
 import threading
+import time
 from collections.abc import Callable, Iterator
 from itertools import product
 from typing import Any
@@ -72,7 +73,8 @@ def fresh() -> Iterator[list[Server]]:
 
 def is_back(engine: RemoteInfEngine, server: Server, count: int = 1) -> None:
     """Wait until ``count`` servers serve; ``server`` is asked meanwhile, so nothing spins."""
-    for _ in range(10_000):
+    deadline = time.monotonic() + 100.0
+    while time.monotonic() < deadline:
         if engine.num_serving == count:
             return
         server.do()

@@ -7,11 +7,13 @@ import contextlib
 import errno
 import fcntl
 import os
+import random
 import resource
 import shutil
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -406,3 +408,24 @@ def test_a_server_that_comes_back_gets_all_while_the_next_update_is_staged(tmp_p
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path):
     with pytest.raises(EngineError, match=f"no folder for weights can be made in {tmp_path}/no"):
         FileTransport(tmp_path / "no")
+
+
+def test_a_close_under_a_write_leaves_nothing_whenever_it_comes(tmp_path: Path) -> None:
+    delays = random.Random(0)
+    for _ in range(300):
+        files, begun = WeightFolder(tmp_path, bucket_bytes=8), threading.Event()
+
+        def write(files: WeightFolder = files, begun: threading.Event = begun) -> None:
+            begun.set()
+            with contextlib.suppress(
+                EngineError
+            ):  # it may be closed before the last file is written
+                files.write([(f"w{n}", torch.ones(2)) for n in range(3)], full=True)
+
+        writer = threading.Thread(target=write)
+        writer.start()
+        begun.wait()
+        time.sleep(delays.random() * 2e-3)
+        files.close()
+        writer.join()
+        assert list(tmp_path.iterdir()) == []

@@ -74,9 +74,9 @@ class WeightFolder:
         folder = self.path / ("base" if full else f"{_UPDATE}{self._number + 1}")
         part = self.path / "part"
         shutil.rmtree(part, ignore_errors=True)
-        self._remove_updates()
         num_bytes = 0
         try:
+            self._remove_updates()
             part.mkdir()
             for number, bucket in enumerate(buckets(weights, self._bucket_bytes)):
                 num_bytes += sum(tensor.nbytes for tensor in bucket.values())
@@ -87,10 +87,12 @@ class WeightFolder:
         except (OSError, SafetensorError) as error:
             raise EngineError(
                 f"{num_bytes} bytes of weights cannot be written to {self.path}: {error}. "
-                f"{_free_bytes(self.path)} bytes are free there."
+                f"{shutil.disk_usage(self.path.parent).free} bytes are free there."
             ) from error
         finally:
             shutil.rmtree(part, ignore_errors=True)
+            if self._lock_file is None:  # closed meanwhile, which may have missed what came last
+                shutil.rmtree(self.path, ignore_errors=True)
         return folder, num_bytes
 
     @property
@@ -124,11 +126,11 @@ class WeightFolder:
                 shutil.rmtree(update, ignore_errors=True)
 
     def close(self) -> None:
-        """Remove the files. Safe to call twice."""
+        """Remove the files, also under a write in another thread. Safe to call twice."""
+        lock_file, self._lock_file = self._lock_file, None
         shutil.rmtree(self.path, ignore_errors=True)
-        if self._lock_file is not None:
-            os.close(self._lock_file)
-            self._lock_file = None
+        if lock_file is not None:
+            os.close(lock_file)
 
 
 class FileTransport:
@@ -198,10 +200,6 @@ def readable(folders: Iterable[Path]) -> list[Path]:
                 "them, or their filesystem is gone; weight_folder puts them elsewhere."
             ) from error
     return found
-
-
-def _free_bytes(path: Path) -> int:
-    return shutil.disk_usage(path if path.exists() else path.parent).free
 
 
 def _make_locked(path: Path) -> int:
