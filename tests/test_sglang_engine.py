@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator
@@ -106,7 +107,8 @@ def connected(*running: Server, **options: Any) -> Iterator[RemoteInfEngine]:
 
 def await_serving(engine: RemoteInfEngine, server: Server, count: int) -> None:
     """Wait until ``count`` servers serve; ``server`` is asked meanwhile, so nothing spins."""
-    for _ in range(10_000):
+    deadline = time.monotonic() + 100.0
+    while time.monotonic() < deadline:
         if engine.num_serving == count:
             return
         server.do()
