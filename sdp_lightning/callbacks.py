@@ -6,6 +6,7 @@ It runs in ``on_train_batch_end``, before ModelCheckpoint saves and before the n
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from sdp_lightning.rollout.executor import WorkflowExecutor
 from sdp_lightning.stopping import GracefulStop
 
 logger = logging.getLogger(__name__)
+
+Counts = dict[str, float]
 
 DROP_WARNING_SHARE = 0.05
 DROP_WARNING_GROUPS = 50
@@ -121,7 +124,7 @@ class WeightSyncCallback(Callback):
         data.activity.enter("publish")
         alpha = executor.engine.lora_alpha
         weights = module.named_weights(changed_only=True, lora_alpha=alpha)
-        report = executor.publish(weights, self.version + 1)
+        report = executor.publish(weights, self.version + 1, tell=lambda: self._count(data, batch))
         self.version += 1
         data.activity.enter("rest")
         spent, busy_s = data.activity.take_spent(), executor.gate.busy_s
@@ -137,7 +140,7 @@ class WeightSyncCallback(Callback):
         self._busy_s = busy_s
         if self._echo_every and (self.version == 1 or self.version % self._echo_every == 0):
             self._times["publish/echo"] = self._check_echo(module, executor)
-        self._log(module, data, batch)
+        self._log(module, report.told, len(batch))
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._validated = self.version
@@ -191,55 +194,59 @@ class WeightSyncCallback(Callback):
             ask=executor.engine.echo,
         )
 
-    def _log(self, module: SegmentWisePPOModule, data: RolloutDataModule, batch: Batch) -> None:
-        executor = data.executor
-        stat, telemetry, engine = executor.stat, executor.telemetry, executor.engine
-        counts = {
-            "running": stat.running,
-            "pending": stat.pending,
-            "rejected": stat.rejected,
-            "failed": stat.failed,
-            "dropped_stale": stat.dropped - telemetry.num_overdue,
-            "dropped_overdue": telemetry.num_overdue,
-            "diverged": telemetry.num_diverged,
-            **data.workflow.counts,
+    def _count(self, data: RolloutDataModule, batch: Batch) -> Counts:
+        """What is added up over all ranks: what is logged as it is, under its name there, first."""
+        stat, telemetry = data.executor.stat, data.executor.telemetry
+        generated, self._generated = self._generated, data.executor.engine.num_generated
+        return {
+            "rollout/running": stat.running,
+            "rollout/pending": stat.pending,
+            "rollout/rejected": stat.rejected,
+            "rollout/failed": stat.failed,
+            "rollout/dropped_stale": stat.dropped - telemetry.num_overdue,
+            "rollout/dropped_overdue": telemetry.num_overdue,
+            "rollout/diverged": telemetry.num_diverged,
+            **{f"rollout/{name}": number for name, number in data.workflow.counts.items()},
+            "trained": telemetry.trained_groups,
+            "trained_tokens": telemetry.trained_tokens,
+            "dropped": telemetry.dropped_groups,
+            "dropped_tokens": telemetry.dropped_tokens,
+            "timed": telemetry.timed_groups,
+            "group_s": telemetry.group_s,
+            "rows": telemetry.times.num,
+            "sample_s": telemetry.times.sample_s,
+            "tool_s": telemetry.times.tool_s,
+            "reward_s": telemetry.times.reward_s,
+            "generated": self._generated - generated,
+            "learned": batch.num_tokens,
         }
-        others = (
-            *(telemetry.trained_groups, telemetry.trained_tokens),
-            *(telemetry.dropped_groups, telemetry.dropped_tokens),
-            *(telemetry.timed_groups, telemetry.group_s, telemetry.times.num),
-            *(telemetry.times.sample_s, telemetry.times.tool_s, telemetry.times.reward_s),
-            *(engine.num_generated - self._generated, batch.num_tokens),
-        )
-        self._generated = engine.num_generated
-        # Not in a collective of the trainer's, which takes longer and would wait for its device.
-        every = data.ranks.gather(
-            f"counting at version {self.version}", [*counts.values(), *others]
-        )
-        totals = [float(sum(column)) for column in zip(*every, strict=True)]
-        trained, trained_tokens, dropped, dropped_tokens, *took = totals[len(counts) :]
-        timed, group_s, rows, sample_s, tool_s, reward_s, sampled, learned = took
-        step_s = max(self._times["time/step_s"], 1e-9)
+
+    def _log(self, module: SegmentWisePPOModule, told: Sequence[Counts], size: int) -> None:
+        total = {name: float(sum(rank[name] for rank in told)) for name in told[0]}
+        trained, dropped = total["trained"], total["dropped"]
+        rows, step_s = max(1.0, total["rows"]), max(1e-9, self._times["time/step_s"])
+        trained_length = total["trained_tokens"] / max(1.0, trained)
+        ended_tokens = total["trained_tokens"] + total["dropped_tokens"]
+        ended_length = ended_tokens / max(1.0, trained + dropped)
         module.log_dict(
             {
                 **self._times,
                 "rollout/version": float(self.version),
-                **{f"rollout/{n}": total for n, total in zip(counts, totals, strict=False)},
-                "rollout/trained_length": trained_tokens / max(1.0, trained),
-                "rollout/dropped_length": dropped_tokens / max(1.0, dropped),
-                "rollout/length_ratio": (trained_tokens / max(1.0, trained))
-                / max(1e-9, (trained_tokens + dropped_tokens) / max(1.0, trained + dropped)),
-                "rollout_time/group_s": group_s / max(1.0, timed),
-                "rollout_time/sample_s": sample_s / max(1.0, rows),
-                "rollout_time/tool_s": tool_s / max(1.0, rows),
-                "rollout_time/reward_s": reward_s / max(1.0, rows),
-                "speed/generated_tokens_per_s": sampled / step_s,
-                "speed/train_tokens_per_s": learned / step_s,
+                **{name: number for name, number in total.items() if name.startswith("rollout/")},
+                "rollout/trained_length": trained_length,
+                "rollout/dropped_length": total["dropped_tokens"] / max(1.0, dropped),
+                "rollout/length_ratio": trained_length / max(1e-9, ended_length),
+                "rollout_time/group_s": total["group_s"] / max(1.0, total["timed"]),
+                **{
+                    f"rollout_time/{n}": total[n] / rows for n in ("sample_s", "tool_s", "reward_s")
+                },
+                "speed/generated_tokens_per_s": total["generated"] / step_s,
+                "speed/train_tokens_per_s": total["learned"] / step_s,
             },
-            batch_size=len(batch),
+            batch_size=size,
         )
         waited = self._times["time/wait_s"] / step_s
-        module.log("wait", waited, prog_bar=True, logger=False, batch_size=len(batch))
+        module.log("wait", waited, prog_bar=True, logger=False, batch_size=size)
         if module.global_rank == 0:
             self._warn_of_drops(int(dropped), int(trained))
 

@@ -34,6 +34,7 @@ class Link:
         self.is_gone = False
         self._connection = connection
         self._unsent, self._received = bytearray(), bytearray()
+        self._chunk = memoryview(bytearray(_CHUNK))  # a new one for each would take longer
 
     @property
     def is_sending(self) -> bool:
@@ -63,10 +64,10 @@ class Link:
         """The values that have come whole since the last call, in order."""
         try:
             while not self.is_gone:
-                data = self._connection.recv(_CHUNK)
-                self._received += data
-                self.is_gone = not data
-                if len(data) < _CHUNK:
+                size = self._connection.recv_into(self._chunk)
+                self._received += self._chunk[:size]
+                self.is_gone = not size
+                if size < _CHUNK:
                     break
         except BlockingIOError:
             pass

@@ -7,21 +7,22 @@ ends, errors, the ledger's counters) and ``over_ranks`` (tokens and micro-batche
 gathers, too); adding up the metrics of a step is told apart. Times are medians, and only those of
 quiet cores say something: on cores that others use, too, both ranks wait for their turn.
 
-Measured on two cores with other work on them (load 2 to 6): 1.1 to 3.5 % on rank 0, 1.5 to 7.7 % on
-rank 1. Two bare processes there, without torch's and the rollouts' threads between two of them,
-take 0.18 ms for a gather on rank 0 and 0.24 ms on rank 1.
+With ``--shared``, as if all ranks' engines had the same servers: a publish then has five meetings
+more, which order what the ranks do with them.
 """
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import Callback
 from torch import distributed
 
@@ -31,6 +32,7 @@ from sdp_lightning.ranks import Ranks
 from sdp_lightning.testing import FakeEngine, tiny_model, tiny_tokenizer
 
 STEP_S, NUM_STEPS, WARM_UP = 0.1, 60, 5
+SPREAD_S = 1e-3  # longer than both need to hear when the last one came
 METRICS = ("LagMetrics.pool",)
 spent: dict[str, list[float]] = defaultdict(list)
 waited: list[float] = []
@@ -45,9 +47,7 @@ def timed(owner: Any, name: str) -> None:
         if within:
             return function(*args, **kwargs)
         if distributed.is_initialized():
-            start = time.perf_counter()
-            distributed.barrier()
-            waited.append(time.perf_counter() - start)
+            waited.append(start_together())
         within.append(name)
         start = time.perf_counter()
         try:
@@ -57,6 +57,20 @@ def timed(owner: Any, name: str) -> None:
             within.pop()
 
     setattr(owner, name, call)
+
+
+def start_together() -> float:
+    """Return at the same instant on both ranks, and how long this one waited for the other.
+
+    A barrier lets one of them go before the other one, by as much as a meeting takes. Both are on
+    one host, where they share a clock; and both come busy, as from work, not from sleep.
+    """
+    came = time.perf_counter()
+    last = torch.tensor([came], dtype=torch.float64)
+    distributed.all_reduce(last, op=distributed.ReduceOp.MAX)
+    while time.perf_counter() < float(last) + SPREAD_S:
+        pass
+    return float(last) - came
 
 
 class Pace(Callback):
@@ -75,7 +89,21 @@ class Pace(Callback):
         self.step_s = (time.perf_counter() - self.start) / (NUM_STEPS - WARM_UP)
 
 
+class SharedEngine(FakeEngine):
+    """As if it was not this rank's own."""
+
+    @property
+    def is_shared(self) -> bool:
+        return True
+
+    def follow(self, version: int, servers: Sequence[str]) -> None:
+        self._version = version
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shared", action="store_true", help="engines of the same servers")
+    engine = SharedEngine() if parser.parse_args().shared else FakeEngine()
     for owner, name in (
         (Ranks, "gather"),
         (sdp.SegmentWisePPOModule, "over_ranks"),
@@ -92,7 +120,7 @@ def main() -> None:
             sampling=sdp.SamplingParams(max_new_tokens=4),
         )
         data = sdp.RolloutDataModule(
-            rows, workflow, engine=FakeEngine(), rollout=sdp.RolloutConfig(batch_size=4)
+            rows, workflow, engine=engine, rollout=sdp.RolloutConfig(batch_size=4)
         )
         pace = Pace()
         trainer = L.Trainer(

@@ -19,7 +19,7 @@ from sdp_lightning.explain import describe
 from sdp_lightning.ranks import Ranks
 from sdp_lightning.rollout.capacity import RolloutStat, StalenessManager
 from sdp_lightning.rollout.prompts import EVALUATION_EPOCH, PromptRow
-from sdp_lightning.rollout.publishing import publish
+from sdp_lightning.rollout.publishing import Tell, publish
 from sdp_lightning.rollout.recompute import LogprobScorer, ProximalRecomputer, RecomputeReport
 from sdp_lightning.rollout.registry import GroupRegistry, LiveGroup
 from sdp_lightning.rollout.runner import STOP_CHECK_S, AsyncTaskRunner, TaskResult
@@ -87,12 +87,15 @@ class WorkflowExecutor:
 
     # Versions ------------------------------------------------------------------------------------
 
-    def publish(self, weights: NamedWeights, version: int, *, reset: bool = False) -> PublishReport:
+    def publish(
+        self, weights: NamedWeights, version: int, *, reset: bool = False, tell: Tell = lambda: None
+    ) -> PublishReport:
         """Give the engine ``weights`` as ``version``, then commit it: clock, purge, overdue groups.
 
         With ``reset`` (a start, fresh or resumed) any version is taken, and the ledger is re-based.
         When this returns, every token sampled before is in its Episode. If it raises, the engine
-        stays paused: nothing is sampled by weights of which nobody knows the version.
+        stays paused: nothing is sampled by weights of which nobody knows the version. The report
+        has what every rank then had to ``tell``.
 
         Raises:
             VersionError: if ``version`` is not the next one, or the engine reports another.
@@ -104,7 +107,7 @@ class WorkflowExecutor:
                 f"the policy is at version {self.version}; cannot publish {version}. "
                 "Versions advance by 1."
             )
-        report = publish(
+        return publish(
             self.engine,
             self.gate,
             self._ranks,
@@ -112,12 +115,10 @@ class WorkflowExecutor:
             version,
             reset=reset,
             drain_s=self.config.drain_s,
-            commit=lambda: self._commit(version, reset=reset),
+            commit=lambda: self._commit(version, tell, reset=reset),
         )
-        self._submit_rows()
-        return report
 
-    def _commit(self, version: int, *, reset: bool) -> None:
+    def _commit(self, version: int, tell: Tell, *, reset: bool) -> object:
         if reset:
             self.registry.rebase(version)
         else:
@@ -125,6 +126,8 @@ class WorkflowExecutor:
                 self._cancel(live)
         with self.registry.changed:
             self._source.remove(self.registry.drop_if_overdue)
+        self._submit_rows()
+        return tell()
 
     # Batches -------------------------------------------------------------------------------------
 
