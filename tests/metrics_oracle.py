@@ -100,10 +100,13 @@ def oracle(*steps: Step) -> dict[str, float]:
     """Every statistic of the steps together, under its name."""
     tokens: dict[str, list[float]] = {}
     sequences: list[float] = []
+    parts: dict[str, list[float]] = {name: [] for name in LAGS}
     for step in steps:
         for name, values in _arrays(step).items():
             tokens.setdefault(name, []).extend(values)
         sequences += _sequence_logs(step)
+        for name, logs in parts.items():
+            logs += _sequence_logs(step, lag=name)
     columns = {name: np.asarray(values, np.float64) for name, values in tokens.items()}
     everything = np.ones(len(columns["lag"]), bool)
     binned = np.minimum(columns["lag"], 4)
@@ -119,6 +122,7 @@ def oracle(*steps: Step) -> dict[str, float]:
     for lag, name in enumerate(LAGS):
         found[f"lag/tokens_{name}"] = float((binned == lag).sum())
         found[f"lag/share_{name}"] = _mean(binned == lag)
+        found[f"ess/sequence_{name}"] = _ess(np.clip(parts[name], -20, 20))
         for key, value in by_lag[name].items():
             if key in ("loss/behavior_weight", "loss/clip_fraction"):
                 continue
@@ -160,9 +164,14 @@ def _arrays(step: Step) -> dict[str, list[float]]:
     return result or {name: [] for name in names}
 
 
-def _sequence_logs(step: Step) -> list[float]:
+def _sequence_logs(step: Step, lag: str | None = None) -> list[float]:
+    """The sum over each row, or over its tokens of that lag; rows without any are left out."""
     drift = (step.proximal - step.batch.behavior_logprobs).double().numpy()
-    rows = zip(drift, step.batch.loss_mask.numpy(), strict=True)
+    mask = step.batch.loss_mask.numpy()
+    if lag is not None:
+        lags = VERSION - step.batch.versions.numpy()
+        mask = mask & ((lags >= 4) if lag == "4plus" else (lags == int(lag)))
+    rows = zip(drift, mask, strict=True)
     return [float(row[mask].sum()) for row, mask in rows if mask.any()]
 
 

@@ -38,7 +38,7 @@ def test_equal_policies_have_the_whole_sample_and_no_divergence() -> None:
     step = Step.random(4)
     step.proximal = step.batch.behavior_logprobs
     actual = computed(step)
-    for name in ("ess/token", "ess/sequence", "ess/token_4plus"):
+    for name in ("ess/token", "ess/sequence", "ess/token_4plus", "ess/sequence_2"):
         assert actual[name] == 1
     for name in ("drift/k1", "drift/k3", "drift/chi2", "drift/abs_log_p99", "mismatch/k1"):
         assert actual[name] == 0

@@ -36,7 +36,8 @@ class LagMetrics(Metric):
       weight applied: over kept tokens. ``loss/rejected_fraction``[k], ``loss/entropy``[k]: over
       all tokens, as is the rest;
     - ``ess/token``[k]: (sum w)^2 / (n sum w^2) of the drift w = exp(x - b), which is the weight at
-      the start of the step; 1 is on-policy. ``ess/sequence``: of exp(sum of x - b) over a row;
+      the start of the step; 1 is on-policy. ``ess/sequence``[k]: of exp(sum of x - b) over a row,
+      or over its tokens of lag k;
     - ``drift/abs_log_mean``[k], ``drift/abs_log_p99``[k]: abs(x - b). ``drift/k1``[k], the mean of
       b - x, and ``drift/k3``[k], of w - 1 - log w, estimate KL(behavior || proximal);
       ``drift/chi2``[k], the mean of w^2 less 1, the chi-square divergence;
@@ -62,7 +63,7 @@ class LagMetrics(Metric):
         super().__init__(**kwargs)
         sums = torch.zeros(LAG_BINS, len(COLUMNS), dtype=torch.float64)
         counts = torch.zeros(len(HISTOGRAMS), LAG_BINS, NUM_BINS, dtype=torch.long)
-        sequences = torch.zeros(len(SEQUENCE_COLUMNS), dtype=torch.float64)
+        sequences = torch.zeros(1 + LAG_BINS, len(SEQUENCE_COLUMNS), dtype=torch.float64)
         self.add_state("sums", sums, dist_reduce_fx="sum")
         self.add_state("histograms", counts, dist_reduce_fx="sum")
         self.add_state("sequences", sequences, dist_reduce_fx="sum")

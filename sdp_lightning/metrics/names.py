@@ -50,7 +50,7 @@ FAMILIES = (
     Family("weight/abs_log_mean", "mean abs log weight applied, of kept tokens, nats", 0),
     Family("weight/abs_log_p99", "its 99th percentile", 0),
     Family("ess/token", "effective sample size of the drift, as a share of the tokens", 0),
-    Family("ess/sequence", "the same of whole sequences: weight exp(sum of x - b)"),
+    Family("ess/sequence", "the same of sequences: weight exp(sum of x - b) over their tokens", 0),
     Family("ess/clamped_sequences", "sequences whose log weight is clamped"),
     Family("drift/abs_log_mean", "mean of abs(x - b), nats", 0),
     Family("drift/abs_log_p99", "its 99th percentile", 0),

@@ -110,12 +110,19 @@ def histogram_counts(bins: Tensor, values: Tensor) -> Tensor:
 
 
 def sequence_sums(batch: Batch, proximal: Tensor) -> Tensor:
-    """[len(SEQUENCE_COLUMNS)] float64, over the rows that have tokens."""
-    drift = (proximal - batch.behavior_logprobs).detach()
-    logs = torch.where(batch.loss_mask, drift, 0.0).double().sum(1)[batch.loss_mask.any(1)]
-    bounded = _clamped(logs)
-    parts = (torch.ones_like(logs), bounded.exp(), (2 * bounded).exp(), (bounded != logs).double())
-    return torch.stack([part.sum() for part in parts])
+    """[1 + L, len(SEQUENCE_COLUMNS)] float64: of whole rows, then of their tokens of each lag.
+
+    Rows without such tokens are none.
+    """
+    drift = torch.where(batch.loss_mask, (proximal - batch.behavior_logprobs).detach(), 0.0)
+    bins = batch.lags.clamp(0, LAG_BINS - 1)
+    parts = drift.new_zeros(len(drift), LAG_BINS, dtype=torch.float64)
+    logs = parts.scatter_add(1, bins, drift.double())
+    counts = parts.scatter_add(1, bins, batch.loss_mask.double())
+    logs, counts = (torch.cat([p.sum(1, keepdim=True), p], 1) for p in (logs, counts))
+    bounded, there = _clamped(logs), counts > 0
+    columns = (torch.ones_like(logs), bounded.exp(), (2 * bounded).exp(), bounded != logs)
+    return torch.stack([torch.where(there, column, 0.0).sum(0) for column in columns], 1)
 
 
 def statistics(sums: Tensor, histograms: Tensor, sequences: Tensor) -> dict[str, Tensor]:
@@ -124,13 +131,13 @@ def statistics(sums: Tensor, histograms: Tensor, sequences: Tensor) -> dict[str,
     Args:
         sums: [L, C].
         histograms: [H, L, NUM_BINS].
-        sequences: [len(SEQUENCE_COLUMNS)].
+        sequences: [1 + L, len(SEQUENCE_COLUMNS)].
     """
     table = torch.cat([sums.sum(0, keepdim=True), sums])
     total = dict(zip(COLUMNS, table.unbind(1), strict=True))
     counts = torch.cat([histograms.sum(1, keepdim=True), histograms], 1)
     of: dict[str, Tensor] = dict(zip(HISTOGRAMS, counts.unbind(), strict=True))
-    rows = dict(zip(SEQUENCE_COLUMNS, sequences.view(-1, 1).unbind(), strict=True))
+    rows = dict(zip(SEQUENCE_COLUMNS, sequences.unbind(1), strict=True))
     found = {
         "lag/tokens": total["tokens"],
         "lag/share": _ratio(total["tokens"], total["tokens"][0]),
