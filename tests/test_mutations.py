@@ -6,22 +6,18 @@ are the oracle of ``loss_cases`` and a few numbers, so that one takes a fraction
 
 from __future__ import annotations
 
-import importlib
 import math
-import sys
 from collections.abc import Callable
-from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 from loss_cases import ESTIMATORS, FREE, Case, reference
+from mutating import load
 
 from sdp_lightning.config import LossConfig
 
 torch.set_num_threads(1)
 MODULES = ("aggregation", "corrections", "surrogates", "losses")  # in the order of their imports
-PACKAGE = "sdp_lightning.objective"
 MUTATIONS = [
     # swap min and max
     ("surrogates", "(advantages < 0) & (measured > most)", "(advantages < 0) & (measured < most)"),
@@ -113,20 +109,12 @@ class Mutant:
     """The modules of the loss, from changed text."""
 
     def __init__(self, patch: pytest.MonkeyPatch, module: str, old: str, new: str) -> None:
-        self.modules: dict[str, ModuleType] = {}
-        for name in MODULES:
-            path = Path(str(importlib.import_module(f"{PACKAGE}.{name}").__file__))
-            text = path.read_text()
-            if name == module:
-                assert old in text, f"{path.name} has no {old!r}: let the mutation follow the code"
-                text = text.replace(old, new)
-            fresh = ModuleType(f"{PACKAGE}.{name}")
-            patch.setitem(sys.modules, fresh.__name__, fresh)
-            exec(compile(text, str(path), "exec"), fresh.__dict__)
-            self.modules[name] = fresh
-        self.loss = self.modules["losses"].segment_wise_ppo_loss
-        self.corrections = self.modules["corrections"]
-        self.aggregation = self.modules["aggregation"]
+        modules = {
+            name: load(patch, name, *((old, new) if name == module else ())) for name in MODULES
+        }
+        self.loss = modules["losses"].segment_wise_ppo_loss
+        self.corrections = modules["corrections"]
+        self.aggregation = modules["aggregation"]
 
 
 def check(mutant: Mutant) -> None:
