@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -190,7 +190,7 @@ def survive_all(
     forks: Forks,
     tmp: Path,
     model: str,
-    capsys: pytest.CaptureFixture[str],
+    tell: Callable[[str], None],
     size: int = 1,
 ) -> list[Survivor]:
     begin = time.monotonic()
@@ -209,13 +209,11 @@ def survive_all(
     kills = Counter(kind for run in runs for kind in run.kills)
     starts = [e for run in runs for rank in range(size) for e in run.entries("start", rank)]
     again, halves = (sum(entry[key] for entry in starts) for key in ("saved", "halves"))
-    with capsys.disabled():
-        print(
-            f"\n{len(runs)} runs on {size} ranks, killed {kills.total()} times {dict(kills)}, "
-            f"resumed to the end: each of {NUM_ROWS} rows accounted for once; {again} segments of "
-            f"unfinished rollouts came back, {halves} in the middle of a call; "
-            f"{time.monotonic() - begin:.0f} s"
-        )
+    tell(
+        f"{len(runs)} runs on {size} ranks, killed {kills.total()} times {dict(kills)}, resumed to "
+        f"the end: each of {NUM_ROWS} rows accounted for once; {again} segments of unfinished "
+        f"rollouts came back, {halves} in the middle of a call; {time.monotonic() - begin:.0f} s"
+    )
     assert kills.total() >= len(runs)
     if len(runs) > 10:  # of a few, none may have been in the middle of a call
         assert again >= halves > 0
@@ -228,9 +226,9 @@ def survive_all(
 @pytest.mark.fault("process killed", "score")
 @pytest.mark.fault("process killed", "resume")
 def test_a_few_kills_lose_nothing_and_repeat_nothing(
-    forks: Forks, tmp_path: Path, model_folder: str, capsys: pytest.CaptureFixture[str]
+    forks: Forks, tmp_path: Path, model_folder: str, tell: Callable[[str], None]
 ) -> None:
-    survive_all(range(1, 6), forks, tmp_path, model_folder, capsys)
+    survive_all(range(1, 6), forks, tmp_path, model_folder, tell)
 
 
 @pytest.mark.slow
@@ -241,25 +239,25 @@ def test_a_few_kills_lose_nothing_and_repeat_nothing(
 @pytest.mark.fault("process killed", "train step")
 @pytest.mark.fault("process killed", "resume")
 def test_kills_at_fifty_moments_lose_nothing_and_repeat_nothing(
-    forks: Forks, tmp_path: Path, model_folder: str, capsys: pytest.CaptureFixture[str]
+    forks: Forks, tmp_path: Path, model_folder: str, tell: Callable[[str], None]
 ) -> None:
-    runs = survive_all(range(100, 155), forks, tmp_path, model_folder, capsys)
+    runs = survive_all(range(100, 155), forks, tmp_path, model_folder, tell)
     assert {kind for run in runs for kind in run.kills} == set(KINDS)
 
 
 @pytest.mark.timeout(300)
 @pytest.mark.fault("process killed", "gather")
 def test_ranks_that_are_killed_lose_nothing_and_repeat_nothing(
-    forks: Forks, tmp_path: Path, model_folder: str, capsys: pytest.CaptureFixture[str]
+    forks: Forks, tmp_path: Path, model_folder: str, tell: Callable[[str], None]
 ) -> None:
-    survive_all(range(200, 203), forks, tmp_path, model_folder, capsys, size=2)
+    survive_all(range(200, 203), forks, tmp_path, model_folder, tell, size=2)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.fault("process killed", "gather")
 def test_ranks_that_are_killed_at_every_kind_of_moment_lose_nothing_and_repeat_nothing(
-    forks: Forks, tmp_path: Path, model_folder: str, capsys: pytest.CaptureFixture[str]
+    forks: Forks, tmp_path: Path, model_folder: str, tell: Callable[[str], None]
 ) -> None:
-    runs = survive_all(range(300, 311), forks, tmp_path, model_folder, capsys, size=2)
+    runs = survive_all(range(300, 311), forks, tmp_path, model_folder, tell, size=2)
     assert {kind for run in runs for kind in run.kills} == set(KINDS)

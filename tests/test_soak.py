@@ -7,7 +7,7 @@ import os
 import random
 import threading
 import tracemalloc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,7 +114,7 @@ def reply(request: GenerationRequest) -> int:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("in_process", [True, False], ids=["in process", "interrupted"])
 def test_nothing_grows_over_ten_thousand_groups(
-    in_process: bool, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    in_process: bool, tell: Callable[[str], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("ERROR", logger="sdp_lightning")  # pytest keeps every warning
     engine = FakeEngine(reply, in_process=in_process, latency_s=0.002, chunks=2)
@@ -144,8 +144,7 @@ def test_nothing_grows_over_ten_thousand_groups(
         auditor.stop()
         executor.close()
         engine.close()
-    with capsys.disabled():
-        print(f"\n{stat}\nbegun {begun}\nended {ended}; {auditor.num_looks} looks at the ledger")
+    tell(f"{stat}\nbegun {begun}\nended {ended}; {auditor.num_looks} looks at the ledger")
     assert not auditor.broken and auditor.num_looks > 100
     assert stat.submitted >= NUM_GROUPS and executor.version > NUM_GROUPS // BATCH_SIZE // 2
     assert min(stat.failed, stat.rejected, stat.dropped) > 50, "all kinds of ends"

@@ -30,7 +30,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--stage", choices=("1", "2", "controls", "probe", "report"), default="1")
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--lags", nargs="*", type=int, help="only these; all unless given")
-    parser.add_argument("--minibatches", nargs="*", type=int, default=[2, 4])
+    parser.add_argument("--minibatches", nargs="*", type=int, default=[1, 2, 4])
     parser.add_argument("--seeds", type=int, default=3, help="how many, from 0 on")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run after")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="of results, table and figure")

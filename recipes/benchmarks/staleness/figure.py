@@ -15,6 +15,7 @@ STYLES = {
     "segment": ("#0072B2", "o", "-", "segment (scored)"),
     "segment, log-linear q": ("#56B4E9", "v", "--", "segment, q log-linear"),
     "log-linear q, ESS rate": ("#000000", "^", "--", "q log-linear, rate by ESS"),
+    "segment, ESS rate": ("#E69F00", "D", "--", "segment (scored), rate by ESS"),
     "behavior": ("#009E73", "s", "-", "behavior"),
     "behavior, clip 0.3": ("#009E73", "P", ":", "behavior, clip 0.3"),
     "proximal": ("#CC79A7", "X", "-", "decoupled"),
@@ -24,25 +25,30 @@ STYLES = {
 
 
 def draw(lines: Sequence[Line], path: Path) -> None:
-    """Three panels, to ``path``; bands and bars are one standard error either way."""
+    """A row of three panels for each number of minibatches; bands and bars are standard errors."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
     table = Table(expanded(lines))
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4.4), layout="constrained")
-    lag = max((p.lag for p in table.places), default=0)
-    _courses(axes[0], table, Place("whole", lag))
-    for axis, staleness in zip(axes[1:], ("whole", "mixed"), strict=True):
-        _against_lag(axis, table, staleness)
+    minibatches = sorted({p.minibatches for p in table.places if p.rate == 1}) or [2]
+    size = (13, 1 + 3.4 * len(minibatches))
+    figure, grid = plt.subplots(
+        len(minibatches), 3, figsize=size, layout="constrained", squeeze=False
+    )
     handles: dict[str, Any] = {}
-    for axis in axes:
-        handles |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
-        axis.set_ylim(0, 0.9)
-        axis.grid(alpha=0.25)
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=9)
-    figure.savefig(path, dpi=130)
+    for axes, number in zip(grid, minibatches, strict=True):
+        lag = max((p.lag for p in table.places if p.minibatches == number), default=0)
+        _courses(axes[0], table, Place("whole", lag, number))
+        for axis, staleness in zip(axes[1:], ("whole", "mixed"), strict=True):
+            _against_lag(axis, table, staleness, number)
+        for axis in axes:
+            handles |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
+            axis.set_ylim(0, 0.9)
+            axis.grid(alpha=0.25)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5, fontsize=9)
+    figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
@@ -60,15 +66,16 @@ def _courses(axis: Any, table: Table, place: Place) -> None:
             low = [m - h for m, h in zip(means, halves, strict=True)]
             high = [m + h for m, h in zip(means, halves, strict=True)]
             axis.fill_between(steps, low, high, color=color, alpha=0.12, linewidth=0)
-    axis.set(title=f"whole rollouts {place.lag} versions old", xlabel="training step",
-             ylabel="chance of a right answer")  # fmt: skip
+    title = f"whole rollouts {place.lag} versions old, {place.minibatches} minibatches"
+    axis.set(title=title, xlabel="training step", ylabel="chance of a right answer")
 
 
-def _against_lag(axis: Any, table: Table, staleness: str) -> None:
-    lags = sorted({p.lag for p in table.places if p.staleness == staleness})
+def _against_lag(axis: Any, table: Table, staleness: str, minibatches: int) -> None:
+    of_kind = [p for p in table.places if p.minibatches == minibatches and p.rate == 1]
+    lags = sorted({p.lag for p in of_kind if p.staleness == staleness})
     shift = 0.0
     for method, (color, marker, dash, label) in STYLES.items():
-        found = [(lag, table.level(Place(staleness, lag), method)) for lag in lags]
+        found = [(lag, table.level(Place(staleness, lag, minibatches), method)) for lag in lags]
         points = [(lags.index(lag) + shift, e) for lag, e in found if e is not None]
         shift += 0.025
         if not points:
@@ -79,5 +86,5 @@ def _against_lag(axis: Any, table: Table, staleness: str) -> None:
             color=color, label=label, markersize=6, linewidth=1.4, elinewidth=0.8, capsize=2,
         )  # fmt: skip
     axis.set_xticks(range(len(lags)), map(str, lags))
-    title = "whole rollouts" if staleness == "whole" else "segments of several versions"
-    axis.set(title=title, xlabel="lag of the oldest token, versions")
+    kind = "whole rollouts" if staleness == "whole" else "segments of several versions"
+    axis.set(title=f"{kind}, {minibatches} minibatches", xlabel="lag of the oldest token, versions")
