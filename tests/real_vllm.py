@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import select
 import threading
@@ -144,8 +145,30 @@ def generate_across(
     """Publish ``updates`` one after another while ``num_requests`` requests are in flight.
 
     None of them is lost or doubled, each gets its whole budget, and at least 8 of them live under
-    both sides of every publish; what they sampled is returned.
+    both sides of every publish; what they sampled is returned. Where other programs have the cores,
+    all may have ended before one is published: then it is tried again.
     """
+    for _ in range(3):
+        with contextlib.suppress(_AllEnded):
+            return _generate_across(server_url, updates, num_requests, budget, temperature, options)
+    raise AssertionError("three times all requests ended before the last publish")
+
+
+class _AllEnded(Exception):
+    pass
+
+
+def _generate_across(
+    server_url: str,
+    updates: Updates,
+    num_requests: int,
+    budget: int,
+    temperature: float,
+    options: Mapping[str, Any],
+) -> list[sdp.Trajectory]:
+    def have_ended() -> bool:
+        return executor.stat.running == 0
+
     sampling = sdp.SamplingParams(max_new_tokens=budget, temperature=temperature)
     rows = make_long_rows(num_requests)
     engine = sdp.connect_engine(engine_url(server_url), kv_on_update="recompute", **options)
@@ -164,7 +187,7 @@ def generate_across(
         executor.publish(updates[0], 0, reset=True)
         executor.resume()
         for version in range(1, len(updates)):
-            wait_until_sampling(server_url, num_requests)
+            wait_until_sampling(server_url, num_requests, have_ended=have_ended)
             executor.publish(updates[version], version)
         wait_until(executor, lambda: executor.stat.running == 0, within_s=SAMPLING_S)
         live = executor.registry.snapshot()
@@ -215,11 +238,19 @@ def num_sampled(url: str) -> float:
     return read_metrics(url, "vllm:generation_tokens_total")[0]
 
 
-def wait_until_sampling(url: str, num_requests: int, *, num_tokens: int = 1) -> None:
+def wait_until_sampling(
+    url: str,
+    num_requests: int,
+    *,
+    num_tokens: int = 1,
+    have_ended: Callable[[], bool] = lambda: False,
+) -> None:
     """Until half of ``num_requests`` run, and ``num_tokens`` times as many are sampled then."""
     names = "vllm:num_requests_running", "vllm:generation_tokens_total"
 
     def are_running(enough: float = 0.0) -> bool:
+        if have_ended():
+            raise _AllEnded
         running, sampled = read_metrics(url, *names)
         return running >= num_requests // 2 and sampled >= enough
 

@@ -109,11 +109,15 @@ def test_a_step_is_the_modules_step(model: Any, folder: str, method: str) -> Non
         ),
     )
     fresh = Run(model, this.cell, SMALL, count_digits)  # the module's start and optimizer
+    before = Run(model, this.cell, SMALL, count_digits).learner.net
     fresh.learner.learn(batch)
-    for name, expected in module.require_policy().named_parameters():
-        torch.testing.assert_close(
-            weight_of(fresh.learner.net, name), expected.detach(), rtol=1e-4, atol=2e-5
-        )
+    error, moved = 0.0, 0.0
+    for name, weight in module.require_policy().named_parameters():
+        expected = weight.detach()
+        error += float((weight_of(fresh.learner.net, name) - expected).square().sum())
+        moved += float((weight_of(before, name) - expected).square().sum())
+    # Adam makes much of rounding where a gradient is nearly 0. No other method is within a fifth.
+    assert 0 < moved and error < (1e-3) ** 2 * moved
 
 
 def weight_of(net: TinyLlama, name: str) -> torch.Tensor:
