@@ -117,7 +117,7 @@ def test_a_step_is_the_modules_step(model: Any, folder: str, method: str) -> Non
         error += float((weight_of(fresh.learner.net, name) - expected).square().sum())
         moved += float((weight_of(before, name) - expected).square().sum())
     # Adam makes much of rounding where a gradient is nearly 0. No other method is within a fifth.
-    assert 0 < moved and error < (1e-3) ** 2 * moved
+    assert moved > 0 and error < (1e-3) ** 2 * moved
 
 
 def weight_of(net: TinyLlama, name: str) -> torch.Tensor:

@@ -66,7 +66,7 @@ def _courses(axis: Any, table: Table, place: Place) -> None:
             low = [m - h for m, h in zip(means, halves, strict=True)]
             high = [m + h for m, h in zip(means, halves, strict=True)]
             axis.fill_between(steps, low, high, color=color, alpha=0.12, linewidth=0)
-    title = f"whole rollouts {place.lag} versions old, {place.minibatches} minibatches"
+    title = f"whole rollouts {place.lag} versions old, {_count(place.minibatches)}"
     axis.set(title=title, xlabel="training step", ylabel="chance of a right answer")
 
 
@@ -87,4 +87,8 @@ def _against_lag(axis: Any, table: Table, staleness: str, minibatches: int) -> N
         )  # fmt: skip
     axis.set_xticks(range(len(lags)), map(str, lags))
     kind = "whole rollouts" if staleness == "whole" else "segments of several versions"
-    axis.set(title=f"{kind}, {minibatches} minibatches", xlabel="lag of the oldest token, versions")
+    axis.set(title=f"{kind}, {_count(minibatches)}", xlabel="lag of the oldest token, versions")
+
+
+def _count(minibatches: int) -> str:
+    return f"{minibatches} minibatch{'es' if minibatches > 1 else ''}"
