@@ -21,11 +21,10 @@ from sdp_lightning.echo import EchoCheck
 from sdp_lightning.errors import ConfigError, VersionError
 from sdp_lightning.module import SegmentWisePPOModule
 from sdp_lightning.rollout.executor import WorkflowExecutor
+from sdp_lightning.rollout.telemetry import Counts
 from sdp_lightning.stopping import GracefulStop
 
 logger = logging.getLogger(__name__)
-
-Counts = dict[str, float]
 
 DROP_WARNING_SHARE = 0.05
 DROP_WARNING_GROUPS = 50
@@ -39,7 +38,8 @@ class WeightSyncCallback(Callback):
     Before each batch, segments that need their proximal log-probs now are scored.
 
     Where the time went, what became of groups, and how fast both sides are is logged right after
-    the publish: times are rank 0's, counts those of all ranks. docs/metrics.md has every name.
+    the publish: times are rank 0's; counts those of all ranks, as of when they took the batch.
+    docs/metrics.md has every name.
 
     Args:
         echo_every: after the first publishes and every so many, ask the engine for the log-probs of
@@ -65,7 +65,7 @@ class WeightSyncCallback(Callback):
         self._echo_every = echo_every
         self._echo = None if echo_every is None else EchoCheck(tolerance=echo_tolerance)
         self._times: dict[str, float] = {}
-        self._generated, self._busy_s = 0, 0.0
+        self._learned, self._busy_s = 0.0, 0.0
         self._warned = False
         self._stop = GracefulStop(grace_s=stop_grace_s) if save_on_stop else None
         self._start = self._validated = 0  # versions: when the fit began, and the last evaluated
@@ -96,7 +96,7 @@ class WeightSyncCallback(Callback):
         if self._stop is not None:
             self._stop.begin(trainer, self.version)
         data.activity.take_spent()
-        self._generated, self._busy_s = executor.engine.num_generated, executor.gate.busy_s
+        self._learned, self._busy_s = 0.0, executor.gate.busy_s
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
@@ -124,7 +124,7 @@ class WeightSyncCallback(Callback):
         data.activity.enter("publish")
         alpha = executor.engine.lora_alpha
         weights = module.named_weights(changed_only=True, lora_alpha=alpha)
-        report = executor.publish(weights, self.version + 1, tell=lambda: self._count(data, batch))
+        report = executor.publish(weights, self.version + 1)
         self.version += 1
         data.activity.enter("rest")
         spent, busy_s = data.activity.take_spent(), executor.gate.busy_s
@@ -140,7 +140,8 @@ class WeightSyncCallback(Callback):
         self._busy_s = busy_s
         if self._echo_every and (self.version == 1 or self.version % self._echo_every == 0):
             self._times["publish/echo"] = self._check_echo(module, executor)
-        self._log(module, report.told, len(batch))
+        assert data.loader is not None  # which gave this batch
+        self._log(module, data.loader.counts, len(batch))
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._validated = self.version
@@ -194,36 +195,10 @@ class WeightSyncCallback(Callback):
             ask=executor.engine.echo,
         )
 
-    def _count(self, data: RolloutDataModule, batch: Batch) -> Counts:
-        """What is added up over all ranks: what is logged as it is, under its name there, first."""
-        stat, telemetry = data.executor.stat, data.executor.telemetry
-        generated, self._generated = self._generated, data.executor.engine.num_generated
-        return {
-            "rollout/running": stat.running,
-            "rollout/pending": stat.pending,
-            "rollout/rejected": stat.rejected,
-            "rollout/failed": stat.failed,
-            "rollout/dropped_stale": stat.dropped - telemetry.num_overdue,
-            "rollout/dropped_overdue": telemetry.num_overdue,
-            "rollout/diverged": telemetry.num_diverged,
-            **{f"rollout/{name}": number for name, number in data.workflow.counts.items()},
-            "trained": telemetry.trained_groups,
-            "trained_tokens": telemetry.trained_tokens,
-            "dropped": telemetry.dropped_groups,
-            "dropped_tokens": telemetry.dropped_tokens,
-            "timed": telemetry.timed_groups,
-            "group_s": telemetry.group_s,
-            "rows": telemetry.times.num,
-            "sample_s": telemetry.times.sample_s,
-            "tool_s": telemetry.times.tool_s,
-            "reward_s": telemetry.times.reward_s,
-            "generated": self._generated - generated,
-            "learned": batch.num_tokens,
-        }
-
-    def _log(self, module: SegmentWisePPOModule, told: Sequence[Counts], size: int) -> None:
-        total = {name: float(sum(rank[name] for rank in told)) for name in told[0]}
+    def _log(self, module: SegmentWisePPOModule, counts: Sequence[Counts], size: int) -> None:
+        total = {name: float(sum(rank[name] for rank in counts)) for name in counts[0]}
         trained, dropped = total["trained"], total["dropped"]
+        learned, self._learned = total["trained_tokens"] - self._learned, total["trained_tokens"]
         rows, step_s = max(1.0, total["rows"]), max(1e-9, self._times["time/step_s"])
         trained_length = total["trained_tokens"] / max(1.0, trained)
         ended_tokens = total["trained_tokens"] + total["dropped_tokens"]
@@ -237,11 +212,11 @@ class WeightSyncCallback(Callback):
                 "rollout/dropped_length": total["dropped_tokens"] / max(1.0, dropped),
                 "rollout/length_ratio": trained_length / max(1e-9, ended_length),
                 "rollout_time/group_s": total["group_s"] / max(1.0, total["timed"]),
-                **{
-                    f"rollout_time/{n}": total[n] / rows for n in ("sample_s", "tool_s", "reward_s")
-                },
+                "rollout_time/sample_s": total["sample_s"] / rows,
+                "rollout_time/tool_s": total["tool_s"] / rows,
+                "rollout_time/reward_s": total["reward_s"] / rows,
                 "speed/generated_tokens_per_s": total["generated"] / step_s,
-                "speed/train_tokens_per_s": total["learned"] / step_s,
+                "speed/train_tokens_per_s": learned / step_s,
             },
             batch_size=size,
         )

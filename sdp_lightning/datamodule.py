@@ -103,7 +103,7 @@ class RolloutDataModule(L.LightningDataModule):
         self._engine_source, self._engine_options = engine, dict(engine_options or {})
         self._engine: InferenceEngine | None = None
         self._executor: WorkflowExecutor | None = None
-        self._loader: RolloutLoader | None = None
+        self.loader: RolloutLoader | None = None  # of the last fit
         self._trainer_threads: int | None = None
         self._last_state: dict[str, Any] = {}  # of the last fit, for a checkpoint made after it
         self._leftover: _Leftover | None = None
@@ -179,7 +179,7 @@ class RolloutDataModule(L.LightningDataModule):
     def train_dataloader(self) -> RolloutLoader:
         module, trainer = self._module(), self.trainer
         assert trainer is not None
-        self._loader = RolloutLoader(
+        self.loader = RolloutLoader(
             self.executor,
             pad_token_id=module.tokenizer.pad_token_id or 0,
             length=_num_batches(trainer, self.rollout, module.update.steps_per_batch),
@@ -188,7 +188,7 @@ class RolloutDataModule(L.LightningDataModule):
             stop=self.stop,
             activity=self.activity,
         )
-        return self._loader
+        return self.loader
 
     def val_dataloader(self) -> EvaluationLoader:
         if self._val_prompts is None:
@@ -260,7 +260,7 @@ class RolloutDataModule(L.LightningDataModule):
         is_consistent = self.is_between_steps
         executor, self._executor = self._executor, None
         engine, self._engine = self._engine, None
-        loader, self._loader = self._loader, None
+        loader, self.loader = self.loader, None
         self._ranks.close()
         try:
             if executor is not None:

@@ -23,6 +23,7 @@ from sdp_lightning.config import MissingProximal
 from sdp_lightning.errors import ConfigError, RankError, RolloutError, RolloutTimeout
 from sdp_lightning.ranks import Ranks
 from sdp_lightning.rollout.executor import WorkflowExecutor
+from sdp_lightning.rollout.telemetry import Counts, count
 from sdp_lightning.types import TrajectoryGroup
 from sdp_lightning.workflows.base import RolloutWorkflow, Row
 
@@ -73,6 +74,9 @@ class RolloutLoader:
 
     Attributes:
         ended: whether all prompts were handed out.
+        counts: of every rank, when the latest batch was taken: what became of groups so far, and
+            the tokens ``generated`` since the batch before. Told along with the batch: no meeting
+            of its own.
     """
 
     def __init__(
@@ -87,6 +91,8 @@ class RolloutLoader:
         activity: Activity,
     ) -> None:
         self.ended = False
+        self.counts: Sequence[Counts] = ()
+        self._generated = executor.engine.num_generated
         self._ranks, self._stop, self._activity = ranks, stop, activity
         self._executor, self._pad_token_id = executor, pad_token_id
         self._length, self._trainer = length, trainer
@@ -118,11 +124,18 @@ class RolloutLoader:
             (groups, _), told = self._ranks.together(
                 f"taking the batch of version {self._executor.version}",
                 self._take_mine,
-                lambda taken: (taken[0] is None, taken[1]),
+                lambda taken: (taken[0] is None, taken[1], self._count()),
             )
-        self._stop.obey(signum for _, signum in told)
+        self._stop.obey(signum for _, signum, _ in told)
         self._activity.enter("rest")
-        return None if any(ended for ended, _ in told) else groups
+        self.counts = [counts for *_, counts in told]
+        return None if any(ended for ended, *_ in told) else groups
+
+    def _count(self) -> Counts:
+        executor, before = self._executor, self._generated
+        self._generated = executor.engine.num_generated
+        found = count(executor.stat, executor.telemetry, executor.workflow.counts)
+        return found | {"generated": self._generated - before}
 
     def _take_mine(self) -> tuple[list[TrajectoryGroup] | None, int | None]:
         """A batch, or None if prompts or time have ended; and the signal that told to stop."""

@@ -27,6 +27,7 @@ UNMEASURED = {
     "test_losses.py",
     "test_module_objectives.py",
     "test_mutations.py",
+    "test_mutations_rewards.py",
     "test_staleness_ablation.py",
 }
 # The rest can be done beside it by another process of pytest-xdist.

@@ -13,7 +13,7 @@ PACKAGE = "sdp_lightning.objective"
 
 
 def load(patch: pytest.MonkeyPatch, name: str, old: str = "", new: str = "") -> ModuleType:
-    """The module ``name`` as it would be with ``new`` for ``old``; imported from it from now on."""
+    """The module ``name`` as it would be with ``new`` for ``old``; later imports get this one."""
     path = Path(str(importlib.import_module(f"{PACKAGE}.{name}").__file__))
     text = path.read_text()
     assert old in text, f"{path.name} has no {old!r}: let the mutation follow the code"

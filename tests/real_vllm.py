@@ -167,7 +167,7 @@ def _generate_across(
     options: Mapping[str, Any],
 ) -> list[sdp.Trajectory]:
     def have_ended() -> bool:
-        return executor.stat.running == 0
+        return executor.stat.pending == num_requests  # none was lost
 
     sampling = sdp.SamplingParams(max_new_tokens=budget, temperature=temperature)
     rows = make_long_rows(num_requests)

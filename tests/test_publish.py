@@ -64,8 +64,7 @@ def test_in_process_requests_go_on_across_an_update() -> None:
         engine.wait_for_requests(1)
         engine.events.clear()
         executor.publish([], 1)
-        order = [event for event in engine.events if event != "generate"]
-        assert order == ["pause", "update 1 with 1 in flight", "resume"]
+        assert engine.events[:3] == ["pause", "update 1 with 1 in flight", "resume"]
 
 
 def test_when_a_publish_returns_every_interrupted_token_is_in_its_episode() -> None:
@@ -100,18 +99,6 @@ def test_a_publish_reports_how_long_nothing_was_sampled_and_the_trainer_waited(
         start = time.monotonic()
         report = executor.publish([], 1)
         assert 0.03 <= report.paused_s <= report.exposed_s <= time.monotonic() - start
-
-
-@pytest.mark.parametrize("in_process", [True, False])
-def test_what_a_rank_tells_after_a_publish_is_of_the_new_version(in_process: bool) -> None:
-    engine = FakeEngine(reply=4, manual=True, in_process=in_process)
-    with rolling(engine, batch_size=1, max_concurrent=9, max_head_lag=1) as executor:
-        engine.wait_for_requests(2)
-        report = executor.publish(
-            [], 1, tell=lambda: (executor.version, executor.stat.running, engine.version)
-        )
-        assert report.told == [(1, 3, 1)], "its place is filled again, too"
-        assert executor.publish([], 2).told == [None]
 
 
 class Straggling(FakeEngine):

@@ -90,7 +90,7 @@ class Pace(Callback):
 
 
 class SharedEngine(FakeEngine):
-    """As if it was not this rank's own."""
+    """As if it were not this rank's own."""
 
     @property
     def is_shared(self) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from sdp_lightning.types import FinishReason, FloatArray, IntArray, SamplingParams, Segment
 
@@ -47,7 +47,6 @@ class PublishReport:
         transfer_s: from the first byte to the version that all of them report.
         paused_s: how long no token was sampled.
         exposed_s: how long the trainer waited, from the gate's closing to its opening.
-        told: by rank, what each had to tell once it had committed the version.
     """
 
     version: int
@@ -55,7 +54,6 @@ class PublishReport:
     transfer_s: float = 0.0
     paused_s: float = 0.0
     exposed_s: float = 0.0
-    told: Sequence[Any] = ()
 
     @property
     def bytes_per_s(self) -> float:

@@ -135,10 +135,10 @@ OTHERS: dict[str, tuple[Logged, ...]] = {
         Logged("speed/generated_tokens_per_s", "tokens sampled"),
         Logged("speed/train_tokens_per_s", "sampled tokens trained on"),
     ),
-    "Groups, all ranks; counts of the run so far, but for the first three": (
+    "Groups, all ranks, when they took the batch; counts of the run so far": (
         Logged("rollout/version", "the policy version after the publish"),
-        Logged("rollout/running", "being rolled out now"),
-        Logged("rollout/pending", "finished, waiting for the trainer now"),
+        Logged("rollout/running", "being rolled out then"),
+        Logged("rollout/pending", "finished, waiting for the trainer then, less the batch"),
         Logged("rollout/dropped_stale", "dropped: too old when they had waited"),
         Logged("rollout/dropped_overdue", "dropped: too old while they ran"),
         Logged("rollout/rejected", "the workflow returned nothing to train on"),

@@ -112,7 +112,7 @@ def histogram_counts(bins: Tensor, values: Tensor) -> Tensor:
 def sequence_sums(batch: Batch, proximal: Tensor) -> Tensor:
     """[1 + L, len(SEQUENCE_COLUMNS)] float64: of whole rows, then of their tokens of each lag.
 
-    Rows without such tokens are none.
+    Rows without such tokens do not count.
     """
     drift = torch.where(batch.loss_mask, (proximal - batch.behavior_logprobs).detach(), 0.0)
     bins = batch.lags.clamp(0, LAG_BINS - 1)

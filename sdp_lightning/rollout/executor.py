@@ -19,7 +19,7 @@ from sdp_lightning.explain import describe
 from sdp_lightning.ranks import Ranks
 from sdp_lightning.rollout.capacity import RolloutStat, StalenessManager
 from sdp_lightning.rollout.prompts import EVALUATION_EPOCH, PromptRow
-from sdp_lightning.rollout.publishing import Tell, publish
+from sdp_lightning.rollout.publishing import publish
 from sdp_lightning.rollout.recompute import LogprobScorer, ProximalRecomputer, RecomputeReport
 from sdp_lightning.rollout.registry import GroupRegistry, LiveGroup
 from sdp_lightning.rollout.runner import STOP_CHECK_S, AsyncTaskRunner, TaskResult
@@ -58,7 +58,7 @@ class WorkflowExecutor:
         self.config, self.engine, self.manager = config, engine, manager
         self._recomputer, self._ranks = recomputer, ranks
         self.registry = GroupRegistry(config, strategy, manager, on_drop=self._on_drop)
-        self._workflow, self._source, self.gate = workflow, source, source.gate
+        self.workflow, self._source, self.gate = workflow, source, source.gate
         self._runner = AsyncTaskRunner(name="sdp-rollout", on_result=self._on_task_result)
         self._generating = self._closed = False
 
@@ -87,15 +87,12 @@ class WorkflowExecutor:
 
     # Versions ------------------------------------------------------------------------------------
 
-    def publish(
-        self, weights: NamedWeights, version: int, *, reset: bool = False, tell: Tell = lambda: None
-    ) -> PublishReport:
+    def publish(self, weights: NamedWeights, version: int, *, reset: bool = False) -> PublishReport:
         """Give the engine ``weights`` as ``version``, then commit it: clock, purge, overdue groups.
 
         With ``reset`` (a start, fresh or resumed) any version is taken, and the ledger is re-based.
         When this returns, every token sampled before is in its Episode. If it raises, the engine
-        stays paused: nothing is sampled by weights of which nobody knows the version. The report
-        has what every rank then had to ``tell``.
+        stays paused: nothing is sampled by weights of which nobody knows the version.
 
         Raises:
             VersionError: if ``version`` is not the next one, or the engine reports another.
@@ -107,7 +104,7 @@ class WorkflowExecutor:
                 f"the policy is at version {self.version}; cannot publish {version}. "
                 "Versions advance by 1."
             )
-        return publish(
+        report = publish(
             self.engine,
             self.gate,
             self._ranks,
@@ -115,10 +112,12 @@ class WorkflowExecutor:
             version,
             reset=reset,
             drain_s=self.config.drain_s,
-            commit=lambda: self._commit(version, tell, reset=reset),
+            commit=lambda: self._commit(version, reset=reset),
         )
+        self._submit_rows()
+        return report
 
-    def _commit(self, version: int, tell: Tell, *, reset: bool) -> object:
+    def _commit(self, version: int, *, reset: bool) -> None:
         if reset:
             self.registry.rebase(version)
         else:
@@ -126,8 +125,6 @@ class WorkflowExecutor:
                 self._cancel(live)
         with self.registry.changed:
             self._source.remove(self.registry.drop_if_overdue)
-        self._submit_rows()
-        return tell()
 
     # Batches -------------------------------------------------------------------------------------
 
@@ -284,7 +281,7 @@ class WorkflowExecutor:
     async def _roll_out(self, live: LiveGroup) -> None:
         session = live.session
         try:
-            trajectories = await self._workflow.run(live.row.data, session)
+            trajectories = await self.workflow.run(live.row.data, session)
             session.end()
             if session.divergence:
                 pass

@@ -11,8 +11,6 @@ from sdp_lightning.errors import VersionError
 from sdp_lightning.ranks import Ranks
 from sdp_lightning.workflows.gate import SendGate
 
-Tell = Callable[[], object]  # to all ranks, by pickle
-
 
 def publish(
     engine: InferenceEngine,
@@ -23,7 +21,7 @@ def publish(
     *,
     reset: bool,
     drain_s: float,
-    commit: Tell,
+    commit: Callable[[], None],
 ) -> PublishReport:
     """Give ``engine`` the weights of ``version`` while no request is under way to it.
 
@@ -40,53 +38,35 @@ def publish(
         version: what they are.
         reset: a start, fresh or resumed.
         drain_s: how long outstanding requests may take to come back; then they are cancelled.
-        commit: moves the clock and the ledger; what it returns is told without one more meeting.
+        commit: moves the clock and the ledger, once the engine reports the version.
     """
     one = _Publish(engine, gate, version, drain_s, leads=ranks.rank == 0 or not engine.is_shared)
     start = time.monotonic()
-    to_all = _to_shared_servers if engine.is_shared else _to_own_engines
-    report = to_all(one, ranks, weights, reset=reset, commit=commit)
+    if not engine.is_shared:  # each rank's engine is its own
+        paused = time.monotonic()
+        work, what = (lambda: one.swap(weights, reset=reset)), f"publishing version {version}"
+        report, _ = ranks.together(what, work)
+        one.verify(())
+        commit()
+        one.resume_servers()
+    else:
+        ranks.together(f"closing the gates for version {version}", one.close_gate)
+        paused = time.monotonic()
+        ranks.together(f"pausing for version {version}", one.pause_servers)
+        ranks.together(f"draining for version {version}", one.drain)
+        report, serving = ranks.together(
+            f"transferring version {version}",
+            lambda: one.transfer(weights, reset=reset),
+            lambda _: list(engine.servers),
+        )
+        ranks.together(f"verifying version {version}", lambda: one.verify(serving[0]))
+        commit()
+        ranks.together(f"resuming at version {version}", one.resume_servers)
+        if not one.leads:
+            engine.resume()
     resumed = time.monotonic()
     gate.open()
-    times = {"paused_s": resumed - one.paused_at, "exposed_s": time.monotonic() - start}
-    return replace(report, **times)
-
-
-def _to_own_engines(
-    one: _Publish, ranks: Ranks, weights: NamedWeights, *, reset: bool, commit: Tell
-) -> PublishReport:
-    """Each rank does it all, then the others are heard."""
-
-    def swap() -> tuple[PublishReport, object]:
-        report = one.swap(weights, reset=reset)
-        one.verify(())
-        return report, commit()
-
-    what = f"publishing version {one.version}"
-    (report, _), told = ranks.together(what, swap, lambda done: done[1])
-    one.resume_servers()
-    return replace(report, told=told)
-
-
-def _to_shared_servers(
-    one: _Publish, ranks: Ranks, weights: NamedWeights, *, reset: bool, commit: Tell
-) -> PublishReport:
-    """No rank begins a phase before all have ended the one before it."""
-    version = one.version
-    ranks.together(f"closing the gates for version {version}", one.close_gate)
-    ranks.together(f"pausing for version {version}", one.pause_servers)
-    ranks.together(f"draining for version {version}", one.drain)
-    report, serving = ranks.together(
-        f"transferring version {version}",
-        lambda: one.transfer(weights, reset=reset),
-        lambda _: list(one.engine.servers),
-    )
-    ranks.together(f"verifying version {version}", lambda: one.verify(serving[0]))
-    mine = commit()
-    what = f"resuming at version {version}"
-    _, told = ranks.together(what, one.resume_servers, lambda _: mine)
-    one.resume_follower()
-    return replace(report, told=told)
+    return replace(report, paused_s=resumed - paused, exposed_s=time.monotonic() - start)
 
 
 class _Publish:
@@ -102,24 +82,22 @@ class _Publish:
         leads: bool,
     ) -> None:
         self.leads = leads
-        self.engine, self._gate = engine, gate
-        self.version, self._drain_s = version, drain_s
-        self.paused_at = 0.0
+        self._engine, self._gate = engine, gate
+        self._version, self._drain_s = version, drain_s
 
     def close_gate(self) -> None:
-        if not self.engine.in_process:
+        if not self._engine.in_process:
             self._gate.close()
         if not self.leads:
-            self.engine.pause()
+            self._engine.pause()
 
     def pause_servers(self) -> None:
-        self.paused_at = time.monotonic()
         if self.leads:
-            self.engine.pause()
+            self._engine.pause()
 
     def drain(self) -> None:
-        self.engine.drain()
-        if not self.engine.in_process:
+        self._engine.drain()
+        if not self._engine.in_process:
             self._gate.drain(self._drain_s)
 
     def swap(self, weights: NamedWeights, *, reset: bool) -> PublishReport:
@@ -129,7 +107,7 @@ class _Publish:
             self.close_gate()
             self.pause_servers()
             self.drain()
-            return self.engine.update_weights(source, self.version, reset=reset)
+            return self._engine.update_weights(source, self._version, reset=reset)
         finally:
             _exhaust(source)
 
@@ -137,27 +115,23 @@ class _Publish:
         source = iter(weights)
         try:
             if self.leads:
-                return self.engine.update_weights(source, self.version, reset=reset)
-            return PublishReport(self.version, 0)
+                return self._engine.update_weights(source, self._version, reset=reset)
+            return PublishReport(self._version, 0)
         finally:
             _exhaust(source)
 
     def verify(self, servers: Sequence[str]) -> None:
         if not self.leads:
-            self.engine.follow(self.version, servers)
-        if self.engine.version != self.version:
+            self._engine.follow(self._version, servers)
+        if self._engine.version != self._version:
             raise VersionError(
-                f"version {self.version} was published, but the engine reports "
-                f"{self.engine.version}."
+                f"version {self._version} was published, but the engine reports "
+                f"{self._engine.version}."
             )
 
     def resume_servers(self) -> None:
         if self.leads:
-            self.engine.resume()
-
-    def resume_follower(self) -> None:
-        if not self.leads:
-            self.engine.resume()
+            self._engine.resume()
 
 
 def _exhaust(source: Iterator[object]) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import bisect
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from sdp_lightning.rollout.capacity import RolloutStat
 from sdp_lightning.workflows.episode import EpisodeTimes
 
 NUM_SLOWEST = 10
+Counts = dict[str, float]  # by name; added up over ranks
 
 
 @dataclass(frozen=True)
@@ -71,3 +74,33 @@ class RolloutTelemetry:
         self.num_overdue += record.fate == "overdue"
         bisect.insort(self.slowest, record, key=lambda r: -r.seconds)
         del self.slowest[NUM_SLOWEST:]
+
+
+def count(stat: RolloutStat, telemetry: RolloutTelemetry, others: Mapping[str, int]) -> Counts:
+    """What has become of groups: what is logged as it is, under its name there, first.
+
+    Args:
+        stat: the ledger.
+        telemetry: what it does not hold.
+        others: what the workflow counts.
+    """
+    return {
+        "rollout/running": stat.running,
+        "rollout/pending": stat.pending,
+        "rollout/rejected": stat.rejected,
+        "rollout/failed": stat.failed,
+        "rollout/dropped_stale": stat.dropped - telemetry.num_overdue,
+        "rollout/dropped_overdue": telemetry.num_overdue,
+        "rollout/diverged": telemetry.num_diverged,
+        **{f"rollout/{name}": number for name, number in others.items()},
+        "trained": telemetry.trained_groups,
+        "trained_tokens": telemetry.trained_tokens,
+        "dropped": telemetry.dropped_groups,
+        "dropped_tokens": telemetry.dropped_tokens,
+        "timed": telemetry.timed_groups,
+        "group_s": telemetry.group_s,
+        "rows": telemetry.times.num,
+        "sample_s": telemetry.times.sample_s,
+        "tool_s": telemetry.times.tool_s,
+        "reward_s": telemetry.times.reward_s,
+    }
