@@ -6,7 +6,6 @@ It runs in ``on_train_batch_end``, before ModelCheckpoint saves and before the n
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -195,8 +194,7 @@ class WeightSyncCallback(Callback):
             ask=executor.engine.echo,
         )
 
-    def _log(self, module: SegmentWisePPOModule, counts: Sequence[Counts], size: int) -> None:
-        total = {name: float(sum(rank[name] for rank in counts)) for name in counts[0]}
+    def _log(self, module: SegmentWisePPOModule, total: Counts, size: int) -> None:
         trained, dropped = total["trained"], total["dropped"]
         learned, self._learned = total["trained_tokens"] - self._learned, total["trained_tokens"]
         rows, step_s = max(1.0, total["rows"]), max(1e-9, self._times["time/step_s"])
@@ -207,7 +205,7 @@ class WeightSyncCallback(Callback):
             {
                 **self._times,
                 "rollout/version": float(self.version),
-                **{name: number for name, number in total.items() if name.startswith("rollout/")},
+                **{name: float(n) for name, n in total.items() if name.startswith("rollout/")},
                 "rollout/trained_length": trained_length,
                 "rollout/dropped_length": total["dropped_tokens"] / max(1.0, dropped),
                 "rollout/length_ratio": trained_length / max(1e-9, ended_length),

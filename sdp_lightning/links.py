@@ -54,7 +54,7 @@ class Link:
         """Send what fits now."""
         try:
             while self._unsent and not self.is_gone:
-                del self._unsent[: self._connection.send(self._unsent[:_CHUNK])]
+                del self._unsent[: self._connection.send(self._unsent)]
         except BlockingIOError:
             return
         except OSError:

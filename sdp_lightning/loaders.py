@@ -74,9 +74,8 @@ class RolloutLoader:
 
     Attributes:
         ended: whether all prompts were handed out.
-        counts: of every rank, when the latest batch was taken: what became of groups so far, and
-            the tokens ``generated`` since the batch before. Told along with the batch: no meeting
-            of its own.
+        counts: over all ranks, when the latest batch was taken: what became of groups so far, and
+            the tokens ``generated`` since the batch before.
     """
 
     def __init__(
@@ -91,7 +90,7 @@ class RolloutLoader:
         activity: Activity,
     ) -> None:
         self.ended = False
-        self.counts: Sequence[Counts] = ()
+        self.counts: Counts = {}
         self._generated = executor.engine.num_generated
         self._ranks, self._stop, self._activity = ranks, stop, activity
         self._executor, self._pad_token_id = executor, pad_token_id
@@ -124,18 +123,23 @@ class RolloutLoader:
             (groups, _), told = self._ranks.together(
                 f"taking the batch of version {self._executor.version}",
                 self._take_mine,
-                lambda taken: (taken[0] is None, taken[1], self._count()),
+                self._tell,
             )
         self._stop.obey(signum for _, signum, _ in told)
         self._activity.enter("rest")
-        self.counts = [counts for *_, counts in told]
+        columns = zip(*(values for *_, values in told), strict=True)
+        self.counts = dict(zip(self.counts, map(sum, columns), strict=True))
         return None if any(ended for ended, *_ in told) else groups
 
-    def _count(self) -> Counts:
+    def _tell(
+        self, taken: tuple[list[TrajectoryGroup] | None, int | None]
+    ) -> tuple[bool, int | None, list[float]]:
+        """Whether prompts have ended, the signal, and what is added up: no meeting of its own."""
         executor, before = self._executor, self._generated
         self._generated = executor.engine.num_generated
-        found = count(executor.stat, executor.telemetry, executor.workflow.counts)
-        return found | {"generated": self._generated - before}
+        self.counts = count(executor.stat, executor.telemetry, executor.workflow.counts)
+        self.counts["generated"] = self._generated - before
+        return taken[0] is None, taken[1], [*self.counts.values()]
 
     def _take_mine(self) -> tuple[list[TrajectoryGroup] | None, int | None]:
         """A batch, or None if prompts or time have ended; and the signal that told to stop."""

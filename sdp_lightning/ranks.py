@@ -168,7 +168,8 @@ class Ranks:
                 self._send(str(error), None)  # one of them may never listen: not waited for
                 raise
             self._send("", reply)
-            self._await(lambda rank: not self._links[rank].is_sending, what, limit_s)
+            if any(link.is_sending for link in self._links.values()):
+                self._await(lambda rank: not self._links[rank].is_sending, what, limit_s)
         self._latest = what
         return reply
 

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -388,7 +389,11 @@ def test_a_process_that_is_stuck_after_a_failure_is_ended_and_says_why(tmp_path:
 
 
 @pytest.mark.fault("corrupted data", "gather")
-def test_a_listener_takes_every_rank_once_and_no_stranger() -> None:
+@pytest.mark.parametrize("platform", [sys.platform, "another"])
+def test_a_listener_takes_every_rank_once_and_no_stranger(
+    platform: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sdp_lightning.lifeline.sys", SimpleNamespace(platform=platform))
     listener = Listener("127.0.0.1")
     port, token = listener.place
     links = [
@@ -398,7 +403,8 @@ def test_a_listener_takes_every_rank_once_and_no_stranger() -> None:
     ]
     found = listener.accept(3, DEADLINE_S)
     assert sorted(found) == [1, 2]
-    assert found[1].getpeername() == links[2].getsockname()
+    links[2].sendall(b"here")
+    assert found[1].recv(4) == b"here"
     assert links[0].recv(1) == b""
     with pytest.raises(ConnectionRefusedError):
         connect("127.0.0.1", (port, token), 3, DEADLINE_S)

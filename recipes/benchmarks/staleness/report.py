@@ -45,7 +45,9 @@ def write(lines: Sequence[Line], path: Path, probed: Sequence[Line] = ()) -> Non
     for minibatches, rate in sorted({(p.minibatches, p.rate) for p in table.places}):
         places = [p for p in table.places if (p.minibatches, p.rate) == (minibatches, rate)]
         places = [p for p in places if p.lag > 0 or p.staleness == "whole"]
-        head = f"## {minibatches} minibatch{'es' if minibatches > 1 else ''}" + ("" if rate == 1 else f", learning rate x {rate}")
+        head = f"## {minibatches} minibatch{'es' if minibatches > 1 else ''}" + (
+            "" if rate == 1 else f", learning rate x {rate}"
+        )
         parts += [head, "### Chance of a right answer at the end", _levels(table, places, final)]
         parts += ["### The same, mean over the course", _levels(table, places, whole_course)]
         parts += [
