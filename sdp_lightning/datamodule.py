@@ -103,7 +103,7 @@ class RolloutDataModule(L.LightningDataModule):
         self._engine_source, self._engine_options = engine, dict(engine_options or {})
         self._engine: InferenceEngine | None = None
         self._executor: WorkflowExecutor | None = None
-        self.loader: RolloutLoader | None = None  # of the last fit
+        self.loader: RolloutLoader | None = None  # of the fit under way
         self._trainer_threads: int | None = None
         self._last_state: dict[str, Any] = {}  # of the last fit, for a checkpoint made after it
         self._leftover: _Leftover | None = None

@@ -30,7 +30,7 @@ UNMEASURED = {
     "test_mutations_rewards.py",
     "test_staleness_ablation.py",
 }
-# The rest can be done beside it by another process of pytest-xdist.
+# What takes longest: another process of pytest-xdist does the rest beside it.
 FIRST = "test_recipes.py"
 
 

@@ -109,6 +109,21 @@ def test_times_and_lengths_are_those_of_the_step(model_folder: str) -> None:
     assert logged["rollout_time/group_s"] >= logged["rollout_time/sample_s"] > 0
 
 
+def test_counts_are_those_of_when_the_batch_was_taken(model_folder: str) -> None:
+    engine, recorder = FakeEngine(), Recorder()
+    data = make_data(engine=engine, batch_size=2, max_head_lag=0)
+    make_trainer(sdp.WeightSyncCallback(), recorder, max_steps=3).fit(
+        make_module(model_folder), data
+    )
+    for step, logged in zip(recorder.steps, recorder.metrics, strict=True):
+        tokens = {side: logged[f"speed/{side}_tokens_per_s"] * logged["time/step_s"]
+                  for side in ("train", "generated")}  # fmt: skip
+        # On policy, what was sampled since the last batch is this batch, and nothing is left.
+        assert tokens["train"] == pytest.approx(step.batch.num_tokens, rel=1e-4)
+        assert tokens["generated"] == pytest.approx(step.batch.num_tokens, rel=1e-4)
+        assert logged["rollout/running"] == logged["rollout/pending"] == 0
+
+
 def test_dropped_groups_are_reported_with_their_length_and_warned_of_once(
     model_folder: str, caplog: pytest.LogCaptureFixture
 ) -> None:

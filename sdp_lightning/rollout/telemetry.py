@@ -77,7 +77,7 @@ class RolloutTelemetry:
 
 
 def count(stat: RolloutStat, telemetry: RolloutTelemetry, others: Mapping[str, int]) -> Counts:
-    """What has become of groups: what is logged as it is, under its name there, first.
+    """What has become of groups so far. What has a name in ``rollout/`` is logged as it is.
 
     Args:
         stat: the ledger.

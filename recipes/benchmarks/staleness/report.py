@@ -56,9 +56,8 @@ def write(lines: Sequence[Line], path: Path, probed: Sequence[Line] = ()) -> Non
             "### The same, mean over the course",
             _differences(table, places, whole_course),
         ]
-        if minibatches == 2 and rate == 1:
-            stale = [p for p in places if p.lag >= 2 and p.staleness == "whole"]
-            for place in stale:
+        if rate == 1:
+            for place in (p for p in places if p.lag >= 2):
                 parts += [f"### What happened to tokens: {_name(place)}", _measures(table, place)]
     if probed:
         parts += ["## Gradients against those of fresh samples", gradients(probed)]
