@@ -68,11 +68,17 @@ def expected_length(row: Mapping[str, Any]) -> int:
 
 
 class Journal(Callback):
-    """What happened, in a file that outlives the process. Goes last, but before the checkpoint."""
+    """What happened, in a file that outlives the process. Goes last, but before the checkpoint.
+
+    A kill may cut a line where a page of the file ends. Such an entry is taken off: what it tells
+    of was not done yet.
+    """
 
     def __init__(self, path: Path, came_back: Mapping[str, int]) -> None:
         self._came_back = came_back
-        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
+        written = os.pread(self._file, os.fstat(self._file).st_size, 0)
+        os.ftruncate(self._file, written.rfind(b"\n") + 1)
 
     def write(self, **entry: Any) -> None:
         os.write(self._file, (json.dumps(entry) + "\n").encode())

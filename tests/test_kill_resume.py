@@ -101,8 +101,8 @@ class Survivor:
 
     def entries(self, kind: str | None = None, rank: int = 0) -> list[dict[str, Any]]:
         path = self.folder / f"journal.{rank}"
-        lines = path.read_text().splitlines() if path.exists() else []
-        return [e for e in map(json.loads, lines) if kind in (None, e["kind"])]
+        whole, _, _ = (path.read_text() if path.exists() else "").rpartition("\n")
+        return [e for e in map(json.loads, whole.splitlines()) if kind in (None, e["kind"])]
 
 
 def survive(forks: Forks, seed: int, folder: Path, model: str, size: int = 1) -> Survivor:

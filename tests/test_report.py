@@ -24,7 +24,7 @@ from sdp_lightning.metrics.names import POOL, logged_names
 from sdp_lightning.report import write_report
 from sdp_lightning.report.callback import run_folder
 from sdp_lightning.report.charts import Line, area_chart, line_chart, thin
-from sdp_lightning.report.files import read_run
+from sdp_lightning.report.files import RunWriter, read_run
 from sdp_lightning.report.samples import NUM_EXTREME, NUM_RANDOM, SampleKeeper
 from sdp_lightning.testing import FakeEngine
 from sdp_lightning.types import Context, Segment, Trajectory, TrajectoryGroup
@@ -239,6 +239,17 @@ def test_steps_that_a_resume_did_again_count_once(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path, steps))
     assert [row["rollout/version"] for row in run.steps] == [1, 2, 3, 4]
     assert [row["train/reward"] for row in run.steps] == [0.1, 9, 9, 9]
+
+
+@pytest.mark.parametrize("torn", ["", '{"rollout/version": 3.0, "train/rew', "{"])
+def test_a_line_that_a_kill_has_torn_costs_no_other(tmp_path: Path, torn: str) -> None:
+    folder = write_run(tmp_path, [make_step(v) for v in (1, 2)])
+    with (folder / "report" / "steps.jsonl").open("a") as file:
+        file.write(torn)
+    writer = RunWriter(folder)
+    for version in (3, 4):
+        writer.step(make_step(version))
+    assert [row["rollout/version"] for row in read_run(folder).steps] == [1, 2, 3, 4]
 
 
 def test_a_new_run_in_the_same_folder_replaces_the_old_one(tmp_path: Path) -> None:

@@ -42,12 +42,17 @@ class Run:
 
 
 class RunWriter:
-    """Writes the files of one run, or goes on with those of the run that it resumes."""
+    """Writes the files of one run, or goes on with those of the run that it resumes.
+
+    A line that a kill has torn is taken off, or the next one would be lost with it.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.page = folder / PAGE
         self._folder = folder / FOLDER
         self._folder.mkdir(parents=True, exist_ok=True)
+        for path in self._folder.glob("*.jsonl"):
+            os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
 
     def settings(self, settings: Mapping[str, Any]) -> None:
         """Replace the settings."""
