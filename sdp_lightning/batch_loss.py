@@ -17,6 +17,7 @@ from sdp_lightning.objective import (
     complete_segment_logprobs,
     loglinear_proximal,
     loglinear_segment,
+    past_centre,
     second_moment_bound,
     second_moment_set,
     segment_wise_ppo_loss,
@@ -65,11 +66,11 @@ def batch_loss(
     """
     assert batch.advantages is not None
     proximal = _proximal(target, batch, config, share_done)
-    segment = _segment(proximal, batch, config)
+    segment = segment_policy(proximal, batch, config)
     policy = segment_wise_ppo_loss(
         target,
         proximal,
-        segment,
+        segment_centre(segment, batch, config),
         batch.behavior_logprobs,
         batch.advantages,
         batch.loss_mask if batch.rejected is None else batch.loss_mask & ~batch.rejected,
@@ -110,7 +111,7 @@ def _proximal(target: Tensor, batch: Batch, config: LossConfig, share_done: floa
     return target.detach()
 
 
-def _segment(proximal: Tensor, batch: Batch, config: LossConfig) -> Tensor:
+def segment_policy(proximal: Tensor, batch: Batch, config: LossConfig) -> Tensor:
     """[B, T] q: scored and completed, or log-linear."""
     if config.segment_proximal == "loglinear":
         return loglinear_segment(proximal, batch.behavior_logprobs, batch.lags)
@@ -122,3 +123,10 @@ def _segment(proximal: Tensor, batch: Batch, config: LossConfig) -> Tensor:
         batch.lags,
         batch.missing_proximal,
     )
+
+
+def segment_centre(segment: Tensor, batch: Batch, config: LossConfig) -> Tensor:
+    """[B, T] what the loss reads as q: q itself, or the centre that is made of it."""
+    if config.trust_region == "past":
+        return past_centre(segment, batch.behavior_logprobs, batch.lags)
+    return segment

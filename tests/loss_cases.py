@@ -18,7 +18,7 @@ from sdp_lightning.objective import PolicyLoss, segment_wise_ppo_loss
 
 Loss = Callable[..., PolicyLoss]
 FREE = LossConfig(clip_epsilon=0.999, clip_epsilon_high=1e9, behavior_weight_cap=None)
-CENTRES = ("segment", "proximal", "behavior")
+CENTRES = ("segment", "proximal", "behavior", "past")
 
 _WEIGHED = LossConfig(trust_region="proximal", rejection_on="weight", behavior_weight_cap=1.5)
 _BEHAVIOR = LossConfig(trust_region="behavior", behavior_weight_cap=None)
@@ -42,6 +42,7 @@ ESTIMATORS = {
         rejection_on="weight", behavior_weight_cap=2.0, behavior_weight_floor=0.8
     ),
     "behavior": LossConfig(trust_region="behavior", behavior_weight_cap=1.3),
+    "past": LossConfig(trust_region="past", behavior_weight_floor=0.4),
     "IcePop": _but(_WEIGHED, behavior_weight_floor=0.7),
     "TIS": _but(_WEIGHED, correction="truncate"),
     "TIS from both sides, no clip": _but(
@@ -107,7 +108,7 @@ def every_combination(surrogate: str) -> Iterator[LossConfig]:
 
 @dataclasses.dataclass
 class Case:
-    """Inputs of the loss, float64: n, x, q, b, A, mask."""
+    """Inputs of the loss, float64: n, x, q (or the centre made of it), b, A, mask."""
 
     target: Tensor
     proximal: Tensor
@@ -204,7 +205,7 @@ def _row(
     tokens = [tuple(float(tensor[row, place]) for tensor in case.tensors()[:5]) for place in places]
     weights, ratios, drifts = [], [], []
     for n, x, q, b, _ in tokens:
-        m = {"segment": q, "proximal": x, "behavior": b}[config.trust_region]
+        m = {"segment": q, "past": q, "proximal": x, "behavior": b}[config.trust_region]
         weight = math.exp(m - b)
         if config.trust_region == "proximal":
             bridge = min(math.exp(x - q), config.bridge_cap or math.inf)

@@ -37,7 +37,6 @@ LAYERS: dict[str, set[str]] = {
     "activity": set(),
     "objective": {"config", "errors", "loading"},
     "batch": {"config", "display", "errors", "types"},
-    "viewing": {"batch", "config", "display", "errors", "objective", "types"},
     "engines": CORE | {"weights"},
     "scoring": {"types"},
     "echo": {"adapters", "errors", "types"},
@@ -53,6 +52,7 @@ LAYERS: dict[str, set[str]] = {
     "step_values": {"batch", "errors"},
     "batch_advantages": {"batch", "config", "objective"},
     "batch_loss": {"batch", "config", "objective", "rank_sums"},
+    "viewing": {"batch", "batch_loss", "config", "display", "errors", "objective", "types"},
     "passes": {"batch", "config", "errors", "forward", "policy"},
     "trainer_checks": {"config", "errors"},
     "module": CORE

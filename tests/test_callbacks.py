@@ -75,11 +75,12 @@ def test_a_batch_of_another_version_than_the_trainers_is_an_error(model_folder: 
     ("loss", "scored"),
     [
         (sdp.LossConfig(), True),
+        (sdp.LossConfig(trust_region="past"), True),
         (sdp.LossConfig(trust_region="proximal", bridge_exponent=0.5), True),
         (sdp.LossConfig(trust_region="proximal"), False),
         (sdp.LossConfig(trust_region="behavior"), False),
     ],
-    ids=["segment", "bridged", "proximal", "behavior"],
+    ids=["segment", "past", "bridged", "proximal", "behavior"],
 )
 def test_segments_are_scored_only_for_a_loss_that_reads_the_score(
     model_folder: str, loss: sdp.LossConfig, scored: bool

@@ -196,6 +196,7 @@ def test_concurrency_is_the_staleness_bound_unless_set() -> None:
     ("settings", "needed"),
     [
         pytest.param({}, True, id="segment reads q"),
+        pytest.param({"trust_region": "past"}, True, id="and so does past"),
         pytest.param({"trust_region": "behavior"}, False, id="behavior does not"),
         pytest.param({"trust_region": "proximal"}, False, id="nor proximal with the whole bridge"),
         pytest.param({"trust_region": "proximal", "bridge_exponent": 0.5}, True, id="an exponent"),

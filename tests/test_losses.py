@@ -18,6 +18,7 @@ from sdp_lightning.objective import (
     PolicyLoss,
     complete_segment_logprobs,
     loss_denominator,
+    past_centre,
     segment_wise_ppo_loss,
 )
 
@@ -360,6 +361,21 @@ def test_completion_refuses_unscored_old_tokens_under_drop_and_only_those() -> N
     with pytest.raises(ValueError, match="1 tokens of lag 2 or more"):
         complete_segment_logprobs(*args, torch.tensor([2, 2]), "drop")
     assert torch.equal(complete_segment_logprobs(*args, torch.tensor([2, 1]), "drop"), two)
+
+
+@untimed
+@given(seed=SEEDS)
+def test_around_past_a_token_of_lag_one_is_trained_as_around_behavior_others_as_around_segment(
+    seed: int,
+) -> None:
+    case = Case.random(seed, spread=0.2)
+    lags = torch.randint(4, case.mask.shape, generator=torch.Generator().manual_seed(seed))
+    around = {
+        region: case.gradient(LossConfig(trust_region=region)) for region in ("segment", "behavior")
+    }
+    case.segment = past_centre(case.segment, case.behavior, lags)
+    found = case.gradient(LossConfig(trust_region="past"))
+    assert torch.equal(found, torch.where(lags == 1, around["behavior"], around["segment"]))
 
 
 @untimed

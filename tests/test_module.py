@@ -32,13 +32,16 @@ from sdp_lightning.module import silence_dropout
 
 LOSSES = [
     sdp.LossConfig(),
+    sdp.LossConfig(trust_region="past", clip_epsilon=0.05),
     sdp.LossConfig(trust_region="proximal"),
     sdp.LossConfig(trust_region="proximal", bridge_exponent=0.0, rejection_on="weight"),
     sdp.LossConfig(trust_region="behavior", behavior_weight_cap=1.1, clip_epsilon=0.05),
 ]
 
 
-@pytest.mark.parametrize("config", LOSSES, ids=["segment", "proximal", "origin", "behavior"])
+@pytest.mark.parametrize(
+    "config", LOSSES, ids=["segment", "past", "proximal", "origin", "behavior"]
+)
 @pytest.mark.parametrize("missing", ["behavior", "loglinear", "decoupled"])
 def test_the_module_trains_on_the_loss_computed_by_hand(
     model_folder: str, config: sdp.LossConfig, missing: Any

@@ -52,10 +52,15 @@ MUTATIONS = [
     ("surrogates", "log_value = log_weight + torch", "log_value = -log_weight + torch"),
     ("surrogates", "torch.where(acting, target, 0.0)", "torch.where(acting, -target, 0.0)"),
     ("surrogates", "weight = sequence_mean(log_weight", "weight = sequence_mean(-log_weight"),
+    ("corrections", "torch.where(lags == 1, behavior,", "torch.where(lags <= 1, behavior,"),
+    ("corrections", "torch.where(lags == 1, behavior,", "torch.where(lags >= 1, behavior,"),
+    ("corrections", "torch.where(lags == 1, behavior,", "torch.where(lags != 1, behavior,"),
+    ("corrections", 'in ("segment", "past")', '== "segment"'),
     # a gradient where none belongs, or none where one does
     ("surrogates", "measured = log_importance.detach()", "measured = log_importance"),
     ("surrogates", "log_ratio - measured", "log_ratio - log_ratio"),
     ("corrections", "(t.detach()) for t in (target,", "(t) for t in (target,"),
+    ("corrections", "(t.detach()) for t in (segment, b", "(t) for t in (segment, b"),
     # mask after exp
     (
         "surrogates",
@@ -183,6 +188,9 @@ def check_policies(mutant: Mutant) -> None:
     assert found.tolist() == pytest.approx([-3.0, -3 + 4 / 3, -3 + 12 / 7])
     found = mutant.corrections.loglinear_segment(target, behavior, lags)
     assert found.tolist() == pytest.approx([-1.0, -1.0, -3 + 2 / 3])
+    found = mutant.corrections.past_centre(target, behavior, lags)
+    assert not found.requires_grad
+    assert found.tolist() == [-1.0, -3.0, -1.0]
 
 
 def check_second_moment(mutant: Mutant) -> None:

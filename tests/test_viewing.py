@@ -144,6 +144,9 @@ def test_a_batch_shows_proximals_weights_and_the_advantages_that_the_module_set(
         "token 97",
     ]
     assert "weight 1.0000" in page_of(batch).titles()[0], "around q = b"
+    assert "weight 1.3499" in page_of(batch).titles()[2], "at lag 1 q is x"
+    past = page_of(batch, loss=sdp.LossConfig(trust_region="past")).titles()[2]
+    assert "weight 1.0000" in past and "segment -0.2000" in past
     assert "+1.50 advantage" in page.text("sdp-side")
 
 
@@ -151,6 +154,7 @@ def test_a_batch_shows_proximals_weights_and_the_advantages_that_the_module_set(
     ("loss", "weight"),
     [
         (sdp.LossConfig(), "weight 1.1052"),
+        (sdp.LossConfig(trust_region="past"), "weight 1.1052"),
         (sdp.LossConfig(trust_region="behavior"), "weight 1.0000"),
         (sdp.LossConfig(trust_region="proximal"), None),
     ],

@@ -9,11 +9,11 @@ from typing import Literal
 from sdp_lightning.config.checks import at_least, one_of
 from sdp_lightning.errors import ConfigError
 
-TrustRegion = Literal["segment", "proximal", "behavior"]
+TrustRegion = Literal["segment", "past", "proximal", "behavior"]
 
 _CHOICES = {
     "rejection_on": ("drift", "weight"),
-    "trust_region": ("segment", "proximal", "behavior"),
+    "trust_region": ("segment", "past", "proximal", "behavior"),
     "surrogate": ("ppo", "cispo", "unclipped"),
     "ratio_level": ("token", "sequence"),
     "correction": ("mask", "truncate"),
@@ -55,7 +55,8 @@ class LossConfig:
         behavior_weight_cap: what lies above it is corrected (see ``correction``); None is off.
         behavior_weight_floor: what lies below it is corrected; None is off.
         rejection_on: what cap and floor test: ``"drift"``, exp(x - b), or the ``"weight"`` itself.
-        trust_region: the centre: ``"segment"`` (q), ``"proximal"`` (x) or ``"behavior"`` (b).
+        trust_region: the centre: ``"segment"`` (q), ``"past"`` (q, but b at lag 1, where q is x),
+            ``"proximal"`` (x) or ``"behavior"`` (b).
         bridge_exponent: only for ``"proximal"``: 1 is decoupled PPO, 0 leaves the bridge out.
         bridge_cap: only for ``"proximal"``: the bridge exp(x - q) is at most this; None is off.
         surrogate: ``"ppo"``: the pessimistic minimum; ``"cispo"``: w r, detached and at most
@@ -132,7 +133,7 @@ class LossConfig:
     @property
     def needs_segment_proximal(self) -> bool:
         """Whether the estimator reads q at all."""
-        return self.trust_region == "segment" or self.bends_bridge
+        return self.trust_region in ("segment", "past") or self.bends_bridge
 
     @property
     def needs_segment_scores(self) -> bool:

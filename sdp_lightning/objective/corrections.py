@@ -114,6 +114,24 @@ def loglinear_segment(proximal: Tensor, behavior: Tensor, lags: Tensor) -> Tenso
     return torch.lerp(behavior, proximal, 1 / lags.clamp(min=1).to(proximal))
 
 
+def past_centre(segment: Tensor, behavior: Tensor, lags: Tensor) -> Tensor:
+    """Centre of ``trust_region="past"``: q, but b at lag 1.
+
+    There q is x, the policy in training: in the first update nothing would be clipped, however far
+    a token has moved since it was sampled. The centre is thus older than x at every lag but 0.
+
+    Args:
+        segment: [...] q, completed.
+        behavior: [...] b.
+        lags: [...] integers, 0 or more.
+
+    Returns:
+        [...] detached, at least float32.
+    """
+    segment, behavior = (at_least_float32(t.detach()) for t in (segment, behavior))
+    return torch.where(lags == 1, behavior, segment)
+
+
 def second_moment_set(log_drift: Tensor, advantages: Tensor, loss_mask: Tensor) -> Tensor:
     """Tokens that M2PO constrains: those that have moved in the direction of their advantage.
 
@@ -177,7 +195,7 @@ def centre_and_log_weight(
 
     Args:
         proximal: [...] x.
-        segment: [...] q.
+        segment: [...] q; around ``"past"`` the :func:`past_centre`.
         behavior: [...] b.
         config: trust region, bridge exponent and bridge cap.
 
@@ -186,7 +204,7 @@ def centre_and_log_weight(
     """
     if config.trust_region == "behavior":
         return behavior, torch.zeros_like(behavior)
-    if config.trust_region == "segment":
+    if config.trust_region in ("segment", "past"):
         return segment, segment - behavior
     if not config.needs_segment_proximal:
         return proximal, proximal - behavior

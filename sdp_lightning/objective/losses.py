@@ -66,7 +66,8 @@ def segment_wise_ppo_loss(
     Args:
         target_logprobs: [B, T] n, under the policy being optimized. Carries the gradient.
         proximal_logprobs: [B, T] x, under the policy at the start of this training step.
-        segment_logprobs: [B, T] q; read only if ``config.needs_segment_proximal``.
+        segment_logprobs: [B, T] q; read only if ``config.needs_segment_proximal``. For a centre
+            ``"past"`` what :func:`~sdp_lightning.objective.past_centre` makes of it.
         behavior_logprobs: [B, T] b, of the distribution sampled from.
         advantages: [B, T].
         loss_mask: [B, T] bool, a row is a sequence. What stands where it is False has no effect.

@@ -159,7 +159,7 @@ def _known_weight(numbers: Mapping[str, Numbers], loss: LossConfig) -> Numbers:
     behavior = numbers["behavior"]
     if loss.trust_region == "behavior":
         return np.where(np.isnan(behavior), np.nan, 1.0).astype(np.float32)
-    if loss.trust_region == "segment":
+    if loss.trust_region in ("segment", "past"):
         return np.exp(numbers["segment"] - behavior)
     return np.full_like(behavior, np.nan)
 
@@ -193,7 +193,7 @@ def _of_batch(batch: Batch, loss: LossConfig, most_rows: int) -> tuple[list[Sect
 
 def _numbers_of(batch: Batch, loss: LossConfig) -> dict[str, Numbers]:
     """b, q, x and w, each [B, T]."""
-    from sdp_lightning.objective import complete_segment_logprobs, loglinear_segment
+    from sdp_lightning.batch_loss import segment_centre, segment_policy
     from sdp_lightning.objective.corrections import centre_and_log_weight
 
     mask, old = batch.loss_mask.numpy(), (batch.lags >= 2).numpy()
@@ -208,14 +208,8 @@ def _numbers_of(batch: Batch, loss: LossConfig) -> dict[str, Numbers]:
         numbers = {"behavior": behavior, "segment": where(known, batch.segment_logprobs.numpy())}
         numbers["proximal"] = where(np.zeros_like(mask), behavior)
         return numbers | {"weight": _known_weight(numbers, loss)}
-    if loss.segment_proximal == "loglinear":
-        q = loglinear_segment(x, b, batch.lags)
-    else:
-        q = complete_segment_logprobs(
-            *(batch.segment_logprobs, batch.segment_scored, x, b, batch.lags),
-            missing=batch.missing_proximal,
-        )
-    log_weight = centre_and_log_weight(x, q, b, loss)[1]
+    q = segment_policy(x, batch, loss)
+    log_weight = centre_and_log_weight(x, segment_centre(q, batch, loss), b, loss)[1]
     return {
         "behavior": behavior,
         "segment": where(mask, q.numpy()),

@@ -25,11 +25,13 @@ class Method:
         """What it shares with all methods that are the same at this lag.
 
         Without staleness x = q = b, and only the surrogate and its clip are left. At lag 1 q = x:
-        the centres q and x are one, and there is no bridge.
+        the centres q and x are one, and there is no bridge; the centre "past" is b.
         """
         loss = self.loss
         if lag == 0:
             return loss.surrogate, loss.clip_epsilon, loss.clip_epsilon_high
+        if lag == 1 and loss.trust_region == "past":
+            return replace(self, loss=replace(loss, trust_region="behavior"))
         if lag == 1 and loss.trust_region != "behavior":
             plain = replace(
                 loss,
@@ -46,6 +48,7 @@ DEFAULT = "segment"
 METHODS = {
     "segment": Method(LossConfig(trust_region="segment")),
     "behavior": Method(LossConfig(trust_region="behavior")),
+    "past": Method(LossConfig(trust_region="past")),
     "proximal": Method(LossConfig(trust_region="proximal")),
     "proximal, behavior mask": Method(LossConfig(trust_region="proximal", behavior_mask=True)),
     "origin": Method(
@@ -70,6 +73,7 @@ METHODS = {
     "M2PO": Method(
         LossConfig(trust_region="behavior", surrogate="unclipped", second_moment_cap=0.04)
     ),
+    "past, ESS rate": Method(LossConfig(trust_region="past"), scale_lr_by_ess=True),
     "segment, ESS rate": Method(LossConfig(trust_region="segment"), scale_lr_by_ess=True),
     "uncorrected": Method(LossConfig(trust_region="behavior"), corrected=False),
     "behavior, clip 0.3": Method(LossConfig(trust_region="behavior", clip_epsilon=0.3)),
