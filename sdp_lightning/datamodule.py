@@ -23,6 +23,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from sdp_lightning.activity import Activity
 from sdp_lightning.batch import SealedBatch
 from sdp_lightning.config import RolloutConfig
+from sdp_lightning.config.together import check_together
 from sdp_lightning.cores import leave_cores
 from sdp_lightning.engines.base import InferenceEngine
 from sdp_lightning.engines.connect import connect_engine
@@ -143,18 +144,7 @@ class RolloutDataModule(L.LightningDataModule):
         self.stop = StopRequest()
         module = self._module()
         config = self.rollout.share(1 if self.trainer is None else self.trainer.world_size)
-        if module.update.num_minibatches > config.batch_size:
-            raise ConfigError(
-                f"batch_size={config.batch_size} groups a process cannot fill "
-                f"num_minibatches={module.update.num_minibatches}: groups stay whole."
-            )
-        drops = self.rollout.enable_segment_wise_ppo and self.rollout.missing_proximal == "drop"
-        if drops and not module.loss.needs_segment_scores:
-            raise ConfigError(
-                "missing_proximal='drop' drops every group older than 1 version, because the "
-                f"estimator (trust_region={module.loss.trust_region!r}) never has segments scored. "
-                "Use another missing_proximal, or trust_region='segment'."
-            )
+        check_together(config, module.update, module.loss)
         known = {"model": module.model_id} if isinstance(self._engine_source, str) else {}
         options: dict[str, Any] = {**known, **self._engine_options}
         if module.lora is not None and options.get("transport") == "lora":

@@ -11,6 +11,7 @@ import lightning as L
 
 from sdp_lightning.batch import SealedBatch
 from sdp_lightning.callbacks import WeightSyncCallback
+from sdp_lightning.config.together import check_centre
 from sdp_lightning.errors import ConfigError, RecordingError
 from sdp_lightning.loaders import make_batch
 from sdp_lightning.module import SegmentWisePPOModule
@@ -68,6 +69,7 @@ class ReplayDataModule(L.LightningDataModule):
                 f"({settings.tokenizer}), but {module.model_id!r} has another ({found}): its token "
                 "ids mean something else. Use a model with the same tokenizer."
             )
+        check_centre(module.loss, segment_wise=settings.segment_wise)
         if module.loss.needs_segment_scores and not settings.is_scored:
             logger.warning(
                 "the recorded run had no segments scored, and this loss reads their scores: for "

@@ -82,7 +82,8 @@ LAYERS: dict[str, set[str]] = {
         "stopping",
     },
     "recorder": {"datamodule", "errors", "generation", "module", "recording"},
-    "replay": {"batch", "callbacks", "errors", "loaders", "module", "ranks", "recording", "types"},
+    "replay": {"batch", "callbacks", "config", "errors", "loaders", "module", "ranks"}
+    | {"recording", "types"},
     "progress": {"datamodule", "errors"},
     "report": {"activity", "callbacks", "datamodule", "errors", "metrics", "module", "rollout"}
     | {"types", "viewing"},

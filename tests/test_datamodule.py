@@ -114,6 +114,13 @@ def test_a_mode_without_scores_may_have_any_missing_proximal(model_folder: str) 
     assert module.trainer.global_step == 1
 
 
+def test_a_mode_without_segments_refuses_a_centre_that_needs_them(model_folder: str) -> None:
+    data = make_data(engine=FakeEngine(), enable_segment_wise_ppo=False)
+    module = make_module(model_folder, loss=sdp.LossConfig(trust_region="past"))
+    with pytest.raises(sdp.ConfigError, match=r"trust_region='past'.*Use trust_region='proximal'"):
+        make_trainer(sdp.WeightSyncCallback(), max_steps=1).fit(module, data)
+
+
 def test_more_minibatches_than_groups_are_refused_before_anything_is_sampled(
     model_folder: str,
 ) -> None:

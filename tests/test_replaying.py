@@ -155,6 +155,9 @@ def test_the_mode_and_the_mask_of_the_run_are_those_of_its_replay(
         assert (one.missing_proximal, one.max_lag) == (other.missing_proximal, other.max_lag)
         assert "the recorded run had no segments scored" in caplog.text
         caplog.clear()
+    past = make_recorded_module(model_folder, loss=sdp.LossConfig(trust_region="past"))
+    with pytest.raises(sdp.ConfigError, match="trust_region='past' with enable_segment_wise_ppo"):
+        make_trainer(max_steps=2).fit(past, sdp.ReplayDataModule(tmp_path / "off"))
 
 
 # Starts, stops, folders ---------------------------------------------------------------------------

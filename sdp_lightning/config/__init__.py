@@ -1,7 +1,7 @@
 """Settings: frozen, validated when made, picklable.
 
 Each class is one concern. A setting that is out of range, or contradicts another one of its class,
-raises ``ConfigError`` with the value and the remedy.
+raises ``ConfigError`` with the value and the remedy; ``together`` does so for several classes.
 """
 
 from sdp_lightning.config.lora import LoRAConfig
