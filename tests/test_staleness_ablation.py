@@ -24,7 +24,7 @@ from staleness.methods import DEFAULT, METHODS  # noqa: E402
 from staleness.net import Layout, TinyLlama  # noqa: E402
 from staleness.plan import Results, cell_of, fill, representative, stage_1, stage_2  # noqa: E402
 from staleness.probe import probe, summed_up  # noqa: E402
-from staleness.rollouts import Rollouts, segment_scores  # noqa: E402
+from staleness.rollouts import Rollouts, rounded, segment_scores  # noqa: E402
 from staleness.summary import Place, Table, estimate  # noqa: E402
 from staleness.training import Cell, Run, Scale, run  # noqa: E402
 
@@ -172,6 +172,43 @@ def assert_scored_by(
 def test_no_batch_is_older_than_the_run_and_lag_0_is_fresh(model: Any) -> None:
     assert course(model, "segment", 2).max_lags == [0, 1, 2, 2]
     assert course(model, "segment", 0).max_lags == [0, 0, 0, 0]
+
+
+def test_an_engine_that_rounds_differs_from_the_trainer_the_more_the_fewer_bits(model: Any) -> None:
+    values = torch.tensor([1.0, 1.0625, -1.09, 3.3, 0.0, 1e-3])
+    assert rounded(values, 4).tolist() == [1.0, 1.0, -1.125, 3.25, 0.0, 2**-10]
+    assert torch.equal(rounded(values, 8), values.bfloat16().float())
+    found = {}
+    for bits in (None, 8, 4, 2):
+        cell = Cell("segment", "mixed", 2, engine_bits=bits)
+        this = Run(model, cell, SMALL, count_digits)
+        for step in range(3):
+            this.step(step)
+        found[bits] = this.mismatch(3)
+    assert found[None] < 1e-5 < found[8] < found[4] < found[2]
+
+
+def test_what_an_engine_differs_in_is_in_the_drift_of_fresh_tokens_too(model: Any) -> None:
+    cells = [Cell("segment", "whole", 0, engine_bits=bits) for bits in (None, 3)]
+    exact, rounding = (run(model, cell, SMALL, count_digits).measures for cell in cells)
+    assert exact["abs_drift"] == 0 and "mismatch" not in exact
+    assert rounding["abs_drift"] > 1e-3
+    assert rounding["abs_drift"] == pytest.approx(rounding["mismatch"], rel=0.5)
+
+
+def test_an_engine_that_rounds_has_its_own_table_and_no_part_in_the_others(
+    tmp_path: Path, model: Any
+) -> None:
+    arguments = ["--stage", "engines", "--steps", "4", "--groups", "2", "--seeds", "2"]
+    arguments += ["--folder", str(tmp_path), "--lags", "1", "--methods", "segment", "past"]
+    staleness_ablation.main(arguments, model=model)
+    lines = [json.loads(line) for line in (tmp_path / "staleness.jsonl").read_text().splitlines()]
+    assert {(line["method"], line["engine_bits"]) for line in lines} == {
+        (method, bits) for method in ("segment", "behavior") for bits in (8, 5, 4, 3)
+    }, "at lag 1 behavior stands for past"
+    text = (tmp_path / "staleness.md").read_text()
+    assert text.startswith("## An engine that rounds its weights")
+    assert text.count("| past |") == text.count("| segment |") == 4
 
 
 def test_without_staleness_methods_of_one_kind_are_one_run_bit_for_bit(model: Any) -> None:

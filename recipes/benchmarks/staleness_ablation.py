@@ -17,17 +17,18 @@ from typing import Any
 import torch
 from staleness import figure, report
 from staleness.methods import DEFAULT, METHODS
-from staleness.plan import Results, controls, fill, stage_1, stage_2
+from staleness.plan import Results, controls, engines, fill, stage_1, stage_2
 from staleness.probe import probe
 from staleness.task import warm_model
 from staleness.training import Cell, Run, Scale, record, run
 
+STAGES = ("1", "2", "controls", "engines", "probe", "report")
 FOLDER = Path(__file__).parent / "results"
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--stage", choices=("1", "2", "controls", "probe", "report"), default="1")
+    parser.add_argument("--stage", choices=STAGES, default="1")
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--lags", nargs="*", type=int, help="only these; all unless given")
     parser.add_argument("--minibatches", nargs="*", type=int, default=[1, 2, 4])
@@ -47,6 +48,7 @@ def chosen_cells(options: argparse.Namespace) -> Iterable[Cell]:
         "1": lambda: stage_1(seeds),
         "2": lambda: stage_2(options.methods, seeds),
         "controls": lambda: controls(options.methods, seeds),
+        "engines": lambda: engines(options.methods, seeds),
         "report": lambda: iter(()),
     }[options.stage]()
     return (
@@ -85,7 +87,7 @@ def main(argv: Sequence[str] | None = None, model: Any = None) -> None:
         )
     lines = results.lines
     report.write(lines, options.folder / "staleness.md", probed.lines)
-    figure.draw(lines, options.figure or options.folder / "staleness.png")
+    figure.draw(report.exact(lines), options.figure or options.folder / "staleness.png")
 
 
 def run_probe(model: Any, scale: Scale, options: argparse.Namespace, probed: Results) -> None:

@@ -12,6 +12,7 @@ from staleness.methods import METHODS
 from staleness.training import Cell
 
 STALENESS = ("whole", "mixed")
+ENGINE_BITS = (8, 5, 4, 3)
 
 
 def stage_1(seeds: Iterable[int] = range(3), lags: Sequence[int] = (4, 8, 0)) -> Iterator[Cell]:
@@ -43,6 +44,15 @@ def controls(methods: Sequence[str], seeds: Iterable[int]) -> Iterator[Cell]:
             for rate in (0.5, 2.0):
                 for method in methods:
                     yield Cell(method, "whole", lag, seed=seed, rate=rate)
+
+
+def engines(methods: Sequence[str], seeds: Iterable[int]) -> Iterator[Cell]:
+    """The same with an engine that rounds its weights: what it disagrees about is in b alone."""
+    for seed in seeds:
+        for lag in (1, 4):
+            for bits in ENGINE_BITS:
+                for method in methods:
+                    yield Cell(method, "whole", lag, 1, seed, engine_bits=bits)
 
 
 def representative(cell: Cell) -> Cell:
@@ -86,8 +96,8 @@ class Results:
 
 
 def cell_of(line: dict[str, Any]) -> Cell:
-    """The cell of a line of results."""
-    return Cell(**{name: line[name] for name in Cell.__dataclass_fields__})
+    """The cell of a line of results; a field that it lacks is as usual."""
+    return Cell(**{name: line[name] for name in Cell.__dataclass_fields__ if name in line})
 
 
 def fill(

@@ -38,9 +38,14 @@ def expanded(lines: Iterable[Line]) -> list[Line]:
     return found
 
 
+def exact(lines: Iterable[Line]) -> list[Line]:
+    """Those of an engine that has the trainer's weights."""
+    return [line for line in lines if "engine_bits" not in line]
+
+
 def write(lines: Sequence[Line], path: Path, probed: Sequence[Line] = ()) -> None:
     """All tables, to ``path``."""
-    table = Table(expanded(lines))
+    table = Table(expanded(exact(lines)))
     parts: list[str] = []
     for minibatches, rate in sorted({(p.minibatches, p.rate) for p in table.places}):
         places = [p for p in table.places if (p.minibatches, p.rate) == (minibatches, rate)]
@@ -59,9 +64,33 @@ def write(lines: Sequence[Line], path: Path, probed: Sequence[Line] = ()) -> Non
         if rate == 1:
             for place in (p for p in places if p.lag >= 2):
                 parts += [f"### What happened to tokens: {_name(place)}", _measures(table, place)]
+    if len(exact(lines)) < len(lines):
+        parts += ["## An engine that rounds its weights", engines(lines)]
     if probed:
         parts += ["## Gradients against those of fresh samples", gradients(probed)]
     path.write_text("\n\n".join(parts) + "\n")
+
+
+def engines(lines: Sequence[Line]) -> str:
+    """Levels, and differences to the default, by lag and by what engine and trainer differ."""
+    rows = [["lag", "bits", "mean abs(x - b) at lag 0, nats", "method"]]
+    rows[0] += ["clipped", "end", f"less {DEFAULT}'s", "course"]
+    for bits in sorted({line["engine_bits"] for line in lines if "engine_bits" in line})[::-1]:
+        table = Table(expanded(line for line in lines if line.get("engine_bits") == bits))
+        for place in table.places:
+            for method in METHODS:
+                level = table.level(place, method)
+                if level is None:
+                    continue
+                scores = (final, whole_course)
+                gains = [table.difference(place, method, DEFAULT, score) for score in scores]
+                told = ["" if e is None or method == DEFAULT else difference_text(e) for e in gains]
+                names = ("mismatch", "clipped_low", "clipped_high")
+                mismatch, *clipped = (table.measure(place, method, name) or 0.0 for name in names)
+                row = [str(place.lag), str(bits), f"{mismatch:.4f}", method, f"{sum(clipped):.1%}"]
+                rows.append([*row, f"{level.mean:.3f} ({level.count})", *told])
+    rows[1:] = sorted(rows[1:], key=lambda row: row[0])
+    return _markdown(rows)
 
 
 def gradients(lines: Sequence[Line]) -> str:

@@ -101,10 +101,12 @@ class History:
 
     Args:
         reader: takes on the weights of a version.
+        engine_bits: of the mantissa of the engine's weights, the sign not counted; None is all.
     """
 
-    def __init__(self, reader: TinyLlama) -> None:
+    def __init__(self, reader: TinyLlama, engine_bits: int | None = None) -> None:
         self._reader, self._weights = reader, list[Tensor]()
+        self._engine_bits = engine_bits
 
     def append(self, net: TinyLlama) -> None:
         """Commit the next version."""
@@ -112,8 +114,17 @@ class History:
         self._weights.append(weights.detach().clone())
 
     def at(self, version: int) -> TinyLlama:
-        """The net of a version; until the next call."""
+        """The net of a version, as the trainer has it; until the next call."""
+        return self._with(self._weights[version])
+
+    def engine(self, version: int) -> TinyLlama:
+        """The net of a version, as it samples; until the next call."""
         weights = self._weights[version]
+        return self._with(
+            weights if self._engine_bits is None else rounded(weights, self._engine_bits)
+        )
+
+    def _with(self, weights: Tensor) -> TinyLlama:
         torch.nn.utils.vector_to_parameters(weights, self._reader.parameters())
         return self._reader
 
@@ -121,6 +132,12 @@ class History:
     def version(self) -> int:
         """The newest one."""
         return len(self._weights) - 1
+
+
+def rounded(values: Tensor, bits: int) -> Tensor:
+    """To the nearest with so many bits of mantissa: bfloat16 has 8, float8_e4m3 has 4."""
+    mantissa, exponent = values.frexp()
+    return (mantissa * 2**bits).round().div(2**bits).ldexp(exponent)
 
 
 @torch.no_grad()
@@ -139,11 +156,11 @@ def sample(history: History, rows: list[Row], lags: Sequence[int], uniforms: Ten
     answers = torch.zeros(uniforms.shape, dtype=torch.long)
     behavior, lengths = torch.zeros(uniforms.shape), torch.zeros(groups, num_answers).long()
     alive = torch.ones(groups, num_answers, dtype=torch.bool)
-    net = history.at(versions[0])
+    net = history.engine(versions[0])
     cache = net.new_cache(groups)
     for place in range(budget):
         changed = place == 0 or versions[place] != versions[place - 1]
-        net = history.at(versions[place])
+        net = history.engine(versions[place])
         start = 0 if changed else net.layout.end(place - 1)
         tokens, real = _columns(prompts, answers, alive, start, place, net)
         hidden = net.hidden(tokens, real, start=start, cache=cache)

@@ -48,6 +48,7 @@ class Cell:
         minibatches: optimizer steps a batch.
         seed: of prompts, random numbers and cuts.
         rate: what the learning rate of the recipe is multiplied with.
+        engine_bits: of the mantissa of the weights that sample; None: they are the trainer's.
     """
 
     method: str
@@ -56,6 +57,7 @@ class Cell:
     minibatches: int = 2
     seed: int = 0
     rate: float = 1.0
+    engine_bits: int | None = None
 
 
 @dataclass(frozen=True)
@@ -76,29 +78,26 @@ class Learner:
 
     Args:
         model: where it starts.
-        method: what it learns with.
+        cell: what it learns with.
         scale: of the run.
-        minibatches: a batch.
-        rate: what the scale's learning rate is multiplied with.
     """
 
-    def __init__(
-        self, model: Any, method: Method, scale: Scale, minibatches: int, rate: float = 1.0
-    ) -> None:
+    def __init__(self, model: Any, cell: Cell, scale: Scale) -> None:
         self.net = TinyLlama(model, Layout(num_answers=scale.group_size))
-        self.method, self._minibatches = method, minibatches
+        self.method, self._minibatches = METHODS[cell.method], cell.minibatches
+        self._is_engine_exact = cell.engine_bits is None
         config = OptimizerConfig(
-            lr=rate * scale.learning_rate, scale_lr_by_ess=method.scale_lr_by_ess
+            lr=cell.rate * scale.learning_rate, scale_lr_by_ess=self.method.scale_lr_by_ess
         )
         self._optimizer, self._schedule = make_optimizer(
-            self.net.parameters(), config, max_steps=scale.num_steps * minibatches
+            self.net.parameters(), config, max_steps=scale.num_steps * cell.minibatches
         )
         self._step = GradientStep(config.gradient_clip_val, max_skipped=1)
         self._shuffler = torch.Generator().manual_seed(0)
 
     def learn(self, batch: Batch) -> StepSums:
         """One batch, as ``training_step``: what its minibatches share, then each of them."""
-        batch = prepare(self.net, batch, self.method)
+        batch = prepare(self.net, batch, self.method, is_engine_exact=self._is_engine_exact)
         sums = StepSums()
         minibatches = split_minibatches(
             batch.group_ids,
@@ -135,11 +134,11 @@ def policy_logprobs(net: TinyLlama, batch: Batch) -> Tensor:
     return whole[:, : batch.input_ids.shape[1]]
 
 
-def prepare(net: TinyLlama, batch: Batch, method: Method) -> Batch:
+def prepare(net: TinyLlama, batch: Batch, method: Method, *, is_engine_exact: bool = True) -> Batch:
     """Advantages and x, under the present weights.
 
-    A token of lag 0 takes x from its sampling: the same weights gave it. Groups whose rewards are
-    equal have advantage 0 and no gradient; nothing is computed for them, save what the learning
+    A token of lag 0 takes x from its sampling, if the same weights gave it. Groups whose rewards
+    are equal have advantage 0 and no gradient; nothing is computed for them, save what the learning
     rate is scaled by.
     """
     per_row = group_relative_advantages(batch.rewards, batch.group_ids)
@@ -148,11 +147,11 @@ def prepare(net: TinyLlama, batch: Batch, method: Method) -> Batch:
     rows = (
         (per_row != 0).nonzero()[:, 0] if not method.scale_lr_by_ess else torch.arange(len(batch))
     )
-    if len(rows) and int(batch.lags.max()):
+    if len(rows) and (int(batch.lags.max()) or not is_engine_exact):
         with torch.no_grad():
             fresh = policy_logprobs(net, batch.select(rows.tolist()))
-        stale = batch.lags[rows] > 0
-        proximal[rows] = torch.where(stale, fresh, proximal[rows])
+        is_own = (batch.lags[rows] == 0) & is_engine_exact
+        proximal[rows] = torch.where(is_own, proximal[rows], fresh)
     if not method.corrected:
         batch = replace(batch, behavior_logprobs=proximal)
     needed = method.loss.proximal == "recompute"
@@ -194,6 +193,7 @@ class Course:
     success: list[float] = field(default_factory=list[float])
     sampled: list[float] = field(default_factory=list[float])
     max_lags: list[int] = field(default_factory=list[int])
+    mismatches: list[float] = field(default_factory=list[float])
     measures: dict[str, float] = field(default_factory=dict[str, float])
 
     def final(self, count: int) -> float:
@@ -214,8 +214,9 @@ class Run:
     def __init__(self, model: Any, cell: Cell, scale: Scale, judge: Judge = judge) -> None:
         self._judge = judge
         self.cell, self.scale, self.method = cell, scale, METHODS[cell.method]
-        self.learner = Learner(model, self.method, scale, cell.minibatches, cell.rate)
-        self.history = History(TinyLlama(model, Layout(num_answers=scale.group_size)))
+        self.learner = Learner(model, cell, scale)
+        reader = TinyLlama(model, Layout(num_answers=scale.group_size))
+        self.history = History(reader, cell.engine_bits)
         self.history.append(self.learner.net)
         self._tester = TinyLlama(model, Layout(num_answers=1, max_new_tokens=8))
 
@@ -243,6 +244,18 @@ class Run:
         self.history.append(self.learner.net)
         return batch, sums
 
+    def mismatch(self, step: int) -> float:
+        """Mean abs(log-prob of the trainer - of the engine), same weights, in nats."""
+        rollouts = self.rollouts(step)
+        total = torch.zeros(())
+        for start, end, version in rollouts.segments:
+            place = torch.arange(len(rollouts.versions))
+            wanted = rollouts.sampled & (place >= start) & (place < end)
+            with torch.no_grad():
+                own = self.history.at(version).logprobs(rollouts.prompts, rollouts.answers, wanted)
+            total = total + ((own - rollouts.behavior) * wanted).abs().sum()
+        return float(total / rollouts.sampled.sum())
+
     def evaluate(self) -> float:
         """Chance of a right answer under the present weights, over the test prompts."""
         weights = torch.nn.utils.parameters_to_vector(self.learner.net.parameters()).detach()
@@ -259,18 +272,22 @@ def run(model: Any, cell: Cell, scale: Scale, judge: Judge = judge) -> Course:
             course.success.append(this.evaluate())
         if step == scale.num_steps:
             break
+        if cell.engine_bits is not None and step % scale.evaluate_every == 0:
+            course.mismatches.append(this.mismatch(step))
         batch, sums = this.step(step)
         course.sampled.append(batch.rewards.mean().item())
         course.max_lags.append(int(batch.lags.max()))
         total = total + sums
     course.measures = total.means()
+    if course.mismatches:
+        course.measures["mismatch"] = sum(course.mismatches) / len(course.mismatches)
     return course
 
 
 def record(cell: Cell, scale: Scale, course: Course) -> dict[str, Any]:
     """A line of results."""
     return {
-        **asdict(cell),
+        **{name: value for name, value in asdict(cell).items() if value is not None},
         "final": round(course.final(scale.num_final), 5),
         "steps": course.steps,
         "success": [round(value, 5) for value in course.success],
