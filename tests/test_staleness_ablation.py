@@ -204,11 +204,11 @@ def test_an_engine_that_rounds_has_its_own_table_and_no_part_in_the_others(
     staleness_ablation.main(arguments, model=model)
     lines = [json.loads(line) for line in (tmp_path / "staleness.jsonl").read_text().splitlines()]
     assert {(line["method"], line["engine_bits"]) for line in lines} == {
-        (method, bits) for method in ("segment", "behavior") for bits in (8, 5, 4, 3)
+        (method, bits) for method in ("segment", "behavior") for bits in (8, 4, 3)
     }, "at lag 1 behavior stands for past"
     text = (tmp_path / "staleness.md").read_text()
     assert text.startswith("## An engine that rounds its weights")
-    assert text.count("| past |") == text.count("| segment |") == 4
+    assert text.count("| past |") == text.count("| segment |") == 3
 
 
 def test_without_staleness_methods_of_one_kind_are_one_run_bit_for_bit(model: Any) -> None:

@@ -14,6 +14,7 @@ from staleness.summary import Line, Place, Table, estimate
 STYLES = {
     "segment": ("#0072B2", "o", "-", "segment (scored)"),
     "segment, log-linear q": ("#56B4E9", "v", "--", "segment, q log-linear"),
+    "past": ("#882255", "h", "-.", "past (q, but b at lag 1)"),
     "log-linear q, ESS rate": ("#000000", "^", "--", "q log-linear, rate by ESS"),
     "segment, ESS rate": ("#E69F00", "D", "--", "segment (scored), rate by ESS"),
     "behavior": ("#009E73", "s", "-", "behavior"),

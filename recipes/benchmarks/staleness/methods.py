@@ -73,7 +73,6 @@ METHODS = {
     "M2PO": Method(
         LossConfig(trust_region="behavior", surrogate="unclipped", second_moment_cap=0.04)
     ),
-    "past, ESS rate": Method(LossConfig(trust_region="past"), scale_lr_by_ess=True),
     "segment, ESS rate": Method(LossConfig(trust_region="segment"), scale_lr_by_ess=True),
     "uncorrected": Method(LossConfig(trust_region="behavior"), corrected=False),
     "behavior, clip 0.3": Method(LossConfig(trust_region="behavior", clip_epsilon=0.3)),

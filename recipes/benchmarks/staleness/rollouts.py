@@ -101,7 +101,7 @@ class History:
 
     Args:
         reader: takes on the weights of a version.
-        engine_bits: of the mantissa of the engine's weights, the sign not counted; None is all.
+        engine_bits: of the mantissa of the engine's weights; None is all.
     """
 
     def __init__(self, reader: TinyLlama, engine_bits: int | None = None) -> None:
@@ -135,7 +135,7 @@ class History:
 
 
 def rounded(values: Tensor, bits: int) -> Tensor:
-    """To the nearest with so many bits of mantissa: bfloat16 has 8, float8_e4m3 has 4."""
+    """To the nearest with so many bits of mantissa, the leading one counted."""
     mantissa, exponent = values.frexp()
     return (mantissa * 2**bits).round().div(2**bits).ldexp(exponent)
 
