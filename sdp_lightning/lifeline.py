@@ -205,7 +205,7 @@ def connect(
 def _receive(link: socket.socket, count: int) -> bytes:
     link.settimeout(5.0)
     data = b""
-    with contextlib.suppress(TimeoutError):
+    with contextlib.suppress(OSError):
         while len(data) < count and (more := link.recv(count - len(data))):
             data += more
     return data

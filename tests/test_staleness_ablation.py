@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -204,11 +205,16 @@ def test_an_engine_that_rounds_has_its_own_table_and_no_part_in_the_others(
     staleness_ablation.main(arguments, model=model)
     lines = [json.loads(line) for line in (tmp_path / "staleness.jsonl").read_text().splitlines()]
     assert {(line["method"], line["engine_bits"]) for line in lines} == {
-        (method, bits) for method in ("segment", "behavior") for bits in (8, 4, 3)
-    }, "at lag 1 behavior stands for past"
+        (method, bits) for method in ("segment", "past") for bits in (8, 4, 3)
+    }
     text = (tmp_path / "staleness.md").read_text()
     assert text.startswith("## An engine that rounds its weights")
     assert text.count("| past |") == text.count("| segment |") == 3
+    segment, past, behavior = (Cell(m, "whole", 1, engine_bits=3) for m in
+                               ("segment", "past", "behavior"))  # fmt: skip
+    assert representative(replace(segment, method="proximal")) == segment, "q is x, whatever b is"
+    assert representative(past) == past != representative(behavior), "x at lag 0, not b"
+    assert representative(replace(past, engine_bits=None)).method == "behavior"
 
 
 def test_without_staleness_methods_of_one_kind_are_one_run_bit_for_bit(model: Any) -> None:

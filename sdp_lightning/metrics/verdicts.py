@@ -108,7 +108,8 @@ def _mismatch(metrics: Mapping[str, float]) -> Verdict | None:
         f"engine and trainer disagree on the tokens of lag 0 by {value:.3f} nats in the mean (most "
         f"{LARGEST_MISMATCH}), which is no staleness. Compare their dtype, temperature, tokenizer "
         "and weights; echo_every of WeightSyncCallback checks what was published. A quantized "
-        "engine will differ: keep trust_region='segment' for it, which is centred by the trainer.",
+        "engine will differ: keep trust_region='segment' and segment_proximal='scored', a centre "
+        "that the trainer computes.",
     )
 
 
