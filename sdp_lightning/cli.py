@@ -13,8 +13,7 @@ import sys
 from collections.abc import Sequence
 from importlib import metadata
 
-from sdp_lightning.errors import ConfigError, RecordingError, SDPError
-from sdp_lightning.explain import TRACEBACK, explain
+from sdp_lightning.errors import TRACEBACK, ConfigError, RecordingError, SDPError, explain
 
 TRAINER_COMMANDS = ("fit", "validate", "test", "rollout")
 HELP = """\

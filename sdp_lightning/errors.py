@@ -1,5 +1,11 @@
 """The error tree: ``except SDPError`` catches everything that this package raises on purpose."""
 
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
 
 class SDPError(Exception):
     """Base of every error that this package raises on purpose."""
@@ -35,3 +41,62 @@ class CheckpointError(SDPError):
 
 class RecordingError(SDPError):
     """A recording of rollouts is missing, damaged, or does not go with what is to be trained."""
+
+
+_PACKAGE = Path(__file__).parent
+
+
+_INSTALLED = ("site-packages", "dist-packages", "lib/python3", "<frozen")
+
+
+TRACEBACK = "SDP_TRACEBACK"  # environment variable: show the traceback instead
+
+
+def describe(error: BaseException) -> str:
+    """The message, with the name of the error where the message says little without it.
+
+    >>> describe(KeyError("gold"))
+    "KeyError: 'gold'"
+    """
+    text = str(error)
+    return text if isinstance(error, SDPError) and text else f"{type(error).__name__}: {text}"
+
+
+def explain(error: BaseException) -> str:
+    """A line for the terminal: the message, its notes, and the place in the user's own code."""
+    text = str(error) or type(error).__name__
+    lines = [text, *vars(error).get("__notes__", [])]
+    place = user_place(error)
+    if place is not None:
+        lines.append(f"It came from {place}.")
+    return " ".join(line.strip() for part in lines for line in part.splitlines() if line.strip())
+
+
+def user_place(error: BaseException) -> str | None:
+    """File, line and function, outside of this package and of installed ones, closest to the cause.
+
+    Scripts and notebooks that call ``fit`` are not meant: only what was called from there.
+    """
+    places = [frame for cause in _causes(error) for frame in _own_frames(cause)]
+    return places[-1] if places else None
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """The error, then what caused it, and so on."""
+    seen: set[int] = set()
+    current: BaseException | None = error
+    while current is not None and id(current) not in seen:
+        seen.add(id(current))
+        yield current
+        current = current.__cause__
+
+
+def _own_frames(error: BaseException) -> Iterator[str]:
+    frames = traceback.extract_tb(error.__traceback__)
+    inside = False  # whether the package has been entered: what calls it is not the cause
+    for frame in frames:
+        path = Path(frame.filename)
+        if path.is_relative_to(_PACKAGE):
+            inside = True
+        elif inside and not any(part in frame.filename for part in _INSTALLED):
+            yield f"{path}:{frame.lineno}, in {frame.name}"

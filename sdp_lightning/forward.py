@@ -121,6 +121,7 @@ def check_model(model: PreTrainedModel, layout: Layout) -> None:
     if model.get_output_embeddings() is None:
         raise ConfigError(f"model type {kind!r} has no language-model head. Load a causal LM.")
     for name, neutral in _LOGIT_TRANSFORMS.items():
+        # foreign: model configurations differ
         value = getattr(config, name, neutral)
         if value is not None and value != neutral:
             raise ConfigError(
@@ -129,8 +130,11 @@ def check_model(model: PreTrainedModel, layout: Layout) -> None:
             )
     if layout == "padded":
         return
+    # foreign: model configurations differ
     layers = set(getattr(config, "layer_types", None) or ["full_attention"])
+    # foreign: model configurations differ
     window = getattr(config, "sliding_window", None)
+    # foreign: model configurations differ
     if layers != {"full_attention"} or (window is not None and not hasattr(config, "layer_types")):
         found = f"sliding_window={window}" if layers == {"full_attention"} else sorted(layers)
         raise ConfigError(
@@ -162,8 +166,11 @@ def attention_costs(model: PreTrainedModel) -> AttentionCosts:
 def _logit_transform(model: PreTrainedModel) -> LogitTransform:
     """As Gemma 2 (a cap), Cohere (a factor) and Granite (a divisor) have it."""
     config: Any = model.config.get_text_config(decoder=True)
+    # foreign: model configurations differ
     factor: float = getattr(config, "logit_scale", None) or 1.0
+    # foreign: model configurations differ
     divisor: float = getattr(config, "logits_scaling", None) or 1.0
+    # foreign: model configurations differ
     return LogitTransform(factor / divisor, getattr(config, "final_logit_softcapping", None))
 
 

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from sdp_lightning.cli import main
-from sdp_lightning.errors import RolloutError
-from sdp_lightning.explain import describe, explain, user_place
+from sdp_lightning.errors import RolloutError, describe, explain, user_place
 from sdp_lightning.loading import load_object
 
 

@@ -68,6 +68,7 @@ class WorkerExtension:
         )
 
         for module in self.model_runner.get_model().modules():
+            # foreign: vLLM's modules differ
             method: Any = getattr(module, "quant_method", None)
             if isinstance(method, UnquantizedEmbeddingMethod):
                 method.process_weights_after_loading(module)

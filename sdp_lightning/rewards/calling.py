@@ -18,6 +18,7 @@ async def call_reward(function: Callable[..., Any], *args: Any, timeout_s: float
     Raises:
         RolloutError: if it takes longer than ``timeout_s``, or returns no finite number.
     """
+    # foreign: a callable may have no name
     name = str(getattr(function, "__name__", function))
     value = await call_bounded(function, *args, timeout_s=timeout_s, what=f"reward {name!r}")
     return as_reward(value, name)

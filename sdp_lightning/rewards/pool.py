@@ -227,7 +227,9 @@ def importable_place(reward: str | Callable[..., Any]) -> str:
 
 
 def _place_of(reward: Callable[..., Any]) -> str:
+    # foreign: a callable may have no name
     module = sys.modules.get(str(getattr(reward, "__module__", None)))
+    # foreign: a callable may have no name
     name = str(getattr(reward, "__qualname__", "<"))
     if module is None or module.__name__ == "__main__" or "<" in name:
         raise ConfigError(_no_place(reward))

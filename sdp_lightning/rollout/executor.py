@@ -14,8 +14,7 @@ from typing import Any
 
 from sdp_lightning.config import RolloutConfig
 from sdp_lightning.engines.base import InferenceEngine, NamedWeights, PublishReport
-from sdp_lightning.errors import ConfigError, RolloutError, RolloutTimeout, VersionError
-from sdp_lightning.explain import describe
+from sdp_lightning.errors import ConfigError, RolloutError, RolloutTimeout, VersionError, describe
 from sdp_lightning.ranks import Ranks
 from sdp_lightning.rollout.capacity import RolloutStat, StalenessManager
 from sdp_lightning.rollout.prompts import EVALUATION_EPOCH, PromptRow

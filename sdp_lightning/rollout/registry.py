@@ -14,8 +14,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from sdp_lightning.config import RolloutConfig
-from sdp_lightning.errors import RolloutError, VersionError
-from sdp_lightning.explain import describe
+from sdp_lightning.errors import RolloutError, VersionError, describe
 from sdp_lightning.rollout.buffer import RolloutCache, RolloutQueue
 from sdp_lightning.rollout.capacity import StalenessManager
 from sdp_lightning.rollout.prompts import PromptRow

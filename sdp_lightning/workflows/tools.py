@@ -41,6 +41,7 @@ class ToolEnvironment(Environment):
         prompt_key: str = "prompt",
         result_role: str = "tool",
     ) -> None:
+        # foreign: a callable may have no name
         self._tools = {str(getattr(tool, "__name__", tool)): tool for tool in tools}
         if len(self._tools) < len(tools) or not tools:
             raise ConfigError(f"tools must be functions of different names, got {list(tools)!r}.")

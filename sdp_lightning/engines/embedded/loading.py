@@ -62,12 +62,14 @@ def resolve_max_length(model: PreTrainedModel, max_length: int | None) -> int:
     """
     config: Any = model.config.get_text_config(decoder=True)
     kind = config.model_type
+    # foreign: model configurations differ
     limit = getattr(config, "max_position_embeddings", None) or _DEFAULT_LENGTH
     length = min(_DEFAULT_LENGTH, limit) if max_length is None else max_length
     if length > limit:
         raise EngineError(
             f"max_length={length} exceeds the {limit} positions of model type {kind}."
         )
+    # foreign: model configurations differ
     rope = getattr(config, "rope_parameters", None)
     if not rope:
         raise EngineError(f"model type {kind} has no rotary positions. {_ROTARY}.")
@@ -76,9 +78,11 @@ def resolve_max_length(model: PreTrainedModel, max_length: int | None) -> int:
             f"model type {kind} scales its rotary positions by the length of the batch "
             f"(rope_type={rope['rope_type']!r}), so KV depends on the batch. {_ROTARY}."
         )
+    # foreign: model configurations differ
     layers: set[str] = set(getattr(config, "layer_types", None) or ())
     if other := layers - {"full_attention", "sliding_attention"}:
         raise EngineError(f"model type {kind} has layers of {', '.join(sorted(other))}. {_ROTARY}.")
+    # foreign: model configurations differ
     window = getattr(config, "sliding_window", None)
     slides = "sliding_attention" in layers or not layers
     if slides and window is not None and length > window:
