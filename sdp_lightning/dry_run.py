@@ -17,9 +17,11 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
+from sdp_lightning.config.import_path import load_object
+from sdp_lightning.config.model_source import quiet_transformers, resolve_model
 from sdp_lightning.datamodule import RolloutDataModule
 from sdp_lightning.errors import ConfigError
-from sdp_lightning.loading import load_object, load_rows, quiet_transformers, resolve_model
+from sdp_lightning.prompts.sources import load_rows
 from sdp_lightning.trainer_cli import RolloutCLI, run
 
 NUM_BATCHES, NUM_ROWS, MAX_NEW_TOKENS = 2, 8, 16

@@ -24,8 +24,8 @@ from sdp_lightning.errors import ConfigError, RankError, RolloutError, RolloutTi
 from sdp_lightning.ranks import Ranks
 from sdp_lightning.rollout.executor import WorkflowExecutor
 from sdp_lightning.rollout.telemetry import Counts, count
-from sdp_lightning.types import TrajectoryGroup
-from sdp_lightning.workflows.base import RolloutWorkflow, Row
+from sdp_lightning.types import Row, TrajectoryGroup
+from sdp_lightning.workflows.base import RolloutWorkflow
 
 
 class StopRequest:

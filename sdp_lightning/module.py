@@ -24,10 +24,10 @@ from sdp_lightning.batch import Batch, collate, split_minibatches
 from sdp_lightning.batch_advantages import batch_advantages
 from sdp_lightning.batch_loss import batch_loss, within_second_moment
 from sdp_lightning.config import LoRAConfig, LossConfig, OptimizerConfig, UpdateConfig
+from sdp_lightning.config.model_source import resolve_model
 from sdp_lightning.display import hooks
 from sdp_lightning.errors import ConfigError
 from sdp_lightning.forward import LogprobForward
-from sdp_lightning.loading import resolve_model
 from sdp_lightning.metrics import LagMetrics, Warner
 from sdp_lightning.objective import loss_denominator
 from sdp_lightning.objective.ess import effective_share, ess_scale

@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sdp_lightning.adapters import add_adapter, merge, merged_name, parts_of
 from sdp_lightning.config import LoRAConfig
+from sdp_lightning.config.model_source import quiet_transformers
 from sdp_lightning.errors import ConfigError, SDPError
 from sdp_lightning.forward import LogprobForward
-from sdp_lightning.loading import quiet_transformers
 from sdp_lightning.weights.base import WeightStream
 
 Source = PreTrainedModel | None

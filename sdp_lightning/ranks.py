@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from socket import socket
 from typing import Any, TypeVar
 
-from sdp_lightning.errors import ConfigError, RankError
+from sdp_lightning.errors import RankError
 from sdp_lightning.lifeline import Lifeline, Listener, RankFailure, connect
 from sdp_lightning.links import Link, pack, wait_for_any
 
@@ -250,23 +250,3 @@ def make_ranks(*, timeout_s: float, interrupted: Callable[[], bool] = lambda: Fa
     ranks = Ranks(links, rank=rank, size=size, timeout_s=timeout_s, interrupted=interrupted)
     ranks.watch(lines)
     return ranks
-
-
-def require_one_host(num_hosts: int, environment: Mapping[str, str]) -> None:
-    """Refuse servers that rank 0 starts where some ranks could not reach them.
-
-    Args:
-        num_hosts: that the Trainer was told of.
-        environment: of this process; torchrun says there how many ranks are on its host.
-
-    Raises:
-        ConfigError: if the ranks are on more than one host.
-    """
-    here, all_of_them = (environment.get(name) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
-    if num_hosts > 1 or (here and all_of_them and int(here) < int(all_of_them)):
-        place = f"{num_hosts} hosts" if num_hosts > 1 else f"{here} of {all_of_them} ranks are here"
-        raise ConfigError(
-            "servers that 'vllm://launch' starts are reached from the host of rank 0 only, but the "
-            f"training runs on several ({place}). Start them yourself with `vllm serve`, where "
-            "every host reaches them, and pass engine='vllm://host:port,...'."
-        )

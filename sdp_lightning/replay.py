@@ -11,7 +11,7 @@ import lightning as L
 
 from sdp_lightning.batch import SealedBatch
 from sdp_lightning.callbacks import WeightSyncCallback
-from sdp_lightning.config.together import check_centre
+from sdp_lightning.config.compatibility import check_centre
 from sdp_lightning.errors import ConfigError, RecordingError
 from sdp_lightning.loaders import make_batch
 from sdp_lightning.module import SegmentWisePPOModule

@@ -8,7 +8,7 @@ slot, and that only once.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -309,3 +309,6 @@ def _token_array(token_ids: ArrayLike | Sequence[int], owner: str) -> IntArray:
 def _read_only(array: NDArray[Any]) -> NDArray[Any]:
     array.flags.writeable = False
     return array
+
+
+Row = Mapping[str, Any]

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM
 import sdp_lightning as sdp
 from sdp_lightning.batch import Batch
 from sdp_lightning.engines.base import InferenceEngine
-from sdp_lightning.workflows.base import RolloutSession, Row
+from sdp_lightning.types import Row
+from sdp_lightning.workflows.base import RolloutSession
 
 WAIT_S = 60.0  # a deadline, never a pause
 

@@ -29,8 +29,8 @@ import sdp_lightning as sdp
 from sdp_lightning import checkpointing
 from sdp_lightning.engines.base import NamedWeights, PublishReport
 from sdp_lightning.testing import FakeEngine
-from sdp_lightning.types import Context, SamplingParams, Segment, Trajectory
-from sdp_lightning.workflows.base import RolloutSession, Row
+from sdp_lightning.types import Context, Row, SamplingParams, Segment, Trajectory
+from sdp_lightning.workflows.base import RolloutSession
 
 # Loaded here, so that no child has to, and all run the same.
 LOADED = [sdp.RolloutDataModule, sdp.WeightSyncCallback, transformers.models.llama.modeling_llama]

@@ -53,8 +53,8 @@ from sdp_lightning.lifeline import Lifeline
 from sdp_lightning.ranks import Ranks
 from sdp_lightning.summary import RunSummary
 from sdp_lightning.testing import FakeEngine
-from sdp_lightning.types import Trajectory
-from sdp_lightning.workflows.base import RolloutSession, Row
+from sdp_lightning.types import Row, Trajectory
+from sdp_lightning.workflows.base import RolloutSession
 
 VERSION, NUM_GROUPS = 4, 4
 

@@ -22,10 +22,11 @@ from rolling import assert_conserved, make_executor, versions, wait_until
 from torch import Tensor
 
 import sdp_lightning as sdp
+from sdp_lightning.config.model_source import quiet_transformers
 from sdp_lightning.engines.server import ServerConfig
-from sdp_lightning.loading import quiet_transformers
 from sdp_lightning.testing import tiny_model, tiny_tokenizer
-from sdp_lightning.workflows.base import RolloutSession, Row
+from sdp_lightning.types import Row
+from sdp_lightning.workflows.base import RolloutSession
 
 DEADLINE_S = 120.0
 SAMPLING_S = 400.0  # for 40,000 tokens, half a minute's work of quiet cores

@@ -12,7 +12,7 @@ from rolling import Samples, rolling, wait_until
 import sdp_lightning as sdp
 from sdp_lightning.activity import Activity
 from sdp_lightning.testing import FakeEngine
-from sdp_lightning.workflows.base import Row
+from sdp_lightning.types import Row
 from sdp_lightning.workflows.episode import EpisodeTimes
 
 PAUSE_S = 0.02

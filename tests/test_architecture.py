@@ -38,12 +38,10 @@ LIBRARIES = {
 PROTOCOL_ONLY = ("workflows", "rollout")
 # Files that still stand beside the rooms, and the room of each.
 MOVING = {
-    **dict.fromkeys(("loading",), "prompts"),
     **dict.fromkeys(("ranks", "links", "lifeline", "rank_sums"), "distributed"),
     **dict.fromkeys(("batch", "forward", "packing", "passes", "scoring", "policy"), "training"),
     **dict.fromkeys(("adapters", "optimizer", "batch_loss", "batch_advantages"), "training"),
     **dict.fromkeys(("step_values", "metrics"), "training"),
-    **dict.fromkeys(("rows",), "prompts"),
     **dict.fromkeys(("module", "datamodule", "loaders", "generation", "callbacks"), "lightning"),
     **dict.fromkeys(("echo", "stopping", "watchdog", "checkpointing", "activity"), "lightning"),
     **dict.fromkeys(("trainer_checks", "cores"), "lightning"),

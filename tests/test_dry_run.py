@@ -17,9 +17,9 @@ from transformers import (
 )
 
 from sdp_lightning.cli import main
+from sdp_lightning.config.import_path import load_object
 from sdp_lightning.dry_run import shrink
 from sdp_lightning.errors import ConfigError
-from sdp_lightning.loading import load_object
 from sdp_lightning.testing import tiny_tokenizer
 
 ROOT = Path(__file__).parents[1]

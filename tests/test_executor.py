@@ -20,10 +20,10 @@ from rolling import (
 )
 
 from sdp_lightning.errors import ConfigError, RolloutError, RolloutTimeout, VersionError
-from sdp_lightning.rollout.prompts import PromptRow
+from sdp_lightning.prompts.stream import PromptRow
 from sdp_lightning.testing import FakeEngine
-from sdp_lightning.types import Context, Trajectory
-from sdp_lightning.workflows.base import RolloutSession, RolloutWorkflow, Row
+from sdp_lightning.types import Context, Row, Trajectory
+from sdp_lightning.workflows.base import RolloutSession, RolloutWorkflow
 
 
 class Scripted(Samples):

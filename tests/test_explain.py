@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from sdp_lightning.cli import main
+from sdp_lightning.config.import_path import load_object
 from sdp_lightning.errors import RolloutError, describe, explain, user_place
-from sdp_lightning.loading import load_object
 
 
 def test_a_message_of_ours_stands_alone_others_with_their_name() -> None:

@@ -20,8 +20,8 @@ import sdp_lightning as sdp
 from sdp_lightning.errors import EngineError, RolloutError, RolloutTimeout
 from sdp_lightning.rollout.runner import AsyncTaskRunner
 from sdp_lightning.testing import FakeEngine
-from sdp_lightning.types import Trajectory
-from sdp_lightning.workflows.base import RolloutSession, Row
+from sdp_lightning.types import Row, Trajectory
+from sdp_lightning.workflows.base import RolloutSession
 
 LIMIT_S = 3.0  # far above what a busy machine may stand still
 

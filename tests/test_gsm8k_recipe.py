@@ -14,10 +14,10 @@ import pytest
 import yaml
 
 from sdp_lightning.cli import main
+from sdp_lightning.config.import_path import load_object
 from sdp_lightning.engines.connect import connect_engine
 from sdp_lightning.engines.remote import RemoteInfEngine
 from sdp_lightning.errors import ConfigError
-from sdp_lightning.loading import load_object
 from sdp_lightning.testing import tiny_model, tiny_tokenizer
 
 # Lightning calls functions of jsonargparse by their old names; Python shows that to nobody else.

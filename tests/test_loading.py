@@ -9,15 +9,11 @@ from typing import Any
 
 import pytest
 
+from sdp_lightning.config.build_cache import build_once, cache_folder
+from sdp_lightning.config.import_path import load_object
+from sdp_lightning.config.model_source import quiet_transformers, resolve_model
 from sdp_lightning.errors import ConfigError
-from sdp_lightning.loading import (
-    build_once,
-    cache_folder,
-    load_object,
-    load_rows,
-    quiet_transformers,
-    resolve_model,
-)
+from sdp_lightning.prompts.sources import load_rows
 
 
 @pytest.fixture
@@ -139,7 +135,7 @@ def test_a_build_that_failed_leaves_no_folder_and_is_done_again(cache: Path):
 def test_of_two_processes_one_builds_and_both_find_the_folder_complete(cache: Path):
     script = (
         "import sys, time\n"
-        "from sdp_lightning.loading import build_once\n"
+        "from sdp_lightning.config.import_path import build_once\n"
         "def build(folder):\n"
         "    print('built'); time.sleep(0.5); (folder / 'done').touch()\n"
         "assert (build_once('thing', build) / 'done').exists()\n"

@@ -14,7 +14,8 @@ from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 
-from sdp_lightning.loading import cache_folder, load_object
+from sdp_lightning.config.build_cache import cache_folder
+from sdp_lightning.config.import_path import load_object
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(path.name for path in (ROOT / "notebooks").glob("*.ipynb"))

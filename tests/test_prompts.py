@@ -8,7 +8,7 @@ from typing import Any, overload
 import pytest
 
 from sdp_lightning.errors import ConfigError, RolloutError
-from sdp_lightning.rollout.prompts import PromptStream, derive_seed
+from sdp_lightning.prompts.stream import PromptStream, derive_seed
 
 
 def make_stream(n: int = 5, **settings: Any) -> PromptStream:

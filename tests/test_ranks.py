@@ -21,9 +21,10 @@ import pytest
 from fitting import make_data, make_module, make_trainer
 
 import sdp_lightning as sdp
+from sdp_lightning.engines.placement import require_one_host
 from sdp_lightning.errors import ConfigError, RankError
 from sdp_lightning.lifeline import Lifeline, Listener, RankFailure, connect
-from sdp_lightning.ranks import Ranks, require_one_host
+from sdp_lightning.ranks import Ranks
 
 DEADLINE_S = 60.0
 

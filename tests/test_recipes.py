@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 SCRIPT = """
 import json, sys
 import lightning as L
-from sdp_lightning.loading import load_object
+from sdp_lightning.config.import_path import load_object
 
 class Versions(L.Callback):
     def __init__(self):

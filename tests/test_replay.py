@@ -28,8 +28,8 @@ from sdp_lightning.engines.embedded import EmbeddedEngine
 from sdp_lightning.errors import RolloutError
 from sdp_lightning.rollout.executor import WorkflowExecutor
 from sdp_lightning.testing import FakeEngine, tiny_model
-from sdp_lightning.types import FinishReason, SamplingParams, Segment, Trajectory
-from sdp_lightning.workflows.base import RolloutSession, RolloutWorkflow, Row
+from sdp_lightning.types import FinishReason, Row, SamplingParams, Segment, Trajectory
+from sdp_lightning.workflows.base import RolloutSession, RolloutWorkflow
 from sdp_lightning.workflows.episode import Episode, Event, ReplayError
 from sdp_lightning.workflows.gate import SendGate
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdp_lightning.rollout.prompts import PromptStream
+from sdp_lightning.prompts.stream import PromptStream
 from sdp_lightning.rollout.resharding import reshard
 
 Place = tuple[int, int]

@@ -21,8 +21,8 @@ from typing import Any
 import misbehaving_rewards
 import pytest
 
+from sdp_lightning.config.import_path import load_object
 from sdp_lightning.errors import ConfigError, RolloutError
-from sdp_lightning.loading import load_object
 from sdp_lightning.rewards import RewardCounts, RewardPool, RewardRejected
 
 DEADLINE_S = 60.0

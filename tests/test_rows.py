@@ -15,9 +15,8 @@ from rolling import rolling
 
 import sdp_lightning as sdp
 from sdp_lightning.errors import ConfigError, RolloutError
-from sdp_lightning.loading import load_rows
-from sdp_lightning.rows.named import split_settings
-from sdp_lightning.rows.reasoning import ASK, ReasoningGymRows
+from sdp_lightning.prompts.reasoning_gym import ASK, ReasoningGymRows
+from sdp_lightning.prompts.sources import load_rows, split_settings
 from sdp_lightning.testing import FakeEngine
 
 # Files --------------------------------------------------------------------------------------------
@@ -225,7 +224,7 @@ def test_naming_rows_imports_no_library_before(tmp_path: Path) -> None:
 
     name = write(tmp_path / "a.jsonl", '{"prompt": "?"}')
     code = (
-        "import sys\nfrom sdp_lightning.loading import load_rows\n"
+        "import sys\nfrom sdp_lightning.config.import_path import load_rows\n"
         f"load_rows({name!r})\n"
         "print([m for m in ('reasoning_gym', 'pyarrow', 'datasets') if m in sys.modules])"
     )

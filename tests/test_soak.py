@@ -19,8 +19,8 @@ from sdp_lightning.engines.base import GenerationRequest
 from sdp_lightning.rollout.capacity import RolloutStat
 from sdp_lightning.rollout.executor import WorkflowExecutor
 from sdp_lightning.testing import FakeEngine
-from sdp_lightning.types import SamplingParams, Trajectory
-from sdp_lightning.workflows.base import RolloutSession, RolloutWorkflow, Row
+from sdp_lightning.types import Row, SamplingParams, Trajectory
+from sdp_lightning.workflows.base import RolloutSession, RolloutWorkflow
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self").exists(), reason="reads /proc")
 

@@ -14,7 +14,7 @@ import torch
 from stepping import train
 
 import sdp_lightning as sdp
-from sdp_lightning.loading import quiet_transformers
+from sdp_lightning.config.model_source import quiet_transformers
 from sdp_lightning.testing import tiny_tokenizer
 
 FOLDER = Path(__file__).parents[1] / "recipes/benchmarks"

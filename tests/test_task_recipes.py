@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from sdp_lightning.cli import main
-from sdp_lightning.loading import load_object
+from sdp_lightning.config.import_path import load_object
 
 # Lightning calls functions of jsonargparse by their old names; Python shows that to nobody else.
 pytestmark = pytest.mark.filterwarnings(

@@ -13,7 +13,7 @@ from rolling import rolling
 
 import sdp_lightning as sdp
 from sdp_lightning.errors import ConfigError, RolloutError
-from sdp_lightning.loading import load_rows
+from sdp_lightning.prompts.sources import load_rows
 from sdp_lightning.rewards import RewardCounts, RewardPool
 from sdp_lightning.testing import FakeEngine
 

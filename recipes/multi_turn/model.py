@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 
 from task import play
 
-from sdp_lightning.loading import build_once, quiet_transformers
+from sdp_lightning.config.build_cache import build_once
+from sdp_lightning.config.model_source import quiet_transformers
 
 if TYPE_CHECKING:
     from torch import Tensor

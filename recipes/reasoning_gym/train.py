@@ -6,7 +6,7 @@ import lightning as L
 from lightning.pytorch.loggers import CSVLogger
 
 import sdp_lightning as sdp
-from sdp_lightning.loading import load_object
+from sdp_lightning.config.import_path import load_object
 from sdp_lightning.summary import ProgressLine, RunSummary, quiet_logs
 
 MODEL = Path(__file__).resolve().parents[1] / "arithmetic_cpu" / "model.py"

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
 
 import sdp_lightning as sdp
-from sdp_lightning.loading import load_object
+from sdp_lightning.config.import_path import load_object
 from sdp_lightning.summary import RunSummary, quiet_logs
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sdp_lightning.config.checks import at_least
+from sdp_lightning.config.validation import at_least
 from sdp_lightning.errors import ConfigError
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from sdp_lightning.config.checks import at_least, one_of
+from sdp_lightning.config.validation import at_least, one_of
 from sdp_lightning.errors import ConfigError
 
 MissingProximal = Literal["behavior", "loglinear", "decoupled", "drop"]

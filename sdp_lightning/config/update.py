@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from sdp_lightning.config.checks import at_least, one_of
+from sdp_lightning.config.validation import at_least, one_of
 from sdp_lightning.errors import ConfigError
 
 

@@ -13,10 +13,10 @@ from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
+from sdp_lightning.config.build_cache import cache_folder
 from sdp_lightning.doctor.finding import Finding
 from sdp_lightning.doctor.gpus import Ask, ask_nvidia_smi, check_gpus
 from sdp_lightning.doctor.plan import Machine, examine_configs
-from sdp_lightning.loading import cache_folder
 
 Installed = Callable[[str], str | None]
 Requires = Callable[[str], list[str] | None]

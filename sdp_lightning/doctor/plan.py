@@ -27,7 +27,7 @@ from sdp_lightning.doctor.finding import Finding
 from sdp_lightning.doctor.gpus import GPU_QUERY, Ask, NvidiaSmiError, parse_gpus
 from sdp_lightning.doctor.model_size import ModelSize
 from sdp_lightning.errors import ConfigError
-from sdp_lightning.loading import load_rows
+from sdp_lightning.prompts.sources import load_rows
 
 Tree = dict[str, Any]
 _ANSWER_S = 5.0

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from sdp_lightning.config import LossConfig
+from sdp_lightning.config.import_path import load_object
 from sdp_lightning.errors import ConfigError
-from sdp_lightning.loading import load_object
 from sdp_lightning.objective.aggregation import sequence_mean
 from sdp_lightning.objective.corrections import outside_region
 

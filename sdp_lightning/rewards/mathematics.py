@@ -16,8 +16,8 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
+from sdp_lightning.config.import_path import require
 from sdp_lightning.errors import RolloutError
-from sdp_lightning.rows.named import require
 
 require("math_verify", "math-verify", __name__)
 from math_verify import parse, verify  # noqa: E402 # here: its deadline is a start's, not a call's

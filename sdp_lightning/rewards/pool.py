@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from sdp_lightning.config.import_path import load_object
 from sdp_lightning.errors import ConfigError, RolloutError
-from sdp_lightning.loading import load_object
 from sdp_lightning.rewards.crew import Tally, WorkerCrew
 from sdp_lightning.rewards.process import Verdict, WorkerSettings
 

@@ -11,8 +11,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from sdp_lightning.config.import_path import require
 from sdp_lightning.errors import RolloutError
-from sdp_lightning.rows.named import require
 
 require("reasoning_gym", "reasoning-gym", __name__)
 import reasoning_gym  # noqa: E402 # here: its deadline is a start's, not a call's
@@ -25,7 +25,7 @@ def reward(completion: str, row: Mapping[str, Any]) -> float:
 
     Args:
         completion: what was sampled.
-        row: of :class:`~sdp_lightning.rows.reasoning.ReasoningGymRows`.
+        row: of :class:`~sdp_lightning.prompts.reasoning_gym.ReasoningGymRows`.
 
     Raises:
         RolloutError: if the row says of no task where it comes from.

@@ -81,7 +81,7 @@ def main(descriptor: int, parent: int) -> None:
 def _serve(connection: socket.socket) -> None:
     setup: dict[str, Any] = json.loads(receive(connection))
     sys.path[:] = setup["path"]
-    from sdp_lightning.loading import load_object
+    from sdp_lightning.config.import_path import load_object
 
     _limit_resources(setup["memory_bytes"])
     function: Any = None

@@ -15,9 +15,9 @@ from typing import Any
 from sdp_lightning.config import RolloutConfig
 from sdp_lightning.engines.base import InferenceEngine, NamedWeights, PublishReport
 from sdp_lightning.errors import ConfigError, RolloutError, RolloutTimeout, VersionError, describe
+from sdp_lightning.prompts.stream import EVALUATION_EPOCH, PromptRow
 from sdp_lightning.ranks import Ranks
 from sdp_lightning.rollout.capacity import RolloutStat, StalenessManager
-from sdp_lightning.rollout.prompts import EVALUATION_EPOCH, PromptRow
 from sdp_lightning.rollout.publishing import publish
 from sdp_lightning.rollout.recompute import LogprobScorer, ProximalRecomputer, RecomputeReport
 from sdp_lightning.rollout.registry import GroupRegistry, LiveGroup
@@ -25,8 +25,8 @@ from sdp_lightning.rollout.runner import STOP_CHECK_S, AsyncTaskRunner, TaskResu
 from sdp_lightning.rollout.source import GroupSource
 from sdp_lightning.rollout.staleness import StalenessControlStrategy
 from sdp_lightning.rollout.telemetry import RolloutTelemetry
-from sdp_lightning.types import TrajectoryGroup
-from sdp_lightning.workflows.base import RolloutWorkflow, Row, why_rejected
+from sdp_lightning.types import Row, TrajectoryGroup
+from sdp_lightning.workflows.base import RolloutWorkflow, why_rejected
 from sdp_lightning.workflows.gate import is_being_cancelled
 
 logger = logging.getLogger(__name__)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from sdp_lightning.config import RolloutConfig
 from sdp_lightning.engines.base import InferenceEngine
+from sdp_lightning.prompts.stream import PromptStream
 from sdp_lightning.ranks import Ranks
 from sdp_lightning.rollout.capacity import (
     CapacityModifier,
@@ -13,7 +14,6 @@ from sdp_lightning.rollout.capacity import (
     StalenessManager,
 )
 from sdp_lightning.rollout.executor import WorkflowExecutor
-from sdp_lightning.rollout.prompts import PromptStream
 from sdp_lightning.rollout.recompute import ProximalRecomputer
 from sdp_lightning.rollout.source import GroupSource
 from sdp_lightning.rollout.staleness import (
@@ -21,7 +21,8 @@ from sdp_lightning.rollout.staleness import (
     StalenessControlStrategy,
     StandardPPOStrategy,
 )
-from sdp_lightning.workflows.base import RolloutWorkflow, Row, Tokenizer
+from sdp_lightning.types import Row
+from sdp_lightning.workflows.base import RolloutWorkflow, Tokenizer
 
 
 def create_staleness_strategy(config: RolloutConfig) -> StalenessControlStrategy:

@@ -15,9 +15,9 @@ from typing import Literal
 
 from sdp_lightning.config import RolloutConfig
 from sdp_lightning.errors import RolloutError, VersionError, describe
+from sdp_lightning.prompts.stream import PromptRow
 from sdp_lightning.rollout.buffer import RolloutCache, RolloutQueue
 from sdp_lightning.rollout.capacity import StalenessManager
-from sdp_lightning.rollout.prompts import PromptRow
 from sdp_lightning.rollout.staleness import StalenessControlStrategy
 from sdp_lightning.rollout.telemetry import GroupRecord, RolloutTelemetry
 from sdp_lightning.types import Context, Segment, Trajectory, TrajectoryGroup

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sdp_lightning.rollout.prompts import row_order
+from sdp_lightning.prompts.stream import row_order
 
 
 def reshard(parts: Sequence[Mapping[str, Any]], num_ranks: int) -> list[dict[str, Any]]:

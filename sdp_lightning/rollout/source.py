@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from sdp_lightning.engines.base import InferenceEngine
-from sdp_lightning.rollout.prompts import PromptRow, PromptStream, derive_seed
+from sdp_lightning.prompts.stream import PromptRow, PromptStream, derive_seed
 from sdp_lightning.rollout.registry import LiveGroup
 from sdp_lightning.rollout.state import group_from_state, group_to_state, logs_from_state
 from sdp_lightning.types import TrajectoryGroup

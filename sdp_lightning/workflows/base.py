@@ -5,12 +5,10 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
-from sdp_lightning.types import SamplingParams, Trajectory
+from sdp_lightning.types import Row, SamplingParams, Trajectory
 from sdp_lightning.workflows.episode import Episode, Event
-
-Row = Mapping[str, Any]
 
 
 class Tokenizer(Protocol):

@@ -12,7 +12,7 @@ from sdp_lightning.errors import RolloutError
 from sdp_lightning.rewards.calling import call_bounded
 from sdp_lightning.rewards.pool import RewardRejected
 from sdp_lightning.rewards.value import as_reward
-from sdp_lightning.workflows.base import Row
+from sdp_lightning.types import Row
 
 Message = Mapping[str, str]
 Observation = str | Sequence[Message]

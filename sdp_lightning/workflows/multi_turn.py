@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from sdp_lightning.config.import_path import load_object
 from sdp_lightning.errors import ConfigError, RolloutError
-from sdp_lightning.loading import load_object
 from sdp_lightning.rewards.pool import RewardRejected
-from sdp_lightning.types import SamplingParams, Trajectory
-from sdp_lightning.workflows.base import RolloutSession, RolloutWorkflow, Row, Tokenizer
+from sdp_lightning.types import Row, SamplingParams, Trajectory
+from sdp_lightning.workflows.base import RolloutSession, RolloutWorkflow, Tokenizer
 from sdp_lightning.workflows.environment import BoundedEnvironment, Environment
 from sdp_lightning.workflows.episode import Episode
 from sdp_lightning.workflows.rlvr import (

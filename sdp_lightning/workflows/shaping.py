@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from sdp_lightning.errors import ConfigError
-from sdp_lightning.types import SamplingParams, Trajectory
-from sdp_lightning.workflows.base import RolloutSession, RolloutWorkflow, Row
+from sdp_lightning.types import Row, SamplingParams, Trajectory
+from sdp_lightning.workflows.base import RolloutSession, RolloutWorkflow
 
 
 class GroupFilter(ABC):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from sdp_lightning.errors import ConfigError
-from sdp_lightning.workflows.base import Row
+from sdp_lightning.types import Row
 from sdp_lightning.workflows.environment import Environment, Message, StepResult
 
 _CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)

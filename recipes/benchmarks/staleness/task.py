@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sdp_lightning.loading import load_object
+from sdp_lightning.config.import_path import load_object
 
 FOLDER = Path(__file__).parents[2] / "tiny_cpu"
 Row = dict[str, str]
@@ -23,7 +23,7 @@ def warm_model() -> Any:
     """A LlamaForCausalLM that knows how to sort and not when to stop."""
     from transformers import LlamaForCausalLM
 
-    from sdp_lightning.loading import quiet_transformers
+    from sdp_lightning.config.model_source import quiet_transformers
 
     path: Any = load_object(f"{FOLDER}/model.py:model_path")
     with quiet_transformers():

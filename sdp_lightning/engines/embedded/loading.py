@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from sdp_lightning.config.model_source import quiet_transformers
 from sdp_lightning.engines.base import GenerationRequest
 from sdp_lightning.engines.embedded.decoder import SlotDecoder, SlotSequence
 from sdp_lightning.engines.embedded.slots import ATTENTION_NAME
 from sdp_lightning.errors import EngineError
-from sdp_lightning.loading import quiet_transformers
 from sdp_lightning.types import IntArray, SamplingParams
 
 _DEFAULT_LENGTH = 1024

@@ -10,8 +10,8 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, overload
 
+from sdp_lightning.config.import_path import require
 from sdp_lightning.errors import ConfigError
-from sdp_lightning.rows.named import require
 
 ASK = "\nGive the final answer between <answer> and </answer>."
 Row = Mapping[str, Any]

@@ -1,16 +1,39 @@
-"""From a name to rows, and how names are written."""
+"""Dataset rows that a config names: files, Hugging Face datasets, reasoning-gym, Python objects."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence, Sized
+from typing import Any, cast
 from urllib.parse import parse_qsl
 
+from sdp_lightning.config.import_path import load_object
 from sdp_lightning.errors import ConfigError
+from sdp_lightning.types import Row
 
-Row = Mapping[str, Any]
+
+def load_rows(source: str | Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    """Dataset rows: as they are, or those that a string names, or that the named function returns.
+
+    A string is ``"package.module:name"``, ``"path/to/file.py:name"``, or one of the forms of
+    :func:`find_rows`: ``"rows.jsonl"``, ``"rows.parquet"``,
+    ``"reasoning_gym:task?size=500"``, ``"datasets:name?split=train"``.
+
+    Raises:
+        ConfigError: if they have no length or no order: a generator, a single row, None.
+    """
+    found: object = source
+    if isinstance(source, str):
+        rows = find_rows(source)
+        found = load_object(source) if rows is None else rows
+        if callable(found):
+            found = found()
+    if not isinstance(found, Sized) or isinstance(found, (Mapping, str)):
+        raise ConfigError(
+            "prompts must be a sequence of rows, such as a list of mappings or a datasets.Dataset; "
+            f"got {type(found).__name__}. Make a list of it."
+        )
+    return cast(Sequence[Mapping[str, Any]], found)
 
 
 def find_rows(source: str) -> Sequence[Row] | None:
@@ -25,17 +48,17 @@ def find_rows(source: str) -> Sequence[Row] | None:
     """
     scheme, _, rest = source.partition(":")
     if scheme == "reasoning_gym":
-        from sdp_lightning.rows.reasoning import ReasoningGymRows
+        from sdp_lightning.prompts.reasoning_gym import ReasoningGymRows
 
         name, settings = split_settings(rest)
         return ReasoningGymRows(name, **settings)
     if scheme == "datasets":
-        from sdp_lightning.rows.hub import load_hub_rows
+        from sdp_lightning.prompts.hub import load_hub_rows
 
         name, settings = split_settings(rest)
         return load_hub_rows(name, settings)
     if source.endswith((".jsonl", ".parquet")):
-        from sdp_lightning.rows.files import read_files
+        from sdp_lightning.prompts.local_files import read_files
 
         return read_files(source)
     return None
@@ -59,12 +82,6 @@ def split_settings(text: str) -> tuple[str, dict[str, Any]]:
     if len(settings) < len(pairs):
         raise ConfigError(f"a setting comes twice in {text!r}.")
     return name, settings
-
-
-def require(module: str, package: str, use: str) -> None:
-    """Raise ``ConfigError`` with pip's command if ``module`` is not installed."""
-    if importlib.util.find_spec(module) is None:
-        raise ConfigError(f"{use} needs {package}, which is not installed: pip install {package}")
 
 
 def _value(text: str) -> Any:

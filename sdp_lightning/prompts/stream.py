@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from sdp_lightning.errors import ConfigError, RolloutError
-from sdp_lightning.workflows.base import Row
+from sdp_lightning.types import Row
 
 EVALUATION_EPOCH = 2**31  # of rows that are only judged
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sdp_lightning.config.import_path import require
 from sdp_lightning.errors import ConfigError
-from sdp_lightning.rows.named import require
 
 
 def load_hub_rows(name: str, settings: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:

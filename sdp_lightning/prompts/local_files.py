@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from sdp_lightning.config.import_path import require
 from sdp_lightning.errors import ConfigError
-from sdp_lightning.rows.named import require
 
 
 def read_files(pattern: str) -> list[dict[str, Any]]:

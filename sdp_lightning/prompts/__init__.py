@@ -5,6 +5,6 @@ Nothing of a library is imported before it is named.
 
 from __future__ import annotations
 
-from sdp_lightning.rows.named import find_rows
+from sdp_lightning.prompts.sources import find_rows
 
 __all__ = ["find_rows"]

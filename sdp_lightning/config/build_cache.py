@@ -1,0 +1,34 @@
+"""The package's folder of files, and folders in it that are built once."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+
+def cache_folder() -> Path:
+    """Where this package keeps files: ``$XDG_CACHE_HOME/sdp_lightning``, or under ``~/.cache``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdp_lightning"
+
+
+def build_once(name: str, build: Callable[[Path], None]) -> Path:
+    """The folder ``name`` in the cache; ``build`` fills it if it is not there.
+
+    A folder with its final name is always complete. Of several processes that call this at the same
+    time one builds and the others wait; what an interrupted build left is thrown away.
+    """
+    from filelock import FileLock
+
+    target = cache_folder() / name
+    if not target.is_dir():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(target.with_name(f".{name}.lock")):
+            if not target.is_dir():
+                work = target.with_name(f".{name}.part")
+                shutil.rmtree(work, ignore_errors=True)
+                work.mkdir()
+                build(work)
+                work.rename(target)
+    return target
