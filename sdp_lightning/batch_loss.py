@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sdp_lightning.batch import Batch
 from sdp_lightning.config import LossConfig
+from sdp_lightning.distributed.reductions import RankSums
 from sdp_lightning.objective import (
     PolicyLoss,
     complete_segment_logprobs,
@@ -25,7 +26,6 @@ from sdp_lightning.objective import (
 from sdp_lightning.objective import within_second_moment as within_bound
 from sdp_lightning.objective.aggregation import token_shares
 from sdp_lightning.objective.kl import kl_estimate
-from sdp_lightning.rank_sums import RankSums
 
 
 @dataclass(frozen=True, eq=False)

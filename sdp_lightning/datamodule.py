@@ -25,6 +25,7 @@ from sdp_lightning.batch import SealedBatch
 from sdp_lightning.config import RolloutConfig
 from sdp_lightning.config.compatibility import check_together
 from sdp_lightning.cores import leave_cores
+from sdp_lightning.distributed.rank_group import Ranks, make_ranks
 from sdp_lightning.engines.base import InferenceEngine
 from sdp_lightning.engines.connect import connect_engine
 from sdp_lightning.engines.placement import require_one_host
@@ -34,7 +35,6 @@ from sdp_lightning.generation import GenerationLoader
 from sdp_lightning.loaders import EvaluationLoader, RolloutLoader, StopRequest
 from sdp_lightning.module import SegmentWisePPOModule
 from sdp_lightning.prompts.sources import load_rows
-from sdp_lightning.ranks import Ranks, make_ranks
 from sdp_lightning.rollout.executor import WorkflowExecutor
 from sdp_lightning.rollout.factory import create_workflow_executor
 from sdp_lightning.rollout.resharding import reshard

@@ -26,6 +26,8 @@ from sdp_lightning.batch_loss import batch_loss, within_second_moment
 from sdp_lightning.config import LoRAConfig, LossConfig, OptimizerConfig, UpdateConfig
 from sdp_lightning.config.model_source import resolve_model
 from sdp_lightning.display import hooks
+from sdp_lightning.distributed.rank_group import Ranks
+from sdp_lightning.distributed.reductions import RankSums
 from sdp_lightning.errors import ConfigError
 from sdp_lightning.forward import LogprobForward
 from sdp_lightning.metrics import LagMetrics, Warner
@@ -43,8 +45,6 @@ from sdp_lightning.policy import (
     shard,
     silence_dropout,
 )
-from sdp_lightning.rank_sums import RankSums
-from sdp_lightning.ranks import Ranks
 from sdp_lightning.scoring import group_by_prompt, split_by_segment
 from sdp_lightning.step_values import UniformWatch, step_values
 from sdp_lightning.trainer_checks import check_trainer

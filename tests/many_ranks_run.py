@@ -46,11 +46,11 @@ import sdp_lightning.datamodule
 import sdp_lightning.module
 import sdp_lightning.policy
 from sdp_lightning.batch import Batch, collate, split_minibatches
+from sdp_lightning.distributed.failure_detector import Lifeline
+from sdp_lightning.distributed.rank_group import Ranks
 from sdp_lightning.engines.base import GenerationRequest, NamedWeights, PublishReport
 from sdp_lightning.engines.connect import connect_engine
 from sdp_lightning.errors import EngineError
-from sdp_lightning.lifeline import Lifeline
-from sdp_lightning.ranks import Ranks
 from sdp_lightning.summary import RunSummary
 from sdp_lightning.testing import FakeEngine
 from sdp_lightning.types import Row, Trajectory

@@ -16,9 +16,9 @@ import torch
 from metrics_oracle import Step
 from torch import Tensor, distributed
 
+from sdp_lightning.distributed.reductions import RankSums
 from sdp_lightning.metrics import LagMetrics
 from sdp_lightning.objective.ess import effective_share
-from sdp_lightning.rank_sums import RankSums
 
 SEEDS = (11, 12, 13)
 DRIFTS = (0.05, 0.8, 6.0)

@@ -38,7 +38,6 @@ LIBRARIES = {
 PROTOCOL_ONLY = ("workflows", "rollout")
 # Files that still stand beside the rooms, and the room of each.
 MOVING = {
-    **dict.fromkeys(("ranks", "links", "lifeline", "rank_sums"), "distributed"),
     **dict.fromkeys(("batch", "forward", "packing", "passes", "scoring", "policy"), "training"),
     **dict.fromkeys(("adapters", "optimizer", "batch_loss", "batch_advantages"), "training"),
     **dict.fromkeys(("step_values", "metrics"), "training"),

@@ -21,10 +21,10 @@ import pytest
 from fitting import make_data, make_module, make_trainer
 
 import sdp_lightning as sdp
+from sdp_lightning.distributed.failure_detector import Lifeline, Listener, RankFailure, connect
+from sdp_lightning.distributed.rank_group import Ranks
 from sdp_lightning.engines.placement import require_one_host
 from sdp_lightning.errors import ConfigError, RankError
-from sdp_lightning.lifeline import Lifeline, Listener, RankFailure, connect
-from sdp_lightning.ranks import Ranks
 
 DEADLINE_S = 60.0
 
@@ -190,7 +190,7 @@ def test_ranks_that_had_an_error_together_are_still_together(make_world: Make) -
 def test_a_deadline_names_the_late_rank_what_was_awaited_and_what_was_done_last(
     make_world: Make, monkeypatch: pytest.MonkeyPatch, late: int
 ) -> None:
-    monkeypatch.setattr("sdp_lightning.ranks._AFTER_S", 0.2)
+    monkeypatch.setattr("sdp_lightning.distributed.rank_group._AFTER_S", 0.2)
     world = make_world(3)
 
     def work(ranks: Ranks) -> None:
@@ -361,7 +361,7 @@ def test_a_rank_0_that_is_gone_is_named() -> None:
 
 STUCK = """
 import ctypes, socket, sys
-from sdp_lightning.lifeline import Lifeline
+from sdp_lightning.distributed.failure_detector import Lifeline
 link = socket.socket(fileno=int(sys.argv[1]))
 Lifeline(1, {0: link}, grace_s=0.3)
 ctypes.CDLL(None).sleep(60)  # as in a collective: in C, without the interpreter's lock
@@ -394,7 +394,9 @@ def test_a_process_that_is_stuck_after_a_failure_is_ended_and_says_why(tmp_path:
 def test_a_listener_takes_every_rank_once_and_no_stranger(
     platform: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sdp_lightning.lifeline.sys", SimpleNamespace(platform=platform))
+    monkeypatch.setattr(
+        "sdp_lightning.distributed.failure_detector.sys", SimpleNamespace(platform=platform)
+    )
     listener = Listener("127.0.0.1")
     port, token = listener.place
     links = [

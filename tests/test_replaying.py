@@ -13,8 +13,8 @@ from recordings import Losses, make_recorded_module, record
 from stepping import StepRecorder
 
 import sdp_lightning as sdp
+from sdp_lightning.distributed.rank_group import Ranks
 from sdp_lightning.generation import Rollouts
-from sdp_lightning.ranks import Ranks
 from sdp_lightning.replay import ReplayLoader
 from sdp_lightning.testing import FakeEngine
 

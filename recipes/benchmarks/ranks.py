@@ -27,8 +27,8 @@ from lightning.pytorch.callbacks import Callback
 from torch import distributed
 
 import sdp_lightning as sdp
+from sdp_lightning.distributed.rank_group import Ranks
 from sdp_lightning.metrics import LagMetrics
-from sdp_lightning.ranks import Ranks
 from sdp_lightning.testing import FakeEngine, tiny_model, tiny_tokenizer
 
 STEP_S, NUM_STEPS, WARM_UP = 0.1, 60, 5

@@ -13,10 +13,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from sdp_lightning.config import RolloutConfig
+from sdp_lightning.distributed.rank_group import Ranks
 from sdp_lightning.engines.base import InferenceEngine, NamedWeights, PublishReport
 from sdp_lightning.errors import ConfigError, RolloutError, RolloutTimeout, VersionError, describe
 from sdp_lightning.prompts.stream import EVALUATION_EPOCH, PromptRow
-from sdp_lightning.ranks import Ranks
 from sdp_lightning.rollout.capacity import RolloutStat, StalenessManager
 from sdp_lightning.rollout.publishing import publish
 from sdp_lightning.rollout.recompute import LogprobScorer, ProximalRecomputer, RecomputeReport

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sdp_lightning.config import RolloutConfig
+from sdp_lightning.distributed.rank_group import Ranks
 from sdp_lightning.engines.base import InferenceEngine
 from sdp_lightning.prompts.stream import PromptStream
-from sdp_lightning.ranks import Ranks
 from sdp_lightning.rollout.capacity import (
     CapacityModifier,
     FilteredSamplesCapacityModifier,

@@ -6,9 +6,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
+from sdp_lightning.distributed.rank_group import Ranks
 from sdp_lightning.engines.base import InferenceEngine, NamedWeights, PublishReport
 from sdp_lightning.errors import VersionError
-from sdp_lightning.ranks import Ranks
 from sdp_lightning.workflows.gate import SendGate
 
 

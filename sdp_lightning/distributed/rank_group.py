@@ -13,9 +13,9 @@ from collections.abc import Callable, Mapping
 from socket import socket
 from typing import Any, TypeVar
 
+from sdp_lightning.distributed.failure_detector import Lifeline, Listener, RankFailure, connect
+from sdp_lightning.distributed.messaging import Link, pack, wait_for_any
 from sdp_lightning.errors import RankError
-from sdp_lightning.lifeline import Lifeline, Listener, RankFailure, connect
-from sdp_lightning.links import Link, pack, wait_for_any
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -131,7 +131,7 @@ class Ranks:
         """Hear of failures, until ``close``, also while this rank is in none of these methods.
 
         Args:
-            links: of the :class:`~sdp_lightning.lifeline.Lifeline`.
+            links: of the :class:`~sdp_lightning.distributed.failure_detector.Lifeline`.
         """
         self._lifeline = Lifeline(self.rank, links)
 

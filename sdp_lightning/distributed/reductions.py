@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, distributed
 
-from sdp_lightning.ranks import Ranks
+from sdp_lightning.distributed.rank_group import Ranks
 
 
 @dataclass(frozen=True)
