@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sdp_lightning.batch import AttentionCosts, Batch, Layout
 from sdp_lightning.errors import ConfigError
-from sdp_lightning.objective.logprobs import LogitTransform, token_logprobs
+from sdp_lightning.objective.token_logprobs import LogitTransform, token_logprobs
 from sdp_lightning.packing import Pack
 
 if TYPE_CHECKING:

@@ -32,7 +32,7 @@ from sdp_lightning.errors import ConfigError
 from sdp_lightning.forward import LogprobForward
 from sdp_lightning.metrics import LagMetrics, Warner
 from sdp_lightning.objective import loss_denominator
-from sdp_lightning.objective.ess import effective_share, ess_scale
+from sdp_lightning.objective.effective_sample_size import effective_share, ess_scale
 from sdp_lightning.optimizer import make_optimizer
 from sdp_lightning.passes import Passes, fill_up
 from sdp_lightning.policy import (

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sdp_lightning.objective import token_logprobs
-from sdp_lightning.objective.logprobs import LogitTransform
+from sdp_lightning.objective.token_logprobs import LogitTransform
 
 torch.set_num_threads(1)
 untimed = settings(deadline=None, max_examples=50)

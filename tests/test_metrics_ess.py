@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from metrics_oracle import Step, oracle
 
 from sdp_lightning.metrics import LagMetrics
-from sdp_lightning.objective.ess import effective_share, ess_scale
+from sdp_lightning.objective.effective_sample_size import effective_share, ess_scale
 
 
 @settings(deadline=None, max_examples=60)

@@ -16,7 +16,7 @@ import pytest
 import sdp_lightning as sdp
 from sdp_lightning.engines.base import InferenceEngine
 from sdp_lightning.engines.embedded import EmbeddedEngine
-from sdp_lightning.objective.losses import PolicyLoss
+from sdp_lightning.objective.loss import PolicyLoss
 from sdp_lightning.testing import FakeEngine
 
 # Checked by ``pyright tests/test_public_api.py``: each line is an error if the protocol is broken.

@@ -21,7 +21,7 @@ from sdp_lightning.metrics.sums import (
     statistics,
     token_values,
 )
-from sdp_lightning.objective.losses import PolicyLoss
+from sdp_lightning.objective.loss import PolicyLoss
 
 
 class LagMetrics(Metric):

@@ -9,17 +9,19 @@ from sdp_lightning.objective.advantages import (
     leave_one_out_advantages,
 )
 from sdp_lightning.objective.aggregation import loss_denominator
-from sdp_lightning.objective.corrections import (
-    complete_segment_logprobs,
-    loglinear_proximal,
-    loglinear_segment,
-    past_centre,
+from sdp_lightning.objective.loss import PolicyLoss, segment_wise_ppo_loss
+from sdp_lightning.objective.rejection import (
     second_moment_bound,
     second_moment_set,
     within_second_moment,
 )
-from sdp_lightning.objective.logprobs import token_logprobs
-from sdp_lightning.objective.losses import PolicyLoss, segment_wise_ppo_loss
+from sdp_lightning.objective.segment_proximal import (
+    complete_segment_logprobs,
+    loglinear_proximal,
+    loglinear_segment,
+)
+from sdp_lightning.objective.token_logprobs import token_logprobs
+from sdp_lightning.objective.trust_region import past_centre
 
 __all__ = [
     "PolicyLoss",

@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sdp_lightning.objective.corrections import at_least_float32
+from sdp_lightning.objective.precision import at_least_float32
 
 KLEstimator = Literal["k1", "k2", "k3"]
 

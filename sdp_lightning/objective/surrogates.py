@@ -20,7 +20,7 @@ from sdp_lightning.config import LossConfig
 from sdp_lightning.config.import_path import load_object
 from sdp_lightning.errors import ConfigError
 from sdp_lightning.objective.aggregation import sequence_mean
-from sdp_lightning.objective.corrections import outside_region
+from sdp_lightning.objective.rejection import outside_region
 
 
 def surrogate(

@@ -194,7 +194,7 @@ def _of_batch(batch: Batch, loss: LossConfig, most_rows: int) -> tuple[list[Sect
 def _numbers_of(batch: Batch, loss: LossConfig) -> dict[str, Numbers]:
     """b, q, x and w, each [B, T]."""
     from sdp_lightning.batch_loss import segment_centre, segment_policy
-    from sdp_lightning.objective.corrections import centre_and_log_weight
+    from sdp_lightning.objective.trust_region import centre_and_log_weight
 
     mask, old = batch.loss_mask.numpy(), (batch.lags >= 2).numpy()
 

@@ -30,7 +30,7 @@ from sdp_lightning.batch_loss import BatchLoss, batch_loss, within_second_moment
 from sdp_lightning.config import OptimizerConfig
 from sdp_lightning.distributed.reductions import RankSums
 from sdp_lightning.objective import group_relative_advantages, loss_denominator
-from sdp_lightning.objective.ess import effective_share, ess_scale
+from sdp_lightning.objective.effective_sample_size import effective_share, ess_scale
 from sdp_lightning.optimizer import make_optimizer
 from sdp_lightning.policy import GradientStep
 

@@ -13,12 +13,10 @@ from torch import Tensor
 
 from sdp_lightning.config import LossConfig
 from sdp_lightning.objective.aggregation import loss_denominator, token_shares
-from sdp_lightning.objective.corrections import (
-    at_least_float32,
-    centre_and_log_weight,
-    correct,
-)
+from sdp_lightning.objective.precision import at_least_float32
+from sdp_lightning.objective.rejection import correct
 from sdp_lightning.objective.surrogates import of_sequences, surrogate
+from sdp_lightning.objective.trust_region import centre_and_log_weight
 
 
 @dataclass(frozen=True, eq=False)
