@@ -23,9 +23,9 @@ if TYPE_CHECKING:
         UpdateConfig,
     )
     from sdp_lightning.datamodule import RolloutDataModule
-    from sdp_lightning.engines.base import InferenceEngine
     from sdp_lightning.engines.connect import connect_engine
     from sdp_lightning.engines.embedded import EmbeddedEngine
+    from sdp_lightning.engines.protocol import InferenceEngine
     from sdp_lightning.errors import (
         CheckpointError,
         ConfigError,

@@ -7,8 +7,8 @@ import sys
 
 import torch
 
-from sdp_lightning.engines.base import InferenceEngine
 from sdp_lightning.engines.embedded import EmbeddedEngine
+from sdp_lightning.engines.protocol import InferenceEngine
 
 
 def leave_cores(engine: InferenceEngine) -> int | None:

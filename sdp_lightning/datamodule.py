@@ -26,10 +26,10 @@ from sdp_lightning.config import RolloutConfig
 from sdp_lightning.config.compatibility import check_together
 from sdp_lightning.cores import leave_cores
 from sdp_lightning.distributed.rank_group import Ranks, make_ranks
-from sdp_lightning.engines.base import InferenceEngine
 from sdp_lightning.engines.connect import connect_engine
-from sdp_lightning.engines.placement import require_one_host
-from sdp_lightning.engines.remote import RemoteInfEngine
+from sdp_lightning.engines.protocol import InferenceEngine
+from sdp_lightning.engines.remote.engine import RemoteInfEngine
+from sdp_lightning.engines.servers.placement import require_one_host
 from sdp_lightning.errors import ConfigError
 from sdp_lightning.generation import GenerationLoader
 from sdp_lightning.loaders import EvaluationLoader, RolloutLoader, StopRequest

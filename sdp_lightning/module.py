@@ -49,7 +49,7 @@ from sdp_lightning.scoring import group_by_prompt, split_by_segment
 from sdp_lightning.step_values import UniformWatch, step_values
 from sdp_lightning.trainer_checks import check_trainer
 from sdp_lightning.types import Context, FloatArray, Segment, Trajectory
-from sdp_lightning.weights.base import WeightStream
+from sdp_lightning.weights.protocol import WeightStream
 
 # The weights after the step, with the version published for them, are what a resume needs.
 warnings.filterwarnings(

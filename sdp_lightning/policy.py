@@ -23,7 +23,7 @@ from sdp_lightning.config import LoRAConfig
 from sdp_lightning.config.model_source import quiet_transformers
 from sdp_lightning.errors import ConfigError, SDPError
 from sdp_lightning.forward import LogprobForward
-from sdp_lightning.weights.base import WeightStream
+from sdp_lightning.weights.protocol import WeightStream
 
 Source = PreTrainedModel | None
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sdp_lightning.engines.base import (
+from sdp_lightning.engines.protocol import (
     GenerationRequest,
     NamedWeights,
     PublishReport,

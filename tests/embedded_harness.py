@@ -8,9 +8,9 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from sdp_lightning.engines.base import GenerationRequest
 from sdp_lightning.engines.embedded import EmbeddedEngine
-from sdp_lightning.engines.embedded.loop import THREAD_NAME
+from sdp_lightning.engines.embedded.decode_loop import THREAD_NAME
+from sdp_lightning.engines.protocol import GenerationRequest
 from sdp_lightning.testing import TINY_CHARACTERS, tiny_model
 from sdp_lightning.types import SamplingParams, Segment
 

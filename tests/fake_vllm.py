@@ -151,8 +151,8 @@ class FakeVLLM:
 
     async def receive(self, arguments: dict[str, Any]) -> web.Response:
         """As the workers do; a fault "stall" stops one of them after the first tensor."""
-        from sdp_lightning.weights.base import Receive
         from sdp_lightning.weights.gloo import receive
+        from sdp_lightning.weights.protocol import Receive
 
         what, loop = Receive(**arguments), asyncio.get_running_loop()
         stalls = self.take_fault("/collective_rpc", "stall")

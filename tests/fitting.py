@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import sdp_lightning as sdp
 from sdp_lightning.batch import Batch
-from sdp_lightning.engines.base import InferenceEngine
+from sdp_lightning.engines.protocol import InferenceEngine
 from sdp_lightning.types import Row
 from sdp_lightning.workflows.base import RolloutSession
 

@@ -27,7 +27,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 import sdp_lightning as sdp
 from sdp_lightning import checkpointing
-from sdp_lightning.engines.base import NamedWeights, PublishReport
+from sdp_lightning.engines.protocol import NamedWeights, PublishReport
 from sdp_lightning.testing import FakeEngine
 from sdp_lightning.types import Context, Row, SamplingParams, Segment, Trajectory
 from sdp_lightning.workflows.base import RolloutSession

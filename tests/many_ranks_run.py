@@ -48,8 +48,8 @@ import sdp_lightning.policy
 from sdp_lightning.batch import Batch, collate, split_minibatches
 from sdp_lightning.distributed.failure_detector import Lifeline
 from sdp_lightning.distributed.rank_group import Ranks
-from sdp_lightning.engines.base import GenerationRequest, NamedWeights, PublishReport
 from sdp_lightning.engines.connect import connect_engine
+from sdp_lightning.engines.protocol import GenerationRequest, NamedWeights, PublishReport
 from sdp_lightning.errors import EngineError
 from sdp_lightning.summary import RunSummary
 from sdp_lightning.testing import FakeEngine

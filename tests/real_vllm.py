@@ -23,7 +23,7 @@ from torch import Tensor
 
 import sdp_lightning as sdp
 from sdp_lightning.config.model_source import quiet_transformers
-from sdp_lightning.engines.server import ServerConfig
+from sdp_lightning.engines.servers.managed import ServerConfig
 from sdp_lightning.testing import tiny_model, tiny_tokenizer
 from sdp_lightning.types import Row
 from sdp_lightning.workflows.base import RolloutSession

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 import sdp_lightning as sdp
-from sdp_lightning.engines.base import GenerationRequest, InferenceEngine
+from sdp_lightning.engines.protocol import GenerationRequest, InferenceEngine
 from sdp_lightning.prompts.stream import PromptRow
 from sdp_lightning.rollout.capacity import FilteredSamplesCapacityModifier, StalenessManager
 from sdp_lightning.rollout.executor import WorkflowExecutor

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from sdp_lightning.engines.options import RemoteOptions
-from sdp_lightning.engines.remote import RemoteInfEngine
-from sdp_lightning.engines.vllm import VLLMBackend
+from sdp_lightning.engines.remote.engine import RemoteInfEngine
+from sdp_lightning.engines.remote.options import RemoteOptions
+from sdp_lightning.engines.remote.vllm import VLLMBackend
 
 GENERATE, COMPLETIONS = "/inference/v1/generate", "/v1/completions"
 QUICK: dict[str, Any] = {

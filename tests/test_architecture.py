@@ -82,7 +82,7 @@ def imports(path: Path) -> Iterator[str]:
     for node in at_run_time(parse(path)):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0 and node.module, f"{path}: imports are absolute"
-            # ``from sdp_lightning.engines import base`` is an import of engines.base
+            # ``from sdp_lightning.engines import protocol`` is an import of engines.protocol
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -139,7 +139,7 @@ def test_a_room_imports_only_rooms_below_it(path: Path) -> None:
         target = MOVING.get(target, target)
         assert target in below, f"{name_of(path)} imports {name}, which is above it"
         if room in PROTOCOL_ONLY and target == "engines":
-            assert name.startswith("sdp_lightning.engines.base."), f"{name_of(path)}: {name}"
+            assert name.startswith("sdp_lightning.engines.protocol."), f"{name_of(path)}: {name}"
 
 
 def test_no_file_imports_itself_by_way_of_others() -> None:

@@ -2,7 +2,7 @@ import pytest
 
 from sdp_lightning.engines.connect import connect_engine
 from sdp_lightning.engines.embedded import EmbeddedEngine
-from sdp_lightning.engines.remote import RemoteInfEngine
+from sdp_lightning.engines.remote.engine import RemoteInfEngine
 from sdp_lightning.errors import ConfigError
 
 

@@ -16,8 +16,8 @@ from embedded_harness import (
     tokens_of,
 )
 
-from sdp_lightning.engines.base import InferenceEngine
 from sdp_lightning.engines.embedded import EmbeddedEngine
+from sdp_lightning.engines.protocol import InferenceEngine
 from sdp_lightning.testing import tiny_model
 
 
@@ -92,7 +92,7 @@ def test_tokens_do_not_depend_on_rows_moving_or_growing(make_engine):
 
 
 def test_a_prompt_longer_than_a_prefill_is_computed_in_parts(make_engine, monkeypatch):
-    monkeypatch.setattr("sdp_lightning.engines.embedded.decoder.MAX_PREFILL_TOKENS", 8)
+    monkeypatch.setattr("sdp_lightning.engines.embedded.scheduler.MAX_PREFILL_TOKENS", 8)
     model = tiny_model()
     engine = make_engine(model)
     rng = np.random.default_rng(5)

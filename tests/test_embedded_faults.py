@@ -17,7 +17,7 @@ from embedded_harness import (
 )
 
 from sdp_lightning.engines.embedded import EmbeddedEngine
-from sdp_lightning.engines.embedded.loop import DecodeLoop
+from sdp_lightning.engines.embedded.decode_loop import DecodeLoop
 from sdp_lightning.errors import EngineError
 from sdp_lightning.testing import tiny_model
 from sdp_lightning.types import Segment
@@ -235,7 +235,7 @@ def test_a_close_that_comes_while_a_burst_is_gathered_ends_the_thread(make_engin
             loop._changed.wait_for(lambda: loop._closing, 30)
 
     monkeypatch.setattr(DecodeLoop, "_gather", gather)
-    monkeypatch.setattr("sdp_lightning.engines.embedded.loop.CLOSE_DEADLINE_S", 5.0)
+    monkeypatch.setattr("sdp_lightning.engines.embedded.decode_loop.CLOSE_DEADLINE_S", 5.0)
     engine.resume()  # wakes the idle thread
     assert entered.wait(30)
     engine.close()

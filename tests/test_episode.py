@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdp_lightning.engines.base import GenerationRequest, SegmentSink
+from sdp_lightning.engines.protocol import GenerationRequest, SegmentSink
 from sdp_lightning.errors import EngineError, RolloutError
 from sdp_lightning.testing import FakeEngine
 from sdp_lightning.types import FinishReason, SamplingParams, Segment

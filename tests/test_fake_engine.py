@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sdp_lightning.engines.base import GenerationRequest, InferenceEngine
+from sdp_lightning.engines.protocol import GenerationRequest, InferenceEngine
 from sdp_lightning.errors import EngineError, VersionError
 from sdp_lightning.testing import FakeEngine
 from sdp_lightning.types import SamplingParams, Segment

@@ -28,8 +28,8 @@ from torch import Tensor
 import sdp_lightning as sdp
 from sdp_lightning.batch import Layout, collate
 from sdp_lightning.doctor.model_size import ModelSize, trainer_memory
-from sdp_lightning.engines.base import GenerationRequest
 from sdp_lightning.engines.embedded import EmbeddedEngine
+from sdp_lightning.engines.protocol import GenerationRequest
 from sdp_lightning.forward import sequence_logprobs
 from sdp_lightning.objective import token_logprobs
 from sdp_lightning.testing import tiny_model

@@ -19,13 +19,13 @@ import vllm_slice
 from real_vllm import make_model, save_model
 from torch import Tensor, multiprocessing, nn
 
-from sdp_lightning.engines.embedded.loading import text_logprobs
-from sdp_lightning.engines.options import RemoteOptions
-from sdp_lightning.engines.remote import RemoteInfEngine
-from sdp_lightning.engines.server import ManagedServers, ServerConfig
-from sdp_lightning.engines.vllm import VLLMBackend
+from sdp_lightning.engines.embedded.model_checks import text_logprobs
+from sdp_lightning.engines.remote.engine import RemoteInfEngine
+from sdp_lightning.engines.remote.options import RemoteOptions
+from sdp_lightning.engines.remote.vllm import VLLMBackend
+from sdp_lightning.engines.servers.managed import ManagedServers, ServerConfig
 from sdp_lightning.errors import EngineError
-from sdp_lightning.weights.base import EngineTransfer, Instruction, Target, TransportName
+from sdp_lightning.weights.protocol import EngineTransfer, Instruction, Target, TransportName
 from sdp_lightning.weights.vllm_native import NativeTransport
 
 pytestmark = [

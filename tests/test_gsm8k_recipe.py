@@ -16,7 +16,7 @@ import yaml
 from sdp_lightning.cli import main
 from sdp_lightning.config.import_path import load_object
 from sdp_lightning.engines.connect import connect_engine
-from sdp_lightning.engines.remote import RemoteInfEngine
+from sdp_lightning.engines.remote.engine import RemoteInfEngine
 from sdp_lightning.errors import ConfigError
 from sdp_lightning.testing import tiny_model, tiny_tokenizer
 

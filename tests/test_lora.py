@@ -34,11 +34,11 @@ from sdp_lightning.batch import Batch
 from sdp_lightning.config import LossConfig, UpdateConfig
 from sdp_lightning.echo import EchoCheck
 from sdp_lightning.engines.embedded import EmbeddedEngine
-from sdp_lightning.engines.embedded.loading import text_logprobs
+from sdp_lightning.engines.embedded.model_checks import text_logprobs
 from sdp_lightning.export import export_checkpoint
 from sdp_lightning.policy import named_weights
 from sdp_lightning.testing import tiny_model
-from sdp_lightning.weights.base import WeightStream
+from sdp_lightning.weights.protocol import WeightStream
 
 LORA = sdp.LoRAConfig(rank=4, alpha=8.0)
 TOKENS = torch.tensor([[5, 9, 12, 7, 20, 3]])

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 import sdp_lightning as sdp
-from sdp_lightning.engines.base import InferenceEngine
 from sdp_lightning.engines.embedded import EmbeddedEngine
+from sdp_lightning.engines.protocol import InferenceEngine
 from sdp_lightning.objective.loss import PolicyLoss
 from sdp_lightning.testing import FakeEngine
 

@@ -18,7 +18,7 @@ from rolling import (
     wait_until,
 )
 
-from sdp_lightning.engines.base import GenerationRequest, SegmentSink
+from sdp_lightning.engines.protocol import GenerationRequest, SegmentSink
 from sdp_lightning.errors import EngineError, RolloutTimeout, VersionError
 from sdp_lightning.rollout.executor import WorkflowExecutor
 from sdp_lightning.testing import FakeEngine

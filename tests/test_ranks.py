@@ -23,7 +23,7 @@ from fitting import make_data, make_module, make_trainer
 import sdp_lightning as sdp
 from sdp_lightning.distributed.failure_detector import Lifeline, Listener, RankFailure, connect
 from sdp_lightning.distributed.rank_group import Ranks
-from sdp_lightning.engines.placement import require_one_host
+from sdp_lightning.engines.servers.placement import require_one_host
 from sdp_lightning.errors import ConfigError, RankError
 
 DEADLINE_S = 60.0

@@ -24,10 +24,10 @@ from serving import (
     weights,
 )
 
-from sdp_lightning.engines.base import GenerationRequest, InferenceEngine
-from sdp_lightning.engines.options import RemoteOptions
-from sdp_lightning.engines.remote import RemoteInfEngine
-from sdp_lightning.engines.vllm import VLLMBackend
+from sdp_lightning.engines.protocol import GenerationRequest, InferenceEngine
+from sdp_lightning.engines.remote.engine import RemoteInfEngine
+from sdp_lightning.engines.remote.options import RemoteOptions
+from sdp_lightning.engines.remote.vllm import VLLMBackend
 from sdp_lightning.errors import ConfigError, EngineError, VersionError
 from sdp_lightning.types import SamplingParams, Segment, TrajectoryGroup
 
@@ -357,7 +357,7 @@ def test_requests_that_follow_one_another_share_a_connection(one: Server):
 
 
 def test_groups_of_a_long_run_are_forgotten(one: Server):
-    from sdp_lightning.engines import replicas
+    from sdp_lightning.engines.remote import replicas
 
     async def many() -> int:
         chosen = replicas.ReplicaSet([one.url])

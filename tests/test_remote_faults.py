@@ -25,11 +25,11 @@ from serving import (
 )
 from test_remote_engine import Sending, assert_exact, generate, publish, request
 
-from sdp_lightning.engines.backend import Call
-from sdp_lightning.engines.http import HttpClient, ServerError
-from sdp_lightning.engines.options import RemoteOptions
-from sdp_lightning.engines.remote import RemoteInfEngine
-from sdp_lightning.engines.vllm import VLLMBackend
+from sdp_lightning.engines.remote.backend import Call
+from sdp_lightning.engines.remote.engine import RemoteInfEngine
+from sdp_lightning.engines.remote.http_client import HttpClient, ServerError
+from sdp_lightning.engines.remote.options import RemoteOptions
+from sdp_lightning.engines.remote.vllm import VLLMBackend
 from sdp_lightning.errors import EngineError, RolloutError
 
 KINDS = ["500", "hang", "disconnect", "garbage", "odd", "bytes", "truncated"]

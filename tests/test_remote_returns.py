@@ -11,12 +11,12 @@ import pytest
 from serving import GENERATE, Server, connected, servers, weights
 from test_remote_engine import generate, publish, request
 
-from sdp_lightning.engines import fleet as fleet_module
-from sdp_lightning.engines.http import ServerError
-from sdp_lightning.engines.replicas import ReplicaSet
+from sdp_lightning.engines.remote import server_pool as fleet_module
+from sdp_lightning.engines.remote.http_client import ServerError
+from sdp_lightning.engines.remote.replicas import ReplicaSet
 from sdp_lightning.errors import EngineError
-from sdp_lightning.weights.base import Target
 from sdp_lightning.weights.files import FileTransport
+from sdp_lightning.weights.protocol import Target
 
 
 @pytest.fixture

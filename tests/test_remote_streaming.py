@@ -19,7 +19,7 @@ from serving import (
 )
 from test_remote_engine import Sending, assert_exact, generate, publish, request
 
-from sdp_lightning.engines.base import GenerationRequest
+from sdp_lightning.engines.protocol import GenerationRequest
 from sdp_lightning.errors import EngineError
 from sdp_lightning.types import SamplingParams, Segment, TrajectoryGroup
 

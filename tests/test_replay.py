@@ -23,8 +23,8 @@ from rolling import (
 )
 from test_checkpoint_state import content, finished, through_a_file
 
-from sdp_lightning.engines.base import GenerationRequest, SegmentSink
 from sdp_lightning.engines.embedded import EmbeddedEngine
+from sdp_lightning.engines.protocol import GenerationRequest, SegmentSink
 from sdp_lightning.errors import RolloutError
 from sdp_lightning.rollout.executor import WorkflowExecutor
 from sdp_lightning.testing import FakeEngine, tiny_model

@@ -21,13 +21,13 @@ from typing import Any
 import pytest
 from real_vllm import assert_gone
 
-from sdp_lightning.engines import server as server_module
 from sdp_lightning.engines.connect import connect_engine
-from sdp_lightning.engines.remote import RemoteInfEngine
-from sdp_lightning.engines.server import ManagedServers, ServerConfig
-from sdp_lightning.engines.vllm import VLLMBackend
+from sdp_lightning.engines.remote.engine import RemoteInfEngine
+from sdp_lightning.engines.remote.vllm import VLLMBackend
+from sdp_lightning.engines.servers import managed as server_module
+from sdp_lightning.engines.servers.managed import ManagedServers, ServerConfig
 from sdp_lightning.errors import ConfigError, EngineError
-from sdp_lightning.weights.base import TransportName
+from sdp_lightning.weights.protocol import TransportName
 
 ROOT = Path(__file__).parents[1]
 
@@ -107,7 +107,7 @@ def test_a_server_on_the_cpu_gets_every_flag_that_the_engine_relies_on():
         ("--dtype", "float32"),
         ("--max-model-len", "64"),
         ("--logprobs-mode", "processed_logprobs"),
-        ("--worker-extension-cls", "sdp_lightning.engines.vllm_worker.WorkerExtension"),
+        ("--worker-extension-cls", "sdp_lightning.engines.servers.vllm_worker.WorkerExtension"),
     ):
         assert has_option(command, name, value), name
     assert {"--enable-scale-out", "--enforce-eager", "--no-enable-chunked-prefill"} < set(command)
@@ -409,7 +409,7 @@ def test_an_interpreter_that_is_not_there_is_named(tmp_path: Path):
 
 PARENT = """
 import json, signal, sys
-from sdp_lightning.engines.server import ManagedServers, ServerConfig, _is_healthy
+from sdp_lightning.engines.servers.managed import ManagedServers, ServerConfig, _is_healthy
 
 servers = ManagedServers(ServerConfig("m", python=sys.argv[1], log_folder=sys.argv[2],
                                       devices=("cpu",)))

@@ -9,18 +9,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sdp_lightning.engines.backend import (
+from sdp_lightning.engines.protocol import GenerationRequest
+from sdp_lightning.engines.remote.backend import (
     Call,
     Chunk,
     RemoteInfBackend,
     Span,
     assemble,
 )
-from sdp_lightning.engines.base import GenerationRequest
-from sdp_lightning.engines.sglang import SGLangBackend
+from sdp_lightning.engines.remote.sglang import SGLangBackend
 from sdp_lightning.errors import ConfigError, EngineError
 from sdp_lightning.types import SamplingParams
-from sdp_lightning.weights.base import EngineTransfer, LoadAdapter, LoadFolder, Receive
+from sdp_lightning.weights.protocol import EngineTransfer, LoadAdapter, LoadFolder, Receive
 
 BACKEND: RemoteInfBackend = SGLangBackend()
 MODEL = {

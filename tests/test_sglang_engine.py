@@ -21,11 +21,11 @@ from serving import QUICK, Server, assert_nothing_left, weights
 from test_remote_engine import Sending, assert_exact, generate, publish, request
 
 import sdp_lightning as sdp
-from sdp_lightning.engines.base import GenerationRequest
 from sdp_lightning.engines.connect import connect_engine
-from sdp_lightning.engines.options import RemoteOptions
-from sdp_lightning.engines.remote import RemoteInfEngine
-from sdp_lightning.engines.sglang import SGLangBackend
+from sdp_lightning.engines.protocol import GenerationRequest
+from sdp_lightning.engines.remote.engine import RemoteInfEngine
+from sdp_lightning.engines.remote.options import RemoteOptions
+from sdp_lightning.engines.remote.sglang import SGLangBackend
 from sdp_lightning.errors import ConfigError, EngineError
 from sdp_lightning.types import SamplingParams
 

@@ -18,8 +18,8 @@ from forking import Ended, forked
 from lightning.pytorch.callbacks import Callback
 
 import sdp_lightning as sdp
-from sdp_lightning.engines.base import NamedWeights, PublishReport
 from sdp_lightning.engines.embedded import EmbeddedEngine
+from sdp_lightning.engines.protocol import NamedWeights, PublishReport
 from sdp_lightning.testing import FakeEngine
 
 DEADLINE_S = 200

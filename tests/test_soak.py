@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from rolling import VersionScorer, make_executor
 
-from sdp_lightning.engines.base import GenerationRequest
+from sdp_lightning.engines.protocol import GenerationRequest
 from sdp_lightning.rollout.capacity import RolloutStat
 from sdp_lightning.rollout.executor import WorkflowExecutor
 from sdp_lightning.testing import FakeEngine

@@ -29,8 +29,8 @@ from real_vllm import (
 )
 
 import sdp_lightning as sdp
-from sdp_lightning.engines.base import GenerationRequest
-from sdp_lightning.engines.server import ManagedServers
+from sdp_lightning.engines.protocol import GenerationRequest
+from sdp_lightning.engines.servers.managed import ManagedServers
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 

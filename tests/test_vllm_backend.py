@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sdp_lightning.engines.backend import (
+from sdp_lightning.engines.protocol import GenerationRequest
+from sdp_lightning.engines.remote.backend import (
     Call,
     Chunk,
     RemoteInfBackend,
@@ -16,11 +17,10 @@ from sdp_lightning.engines.backend import (
     Span,
     assemble,
 )
-from sdp_lightning.engines.base import GenerationRequest
-from sdp_lightning.engines.vllm import STREAM_INTERVAL, VLLMBackend
+from sdp_lightning.engines.remote.vllm import STREAM_INTERVAL, VLLMBackend
 from sdp_lightning.errors import EngineError
 from sdp_lightning.types import SamplingParams
-from sdp_lightning.weights.base import (
+from sdp_lightning.weights.protocol import (
     EngineTransfer,
     Instruction,
     LoadAdapter,

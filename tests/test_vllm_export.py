@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sdp_lightning as sdp
 from sdp_lightning.cli import main
-from sdp_lightning.engines.server import ManagedServers
+from sdp_lightning.engines.servers.managed import ManagedServers
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1200)]
 

@@ -33,12 +33,12 @@ from real_vllm import (
 from rolling import versions
 
 import sdp_lightning as sdp
-from sdp_lightning.engines.backend import Call
-from sdp_lightning.engines.options import RemoteOptions
-from sdp_lightning.engines.remote import RemoteInfEngine
-from sdp_lightning.engines.server import ManagedServers
-from sdp_lightning.engines.vllm import STREAM_INTERVAL, VLLMBackend
-from sdp_lightning.weights.base import Instruction
+from sdp_lightning.engines.remote.backend import Call
+from sdp_lightning.engines.remote.engine import RemoteInfEngine
+from sdp_lightning.engines.remote.options import RemoteOptions
+from sdp_lightning.engines.remote.vllm import STREAM_INTERVAL, VLLMBackend
+from sdp_lightning.engines.servers.managed import ManagedServers
+from sdp_lightning.weights.protocol import Instruction
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 

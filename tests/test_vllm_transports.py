@@ -32,14 +32,14 @@ from real_vllm import (
 from torch import Tensor
 
 import sdp_lightning as sdp
-from sdp_lightning.engines.server import ManagedServers
+from sdp_lightning.engines.servers.managed import ManagedServers
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
 RANK, ALPHA = 4, 8.0
 FORGETFUL = """
 from pathlib import Path
-from sdp_lightning.engines.vllm_worker import WorkerExtension
+from sdp_lightning.engines.servers.vllm_worker import WorkerExtension
 
 class Forgetful(WorkerExtension):
     def _sdp_pack_heads(self):

@@ -30,8 +30,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from sdp_lightning.errors import EngineError
 from sdp_lightning.policy import named_weights
-from sdp_lightning.weights.base import Instruction, LoadFolder, Target
 from sdp_lightning.weights.files import FileTransport, WeightFolder, buckets
+from sdp_lightning.weights.protocol import Instruction, LoadFolder, Target
 
 
 def load(folder: Path) -> dict[str, list[float]]:

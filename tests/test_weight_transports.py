@@ -16,13 +16,13 @@ from safetensors.torch import load_file
 from serving import Server, assert_nothing_left, connected, make_engine, servers, weights
 from test_remote_engine import Sending, generate, publish, request
 
-from sdp_lightning.engines.options import RemoteOptions
-from sdp_lightning.engines.remote import RemoteInfEngine
-from sdp_lightning.engines.vllm import VLLMBackend
+from sdp_lightning.engines.remote.engine import RemoteInfEngine
+from sdp_lightning.engines.remote.options import RemoteOptions
+from sdp_lightning.engines.remote.vllm import VLLMBackend
 from sdp_lightning.errors import ConfigError, EngineError
-from sdp_lightning.weights.base import Instruction, LoadAdapter, LoadFolder, Target
 from sdp_lightning.weights.gloo import GlooTransport, address_towards
 from sdp_lightning.weights.lora import ADAPTER, LoRATransport, adapter_config, plain_name
+from sdp_lightning.weights.protocol import Instruction, LoadAdapter, LoadFolder, Target
 from sdp_lightning.weights.vllm_native import NativeTransport
 
 RPC = "/collective_rpc"

@@ -22,8 +22,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from sdp_lightning import testing
-from sdp_lightning.engines.base import GenerationRequest
 from sdp_lightning.engines.embedded import EmbeddedEngine
+from sdp_lightning.engines.protocol import GenerationRequest
 from sdp_lightning.types import SamplingParams
 
 SMOLLM2: dict[str, Any] = {  # 135M

@@ -27,8 +27,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from sdp_lightning.policy import named_weights
-from sdp_lightning.weights.base import Instruction, Target
 from sdp_lightning.weights.files import FileTransport
+from sdp_lightning.weights.protocol import Instruction, Target
 
 NUM_RANKS, MIB = 2, 2**20
 WIDTH, VOCABULARY = 1024, 4096  # 4 tensors of 4 MiB a layer; the ends have 16

@@ -21,8 +21,8 @@ from pathlib import Path
 import aiohttp
 import numpy as np
 
-from sdp_lightning.engines.base import GenerationRequest
 from sdp_lightning.engines.connect import connect_engine
+from sdp_lightning.engines.protocol import GenerationRequest
 from sdp_lightning.types import SamplingParams, Segment
 
 FAKE = Path(__file__).parents[2] / "tests" / "fake_vllm.py"

@@ -11,9 +11,9 @@ from sdp_lightning.errors import ConfigError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from sdp_lightning.engines.base import InferenceEngine
-    from sdp_lightning.engines.server import ServerConfig
-    from sdp_lightning.weights.base import TransportName
+    from sdp_lightning.engines.protocol import InferenceEngine
+    from sdp_lightning.engines.servers.managed import ServerConfig
+    from sdp_lightning.weights.protocol import TransportName
 
 T = TypeVar("T")
 
@@ -26,13 +26,13 @@ def connect_engine(
     Args:
         url: ``"embedded"`` samples in this process; ``"vllm://h1:8000,h2:8000"`` on servers that
             run; ``"vllm://launch?replicas=2&max_model_len=512"`` starts servers, with the fields of
-            :class:`~sdp_lightning.engines.server.ServerConfig`, and ends them with the run;
-            ``"sglang://h1:30000"`` samples on SGLang servers that run; an engine object is returned
-            as it is.
+            :class:`~sdp_lightning.engines.servers.managed.ServerConfig`, and ends them with the
+            run; ``"sglang://h1:30000"`` samples on SGLang servers that run; an engine object is
+            returned as it is.
         model: what ``"embedded"`` or a launched server loads: a Hugging Face id or a folder; for
             ``"embedded"`` also a module, which is copied.
         **options: of ``EmbeddedEngine``, or of
-            :class:`~sdp_lightning.engines.remote.RemoteOptions`.
+            :class:`~sdp_lightning.engines.remote.engine.RemoteOptions`.
 
     Raises:
         ConfigError: if the URL means nothing here, or goes with no model or no options.
@@ -63,10 +63,10 @@ def connect_engine(
 
 
 def _connect_vllm(rest: str, *, model: Any, options: dict[str, Any]) -> InferenceEngine:
-    from sdp_lightning.engines.options import RemoteOptions
-    from sdp_lightning.engines.remote import RemoteInfEngine
-    from sdp_lightning.engines.server import ManagedServers
-    from sdp_lightning.engines.vllm import VLLMBackend
+    from sdp_lightning.engines.remote.engine import RemoteInfEngine
+    from sdp_lightning.engines.remote.options import RemoteOptions
+    from sdp_lightning.engines.remote.vllm import VLLMBackend
+    from sdp_lightning.engines.servers.managed import ManagedServers
 
     settings = _from_fields(RemoteOptions, options)
     place, _, query = rest.partition("?")
@@ -78,9 +78,9 @@ def _connect_vllm(rest: str, *, model: Any, options: dict[str, Any]) -> Inferenc
 
 
 def _connect_sglang(rest: str, *, options: dict[str, Any]) -> InferenceEngine:
-    from sdp_lightning.engines.options import RemoteOptions
-    from sdp_lightning.engines.remote import RemoteInfEngine
-    from sdp_lightning.engines.sglang import SGLangBackend
+    from sdp_lightning.engines.remote.engine import RemoteInfEngine
+    from sdp_lightning.engines.remote.options import RemoteOptions
+    from sdp_lightning.engines.remote.sglang import SGLangBackend
 
     urls = _server_urls("sglang", rest, "; SGLang servers are not started from here")
     settings = _from_fields(RemoteOptions, options)
@@ -99,7 +99,7 @@ def _server_urls(scheme: str, rest: str, otherwise: str) -> list[str]:
 
 
 def _server_config(query: str, model: Any, transport: TransportName) -> ServerConfig:
-    from sdp_lightning.engines.server import ServerConfig
+    from sdp_lightning.engines.servers.managed import ServerConfig
 
     values: dict[str, Any] = {"transport": transport}
     kinds = {field.name: str(field.type) for field in dataclasses.fields(ServerConfig)}

@@ -14,7 +14,7 @@ from typing import Any
 
 from sdp_lightning.config import RolloutConfig
 from sdp_lightning.distributed.rank_group import Ranks
-from sdp_lightning.engines.base import InferenceEngine, NamedWeights, PublishReport
+from sdp_lightning.engines.protocol import InferenceEngine, NamedWeights, PublishReport
 from sdp_lightning.errors import ConfigError, RolloutError, RolloutTimeout, VersionError, describe
 from sdp_lightning.prompts.stream import EVALUATION_EPOCH, PromptRow
 from sdp_lightning.rollout.capacity import RolloutStat, StalenessManager

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from sdp_lightning.config import RolloutConfig
 from sdp_lightning.distributed.rank_group import Ranks
-from sdp_lightning.engines.base import InferenceEngine
+from sdp_lightning.engines.protocol import InferenceEngine
 from sdp_lightning.prompts.stream import PromptStream
 from sdp_lightning.rollout.capacity import (
     CapacityModifier,

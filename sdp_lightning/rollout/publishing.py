@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from sdp_lightning.distributed.rank_group import Ranks
-from sdp_lightning.engines.base import InferenceEngine, NamedWeights, PublishReport
+from sdp_lightning.engines.protocol import InferenceEngine, NamedWeights, PublishReport
 from sdp_lightning.errors import VersionError
 from sdp_lightning.workflows.gate import SendGate
 

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from sdp_lightning.engines.base import InferenceEngine
+from sdp_lightning.engines.protocol import InferenceEngine
 from sdp_lightning.prompts.stream import PromptRow, PromptStream, derive_seed
 from sdp_lightning.rollout.registry import LiveGroup
 from sdp_lightning.rollout.state import group_from_state, group_to_state, logs_from_state

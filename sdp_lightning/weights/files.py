@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sdp_lightning.errors import EngineError
-from sdp_lightning.weights.base import LoadFolder, Target, Weights
+from sdp_lightning.weights.protocol import LoadFolder, Target, Weights
 
 BUCKET_BYTES = 256 * 2**20
 _PREFIX = "sdp-weights-"

@@ -29,8 +29,8 @@ from torch._C._distributed_c10d import (  # where torch.distributed has them fro
 )
 
 from sdp_lightning.errors import EngineError
-from sdp_lightning.weights.base import Receive, Target, Weights
 from sdp_lightning.weights.files import WeightFolder, readable
+from sdp_lightning.weights.protocol import Receive, Target, Weights
 
 _STEP_S = 0.02  # how often a sender looks whether the workers have come
 

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sdp_lightning.errors import EngineError
-from sdp_lightning.weights.base import LoadAdapter, LoadFolder, Target, Weights, WeightStream
 from sdp_lightning.weights.files import WeightFolder
+from sdp_lightning.weights.protocol import LoadAdapter, LoadFolder, Target, Weights, WeightStream
 
 ADAPTER = "sdp-adapter"
 _PREFIX = "base_model.model."

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, distributed
 
 from sdp_lightning.errors import ConfigError, EngineError, SDPError
-from sdp_lightning.weights.base import EngineTransfer, Target, Weights
+from sdp_lightning.weights.protocol import EngineTransfer, Target, Weights
 
 NativeName = Literal["nccl", "ipc"]
 

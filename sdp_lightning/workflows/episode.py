@@ -16,7 +16,7 @@ from typing import NoReturn
 import numpy as np
 from numpy.typing import ArrayLike
 
-from sdp_lightning.engines.base import GenerationRequest, InferenceEngine
+from sdp_lightning.engines.protocol import GenerationRequest, InferenceEngine
 from sdp_lightning.errors import RolloutError
 from sdp_lightning.types import (
     Context,

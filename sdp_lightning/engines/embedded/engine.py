@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from sdp_lightning.engines.base import GenerationRequest, NamedWeights, PublishReport, SegmentSink
-from sdp_lightning.engines.embedded.decoder import SlotDecoder, SlotSequence
-from sdp_lightning.engines.embedded.loading import (
+from sdp_lightning.engines.embedded.decode_loop import DecodeLoop, Job
+from sdp_lightning.engines.embedded.kv_cache import ATTENTION_NAME
+from sdp_lightning.engines.embedded.model_checks import (
     check_decoding,
     count_layers,
     count_tokens,
@@ -25,12 +25,17 @@ from sdp_lightning.engines.embedded.loading import (
     resolve_max_length,
     text_logprobs,
 )
-from sdp_lightning.engines.embedded.loop import DecodeLoop, Job
-from sdp_lightning.engines.embedded.slots import ATTENTION_NAME
+from sdp_lightning.engines.embedded.scheduler import SlotDecoder, SlotSequence
+from sdp_lightning.engines.protocol import (
+    GenerationRequest,
+    NamedWeights,
+    PublishReport,
+    SegmentSink,
+)
 from sdp_lightning.errors import ConfigError, EngineError, VersionError
 from sdp_lightning.types import FinishReason, FloatArray, IntArray, KVPolicy
-from sdp_lightning.weights.base import WeightStream
-from sdp_lightning.weights.inprocess import check_weights, copy_weights
+from sdp_lightning.weights.in_process import check_weights, copy_weights
+from sdp_lightning.weights.protocol import WeightStream
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -199,8 +204,8 @@ class EmbeddedEngine:
     ) -> PublishReport:
         """See the protocol. Names and shapes are checked before anything changes.
 
-        A :class:`~sdp_lightning.weights.base.WeightStream` is read while sampling waits, so that
-        there is never a second copy of what has to be gathered or merged; anything else before it.
+        A :class:`~sdp_lightning.weights.protocol.WeightStream` is read while sampling waits, so
+        that no second copy is made of what has to be gathered or merged; anything else before it.
         """
         with self._update_lock:
             running = self._require_usable()

@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
-from sdp_lightning.engines.backend import Completion, ServerInfo
+from sdp_lightning.engines.remote.backend import Completion, ServerInfo
 from sdp_lightning.errors import EngineError
 
 logger = logging.getLogger(__name__)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import get_args
 
-from sdp_lightning.engines.backend import OnUpdate
+from sdp_lightning.engines.remote.backend import OnUpdate
 from sdp_lightning.errors import ConfigError
 from sdp_lightning.types import KVPolicy
-from sdp_lightning.weights.base import TransportName
+from sdp_lightning.weights.protocol import TransportName
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 

@@ -11,14 +11,19 @@ import logging
 from collections.abc import Awaitable, Callable
 from time import monotonic
 
-from sdp_lightning.engines.backend import Chunk, Completion, assemble
-from sdp_lightning.engines.base import GenerationRequest
-from sdp_lightning.engines.control import LOADING, ServerControl, check_length, check_versions
-from sdp_lightning.engines.http import ServerError, ServerLost
-from sdp_lightning.engines.options import RemoteOptions
-from sdp_lightning.engines.replicas import Replica, ReplicaSet
+from sdp_lightning.engines.protocol import GenerationRequest
+from sdp_lightning.engines.remote.backend import Chunk, Completion, assemble
+from sdp_lightning.engines.remote.http_client import ServerError, ServerLost
+from sdp_lightning.engines.remote.options import RemoteOptions
+from sdp_lightning.engines.remote.replicas import Replica, ReplicaSet
+from sdp_lightning.engines.remote.server_client import (
+    LOADING,
+    ServerControl,
+    check_length,
+    check_versions,
+)
 from sdp_lightning.errors import ConfigError, EngineError
-from sdp_lightning.weights.base import WeightTransport
+from sdp_lightning.weights.protocol import WeightTransport
 
 logger = logging.getLogger(__name__)
 

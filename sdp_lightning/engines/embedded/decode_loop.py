@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
-from sdp_lightning.engines.base import SegmentSink
-from sdp_lightning.engines.embedded.decoder import SlotDecoder, SlotSequence
+from sdp_lightning.engines.embedded.scheduler import SlotDecoder, SlotSequence
+from sdp_lightning.engines.protocol import SegmentSink
 from sdp_lightning.errors import EngineError
 from sdp_lightning.types import FinishReason, KVPolicy, Segment
 

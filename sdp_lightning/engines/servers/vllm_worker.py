@@ -27,8 +27,8 @@ class WorkerExtension:
         self, host: str, port: int, key: str, num_workers: int, timeout_s: float
     ) -> None:
         """Load what the trainer broadcasts by gloo; see :mod:`sdp_lightning.weights.gloo`."""
-        from sdp_lightning.weights.base import Receive
         from sdp_lightning.weights.gloo import receive
+        from sdp_lightning.weights.protocol import Receive
 
         parallel = self.vllm_config.parallel_config
         worker = parallel.data_parallel_index * parallel.world_size + self.rank

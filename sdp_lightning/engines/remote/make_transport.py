@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from sdp_lightning.engines.options import LOOPBACK, RemoteOptions
-from sdp_lightning.weights.base import WeightTransport
+from sdp_lightning.engines.remote.options import LOOPBACK, RemoteOptions
+from sdp_lightning.weights.protocol import WeightTransport
 
 
 def make_transport(options: RemoteOptions, urls: list[str]) -> WeightTransport:

@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from sdp_lightning.engines.base import GenerationRequest
+from sdp_lightning.engines.protocol import GenerationRequest
 from sdp_lightning.errors import EngineError
 from sdp_lightning.types import FinishReason, KVPolicy
-from sdp_lightning.weights.base import Instruction
+from sdp_lightning.weights.protocol import Instruction
 
 OnUpdate = Literal["interrupt", "keep"]
 

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import aiohttp
 
-from sdp_lightning.engines.backend import Call
+from sdp_lightning.engines.remote.backend import Call
 from sdp_lightning.errors import EngineError
 
 T = TypeVar("T")

@@ -11,22 +11,22 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from sdp_lightning.engines.backend import RemoteInfBackend
-from sdp_lightning.engines.base import (
+from sdp_lightning.engines.protocol import (
     GenerationRequest,
     NamedWeights,
     PublishReport,
     SegmentSink,
 )
-from sdp_lightning.engines.control import ServerControl
-from sdp_lightning.engines.fleet import Fleet
-from sdp_lightning.engines.http import HttpClient
-from sdp_lightning.engines.options import LOOPBACK, RemoteOptions
-from sdp_lightning.engines.server import ManagedServers, ServerConfig
-from sdp_lightning.engines.transports import make_transport
+from sdp_lightning.engines.remote.backend import RemoteInfBackend
+from sdp_lightning.engines.remote.http_client import HttpClient
+from sdp_lightning.engines.remote.make_transport import make_transport
+from sdp_lightning.engines.remote.options import LOOPBACK, RemoteOptions
+from sdp_lightning.engines.remote.server_client import ServerControl
+from sdp_lightning.engines.remote.server_pool import Fleet
+from sdp_lightning.engines.servers.managed import ManagedServers, ServerConfig
 from sdp_lightning.errors import ConfigError, EngineError, VersionError
 from sdp_lightning.types import FinishReason, FloatArray, IntArray, Segment
-from sdp_lightning.weights.base import WeightTransport
+from sdp_lightning.weights.protocol import WeightTransport
 
 _MARGIN_S = 5.0  # beyond the deadlines of the calls, which name their server
 

@@ -25,7 +25,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from sdp_lightning.engines.backend import (
+from sdp_lightning.engines.protocol import GenerationRequest
+from sdp_lightning.engines.remote.backend import (
     Call,
     Chunk,
     Completion,
@@ -33,10 +34,9 @@ from sdp_lightning.engines.backend import (
     ServerInfo,
     assemble,
 )
-from sdp_lightning.engines.base import GenerationRequest
 from sdp_lightning.errors import ConfigError, EngineError
 from sdp_lightning.types import FinishReason, KVPolicy
-from sdp_lightning.weights.base import Instruction, LoadFolder
+from sdp_lightning.weights.protocol import Instruction, LoadFolder
 
 _PROBE_TOKENS = 5
 _ODD = (KeyError, IndexError, TypeError, ValueError, OverflowError)  # JSON of another form

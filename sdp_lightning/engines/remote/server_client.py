@@ -1,13 +1,14 @@
 """What one server is told and asked, in the order that keeps it alive and honest.
 
-No routing and no state: which servers there are is :mod:`sdp_lightning.engines.replicas`'.
+No routing and no state: which servers there are is :mod:`sdp_lightning.engines.remote.replicas`'.
 """
 
 from __future__ import annotations
 
 from contextlib import aclosing
 
-from sdp_lightning.engines.backend import (
+from sdp_lightning.engines.protocol import GenerationRequest
+from sdp_lightning.engines.remote.backend import (
     Call,
     Chunk,
     Completion,
@@ -16,12 +17,11 @@ from sdp_lightning.engines.backend import (
     ServerInfo,
     assemble,
 )
-from sdp_lightning.engines.base import GenerationRequest
-from sdp_lightning.engines.http import HttpClient, ServerError
-from sdp_lightning.engines.options import RemoteOptions
-from sdp_lightning.engines.replicas import Replica
+from sdp_lightning.engines.remote.http_client import HttpClient, ServerError
+from sdp_lightning.engines.remote.options import RemoteOptions
+from sdp_lightning.engines.remote.replicas import Replica
 from sdp_lightning.errors import ConfigError, EngineError
-from sdp_lightning.weights.base import Instruction, LoadAdapter, Target, WeightTransport
+from sdp_lightning.weights.protocol import Instruction, LoadAdapter, Target, WeightTransport
 
 LOADING = "loading"  # the label of a server that holds no whole set of weights
 _NO_ROUTE = (403, 404, 405)

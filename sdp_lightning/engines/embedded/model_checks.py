@@ -15,9 +15,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sdp_lightning.config.model_source import quiet_transformers
-from sdp_lightning.engines.base import GenerationRequest
-from sdp_lightning.engines.embedded.decoder import SlotDecoder, SlotSequence
-from sdp_lightning.engines.embedded.slots import ATTENTION_NAME
+from sdp_lightning.engines.embedded.kv_cache import ATTENTION_NAME
+from sdp_lightning.engines.embedded.scheduler import SlotDecoder, SlotSequence
+from sdp_lightning.engines.protocol import GenerationRequest
 from sdp_lightning.errors import EngineError
 from sdp_lightning.types import IntArray, SamplingParams
 

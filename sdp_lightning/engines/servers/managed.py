@@ -1,8 +1,8 @@
 """vLLM servers that this process starts, and that never outlive it.
 
-Each runs in a process group of its own under a guard (:mod:`sdp_lightning.engines.guard`) that ends
-the whole group when this process ends it, or dies, however it dies. The guard has a session of its
-own, so Ctrl-C reaches the trainer only.
+Each runs in a process group of its own under :mod:`sdp_lightning.engines.servers.process_guard`,
+which ends the whole group when this process ends it, or dies, however it dies. The guard has a
+session of its own, so Ctrl-C reaches the trainer only.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sdp_lightning.engines import guard as guard_module
-from sdp_lightning.engines.server_config import ServerConfig
+from sdp_lightning.engines.servers import process_guard
+from sdp_lightning.engines.servers.config import ServerConfig
 from sdp_lightning.errors import EngineError
 
 __all__ = ["ManagedServers", "ServerConfig"]
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 _TAIL_LINES, _TAIL_BYTES = 15, 2**16
 _STOP_S = 20.0  # beyond the grace
-_PACKAGE = Path(__file__).resolve().parents[1]
+_PACKAGE = Path(__file__).resolve().parents[2]
 # Loopback is never asked through a proxy.
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -116,7 +116,7 @@ class ManagedServers:
         return ""
 
     def _launch(self, index: int, port: int, log: Path, package: Path) -> _Server:
-        guard = [sys.executable, "-I", guard_module.__file__, str(self.grace_s)]
+        guard = [sys.executable, "-I", process_guard.__file__, str(self.grace_s)]
         with log.open("wb") as output:
             process = subprocess.Popen(
                 [*guard, *self.config.command(index, port)],

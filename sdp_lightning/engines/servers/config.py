@@ -1,6 +1,6 @@
 """How managed vLLM servers are started: their command lines, environments and devices.
 
-Starts nothing; :mod:`sdp_lightning.engines.server` does.
+Starts nothing; :mod:`sdp_lightning.engines.servers.managed` does.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import get_args
 
 from sdp_lightning.errors import ConfigError
-from sdp_lightning.weights.base import TransportName
+from sdp_lightning.weights.protocol import TransportName
 
 _ON_CPU = ("cpu",)
 # A seeded request whose prefill is cut in two kills vLLM 0.32 on a CPU ("CPU Generator does not use
@@ -143,7 +143,7 @@ class ServerConfig:
             "--port": str(port),
             "--dtype": self.dtype or ("float32" if self.on_cpu else "auto"),
             "--logprobs-mode": "processed_logprobs",
-            "--worker-extension-cls": "sdp_lightning.engines.vllm_worker.WorkerExtension",
+            "--worker-extension-cls": "sdp_lightning.engines.servers.vllm_worker.WorkerExtension",
         }
         if self.max_model_len is not None:
             options["--max-model-len"] = str(self.max_model_len)

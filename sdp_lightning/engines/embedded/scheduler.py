@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from sdp_lightning.engines.base import GenerationRequest
+from sdp_lightning.engines.embedded.kv_cache import SlotTable
 from sdp_lightning.engines.embedded.sampling import sample, uniforms
-from sdp_lightning.engines.embedded.slots import SlotTable
+from sdp_lightning.engines.protocol import GenerationRequest
 from sdp_lightning.types import FinishReason, IntArray, SamplingParams
 
 MAX_PREFILL_TOKENS = 512  # of one step, padding included: how long active sequences may be held up

@@ -2,8 +2,8 @@
 
 The server must run with ``VLLM_SERVER_DEV_MODE=1`` (the routes for weights), ``--logprobs-mode
 processed_logprobs``, this package's worker extension, and ``--enable-scale-out`` for the route that
-gives spans; :mod:`sdp_lightning.engines.server` starts it so. Without spans ``/v1/completions``
-serves, and every token is of the version that its request was sent under.
+gives spans; :mod:`sdp_lightning.engines.servers.managed` starts it so. Without spans
+``/v1/completions`` serves, and every token is of the version that its request was sent under.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from sdp_lightning.engines.backend import (
+from sdp_lightning.engines.protocol import GenerationRequest
+from sdp_lightning.engines.remote.backend import (
     Call,
     Chunk,
     Completion,
@@ -20,10 +21,9 @@ from sdp_lightning.engines.backend import (
     ServerInfo,
     assemble,
 )
-from sdp_lightning.engines.base import GenerationRequest
 from sdp_lightning.errors import EngineError
 from sdp_lightning.types import FinishReason, KVPolicy
-from sdp_lightning.weights.base import (
+from sdp_lightning.weights.protocol import (
     EngineTransfer,
     Instruction,
     LoadAdapter,
@@ -56,7 +56,8 @@ _REMEDIES = {
     **dict.fromkeys(("/pause", "/resume", "/weight_info", "/get_world_size"), _DEV_MODE),
     "/update_weight_version": _DEV_MODE,
     "/collective_rpc": f"{_DEV_MODE[:-1]}, with --worker-extension-cls "
-    "sdp_lightning.engines.vllm_worker.WorkerExtension, and this package on its PYTHONPATH.",
+    "sdp_lightning.engines.servers.vllm_worker.WorkerExtension, and this package on its "
+    "PYTHONPATH.",
     "/v1/load_lora_adapter": _LORA,
     **{
         path: 'Start it with --weight-transfer-config \'{"backend": "nccl"}\', or "ipc".'
