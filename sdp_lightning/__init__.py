@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from sdp_lightning.display import Drawn, hooks
 
 if TYPE_CHECKING:
-    from sdp_lightning.batch import Batch
     from sdp_lightning.callbacks import WeightSyncCallback
     from sdp_lightning.config import (
         LoRAConfig,
@@ -55,6 +54,7 @@ if TYPE_CHECKING:
     from sdp_lightning.rollout.runner import AsyncTaskRunner
     from sdp_lightning.rollout.staleness import SegmentWisePPOStrategy, StandardPPOStrategy
     from sdp_lightning.summary import RunSummary
+    from sdp_lightning.training.batch import Batch
     from sdp_lightning.types import Context, SamplingParams, Segment, Trajectory, TrajectoryGroup
     from sdp_lightning.viewing import view
     from sdp_lightning.watchdog import Watchdog

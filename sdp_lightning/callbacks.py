@@ -13,7 +13,6 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 from sdp_lightning.activity import PHASES
-from sdp_lightning.batch import Batch
 from sdp_lightning.checkpointing import use_atomic_checkpoints
 from sdp_lightning.datamodule import RolloutDataModule
 from sdp_lightning.echo import EchoCheck
@@ -22,6 +21,7 @@ from sdp_lightning.module import SegmentWisePPOModule
 from sdp_lightning.rollout.executor import WorkflowExecutor
 from sdp_lightning.rollout.telemetry import Counts
 from sdp_lightning.stopping import GracefulStop
+from sdp_lightning.training.batch import Batch
 
 logger = logging.getLogger(__name__)
 

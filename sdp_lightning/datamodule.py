@@ -21,7 +21,6 @@ from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from sdp_lightning.activity import Activity
-from sdp_lightning.batch import SealedBatch
 from sdp_lightning.config import RolloutConfig
 from sdp_lightning.config.compatibility import check_together
 from sdp_lightning.cores import leave_cores
@@ -38,6 +37,7 @@ from sdp_lightning.prompts.sources import load_rows
 from sdp_lightning.rollout.executor import WorkflowExecutor
 from sdp_lightning.rollout.factory import create_workflow_executor
 from sdp_lightning.rollout.resharding import reshard
+from sdp_lightning.training.batch import SealedBatch
 from sdp_lightning.workflows.base import RolloutWorkflow
 
 logger = logging.getLogger(__name__)

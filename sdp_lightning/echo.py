@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 
-from sdp_lightning.adapters import merged_name
 from sdp_lightning.errors import ConfigError, EngineError
+from sdp_lightning.training.policy.lora import merged_name
 from sdp_lightning.types import Context, FloatArray, IntArray, Segment, Trajectory
 
 logger = logging.getLogger(__name__)

@@ -18,12 +18,12 @@ from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from sdp_lightning.activity import Activity
-from sdp_lightning.batch import Batch, SealedBatch, collate
 from sdp_lightning.config import MissingProximal
 from sdp_lightning.distributed.rank_group import Ranks
 from sdp_lightning.errors import ConfigError, RankError, RolloutError, RolloutTimeout
 from sdp_lightning.rollout.executor import WorkflowExecutor
 from sdp_lightning.rollout.telemetry import Counts, count
+from sdp_lightning.training.batch import Batch, SealedBatch, collate
 from sdp_lightning.types import Row, TrajectoryGroup
 from sdp_lightning.workflows.base import RolloutWorkflow
 

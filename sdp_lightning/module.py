@@ -19,35 +19,35 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoTokenizer, PreTrainedModel
 
-from sdp_lightning.adapters import LORA_KEY, check_adapter, describe, merged_alpha, without_adapter
-from sdp_lightning.batch import Batch, collate, split_minibatches
-from sdp_lightning.batch_advantages import batch_advantages
-from sdp_lightning.batch_loss import batch_loss, within_second_moment
 from sdp_lightning.config import LoRAConfig, LossConfig, OptimizerConfig, UpdateConfig
 from sdp_lightning.config.model_source import resolve_model
 from sdp_lightning.display import hooks
 from sdp_lightning.distributed.rank_group import Ranks
 from sdp_lightning.distributed.reductions import RankSums
 from sdp_lightning.errors import ConfigError
-from sdp_lightning.forward import LogprobForward
-from sdp_lightning.metrics import LagMetrics, Warner
 from sdp_lightning.objective import loss_denominator
 from sdp_lightning.objective.effective_sample_size import effective_share, ess_scale
-from sdp_lightning.optimizer import make_optimizer
-from sdp_lightning.passes import Passes, fill_up
-from sdp_lightning.policy import (
-    GradientStep,
-    gradient_sync,
-    is_sharded,
-    load,
-    named_weights,
-    select_trainable,
-    shard,
-    silence_dropout,
-)
-from sdp_lightning.scoring import group_by_prompt, split_by_segment
-from sdp_lightning.step_values import UniformWatch, step_values
 from sdp_lightning.trainer_checks import check_trainer
+from sdp_lightning.training.batch import Batch, collate, split_minibatches
+from sdp_lightning.training.loss import batch_advantages, batch_loss, within_second_moment
+from sdp_lightning.training.metrics import LagMetrics, Warner
+from sdp_lightning.training.metrics.train_step import step_values
+from sdp_lightning.training.metrics.uniform_rewards import UniformWatch
+from sdp_lightning.training.policy.forward import LogprobForward
+from sdp_lightning.training.policy.gradient_step import GradientStep
+from sdp_lightning.training.policy.loading import load, select_trainable, silence_dropout
+from sdp_lightning.training.policy.logprob_runner import Passes, fill_up
+from sdp_lightning.training.policy.lora import (
+    LORA_KEY,
+    check_adapter,
+    describe,
+    merged_alpha,
+    without_adapter,
+)
+from sdp_lightning.training.policy.optimizer import make_optimizer
+from sdp_lightning.training.policy.scoring import group_by_prompt, split_by_segment
+from sdp_lightning.training.policy.sharding import gradient_sync, is_sharded, shard
+from sdp_lightning.training.policy.weight_export import named_weights
 from sdp_lightning.types import Context, FloatArray, Segment, Trajectory
 from sdp_lightning.weights.protocol import WeightStream
 
@@ -166,7 +166,7 @@ class SegmentWisePPOModule(L.LightningModule):
     def named_weights(
         self, *, changed_only: bool = False, lora_alpha: float | None = None
     ) -> WeightStream:
-        """What an engine must be given; see :func:`~sdp_lightning.policy.named_weights`.
+        """Weights for an engine; see :mod:`~sdp_lightning.training.policy.weight_export`.
 
         Args:
             changed_only: what training has changed, with all else of the same layers.

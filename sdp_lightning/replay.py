@@ -9,7 +9,6 @@ from typing import Any
 
 import lightning as L
 
-from sdp_lightning.batch import SealedBatch
 from sdp_lightning.callbacks import WeightSyncCallback
 from sdp_lightning.config.compatibility import check_centre
 from sdp_lightning.distributed.rank_group import Ranks, make_ranks
@@ -17,6 +16,7 @@ from sdp_lightning.errors import ConfigError, RecordingError
 from sdp_lightning.loaders import make_batch
 from sdp_lightning.module import SegmentWisePPOModule
 from sdp_lightning.recording import Recording, fingerprint_of
+from sdp_lightning.training.batch import SealedBatch
 from sdp_lightning.types import TrajectoryGroup
 
 logger = logging.getLogger(__name__)

@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import sdp_lightning as sdp
-from sdp_lightning.batch import Batch
 from sdp_lightning.engines.protocol import InferenceEngine
+from sdp_lightning.training.batch import Batch
 from sdp_lightning.types import Row
 from sdp_lightning.workflows.base import RolloutSession
 

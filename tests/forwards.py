@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sdp_lightning.batch import Batch, Layout, collate
+from sdp_lightning.training.batch import Batch, Layout, collate
 from sdp_lightning.types import Context, Segment, Trajectory, TrajectoryGroup
 
 LAYOUTS: tuple[Layout, ...] = ("padded", "packed", "shared_prefix")

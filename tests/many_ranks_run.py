@@ -44,8 +44,7 @@ from torch.distributed.tensor import DTensor
 import sdp_lightning as sdp
 import sdp_lightning.datamodule
 import sdp_lightning.module
-import sdp_lightning.policy
-from sdp_lightning.batch import Batch, collate, split_minibatches
+import sdp_lightning.training.policy.loading
 from sdp_lightning.distributed.failure_detector import Lifeline
 from sdp_lightning.distributed.rank_group import Ranks
 from sdp_lightning.engines.connect import connect_engine
@@ -53,6 +52,7 @@ from sdp_lightning.engines.protocol import GenerationRequest, NamedWeights, Publ
 from sdp_lightning.errors import EngineError
 from sdp_lightning.summary import RunSummary
 from sdp_lightning.testing import FakeEngine
+from sdp_lightning.training.batch import Batch, collate, split_minibatches
 from sdp_lightning.types import Row, Trajectory
 from sdp_lightning.workflows.base import RolloutSession
 
@@ -154,8 +154,10 @@ def recorded(
         mine = [sdp.TrajectoryGroup(tuple(g)) for g in groups[place.rank :: place.size]]
         batches.append(replace(collate(mine, version=VERSION), missing_proximal="behavior"))
     loads: list[str] = []
-    load = sdp_lightning.policy.load_policy
-    sdp_lightning.policy.load_policy = lambda *args: loads.append("") or load(*args)
+    load = sdp_lightning.training.policy.loading.load_policy
+    sdp_lightning.training.policy.loading.load_policy = lambda *args: (
+        loads.append("") or load(*args)
+    )
     if place.size == 1:
         sdp_lightning.module.split_minibatches = split_as(ranks)
     update = sdp.UpdateConfig(
@@ -183,7 +185,7 @@ def recorded(
     trainer.fit(module, Batches(*batches))
     counts = [len(b.microbatches(max_tokens, layout)) for b in batches]  # type: ignore
     merged = {name: tensor.clone() for name, tensor in module.named_weights()}
-    sdp_lightning.policy.load_policy = load
+    sdp_lightning.training.policy.loading.load_policy = load
     return {
         "weights": weights_of(module) | (merged if lora else {}),
         "metrics": metrics.steps,

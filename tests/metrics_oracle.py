@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdp_lightning.batch import Batch
 from sdp_lightning.config import LossConfig
-from sdp_lightning.metrics import LagMetrics
 from sdp_lightning.objective import PolicyLoss, segment_wise_ppo_loss
+from sdp_lightning.training.batch import Batch
+from sdp_lightning.training.metrics import LagMetrics
 
 VERSION = 7
 LAGS = ("0", "1", "2", "3", "4plus")

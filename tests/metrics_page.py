@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from sdp_lightning.metrics import FAMILIES
-from sdp_lightning.metrics.names import LAG_NAMES, OTHERS
+from sdp_lightning.training.metrics import FAMILIES
+from sdp_lightning.training.metrics.names import LAG_NAMES, OTHERS
 
 HEAD = """\
 # Metrics
@@ -12,7 +12,7 @@ Every name that a run logs, for every consumed batch. `validate` and `test` log 
 under `val/` and `test/`. A workflow adds what it counts under its own names in `rollout/`. The
 progress bar's `reward`, `lag` and `wait` (the share of the step that the trainer waited) go to no
 logger. This page is made by `python tests/metrics_page.py > docs/metrics.md`, of the tables in
-`sdp_lightning/metrics/names.py`.
+`sdp_lightning/training/metrics/names.py`.
 """
 
 LAGS = """
@@ -23,8 +23,8 @@ segment's proximal policy; x at the start of the step. A name with k is also log
 of each lag, with `_0`, `_1`, `_2`, `_3` or `_4plus` behind it. Everything is 0 where there is no
 token. Percentiles are of histograms with 32 bins a decade from 1e-6 to 100 nats: within 4 %. Before
 anything is squared or exponentiated its log is clamped to 20 nats either way; `drift/clamped_share`
-and `ess/clamped_sequences` count where. `sdp_lightning.metrics.verdicts` has the bounds from which
-a value is warned of.
+and `ess/clamped_sequences` count where. `sdp_lightning.training.metrics.health` has the bounds from
+which a value is warned of.
 
 | name | k | meaning |
 |---|---|---|

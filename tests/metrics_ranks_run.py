@@ -17,8 +17,8 @@ from metrics_oracle import Step
 from torch import Tensor, distributed
 
 from sdp_lightning.distributed.reductions import RankSums
-from sdp_lightning.metrics import LagMetrics
 from sdp_lightning.objective.effective_sample_size import effective_share
+from sdp_lightning.training.metrics import LagMetrics
 
 SEEDS = (11, 12, 13)
 DRIFTS = (0.05, 0.8, 6.0)

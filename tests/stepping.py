@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 import sdp_lightning as sdp
-from sdp_lightning.batch import Batch, SealedBatch, collate
+from sdp_lightning.training.batch import Batch, SealedBatch, collate
 
 VERSION = 4  # of the trainer
 

@@ -38,9 +38,6 @@ LIBRARIES = {
 PROTOCOL_ONLY = ("workflows", "rollout")
 # Files that still stand beside the rooms, and the room of each.
 MOVING = {
-    **dict.fromkeys(("batch", "forward", "packing", "passes", "scoring", "policy"), "training"),
-    **dict.fromkeys(("adapters", "optimizer", "batch_loss", "batch_advantages"), "training"),
-    **dict.fromkeys(("step_values", "metrics"), "training"),
     **dict.fromkeys(("module", "datamodule", "loaders", "generation", "callbacks"), "lightning"),
     **dict.fromkeys(("echo", "stopping", "watchdog", "checkpointing", "activity"), "lightning"),
     **dict.fromkeys(("trainer_checks", "cores"), "lightning"),
@@ -198,7 +195,11 @@ print(json.dumps(found))
 def test_importing_the_core_imports_neither_lightning_nor_transformers() -> None:
     """In a fresh interpreter, cheapest first."""
     names = ["sdp_lightning", "sdp_lightning.types", "sdp_lightning.workflows", "sdp_lightning.cli"]
-    with_torch = ["sdp_lightning.objective", "sdp_lightning.batch", "sdp_lightning.rollout.factory"]
+    with_torch = [
+        "sdp_lightning.objective",
+        "sdp_lightning.training.batch",
+        "sdp_lightning.rollout.factory",
+    ]
     output = subprocess.run(
         [sys.executable, "-c", LOADED, *names, *with_torch],
         capture_output=True,

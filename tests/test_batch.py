@@ -12,7 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sdp_lightning.batch import (
+from sdp_lightning.errors import ConfigError, RolloutError, VersionError
+from sdp_lightning.training.batch import (
     AttentionCosts,
     Batch,
     Layout,
@@ -23,7 +24,6 @@ from sdp_lightning.batch import (
     share_microbatches,
     split_minibatches,
 )
-from sdp_lightning.errors import ConfigError, RolloutError, VersionError
 from sdp_lightning.types import Context, Segment, Trajectory, TrajectoryGroup
 
 torch.set_num_threads(1)

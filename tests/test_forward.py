@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sdp_lightning.batch import Layout, collate
 from sdp_lightning.errors import ConfigError
-from sdp_lightning.forward import SequenceLogprobs, check_model, sequence_logprobs
 from sdp_lightning.testing import tiny_model
+from sdp_lightning.training.batch import Layout, collate
+from sdp_lightning.training.policy.forward import SequenceLogprobs, check_model, sequence_logprobs
 from sdp_lightning.types import Context, Segment, Trajectory, TrajectoryGroup
 
 torch.set_num_threads(1)

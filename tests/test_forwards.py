@@ -12,9 +12,9 @@ from fitting import Recorder, make_data, make_module, make_trainer
 from stepping import Batches, make_batch
 
 import sdp_lightning as sdp
-from sdp_lightning.batch import Batch
 from sdp_lightning.config import LossConfig, UpdateConfig
-from sdp_lightning.forward import LogprobForward
+from sdp_lightning.training.batch import Batch
+from sdp_lightning.training.policy.forward import LogprobForward
 from sdp_lightning.types import Trajectory
 
 

@@ -26,13 +26,13 @@ from stepping import Batches, make_batch
 from torch import Tensor
 
 import sdp_lightning as sdp
-from sdp_lightning.batch import Layout, collate
 from sdp_lightning.doctor.model_size import ModelSize, trainer_memory
 from sdp_lightning.engines.embedded import EmbeddedEngine
 from sdp_lightning.engines.protocol import GenerationRequest
-from sdp_lightning.forward import sequence_logprobs
 from sdp_lightning.objective import token_logprobs
 from sdp_lightning.testing import tiny_model
+from sdp_lightning.training.batch import Layout, collate
+from sdp_lightning.training.policy.forward import sequence_logprobs
 
 pytestmark = [
     pytest.mark.gpu,

@@ -28,16 +28,16 @@ from stepping import assert_same, loss_by_hand, make_batch, plain_logprobs, trai
 from transformers import AutoModelForCausalLM
 
 import sdp_lightning as sdp
-import sdp_lightning.policy
-from sdp_lightning.adapters import add_adapter, is_adapter, merge
-from sdp_lightning.batch import Batch
+import sdp_lightning.training.policy.loading
 from sdp_lightning.config import LossConfig, UpdateConfig
 from sdp_lightning.echo import EchoCheck
 from sdp_lightning.engines.embedded import EmbeddedEngine
 from sdp_lightning.engines.embedded.model_checks import text_logprobs
 from sdp_lightning.export import export_checkpoint
-from sdp_lightning.policy import named_weights
 from sdp_lightning.testing import tiny_model
+from sdp_lightning.training.batch import Batch
+from sdp_lightning.training.policy.lora import add_adapter, is_adapter, merge
+from sdp_lightning.training.policy.weight_export import named_weights
 from sdp_lightning.weights.protocol import WeightStream
 
 LORA = sdp.LoRAConfig(rank=4, alpha=8.0)
@@ -122,9 +122,11 @@ def test_the_reference_is_the_base_with_the_adapter_off_and_there_is_no_copy(
     model_folder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loads: list[str] = []
-    load = sdp_lightning.policy.load_policy
+    load = sdp_lightning.training.policy.loading.load_policy
     monkeypatch.setattr(
-        sdp_lightning.policy, "load_policy", lambda *args: loads.append("") or load(*args)
+        sdp_lightning.training.policy.loading,
+        "load_policy",
+        lambda *args: loads.append("") or load(*args),
     )
     batch, seen = make_batch(model_folder), list[Batch]()
 

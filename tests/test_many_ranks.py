@@ -25,8 +25,8 @@ from stepping import VERSION, make_trajectories
 from transformers import AutoModelForCausalLM
 
 import sdp_lightning as sdp
-from sdp_lightning.batch import Layout, collate
-from sdp_lightning.forward import sequence_logprobs
+from sdp_lightning.training.batch import Layout, collate
+from sdp_lightning.training.policy.forward import sequence_logprobs
 
 STRATEGIES = ("ddp", "fsdp")
 LIMIT_S = 200.0

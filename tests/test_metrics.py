@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from metrics_oracle import Step, assert_agree, computed, oracle, with_outlier
 
-from sdp_lightning.metrics import FAMILIES, LagMetrics, all_names
+from sdp_lightning.training.metrics import FAMILIES, LagMetrics, all_names
 
 torch.set_num_threads(1)
 

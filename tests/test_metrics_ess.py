@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from metrics_oracle import Step, oracle
 
-from sdp_lightning.metrics import LagMetrics
 from sdp_lightning.objective.effective_sample_size import effective_share, ess_scale
+from sdp_lightning.training.metrics import LagMetrics
 
 
 @settings(deadline=None, max_examples=60)

@@ -10,7 +10,7 @@ import torch
 from stepping import make_batch, train
 
 import sdp_lightning as sdp
-from sdp_lightning.batch import Batch
+from sdp_lightning.training.batch import Batch
 
 LR = 1e-3
 

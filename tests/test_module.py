@@ -26,9 +26,9 @@ from stepping import (
 from torch import Tensor
 
 import sdp_lightning as sdp
-from sdp_lightning.batch import Batch
-from sdp_lightning.forward import sequence_logprobs
 from sdp_lightning.module import silence_dropout
+from sdp_lightning.training.batch import Batch
+from sdp_lightning.training.policy.forward import sequence_logprobs
 
 LOSSES = [
     sdp.LossConfig(),

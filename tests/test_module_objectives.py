@@ -21,8 +21,8 @@ from stepping import (
 from torch import Tensor
 
 import sdp_lightning as sdp
-from sdp_lightning.batch import Batch
-from sdp_lightning.passes import Passes
+from sdp_lightning.training.batch import Batch
+from sdp_lightning.training.policy.logprob_runner import Passes
 
 CONFIGS = {
     "cispo": {"surrogate": "cispo", "trust_region": "behavior"},

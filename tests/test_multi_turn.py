@@ -15,10 +15,10 @@ from rolling import DEADLINE_S, CodePoints, rolling, versions, wait_until
 from test_checkpoint_state import finished, through_a_file
 
 import sdp_lightning as sdp
-from sdp_lightning.batch import collate
 from sdp_lightning.errors import ConfigError, RolloutError
 from sdp_lightning.rewards import RewardRejected
 from sdp_lightning.testing import FakeEngine, tiny_tokenizer
+from sdp_lightning.training.batch import collate
 from sdp_lightning.types import Context, SamplingParams, Segment
 from sdp_lightning.workflows.turns import between_turns, encode_turn
 

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 import sdp_lightning as sdp
-from sdp_lightning.batch import Batch, Layout, collate
 from sdp_lightning.config import UpdateConfig
 from sdp_lightning.errors import ConfigError
-from sdp_lightning.forward import LogprobForward, sequence_logprobs
-from sdp_lightning.packing import Pack, SpanMask
-from sdp_lightning.passes import Passes
 from sdp_lightning.testing import tiny_model
+from sdp_lightning.training.batch import Batch, Layout, collate
+from sdp_lightning.training.policy.forward import LogprobForward, sequence_logprobs
+from sdp_lightning.training.policy.logprob_runner import Passes
+from sdp_lightning.training.policy.packing import Pack, SpanMask
 from sdp_lightning.types import Context, Segment, Trajectory, TrajectoryGroup
 
 torch.set_num_threads(1)
@@ -198,7 +198,7 @@ def test_a_model_that_mixes_rows_is_found_out_whatever_its_weights(
         with pytest.raises(ConfigError, match=message):
             passes_of(model, layout).layout(uneven())
     passes, before = passes_of(model, "auto"), len(spy.calls)
-    with caplog.at_level(logging.DEBUG, "sdp_lightning.passes"):
+    with caplog.at_level(logging.DEBUG, "sdp_lightning.training.policy.logprob_runner"):
         assert passes.layout(uneven()) == passes.layout(uneven()) == "padded"
     assert len(spy.calls) == before + 4  # each of two layouts was tried once, against padded rows
     assert {record.levelname for record in caplog.records} == {"DEBUG"}

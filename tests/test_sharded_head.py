@@ -12,11 +12,11 @@ from torch import Tensor, distributed, multiprocessing, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from sdp_lightning.batch import Layout
 from sdp_lightning.errors import ConfigError
-from sdp_lightning.forward import LogprobForward
-from sdp_lightning.policy import is_sharded, shard
 from sdp_lightning.testing import tiny_model
+from sdp_lightning.training.batch import Layout
+from sdp_lightning.training.policy.forward import LogprobForward
+from sdp_lightning.training.policy.sharding import is_sharded, shard
 
 TIED = (True, False)
 AFTER = "padded, after a layout that the model refused"

@@ -9,8 +9,9 @@ import torch
 from fitting import make_data, make_module, make_trainer, make_workflow
 
 import sdp_lightning as sdp
-from sdp_lightning.step_values import WARN_AFTER, UniformWatch, uniform_share
 from sdp_lightning.testing import FakeEngine
+from sdp_lightning.training.metrics.train_step import uniform_share
+from sdp_lightning.training.metrics.uniform_rewards import WARN_AFTER, UniformWatch
 
 
 def test_a_group_is_uniform_if_its_rewards_are_equal() -> None:

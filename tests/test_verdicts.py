@@ -6,9 +6,9 @@ import logging
 
 import pytest
 
-from sdp_lightning.metrics import all_names
-from sdp_lightning.metrics.names import LAG_NAMES
-from sdp_lightning.metrics.verdicts import LEAST_TOKENS, Verdict, Warner, verdicts
+from sdp_lightning.training.metrics import all_names
+from sdp_lightning.training.metrics.health import LEAST_TOKENS, Verdict, Warner, verdicts
+from sdp_lightning.training.metrics.names import LAG_NAMES
 
 WELL: dict[str, float] = {
     **{name: 0.0 for name in all_names()},

@@ -18,8 +18,8 @@ from rolling import CodePoints, make_segment
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import sdp_lightning as sdp
-from sdp_lightning.batch import collate
 from sdp_lightning.display import hooks
+from sdp_lightning.training.batch import collate
 from sdp_lightning.viewing import STYLE
 from sdp_lightning.viewing.palette import (
     DARK,

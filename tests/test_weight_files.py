@@ -29,7 +29,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from sdp_lightning.errors import EngineError
-from sdp_lightning.policy import named_weights
+from sdp_lightning.training.policy.weight_export import named_weights
 from sdp_lightning.weights.files import FileTransport, WeightFolder, buckets
 from sdp_lightning.weights.protocol import Instruction, LoadFolder, Target
 

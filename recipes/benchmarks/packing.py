@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sdp_lightning.batch import Batch, Layout, collate
-from sdp_lightning.forward import attention_costs, sequence_logprobs
+from sdp_lightning.training.batch import Batch, Layout, collate
+from sdp_lightning.training.policy.forward import attention_costs, sequence_logprobs
 from sdp_lightning.types import Context, Segment, Trajectory, TrajectoryGroup
 
 LAYOUTS: tuple[Layout, ...] = ("padded", "packed", "shared_prefix")

@@ -26,7 +26,7 @@ from torch import distributed, multiprocessing, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from sdp_lightning.policy import named_weights
+from sdp_lightning.training.policy.weight_export import named_weights
 from sdp_lightning.weights.files import FileTransport
 from sdp_lightning.weights.protocol import Instruction, Target
 

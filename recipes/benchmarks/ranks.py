@@ -28,8 +28,8 @@ from torch import distributed
 
 import sdp_lightning as sdp
 from sdp_lightning.distributed.rank_group import Ranks
-from sdp_lightning.metrics import LagMetrics
 from sdp_lightning.testing import FakeEngine, tiny_model, tiny_tokenizer
+from sdp_lightning.training.metrics import LagMetrics
 
 STEP_S, NUM_STEPS, WARM_UP = 0.1, 60, 5
 SPREAD_S = 1e-3  # longer than both need to hear when the last one came

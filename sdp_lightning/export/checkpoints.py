@@ -17,8 +17,8 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from sdp_lightning.adapters import LORA_KEY, is_adapter, merge, parts_of
 from sdp_lightning.errors import ConfigError
+from sdp_lightning.training.policy.lora import LORA_KEY, is_adapter, merge, parts_of
 
 MODEL_KEY = "sdp_model_id"  # where a checkpoint says which model it trained
 _PREFIX = "policy."

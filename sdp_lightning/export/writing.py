@@ -20,10 +20,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sdp_lightning.adapters import is_adapter
 from sdp_lightning.config.model_source import quiet_transformers, resolve_model
 from sdp_lightning.errors import ConfigError
 from sdp_lightning.export.checkpoints import Checkpoint, MergedCheckpoint, open_checkpoint
+from sdp_lightning.training.policy.lora import is_adapter
 from sdp_lightning.weights.lora import adapter_config, plain_name
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -9,9 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sdp_lightning.metrics.names import LAG_NAMES
-from sdp_lightning.metrics.verdicts import verdicts
 from sdp_lightning.report.account import REST, Account, Row, account_of, reward_share
+from sdp_lightning.training.metrics.health import verdicts
+from sdp_lightning.training.metrics.names import LAG_NAMES
 
 LEAST_STEPS = 4
 LONG_WAIT, SHORT_WAIT = 0.15, 0.05

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sdp_lightning.metrics.names import FAMILIES, OTHERS
 from sdp_lightning.report import sections
 from sdp_lightning.report.account import account_of
 from sdp_lightning.report.advice import Advice, advice_on
@@ -15,6 +14,7 @@ from sdp_lightning.report.files import PAGE, Run, read_run
 from sdp_lightning.report.markup import card, duration, escape, section, table, value
 from sdp_lightning.report.rollouts import rollouts
 from sdp_lightning.report.style import style_block
+from sdp_lightning.training.metrics.names import FAMILIES, OTHERS
 
 ICONS = {"bad": "Change", "hint": "Consider", "good": "Good"}
 KINDS = {

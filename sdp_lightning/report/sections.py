@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sdp_lightning.metrics.names import LAG_NAMES
 from sdp_lightning.report.account import Account, Row, account_of, reward_share
 from sdp_lightning.report.charts import WIDE, Line, Point, area_chart, line_chart, number
 from sdp_lightning.report.files import VERSION, Run
 from sdp_lightning.report.markup import card, duration, escape, section, table, value
+from sdp_lightning.training.metrics.names import LAG_NAMES
 
 WINDOW = 5  # batches in a moving mean
 X = "policy version"

@@ -13,8 +13,8 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from sdp_lightning.batch import Batch
 from sdp_lightning.config import LossConfig
+from sdp_lightning.training.batch import Batch
 from sdp_lightning.types import Segment, Trajectory, TrajectoryGroup
 
 Viewable: TypeAlias = Trajectory | TrajectoryGroup | Batch | Sequence[TrajectoryGroup]
@@ -193,8 +193,8 @@ def _of_batch(batch: Batch, loss: LossConfig, most_rows: int) -> tuple[list[Sect
 
 def _numbers_of(batch: Batch, loss: LossConfig) -> dict[str, Numbers]:
     """b, q, x and w, each [B, T]."""
-    from sdp_lightning.batch_loss import segment_centre, segment_policy
     from sdp_lightning.objective.trust_region import centre_and_log_weight
+    from sdp_lightning.training.loss import segment_centre, segment_policy
 
     mask, old = batch.loss_mask.numpy(), (batch.lags >= 2).numpy()
 

@@ -11,8 +11,8 @@ from staleness.rollouts import EOS, NEWLINE, encode
 from staleness.task import Row
 from torch import Tensor
 
-from sdp_lightning.batch import Batch
-from sdp_lightning.batch_loss import BatchLoss
+from sdp_lightning.training.batch import Batch
+from sdp_lightning.training.loss import BatchLoss
 
 
 @torch.no_grad()

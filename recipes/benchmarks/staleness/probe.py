@@ -18,7 +18,7 @@ from staleness.rollouts import Rollouts, sample
 from staleness.training import Run, minibatch_loss, policy_logprobs, prepare
 from torch import Tensor
 
-from sdp_lightning.batch import Batch
+from sdp_lightning.training.batch import Batch
 
 FRESH, FRESH_WEIGHTS = METHODS["uncorrected"], METHODS["proximal"]
 

@@ -15,8 +15,8 @@ from staleness.net import TinyLlama
 from staleness.task import Judge, Row
 from torch import Tensor
 
-from sdp_lightning.batch import Batch, collate
 from sdp_lightning.testing import TINY_CHARACTERS
+from sdp_lightning.training.batch import Batch, collate
 from sdp_lightning.types import Context, Segment, Trajectory, TrajectoryGroup
 
 EOS, FIRST_CHARACTER = 1, 3

@@ -25,14 +25,14 @@ from staleness.rollouts import (
 from staleness.task import Judge, judge, test_rows, train_rows
 from torch import Tensor
 
-from sdp_lightning.batch import Batch, split_minibatches
-from sdp_lightning.batch_loss import BatchLoss, batch_loss, within_second_moment
 from sdp_lightning.config import OptimizerConfig
 from sdp_lightning.distributed.reductions import RankSums
 from sdp_lightning.objective import group_relative_advantages, loss_denominator
 from sdp_lightning.objective.effective_sample_size import effective_share, ess_scale
-from sdp_lightning.optimizer import make_optimizer
-from sdp_lightning.policy import GradientStep
+from sdp_lightning.training.batch import Batch, split_minibatches
+from sdp_lightning.training.loss import BatchLoss, batch_loss, within_second_moment
+from sdp_lightning.training.policy.gradient_step import GradientStep
+from sdp_lightning.training.policy.optimizer import make_optimizer
 
 NO_RANKS = RankSums(torch.device("cpu"))
 

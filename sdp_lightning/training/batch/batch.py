@@ -15,7 +15,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sdp_lightning.batch.plan import (
+from sdp_lightning.config import MissingProximal
+from sdp_lightning.display import Displayed
+from sdp_lightning.training.batch.microbatches import (
     FREE,
     AttentionCosts,
     pack_microbatches,
@@ -23,8 +25,6 @@ from sdp_lightning.batch.plan import (
     share_microbatches,
     shared_spans,
 )
-from sdp_lightning.config import MissingProximal
-from sdp_lightning.display import Displayed
 
 Layout = Literal["padded", "packed", "shared_prefix"]
 NO_VERSION = -1  # of tokens that the policy did not choose

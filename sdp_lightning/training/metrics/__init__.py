@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from sdp_lightning.metrics.names import FAMILIES, Family, all_names
-from sdp_lightning.metrics.verdicts import Verdict, Warner, verdicts
+from sdp_lightning.training.metrics.health import Verdict, Warner, verdicts
+from sdp_lightning.training.metrics.names import FAMILIES, Family, all_names
 
 if TYPE_CHECKING:
-    from sdp_lightning.metrics.lag import LagMetrics
+    from sdp_lightning.training.metrics.lag_metrics import LagMetrics
 
 __all__ = ["FAMILIES", "Family", "LagMetrics", "Verdict", "Warner", "all_names", "verdicts"]
 
@@ -20,7 +20,7 @@ __all__ = ["FAMILIES", "Family", "LagMetrics", "Verdict", "Warner", "all_names",
 def __getattr__(name: str) -> Any:
     """``LagMetrics`` needs torch: who only reads metrics does not load it."""
     if name == "LagMetrics":
-        from sdp_lightning.metrics.lag import LagMetrics
+        from sdp_lightning.training.metrics.lag_metrics import LagMetrics
 
         return LagMetrics
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

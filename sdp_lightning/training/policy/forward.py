@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from sdp_lightning.batch import AttentionCosts, Batch, Layout
 from sdp_lightning.errors import ConfigError
 from sdp_lightning.objective.token_logprobs import LogitTransform, token_logprobs
-from sdp_lightning.packing import Pack
+from sdp_lightning.training.batch import AttentionCosts, Batch, Layout
+from sdp_lightning.training.policy.packing import Pack
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sdp_lightning.batch.data import NO_VERSION, Batch
 from sdp_lightning.errors import RolloutError, VersionError
+from sdp_lightning.training.batch.batch import NO_VERSION, Batch
 from sdp_lightning.types import Context, Segment, Trajectory, TrajectoryGroup
 
 

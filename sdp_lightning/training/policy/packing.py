@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from sdp_lightning.batch import Batch
 from sdp_lightning.errors import ConfigError
+from sdp_lightning.training.batch import Batch
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,16 +9,16 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from sdp_lightning.batch import AttentionCosts, Batch, Layout, trial_batch
 from sdp_lightning.config import UpdateConfig
 from sdp_lightning.errors import ConfigError
-from sdp_lightning.forward import (
+from sdp_lightning.training.batch import AttentionCosts, Batch, Layout, trial_batch
+from sdp_lightning.training.policy.forward import (
     LogprobForward,
     SequenceLogprobs,
     attention_costs,
     check_model,
 )
-from sdp_lightning.policy import is_sharded
+from sdp_lightning.training.policy.sharding import is_sharded
 
 logger = logging.getLogger(__name__)
 Piece = tuple[Batch, list[int]]

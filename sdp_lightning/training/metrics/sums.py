@@ -11,10 +11,10 @@ import math
 import torch
 from torch import Tensor
 
-from sdp_lightning.batch import Batch
-from sdp_lightning.metrics.names import LAG_BINS
 from sdp_lightning.objective.effective_sample_size import effective_share
 from sdp_lightning.objective.loss import PolicyLoss
+from sdp_lightning.training.batch import Batch
+from sdp_lightning.training.metrics.names import LAG_BINS
 
 LARGEST_LOG = 20.0  # nats; of what is exponentiated, so that e^40 times any count stays exact
 LOWEST, DECADES, BINS_PER_DECADE = 1e-6, 8, 32  # nats; what lies below counts as none

@@ -1,8 +1,8 @@
 """From groups of trajectories to tensors, and how to cut those into pieces that fit."""
 
-from sdp_lightning.batch.collate import collate, trial_batch
-from sdp_lightning.batch.data import NO_VERSION, Batch, Layout, SealedBatch
-from sdp_lightning.batch.plan import (
+from sdp_lightning.training.batch.batch import NO_VERSION, Batch, Layout, SealedBatch
+from sdp_lightning.training.batch.collate import collate, trial_batch
+from sdp_lightning.training.batch.microbatches import (
     AttentionCosts,
     pack_microbatches,
     pad_microbatches,

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from sdp_lightning.metrics.names import LAG_NAMES
+from sdp_lightning.training.metrics.names import LAG_NAMES
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ def verdicts(metrics: Mapping[str, float], *, leaves_bridge_out: bool = False) -
     ``clamped``.
 
     Args:
-        metrics: by name, as :class:`~sdp_lightning.metrics.LagMetrics` computes them.
+        metrics: by name, as :class:`~sdp_lightning.training.metrics.LagMetrics` computes them.
         leaves_bridge_out: whether the estimator takes exp(x - q) not whole, as with a
             ``bridge_exponent`` below 1: only then is a large bridge wrong.
     """

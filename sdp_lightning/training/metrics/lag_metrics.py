@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from sdp_lightning.batch import Batch
-from sdp_lightning.metrics.names import FAMILIES, LAG_BINS
-from sdp_lightning.metrics.sums import (
+from sdp_lightning.objective.loss import PolicyLoss
+from sdp_lightning.training.batch import Batch
+from sdp_lightning.training.metrics.names import FAMILIES, LAG_BINS
+from sdp_lightning.training.metrics.sums import (
     COLUMNS,
     HISTOGRAMS,
     NUM_BINS,
@@ -21,7 +22,6 @@ from sdp_lightning.metrics.sums import (
     statistics,
     token_values,
 )
-from sdp_lightning.objective.loss import PolicyLoss
 
 
 class LagMetrics(Metric):

@@ -10,12 +10,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from sdp_lightning.batch import Batch
-from sdp_lightning.config import LossConfig
+from sdp_lightning.config import LossConfig, UpdateConfig
 from sdp_lightning.distributed.reductions import RankSums
 from sdp_lightning.objective import (
     PolicyLoss,
     complete_segment_logprobs,
+    group_relative_advantages,
+    leave_one_out_advantages,
     loglinear_proximal,
     loglinear_segment,
     past_centre,
@@ -25,7 +26,8 @@ from sdp_lightning.objective import (
 )
 from sdp_lightning.objective import within_second_moment as within_bound
 from sdp_lightning.objective.aggregation import token_shares
-from sdp_lightning.objective.kl import kl_estimate
+from sdp_lightning.objective.kl import kl_estimate, kl_penalised_rewards
+from sdp_lightning.training.batch import Batch
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,3 +132,32 @@ def segment_centre(segment: Tensor, batch: Batch, config: LossConfig) -> Tensor:
     if config.trust_region == "past":
         return past_centre(segment, batch.behavior_logprobs, batch.lags)
     return segment
+
+
+def batch_advantages(batch: Batch, loss: LossConfig, update: UpdateConfig) -> Tensor:
+    """[B, T], 0 for tokens beyond the largest lag that is trained.
+
+    Args:
+        batch: whole groups; with reference log-probs where ``loss`` needs them.
+        loss: says whether the KL to the reference is taken off the reward.
+        update: says what a reward is compared with.
+    """
+    rewards = batch.rewards
+    if batch.reference_logprobs is not None and loss.kl_in == "reward":
+        rewards = kl_penalised_rewards(
+            rewards,
+            batch.behavior_logprobs,
+            batch.reference_logprobs,
+            batch.loss_mask,
+            coefficient=loss.kl_coefficient,
+            estimator=loss.kl_estimator,
+        )
+    if update.advantages == "rloo":
+        per_row = leave_one_out_advantages(rewards, batch.group_ids)
+    else:
+        scale = update.scale_advantages_by_std is not False
+        per_row = group_relative_advantages(rewards, batch.group_ids, scale_by_std=scale)
+    per_token = per_row[:, None].expand(batch.loss_mask.shape)
+    if batch.max_lag is not None:
+        per_token = torch.where(batch.lags > batch.max_lag, 0.0, per_token)
+    return per_token

@@ -1,6 +1,7 @@
 """Every name under which a run logs, and what it means: docs/metrics.md is made of these tables.
 
-``FAMILIES`` are the statistics of :class:`~sdp_lightning.metrics.LagMetrics`; ``OTHERS`` the rest.
+``FAMILIES`` are the statistics of :class:`~sdp_lightning.training.metrics.LagMetrics`; ``OTHERS``
+the rest.
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""A policy and one update of it: torch and transformers, neither Lightning nor rollouts."""

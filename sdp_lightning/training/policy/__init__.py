@@ -1,0 +1,1 @@
+"""The trained model: loading, forwards, adapters, sharding, steps, and weights for engines."""

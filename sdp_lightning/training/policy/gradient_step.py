@@ -1,0 +1,66 @@
+"""One optimizer step: gradients are clipped, and a step with non-finite ones is skipped."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from sdp_lightning.errors import SDPError
+
+
+def clip_gradients(policy: nn.Module, limit: float | None) -> Tensor:
+    """The norm of all gradients, over all ranks, before they are clipped to ``limit``."""
+    parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    norm = nn.utils.clip_grad_norm_(parameters, math.inf if limit is None else limit)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+@dataclass
+class GradientStep:
+    """Clips the gradient and steps, or skips the step if it is not finite.
+
+    Args:
+        limit: largest norm of the gradient; None is off.
+        max_skipped: so many steps skipped in a row are an error.
+        num_skipped: in a row, by now.
+    """
+
+    limit: float | None
+    max_skipped: int
+    num_skipped: int = 0
+
+    def __call__(
+        self, policy: nn.Module, optimizer: Any, schedule: Any, *, scale: float = 1.0
+    ) -> dict[str, Tensor]:
+        """``grad_norm``, ``lr`` as it was applied, and ``skipped``: 0 or 1. All [].
+
+        Args:
+            policy: whose gradients are ready.
+            optimizer: of its parameters.
+            schedule: of the optimizer's learning rates; advanced unless the step is skipped.
+            scale: what the learning rates are multiplied with, in this step only.
+
+        Raises:
+            SDPError: after ``max_skipped`` skipped steps in a row.
+        """
+        norm = clip_gradients(policy, self.limit)
+        rates: list[float] = schedule.get_last_lr()
+        self.num_skipped = 0 if torch.isfinite(norm) else self.num_skipped + 1
+        if self.num_skipped == 0:
+            for group in optimizer.param_groups if scale != 1.0 else ():
+                group["lr"] *= scale
+            optimizer.step()
+            schedule.step()  # sets the rates anew, from those at the start
+        elif self.num_skipped >= self.max_skipped:
+            raise SDPError(
+                f"the gradient was not finite (norm {norm}) in {self.num_skipped} optimizer steps "
+                "in a row. Lower the learning rate, or look at the rewards and log-probs."
+            )
+        values = rates[0] * scale, float(self.num_skipped > 0)
+        rate, skipped = torch.tensor(values, dtype=torch.float32)  # not the default type
+        return {"grad_norm": norm.float(), "lr": rate, "skipped": skipped}

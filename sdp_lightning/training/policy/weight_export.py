@@ -1,0 +1,63 @@
+"""The weights of the policy as engines take them: whole, merged, under the model's own names."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from sdp_lightning.training.policy.lora import merge, merged_name, parts_of
+from sdp_lightning.weights.protocol import WeightStream
+
+
+def named_weights(
+    policy: nn.Module, *, changed_only: bool, merged_alpha: float | None = None
+) -> WeightStream:
+    """What an engine must be given, under the names of the model's ``state_dict``.
+
+    Sharded weights are gathered, and adapters merged into copies, one at a time: all ranks must go
+    through the whole stream.
+
+    Args:
+        policy: the model.
+        changed_only: the trained weights, with all else of their layers: servers fuse weights of a
+            layer, and a fused one that comes in part is wrong.
+        merged_alpha: of the policy's LoRA adapter, which comes merged, under the names of the model
+            without it; None leaves it as it is, or there is none.
+    """
+    state, trained = (
+        policy.state_dict(),
+        [n for n, p in policy.named_parameters() if p.requires_grad],
+    )
+    if merged_alpha is None:
+        parts = {name: [tensor] for name, tensor in state.items()}
+    else:
+        parts, trained = parts_of(state), [merged_name(name) for name in trained]
+    layers = {_layer_of(name) for name in trained}
+    layout = {
+        name: _like(some)
+        for name, some in parts.items()
+        if not changed_only or _layer_of(name) in layers
+    }
+    return WeightStream(
+        layout, lambda name: merge([_whole(t) for t in parts[name]], merged_alpha or 0.0)
+    )
+
+
+def _like(parts: list[Tensor]) -> Tensor:
+    """The weight, if it is there, or one of its shape and type on the meta device."""
+    if len(parts) == 1 and not isinstance(parts[0], DTensor):
+        return parts[0]
+    return torch.empty(parts[0].shape, dtype=parts[0].dtype, device="meta")
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _layer_of(name: str) -> str:
+    """``model.layers.3`` of ``model.layers.3.mlp.up_proj.weight``; another name is its own."""
+    found = re.match(r".*?\.\d+(?=\.)", name)
+    return name if found is None or ".lora_" in name else found[0]
