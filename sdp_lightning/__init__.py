@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from sdp_lightning.display import Drawn, hooks
 
 if TYPE_CHECKING:
-    from sdp_lightning.callbacks import WeightSyncCallback
     from sdp_lightning.config import (
         LoRAConfig,
         LossConfig,
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
         RolloutConfig,
         UpdateConfig,
     )
-    from sdp_lightning.datamodule import RolloutDataModule
     from sdp_lightning.engines.connect import connect_engine
     from sdp_lightning.engines.embedded import EmbeddedEngine
     from sdp_lightning.engines.protocol import InferenceEngine
@@ -36,7 +34,10 @@ if TYPE_CHECKING:
         SDPError,
         VersionError,
     )
-    from sdp_lightning.module import SegmentWisePPOModule
+    from sdp_lightning.lightning.datamodule import RolloutDataModule
+    from sdp_lightning.lightning.module import SegmentWisePPOModule
+    from sdp_lightning.lightning.watchdog import Watchdog
+    from sdp_lightning.lightning.weight_sync import WeightSyncCallback
     from sdp_lightning.objective import segment_wise_ppo_loss
     from sdp_lightning.progress import ProgressLine
     from sdp_lightning.recorder import Recorder
@@ -44,20 +45,19 @@ if TYPE_CHECKING:
     from sdp_lightning.replay import ReplayDataModule
     from sdp_lightning.report.callback import RunReport
     from sdp_lightning.rewards.pool import RewardPool
-    from sdp_lightning.rollout.capacity import (
+    from sdp_lightning.rollout.executor import WorkflowExecutor
+    from sdp_lightning.rollout.factory import create_staleness_strategy, create_workflow_executor
+    from sdp_lightning.rollout.groups.ledger import (
         FilteredSamplesCapacityModifier,
         StalenessManager,
     )
-    from sdp_lightning.rollout.executor import WorkflowExecutor
-    from sdp_lightning.rollout.factory import create_staleness_strategy, create_workflow_executor
-    from sdp_lightning.rollout.recompute import ProximalRecomputer
-    from sdp_lightning.rollout.runner import AsyncTaskRunner
-    from sdp_lightning.rollout.staleness import SegmentWisePPOStrategy, StandardPPOStrategy
+    from sdp_lightning.rollout.groups.staleness import SegmentWisePPOStrategy, StandardPPOStrategy
+    from sdp_lightning.rollout.proximal_recompute import ProximalRecomputer
+    from sdp_lightning.rollout.task_runner import AsyncTaskRunner
     from sdp_lightning.summary import RunSummary
     from sdp_lightning.training.batch import Batch
     from sdp_lightning.types import Context, SamplingParams, Segment, Trajectory, TrajectoryGroup
     from sdp_lightning.viewing import view
-    from sdp_lightning.watchdog import Watchdog
     from sdp_lightning.workflows import (
         Environment,
         Episode,
@@ -70,11 +70,11 @@ if TYPE_CHECKING:
     )
 
 _HOMES = {
-    "batch": ("Batch",),
-    "callbacks": ("WeightSyncCallback",),
+    "training.batch": ("Batch",),
+    "lightning.weight_sync": ("WeightSyncCallback",),
     "config": ("LoRAConfig", "LossConfig", "OptimizerConfig", "RolloutConfig", "UpdateConfig"),
-    "datamodule": ("RolloutDataModule",),
-    "engines.base": ("InferenceEngine",),
+    "lightning.datamodule": ("RolloutDataModule",),
+    "engines.protocol": ("InferenceEngine",),
     "engines.connect": ("connect_engine",),
     "engines.embedded": ("EmbeddedEngine",),
     "errors": (
@@ -89,7 +89,7 @@ _HOMES = {
         "SDPError",
         "VersionError",
     ),
-    "module": ("SegmentWisePPOModule",),
+    "lightning.module": ("SegmentWisePPOModule",),
     "objective": ("segment_wise_ppo_loss",),
     "progress": ("ProgressLine",),
     "recorder": ("Recorder",),
@@ -97,16 +97,16 @@ _HOMES = {
     "replay": ("ReplayDataModule",),
     "report.callback": ("RunReport",),
     "rewards.pool": ("RewardPool",),
-    "rollout.capacity": ("FilteredSamplesCapacityModifier", "StalenessManager"),
+    "rollout.groups.ledger": ("FilteredSamplesCapacityModifier", "StalenessManager"),
     "rollout.executor": ("WorkflowExecutor",),
     "rollout.factory": ("create_staleness_strategy", "create_workflow_executor"),
-    "rollout.recompute": ("ProximalRecomputer",),
-    "rollout.runner": ("AsyncTaskRunner",),
-    "rollout.staleness": ("SegmentWisePPOStrategy", "StandardPPOStrategy"),
+    "rollout.proximal_recompute": ("ProximalRecomputer",),
+    "rollout.task_runner": ("AsyncTaskRunner",),
+    "rollout.groups.staleness": ("SegmentWisePPOStrategy", "StandardPPOStrategy"),
     "summary": ("RunSummary",),
     "types": ("Context", "SamplingParams", "Segment", "Trajectory", "TrajectoryGroup"),
     "viewing": ("view",),
-    "watchdog": ("Watchdog",),
+    "lightning.watchdog": ("Watchdog",),
     "workflows": (
         "Environment",
         "Episode",

@@ -19,8 +19,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from sdp_lightning.config.import_path import load_object
 from sdp_lightning.config.model_source import quiet_transformers, resolve_model
-from sdp_lightning.datamodule import RolloutDataModule
 from sdp_lightning.errors import ConfigError
+from sdp_lightning.lightning.datamodule import RolloutDataModule
 from sdp_lightning.prompts.sources import load_rows
 from sdp_lightning.trainer_cli import RolloutCLI, run
 

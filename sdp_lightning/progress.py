@@ -17,8 +17,8 @@ from typing import Any, Protocol
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 
-from sdp_lightning.datamodule import RolloutDataModule
 from sdp_lightning.errors import ConfigError
+from sdp_lightning.lightning.datamodule import RolloutDataModule
 
 Row = Mapping[str, float]
 TICK_S = 0.5

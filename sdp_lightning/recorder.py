@@ -8,10 +8,10 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
-from sdp_lightning.datamodule import RolloutDataModule
 from sdp_lightning.errors import ConfigError, RecordingError
-from sdp_lightning.generation import Rollouts
-from sdp_lightning.module import SegmentWisePPOModule
+from sdp_lightning.lightning.datamodule import RolloutDataModule
+from sdp_lightning.lightning.module import SegmentWisePPOModule
+from sdp_lightning.lightning.prediction_loader import Rollouts
 from sdp_lightning.recording import (
     RecordedBatch,
     Recording,

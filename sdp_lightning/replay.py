@@ -9,12 +9,12 @@ from typing import Any
 
 import lightning as L
 
-from sdp_lightning.callbacks import WeightSyncCallback
 from sdp_lightning.config.compatibility import check_centre
 from sdp_lightning.distributed.rank_group import Ranks, make_ranks
 from sdp_lightning.errors import ConfigError, RecordingError
-from sdp_lightning.loaders import make_batch
-from sdp_lightning.module import SegmentWisePPOModule
+from sdp_lightning.lightning.module import SegmentWisePPOModule
+from sdp_lightning.lightning.train_loader import make_batch
+from sdp_lightning.lightning.weight_sync import WeightSyncCallback
 from sdp_lightning.recording import Recording, fingerprint_of
 from sdp_lightning.training.batch import SealedBatch
 from sdp_lightning.types import TrajectoryGroup

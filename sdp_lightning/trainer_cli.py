@@ -13,10 +13,10 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from sdp_lightning.callbacks import WeightSyncCallback
-from sdp_lightning.datamodule import RolloutDataModule
 from sdp_lightning.errors import ConfigError
-from sdp_lightning.module import SegmentWisePPOModule
+from sdp_lightning.lightning.datamodule import RolloutDataModule
+from sdp_lightning.lightning.module import SegmentWisePPOModule
+from sdp_lightning.lightning.weight_sync import WeightSyncCallback
 from sdp_lightning.recorder import Recorder
 from sdp_lightning.recording import Recording
 from sdp_lightning.types import count_tokens

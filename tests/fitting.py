@@ -18,7 +18,7 @@ import sdp_lightning as sdp
 from sdp_lightning.engines.protocol import InferenceEngine
 from sdp_lightning.training.batch import Batch
 from sdp_lightning.types import Row
-from sdp_lightning.workflows.base import RolloutSession
+from sdp_lightning.workflows.workflow import RolloutSession
 
 WAIT_S = 60.0  # a deadline, never a pause
 

@@ -105,9 +105,6 @@ if __name__ == "__main__":
     import fitting  # noqa: F401  (loaded here, once)
     import transformers.models.llama.modeling_llama  # noqa: F401
 
-    import sdp_lightning.callbacks
-    import sdp_lightning.module  # noqa: F401
-
     given = json.loads(sys.argv[1])
     started: list[int] = []
     for one in given:

@@ -26,11 +26,11 @@ from fitting import executor_of, make_module, make_trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 import sdp_lightning as sdp
-from sdp_lightning import checkpointing
 from sdp_lightning.engines.protocol import NamedWeights, PublishReport
+from sdp_lightning.lightning import checkpoint_io
 from sdp_lightning.testing import FakeEngine
 from sdp_lightning.types import Context, Row, SamplingParams, Segment, Trajectory
-from sdp_lightning.workflows.base import RolloutSession
+from sdp_lightning.workflows.workflow import RolloutSession
 
 # Loaded here, so that no child has to, and all run the same.
 LOADED = [sdp.RolloutDataModule, sdp.WeightSyncCallback, transformers.models.llama.modeling_llama]
@@ -268,7 +268,7 @@ def die_while_writing(at: int, *, is_placed: bool) -> None:
             die()
         replace(source, target)
 
-    checkpointing.os.replace = torn  # type: ignore[assignment]
+    checkpoint_io.os.replace = torn  # type: ignore[assignment]
 
 
 def train(order: Mapping[str, Any], rank: int) -> None:

@@ -42,8 +42,8 @@ from torch import distributed
 from torch.distributed.tensor import DTensor
 
 import sdp_lightning as sdp
-import sdp_lightning.datamodule
-import sdp_lightning.module
+import sdp_lightning.lightning.datamodule
+import sdp_lightning.lightning.module
 import sdp_lightning.training.policy.loading
 from sdp_lightning.distributed.failure_detector import Lifeline
 from sdp_lightning.distributed.rank_group import Ranks
@@ -54,7 +54,7 @@ from sdp_lightning.summary import RunSummary
 from sdp_lightning.testing import FakeEngine
 from sdp_lightning.training.batch import Batch, collate, split_minibatches
 from sdp_lightning.types import Row, Trajectory
-from sdp_lightning.workflows.base import RolloutSession
+from sdp_lightning.workflows.workflow import RolloutSession
 
 VERSION, NUM_GROUPS = 4, 4
 
@@ -159,7 +159,7 @@ def recorded(
         loads.append("") or load(*args)
     )
     if place.size == 1:
-        sdp_lightning.module.split_minibatches = split_as(ranks)
+        sdp_lightning.lightning.module.split_minibatches = split_as(ranks)
     update = sdp.UpdateConfig(
         num_minibatches=minibatches, layout=layout, max_tokens_per_microbatch=max_tokens
     )
@@ -372,7 +372,7 @@ def rollouts(
 
     Every step is saved in ``save_in``, and the fit goes on from the checkpoint ``resume``.
     """
-    sdp_lightning.datamodule._MARGIN_S = margin_s
+    sdp_lightning.lightning.datamodule._MARGIN_S = margin_s
     Lifeline.__init__.__kwdefaults__["grace_s"] = 1.0  # type: ignore[index]
     what = Trouble(**trouble or {})
     workflow = Letters(place, what)

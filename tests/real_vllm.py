@@ -26,7 +26,7 @@ from sdp_lightning.config.model_source import quiet_transformers
 from sdp_lightning.engines.servers.managed import ServerConfig
 from sdp_lightning.testing import tiny_model, tiny_tokenizer
 from sdp_lightning.types import Row
-from sdp_lightning.workflows.base import RolloutSession
+from sdp_lightning.workflows.workflow import RolloutSession
 
 DEADLINE_S = 120.0
 SAMPLING_S = 400.0  # for 40,000 tokens, half a minute's work of quiet cores

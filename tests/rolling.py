@@ -15,16 +15,21 @@ import numpy as np
 import sdp_lightning as sdp
 from sdp_lightning.engines.protocol import GenerationRequest, InferenceEngine
 from sdp_lightning.prompts.stream import PromptRow
-from sdp_lightning.rollout.capacity import FilteredSamplesCapacityModifier, StalenessManager
 from sdp_lightning.rollout.executor import WorkflowExecutor
 from sdp_lightning.rollout.factory import create_staleness_strategy, create_workflow_executor
-from sdp_lightning.rollout.recompute import LogprobScorer, ProximalRecomputer, RecomputeReport
-from sdp_lightning.rollout.registry import GroupRegistry, LiveGroup
+from sdp_lightning.rollout.groups.in_flight import LiveGroup
+from sdp_lightning.rollout.groups.ledger import FilteredSamplesCapacityModifier, StalenessManager
+from sdp_lightning.rollout.groups.registry import GroupRegistry
+from sdp_lightning.rollout.proximal_recompute import (
+    LogprobScorer,
+    ProximalRecomputer,
+    RecomputeReport,
+)
 from sdp_lightning.testing import FakeEngine
 from sdp_lightning.types import Context, Row, SamplingParams, Segment, Trajectory, TrajectoryGroup
-from sdp_lightning.workflows.base import RolloutSession, RolloutWorkflow
 from sdp_lightning.workflows.episode import Episode
-from sdp_lightning.workflows.gate import SendGate
+from sdp_lightning.workflows.send_gate import SendGate
+from sdp_lightning.workflows.workflow import RolloutSession, RolloutWorkflow
 
 DEADLINE_S = 60.0
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sdp_lightning.activity import PHASES
+from sdp_lightning.lightning.phase_timer import PHASES
 from sdp_lightning.report.account import account_of, reward_share, wait_parts
 from sdp_lightning.report.advice import advice_on
 

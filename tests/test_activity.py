@@ -10,10 +10,10 @@ import pytest
 from rolling import Samples, rolling, wait_until
 
 import sdp_lightning as sdp
-from sdp_lightning.activity import Activity
+from sdp_lightning.lightning.phase_timer import Activity
 from sdp_lightning.testing import FakeEngine
 from sdp_lightning.types import Row
-from sdp_lightning.workflows.episode import EpisodeTimes
+from sdp_lightning.workflows.episode_log import EpisodeTimes
 
 PAUSE_S = 0.02
 
@@ -31,7 +31,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr("sdp_lightning.activity.time", clock)
+    monkeypatch.setattr("sdp_lightning.lightning.phase_timer.time", clock)
     return clock
 
 

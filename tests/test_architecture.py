@@ -38,9 +38,6 @@ LIBRARIES = {
 PROTOCOL_ONLY = ("workflows", "rollout")
 # Files that still stand beside the rooms, and the room of each.
 MOVING = {
-    **dict.fromkeys(("module", "datamodule", "loaders", "generation", "callbacks"), "lightning"),
-    **dict.fromkeys(("echo", "stopping", "watchdog", "checkpointing", "activity"), "lightning"),
-    **dict.fromkeys(("trainer_checks", "cores"), "lightning"),
     **dict.fromkeys(("progress", "summary", "report", "viewing", "recording"), "observability"),
     **dict.fromkeys(("recorder", "replay"), "observability"),
     "display": "types",

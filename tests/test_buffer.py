@@ -13,7 +13,7 @@ from rolling import Room, make_group, make_segment
 
 import sdp_lightning.rollout
 from sdp_lightning.errors import ConfigError
-from sdp_lightning.rollout.buffer import RolloutCache, RolloutQueue
+from sdp_lightning.rollout.groups.queue import RolloutCache, RolloutQueue
 from sdp_lightning.types import TrajectoryGroup
 
 

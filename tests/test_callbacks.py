@@ -21,7 +21,7 @@ from fitting import (
 from lightning.pytorch.callbacks import Callback
 
 import sdp_lightning as sdp
-from sdp_lightning.activity import PHASES
+from sdp_lightning.lightning.phase_timer import PHASES
 from sdp_lightning.testing import FakeEngine
 
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sdp_lightning.errors import ConfigError, RolloutError
-from sdp_lightning.rollout.capacity import (
+from sdp_lightning.rollout.groups.ledger import (
     CapacityModifier,
     FilteredSamplesCapacityModifier,
     RolloutStat,

@@ -17,8 +17,8 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from stepping import Batches, make_batch
 
 import sdp_lightning as sdp
-from sdp_lightning import checkpointing
-from sdp_lightning.checkpointing import AtomicCheckpointIO, use_atomic_checkpoints
+from sdp_lightning.lightning import checkpoint_io
+from sdp_lightning.lightning.checkpoint_io import AtomicCheckpointIO, use_atomic_checkpoints
 
 
 def save(path: Path, number: int, size: int = 1000) -> None:
@@ -59,7 +59,7 @@ def test_a_kill_while_saving_leaves_the_one_before_and_nothing_after_the_next(
         os.kill(os.getpid(), signal.SIGKILL)
 
     def killed() -> None:
-        checkpointing.os.replace = die  # type: ignore[assignment]
+        checkpoint_io.os.replace = die  # type: ignore[assignment]
         save(path, 2)
 
     assert in_a_child(killed) == -signal.SIGKILL

@@ -24,7 +24,7 @@ from fitting import (
 from lightning.pytorch.callbacks import Callback
 
 import sdp_lightning as sdp
-from sdp_lightning.rollout.capacity import RolloutStat
+from sdp_lightning.rollout.groups.ledger import RolloutStat
 from sdp_lightning.testing import FakeEngine
 
 VAL_ROWS = [{"id": f"val{i}", "prompt": f"{i}-{i}=", "worth": i % 2} for i in range(4)]

@@ -11,8 +11,8 @@ import torch
 from fitting import Recorder, make_data, make_module, make_trainer
 
 import sdp_lightning as sdp
-from sdp_lightning.echo import EchoCheck
 from sdp_lightning.engines.embedded.model_checks import text_logprobs
+from sdp_lightning.lightning.weight_check import EchoCheck
 from sdp_lightning.testing import FakeEngine, tiny_model
 from sdp_lightning.types import FloatArray, IntArray
 

@@ -18,7 +18,7 @@ from sdp_lightning.testing import FakeEngine
 from sdp_lightning.types import FinishReason, SamplingParams, Segment
 from sdp_lightning.workflows import episode as episode_module
 from sdp_lightning.workflows.episode import Episode
-from sdp_lightning.workflows.gate import SendGate
+from sdp_lightning.workflows.send_gate import SendGate
 
 PROMPT = [1, 2, 3]
 

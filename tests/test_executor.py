@@ -23,7 +23,7 @@ from sdp_lightning.errors import ConfigError, RolloutError, RolloutTimeout, Vers
 from sdp_lightning.prompts.stream import PromptRow
 from sdp_lightning.testing import FakeEngine
 from sdp_lightning.types import Context, Row, Trajectory
-from sdp_lightning.workflows.base import RolloutSession, RolloutWorkflow
+from sdp_lightning.workflows.workflow import RolloutSession, RolloutWorkflow
 
 
 class Scripted(Samples):

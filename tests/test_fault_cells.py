@@ -18,10 +18,10 @@ from test_replay import SETTINGS, halfway, resume, run_to_the_end
 
 import sdp_lightning as sdp
 from sdp_lightning.errors import EngineError, RolloutError, RolloutTimeout
-from sdp_lightning.rollout.runner import AsyncTaskRunner
+from sdp_lightning.rollout.task_runner import AsyncTaskRunner
 from sdp_lightning.testing import FakeEngine
 from sdp_lightning.types import Row, Trajectory
-from sdp_lightning.workflows.base import RolloutSession
+from sdp_lightning.workflows.workflow import RolloutSession
 
 LIMIT_S = 3.0  # far above what a busy machine may stand still
 

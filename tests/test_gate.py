@@ -9,9 +9,9 @@ from collections.abc import Iterator
 import pytest
 
 from sdp_lightning.errors import RolloutTimeout
-from sdp_lightning.rollout.runner import AsyncTaskRunner
+from sdp_lightning.rollout.task_runner import AsyncTaskRunner
 from sdp_lightning.types import FinishReason
-from sdp_lightning.workflows.gate import SendGate
+from sdp_lightning.workflows.send_gate import SendGate
 
 DEADLINE_S = 60.0
 
@@ -85,7 +85,7 @@ def test_a_straggler_is_cancelled_and_comes_back_as_aborted(runner: AsyncTaskRun
 def test_one_that_cannot_be_cancelled_is_an_error_not_a_hang(
     runner: AsyncTaskRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sdp_lightning.workflows.gate.CANCEL_S", 0.05)
+    monkeypatch.setattr("sdp_lightning.workflows.send_gate.CANCEL_S", 0.05)
     gate = SendGate()
     request = Request(gate, stubborn=True)
     runner.submit(request.send)

@@ -21,18 +21,19 @@ from rolling import VersionScorer, assert_conserved, make_executor, make_segment
 
 import sdp_lightning as sdp
 from sdp_lightning.prompts.stream import PromptRow
-from sdp_lightning.rollout.capacity import StalenessManager
 from sdp_lightning.rollout.factory import (
     create_capacity_modifiers,
     create_recomputer,
     create_staleness_strategy,
 )
-from sdp_lightning.rollout.registry import GroupRegistry, LiveGroup
+from sdp_lightning.rollout.groups.in_flight import LiveGroup
+from sdp_lightning.rollout.groups.ledger import StalenessManager
+from sdp_lightning.rollout.groups.registry import GroupRegistry
 from sdp_lightning.testing import FakeEngine
 from sdp_lightning.types import Row
-from sdp_lightning.workflows.base import RolloutSession
 from sdp_lightning.workflows.episode import Episode
-from sdp_lightning.workflows.gate import SendGate
+from sdp_lightning.workflows.send_gate import SendGate
+from sdp_lightning.workflows.workflow import RolloutSession
 
 PICK = st.integers(0, 99)
 

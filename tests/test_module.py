@@ -26,7 +26,7 @@ from stepping import (
 from torch import Tensor
 
 import sdp_lightning as sdp
-from sdp_lightning.module import silence_dropout
+from sdp_lightning.lightning.module import silence_dropout
 from sdp_lightning.training.batch import Batch
 from sdp_lightning.training.policy.forward import sequence_logprobs
 

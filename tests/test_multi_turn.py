@@ -20,7 +20,7 @@ from sdp_lightning.rewards import RewardRejected
 from sdp_lightning.testing import FakeEngine, tiny_tokenizer
 from sdp_lightning.training.batch import collate
 from sdp_lightning.types import Context, SamplingParams, Segment
-from sdp_lightning.workflows.turns import between_turns, encode_turn
+from sdp_lightning.workflows.chat_template import between_turns, encode_turn
 
 ROWS = [{"id": f"r{i}", "prompt": f"{i}+{i}="} for i in range(10)]
 SAID: list[str] = []

@@ -155,7 +155,7 @@ class Stubborn(FakeEngine):
 def test_a_drain_that_cannot_end_is_an_error_and_the_engine_stays_paused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("sdp_lightning.workflows.gate.CANCEL_S", 0.05)
+    monkeypatch.setattr("sdp_lightning.workflows.send_gate.CANCEL_S", 0.05)
     engine = Stubborn()
     with rolling(engine, batch_size=1, max_head_lag=0, drain_s=0.01) as executor:
         assert engine.out.wait(DEADLINE_S)

@@ -20,7 +20,7 @@ from rolling import (
 
 import sdp_lightning as sdp
 from sdp_lightning.errors import RolloutError
-from sdp_lightning.rollout.recompute import RecomputeReport
+from sdp_lightning.rollout.proximal_recompute import RecomputeReport
 from sdp_lightning.testing import FakeEngine
 from sdp_lightning.types import Context, Trajectory, TrajectoryGroup
 

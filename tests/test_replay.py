@@ -29,9 +29,10 @@ from sdp_lightning.errors import RolloutError
 from sdp_lightning.rollout.executor import WorkflowExecutor
 from sdp_lightning.testing import FakeEngine, tiny_model
 from sdp_lightning.types import FinishReason, Row, SamplingParams, Segment, Trajectory
-from sdp_lightning.workflows.base import RolloutSession, RolloutWorkflow
-from sdp_lightning.workflows.episode import Episode, Event, ReplayError
-from sdp_lightning.workflows.gate import SendGate
+from sdp_lightning.workflows.episode import Episode
+from sdp_lightning.workflows.episode_log import Event, ReplayError
+from sdp_lightning.workflows.send_gate import SendGate
+from sdp_lightning.workflows.workflow import RolloutSession, RolloutWorkflow
 
 SETTINGS = {"batch_size": 1, "max_head_lag": 3, "rows": 4, "num_epochs": 1}  # all at once
 

@@ -14,7 +14,7 @@ from stepping import StepRecorder
 
 import sdp_lightning as sdp
 from sdp_lightning.distributed.rank_group import Ranks
-from sdp_lightning.generation import Rollouts
+from sdp_lightning.lightning.prediction_loader import Rollouts
 from sdp_lightning.replay import ReplayLoader
 from sdp_lightning.testing import FakeEngine
 

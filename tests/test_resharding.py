@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sdp_lightning.prompts.stream import PromptStream
-from sdp_lightning.rollout.resharding import reshard
+from sdp_lightning.rollout.checkpoint.resharding import reshard
 
 Place = tuple[int, int]
 

@@ -25,7 +25,7 @@ from fitting import (
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 import sdp_lightning as sdp
-from sdp_lightning.rollout.capacity import RolloutStat
+from sdp_lightning.rollout.groups.ledger import RolloutStat
 from sdp_lightning.testing import FakeEngine
 
 SAVED = 3  # the step that is checkpointed

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from sdp_lightning.errors import RolloutError
-from sdp_lightning.rewards.calling import call_reward
+from sdp_lightning.rewards.timeouts import call_reward
 
 DEADLINE_S = 60.0
 

@@ -462,8 +462,8 @@ def test_a_worker_whose_parent_is_gone_already_ends_itself() -> None:
     """On Linux before it serves; elsewhere by a thread that watches the parent."""
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    for body in (f"worker.main(0, {gone.pid})", f"worker._watch({gone.pid})"):
-        text = f"from sdp_lightning.rewards import worker\n{body}"
+    for body in (f"worker_main.main(0, {gone.pid})", f"worker_main._watch({gone.pid})"):
+        text = f"from sdp_lightning.rewards import worker_main\n{body}"
         started = subprocess.Popen([sys.executable, "-c", text], process_group=0)
         assert started.wait(DEADLINE_S) in (1, -signal.SIGKILL)
 

@@ -19,7 +19,8 @@ from sdp_lightning.errors import ConfigError, RolloutError
 from sdp_lightning.rewards import RewardCounts, RewardPool
 from sdp_lightning.testing import FakeEngine
 from sdp_lightning.types import SamplingParams
-from sdp_lightning.workflows.rlvr import encode_prompt, gather_or_cancel, with_stops
+from sdp_lightning.workflows.chat_template import encode_prompt, with_stops
+from sdp_lightning.workflows.workflow import gather_or_cancel
 
 ROWS = [{"id": f"r{i}", "prompt": f"{i}+{i}="} for i in range(10)]
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from sdp_lightning.errors import ConfigError, RolloutError, RolloutTimeout
-from sdp_lightning.rollout.runner import AsyncTaskRunner, TaskResult
+from sdp_lightning.rollout.task_runner import AsyncTaskRunner, TaskResult
 
 DEADLINE_S = 60.0
 

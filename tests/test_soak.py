@@ -16,11 +16,11 @@ import pytest
 from rolling import VersionScorer, make_executor
 
 from sdp_lightning.engines.protocol import GenerationRequest
-from sdp_lightning.rollout.capacity import RolloutStat
 from sdp_lightning.rollout.executor import WorkflowExecutor
+from sdp_lightning.rollout.groups.ledger import RolloutStat
 from sdp_lightning.testing import FakeEngine
 from sdp_lightning.types import Row, SamplingParams, Trajectory
-from sdp_lightning.workflows.base import RolloutSession, RolloutWorkflow
+from sdp_lightning.workflows.workflow import RolloutSession, RolloutWorkflow
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self").exists(), reason="reads /proc")
 

@@ -10,7 +10,7 @@ from rolling import make_group, make_segment
 import sdp_lightning as sdp
 from sdp_lightning.errors import ConfigError, RolloutError, VersionError
 from sdp_lightning.rollout import factory
-from sdp_lightning.rollout.staleness import SegmentWisePPOStrategy, StandardPPOStrategy
+from sdp_lightning.rollout.groups.staleness import SegmentWisePPOStrategy, StandardPPOStrategy
 from sdp_lightning.types import Context, Segment, Trajectory, TrajectoryGroup
 
 

@@ -21,7 +21,7 @@ pytest.importorskip("reasoning_gym")
 pytest.importorskip("math_verify")
 
 from sdp_lightning.rewards.mathematics import math_reward
-from sdp_lightning.rewards.reasoning import line_reward, reward
+from sdp_lightning.rewards.reasoning_gym import line_reward, reward
 
 MATH = "sdp_lightning.rewards.mathematics:math_reward"
 BOMB = "$9^{9^{9^{9}}}$"
@@ -66,7 +66,7 @@ def test_a_row_of_elsewhere_is_named() -> None:
 
 def test_rows_and_rewards_are_one_line_of_a_config_each() -> None:
     """Scored in a worker process, which has the library and nothing of the trainer's."""
-    place = "sdp_lightning.rewards.reasoning:line_reward"
+    place = "sdp_lightning.rewards.reasoning_gym:line_reward"
     workflow = sdp.RLVRWorkflow(place, group_size=2, reward_workers=1)
     with closing(workflow), rolling(FakeEngine(), workflow, rows=sums(shots=1)) as executor:
         [first, _] = executor.take() or []

@@ -10,7 +10,7 @@ import asyncio
 import statistics
 import time
 
-from sdp_lightning.rollout.runner import AsyncTaskRunner
+from sdp_lightning.rollout.task_runner import AsyncTaskRunner
 
 IN_FLIGHT, TASK_S, NUM_TASKS = 64, 0.05, 1280
 

@@ -11,7 +11,7 @@ from sdp_lightning.summary import ProgressLine, RunSummary, quiet_logs
 
 MODEL = Path(__file__).resolve().parents[1] / "arithmetic_cpu" / "model.py"
 TASK = "reasoning_gym:chain_sum?shots=2&max_terms=2&max_digits=1"  # "4 - 6 =", in words around it
-REWARD = "sdp_lightning.rewards.reasoning:line_reward"
+REWARD = "sdp_lightning.rewards.reasoning_gym:line_reward"
 
 
 def build() -> tuple[L.Trainer, sdp.SegmentWisePPOModule, sdp.RolloutDataModule]:

@@ -21,7 +21,8 @@ class ReasoningGymRows(Sequence[Row]):
     r"""The rows of one task of reasoning-gym.
 
     Each has ``prompt``, ``answer``, ``id``, and ``metadata``, by which
-    :mod:`sdp_lightning.rewards.reasoning` scores. Row n is made when it is read, from (seed, n).
+    :mod:`sdp_lightning.rewards.reasoning_gym` scores. Row n is made when it is read, from seed and
+    n.
 
     With ``shots`` the prompt is ``Question: ..\nAnswer: ..`` of so many solved tasks, then of the
     row's own, for models without a chat: score it with ``line_reward``. Without, it is the question

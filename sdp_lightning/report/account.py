@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from sdp_lightning.activity import PHASES
+from sdp_lightning.lightning.phase_timer import PHASES
 
 Row = Mapping[str, float]
 _WAITS = {  # parts of a rollout's time, which a wait is divided like

@@ -13,14 +13,14 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from sdp_lightning.callbacks import WeightSyncCallback
-from sdp_lightning.datamodule import RolloutDataModule
 from sdp_lightning.errors import ConfigError
-from sdp_lightning.module import SegmentWisePPOModule
+from sdp_lightning.lightning.datamodule import RolloutDataModule
+from sdp_lightning.lightning.module import SegmentWisePPOModule
+from sdp_lightning.lightning.weight_sync import WeightSyncCallback
 from sdp_lightning.report.files import RunWriter
 from sdp_lightning.report.page import write_report
 from sdp_lightning.report.samples import Sample, SampleKeeper
-from sdp_lightning.rollout.telemetry import RolloutTelemetry
+from sdp_lightning.rollout.groups.telemetry import RolloutTelemetry
 from sdp_lightning.viewing import STYLE as VIEW_STYLE
 from sdp_lightning.viewing import view
 

@@ -16,8 +16,8 @@ from typing import Any, Literal
 
 from sdp_lightning.config.import_path import load_object
 from sdp_lightning.errors import ConfigError, RolloutError
-from sdp_lightning.rewards.crew import Tally, WorkerCrew
-from sdp_lightning.rewards.process import Verdict, WorkerSettings
+from sdp_lightning.rewards.worker_process import Verdict, WorkerSettings
+from sdp_lightning.rewards.worker_threads import Tally, WorkerCrew
 
 logger = logging.getLogger(__name__)
 

@@ -17,17 +17,22 @@ from sdp_lightning.distributed.rank_group import Ranks
 from sdp_lightning.engines.protocol import InferenceEngine, NamedWeights, PublishReport
 from sdp_lightning.errors import ConfigError, RolloutError, RolloutTimeout, VersionError, describe
 from sdp_lightning.prompts.stream import EVALUATION_EPOCH, PromptRow
-from sdp_lightning.rollout.capacity import RolloutStat, StalenessManager
-from sdp_lightning.rollout.publishing import publish
-from sdp_lightning.rollout.recompute import LogprobScorer, ProximalRecomputer, RecomputeReport
-from sdp_lightning.rollout.registry import GroupRegistry, LiveGroup
-from sdp_lightning.rollout.runner import STOP_CHECK_S, AsyncTaskRunner, TaskResult
-from sdp_lightning.rollout.source import GroupSource
-from sdp_lightning.rollout.staleness import StalenessControlStrategy
-from sdp_lightning.rollout.telemetry import RolloutTelemetry
+from sdp_lightning.rollout.group_source import GroupSource
+from sdp_lightning.rollout.groups.in_flight import LiveGroup
+from sdp_lightning.rollout.groups.ledger import RolloutStat, StalenessManager
+from sdp_lightning.rollout.groups.registry import GroupRegistry
+from sdp_lightning.rollout.groups.staleness import StalenessControlStrategy
+from sdp_lightning.rollout.groups.telemetry import RolloutTelemetry
+from sdp_lightning.rollout.proximal_recompute import (
+    LogprobScorer,
+    ProximalRecomputer,
+    RecomputeReport,
+)
+from sdp_lightning.rollout.publish import publish
+from sdp_lightning.rollout.task_runner import STOP_CHECK_S, AsyncTaskRunner, TaskResult
 from sdp_lightning.types import Row, TrajectoryGroup
-from sdp_lightning.workflows.base import RolloutWorkflow, why_rejected
-from sdp_lightning.workflows.gate import is_being_cancelled
+from sdp_lightning.workflows.send_gate import is_being_cancelled
+from sdp_lightning.workflows.workflow import RolloutWorkflow, why_rejected
 
 logger = logging.getLogger(__name__)
 

@@ -8,21 +8,21 @@ from sdp_lightning.config import RolloutConfig
 from sdp_lightning.distributed.rank_group import Ranks
 from sdp_lightning.engines.protocol import InferenceEngine
 from sdp_lightning.prompts.stream import PromptStream
-from sdp_lightning.rollout.capacity import (
+from sdp_lightning.rollout.executor import WorkflowExecutor
+from sdp_lightning.rollout.group_source import GroupSource
+from sdp_lightning.rollout.groups.ledger import (
     CapacityModifier,
     FilteredSamplesCapacityModifier,
     StalenessManager,
 )
-from sdp_lightning.rollout.executor import WorkflowExecutor
-from sdp_lightning.rollout.recompute import ProximalRecomputer
-from sdp_lightning.rollout.source import GroupSource
-from sdp_lightning.rollout.staleness import (
+from sdp_lightning.rollout.groups.staleness import (
     SegmentWisePPOStrategy,
     StalenessControlStrategy,
     StandardPPOStrategy,
 )
+from sdp_lightning.rollout.proximal_recompute import ProximalRecomputer
 from sdp_lightning.types import Row
-from sdp_lightning.workflows.base import RolloutWorkflow, Tokenizer
+from sdp_lightning.workflows.workflow import RolloutWorkflow, Tokenizer
 
 
 def create_staleness_strategy(config: RolloutConfig) -> StalenessControlStrategy:

@@ -1,11 +1,10 @@
 """What one rollout does: workflows write to episodes, and know no engine."""
 
-from sdp_lightning.workflows.base import RolloutSession, RolloutWorkflow, Tokenizer
 from sdp_lightning.workflows.environment import Environment, StepResult
 from sdp_lightning.workflows.episode import Episode
-from sdp_lightning.workflows.gate import SendGate
 from sdp_lightning.workflows.multi_turn import MultiTurnWorkflow
 from sdp_lightning.workflows.rlvr import RLVRWorkflow
+from sdp_lightning.workflows.send_gate import SendGate
 from sdp_lightning.workflows.shaping import (
     AllEqual,
     AllRight,
@@ -18,6 +17,7 @@ from sdp_lightning.workflows.shaping import (
     Truncated,
 )
 from sdp_lightning.workflows.tools import ToolEnvironment
+from sdp_lightning.workflows.workflow import RolloutSession, RolloutWorkflow, Tokenizer
 
 __all__ = [
     "AllEqual",

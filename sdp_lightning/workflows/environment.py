@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sdp_lightning.errors import RolloutError
-from sdp_lightning.rewards.calling import call_bounded
 from sdp_lightning.rewards.pool import RewardRejected
+from sdp_lightning.rewards.timeouts import call_bounded
 from sdp_lightning.rewards.value import as_reward
 from sdp_lightning.types import Row
 

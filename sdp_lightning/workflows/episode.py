@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import NoReturn
 
 import numpy as np
@@ -26,60 +26,18 @@ from sdp_lightning.types import (
     Segment,
     Trajectory,
 )
-from sdp_lightning.workflows.gate import SendGate
+from sdp_lightning.workflows.episode_log import (
+    CallEnd,
+    CallStart,
+    EpisodeTimes,
+    Event,
+    ReplayError,
+    describe_event,
+    parts_of,
+)
+from sdp_lightning.workflows.send_gate import SendGate
 
 MAX_EMPTY_INTERRUPTIONS = 1000
-
-
-@dataclass(frozen=True)
-class CallStart:
-    """A ``generate`` began, with these settings."""
-
-    params: SamplingParams
-
-
-@dataclass(frozen=True)
-class CallEnd:
-    """The ``generate`` before it returned this."""
-
-    finish_reason: FinishReason
-
-
-Event = Context | Segment | CallStart | CallEnd
-
-
-@dataclass(frozen=True)
-class EpisodeTimes:
-    """What trajectories took, in seconds added up; not what was replayed.
-
-    Args:
-        num: trajectories.
-        sample_s: in ``generate``: for requests that wait and run.
-        tool_s: between one ``generate`` and the next, for what the workflow does there.
-        reward_s: after the last ``generate``.
-    """
-
-    num: int = 0
-    sample_s: float = 0.0
-    tool_s: float = 0.0
-    reward_s: float = 0.0
-
-    def __add__(self, other: EpisodeTimes) -> EpisodeTimes:
-        return EpisodeTimes(
-            self.num + other.num,
-            self.sample_s + other.sample_s,
-            self.tool_s + other.tool_s,
-            self.reward_s + other.reward_s,
-        )
-
-
-def parts_of(log: Iterable[Event]) -> tuple[Context | Segment, ...]:
-    """The tokens of a log."""
-    return tuple(event for event in log if isinstance(event, Context | Segment))
-
-
-class ReplayError(RolloutError):
-    """A workflow that was run again did something else than the run that is replayed."""
 
 
 class Episode:
@@ -171,7 +129,7 @@ class Episode:
             if isinstance(saved, Context) and np.array_equal(saved.token_ids, context.token_ids):
                 self._position += 1
                 return
-        self._diverge(f"it added {_describe(context)}", saved)
+        self._diverge(f"it added {describe_event(context)}", saved)
 
     async def generate(self, params: SamplingParams) -> FinishReason:
         """Sample until a stop token or ``params.max_new_tokens``, over all interruptions.
@@ -265,7 +223,7 @@ class Episode:
         self._position = len(self._log)
 
     def _diverge(self, done: str, saved: Event) -> NoReturn:
-        self._divergence = f"{done} where there had been {_describe(saved)}"
+        self._divergence = f"{done} where there had been {describe_event(saved)}"
         raise ReplayError(f"the workflow does not repeat what was saved of it: {self._divergence}.")
 
     def _num_sampled(self) -> int:
@@ -273,9 +231,3 @@ class Episode:
 
     def _last_token(self) -> int:
         return int(self.parts[-1].token_ids[-1])
-
-
-def _describe(event: Event) -> str:
-    if isinstance(event, Context | Segment):
-        return f"{type(event).__name__}({event.token_ids.tolist()})"
-    return repr(event)

@@ -11,16 +11,16 @@ from sdp_lightning.config.import_path import load_object
 from sdp_lightning.errors import ConfigError, RolloutError
 from sdp_lightning.rewards.pool import RewardRejected
 from sdp_lightning.types import Row, SamplingParams, Trajectory
-from sdp_lightning.workflows.base import RolloutSession, RolloutWorkflow, Tokenizer
+from sdp_lightning.workflows.chat_template import PLACE, encode_opening, encode_turn, with_stops
 from sdp_lightning.workflows.environment import BoundedEnvironment, Environment
 from sdp_lightning.workflows.episode import Episode
-from sdp_lightning.workflows.rlvr import (
+from sdp_lightning.workflows.workflow import (
     REWARD_REJECTED,
-    encode_opening,
+    RolloutSession,
+    RolloutWorkflow,
+    Tokenizer,
     gather_or_cancel,
-    with_stops,
 )
-from sdp_lightning.workflows.turns import PLACE, encode_turn
 
 logger = logging.getLogger(__name__)
 

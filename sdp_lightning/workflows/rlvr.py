@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from sdp_lightning.config.import_path import load_object
-from sdp_lightning.errors import ConfigError, RolloutError
-from sdp_lightning.rewards.calling import call_reward
+from sdp_lightning.errors import ConfigError
 from sdp_lightning.rewards.pool import RewardPool, RewardRejected
+from sdp_lightning.rewards.timeouts import call_reward
 from sdp_lightning.types import Row, SamplingParams, Trajectory
-from sdp_lightning.workflows.base import RolloutSession, RolloutWorkflow, Tokenizer
+from sdp_lightning.workflows.chat_template import encode_prompt, with_stops
 from sdp_lightning.workflows.episode import Episode
+from sdp_lightning.workflows.workflow import (
+    REWARD_REJECTED,
+    RolloutSession,
+    RolloutWorkflow,
+    Tokenizer,
+    gather_or_cancel,
+)
 
 logger = logging.getLogger(__name__)
 
-REWARD_REJECTED = "a reward could not be had"
 
 Reward = Callable[[str, Row], float | Awaitable[float]]
 
@@ -143,71 +147,3 @@ def _make_pool(
             )
         return function
     return RewardPool(reward, num_workers=num_workers, timeout_s=timeout_s) if num_workers else None
-
-
-def encode_prompt(
-    row: Row, tokenizer: Tokenizer, *, key: str, use_chat_template: bool
-) -> list[int]:
-    """The prompt's tokens. Raises ``RolloutError`` naming what the row lacks."""
-    if key not in row:
-        raise RolloutError(f"row has no {key!r}; its keys are {sorted(row)}. Set prompt_key.")
-    return encode_opening(row[key], tokenizer, use_chat_template=use_chat_template)
-
-
-def encode_opening(prompt: Any, tokenizer: Tokenizer, *, use_chat_template: bool) -> list[int]:
-    """The tokens of a prompt: text, or messages. Raises ``RolloutError`` if it is neither."""
-    if not isinstance(prompt, str) and not is_conversation(prompt):
-        raise RolloutError(
-            f"the prompt {prompt!r} is neither text nor a list of {{'role', 'content'}} messages."
-        )
-    if isinstance(prompt, str) and not use_chat_template:
-        tokens = tokenizer.encode(prompt, add_special_tokens=False)
-    else:
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        text = _render(messages, tokenizer)
-        tokens = tokenizer.encode(text, add_special_tokens=False)
-    if not tokens:
-        raise RolloutError(f"the prompt {prompt!r} has no tokens.")
-    return tokens
-
-
-def _render(messages: Any, tokenizer: Tokenizer) -> str:
-    try:
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    except ValueError as error:  # what transformers raises where there is no template
-        raise RolloutError(
-            f"the tokenizer cannot write a chat: {error} Use a model with a chat template "
-            "(an instruct or chat model), or prompts that are text, with use_chat_template=False."
-        ) from error
-
-
-def is_conversation(prompt: Any) -> bool:
-    """Whether it is a list of messages."""
-    return isinstance(prompt, (list, tuple)) and all(isinstance(m, Mapping) for m in prompt)
-
-
-def with_stops(params: SamplingParams, tokenizer: Tokenizer, stop: Sequence[str]) -> SamplingParams:
-    """``params`` that also stop at the end of text, and at the one token of each text."""
-    stops = dict.fromkeys(params.stop_token_ids)
-    if tokenizer.eos_token_id is not None:
-        stops[tokenizer.eos_token_id] = None
-    for text in stop:
-        tokens = tokenizer.encode(text, add_special_tokens=False)
-        if len(tokens) != 1:
-            raise ConfigError(
-                f"stop text {text!r} is {len(tokens)} tokens for this tokenizer; only texts of "
-                "one token can stop a completion."
-            )
-        stops[tokens[0]] = None
-    return replace(params, stop_token_ids=tuple(stops))
-
-
-async def gather_or_cancel(samples: Sequence[Any]) -> list[Trajectory]:
-    """Await all; if one fails, the others are cancelled before its error goes on."""
-    tasks = [asyncio.ensure_future(sample) for sample in samples]
-    try:
-        return list(await asyncio.gather(*tasks))
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from sdp_lightning.errors import ConfigError
 from sdp_lightning.types import Row, SamplingParams, Trajectory
-from sdp_lightning.workflows.base import RolloutSession, RolloutWorkflow
+from sdp_lightning.workflows.workflow import RolloutSession, RolloutWorkflow
 
 
 class GroupFilter(ABC):

@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from sdp_lightning.errors import RolloutError
-from sdp_lightning.rollout.registry import GroupRegistry
+from sdp_lightning.rollout.groups.registry import GroupRegistry
 from sdp_lightning.types import Context, FloatArray, Segment, Trajectory
 
 

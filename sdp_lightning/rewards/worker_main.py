@@ -1,9 +1,10 @@
 """One worker process of a reward pool: loads a reward once, then answers calls, one at a time.
 
-``python worker.py SOCKET_FD PARENT_PID``; :class:`~sdp_lightning.rewards.process.WorkerProcess`
-starts it. Each message is its length and its bytes. The first one is the setup, in JSON; the others
-are pickled arguments. Every answer is JSON, so nothing that a reward made is unpickled by the
-trainer. Calls run on the main thread, where a reward may use signals.
+``python worker_main.py SOCKET_FD PARENT_PID``, which
+:class:`~sdp_lightning.rewards.worker_process.WorkerProcess` starts. Each message is its length and
+its bytes. The first one is the setup, in JSON; the others are pickled arguments. Every answer is
+JSON, so nothing that a reward made is unpickled by the trainer. Calls run on the main thread,
+where a reward may use signals.
 
 Imports neither torch nor numpy; what a worker weighs is up to the reward.
 """

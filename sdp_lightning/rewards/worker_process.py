@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sdp_lightning.errors import RolloutError
-from sdp_lightning.rewards import worker
+from sdp_lightning.rewards import worker_main
 
 Kind = Literal["value", "raised", "timed_out", "out_of_memory", "crashed"]
 
@@ -70,7 +70,7 @@ class WorkerProcess:
         with theirs:
             numbers = [str(theirs.fileno()), str(os.getpid())]
             self._process = subprocess.Popen(
-                [sys.executable, "-P", str(Path(worker.__file__)), *numbers],
+                [sys.executable, "-P", str(Path(worker_main.__file__)), *numbers],
                 stdin=subprocess.DEVNULL,
                 stdout=2,  # what a reward prints stays out of what the trainer prints
                 pass_fds=[theirs.fileno()],
@@ -100,8 +100,8 @@ class WorkerProcess:
         """Send ``arguments`` and wait for the answer; unless there is one the process is killed."""
         deadline = time.monotonic() + timeout_s
         try:
-            worker.send(self._connection, arguments, deadline)
-            answer: dict[str, Any] = json.loads(worker.receive(self._connection, deadline))
+            worker_main.send(self._connection, arguments, deadline)
+            answer: dict[str, Any] = json.loads(worker_main.receive(self._connection, deadline))
         except TimeoutError:
             verdict = Verdict("timed_out", detail=f"took longer than {timeout_s} s")
         except (EOFError, OSError):

@@ -9,11 +9,11 @@ import lightning as L
 
 from sdp_lightning.distributed.rank_group import Ranks
 from sdp_lightning.errors import RolloutError
-from sdp_lightning.loaders import ends_on_sigterm, require_published
+from sdp_lightning.lightning.stop_request import ends_on_sigterm, require_published
 from sdp_lightning.prompts.stream import PromptRow, PromptStream
 from sdp_lightning.rollout.executor import WorkflowExecutor
 from sdp_lightning.types import Row, TrajectoryGroup
-from sdp_lightning.workflows.base import RolloutWorkflow
+from sdp_lightning.workflows.workflow import RolloutWorkflow
 
 
 class Rollouts:

@@ -12,15 +12,15 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
-from sdp_lightning.activity import PHASES
-from sdp_lightning.checkpointing import use_atomic_checkpoints
-from sdp_lightning.datamodule import RolloutDataModule
-from sdp_lightning.echo import EchoCheck
 from sdp_lightning.errors import ConfigError, VersionError
-from sdp_lightning.module import SegmentWisePPOModule
+from sdp_lightning.lightning.checkpoint_io import use_atomic_checkpoints
+from sdp_lightning.lightning.datamodule import RolloutDataModule
+from sdp_lightning.lightning.graceful_stop import GracefulStop
+from sdp_lightning.lightning.module import SegmentWisePPOModule
+from sdp_lightning.lightning.phase_timer import PHASES
+from sdp_lightning.lightning.weight_check import EchoCheck
 from sdp_lightning.rollout.executor import WorkflowExecutor
-from sdp_lightning.rollout.telemetry import Counts
-from sdp_lightning.stopping import GracefulStop
+from sdp_lightning.rollout.groups.telemetry import Counts
 from sdp_lightning.training.batch import Batch
 
 logger = logging.getLogger(__name__)
@@ -42,11 +42,13 @@ class WeightSyncCallback(Callback):
 
     Args:
         echo_every: after the first publishes and every so many, ask the engine for the log-probs of
-            a text and compare them with the trainer's (:class:`~sdp_lightning.echo.EchoCheck`).
-            Keeps a copy of the trained weights on the CPU. None never asks.
+            a text and compare them with the trainer's
+            (:class:`~sdp_lightning.lightning.weight_check.EchoCheck`). Keeps a copy of
+            the trained weights on the CPU. None never asks.
         echo_tolerance: nats that they may differ by in the mean.
         save_on_stop: let Ctrl-C and SIGTERM end a fit after the step under way and, if the Trainer
-            checkpoints, with a checkpoint (:class:`~sdp_lightning.stopping.GracefulStop`).
+            checkpoints, with a checkpoint
+            (:class:`~sdp_lightning.lightning.graceful_stop.GracefulStop`).
         stop_grace_s: the longest that such a step may take; then it is abandoned.
     """
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from sdp_lightning.rollout.registry import LiveGroup
+from sdp_lightning.rollout.groups.in_flight import LiveGroup
 from sdp_lightning.types import Context, SamplingParams, Segment, Trajectory, TrajectoryGroup
-from sdp_lightning.workflows.episode import CallEnd, CallStart, Event, parts_of
+from sdp_lightning.workflows.episode_log import CallEnd, CallStart, Event, parts_of
 
 
 def group_to_state(live: LiveGroup) -> dict[str, Any]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from sdp_lightning.types import Row, SamplingParams, Trajectory
-from sdp_lightning.workflows.episode import Episode, Event
+from sdp_lightning.workflows.episode import Episode
+from sdp_lightning.workflows.episode_log import Event
 
 
 class Tokenizer(Protocol):
@@ -146,3 +148,17 @@ def why_rejected(trajectories: Sequence[Trajectory] | None) -> str:
     if any(trajectory.head_version is None for trajectory in trajectories):
         return "a trajectory has no sampled tokens"
     return ""
+
+
+REWARD_REJECTED = "a reward could not be had"
+
+
+async def gather_or_cancel(samples: Sequence[Any]) -> list[Trajectory]:
+    """Await all; if one fails, the others are cancelled before its error goes on."""
+    tasks = [asyncio.ensure_future(sample) for sample in samples]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from sdp_lightning.rollout.capacity import RolloutStat
-from sdp_lightning.workflows.episode import EpisodeTimes
+from sdp_lightning.rollout.groups.ledger import RolloutStat
+from sdp_lightning.workflows.episode_log import EpisodeTimes
 
 NUM_SLOWEST = 10
 Counts = dict[str, float]  # by name; added up over ranks

@@ -20,25 +20,27 @@ import torch
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from sdp_lightning.activity import Activity
 from sdp_lightning.config import RolloutConfig
 from sdp_lightning.config.compatibility import check_together
-from sdp_lightning.cores import leave_cores
 from sdp_lightning.distributed.rank_group import Ranks, make_ranks
 from sdp_lightning.engines.connect import connect_engine
 from sdp_lightning.engines.protocol import InferenceEngine
 from sdp_lightning.engines.remote.engine import RemoteInfEngine
 from sdp_lightning.engines.servers.placement import require_one_host
 from sdp_lightning.errors import ConfigError
-from sdp_lightning.generation import GenerationLoader
-from sdp_lightning.loaders import EvaluationLoader, RolloutLoader, StopRequest
-from sdp_lightning.module import SegmentWisePPOModule
+from sdp_lightning.lightning.cpu_threads import leave_cores
+from sdp_lightning.lightning.evaluation_loader import EvaluationLoader
+from sdp_lightning.lightning.module import SegmentWisePPOModule
+from sdp_lightning.lightning.phase_timer import Activity
+from sdp_lightning.lightning.prediction_loader import GenerationLoader
+from sdp_lightning.lightning.stop_request import StopRequest
+from sdp_lightning.lightning.train_loader import RolloutLoader
 from sdp_lightning.prompts.sources import load_rows
+from sdp_lightning.rollout.checkpoint.resharding import reshard
 from sdp_lightning.rollout.executor import WorkflowExecutor
 from sdp_lightning.rollout.factory import create_workflow_executor
-from sdp_lightning.rollout.resharding import reshard
 from sdp_lightning.training.batch import SealedBatch
-from sdp_lightning.workflows.base import RolloutWorkflow
+from sdp_lightning.workflows.workflow import RolloutWorkflow
 
 logger = logging.getLogger(__name__)
 

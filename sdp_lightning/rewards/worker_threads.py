@@ -12,7 +12,7 @@ from collections import Counter, deque
 from concurrent.futures import Future
 
 from sdp_lightning.errors import RolloutError
-from sdp_lightning.rewards.process import Kind, Verdict, WorkerProcess, WorkerSettings
+from sdp_lightning.rewards.worker_process import Kind, Verdict, WorkerProcess, WorkerSettings
 
 logger = logging.getLogger(__name__)
 

@@ -11,12 +11,17 @@ from typing import Any
 
 from sdp_lightning.engines.protocol import InferenceEngine
 from sdp_lightning.prompts.stream import PromptRow, PromptStream, derive_seed
-from sdp_lightning.rollout.registry import LiveGroup
-from sdp_lightning.rollout.state import group_from_state, group_to_state, logs_from_state
+from sdp_lightning.rollout.checkpoint.group_state import (
+    group_from_state,
+    group_to_state,
+    logs_from_state,
+)
+from sdp_lightning.rollout.groups.in_flight import LiveGroup
 from sdp_lightning.types import TrajectoryGroup
-from sdp_lightning.workflows.base import RolloutSession, Tokenizer
-from sdp_lightning.workflows.episode import Episode, Event
-from sdp_lightning.workflows.gate import SendGate
+from sdp_lightning.workflows.episode import Episode
+from sdp_lightning.workflows.episode_log import Event
+from sdp_lightning.workflows.send_gate import SendGate
+from sdp_lightning.workflows.workflow import RolloutSession, Tokenizer
 
 
 class GroupSource:

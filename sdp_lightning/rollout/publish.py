@@ -9,7 +9,7 @@ from dataclasses import replace
 from sdp_lightning.distributed.rank_group import Ranks
 from sdp_lightning.engines.protocol import InferenceEngine, NamedWeights, PublishReport
 from sdp_lightning.errors import VersionError
-from sdp_lightning.workflows.gate import SendGate
+from sdp_lightning.workflows.send_gate import SendGate
 
 
 def publish(

@@ -19,9 +19,9 @@ import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from sdp_lightning.datamodule import RolloutDataModule
 from sdp_lightning.errors import ConfigError
-from sdp_lightning.loaders import raise_as_lightning
+from sdp_lightning.lightning.datamodule import RolloutDataModule
+from sdp_lightning.lightning.stop_request import raise_as_lightning
 
 logger = logging.getLogger(__name__)
 

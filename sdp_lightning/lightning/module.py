@@ -25,9 +25,9 @@ from sdp_lightning.display import hooks
 from sdp_lightning.distributed.rank_group import Ranks
 from sdp_lightning.distributed.reductions import RankSums
 from sdp_lightning.errors import ConfigError
+from sdp_lightning.lightning.trainer_checks import check_trainer
 from sdp_lightning.objective import loss_denominator
 from sdp_lightning.objective.effective_sample_size import effective_share, ess_scale
-from sdp_lightning.trainer_checks import check_trainer
 from sdp_lightning.training.batch import Batch, collate, split_minibatches
 from sdp_lightning.training.loss import batch_advantages, batch_loss, within_second_moment
 from sdp_lightning.training.metrics import LagMetrics, Warner

@@ -14,8 +14,8 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
-from sdp_lightning.datamodule import RolloutDataModule
 from sdp_lightning.errors import ConfigError, SDPError
+from sdp_lightning.lightning.datamodule import RolloutDataModule
 
 logger = logging.getLogger(__name__)
 

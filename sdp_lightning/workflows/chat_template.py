@@ -7,11 +7,12 @@ place: what follows the mark ends that turn, holds the new messages, and opens t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from sdp_lightning.errors import ConfigError, RolloutError
-from sdp_lightning.workflows.base import Tokenizer
-from sdp_lightning.workflows.rlvr import is_conversation
+from sdp_lightning.types import Row, SamplingParams
+from sdp_lightning.workflows.workflow import Tokenizer
 
 PLACE = "{observation}"
 _MARK = "c95bd1b5e8"  # no white space: templates strip it
@@ -78,3 +79,60 @@ def as_messages(observation: Any) -> list[Mapping[str, str]]:
             "messages."
         )
     return list(found)
+
+
+def encode_prompt(
+    row: Row, tokenizer: Tokenizer, *, key: str, use_chat_template: bool
+) -> list[int]:
+    """The prompt's tokens. Raises ``RolloutError`` naming what the row lacks."""
+    if key not in row:
+        raise RolloutError(f"row has no {key!r}; its keys are {sorted(row)}. Set prompt_key.")
+    return encode_opening(row[key], tokenizer, use_chat_template=use_chat_template)
+
+
+def encode_opening(prompt: Any, tokenizer: Tokenizer, *, use_chat_template: bool) -> list[int]:
+    """The tokens of a prompt: text, or messages. Raises ``RolloutError`` if it is neither."""
+    if not isinstance(prompt, str) and not is_conversation(prompt):
+        raise RolloutError(
+            f"the prompt {prompt!r} is neither text nor a list of {{'role', 'content'}} messages."
+        )
+    if isinstance(prompt, str) and not use_chat_template:
+        tokens = tokenizer.encode(prompt, add_special_tokens=False)
+    else:
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        text = _render(messages, tokenizer)
+        tokens = tokenizer.encode(text, add_special_tokens=False)
+    if not tokens:
+        raise RolloutError(f"the prompt {prompt!r} has no tokens.")
+    return tokens
+
+
+def _render(messages: Any, tokenizer: Tokenizer) -> str:
+    try:
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    except ValueError as error:  # what transformers raises where there is no template
+        raise RolloutError(
+            f"the tokenizer cannot write a chat: {error} Use a model with a chat template "
+            "(an instruct or chat model), or prompts that are text, with use_chat_template=False."
+        ) from error
+
+
+def is_conversation(prompt: Any) -> bool:
+    """Whether it is a list of messages."""
+    return isinstance(prompt, (list, tuple)) and all(isinstance(m, Mapping) for m in prompt)
+
+
+def with_stops(params: SamplingParams, tokenizer: Tokenizer, stop: Sequence[str]) -> SamplingParams:
+    """``params`` that also stop at the end of text, and at the one token of each text."""
+    stops = dict.fromkeys(params.stop_token_ids)
+    if tokenizer.eos_token_id is not None:
+        stops[tokenizer.eos_token_id] = None
+    for text in stop:
+        tokens = tokenizer.encode(text, add_special_tokens=False)
+        if len(tokens) != 1:
+            raise ConfigError(
+                f"stop text {text!r} is {len(tokens)} tokens for this tokenizer; only texts of "
+                "one token can stop a completion."
+            )
+        stops[tokens[0]] = None
+    return replace(params, stop_token_ids=tuple(stops))

@@ -1,0 +1,1 @@
+"""The Lightning layer: module, data module, the callback that moves versions, loaders, stops."""

@@ -1,0 +1,98 @@
+"""The loader of validate and test: rollouts of the published version and their rewards."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import lightning as L
+
+from sdp_lightning.distributed.rank_group import Ranks
+from sdp_lightning.errors import RolloutError, RolloutTimeout
+from sdp_lightning.lightning.stop_request import (
+    StopRequest,
+    ends_on_sigterm,
+    require_published,
+)
+from sdp_lightning.rollout.executor import WorkflowExecutor
+from sdp_lightning.types import Row
+from sdp_lightning.workflows.workflow import RolloutWorkflow
+
+
+class Evaluation:
+    """What rolling out a set of rows gave. Like a sealed batch, Lightning moves it whole.
+
+    Attributes:
+        version: of the policy that was evaluated.
+        reward: mean over all trajectories.
+        pass_at_k: share of rows of which a sample has reward 1 or more; None if each has only one.
+        num_trajectories: how many.
+    """
+
+    __slots__ = ("num_trajectories", "pass_at_k", "reward", "version")
+
+    def __init__(self, *, version: int, groups: Sequence[Sequence[float]]) -> None:
+        rewards = [reward for group in groups for reward in group]
+        self.version = version
+        self.reward = math.fsum(rewards) / len(rewards)
+        self.num_trajectories = len(rewards)
+        passed = sum(max(group) >= 1 for group in groups) / len(groups)
+        self.pass_at_k = passed if len(rewards) > len(groups) else None
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """What is logged of it."""
+        found = {"reward": self.reward, "version": float(self.version)}
+        return found if self.pass_at_k is None else found | {"pass_at_k": self.pass_at_k}
+
+    def to(self, device: Any, *, non_blocking: bool = False) -> Evaluation:
+        """Itself: nothing here lives on a device."""
+        return self
+
+
+class EvaluationLoader:
+    """Rolls its rows out on the published version when it is iterated: one item, no training."""
+
+    def __init__(
+        self,
+        executor: WorkflowExecutor,
+        rows: Sequence[Row],
+        workflow: RolloutWorkflow,
+        *,
+        trainer: L.Trainer,
+        ranks: Ranks,
+        stop: StopRequest,
+    ) -> None:
+        self._executor, self._rows, self._workflow = executor, rows, workflow
+        self._trainer, self._ranks, self._stop = trainer, ranks, stop
+
+    def __len__(self) -> int:
+        return 1
+
+    def __iter__(self) -> Iterator[Evaluation]:
+        require_published(self._executor)
+        version = self._executor.version
+        with ends_on_sigterm(self._trainer):
+            _, parts = self._ranks.together(
+                f"evaluating version {version}", self._roll_out_mine, lambda part: part
+            )
+        self._stop.obey(signum for _, signum in parts)
+        groups = [rewards for part, _ in parts for rewards in part]
+        if not groups:
+            raise RolloutError(f"all {len(self._rows)} evaluation rows were rejected.")
+        yield Evaluation(version=version, groups=groups)
+
+    def _roll_out_mine(self) -> tuple[list[list[float]], int | None]:
+        """Rewards of this rank's rows, and the signal that told to stop."""
+        rows = self._rows[self._ranks.rank :: self._ranks.size]
+        try:
+            groups = self._executor.evaluate(rows, self._workflow, interrupted=self._is_interrupted)
+        except RolloutTimeout:
+            if self._stop.signum is None:
+                raise
+            groups = []
+        return [[t.reward for t in group.trajectories] for group in groups], self._stop.signum
+
+    def _is_interrupted(self) -> bool:
+        return self._stop.look() or self._trainer.received_sigterm

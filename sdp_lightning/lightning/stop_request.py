@@ -1,0 +1,74 @@
+"""How a wait for rollouts is ended from outside: SIGTERM, Ctrl-C, max_time."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
+
+import lightning as L
+from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from sdp_lightning.errors import ConfigError, RankError, RolloutTimeout
+from sdp_lightning.rollout.executor import WorkflowExecutor
+
+
+class StopRequest:
+    """Whether the run was told to stop. Waits look at it, which is also their sign of life.
+
+    Attributes:
+        signum: of the signal that told it; None while there was none.
+        agreed: whether all ranks know, each between two steps, and end now.
+        looked_at: when a wait last looked, by ``time.monotonic``.
+    """
+
+    def __init__(self) -> None:
+        self.signum: int | None = None
+        self.agreed = False
+        self.looked_at = 0.0
+
+    def look(self) -> bool:
+        """Whether to stop."""
+        self.looked_at = time.monotonic()
+        return self.signum is not None
+
+    def obey(self, signums: Iterable[int | None]) -> None:
+        """End the run if one rank was told to: ``KeyboardInterrupt`` or ``SIGTERMException``."""
+        for signum in signums:
+            if signum is not None:
+                self.agreed = True
+                raise_as_lightning(signum)
+
+
+def raise_as_lightning(signum: int) -> None:
+    """What Lightning raises for Ctrl-C, or for SIGTERM."""
+    raise KeyboardInterrupt if signum == signal.SIGINT else SIGTERMException()
+
+
+def require_published(executor: WorkflowExecutor) -> None:
+    """``ConfigError`` if there is nothing to sample with yet."""
+    if not executor.is_published:
+        raise ConfigError(
+            "no weights were published to the engine, so it cannot sample: add "
+            "WeightSyncCallback() to the Trainer's callbacks."
+        )
+
+
+@contextmanager
+def ends_on_sigterm(trainer: L.Trainer) -> Generator[None]:
+    """A wait that SIGTERM cut short ends in Lightning's exception for it."""
+    try:
+        yield
+    except (RolloutTimeout, RankError) as error:
+        if trainer.received_sigterm:
+            raise SIGTERMException() from error
+        raise
+
+
+def is_time_up(trainer: L.Trainer) -> bool:
+    """Whether ``max_time`` is over, which Lightning asks after a step only."""
+    timers = [callback for callback in trainer.callbacks if isinstance(callback, Timer)]  # type: ignore
+    left = [timer.time_remaining() for timer in timers]
+    return any(seconds is not None and seconds <= 0 for seconds in left)

@@ -1,0 +1,154 @@
+"""What the Trainer iterates over: batches of rollouts, and one evaluation.
+
+Both wait for rollouts in the trainer's thread, and end when the process is told to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import lightning as L
+
+from sdp_lightning.config import MissingProximal
+from sdp_lightning.distributed.rank_group import Ranks
+from sdp_lightning.errors import RolloutError, RolloutTimeout
+from sdp_lightning.lightning.phase_timer import Activity
+from sdp_lightning.lightning.stop_request import (
+    StopRequest,
+    ends_on_sigterm,
+    is_time_up,
+    require_published,
+)
+from sdp_lightning.rollout.executor import WorkflowExecutor
+from sdp_lightning.rollout.groups.telemetry import Counts, count
+from sdp_lightning.training.batch import Batch, SealedBatch, collate
+from sdp_lightning.types import TrajectoryGroup
+
+
+class RolloutLoader:
+    """Pulls one batch a training step from the executor, as soon as it is ready.
+
+    Args:
+        executor: where rollouts are.
+        pad_token_id: for the padding of a batch.
+        length: how many batches an epoch has.
+        trainer: asked for SIGTERM while waiting, and told when prompts or time have ended.
+        ranks: that take their batches together: all, or none.
+        stop: looked at before a batch is taken and while it is waited for.
+        activity: told when a batch is waited for.
+
+    Attributes:
+        ended: whether all prompts were handed out.
+        counts: over all ranks, when the latest batch was taken: what became of groups so far, and
+            the tokens ``generated`` since the batch before.
+    """
+
+    def __init__(
+        self,
+        executor: WorkflowExecutor,
+        *,
+        pad_token_id: int,
+        length: int,
+        trainer: L.Trainer,
+        ranks: Ranks,
+        stop: StopRequest,
+        activity: Activity,
+    ) -> None:
+        self.ended = False
+        self.counts: Counts = {}
+        self._generated = executor.engine.num_generated
+        self._ranks, self._stop, self._activity = ranks, stop, activity
+        self._executor, self._pad_token_id = executor, pad_token_id
+        self._length, self._trainer = length, trainer
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[SealedBatch]:
+        require_published(self._executor)
+        if self.ended:
+            raise RolloutError(
+                "the prompts have ended, but the Trainer goes on: leave out its min_steps and "
+                "min_epochs, or raise num_epochs of the RolloutConfig."
+            )
+        while (groups := self._take()) is not None:
+            yield SealedBatch(self._collate(groups))
+        self._trainer.should_stop = True  # else Lightning begins one empty epoch after another
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: the data module has it all. Lightning asks here whether a resume is exact."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing to load."""
+
+    def _take(self) -> list[TrajectoryGroup] | None:
+        self._activity.enter("wait")
+        with ends_on_sigterm(self._trainer):
+            (groups, _), told = self._ranks.together(
+                f"taking the batch of version {self._executor.version}",
+                self._take_mine,
+                self._tell,
+            )
+        self._stop.obey(signum for _, signum, _ in told)
+        self._activity.enter("rest")
+        columns = zip(*(values for *_, values in told), strict=True)
+        self.counts = dict(zip(self.counts, map(sum, columns), strict=True))
+        return None if any(ended for ended, *_ in told) else groups
+
+    def _tell(
+        self, taken: tuple[list[TrajectoryGroup] | None, int | None]
+    ) -> tuple[bool, int | None, list[float]]:
+        """Whether prompts have ended, the signal, and what is added up: no meeting of its own."""
+        executor, before = self._executor, self._generated
+        self._generated = executor.engine.num_generated
+        self.counts = count(executor.stat, executor.telemetry, executor.workflow.counts)
+        self.counts["generated"] = self._generated - before
+        return taken[0] is None, taken[1], [*self.counts.values()]
+
+    def _take_mine(self) -> tuple[list[TrajectoryGroup] | None, int | None]:
+        """A batch, or None if prompts or time have ended; and the signal that told to stop."""
+        try:
+            if self._stop.look():
+                return [], self._stop.signum
+            groups = self._executor.take(interrupted=self._is_interrupted)
+        except RolloutTimeout:
+            if self._stop.signum is not None:
+                return [], self._stop.signum
+            if is_time_up(self._trainer):
+                return None, None
+            raise
+        self.ended = groups is None
+        return groups, None
+
+    def _is_interrupted(self) -> bool:
+        return self._stop.look() or self._trainer.received_sigterm or is_time_up(self._trainer)
+
+    def _collate(self, groups: list[TrajectoryGroup]) -> Batch:
+        config = self._executor.config
+        return make_batch(
+            groups,
+            version=self._executor.version,
+            pad_token_id=self._pad_token_id,
+            segment_wise=config.enable_segment_wise_ppo,
+            missing_proximal=config.missing_proximal,
+            max_lag=config.max_head_lag if config.on_overdue == "mask" else None,
+        )
+
+
+def make_batch(
+    groups: Sequence[TrajectoryGroup],
+    *,
+    version: int,
+    pad_token_id: int,
+    segment_wise: bool,
+    missing_proximal: MissingProximal,
+    max_lag: int | None,
+) -> Batch:
+    """The tensors of one step; without the segment-wise mode, those of standard decoupled PPO."""
+    batch = collate(groups, version=version, pad_token_id=pad_token_id, segment_wise=segment_wise)
+    if not segment_wise:
+        return replace(batch, missing_proximal="decoupled")
+    return replace(batch, missing_proximal=missing_proximal, max_lag=max_lag)

@@ -1,0 +1,1 @@
+"""What a checkpoint holds of rollouts, and how another number of ranks shares it."""

@@ -1,0 +1,1 @@
+"""Groups of rollouts: which are live, where each one stands, and which may be trained on."""

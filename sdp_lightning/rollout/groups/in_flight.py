@@ -1,0 +1,79 @@
+"""One submitted row on its way to becoming a group that is trained on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from sdp_lightning.prompts.stream import PromptRow
+from sdp_lightning.rollout.groups.telemetry import GroupRecord
+from sdp_lightning.types import Context, Segment, Trajectory, TrajectoryGroup
+from sdp_lightning.workflows.episode_log import EpisodeTimes, parts_of
+from sdp_lightning.workflows.workflow import RolloutSession
+
+Parts = tuple[Context | Segment, ...]
+
+
+@dataclass(eq=False)
+class LiveGroup:
+    """One submitted row and what it has become so far.
+
+    Attributes:
+        group: set when the workflow has returned; None while it runs.
+        in_hand: handed to the trainer, its version not committed yet.
+        started_at: when it was submitted, by ``time.monotonic``.
+        seconds: what it took, once it has ended; 0 if a checkpoint had it finished.
+    """
+
+    order: int
+    row: PromptRow
+    created_version: int
+    session: RolloutSession
+    task_id: int | None = None
+    group: TrajectoryGroup | None = None
+    in_hand: bool = field(default=False)
+    started_at: float = field(default_factory=time.monotonic)
+    seconds: float | None = None
+
+    @property
+    def parts(self) -> list[Parts]:
+        """What each trajectory has so far, finished or not; replayed already or not yet."""
+        if self.group is not None:
+            return [trajectory.parts for trajectory in self.group.trajectories]
+        return [parts_of(log) for log in self.session.logs]
+
+    @property
+    def versions(self) -> tuple[int, int] | None:
+        """Head and tail version so far, None before the first closed segment."""
+        if self.group is not None:
+            head, tail = self.group.head_version, self.group.tail_version
+            return None if head is None or tail is None else (head, tail)
+        found = [p.version for parts in self.parts for p in parts if isinstance(p, Segment)]
+        return (min(found), max(found)) if found else None
+
+    @property
+    def num_sampled(self) -> int:
+        """Tokens sampled so far."""
+        return sum(len(p) for parts in self.parts for p in parts if isinstance(p, Segment))
+
+    def make_group(self, trajectories: Sequence[Trajectory]) -> TrajectoryGroup:
+        """The group that its workflow returned."""
+        return TrajectoryGroup(
+            tuple(trajectories),
+            row_id=self.row.row_id,
+            order=self.order,
+            created_version=self.created_version,
+        )
+
+    @property
+    def times(self) -> EpisodeTimes:
+        """What its trajectories took so far, added up."""
+        return sum((episode.times for episode in self.session.episodes), EpisodeTimes())
+
+    def record(self, fate: Literal["trained", "stale", "overdue"]) -> GroupRecord:
+        """What is kept of it when it has ended."""
+        seconds = time.monotonic() - self.started_at if self.seconds is None else self.seconds
+        row_id, sampled = self.row.row_id, self.num_sampled
+        return GroupRecord(row_id, seconds, sampled, fate, self.versions, self.times)
