@@ -10,13 +10,15 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sdp_lightning.display import Displayed
 from sdp_lightning.errors import ConfigError, RolloutError, VersionError
+
+if TYPE_CHECKING:
+    from sdp_lightning.observability.view import View
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float32]
@@ -187,6 +189,21 @@ class Segment:
 
     def __len__(self) -> int:
         return int(self.token_ids.size)
+
+
+class Displayed:
+    """Data that notebooks and rich show as ``sdp_lightning.view`` draws it.
+
+    The drawing is looked up by its public name when it is asked for: data needs none to exist.
+    """
+
+    def _repr_html_(self) -> str:
+        return self.__rich__().html()
+
+    def __rich__(self) -> View:
+        import sdp_lightning
+
+        return sdp_lightning.view(self)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, eq=False)

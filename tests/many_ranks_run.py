@@ -50,7 +50,7 @@ from sdp_lightning.distributed.rank_group import Ranks
 from sdp_lightning.engines.connect import connect_engine
 from sdp_lightning.engines.protocol import GenerationRequest, NamedWeights, PublishReport
 from sdp_lightning.errors import EngineError
-from sdp_lightning.summary import RunSummary
+from sdp_lightning.observability.summary import RunSummary
 from sdp_lightning.testing import FakeEngine
 from sdp_lightning.training.batch import Batch, collate, split_minibatches
 from sdp_lightning.types import Row, Trajectory

@@ -14,7 +14,7 @@ from rolling import make_segment
 from stepping import StepRecorder
 
 import sdp_lightning as sdp
-from sdp_lightning.recording import RecordedBatch, RecordingSettings, RecordingWriter
+from sdp_lightning.observability.recording import RecordedBatch, RecordingSettings, RecordingWriter
 
 SETTINGS = RecordingSettings(
     model="tiny",

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from sdp_lightning.lightning.phase_timer import PHASES
-from sdp_lightning.report.account import account_of, reward_share, wait_parts
-from sdp_lightning.report.advice import advice_on
+from sdp_lightning.observability.report.advice import advice_on
+from sdp_lightning.observability.report.time_breakdown import account_of, reward_share, wait_parts
 
 SECONDS = st.floats(0, 1e6, allow_subnormal=False)
 

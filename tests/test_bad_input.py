@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
-from sdp_lightning.cli import main
+from sdp_lightning.cli.main import main
 
 # Lightning calls functions of jsonargparse by their old names; Python shows that to nobody else.
 pytestmark = pytest.mark.filterwarnings(

@@ -9,8 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from sdp_lightning.errors import ConfigError, RolloutError, VersionError
 from sdp_lightning.training.batch import (

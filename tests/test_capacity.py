@@ -7,8 +7,7 @@ import threading
 from dataclasses import dataclass, field
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from sdp_lightning.errors import ConfigError, RolloutError
 from sdp_lightning.rollout.groups.ledger import (

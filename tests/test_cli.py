@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 import sdp_lightning as sdp
-from sdp_lightning.cli import main
+from sdp_lightning.cli.main import main
 
 # Lightning calls functions of jsonargparse by their old names; Python shows that to nobody else.
 pytestmark = pytest.mark.filterwarnings(
@@ -68,7 +68,7 @@ def run(command: str, config: dict[str, Any], *flags: str) -> int:
 def test_a_quick_command_imports_neither_lightning_nor_transformers(argument: str):
     script = (
         "import sys\n"
-        "from sdp_lightning.cli import main\n"
+        "from sdp_lightning.cli.main import main\n"
         f"main([{argument!r}])\n"
         "heavy = {'lightning', 'transformers', 'pytorch_lightning'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
@@ -145,7 +145,7 @@ def test_the_last_checkpoint_of_an_earlier_run_is_found(config: dict[str, Any]):
 def test_the_callback_that_publishes_is_added_only_if_the_config_has_none(
     config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ):
-    from sdp_lightning import trainer_cli
+    from sdp_lightning.cli import trainer as trainer_cli
 
     made: list[Any] = []
     instantiate = trainer_cli.RolloutCLI.instantiate_trainer

@@ -16,7 +16,7 @@ SET_UP = """
 import json, threading, warnings
 import lightning as L
 import sdp_lightning as sdp
-from sdp_lightning.summary import quiet_logs
+from sdp_lightning.cli.quiet_logs import quiet_logs
 quiet_logs()
 warnings.filterwarnings("ignore", ".*litlogger.*")
 rows = [{"id": f"row{i}", "prompt": f"{i}+{i}="} for i in range(40)]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from sdp_lightning.cli import HELP
+from sdp_lightning.cli.main import HELP
 
 ROOT = Path(__file__).resolve().parents[1]
 CLI_PAGE = ROOT / "docs" / "reference" / "cli.md"

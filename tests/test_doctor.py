@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from sdp_lightning import doctor
-from sdp_lightning.cli import main
-from sdp_lightning.doctor import machine
+from sdp_lightning.cli import doctor
+from sdp_lightning.cli.doctor import machine
+from sdp_lightning.cli.main import main
 
 GOOD = {"lightning": "2.6.6", "pytorch-lightning": "2.6.6", "torch": "2.13.0+cpu"}
 NEEDS = ["lightning<2.7,>=2.6.4", "torch>=2.11", 'pytest>=8; extra == "dev"']

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from sdp_lightning.doctor.estimate import (
+from sdp_lightning.cli.doctor.estimate import (
     check_division,
     check_engine_memory,
     check_trainer_memory,
     num_shards,
     size_of_model,
 )
-from sdp_lightning.doctor.finding import Finding
-from sdp_lightning.doctor.machine import check_together
-from sdp_lightning.doctor.model_size import ModelSize, cache_bytes, trainer_memory
+from sdp_lightning.cli.doctor.finding import Finding
+from sdp_lightning.cli.doctor.machine import check_together
+from sdp_lightning.cli.doctor.model_size import ModelSize, cache_bytes, trainer_memory
 from sdp_lightning.errors import ConfigError
 
 GIB = 2**30

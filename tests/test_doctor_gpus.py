@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from sdp_lightning.doctor.finding import Finding
-from sdp_lightning.doctor.gpus import (
+from sdp_lightning.cli.doctor.finding import Finding
+from sdp_lightning.cli.doctor.gpus import (
     GPU_QUERY,
     PROCESS_QUERY,
     Gpu,
@@ -21,7 +21,7 @@ from sdp_lightning.doctor.gpus import (
     parse_gpus,
     parse_processes,
 )
-from sdp_lightning.doctor.machine import examine
+from sdp_lightning.cli.doctor.machine import examine
 
 A, B = "GPU-5d0bb1a1-3f5c-4a39-9c7e-000000000000", "GPU-77c0de55-0b1a-4c3d-8a11-111111111111"
 TWO = f"0, {A}, 30720, 81920, Disabled\n1, {B}, 4, 81920, Disabled\n"

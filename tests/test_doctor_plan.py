@@ -12,10 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from sdp_lightning.cli import main
-from sdp_lightning.doctor.finding import Finding
-from sdp_lightning.doctor.gpus import NvidiaSmiError
-from sdp_lightning.doctor.plan import (
+from sdp_lightning.cli.doctor.config_checks import (
     Machine,
     check_devices,
     check_model,
@@ -25,6 +22,9 @@ from sdp_lightning.doctor.plan import (
     merge,
     trainer_places,
 )
+from sdp_lightning.cli.doctor.finding import Finding
+from sdp_lightning.cli.doctor.gpus import NvidiaSmiError
+from sdp_lightning.cli.main import main
 
 ROOT = Path(__file__).parents[1]
 EIGHT = Machine(tuple(range(8)), tuple(range(8)), has_vllm=True)

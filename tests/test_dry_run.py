@@ -16,9 +16,9 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from sdp_lightning.cli import main
+from sdp_lightning.cli.dry_run import shrink
+from sdp_lightning.cli.main import main
 from sdp_lightning.config.import_path import load_object
-from sdp_lightning.dry_run import shrink
 from sdp_lightning.errors import ConfigError
 from sdp_lightning.testing import tiny_tokenizer
 

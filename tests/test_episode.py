@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from sdp_lightning.engines.protocol import GenerationRequest, SegmentSink
 from sdp_lightning.errors import EngineError, RolloutError

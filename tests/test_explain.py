@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sdp_lightning.cli import main
+from sdp_lightning.cli.main import main
 from sdp_lightning.config.import_path import load_object
 from sdp_lightning.errors import RolloutError, describe, explain, user_place
 
@@ -51,7 +51,7 @@ def test_on_demand_the_error_comes_as_it_is(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def raise_through_main(monkeypatch: pytest.MonkeyPatch) -> int:
-    from sdp_lightning import trainer_cli
+    from sdp_lightning.cli import trainer as trainer_cli
 
     def fail(arguments: list[str]) -> None:
         raise RolloutError("it failed.")

@@ -30,8 +30,8 @@ from transformers import (
 )
 
 import sdp_lightning as sdp
-from sdp_lightning.cli import main
-from sdp_lightning.export import export_checkpoint
+from sdp_lightning.cli.export import export_checkpoint
+from sdp_lightning.cli.main import main
 from sdp_lightning.testing import tiny_model, tiny_tokenizer
 
 TOKENS = torch.tensor([[5, 9, 12, 7, 20, 3]])
@@ -131,7 +131,7 @@ def test_the_command_runs_in_a_process_of_its_own_without_lightning(
 ):
     script = (
         "import sys\n"
-        "from sdp_lightning.cli import main\n"
+        "from sdp_lightning.cli.main import main\n"
         "status = main()\n"
         "assert 'lightning' not in sys.modules\n"
         "sys.exit(status)\n"
@@ -313,7 +313,7 @@ def test_an_export_that_is_killed_leaves_the_folder_as_it_was(
 ):
     script = (
         "import os, signal, sys, transformers\n"
-        "from sdp_lightning.cli import main\n"
+        "from sdp_lightning.cli.main import main\n"
         "die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
         "transformers.AutoTokenizer.from_pretrained = die  # the weights are written by then\n"
         "main()\n"

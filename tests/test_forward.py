@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 from forwards import LAYOUTS, build, gradients, plain, random_batch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
 from sdp_lightning.errors import ConfigError

@@ -26,7 +26,7 @@ from stepping import Batches, make_batch
 from torch import Tensor
 
 import sdp_lightning as sdp
-from sdp_lightning.doctor.model_size import ModelSize, trainer_memory
+from sdp_lightning.cli.doctor.model_size import ModelSize, trainer_memory
 from sdp_lightning.engines.embedded import EmbeddedEngine
 from sdp_lightning.engines.protocol import GenerationRequest
 from sdp_lightning.objective import token_logprobs

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from sdp_lightning.cli import main
+from sdp_lightning.cli.main import main
 from sdp_lightning.config.import_path import load_object
 from sdp_lightning.engines.connect import connect_engine
 from sdp_lightning.engines.remote.engine import RemoteInfEngine

@@ -16,8 +16,14 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from rolling import Samples as SamplesWorkflow
-from rolling import VersionScorer, assert_conserved, make_executor, make_segment, wait_until
+from rolling import (
+    Samples as SamplesWorkflow,
+    VersionScorer,
+    assert_conserved,
+    make_executor,
+    make_segment,
+    wait_until,
+)
 
 import sdp_lightning as sdp
 from sdp_lightning.prompts.stream import PromptRow

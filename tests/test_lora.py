@@ -29,10 +29,10 @@ from transformers import AutoModelForCausalLM
 
 import sdp_lightning as sdp
 import sdp_lightning.training.policy.loading
+from sdp_lightning.cli.export import export_checkpoint
 from sdp_lightning.config import LossConfig, UpdateConfig
 from sdp_lightning.engines.embedded import EmbeddedEngine
 from sdp_lightning.engines.embedded.model_checks import text_logprobs
-from sdp_lightning.export import export_checkpoint
 from sdp_lightning.lightning.weight_check import EchoCheck
 from sdp_lightning.testing import tiny_model
 from sdp_lightning.training.batch import Batch

@@ -7,8 +7,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from loss_cases import CENTRES, ESTIMATORS, FREE, Case, every_combination, reference
 from torch import Tensor
 

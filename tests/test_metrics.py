@@ -7,8 +7,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from metrics_oracle import Step, assert_agree, computed, oracle, with_outlier
 
 from sdp_lightning.training.metrics import FAMILIES, LagMetrics, all_names

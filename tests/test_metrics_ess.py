@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from metrics_oracle import Step, oracle
 
 from sdp_lightning.objective.effective_sample_size import effective_share, ess_scale

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 import torch
 from fitting import Judge, make_module, weights_of
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
+from hypothesis import example, given, settings, strategies as st
 from lightning.pytorch.plugins import MixedPrecision
 from stepping import (
     advantages,

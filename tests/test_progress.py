@@ -13,8 +13,9 @@ from fitting import make_data, make_module, make_trainer
 from replaying import ROWS, Replay, replay
 
 import sdp_lightning as sdp
-from sdp_lightning import progress
-from sdp_lightning.progress import LogScreen, NotebookScreen, ProgressLine, TerminalScreen
+from sdp_lightning.observability.progress import callback, screens
+from sdp_lightning.observability.progress.callback import ProgressLine
+from sdp_lightning.observability.progress.screens import LogScreen, NotebookScreen, TerminalScreen
 from sdp_lightning.testing import FakeEngine
 
 
@@ -53,9 +54,9 @@ def test_a_terminal_that_nobody_watches_gets_lines(
     monkeypatch: pytest.MonkeyPatch, variable: tuple[str, str]
 ) -> None:
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
-    assert isinstance(progress.find_screen(), TerminalScreen)
+    assert isinstance(screens.find_screen(), TerminalScreen)
     monkeypatch.setenv(*variable)
-    assert isinstance(progress.find_screen(), LogScreen)
+    assert isinstance(screens.find_screen(), LogScreen)
 
 
 def test_a_line_is_never_wider_than_the_terminal(
@@ -110,7 +111,7 @@ def test_a_step_says_version_lag_groups_and_the_speed_of_both_sides() -> None:
         "speed/generated_tokens_per_s": 1234.0,
         "speed/train_tokens_per_s": 980.0,
     }
-    assert "  ".join(progress.progress_parts(row, 14, 120, 75)) == (
+    assert "  ".join(callback.progress_parts(row, 14, 120, 75)) == (
         "step  14/120  v7  reward 0.500  lag 1.2  1:15  4 ready, 3 running, 3 dropped  2.2 s  "
         "tok/s 1.2k sampled, 980 trained"
     )
@@ -142,9 +143,9 @@ def test_while_a_batch_is_waited_for_the_line_says_so(
     """Nothing is sampled before the line has said that it waits: else this test never ends."""
     engine = FakeEngine(manual=True)
     screen = Watched(engine)
-    monkeypatch.setattr(progress, "find_screen", lambda: screen)
-    monkeypatch.setattr(progress, "TICK_S", 0.01)
-    monkeypatch.setattr(progress, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(callback, "find_screen", lambda: screen)
+    monkeypatch.setattr(callback, "TICK_S", 0.01)
+    monkeypatch.setattr(callback, "PATIENCE_S", 0.0)
     trainer = make_trainer(
         sdp.WeightSyncCallback(), ProgressLine(), max_steps=2, enable_progress_bar=True
     )
@@ -172,10 +173,10 @@ def test_what_takes_long_is_said(
     data = make_data(engine=FakeEngine())
     trainer: Any = SimpleNamespace(datamodule=data)
     data.activity.enter(phase)
-    assert progress.activity_text(trainer) is None  # not yet
-    monkeypatch.setattr(progress, "PATIENCE_S", 0.0)
-    assert progress.activity_text(trainer) == text
-    assert progress.activity_text(SimpleNamespace(datamodule=None)) is None  # type: ignore
+    assert callback.activity_text(trainer) is None  # not yet
+    monkeypatch.setattr(callback, "PATIENCE_S", 0.0)
+    assert callback.activity_text(trainer) == text
+    assert callback.activity_text(SimpleNamespace(datamodule=None)) is None  # type: ignore
 
 
 # Notebooks ------------------------------------------------------------------------------------
@@ -210,11 +211,11 @@ def test_a_notebook_is_known_by_its_shell(monkeypatch: pytest.MonkeyPatch) -> No
 
     for shell in (ZMQInteractiveShell(), Shell()):
         found = SimpleNamespace(get_ipython=lambda shell=shell: shell)
-        monkeypatch.setitem(progress.sys.modules, "IPython", found)  # type: ignore
-        assert isinstance(progress.find_screen(), NotebookScreen)
+        monkeypatch.setitem(screens.sys.modules, "IPython", found)  # type: ignore
+        assert isinstance(screens.find_screen(), NotebookScreen)
     nothing = SimpleNamespace(get_ipython=lambda: None)
-    monkeypatch.setitem(progress.sys.modules, "IPython", nothing)  # type: ignore
-    assert isinstance(progress.find_screen(), LogScreen)
+    monkeypatch.setitem(screens.sys.modules, "IPython", nothing)  # type: ignore
+    assert isinstance(screens.find_screen(), LogScreen)
 
 
 CELL = """

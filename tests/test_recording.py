@@ -13,8 +13,13 @@ import pytest
 from recordings import SETTINGS, assert_same_group, make_batch, write
 
 import sdp_lightning as sdp
-from sdp_lightning.recording import RecordingWriter, fingerprint_of, next_run, schema
-from sdp_lightning.recording import table as tables
+from sdp_lightning.observability.recording import (
+    RecordingWriter,
+    fingerprint_of,
+    next_run,
+    schema,
+    table as tables,
+)
 
 
 def test_what_is_read_is_what_was_written_bit_by_bit(tmp_path: Path) -> None:
@@ -227,7 +232,7 @@ def test_without_pyarrow_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPa
 def test_the_package_needs_no_pyarrow_until_something_is_recorded() -> None:
     script = (
         "import sys; sys.modules['pyarrow'] = None\n"
-        "import sdp_lightning.recording\n"
+        "import sdp_lightning.observability.recording\n"
         "assert not {'lightning', 'torch'} & set(sys.modules)\n"
     )
     done = subprocess.run([sys.executable, "-c", script], timeout=200, capture_output=True)

@@ -15,7 +15,7 @@ from stepping import StepRecorder
 import sdp_lightning as sdp
 from sdp_lightning.distributed.rank_group import Ranks
 from sdp_lightning.lightning.prediction_loader import Rollouts
-from sdp_lightning.replay import ReplayLoader
+from sdp_lightning.observability.recording.replay import ReplayLoader
 from sdp_lightning.testing import FakeEngine
 
 STEPS = 8  # optimizer steps, 2 a batch

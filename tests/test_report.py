@@ -19,12 +19,12 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from reporting import Page, make_step, write_run
 
 import sdp_lightning as sdp
-from sdp_lightning.cli import main
-from sdp_lightning.report import write_report
-from sdp_lightning.report.callback import run_folder
-from sdp_lightning.report.charts import Line, area_chart, line_chart, thin
-from sdp_lightning.report.files import RunWriter, read_run
-from sdp_lightning.report.samples import NUM_EXTREME, NUM_RANDOM, SampleKeeper
+from sdp_lightning.cli.main import main
+from sdp_lightning.observability.report import write_report
+from sdp_lightning.observability.report.callback import run_folder
+from sdp_lightning.observability.report.charts import Line, area_chart, line_chart, thin
+from sdp_lightning.observability.report.files import RunWriter, read_run
+from sdp_lightning.observability.report.samples import NUM_EXTREME, NUM_RANDOM, SampleKeeper
 from sdp_lightning.testing import FakeEngine
 from sdp_lightning.training.metrics.names import POOL, logged_names
 from sdp_lightning.types import Context, Segment, Trajectory, TrajectoryGroup

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from reporting import Page, make_step, write_run
 
-from sdp_lightning.report import write_report
+from sdp_lightning.observability.report import write_report
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = (

@@ -7,8 +7,7 @@ from functools import partial
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from sdp_lightning.errors import ConfigError, RolloutError
 from sdp_lightning.rewards import exact_match, find_numbers, numeric_match

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 from fitting import Recorder, make_data, make_module, make_trainer
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from jsonargparse import ArgumentParser
 from rolling import DEADLINE_S, assert_conserved, rolling, wait_until
 

@@ -11,7 +11,7 @@ import torch
 from test_many_ranks import Launcher, Results, assert_same_weights
 from transformers import AutoModelForCausalLM
 
-from sdp_lightning.cli import main
+from sdp_lightning.cli.main import main
 
 STEPS, HALF = 5, 2
 CASE: dict[str, Any] = {"kind": "rollouts", "batch_size": 4, "num_rows": 40}

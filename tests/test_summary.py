@@ -11,8 +11,9 @@ import pytest
 from replaying import ROWS, replay
 from rich.console import Console
 
-from sdp_lightning import summary
-from sdp_lightning.summary import RunSummary
+from sdp_lightning.cli.quiet_logs import quiet_logs
+from sdp_lightning.observability import summary
+from sdp_lightning.observability.summary import RunSummary
 
 
 def page(rows: list[dict[str, float]], *, window: int = 2) -> str:
@@ -137,7 +138,7 @@ def test_quiet_logs_keeps_information_off_and_warnings_on():
     names = ("lightning.pytorch", "lightning.fabric")
     before = {name: logging.getLogger(name).level for name in names}
     try:
-        summary.quiet_logs()
+        quiet_logs()
         for name in names:
             assert not logging.getLogger(name).isEnabledFor(logging.INFO)
             assert logging.getLogger(name).isEnabledFor(logging.WARNING)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from sdp_lightning.cli import main
+from sdp_lightning.cli.main import main
 from sdp_lightning.config.import_path import load_object
 
 # Lightning calls functions of jsonargparse by their old names; Python shows that to nobody else.

@@ -11,17 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from rich.console import Console
 from rolling import CodePoints, make_segment
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import sdp_lightning as sdp
-from sdp_lightning.display import hooks
-from sdp_lightning.training.batch import collate
-from sdp_lightning.viewing import STYLE
-from sdp_lightning.viewing.palette import (
+from sdp_lightning.observability.view import STYLE
+from sdp_lightning.observability.view.palette import (
     DARK,
     HUES,
     LIGHT,
@@ -31,14 +28,10 @@ from sdp_lightning.viewing.palette import (
     hue_of,
     underline_of,
 )
-from sdp_lightning.viewing.text import PART, token_texts, visible
+from sdp_lightning.observability.view.text import PART, token_texts, visible
+from sdp_lightning.training.batch import collate
 
 WCAG_AA = 4.5
-
-
-@pytest.fixture(autouse=True)
-def unknown_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hooks, "tokenizer", None)
 
 
 def text_segment(version: int, text: str, **settings: Any) -> sdp.Segment:
@@ -361,24 +354,22 @@ def test_neighboring_versions_stay_apart_for_color_blind_eyes_and_in_black_and_w
 # Where it is shown --------------------------------------------------------------------------------
 
 
-def test_data_shows_itself_in_a_notebook_by_ids_and_with_a_known_tokenizer_by_text(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_data_shows_itself_in_a_notebook_by_ids_and_with_a_set_tokenizer_by_text() -> None:
     trajectory = text_trajectory("?", (0, "ab"))
     group = sdp.TrajectoryGroup((trajectory,))
     for data in (trajectory, group, collate([group], version=0)):
         assert Page(data._repr_html_()).text("sdp-run") == "v097 98"
-        monkeypatch.setattr(hooks, "tokenizer", CodePoints())
+        sdp.set_view_tokenizer(CodePoints())
         assert Page(data._repr_html_()).text("sdp-run") == "v0ab"
-        monkeypatch.setattr(hooks, "tokenizer", None)
+        sdp.set_view_tokenizer(None)
 
 
-def test_the_module_makes_its_tokenizer_known(model_folder: str) -> None:
+def test_reading_a_tokenizer_changes_nothing_that_is_shown(model_folder: str) -> None:
     tokenizer = sdp.SegmentWisePPOModule(model_folder).tokenizer
-    assert hooks.tokenizer is tokenizer
     tokens = tokenizer.encode("12", add_special_tokens=False)
     trajectory = sdp.Trajectory((sdp.Context([3]), sdp.Segment(0, tokens, [-1.0, -1.0])))
-    assert Page(trajectory._repr_html_()).text("sdp-run") == "v012"
+    assert Page(trajectory._repr_html_()).text("sdp-run") != "v012"
+    assert Page(sdp.view(trajectory, tokenizer=tokenizer).html()).text("sdp-run") == "v012"
 
 
 def test_the_terminal_shows_the_same_with_colors_and_with_labels() -> None:

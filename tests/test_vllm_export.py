@@ -16,7 +16,7 @@ from test_many_ranks import Launcher
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sdp_lightning as sdp
-from sdp_lightning.cli import main
+from sdp_lightning.cli.main import main
 from sdp_lightning.engines.servers.managed import ManagedServers
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1200)]

@@ -26,7 +26,7 @@ def run_ours(steps: int, *, max_head_lag: int) -> list[float]:
     import lightning as L
 
     import sdp_lightning as sdp
-    from sdp_lightning.summary import quiet_logs
+    from sdp_lightning.cli.quiet_logs import quiet_logs
 
     class Steps(L.Callback):
         """Keeps every step's seconds; stands after WeightSyncCallback."""

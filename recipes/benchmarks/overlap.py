@@ -16,7 +16,7 @@ from typing import Any
 import lightning as L
 
 import sdp_lightning as sdp
-from sdp_lightning.summary import quiet_logs
+from sdp_lightning.cli.quiet_logs import quiet_logs
 from sdp_lightning.testing import FakeEngine, tiny_model, tiny_tokenizer
 
 

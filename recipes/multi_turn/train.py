@@ -6,7 +6,8 @@ from model import model_path
 from task import MAX_GUESSES, UpOrDown, rows, val_rows
 
 import sdp_lightning as sdp
-from sdp_lightning.summary import ProgressLine, RunSummary, quiet_logs
+from sdp_lightning.cli.quiet_logs import quiet_logs
+from sdp_lightning.observability.summary import ProgressLine, RunSummary
 
 
 def build() -> tuple[L.Trainer, sdp.SegmentWisePPOModule, sdp.RolloutDataModule]:

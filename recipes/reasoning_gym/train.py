@@ -6,8 +6,9 @@ import lightning as L
 from lightning.pytorch.loggers import CSVLogger
 
 import sdp_lightning as sdp
+from sdp_lightning.cli.quiet_logs import quiet_logs
 from sdp_lightning.config.import_path import load_object
-from sdp_lightning.summary import ProgressLine, RunSummary, quiet_logs
+from sdp_lightning.observability.summary import ProgressLine, RunSummary
 
 MODEL = Path(__file__).resolve().parents[1] / "arithmetic_cpu" / "model.py"
 TASK = "reasoning_gym:chain_sum?shots=2&max_terms=2&max_digits=1"  # "4 - 6 =", in words around it

@@ -6,7 +6,8 @@ from model import model_path
 from task import reward, rows, val_rows
 
 import sdp_lightning as sdp
-from sdp_lightning.summary import RunSummary, quiet_logs
+from sdp_lightning.cli.quiet_logs import quiet_logs
+from sdp_lightning.observability.summary import RunSummary
 
 
 def build() -> tuple[L.Trainer, sdp.SegmentWisePPOModule, sdp.RolloutDataModule]:

@@ -11,8 +11,9 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
 
 import sdp_lightning as sdp
+from sdp_lightning.cli.quiet_logs import quiet_logs
 from sdp_lightning.config.import_path import load_object
-from sdp_lightning.summary import RunSummary, quiet_logs
+from sdp_lightning.observability.summary import RunSummary
 
 ROOT = Path(__file__).resolve().parents[2]
 TASK = ROOT / "recipes" / "arithmetic_cpu"

@@ -21,7 +21,6 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from sdp_lightning.config import LoRAConfig, LossConfig, OptimizerConfig, UpdateConfig
 from sdp_lightning.config.model_source import resolve_model
-from sdp_lightning.display import hooks
 from sdp_lightning.distributed.rank_group import Ranks
 from sdp_lightning.distributed.reductions import RankSums
 from sdp_lightning.errors import ConfigError
@@ -118,9 +117,8 @@ class SegmentWisePPOModule(L.LightningModule):
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The model's tokenizer; from now on trajectories are shown as its text."""
-        hooks.tokenizer = found = AutoTokenizer.from_pretrained(self.model_id)
-        return found
+        """The model's tokenizer, loaded when it is first read."""
+        return AutoTokenizer.from_pretrained(self.model_id)
 
     def configure_model(self) -> None:
         if self.policy is not None:

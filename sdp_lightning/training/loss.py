@@ -23,8 +23,8 @@ from sdp_lightning.objective import (
     second_moment_bound,
     second_moment_set,
     segment_wise_ppo_loss,
+    within_second_moment as within_bound,
 )
-from sdp_lightning.objective import within_second_moment as within_bound
 from sdp_lightning.objective.aggregation import token_shares
 from sdp_lightning.objective.kl import kl_estimate, kl_penalised_rewards
 from sdp_lightning.training.batch import Batch

@@ -169,8 +169,11 @@ class _Client:
 
 def _open(kind: NativeName, host: str, num_workers: int, client: _Client) -> _Sender:
     try:
-        from vllm.distributed.weight_transfer import base as contract  # type: ignore
-        from vllm.distributed.weight_transfer import ipc_engine, nccl_engine  # type: ignore
+        from vllm.distributed.weight_transfer import (  # type: ignore
+            base as contract,  # type: ignore
+            ipc_engine,
+            nccl_engine,
+        )
     except ImportError as error:
         raise ConfigError(
             f"transport={kind!r} uses vLLM's transfer engine in the trainer too: install vllm in "

@@ -10,8 +10,7 @@ import asyncio
 import json
 import threading
 from collections.abc import AsyncGenerator, Coroutine
-from concurrent.futures import CancelledError, Future
-from concurrent.futures import TimeoutError as FutureTimeout
+from concurrent.futures import CancelledError, Future, TimeoutError as FutureTimeout
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any, TypeVar

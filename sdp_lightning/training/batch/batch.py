@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from sdp_lightning.config import MissingProximal
-from sdp_lightning.display import Displayed
 from sdp_lightning.training.batch.microbatches import (
     FREE,
     AttentionCosts,
@@ -25,6 +24,7 @@ from sdp_lightning.training.batch.microbatches import (
     share_microbatches,
     shared_spans,
 )
+from sdp_lightning.types import Displayed
 
 Layout = Literal["padded", "packed", "shared_prefix"]
 NO_VERSION = -1  # of tokens that the policy did not choose

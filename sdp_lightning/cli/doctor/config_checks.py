@@ -1,0 +1,275 @@
+"""Whether this machine has what config files ask for: GPUs, servers, model, rows.
+
+It reads the files and runs nothing but what gives the rows. The settings themselves are checked by
+``fit``; what is set on its command line is not known here.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+from urllib.parse import parse_qs
+
+from sdp_lightning.cli.doctor.estimate import (
+    check_division,
+    check_engine_memory,
+    check_trainer_memory,
+    num_shards,
+    size_of_model,
+)
+from sdp_lightning.cli.doctor.finding import Finding
+from sdp_lightning.cli.doctor.gpus import GPU_QUERY, Ask, NvidiaSmiError, parse_gpus
+from sdp_lightning.cli.doctor.model_size import ModelSize
+from sdp_lightning.errors import ConfigError
+from sdp_lightning.prompts.sources import load_rows
+
+Tree = dict[str, Any]
+_ANSWER_S = 5.0
+# Loopback is never asked through a proxy.
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The GPUs of a machine, as nvidia-smi counts, and what the trainer's interpreter has.
+
+    Attributes:
+        gpus: all.
+        visible: those that CUDA shows to the trainer, in its order.
+        gpu_gib: memory of the smallest; None where there is none or it is not told.
+        has_vllm: whether vLLM is installed there.
+    """
+
+    gpus: tuple[int, ...] = ()
+    visible: tuple[int, ...] = ()
+    gpu_gib: float | None = None
+    has_vllm: bool = False
+
+    @classmethod
+    def look(cls, ask: Ask | None, visible: str | None, *, has_vllm: bool = False) -> Machine:
+        """As nvidia-smi and ``CUDA_VISIBLE_DEVICES`` say; a GPU that has no number is -1."""
+        try:
+            gpus = parse_gpus(ask(GPU_QUERY)) if ask is not None else []
+        except NvidiaSmiError:  # the finding is check_gpus's
+            gpus = []
+        numbers = {name: gpu.index for gpu in gpus for name in (str(gpu.index), gpu.uuid)}
+        shown = [gpu.uuid for gpu in gpus] if visible is None else visible.split(",")
+        names = [name.strip() for name in shown if name.strip()]
+        memory = min((gpu.total_mib for gpu in gpus if gpu.total_mib), default=None)
+        return cls(
+            tuple(gpu.index for gpu in gpus),
+            tuple(numbers.get(name, -1) for name in names),
+            None if memory is None else memory / 1024,
+            has_vllm,
+        )
+
+
+def examine_configs(files: Sequence[str], machine: Machine) -> list[Finding]:
+    """What of the things that ``files`` ask for is here, and what they would need.
+
+    Args:
+        files: of ``fit``, of which a later one overrides an earlier one.
+        machine: its GPUs; their memory may be that of GPUs which are still to be had.
+    """
+    import yaml
+
+    config: Tree = {}
+    for file in files:
+        try:
+            read = yaml.safe_load(Path(file).read_text())
+        except (OSError, yaml.YAMLError) as error:
+            return [Finding("problem", "config", f"{file} cannot be read: {error}")]
+        if not isinstance(read, Mapping):
+            return [Finding("problem", "config", f"{file} holds no settings.")]
+        config = merge(config, cast(Tree, read))
+    trainer, data = _part(config, "trainer"), _part(config, "data")
+    model = _part(config, "model").get("model")
+    return [
+        *check_devices(trainer, _engine(config), machine),
+        *check_servers(_engine(config), machine),
+        check_model(model),
+        *(check_rows(name, data[name]) for name in ("prompts", "val_prompts") if data.get(name)),
+        *check_division(config, world_size(trainer, machine)),
+        *check_memory(config, machine, size_of_model(model)),
+    ]
+
+
+def world_size(trainer: Mapping[str, Any], machine: Machine) -> int:
+    """Processes that train, over all nodes."""
+    places = trainer_places(trainer, len(machine.visible))
+    devices = trainer.get("devices", 1)
+    on_cpu = int(devices) if str(devices).isdigit() else 1
+    return (len(places) or on_cpu) * int(trainer.get("num_nodes", 1))
+
+
+def check_memory(config: Tree, machine: Machine, size: ModelSize | None) -> Iterator[Finding]:
+    """Of trainer and servers, as far as the model's size is known."""
+    if size is None:
+        text = "not estimated: the model is not on this machine yet, or is made by a function."
+        yield Finding("note", "trainer memory", text)
+        return
+    trainer, query = _part(config, "trainer"), launch_query(_engine(config))
+    share = float(query.get("gpu_memory_utilization", 0))
+    gib = machine.gpu_gib
+    shards = num_shards(trainer, world_size(trainer, machine))
+    try:
+        yield check_trainer_memory(config, size, num_shards=shards, gpu_gib=gib, server_share=share)
+        if _launches(_engine(config)):
+            yield check_engine_memory(config, size, query, gpu_gib=gib)
+    except ConfigError:
+        return  # check_division has said it
+
+
+def merge(first: Tree, second: Mapping[str, Any]) -> Tree:
+    """Both, the second where they differ.
+
+    >>> merge({"a": {"b": 1, "c": 2}}, {"a": {"b": 3}})
+    {'a': {'b': 3, 'c': 2}}
+    """
+    merged = dict(first)
+    for key, value in second.items():
+        old = merged.get(key)
+        both = isinstance(old, dict) and isinstance(value, Mapping)
+        merged[key] = merge(cast(Tree, old), cast(Tree, value)) if both else value
+    return merged
+
+
+def check_devices(trainer: Mapping[str, Any], engine: str, machine: Machine) -> list[Finding]:
+    """GPUs of trainer and servers: that they exist, and that none has two owners unawares."""
+    places = trainer_places(trainer, len(machine.visible))
+    lost = [place for place in places if place >= len(machine.visible)]
+    mine = [machine.visible[place] for place in places if place < len(machine.visible)]
+    query, launches = launch_query(engine), _launches(engine)
+    names = query.get("devices", "cpu")
+    theirs = [int(name) for name in names.split(",") if name.isdigit()]  # others are ids
+    unknown = [index for index in theirs if index not in machine.gpus]
+    see_all = launches and "devices" not in query and bool(machine.gpus)
+    if see_all:
+        theirs = [index for index in machine.visible if index >= 0]
+    findings = [_judge_gpus("trainer", lost, mine, len(machine.visible))]
+    if launches:
+        findings.append(_judge_gpus("servers", unknown, theirs, len(machine.gpus)))
+    if "gpu_memory_utilization" in query:
+        return findings
+    if see_all:
+        text = (
+            "data.engine names no devices=, so its servers would see the trainer's GPUs: name "
+            "some, or cpu, or add gpu_memory_utilization."
+        )
+        findings.append(Finding("problem", "shared GPUs", text))
+    elif shared := sorted(set(mine) & set(theirs)):
+        text = (
+            f"trainer and servers both have GPU {_list(shared)}: add gpu_memory_utilization to "
+            "data.engine, or give the servers GPUs of their own with devices=."
+        )
+        findings.append(Finding("problem", "shared GPUs", text))
+    return findings
+
+
+def trainer_places(trainer: Mapping[str, Any], num_visible: int) -> list[int]:
+    """Which of the visible GPUs the Trainer's ``accelerator`` and ``devices`` ask for."""
+    accelerator, devices = trainer.get("accelerator", "auto"), trainer.get("devices", "auto")
+    if accelerator not in ("gpu", "cuda") and not (accelerator == "auto" and num_visible):
+        return []
+    if devices in ("auto", -1, "-1"):
+        return list(range(max(1, num_visible)))
+    listed = isinstance(devices, list) or "," in str(devices)
+    numbers = [int(number) for number in re.findall(r"\d+", str(devices))]
+    return numbers if listed else [place for number in numbers for place in range(number)]
+
+
+def launch_query(engine: str) -> dict[str, str]:
+    """What follows the ? of ``vllm://launch?...``; of other engines nothing."""
+    query = engine.partition("?")[2]
+    return {k: v[-1] for k, v in parse_qs(query).items()} if _launches(engine) else {}
+
+
+def check_servers(engine: str, machine: Machine) -> list[Finding]:
+    """That servers that should run answer, and that those to be started have what they run in."""
+    _, separator, rest = engine.partition("://")
+    if not separator:
+        return []
+    if _launches(engine):
+        python = launch_query(engine).get("python")
+        if machine.has_vllm if python is None else shutil.which(python) is not None:
+            return []
+        text = (
+            f"{sys.executable} has no vLLM: pip install 'vllm>=0.32', or name an interpreter that "
+            "has it with python= in data.engine."
+            if python is None
+            else f"{python} is not there: make that environment, or change python= in data.engine."
+        )
+        return [Finding("problem", "servers", text)]
+    return [_ask(host) for host in rest.rstrip("/").split(",") if host]
+
+
+def check_model(model: object) -> Finding:
+    """That the model is here, or will be fetched."""
+    if not isinstance(model, str):
+        return Finding(
+            "problem", "model", f"model.model is {model!r}: an id or a folder is needed."
+        )
+    file, colon, _ = model.rpartition(":")
+    path = Path(file if colon else model).expanduser()
+    if (colon and file.endswith(".py")) or model[:1] in "/.~":
+        here = path.is_file() if colon else path.is_dir()
+        text = model if here else f"there is no {path} (looked for {path.absolute()})."
+        return Finding("ok" if here else "problem", "model", text)
+    if colon or path.is_dir():
+        return Finding("ok", "model", model)
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        cached = try_to_load_from_cache(model, "config.json")
+    except ValueError as error:
+        return Finding("problem", "model", f"{model} is no folder and no id: {error}")
+    if isinstance(cached, str):
+        return Finding("ok", "model", f"{model}, in the hub's cache")
+    return Finding("note", "model", f"{model} is fetched from the hub by the first run.")
+
+
+def check_rows(name: str, source: Any) -> Finding:
+    """That the rows can be had: they are loaded."""
+    try:
+        return Finding("ok", name, f"{len(load_rows(source))} rows")
+    except ConfigError as error:
+        return Finding("problem", name, str(error))
+
+
+def _judge_gpus(owner: str, lost: list[int], wanted: list[int], number: int) -> Finding:
+    if lost:
+        seen = f"{number} can be seen" + (", counted from 0" if number else "")
+        return Finding("problem", owner, f"GPU {_list(lost)} is missing: {seen}.")
+    return Finding("ok", owner, f"GPU {_list(wanted)}" if wanted else "no GPU is asked for")
+
+
+def _engine(config: Tree) -> str:
+    return str(_part(config, "data").get("engine", "embedded"))
+
+
+def _launches(engine: str) -> bool:
+    return engine.partition("?")[0] == "vllm://launch"
+
+
+def _ask(host: str) -> Finding:
+    try:
+        with _DIRECT.open(f"http://{host}/health", timeout=_ANSWER_S) as answer:
+            return Finding("ok", "server", f"{host} answers {answer.status}")
+    except (OSError, ValueError) as error:  # HTTP errors and timeouts are OSErrors
+        text = f"{host} does not answer: {error}. Start it, or let data.engine launch one."
+        return Finding("problem", "server", text)
+
+
+def _part(config: Tree, name: str) -> Tree:
+    found = config.get(name)
+    return cast(Tree, found) if isinstance(found, dict) else {}
+
+
+def _list(places: Sequence[int]) -> str:
+    return ", ".join(map(str, places))

@@ -1,0 +1,168 @@
+"""``sdp-lightning fit --dry-run``: all parts of a run together, before it is paid for.
+
+Two batches with the tokenizer, rows, workflow, reward, loss and callbacks of the config, and a
+model of the same architecture that is cut down to a few layers of a few units, with random weights.
+On the CPU, in one process, with the embedded engine: it shows nothing of speed, memory, servers and
+GPUs.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+
+from sdp_lightning.cli.trainer import RolloutCLI, run
+from sdp_lightning.config.import_path import load_object
+from sdp_lightning.config.model_source import quiet_transformers, resolve_model
+from sdp_lightning.errors import ConfigError
+from sdp_lightning.lightning.datamodule import RolloutDataModule
+from sdp_lightning.prompts.sources import load_rows
+
+NUM_BATCHES, NUM_ROWS, MAX_NEW_TOKENS = 2, 8, 16
+_TRAINER: dict[str, Any] = {
+    "accelerator": "cpu",
+    "devices": 1,
+    "num_nodes": 1,
+    "strategy": "auto",
+    "precision": "32-true",
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "val_check_interval": 1.0,
+    "check_val_every_n_epoch": 1,
+    "profiler": None,
+}
+_TELLING = ("RunSummary", "RunReport", "Recorder")
+# What of a configuration grows the model, and what it is cut down to; only what is there is set.
+_SMALL = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "moe_intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "max_window_layers": 2,
+}
+
+
+def dry_run(arguments: Sequence[str]) -> str:
+    """Run ``fit`` with ``arguments`` cut down; what is to be said of it.
+
+    Raises:
+        ConfigError: if the command is another one, or a setting is refused.
+        SDPError: if a part of the run fails.
+    """
+    if arguments[:1] != ["fit"]:
+        raise ConfigError(f"--dry-run is of fit; the command is {arguments[0]!r}.")
+    with tempfile.TemporaryDirectory(prefix="sdp-dry-run-") as folder:
+
+        class Cut(RolloutCLI):
+            def before_instantiate_classes(self) -> None:
+                _cut(self.config["fit"], Path(folder))
+
+        cli = run(arguments, Cut)
+        cli.trainer.save_checkpoint(Path(folder) / "dry-run.ckpt")
+        return _report(cli)
+
+
+def _cut(config: Any, folder: Path) -> None:
+    """Make the settings those of a small run; ``config`` is jsonargparse's, of ``fit``."""
+    data, update = config.data, config.model["update"]  # .update is a method
+    config.model.model = str(shrink(config.model.model, folder / "model"))
+    config.model.model_kwargs = None
+    config.model.trainable = None  # it may name layers that are cut off
+    for name, value in {**_TRAINER, "default_root_dir": str(folder)}.items():
+        config.trainer[name] = value
+    config.trainer.callbacks = [c for c in config.trainer.callbacks or () if not _leaves_traces(c)]
+    steps = update.num_minibatches * update.num_epochs
+    config.trainer.max_steps = NUM_BATCHES * steps
+    config.model.optimizer.warmup_steps = 0
+    config.ckpt_path = None
+    data.engine, data.engine_options = "embedded", {"device": "cpu"}
+    data.rollout.batch_size = max(2, update.num_minibatches)
+    data.rollout.max_concurrent = None
+    for name in ("prompts", "val_prompts"):
+        if data[name]:
+            rows = load_rows(data[name])
+            data[name] = [rows[i] for i in range(min(NUM_ROWS, len(rows)))]
+    for name in ("workflow", "val_workflow"):
+        sampling = data[name] and data[name].get("init_args", {}).get("sampling")
+        if sampling:
+            sampling.max_new_tokens = min(MAX_NEW_TOKENS, sampling.max_new_tokens)
+
+
+def _leaves_traces(callback: Any) -> bool:
+    """Whether a callback of the config writes to its own folder, or to the terminal."""
+    module, _, name = str(callback.class_path).rpartition(".")
+    kind: Any = load_object(f"{module}:{name}")
+    return name in _TELLING or issubclass(kind, Checkpoint | ProgressBar)
+
+
+def shrink(model: str, folder: Path) -> Path:
+    """A model like ``model`` in ``folder``, with a few units and its own tokenizer.
+
+    Raises:
+        ConfigError: if there is no such model, or its architecture cannot be cut down.
+    """
+    source = resolve_model(model)
+    try:
+        with quiet_transformers():
+            config = AutoConfig.from_pretrained(source)
+            tokenizer = AutoTokenizer.from_pretrained(source)
+    except OSError as error:
+        raise ConfigError(f"the model {source!r} cannot be read: {error}") from error
+    _cut_down(config.get_text_config(decoder=True))
+    try:
+        with quiet_transformers(), torch.random.fork_rng():
+            torch.manual_seed(0)
+            small = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            small.save_pretrained(folder)
+    except (ValueError, RuntimeError, TypeError, KeyError) as error:
+        raise ConfigError(
+            f"model type {config.model_type!r} cannot be cut down for a dry run: {error}"
+        ) from error
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def _cut_down(config: PreTrainedConfig) -> None:
+    settings = config.to_dict()
+    multi_head = settings.get("num_key_value_heads") == settings.get("num_attention_heads")
+    for name, value in _SMALL.items():
+        if isinstance(settings.get(name), int):
+            setattr(config, name, min(value, settings[name]))
+    if multi_head and "num_key_value_heads" in settings:
+        config.num_key_value_heads = config.num_attention_heads
+    if isinstance(layers := settings.get("layer_types"), list):
+        config.layer_types = layers[: config.num_hidden_layers]
+    if isinstance(scaling := settings.get("rope_scaling"), Mapping) and "short_factor" in scaling:
+        config.rope_scaling = None  # a factor for each unit of the large model
+
+
+def _report(cli: RolloutCLI) -> str:
+    trainer, data = cli.trainer, cli.datamodule
+    assert isinstance(data, RolloutDataModule)
+    found = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    parts = [
+        f"{NUM_BATCHES} batches of {data.rollout.batch_size} groups trained, with "
+        f"{found['train/tokens']:.0f} sampled tokens and a mean reward of "
+        f"{found['train/reward']:.3f} in the last",
+        f"versions 0 to {found['rollout/version']:.0f} published",
+        f"a checkpoint of {trainer.global_step} optimizer steps written",
+    ]
+    if "val/reward" in found:
+        parts.insert(2, f"validation rewarded with {found['val/reward']:.3f}")
+    return (
+        "dry run: " + "; ".join(parts) + ". The model was a tiny random one, so rewards mean "
+        "nothing. Not tried: real weights, speed, memory, servers, GPUs (see `doctor --config`)."
+    )

@@ -1,0 +1,147 @@
+"""The command ``sdp-lightning``.
+
+``--version`` and ``doctor`` answer at once, ``export`` and ``report`` load no Lightning; ``fit``,
+``validate``, ``test`` and ``rollout`` are Lightning's, for this package's module and data module.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+
+from sdp_lightning.errors import TRACEBACK, ConfigError, RecordingError, SDPError, explain
+
+TRAINER_COMMANDS = ("fit", "validate", "test", "rollout")
+HELP = """\
+usage: sdp-lightning fit|validate|test|rollout --config FILE [--model.X Y] [--trainer.X Y] ...
+       sdp-lightning fit --config FILE --dry-run
+       sdp-lightning export CKPT OUT [--model MODEL] [--dtype DTYPE] [--adapter] [--overwrite]
+       sdp-lightning report RUN_DIR
+       sdp-lightning doctor [--config FILE] [--gpu-gib N]
+       sdp-lightning --version
+
+fit        train: sdp-lightning fit --config recipes/arithmetic_cpu/config.yaml
+           with --dry-run two steps of everything on the CPU, with a tiny random model of the
+           same architecture and the real tokenizer, rows, workflow and reward
+validate   score the prompts in data.val_prompts, with --ckpt_path FILE those weights
+test       the same as validate, under Lightning's test loop
+rollout    only generate, and record it: --num_batches N, --folder DIR, --ckpt_path FILE
+export     write a checkpoint as a Hugging Face folder, for transformers, vLLM and others;
+           a LoRA adapter is merged, or with --adapter written alone, for peft
+report     make the page report.html of a run, from what RunReport (or a CSVLogger) left there
+doctor     what works on this machine, and what to do about what does not; with --config
+           also whether the GPUs, servers, model and rows of that config are there, what
+           memory it takes and how old its tokens will be; --gpu-gib 80 for GPUs to be had
+
+sdp-lightning fit --help lists every setting, sdp-lightning fit --config FILE --print_config shows
+them all as one file. trainer.max_steps counts optimizer steps, not batches.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status.
+
+    Args:
+        argv: the arguments, ``sys.argv[1:]`` if None.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command = arguments[0] if arguments else "--help"
+    if command in ("-h", "--help"):
+        print(HELP, end="")
+        return 0 if arguments else 2
+    if command == "--version":
+        print(f"sdp-lightning {metadata.version('sdp-lightning')}")
+        return 0
+    if command == "doctor":
+        return doctor(arguments[1:])
+    if command == "export":
+        return export(arguments[1:])
+    if command == "report":
+        return report(arguments[1:])
+    if command in TRAINER_COMMANDS:
+        return run_trainer(arguments)
+    commands = (*TRAINER_COMMANDS, "export", "report", "doctor", "--version")
+    near = difflib.get_close_matches(command, commands, n=1)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    print(
+        f"sdp-lightning: there is no command {command!r}.{hint}\n\n{HELP}", end="", file=sys.stderr
+    )
+    return 2
+
+
+def doctor(arguments: Sequence[str]) -> int:
+    """Print the findings; 1 if something needed is missing."""
+    from sdp_lightning.cli.doctor import examine
+
+    parser = argparse.ArgumentParser(prog="sdp-lightning doctor", allow_abbrev=False)
+    parser.add_argument("--config", metavar="FILE", action="append", default=[])
+    parser.add_argument("--gpu-gib", metavar="N", type=float, help="memory of GPUs to be had")
+    given = parser.parse_args(arguments)
+    findings = examine(given.config, given.gpu_gib)
+    print("\n".join(map(str, findings)))
+    return int(any(finding.state == "problem" for finding in findings))
+
+
+def export(arguments: Sequence[str]) -> int:
+    """Write a model folder from a checkpoint; 2 if it is refused."""
+    parser = argparse.ArgumentParser(prog="sdp-lightning export", allow_abbrev=False)
+    parser.add_argument("checkpoint", metavar="CKPT", help="a .ckpt file, or a folder of shards")
+    parser.add_argument("out", metavar="OUT", help="the folder to write")
+    parser.add_argument("--model", help="what was trained: id, folder or file.py:name")
+    parser.add_argument("--dtype", help="float32 or bfloat16; the checkpoint's if not given")
+    parser.add_argument("--adapter", action="store_true", help="only the LoRA adapter, for peft")
+    parser.add_argument("--overwrite", action="store_true", help="replace a model folder")
+    given = parser.parse_args(arguments)
+    from sdp_lightning.cli.export import export_checkpoint
+
+    try:
+        print(export_checkpoint(**vars(given)))
+    except ConfigError as error:
+        print(f"sdp-lightning: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def report(arguments: Sequence[str]) -> int:
+    """Make the page of a run; 2 if there is none."""
+    parser = argparse.ArgumentParser(prog="sdp-lightning report", allow_abbrev=False)
+    parser.add_argument("folder", metavar="RUN_DIR", help="the run's folder: its logger's")
+    given = parser.parse_args(arguments)
+    from sdp_lightning.observability.report import write_report
+
+    try:
+        print(write_report(given.folder))
+    except ConfigError as error:
+        print(f"sdp-lightning: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run_trainer(arguments: list[str]) -> int:
+    """A command of the Trainer; what goes wrong is one line, not a traceback.
+
+    2: a setting is refused. 1: a run has ended with an error of this package, or of the system.
+    """
+    from sdp_lightning.cli.quiet_logs import quiet_logs
+    from sdp_lightning.cli.trainer import recorded, run
+
+    quiet_logs()
+    try:
+        if "--dry-run" in arguments:
+            from sdp_lightning.cli.dry_run import dry_run
+
+            print(dry_run([argument for argument in arguments if argument != "--dry-run"]))
+            return 0
+        trainer = run(arguments).trainer
+        if arguments[0] == "rollout" and trainer.is_global_zero:
+            print(recorded(trainer))
+    except (SDPError, OSError) as error:
+        if os.environ.get(TRACEBACK):
+            raise
+        print(f"sdp-lightning: {explain(error)}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError | RecordingError) else 1
+    return 0

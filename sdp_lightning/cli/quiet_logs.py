@@ -1,0 +1,14 @@
+"""Other libraries' chatter, kept off the terminal of the command line."""
+
+from __future__ import annotations
+
+import logging
+
+
+def quiet_logs() -> None:
+    """Keep what Lightning and transformers say about themselves off the terminal, not warnings."""
+    from transformers.utils import logging as transformers_logging
+
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    transformers_logging.disable_progress_bar()

@@ -1,0 +1,177 @@
+"""``sdp-lightning fit | validate | test | rollout``: LightningCLI for this package's classes."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from sdp_lightning.errors import ConfigError
+from sdp_lightning.lightning.datamodule import RolloutDataModule
+from sdp_lightning.lightning.module import SegmentWisePPOModule
+from sdp_lightning.lightning.weight_sync import WeightSyncCallback
+from sdp_lightning.observability.recording import Recording
+from sdp_lightning.observability.recording.recorder import Recorder
+from sdp_lightning.types import count_tokens
+
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "logger": {
+        "class_path": "lightning.pytorch.loggers.CSVLogger",
+        "init_args": {"save_dir": "runs", "name": None},
+    },
+    "log_every_n_steps": 1,
+    "num_sanity_val_steps": 0,
+    "enable_model_summary": False,
+}
+
+
+class OneLineParser(LightningArgumentParser):
+    """Says what is wrong in one line, with the nearest setting that there is; the usage is long."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Exit with status 2."""
+        parser: Any = vars(ex).get("subcommand_parser") if ex is not None else None
+        text = " ".join(line.strip() for line in str(message).splitlines())
+        sys.stderr.write(f"sdp-lightning: {text}{_nearest(text, parser or self)}\n")
+        sys.exit(2)
+
+
+def _nearest(text: str, parser: Any) -> str:
+    """The setting that a key which is not known looks like, if there is one."""
+    found = re.search(r"(?:does not accept option '|unrecognized arguments: --)([\w.]+)", text)
+    known = [action.dest for action in parser._actions]
+    if found is None:
+        return ""
+    near = difflib.get_close_matches(found[1], known, n=1, cutoff=0.75)
+    return f". Did you mean {near[0]}?" if near else f". See {parser.prog.split(' [')[0]} --help."
+
+
+class RolloutTrainer(Trainer):
+    """A Trainer that can also only generate."""
+
+    def rollout(
+        self,
+        model: SegmentWisePPOModule,
+        datamodule: RolloutDataModule,
+        num_batches: int = 1,
+        folder: str | None = None,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Generates batches of the training prompts and records them; trains nothing.
+
+        Args:
+            model: whose weights sample.
+            datamodule: prompts, workflow, engine.
+            num_batches: of data.rollout.batch_size groups each.
+            folder: of the recording; by default recording/ in the folder of the logger.
+            ckpt_path: sample with the weights of this checkpoint.
+            weights_only: load nothing from it but tensors and plain values.
+        """
+        if num_batches < 1:
+            raise ConfigError(f"num_batches must be at least 1, got {num_batches}.")
+        recorders = [c for c in self.callbacks if isinstance(c, Recorder)]  # type: ignore
+        if not recorders:
+            recorders = [Recorder()]
+            self.callbacks.append(recorders[0])  # type: ignore[attr-defined]
+        if folder is not None:
+            recorders[0].folder = Path(folder)
+        self.limit_predict_batches = num_batches
+        self.predict(
+            model,
+            datamodule=datamodule,
+            return_predictions=False,
+            ckpt_path=ckpt_path,
+            weights_only=weights_only,
+        )
+
+
+class RolloutCLI(LightningCLI):
+    """LightningCLI without abbreviated flags, and with weights always published.
+
+    A config without a ``WeightSyncCallback`` gets one: without it nothing would ever be sampled.
+    """
+
+    def __init__(self, arguments: Sequence[str]) -> None:
+        self._command = arguments[0]
+        super().__init__(
+            SegmentWisePPOModule,
+            RolloutDataModule,
+            trainer_class=RolloutTrainer,
+            args=list(arguments),
+            trainer_defaults=TRAINER_DEFAULTS,
+            seed_everything_default=0,
+            save_config_kwargs={"overwrite": True},
+            parser_kwargs={"allow_abbrev": False},
+            parser_class=OneLineParser,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+        )
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """The one that is asked for: a parser for each would take as long again, and again.
+
+        Those of Lightning, with ``rollout`` for ``predict``.
+        """
+        commands = LightningCLI.subcommands() | {"rollout": {"model", "datamodule"}}
+        return {self._command: commands[self._command]}
+
+    def parse_arguments(self, parser: Any, args: Any) -> None:
+        """The base class warns if ``sys.argv`` has arguments too; here they are always passed."""
+        self.config = parser.parse_args(args)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Adds the callback in front, so that it acts before those of the config."""
+        trainer = super().instantiate_trainer(**kwargs)
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        if not any(isinstance(callback, WeightSyncCallback) for callback in callbacks):
+            callbacks.insert(0, WeightSyncCallback())
+        return trainer
+
+    def before_fit(self) -> None:
+        """Let ``--ckpt_path last`` find what an earlier run has left, as Lightning's hook."""
+        settings = self.config_init["fit"]
+        if settings.get("ckpt_path") == "last" and (found := _last_of_all_versions(self.trainer)):
+            settings["ckpt_path"] = str(found)
+
+
+def _last_of_all_versions(trainer: Trainer) -> Path | None:
+    """The newest ``last*.ckpt`` of all runs, where a logger gives each run a folder of its own.
+
+    Lightning looks in the folder of the new run only. None leaves it to that.
+    """
+    savers = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+    if trainer.logger is None or any(saver.dirpath for saver in savers):
+        return None
+    folder = Path(trainer.logger.save_dir or trainer.default_root_dir, str(trainer.logger.name))
+    found = folder.glob("version_*/checkpoints/last*.ckpt")
+    return max(found, key=lambda path: path.stat().st_mtime, default=None)
+
+
+def recorded(trainer: Trainer) -> str:
+    """What ``rollout`` has recorded, in a line."""
+    (recorder,) = [c for c in trainer.callbacks if isinstance(c, Recorder)]  # type: ignore
+    recording = Recording(recorder.written_to)
+    groups = [group for batch in recording for group in batch.groups]
+    rewards = [t.reward for group in groups for t in group.trajectories]
+    return (
+        f"{len(recording)} batches: {len(groups)} groups, {len(rewards)} trajectories, "
+        f"{count_tokens(groups):,} sampled tokens, mean reward {sum(rewards) / len(rewards):.3f}; "
+        f"recorded in {recording.folder}"
+    )
+
+
+def run(arguments: Sequence[str], kind: type[RolloutCLI] = RolloutCLI) -> RolloutCLI:
+    """Parse ``arguments``, command first, and run it.
+
+    Raises:
+        SystemExit: if they cannot be parsed, or asked for help.
+    """
+    return kind(arguments)

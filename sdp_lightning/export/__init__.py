@@ -1,6 +1,0 @@
-"""A checkpoint of training as a Hugging Face folder."""
-
-from sdp_lightning.export.checkpoints import MODEL_KEY, open_checkpoint
-from sdp_lightning.export.writing import DTYPES, Export, export_checkpoint
-
-__all__ = ["DTYPES", "MODEL_KEY", "Export", "export_checkpoint", "open_checkpoint"]

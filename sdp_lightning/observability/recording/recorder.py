@@ -1,0 +1,190 @@
+"""The callback that records what a run trains on, or generates."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+
+from sdp_lightning.errors import ConfigError, RecordingError
+from sdp_lightning.lightning.datamodule import RolloutDataModule
+from sdp_lightning.lightning.module import SegmentWisePPOModule
+from sdp_lightning.lightning.prediction_loader import Rollouts
+from sdp_lightning.observability.recording import (
+    RecordedBatch,
+    Recording,
+    RecordingSettings,
+    RecordingWriter,
+    fingerprint_of,
+    import_pyarrow,
+    next_run,
+)
+
+
+class Recorder(Callback):
+    """Records every group that is trained on, as Parquet, one row a trajectory.
+
+    The columns are those of :mod:`sdp_lightning.observability.recording.table`.
+    :class:`ReplayDataModule` trains on a recording without an engine, :class:`Recording` reads it,
+    and so does whatever reads Parquet. With ``Trainer.predict`` it records what is generated: batch
+    i as if it had been trained on i versions after the one that sampled it, which a replay does.
+
+    A file is written when enough was trained on, before every checkpoint and at the end, also by an
+    exception; it appears when it is whole. A kill loses what was trained on since, which is less
+    than a file. A run that goes on from a checkpoint may go on in the same folder: what was
+    recorded after the checkpoint is replaced by what comes now.
+
+    Args:
+        folder: None is ``recording`` in the folder of the logger, or in ``default_root_dir``.
+        rows_per_file: trajectories from which on a file is written.
+
+    Raises:
+        ConfigError: without pyarrow.
+    """
+
+    def __init__(self, folder: str | Path | None = None, *, rows_per_file: int = 1024) -> None:
+        import_pyarrow()
+        if rows_per_file < 1:
+            raise ConfigError(f"rows_per_file must be at least 1, got {rows_per_file}.")
+        self.folder = None if folder is None else Path(folder)
+        self.rows_per_file = rows_per_file
+        self._writer: RecordingWriter | None = None
+        self._taken: RecordedBatch | None = None  # what is being trained on
+
+    @property
+    def written_to(self) -> Path:
+        """The folder of the present recording, or of the last one."""
+        if self._writer is None:
+            raise ConfigError("nothing was recorded yet.")
+        return self._writer.folder
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        _, data = _parts(trainer, pl_module)
+        self._open(trainer, pl_module, data.executor.version)
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        _, data = _parts(trainer, pl_module)
+        live = [live for live in data.executor.registry.snapshot() if live.in_hand]
+        live.sort(key=lambda one: one.order)  # as batches are made
+        self._taken = RecordedBatch(
+            version=batch.version,
+            step=trainer.global_step,
+            groups=tuple(one.group for one in live if one.group is not None),
+            places=tuple((one.row.epoch, one.row.index) for one in live),
+        )
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        taken, self._taken = self._taken, None
+        if self._writer is not None and taken is not None:
+            self._writer.add(taken)
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        _, data = _parts(trainer, pl_module)
+        self._open(trainer, pl_module, data.executor.version)
+
+    def on_predict_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Rollouts,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if self._writer is not None:
+            version = batch.version + batch_idx
+            self._writer.add(RecordedBatch(version, batch_idx, batch.groups, batch.places))
+
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """A run that goes on from it must find what was trained on before."""
+        self._flush()
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._flush()
+
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._flush()
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        if not isinstance(exception, RecordingError):
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._writer is not None:
+            self._writer.flush()
+
+    def _open(self, trainer: L.Trainer, pl_module: L.LightningModule, version: int) -> None:
+        module, data = _parts(trainer, pl_module)
+        chosen = self.folder or Path(trainer.log_dir or trainer.default_root_dir) / "recording"
+        folder = data.ranks.first("choosing the folder of the recording", chosen)
+        config = data.rollout
+        settings = RecordingSettings(
+            model=module.model_id,
+            tokenizer=fingerprint_of(module.tokenizer.get_vocab()),
+            segment_wise=config.enable_segment_wise_ppo,
+            missing_proximal=config.missing_proximal,
+            max_lag=config.max_head_lag if config.on_overdue == "mask" else None,
+            is_scored=module.loss.needs_segment_scores,
+            num_ranks=data.ranks.size,
+        )
+        # One rank looks, for all, before any of them writes.
+        run, _ = data.ranks.together(
+            "opening the recording",
+            lambda: _next_run(folder, settings, version) if data.ranks.rank == 0 else 0,
+        )
+        self._taken = None
+        self._writer = RecordingWriter(
+            folder,
+            settings,
+            rank=data.ranks.rank,
+            run=data.ranks.first("numbering the recording", run),
+            first_version=version,
+            rows_per_file=self.rows_per_file,
+        )
+
+
+def _next_run(folder: Path, settings: RecordingSettings, version: int) -> int:
+    """The number of this start, if what is in the folder already can go on at ``version``."""
+    run = next_run(folder)
+    if run == 0:
+        return run
+    before = Recording(folder)
+    if before.settings != settings:
+        raise RecordingError(
+            f"{folder} has the recording of a run with other settings ({before.settings}, now "
+            f"{settings}). Give Recorder another folder."
+        )
+    first, last = before.versions[0], before.versions[-1]
+    if not first < version <= last + 1:
+        raise RecordingError(
+            f"{folder} has the recording of versions {first} to {last}, and this run begins at "
+            f"version {version}: it does not go on from there. Give Recorder another folder."
+        )
+    return run
+
+
+def _parts(
+    trainer: L.Trainer, pl_module: L.LightningModule
+) -> tuple[SegmentWisePPOModule, RolloutDataModule]:
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    if not isinstance(data, RolloutDataModule) or not isinstance(pl_module, SegmentWisePPOModule):
+        raise ConfigError(
+            "Recorder records fit(SegmentWisePPOModule, datamodule=RolloutDataModule); found "
+            f"{type(pl_module).__name__} and {type(data).__name__}."
+        )
+    return pl_module, data

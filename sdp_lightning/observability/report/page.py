@@ -1,0 +1,142 @@
+"""One page of HTML about a run, that needs nothing else: no scripts, no fonts, no network."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sdp_lightning.observability.report import sections
+from sdp_lightning.observability.report.advice import Advice, advice_on
+from sdp_lightning.observability.report.charts import number
+from sdp_lightning.observability.report.files import PAGE, Run, read_run
+from sdp_lightning.observability.report.markup import card, duration, escape, section, table, value
+from sdp_lightning.observability.report.rollouts import rollouts
+from sdp_lightning.observability.report.style import style_block
+from sdp_lightning.observability.report.time_breakdown import account_of
+from sdp_lightning.training.metrics.names import FAMILIES, OTHERS
+
+ICONS = {"bad": "Change", "hint": "Consider", "good": "Good"}
+KINDS = {
+    "mixed": "Most versions in one",
+    "best": "Highest reward",
+    "worst": "Lowest reward",
+    "random": "Random",
+}
+
+
+def write_report(folder: str | Path) -> Path:
+    """Make the page of the run in ``folder``, in that folder; returns where it is.
+
+    Raises:
+        ConfigError: if there is no run, or it has no steps yet.
+    """
+    run = read_run(Path(folder))
+    path = run.folder / PAGE
+    beside = path.with_suffix(".part")
+    beside.write_text(page(run), encoding="utf-8")
+    beside.replace(path)
+    return path
+
+
+def page(run: Run) -> str:
+    """The whole document."""
+    account = account_of(run.steps)
+    name = escape(f"{run.folder.parent.name}/{run.folder.name}")
+    body = [
+        f"<header><h1>{name}</h1><p>{_what(run)}</p></header>",
+        sections.cards(run, account),
+        section("advice", "What to change", _advice(advice_on(run.steps, run.settings))),
+        sections.rewards(run),
+        sections.times(run, account),
+        sections.lags(run),
+        rollouts(run),
+        _samples(run.state),
+        section("all", "Everything", _settings(run.settings) + _metrics(run.steps)),
+        f"<footer>{_footer(run)}</footer>",
+    ]
+    style = style_block() + str(run.state.get("style", ""))
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<link rel="icon" href="data:,">'
+        f"<title>{name}: run report</title>{style}</head>"
+        f"<body><main>{''.join(body)}</main></body></html>\n"
+    )
+
+
+def _what(run: Run) -> str:
+    said = [f"{value('steps', len(run.steps), f'{len(run.steps):,}')} batches"]
+    if (account := account_of(run.steps)) is not None:
+        said.append(f"in {duration(account.total_s)}")
+    for key, label in (("model", "of"), ("engine", "with engine"), ("started", "begun")):
+        if key in run.settings:
+            said.append(f"{label} {escape(run.settings[key])}")
+    status = run.state.get("status", "")
+    if status == "running":
+        status = "no end was written: it goes on, or was killed"
+    return " ".join(said) + (f" &middot; {escape(status)}" if status else "")
+
+
+def _advice(found: Sequence[Advice]) -> str:
+    items = "".join(
+        f'<li class="{advice.tone}" data-kind="{advice.kind}"><b>{ICONS[advice.tone]}</b>'
+        f"{escape(advice.text)}</li>"
+        for advice in found
+    )
+    return (
+        f'<ul class="advice">{items}</ul>' if items else '<p class="empty">Nothing stands out.</p>'
+    )
+
+
+def _samples(state: Mapping[str, Any]) -> str:
+    parts: list[str] = []
+    for kind, title in KINDS.items():
+        for sample in state.get("samples", {}).get(kind, ()):
+            facts = (
+                f"row {sample['row_id']}, trained at version {sample['version']}; reward "
+                f"{number(sample['reward'])}, mean of its group {number(sample['mean_reward'])}"
+            )
+            box = f'<div class="sample" data-sample="{kind}"><p class="sub">'
+            parts.append(f"{box}<b>{title}</b>: {escape(facts)}</p>{sample['html']}</div>")
+    note = "Tokens are colored by the policy version that sampled them; hover for their numbers."
+    return section("trajectories", "Trajectories", "".join(parts), note)
+
+
+def _settings(settings: Mapping[str, Any]) -> str:
+    rows = [
+        [("", f"<code>{escape(name)}</code>"), ("", f"<code>{escape(found)}</code>")]
+        for part, inner in settings.items()
+        for name, found in (
+            {f"{part}.{key}": v for key, v in inner.items()}
+            if isinstance(inner, dict)
+            else {part: inner}
+        ).items()
+    ]
+    if not rows:
+        return ""
+    return f"<details><summary>Settings</summary>{card('', table(['', ''], rows))}</details>"
+
+
+def _metrics(steps: Sequence[Mapping[str, float]]) -> str:
+    meanings = {entry.name: entry.meaning for entries in OTHERS.values() for entry in entries}
+    for family in FAMILIES:
+        for name in family.names:
+            lag = name.removeprefix(family.name).lstrip("_").replace("plus", "+")
+            meanings[name] = family.meaning + (f", lag {lag}" if lag else "")
+    rows = [
+        [
+            ("", f"<code>{escape(name)}</code>"),
+            ("n", value(name, found, number(found))),
+            ("", escape(meanings.get(name, ""))),
+        ]
+        for name, found in sorted((steps[-1] if steps else {}).items())
+    ]
+    body = card("", table(["metric", "#last batch", ""], rows))
+    return f"<details><summary>All metrics of the last batch</summary>{body}</details>"
+
+
+def _footer(run: Run) -> str:
+    own = run.state.get("own_share")
+    cost = "" if own is None else f" Keeping what it shows took {own:.2%} of the run's time."
+    return f"Made by sdp-lightning report {escape(run.folder)}.{cost}"

@@ -1,0 +1,108 @@
+"""The part of a report's page about rollouts: speed, groups under way, lost ones, slowest ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sdp_lightning.observability.report.charts import Line, line_chart
+from sdp_lightning.observability.report.files import Run
+from sdp_lightning.observability.report.markup import card, duration, escape, section, table, value
+from sdp_lightning.observability.report.sections import X, points
+from sdp_lightning.observability.report.time_breakdown import Row
+
+
+def rollouts(run: Run) -> str:
+    """Speed of both sides, groups that are on their way, and those that were lost."""
+    rows = run.steps
+    if not points(rows, "rollout/running"):
+        return ""
+    speed = line_chart(
+        [
+            Line("sampled", points(rows, "speed/generated_tokens_per_s"), 1),
+            Line("trained on", points(rows, "speed/train_tokens_per_s"), 0),
+        ],
+        name="Tokens per second",
+        x_label=X,
+        y_label="tokens/s",
+        y_range=(0.0, None),
+    )
+    groups = line_chart(
+        [
+            Line("running", points(rows, "rollout/running"), 1),
+            Line("ready", points(rows, "rollout/pending"), 0),
+        ],
+        name="Groups on their way",
+        x_label=X,
+        y_label="groups",
+        y_range=(0.0, None),
+    )
+    body = card("Speed", speed) + card("Groups under way", groups, "right after each publish")
+    body += card("Lost groups", _losses(rows, run.state))
+    body += card("Slowest groups", _slowest(run.state), "of those that ended, rank 0's")
+    return section("rollouts", "Rollouts", f'<div class="grid2">{body}</div>')
+
+
+def _losses(rows: Sequence[Row], state: Mapping[str, Any]) -> str:
+    last = rows[-1]
+    names = {
+        "dropped_stale": "dropped: too old when they had waited",
+        "dropped_overdue": "dropped: too old while they ran",
+        "rejected": "rejected: the workflow returned nothing to train on",
+        "failed": "failed: the workflow raised",
+        "diverged": "sampled from scratch after a resume",
+    }
+    counted = [
+        [("", escape(text)), ("n", value(f"lost.{name}", last[f"rollout/{name}"], f"{count:.0f}"))]
+        for name, text in names.items()
+        if (count := last.get(f"rollout/{name}")) is not None
+    ]
+    told = table(["", "#groups"], counted)
+    trained, dropped = last.get("rollout/trained_length", 0), last.get("rollout/dropped_length", 0)
+    if dropped:
+        told += (
+            f'<p class="sub">A trained group has {trained:,.0f} sampled tokens in the mean, a '
+            f"dropped one {dropped:,.0f}.</p>"
+        )
+    reasons = state.get("rejections", {})
+    told += "".join(
+        f'<p class="sub">{count} x rejected because {escape(why)}</p>'
+        for why, count in reasons.items()
+    )
+    chart = line_chart(
+        [
+            Line(label, points(rows, f"rollout/{name}"), i, ("line", "dashed")[i % 2])
+            for i, (name, label) in enumerate(
+                {
+                    "dropped_stale": "stale",
+                    "dropped_overdue": "overdue",
+                    "rejected": "rejected",
+                    "failed": "failed",
+                }.items()
+            )
+            if last.get(f"rollout/{name}")
+        ],
+        name="Lost groups so far",
+        x_label=X,
+        y_label="groups so far",
+        y_range=(0.0, None),
+    )
+    return told + ("" if "empty" in chart else chart)
+
+
+def _slowest(state: Mapping[str, Any]) -> str:
+    records = state.get("slowest", [])
+    if not records:
+        return '<p class="empty">not recorded</p>'
+    rows = [
+        [
+            ("", f"<code>{escape(r['row_id'])}</code>"),
+            ("n", escape(duration(r["seconds"]))),
+            ("n", f"{r['num_sampled']:,}"),
+            ("n", escape(" to ".join(map(str, dict.fromkeys(r["versions"] or ()))))),
+            ("n", escape(duration(r["reward_s"]))),
+            ("", escape(r["fate"])),
+        ]
+        for r in records
+    ]
+    return table(["row", "#took", "#tokens", "#versions", "#reward", "became"], rows)

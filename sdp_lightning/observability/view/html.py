@@ -1,0 +1,231 @@
+"""Rows as one fragment of HTML: no scripts, nothing from the network, everything escaped.
+
+:data:`STYLE` goes with it, once a page however many fragments there are.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+
+import numpy as np
+
+from sdp_lightning.observability.view.palette import DARK, HUES, LIGHT, Theme, hue_of, underline_of
+from sdp_lightning.observability.view.text import PART, Decoder, token_texts, visible
+from sdp_lightning.observability.view.token_rows import CONTEXT, NAMES, Row, Section
+from sdp_lightning.observability.view.words import count_of, facts_of, legend_of, window_of
+
+_DARK_HOSTS = (  # of Jupyter, VS Code, Colab, Material for MkDocs, and pages that say so themselves
+    '[data-jp-theme-light="false"]',
+    ".vscode-dark",
+    ".vscode-high-contrast:not(.vscode-high-contrast-light)",
+    "html[theme=dark]",
+    '[data-md-color-scheme="slate"]',
+    '[data-theme="dark"]',
+)
+_LIGHT_HOSTS = (
+    '[data-jp-theme-light="true"]',
+    ".vscode-light",
+    ".vscode-high-contrast-light",
+    '[data-md-color-scheme="default"]',
+    '[data-theme="light"]',
+)
+
+
+def fragment(
+    sections: Sequence[Section], *, tokenizer: Decoder | None, max_tokens: int, num_hidden: int = 0
+) -> str:
+    """One ``<div class="sdp-view">``; it needs :data:`STYLE` on the page.
+
+    Args:
+        sections: what to show.
+        tokenizer: None shows token ids.
+        max_tokens: of a row; more are left out in its middle, with a note.
+        num_hidden: trajectories that are not in ``sections``, for a note.
+    """
+    parts = ['<div class="sdp-view">', _legend(sections)]
+    for section in sections:
+        parts.append('<section class="sdp-group">')
+        if section.title:
+            parts.append(f'<div class="sdp-title">{_escaped(visible(section.title))}</div>')
+        parts += [_row(row, tokenizer, max_tokens) for row in section.rows]
+        parts.append("</section>")
+    if num_hidden:
+        more = count_of(num_hidden, "more trajectory", "more trajectories")
+        parts.append(f'<div class="sdp-note">{more} not shown</div>')
+    return "".join([*parts, "</div>"])
+
+
+def page(body: str, title: str) -> str:
+    """A whole document around a fragment."""
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width">'
+        f'<meta name="color-scheme" content="light dark"><title>{_escaped(title)}</title>{STYLE}'
+        f'</head><body class="sdp-page">{body}</body></html>\n'
+    )
+
+
+def _legend(sections: Sequence[Section]) -> str:
+    versions, has_context, has_tools = legend_of(sections)
+    chips = [
+        f'<span class="sdp-chip sdp-v{hue_of(version)} sdp-u-{underline_of(version)}">'
+        f"v{version}{'' if lag is None else f', lag {lag}'}</span>"
+        for version, lag in versions
+    ]
+    if has_context:
+        text = "prompt and tools" if has_tools else "prompt"
+        chips.append(f'<span class="sdp-chip sdp-chip-context">{text}, not trained on</span>')
+    return f'<div class="sdp-legend">sampled by {" ".join(chips)}</div>'
+
+
+def _row(row: Row, tokenizer: Decoder | None, max_tokens: int) -> str:
+    facts = facts_of(row)
+    side = "".join(
+        f'<div class="sdp-fact"><b>{_escaped(value)}</b> {_escaped(name)}</div>'
+        for name, value in facts.numbers
+    )
+    notes = "".join(f'<div class="sdp-small">{_escaped(note)}</div>' for note in facts.notes)
+    return (
+        f'<div class="sdp-row"><div class="sdp-side">{side}{notes}</div>'
+        f'<div class="sdp-main">{_strip(row)}{_tokens(row, tokenizer, max_tokens)}</div></div>'
+    )
+
+
+def _strip(row: Row) -> str:
+    """A bar with a piece for every run of one version, as wide as it has tokens."""
+    pieces = "".join(
+        f'<i style="flex:{end - start};'
+        f'background:{"var(--sdp-line)" if version == CONTEXT else HUES[hue_of(version)]}"></i>'
+        for version, start, end in row.runs
+    )
+    return f'<div class="sdp-strip">{pieces}</div>'
+
+
+def _tokens(row: Row, tokenizer: Decoder | None, max_tokens: int) -> str:
+    head, tail = window_of(len(row), max_tokens)
+    parts: list[str] = []
+    for start, end in ((0, head), (tail, len(row))):
+        if start == end:
+            continue
+        if start:
+            note = f"{tail - head:,} tokens not shown"
+            parts.append(f'<div class="sdp-note sdp-cut">{note}</div>')
+        texts = token_texts(row.token_ids[start:end].tolist(), tokenizer)
+        for version, first, last in row.runs:
+            first, last = max(first, start), min(last, end)
+            if first < last:
+                piece = texts[first - start : last - start]
+                parts.append(_run(row, version, first, piece, is_ids=tokenizer is None))
+    return f'<div class="sdp-text">{"".join(parts)}</div>'
+
+
+def _run(row: Row, version: int, first: int, texts: list[str], *, is_ids: bool) -> str:
+    gap = " " if is_ids else ""
+    if version == CONTEXT:
+        kind = "prompt" if first == 0 else "tool"
+        text = _escaped(gap.join(texts))
+        return f'<div class="sdp-context" data-kind="{kind}">{text}</div>'
+    spans = [
+        f'<span class="sdp-t" title="{_escaped(_hover(row, first + index, text))}">'
+        f"{_escaped(text)}</span>"
+        for index, text in enumerate(texts)
+    ]
+    label = f'<sup class="sdp-label">v{version}</sup>'
+    style = f"sdp-run sdp-v{hue_of(version)} sdp-u-{underline_of(version)}"
+    return f'<span class="{style}">{label}{gap.join(spans)}</span>'
+
+
+def _hover(row: Row, index: int, text: str) -> str:
+    version = int(row.versions[index])
+    lag = "" if row.version is None else f", lag {row.version - version}"
+    lines = [f"version {version}{lag}"]
+    for name in NAMES:
+        value = float(row.numbers[name][index])
+        if np.isnan(value):
+            continue
+        shown = f"{value:.4f}"
+        if name != "weight":
+            shown += f" (p {np.exp(min(value, 0.0)):.3g})"
+        lines.append(f"{name} {shown}")
+    lines.append(f"token {int(row.token_ids[index])}")
+    if text == PART:
+        lines.append("the beginning of a character that goes on in the next token")
+    return "\n".join(lines)
+
+
+def _escaped(text: str) -> str:
+    return html.escape(text, quote=True)
+
+
+def _variables(theme: Theme) -> str:
+    named = {
+        **{f"t{i}": tint for i, tint in enumerate(theme.tints)},
+        **{name: getattr(theme, name) for name in ("ground", "text", "muted", "panel", "line")},
+    }
+    return "".join(f"--sdp-{name}:{color};" for name, color in named.items())
+
+
+def _style() -> str:
+    def under(hosts: Sequence[str]) -> str:
+        return ",".join(f"{host} .sdp-view,{host}.sdp-page" for host in hosts)
+
+    hues = "".join(
+        f".sdp-v{i}{{background:var(--sdp-t{i});text-decoration-color:{hue}}}"
+        for i, hue in enumerate(HUES)
+    )
+    lines = "".join(
+        f".sdp-u-{style}{{text-decoration-line:underline;text-decoration-style:{style}}}"
+        for style in ("solid", "dashed", "dotted", "double")
+    )
+    return (
+        f".sdp-view,.sdp-page{{{_variables(LIGHT)}color-scheme:light}}"
+        "@media(prefers-color-scheme:dark){"
+        f".sdp-view,.sdp-page{{{_variables(DARK)}color-scheme:dark}}}}"
+        f"{under(_DARK_HOSTS)}{{{_variables(DARK)}color-scheme:dark}}"
+        f"{under(_LIGHT_HOSTS)}{{{_variables(LIGHT)}color-scheme:light}}" + _LAYOUT + hues + lines
+    )
+
+
+_LAYOUT = """
+.sdp-page{margin:0;padding:24px;background:var(--sdp-ground)}
+.sdp-view{box-sizing:border-box;max-width:1080px;padding:12px 14px;border:1px solid var(--sdp-line);
+border-radius:8px;background:var(--sdp-ground);color:var(--sdp-text);
+font:14px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;text-align:left}
+.sdp-view *{box-sizing:border-box}
+.sdp-legend{display:flex;flex-wrap:wrap;align-items:center;gap:6px;color:var(--sdp-muted);
+font-size:12px}
+.sdp-chip{padding:1px 8px;border-radius:9px;color:var(--sdp-text);text-decoration-thickness:2px;
+text-underline-offset:2px;text-decoration-skip-ink:none}
+.sdp-chip-context{background:var(--sdp-panel);color:var(--sdp-muted);
+border:1px solid var(--sdp-line)}
+.sdp-title{margin:14px 0 2px;font-weight:600;overflow-wrap:anywhere}
+.sdp-row{display:flex;gap:16px;padding:12px 0;border-top:1px solid var(--sdp-line)}
+.sdp-group{margin-top:10px}
+.sdp-side{flex:0 0 118px;font-variant-numeric:tabular-nums;color:var(--sdp-muted);font-size:12px}
+.sdp-fact b{color:var(--sdp-text);font-size:15px}
+.sdp-small{margin-top:2px}
+.sdp-main{flex:1 1 0;min-width:0}
+.sdp-strip{display:flex;height:5px;margin-bottom:8px;border-radius:3px;overflow:hidden;
+background:var(--sdp-panel)}
+.sdp-strip i{min-width:1px}
+.sdp-text{font:13px/1.85 ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace;
+white-space:pre-wrap;overflow-wrap:anywhere;unicode-bidi:isolate}
+.sdp-context{margin:0 0 6px;padding:4px 10px;border-left:3px solid var(--sdp-line);
+border-radius:0 4px 4px 0;background:var(--sdp-panel);color:var(--sdp-muted);line-height:1.5;
+max-height:16em;overflow:auto}
+.sdp-context[data-kind=tool]{margin-top:6px;border-left-style:double;border-left-width:6px}
+.sdp-context::before{content:attr(data-kind);float:right;margin-left:12px;
+font:11px/1.6 system-ui,sans-serif;color:var(--sdp-muted)}
+.sdp-run{unicode-bidi:isolate;padding:1px 0;border-radius:3px;
+text-decoration-thickness:2px;text-underline-offset:4px;text-decoration-skip-ink:none;-webkit-box-decoration-break:clone;box-decoration-break:clone}
+.sdp-t:hover{outline:2px solid var(--sdp-text);border-radius:2px}
+.sdp-label{display:inline-block;padding:0 3px;font:600 10px/1 system-ui,sans-serif;
+color:var(--sdp-text);vertical-align:super;text-decoration:none}
+.sdp-note{color:var(--sdp-muted);font:italic 12px/1.5 system-ui,sans-serif}
+.sdp-cut{margin:6px 0;padding:2px 10px;border:1px dashed var(--sdp-line);border-width:1px 0}
+@media(max-width:560px){.sdp-row{display:block}.sdp-side{display:flex;flex-wrap:wrap;gap:12px;
+margin-bottom:6px}}
+"""
+
+STYLE = f"<style>{_style()}</style>"

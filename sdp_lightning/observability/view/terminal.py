@@ -1,0 +1,93 @@
+"""Rows for a terminal, as rich draws them. The colors are the same, and so are the second cues."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from sdp_lightning.observability.view.palette import TERMINAL, hue_of
+from sdp_lightning.observability.view.text import Decoder, token_texts, visible
+from sdp_lightning.observability.view.token_rows import CONTEXT, Row, Section
+from sdp_lightning.observability.view.words import count_of, facts_of, legend_of, window_of
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.style import Style
+    from rich.text import Text
+
+
+def renderable(
+    sections: Sequence[Section], *, tokenizer: Decoder | None, max_tokens: int, num_hidden: int = 0
+) -> RenderableType:
+    """What a rich console prints. Arguments as for HTML."""
+    from rich.console import Group
+    from rich.padding import Padding
+    from rich.text import Text
+
+    parts: list[RenderableType] = [_legend(sections)]
+    for section in sections:
+        if section.title:
+            parts.append(Text(f"\n{visible(section.title)}", style="bold"))
+        for row in section.rows:
+            parts += [_facts(row), Padding(_tokens(row, tokenizer, max_tokens), (0, 0, 1, 2))]
+    if num_hidden:
+        more = count_of(num_hidden, "more trajectory", "more trajectories")
+        parts.append(Text(f"{more} not shown", style="italic"))
+    return Group(*parts)
+
+
+def _legend(sections: Sequence[Section]) -> Text:
+    from rich.text import Text
+
+    versions, has_context, has_tools = legend_of(sections)
+    line = Text("sampled by ")
+    for version, lag in versions:
+        text = f" v{version}{'' if lag is None else f', lag {lag}'} "
+        line.append(text, _style(version)).append(" ")
+    if has_context:
+        line.append("prompt and tools" if has_tools else "prompt", "dim italic")
+    return line
+
+
+def _facts(row: Row) -> Text:
+    from rich.text import Text
+
+    facts = facts_of(row)
+    line = Text()
+    for name, value in facts.numbers:
+        line.append(value, "bold").append(f" {name}  ")
+    return line.append(", ".join(facts.notes), "dim")
+
+
+def _tokens(row: Row, tokenizer: Decoder | None, max_tokens: int) -> Text:
+    from rich.text import Text
+
+    head, tail = window_of(len(row), max_tokens)
+    gap = " " if tokenizer is None else ""
+    text = Text(overflow="fold")
+    for start, end in ((0, head), (tail, len(row))):
+        if start == end:
+            continue
+        if start:
+            text.append(f"\n[{tail - head:,} tokens not shown]\n", "italic")
+        texts = token_texts(row.token_ids[start:end].tolist(), tokenizer)
+        for version, first, last in row.runs:
+            first, last = max(first, start), min(last, end)
+            if first >= last:
+                continue
+            piece = gap.join(texts[first - start : last - start])
+            if version == CONTEXT:  # on lines of its own
+                before = "\n" if text and not text.plain.endswith("\n") else ""
+                after = "" if piece.endswith("\n") else "\n"
+                text.append(f"{before}{piece}{after}", "dim italic")
+            else:
+                text.append(f"v{version}\u2502", _style(version, bold=True))
+                text.append(piece, _style(version))
+    return text
+
+
+def _style(version: int, *, bold: bool = False) -> Style:
+    from rich.style import Style
+
+    tint = TERMINAL.tints[hue_of(version)]
+    return Style(color=TERMINAL.text, bgcolor=tint, bold=bold)

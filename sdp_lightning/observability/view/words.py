@@ -1,0 +1,81 @@
+"""What is said of rows, whatever draws them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from sdp_lightning.observability.view.token_rows import CONTEXT, Row, Section
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What stands beside a row.
+
+    Args:
+        numbers: (name, value) of what is measured.
+        notes: the rest.
+    """
+
+    numbers: tuple[tuple[str, str], ...]
+    notes: tuple[str, ...]
+
+
+def facts_of(row: Row) -> Facts:
+    """Reward and advantage, lengths, lags, and how it ended."""
+    numbers = [("reward", f"{row.reward:.3g}")]
+    if not np.isnan(row.advantage):
+        numbers.append(("advantage", f"{row.advantage:+.2f}"))
+    versions = row.versions[row.sampled]
+    notes = [f"{count_of(versions.size, 'token', 'tokens')} sampled"]
+    if versions.size:
+        low, high = int(versions.min()), int(versions.max())
+        notes.append(f"version{'s' * (low != high)} {span_of(low, high)}")
+        if row.version is not None:
+            notes.append(f"lag {span_of(row.version - high, row.version - low)}")
+    if row.note == "stop":
+        notes.append("ended by itself")
+    elif row.note:
+        notes.append({"length": "out of budget", "abort": "aborted"}.get(row.note, row.note))
+    return Facts(tuple(numbers), tuple(notes))
+
+
+def legend_of(sections: Sequence[Section]) -> tuple[list[tuple[int, int | None]], bool, bool]:
+    """(version, lag if it is the same everywhere) in order; if there are contexts, and tools'."""
+    found: dict[int, set[int | None]] = {}
+    has_context = has_tools = False
+    for row in (row for section in sections for row in section.rows):
+        for version, start, _ in row.runs:
+            if version == CONTEXT:
+                has_context, has_tools = True, has_tools or start > 0
+            else:
+                lag = None if row.version is None else row.version - version
+                found.setdefault(version, set()).add(lag)
+    versions = [
+        (version, next(iter(lags)) if len(lags) == 1 else None)
+        for version, lags in sorted(found.items())
+    ]
+    return versions, has_context, has_tools
+
+
+def window_of(length: int, most: int) -> tuple[int, int]:
+    """Where the first part that is shown ends, and where the last one begins.
+
+    >>> window_of(10, 4), window_of(3, 4)
+    ((2, 8), (3, 3))
+    """
+    if length <= most:
+        return length, length
+    return most - most // 2, length - most // 2
+
+
+def span_of(low: int, high: int) -> str:
+    """One number, or from the first to the last."""
+    return str(low) if low == high else f"{low}-{high}"
+
+
+def count_of(count: int, one: str, many: str) -> str:
+    """A count with its noun."""
+    return f"{count:,} {one if count == 1 else many}"
