@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,10 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # under nohup, or in a sc
     signal.signal(signal.SIGINT, signal.default_int_handler)  # tests send it to what they start
 
 torch.set_num_threads(1)
+# Scripts of the tests import their helpers as tests do.
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+)
 
 # Many cases, or much that is not the package: to trace their lines takes as long as to run them.
 # What they reach in the package is also reached by tests that are measured.
@@ -24,10 +29,10 @@ UNMEASURED = {
     "test_estimators.py",
     "test_gsm8k_recipe.py",
     "test_ledger_machine.py",
-    "test_losses.py",
+    "test_loss.py",
     "test_module_objectives.py",
-    "test_mutations.py",
-    "test_mutations_rewards.py",
+    "test_loss_mutations.py",
+    "test_reward_mutations.py",
     "test_staleness_ablation.py",
 }
 # What takes longest: another process of pytest-xdist does the rest beside it.

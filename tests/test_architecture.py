@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from support.paths import ROOT
+
 PACKAGE = ROOT / "sdp_lightning"
 FILES = sorted(PACKAGE.rglob("*.py"))
 RECIPES = sorted(ROOT.glob("recipes/**/*.py"))

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from rolling import make_group, make_segment, make_trajectory
 
 from sdp_lightning.errors import ConfigError, RolloutError, SDPError, VersionError
 from sdp_lightning.types import (
@@ -20,6 +19,7 @@ from sdp_lightning.types import (
     TrajectoryGroup,
     count_tokens,
 )
+from support.rollouts import make_group, make_segment, make_trajectory
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,454 @@
+"""The engine of servers, against fake vLLM processes: exact versions, routing, closing."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sdp_lightning.engines.protocol import GenerationRequest
+from sdp_lightning.engines.remote.engine import RemoteInfEngine
+from sdp_lightning.engines.remote.options import RemoteOptions
+from sdp_lightning.engines.remote.vllm import VLLMBackend
+from sdp_lightning.errors import ConfigError, EngineError, VersionError
+from sdp_lightning.types import SamplingParams
+from support.fake_servers import (
+    COMPLETIONS,
+    GENERATE,
+    Server,
+    assert_nothing_left,
+    connected,
+    make_engine,
+    servers,
+    weights,
+)
+from support.remote_engines import Sending, assert_exact, generate, publish, request
+from support.rollouts import Samples, assert_conserved, rolling, wait_until
+
+
+@pytest.fixture(scope="module")
+def pair() -> Iterator[list[Server]]:
+    with servers(2) as running:
+        yield running
+
+
+@pytest.fixture
+def two(pair: list[Server]) -> list[Server]:
+    for server in pair:
+        server.do(reset={}, faults=[])
+    return pair
+
+
+@pytest.fixture
+def one(two: list[Server]) -> Server:
+    return two[0]
+
+
+# Versions -----------------------------------------------------------------------------------------
+
+
+def test_a_request_comes_back_with_the_version_that_sampled_it(one: Server):
+    with connected(one) as engine:
+        publish(engine, 3, reset=True)
+        [segment] = generate(engine, request(tokens=3, budget=4))
+    assert segment.version == 3 and segment.token_ids.tolist() == [6, 7, 8, 9]
+    assert segment.logprobs.tolist() == pytest.approx([-0.4] * 4)
+    assert segment.kv_on_update == "recompute"
+    assert engine.num_generated == 4 and engine.version == 3
+
+
+def test_nothing_is_sampled_before_the_first_publish(one: Server):
+    refused = pytest.raises(EngineError, match="publish with reset=True first")
+    with connected(one) as engine, refused:
+        generate(engine, request())
+    assert one.do()["seen"] == []
+
+
+@pytest.mark.parametrize("mode", ["interrupt", "keep"])
+def test_three_publishes_under_eight_requests_lose_and_double_nothing(one: Server, mode: str):
+    one.do(held=True)
+    engine = make_engine(one, on_update=mode)
+    engine.start()
+    workflow = Samples(max_new_tokens=16)
+    with rolling(engine, workflow, batch_size=8, max_head_lag=4, max_concurrent=8) as executor:
+        for version in (1, 2, 3):
+            one.do(wait={"running": 8})
+            one.do(step=4, wait={"stalled": True})
+            executor.publish(weights(float(version)), version)
+        one.do(held=False)
+        batch = executor.take()
+        assert batch is not None
+        groups = list(batch)
+        assert_exact(groups, 16)
+        stamped = [[s.version for s in g.trajectories[0].segments] for g in groups]
+        assert stamped == [[0, 1, 2, 3]] * 8
+        assert [len(s) for s in groups[0].trajectories[0].segments] == [4, 4, 4, 4]
+        executor.pause()
+    assert_nothing_left()
+    prompts = Counter(tuple(body["token_ids"]) for body in one.do()["seen"])
+    assert prompts[(1, 2)] >= 8
+    if mode == "interrupt":  # each is resent with what it had, to the original budget
+        assert prompts[(1, 2, 5, 6, 7, 8)] == 8
+
+
+def test_keep_splits_a_response_at_the_spans_of_the_server(one: Server):
+    one.do(held=True)
+    with connected(one, on_update="keep") as engine:
+        publish(engine, 0, reset=True)
+        sending = Sending(engine, [request(budget=5)])
+        one.do(wait={"running": 1})
+        one.do(step=2, wait={"stalled": True})
+        publish(engine, 1)
+        one.do(held=False)
+        assert sending.join() == ["length"]
+    assert [(s.version, len(s)) for s in sending.segments[0]] == [(0, 2), (1, 3)]
+    assert engine.in_process and len(one.do()["seen"]) == 1
+
+
+@pytest.mark.parametrize(("policy", "clear"), [("recompute", "true"), ("keep", "false")])
+def test_the_cache_policy_reaches_server_and_segments(one: Server, policy: str, clear: str):
+    with connected(one, kv_on_update=policy) as engine:
+        publish(engine, 0, reset=True)
+        assert one.do()["clear_cache"] == clear
+        [segment] = generate(engine, request())
+        assert segment.kv_on_update == policy
+
+
+def test_a_request_that_comes_after_the_pause_returns_and_is_sent_again(one: Server):
+    with connected(one) as engine:
+        publish(engine, 0, reset=True)
+        engine.pause()
+        late = Sending(engine, [request()])
+        assert late.join() == ["abort"] and late.segments == [[]]
+        assert one.do()["seen"] == []
+        engine.update_weights(weights(1.0), 1)
+        engine.resume()
+        assert [s.version for s in generate(engine, request())] == [1]
+
+
+def send_too_late(engine: RemoteInfEngine, server: Server) -> Sending:
+    """A request that waits at a server that is paused, as one does that comes after the pause."""
+    urlopen_pause(server)
+    path = COMPLETIONS if server.do()["no_scale_out"] else GENERATE
+    before = server.do()["received"][path]
+    sending = Sending(engine, [request()])
+    server.wait(**{path: before + 1})
+    return sending
+
+
+@pytest.mark.parametrize("no_scale_out", [False, True], ids=["spans", "no spans"])
+def test_a_request_that_reaches_the_server_after_its_pause_is_taken_back(
+    one: Server, no_scale_out: bool
+):
+    one.do(reset={"no_scale_out": no_scale_out})
+    with connected(one) as engine:
+        publish(engine, 0, reset=True)
+        sending = send_too_late(engine, one)
+        engine.pause()
+        assert sending.join() == ["abort"] and sending.segments == [[]]
+        engine.update_weights(weights(1.0), 1)
+        engine.resume()
+        assert [s.version for s in generate(engine, request())] == [1]
+
+
+@pytest.mark.parametrize("no_scale_out", [False, True], ids=["spans", "no spans"])
+def test_a_request_of_another_client_that_comes_after_the_pause_is_taken_back_too(
+    one: Server, no_scale_out: bool
+):
+    one.do(reset={"no_scale_out": no_scale_out})
+    with connected(one) as leader, connected_to(leader, one) as follower:
+        leader.pause()
+        leader.update_weights(weights(0.0), 0, reset=True)
+        follower.follow(0, leader.servers)
+        for engine in (leader, follower):
+            engine.resume()
+        sending = send_too_late(follower, one)
+        follower.pause()  # as rollout/publishing.py orders them
+        leader.pause()
+        follower.drain()
+        assert sending.join() == ["abort"] and sending.segments == [[]]
+        leader.update_weights(weights(1.0), 1)
+        follower.follow(1, leader.servers)
+        for engine in (leader, follower):
+            engine.resume()
+        assert [s.version for s in generate(follower, request())] == [1]
+        assert one.do()["loads"] == [["a", "b"]] * 2  # the follower sends no weights
+
+
+@contextmanager
+def connected_to(leader: RemoteInfEngine, *running: Server) -> Iterator[RemoteInfEngine]:
+    """The engine of another rank, on the servers of ``leader``."""
+    engine = make_engine(*running)
+    try:
+        engine.start(servers=leader.servers)
+        yield engine
+    finally:
+        engine.close()
+
+
+def urlopen_pause(server: Server) -> None:
+    import urllib.request
+
+    call = urllib.request.Request(f"{server.url}/pause?mode=abort", b"", method="POST")
+    with urllib.request.urlopen(call, timeout=30.0) as answer:
+        assert answer.status == 200
+
+
+def test_a_publish_with_late_requests_does_not_take_the_time_to_drain(one: Server):
+    one.do(held=True)
+    engine = make_engine(one)
+    engine.start()
+    with rolling(engine, batch_size=2, max_head_lag=2, drain_s=10_000.0) as executor:
+        one.do(wait={"running": 6})
+        executor.publish(weights(1.0), 1)  # would be cut by the test's own deadline
+        one.do(held=False)
+        batch = executor.take()
+        assert batch is not None
+        assert_exact(list(batch), 4)
+        executor.pause()
+
+
+@pytest.mark.parametrize("version", [0, 3, 5])
+def test_versions_advance_by_one(one: Server, version: int):
+    with connected(one) as engine:
+        publish(engine, 3, reset=True)
+        with pytest.raises(VersionError, match=f"at version 3; cannot commit {version}"):
+            engine.update_weights([], version)
+        publish(engine, 4)
+
+
+def test_a_step_that_was_skipped_moves_the_label_alone(one: Server):
+    with connected(one) as engine:
+        publish(engine, 0, reset=True)
+        engine.pause()
+        report = engine.update_weights([], 1)
+        engine.resume()
+        assert report.num_bytes == 0 and report.version == 1
+    state = one.do()
+    assert state["version"] == "1" and len(state["loads"]) == 1
+
+
+def test_connecting_resumes_a_server_found_paused_at_another_version(one: Server):
+    urlopen_pause(one)
+    with connected(one) as engine:
+        assert not one.do()["paused"]
+        publish(engine, 7, reset=True)
+        assert [s.version for s in generate(engine, request())] == [7]
+
+
+def test_weights_are_loaded_whole_and_then_in_part(one: Server):
+    with connected(one) as engine:
+        engine.pause()
+        report = engine.update_weights(weights(1.0, "a", "b", "c"), 0, reset=True)
+        assert report.num_bytes == 3 * 2 * 4 and report.bytes_per_s > 0
+        engine.update_weights(weights(2.0, "b"), 1)
+        engine.resume()
+    state = one.do()
+    assert state["loads"] == [["a", "b", "c"], ["b"]]
+    assert state["weights"] == {"a": 1.0, "b": 2.0, "c": 1.0}
+
+
+# Routing ------------------------------------------------------------------------------------------
+
+
+def test_groups_stay_on_their_server_and_others_go_where_least_is_out(two: list[Server]):
+    for server in two:
+        server.do(held=True)
+    with connected(*two) as engine:
+        publish(engine, 0, reset=True)
+        grouped = [request(tokens=9, key="g") for _ in range(4)]
+        first = Sending(engine, grouped)
+        home = wait_for_home(two, 4)
+        away = next(server for server in two if server is not home)
+        second = Sending(engine, [request(key=f"k{n}") for n in range(4)])
+        away.wait(running=4)
+        for server in two:
+            server.do(held=False)
+        assert first.join() == second.join() == ["length"] * 4
+        assert engine.num_serving == 2
+
+
+def wait_for_home(two: list[Server], count: int) -> Server:
+    while True:
+        for server in two:
+            if server.do()["running"] == count:
+                return server
+
+
+def test_no_more_than_max_requests_are_out(one: Server):
+    one.do(held=True)
+    with connected(one, max_requests=2) as engine:
+        publish(engine, 0, reset=True)
+        sending = Sending(engine, [request() for _ in range(5)])
+        one.wait(running=2)
+        assert one.do()["received"][GENERATE] == 2 + 2  # and two probes
+        one.do(held=False)
+        assert sending.join() == ["length"] * 5
+
+
+def test_requests_that_follow_one_another_share_a_connection(one: Server):
+    with connected(one, health_interval_s=1000.0) as engine:
+        publish(engine, 0, reset=True)
+        for _ in range(24):
+            generate(engine, request())
+        assert one.do()["connections"] < 12  # 1 where nothing stands still for seconds
+
+
+def test_groups_of_a_long_run_are_forgotten(one: Server):
+    from sdp_lightning.engines.remote import replicas
+
+    async def many() -> int:
+        chosen = replicas.ReplicaSet([one.url])
+        chosen.bring_in(chosen.replicas[0])
+        for number in range(replicas._REMEMBERED_GROUPS + 10):
+            await chosen.choose(str(number), 1.0)
+        return len(chosen._home)
+
+    assert asyncio.run(many()) == replicas._REMEMBERED_GROUPS
+
+
+# Refusals -----------------------------------------------------------------------------------------
+
+
+def test_a_request_longer_than_the_server_allows_is_refused(one: Server):
+    one.do(reset={"max_length": 8})
+    with connected(one) as engine:
+        publish(engine, 0, reset=True)
+        with pytest.raises(EngineError, match="3 tokens and max_new_tokens=6 do not fit the 8"):
+            generate(engine, request(tokens=3, budget=6))
+        assert [len(s) for s in generate(engine, request(tokens=3, budget=5))] == [5]
+
+
+def test_a_request_that_the_server_refuses_costs_no_server(one: Server):
+    with connected(one) as engine:
+        publish(engine, 0, reset=True)
+        wrong = GenerationRequest(np.array([699]), SamplingParams(max_new_tokens=1))
+        with pytest.raises(EngineError, match="Token id 699 is out of vocabulary"):
+            generate(engine, wrong)
+        assert engine.num_serving == 1
+
+
+def test_raw_logprobs_are_refused_with_the_flag_to_use(one: Server):
+    one.do(reset={"raw_logprobs": True})
+    with pytest.raises(EngineError, match="--logprobs-mode processed_logprobs"):
+        make_engine(one).start()
+    assert_nothing_left()
+
+
+def test_a_key_opens_a_server_that_wants_one():
+    with servers(1, "--api-key", "secret") as [server]:
+        with connected(server, api_key="secret") as engine:
+            publish(engine, 0, reset=True)
+        with pytest.raises(EngineError, match="answered 401"):
+            make_engine(server).start()
+    assert_nothing_left()
+
+
+def test_fewer_servers_than_min_replicas_are_refused():
+    with pytest.raises(ConfigError, match="1 servers are fewer than min_replicas=2"):
+        RemoteInfEngine(
+            ["http://127.0.0.1:1"], VLLMBackend(), options=RemoteOptions(min_replicas=2)
+        )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"on_update": "maybe"},
+        {"min_replicas": 0},
+        {"max_tries": 0},
+        {"max_requests": 0},
+        {"settle_s": -1.0},
+        {"recover_s": 0.0},
+        {"health_timeout_s": -2.0},
+    ],
+)
+def test_options_out_of_range_are_refused(options: dict[str, Any]):
+    with pytest.raises(ConfigError, match=str(next(iter(options.values())))):
+        RemoteOptions(**options)
+
+
+# Closing ------------------------------------------------------------------------------------------
+
+
+def test_closing_fails_what_is_out_and_leaves_nothing(one: Server):
+    one.do(held=True)
+    before = set(os.listdir("/proc/self/fd"))
+    with connected(one) as engine:
+        publish(engine, 0, reset=True)
+        sending = Sending(engine, [request(), request()])
+        one.wait(running=2)
+        engine.close()
+        results = sending.join()
+        assert all(isinstance(r, EngineError) and "closed" in str(r) for r in results)
+        engine.close()
+        with pytest.raises(EngineError, match="closed"):
+            generate(engine, request())
+        with pytest.raises(EngineError, match="closed"):
+            engine.pause()
+    assert_nothing_left()
+    one.wait(running=0)
+    assert set(os.listdir("/proc/self/fd")) <= before
+
+
+def test_an_engine_that_never_started_says_so():
+    engine = RemoteInfEngine(["http://127.0.0.1:1"], VLLMBackend())
+    with pytest.raises(EngineError, match="has not started"):
+        engine.pause()
+    with pytest.raises(EngineError, match="has not started"):
+        engine.update_weights([], 0, reset=True)
+    engine.close()
+
+
+def test_a_start_that_fails_leaves_nothing_and_may_not_be_mistaken_for_one(one: Server):
+    one.fault("/v1/models", "500")
+    engine = make_engine(one)
+    with pytest.raises(EngineError, match=r"cannot use the vllm server at .*/v1/models"):
+        engine.start()
+    assert_nothing_left()
+    with pytest.raises(EngineError, match="closed"):
+        engine.pause()
+
+
+def test_starting_twice_is_starting_once(one: Server):
+    with connected(one) as engine:
+        engine.start()
+        assert one.do()["received"]["/v1/models"] == 1
+
+
+def test_a_cancelled_request_leaves_the_server(one: Server):
+    one.do(held=True)
+    with connected(one) as engine:
+        publish(engine, 0, reset=True)
+
+        async def give_up() -> None:
+            task = asyncio.create_task(engine.generate(request(), lambda segment: None))
+            await asyncio.to_thread(one.wait, running=1)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+
+        asyncio.run(give_up())
+        one.wait(running=0)
+        assert engine.num_serving == 1
+
+
+def test_the_ledger_is_conserved_while_groups_are_dropped(one: Server):
+    engine = make_engine(one)
+    engine.start()
+    with rolling(engine, Samples(group_size=2), batch_size=4, max_head_lag=0) as executor:
+        for version in range(1, 6):
+            batch = executor.take()
+            assert batch is not None
+            assert_exact(list(batch), 4)
+            assert {s.version for g in batch for s in g.segments} == {version - 1}
+            executor.publish(weights(float(version)), version)
+            assert_conserved(executor)
+        wait_until(executor, lambda: executor.stat.consumed == 20)
+        executor.pause()

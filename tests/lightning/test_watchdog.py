@@ -1,0 +1,197 @@
+"""A hang of the trainer's thread is ended, and its stacks are shown; waits are no hangs."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+import sdp_lightning as sdp
+from sdp_lightning.testing import FakeEngine
+from support.forked_processes import Ended, forked
+from support.paths import TESTS
+from support.trainers import make_data, make_module, make_rows, make_trainer
+
+LIMIT_S = 3.0  # far above what a busy machine may stand still
+DEADLINE_S = 200.0
+
+SCRIPT = """
+import sys, threading, ctypes
+import torch
+torch.set_num_threads(1)
+sys.path.insert(0, {tests!r})
+from support.trainers import make_data, make_module, make_trainer
+import sdp_lightning as sdp
+from sdp_lightning.testing import FakeEngine
+
+def sleep(): threading.Event().wait()
+
+def swallow():
+    while True:
+        try:
+            sleep()
+        except Exception:
+            print("SWALLOWED", flush=True)
+
+def hold_the_lock():  # a C call that keeps the interpreter's lock
+    print("HOLDS", flush=True)
+    ctypes.PyDLL(None).sleep(600)
+
+class Hangs(sdp.SegmentWisePPOModule):
+    def training_step(self, batch, batch_idx):
+        if batch_idx == 1:
+            {how}()
+        super().training_step(batch, batch_idx)
+
+data = make_data(engine=FakeEngine())
+dog = sdp.Watchdog({limit}, patience_s={patience})
+trainer = make_trainer(sdp.WeightSyncCallback(), dog, max_steps=10**6)
+trainer.fit(Hangs({folder!r}), data)
+print("ENDED", flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def ended(model_folder: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
+    """Three runs at once that hang in a training step, each in its own way."""
+    scripts = {
+        how: SCRIPT.format(
+            tests=str(TESTS),
+            folder=model_folder,
+            how=how,
+            limit=LIMIT_S,
+            patience=DEADLINE_S if how == "sleep" else 1.0,
+        )
+        for how in ("sleep", "swallow", "hold_the_lock")
+    }
+    with forked(scripts, tmp_path_factory.mktemp("errors")) as forks:
+        return forks.wait(DEADLINE_S)
+
+
+@pytest.mark.parametrize("how", ["sleep", "swallow", "hold_the_lock"])
+@pytest.mark.fault("hang", "train step")
+def test_a_hung_step_is_ended_with_the_stacks_of_all_threads(
+    ended: dict[str, Ended], how: str
+) -> None:
+    result = ended[how]
+    assert result.returncode == 1, result.stderr
+    assert "ENDED" not in result.stdout
+    assert f"in {how}" in result.stderr
+    assert "(most recent call first)" in result.stderr
+    assert "in training_step" in result.stderr
+    assert "runner.py" in result.stderr  # the rollout thread's stack
+
+
+def test_a_run_that_is_asked_ends_in_order_with_an_error_that_says_why(
+    ended: dict[str, Ended],
+) -> None:
+    """Before its patience is over: the error is what ended it."""
+    assert "SDPError: the trainer's thread showed no sign of life for 3 s" in ended["sleep"].stderr
+    assert "nothing moved for 3." in ended["sleep"].stderr
+
+
+def test_one_that_does_not_end_when_asked_is_ended_all_the_same(
+    ended: dict[str, Ended],
+) -> None:
+    assert "SWALLOWED" in ended["swallow"].stdout
+    assert "Timeout (0:00:01" in ended["swallow"].stderr
+
+
+def test_one_that_holds_the_interpreters_lock_cannot_be_asked_and_is_ended(
+    ended: dict[str, Ended],
+) -> None:
+    assert "HOLDS" in ended["hold_the_lock"].stdout
+    assert "Timeout" in ended["hold_the_lock"].stderr
+
+
+# What is no hang ----------------------------------------------------------------------------------
+
+
+class Pause:
+    """Longer than the watchdog's limit; in-process, so a wrong alarm fails the test."""
+
+    def __init__(self) -> None:
+        self._never = threading.Event()
+
+    def __call__(self) -> None:
+        self._never.wait(1.3 * LIMIT_S)
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left() -> Iterator[None]:
+    before = set(threading.enumerate())
+    yield
+    for thread in set(threading.enumerate()) - before:
+        thread.join(DEADLINE_S)
+        assert not thread.is_alive(), thread
+
+
+def fit(folder: str, data: sdp.RolloutDataModule, *callbacks: Callback, **settings: Any) -> None:
+    dog = sdp.Watchdog(LIMIT_S, checkpoint_timeout_s=DEADLINE_S, patience_s=DEADLINE_S)
+    trainer = make_trainer(
+        sdp.WeightSyncCallback(), dog, *callbacks, **({"max_steps": 2} | settings)
+    )
+    trainer.fit(make_module(folder), data)
+    assert trainer.state.finished
+
+
+class SlowReward:
+    def __init__(self) -> None:
+        self._pause, self._lock = Pause(), threading.Lock()
+
+    def __call__(self, completion: str, row: Any) -> float:
+        if row["id"] == "row0":
+            self._pause()
+        return float(len(completion))
+
+
+@pytest.mark.parametrize("where", ["prompts", "val_prompts"])
+@pytest.mark.fault("slow", "reward")
+def test_a_wait_for_rollouts_or_an_evaluation_is_no_hang(model_folder: str, where: str) -> None:
+    workflow = sdp.RLVRWorkflow(
+        SlowReward(), group_size=2, sampling=sdp.SamplingParams(max_new_tokens=4)
+    )
+    slow, others = make_rows(1), make_rows(9)[1:]
+    rows, val = (slow, None) if where == "prompts" else (others, slow)
+    data = make_data(workflow, rows=rows, val_prompts=val, engine=FakeEngine())
+    fit(model_folder, data, max_steps=1, num_sanity_val_steps=0)
+
+
+class SlowDisk(TorchCheckpointIO):
+    def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        Pause()()
+        super().save_checkpoint(*args, **kwargs)
+
+
+@pytest.mark.fault("slow", "checkpoint")
+def test_writing_a_checkpoint_is_no_hang(model_folder: str, tmp_path: Path) -> None:
+    saver = ModelCheckpoint(tmp_path, every_n_train_steps=1)
+    settings: dict[str, Any] = {"enable_checkpointing": True, "plugins": [SlowDisk()]}
+    fit(model_folder, make_data(engine=FakeEngine()), saver, max_steps=1, **settings)
+
+
+class SlowStep(Callback):
+    def on_before_optimizer_step(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == 1:
+            Pause()()
+
+
+def test_a_slow_step_is_a_hang_also_in_this_process(
+    model_folder: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """What the tests above would see if their pauses were taken for hangs."""
+    with pytest.raises(sdp.SDPError, match="no sign of life for 3 s"):
+        fit(model_folder, make_data(engine=FakeEngine()), SlowStep())
+    assert "in on_before_optimizer_step" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["timeout_s", "checkpoint_timeout_s", "patience_s"])
+def test_times_must_be_positive(name: str) -> None:
+    with pytest.raises(sdp.ConfigError, match=f"{name}=0"):
+        sdp.Watchdog(**({"timeout_s": 1.0} | {name: 0.0}))

@@ -1,0 +1,146 @@
+"""The echo check: it passes where engine and trainer agree, and names what is stale where not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import sdp_lightning as sdp
+from sdp_lightning.engines.embedded.model_checks import text_logprobs
+from sdp_lightning.lightning.weight_check import EchoCheck
+from sdp_lightning.testing import FakeEngine, tiny_model
+from sdp_lightning.types import FloatArray, IntArray
+from support.trainers import Recorder, make_data, make_module, make_trainer
+
+
+def logprobs_of(model: Any) -> Callable[[IntArray], FloatArray]:
+    return lambda tokens: text_logprobs(model, tokens).numpy()
+
+
+def check(echo: EchoCheck, policy: Any, *engines: Any) -> float:
+    def score(trajectory: sdp.Trajectory) -> FloatArray:
+        return logprobs_of(policy)(trajectory.token_ids)
+
+    def ask(tokens: IntArray) -> dict[str, FloatArray]:
+        return {f"engine{i}": logprobs_of(engine)(tokens) for i, engine in enumerate(engines)}
+
+    size = int(policy.get_input_embeddings().weight.shape[0])
+    return echo.check(policy, num_embeddings=size, score=score, ask=ask)
+
+
+@torch.no_grad()
+def train(model: Any) -> None:
+    """Every weight moves."""
+    generator = torch.Generator().manual_seed(5)
+    for parameter in model.parameters():
+        parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
+
+
+def copy_of(model: Any, *, tied: bool = True) -> Any:
+    copy = tiny_model(tie_word_embeddings=tied)
+    copy.load_state_dict(model.state_dict())
+    return copy
+
+
+def test_an_engine_with_the_trainers_weights_passes_at_every_publish():
+    echo, policy = EchoCheck(tolerance=1e-5), tiny_model()
+    for _ in range(2):
+        assert check(echo, policy, copy_of(policy), copy_of(policy)) < 1e-6
+        train(policy)
+
+
+@pytest.mark.fault("corrupted data", "publish")
+def test_a_head_that_kept_the_old_embedding_is_named():
+    echo, policy = EchoCheck(tolerance=1e-3), tiny_model(tie_word_embeddings=True)
+    engine = copy_of(policy, tied=False)
+    check(echo, policy, engine)
+    train(policy)
+    new = {name: value for name, value in policy.state_dict().items() if name != "lm_head.weight"}
+    engine.load_state_dict(new, strict=False)
+    with pytest.raises(sdp.EngineError, match=r"engine0 .* Most at fault: lm_head\.weight\. "):
+        check(echo, policy, engine)
+
+
+@pytest.mark.fault("corrupted data", "publish")
+def test_of_several_engines_the_one_at_fault_is_named_with_its_parameter():
+    echo, policy = EchoCheck(tolerance=1e-3), tiny_model()
+    good, bad = copy_of(policy), copy_of(policy)
+    check(echo, policy, good, bad)
+    train(policy)
+    good.load_state_dict(policy.state_dict())
+    stale = "model.layers.1.mlp.up_proj.weight"
+    new = {name: value for name, value in policy.state_dict().items() if name != stale}
+    bad.load_state_dict(new, strict=False)
+    with pytest.raises(sdp.EngineError, match=rf"engine1 .* Most at fault: {stale}\. "):
+        check(echo, policy, good, bad)
+
+
+def test_before_any_agreement_the_models_are_questioned():
+    echo, policy = EchoCheck(tolerance=1e-3), tiny_model()
+    with pytest.raises(sdp.EngineError, match="load the same model, tokenizer and dtype"):
+        check(echo, policy, tiny_model(seed=9))
+
+
+def test_where_no_parameter_explains_it_none_is_named():
+    echo, policy = EchoCheck(tolerance=1e-3), tiny_model()
+    check(echo, policy, policy)
+    train(policy)
+    with pytest.raises(sdp.EngineError, match="No single parameter"):
+        check(echo, policy, tiny_model(seed=9))
+
+
+def test_an_echo_that_is_not_finite_is_refused():
+    echo, policy = EchoCheck(), tiny_model()
+    broken = copy_of(policy)
+    torch.nn.init.constant_(broken.lm_head.weight, float("nan"))
+    with pytest.raises(sdp.EngineError, match="differ from the trainer's by inf"):
+        check(echo, policy, broken)
+
+
+def test_frozen_weights_are_not_kept():
+    echo, policy = EchoCheck(), tiny_model(tie_word_embeddings=True)
+    policy.requires_grad_(False)
+    policy.get_parameter("model.layers.0.mlp.up_proj.weight").requires_grad_(True)
+    check(echo, policy, policy)
+    assert list(echo._agreed) == ["model.layers.0.mlp.up_proj.weight"]
+
+
+def test_a_fit_checks_after_the_first_publishes_and_every_nth(model_folder: str) -> None:
+    recorder = Recorder()
+    sync = sdp.WeightSyncCallback(echo_every=2, echo_tolerance=1e-4)
+    trainer = make_trainer(sync, recorder, max_steps=5)
+    trainer.fit(make_module(model_folder), make_data(max_head_lag=1))
+    checked = [metrics.get("publish/echo") for metrics in recorder.metrics]
+    assert checked[0] is not None and 0 <= checked[0] < 1e-4
+    asked: list[int] = []
+
+    def remember(tokens: IntArray) -> FloatArray:
+        asked.append(tokens.size)
+        return np.zeros(tokens.size - 1, dtype=np.float32)
+
+    sync = sdp.WeightSyncCallback(echo_every=2, echo_tolerance=1e9)
+    trainer = make_trainer(sync, max_steps=5)
+    trainer.fit(make_module(model_folder), make_data(engine=FakeEngine(echo=remember)))
+    assert asked == [64] * 4  # at versions 0, 1, 2 and 4
+
+
+@pytest.mark.fault("corrupted data", "publish")
+def test_a_fit_through_an_engine_with_other_weights_ends_before_the_first_batch(
+    model_folder: str,
+) -> None:
+    engine = FakeEngine()
+    trainer = make_trainer(sdp.WeightSyncCallback(echo_every=1), max_steps=1)
+    with pytest.raises(sdp.EngineError, match="fake answers a text of 64 tokens"):
+        trainer.fit(make_module(model_folder), make_data(engine=engine))
+    assert engine.num_requests == 0
+
+
+def test_settings_out_of_range_are_refused():
+    with pytest.raises(sdp.ConfigError, match="echo_every must be at least 1, got 0"):
+        sdp.WeightSyncCallback(echo_every=0)
+    with pytest.raises(sdp.ConfigError, match="echo_tolerance must be positive"):
+        sdp.WeightSyncCallback(echo_every=1, echo_tolerance=0.0)

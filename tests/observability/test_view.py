@@ -1,0 +1,399 @@
+"""Trajectories as they are shown: every token once, in its version's color, and harmless."""
+
+from __future__ import annotations
+
+import io
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, strategies as st
+from rich.console import Console
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+import sdp_lightning as sdp
+from sdp_lightning.observability.view import STYLE
+from sdp_lightning.observability.view.palette import (
+    DARK,
+    HUES,
+    LIGHT,
+    TERMINAL,
+    channels,
+    contrast,
+    hue_of,
+    underline_of,
+)
+from sdp_lightning.observability.view.text import PART, token_texts, visible
+from sdp_lightning.training.batch import collate
+from support.rollouts import CodePoints, make_segment
+
+WCAG_AA = 4.5
+
+
+def text_segment(version: int, text: str, **settings: Any) -> sdp.Segment:
+    return sdp.Segment(version, [ord(c) for c in text], [-0.5] * len(text), **settings)
+
+
+def text_trajectory(*parts: str | tuple[int, str], **settings: Any) -> sdp.Trajectory:
+    """Texts are contexts, (version, text) segments."""
+    made = [
+        sdp.Context([ord(c) for c in part]) if isinstance(part, str) else text_segment(*part)
+        for part in parts
+    ]
+    return sdp.Trajectory(tuple(made), **settings)
+
+
+class Page(HTMLParser):
+    """Elements with their classes, titles and texts, as a browser sees them."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[tuple[tuple[str, ...], str]] = []
+        self._open: list[tuple[str, str]] = []
+        self.feed(source)
+        self.close()
+        assert not self._open, "every element is closed"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta",):
+            self._open.append((tag, dict(attrs).get("class") or ""))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop()[0] == tag
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append((tuple(name for _, name in self._open), data))
+
+    def text(self, name: str) -> str:
+        """All text in elements of a class."""
+        return "".join(t for names, t in self.texts if any(name in n.split() for n in names))
+
+    def titles(self) -> list[str]:
+        return [attrs["title"] or "" for _, attrs in self.tags if "title" in attrs]
+
+
+def page_of(data: Any, **settings: Any) -> Page:
+    return Page(sdp.view(data, tokenizer=CodePoints(), **settings).fragment())
+
+
+# What is there ------------------------------------------------------------------------------------
+
+
+def test_every_sampled_token_is_in_the_color_of_its_version_and_says_what_is_known() -> None:
+    scored = text_segment(3, "ab")
+    scored.proximal.set([-0.4, -0.3], 4)
+    trajectory = sdp.Trajectory((sdp.Context([63]), scored, text_segment(5, "c")), reward=0.75)
+    page = page_of(trajectory, version=6)
+    assert page.text(f"sdp-v{hue_of(3)}") == "v3, lag 3" + "v3" + "ab"
+    assert page.text(f"sdp-u-{underline_of(5)}") == "v5, lag 1" + "v5" + "c"
+    assert page.text("sdp-context") == "?"
+    first, _, last = page.titles()
+    assert first.splitlines() == [
+        "version 3, lag 3",
+        "behavior -0.5000 (p 0.607)",
+        "segment -0.4000 (p 0.67)",
+        "weight 1.1052",  # exp(-0.4 + 0.5)
+        "token 97",
+    ]
+    assert last.splitlines()[:2] == ["version 5, lag 1", "behavior -0.5000 (p 0.607)"]
+    assert "0.75 reward" in page.text("sdp-side") and "lag 1-3" in page.text("sdp-side")
+
+
+def test_a_group_shows_its_members_with_advantages_and_the_tool_apart_from_the_prompt() -> None:
+    one = text_trajectory("2+2=", (0, "call"), "4\n", (1, "4"), reward=1.0)
+    two = text_trajectory("2+2=", (0, "5"), reward=0.0, finish_reason="length")
+    page = page_of(sdp.TrajectoryGroup((one, two), row_id="sum"))
+    kinds = [attrs.get("data-kind") for _, attrs in page.tags if "data-kind" in attrs]
+    assert kinds == ["prompt", "tool", "prompt"]
+    side = page.text("sdp-side")
+    assert "+1.00 advantage" in side and "-1.00 advantage" in side and "out of budget" in side
+    assert page.text("sdp-title") == "row sum, 2 samples, mean reward 0.5"
+
+
+def test_a_group_of_one_has_no_advantage() -> None:
+    page = page_of(sdp.TrajectoryGroup((text_trajectory("?", (0, "a")),)))
+    assert "advantage" not in page.text("sdp-side")
+
+
+def test_a_batch_shows_proximals_weights_and_the_advantages_that_the_module_set() -> None:
+    group = sdp.TrajectoryGroup((text_trajectory("?", (1, "ab"), (3, "c")),) * 2)
+    batch = collate([group], version=4)
+    x = torch.where(batch.loss_mask, -0.2, 0.0)
+    advantages = torch.where(batch.loss_mask, 1.5, 0.0)
+    batch = sdp.Batch(**(vars(batch) | {"proximal_logprobs": x, "advantages": advantages}))
+    page = page_of(batch, loss=sdp.LossConfig(trust_region="proximal"))
+    assert page.titles()[0].splitlines() == [
+        "version 1, lag 3",
+        "behavior -0.5000 (p 0.607)",
+        "segment -0.5000 (p 0.607)",  # unscored: missing_proximal="behavior"
+        "proximal -0.2000 (p 0.819)",
+        "weight 1.3499",  # exp(-0.2 + 0.5)
+        "token 97",
+    ]
+    assert "weight 1.0000" in page_of(batch).titles()[0], "around q = b"
+    assert "weight 1.3499" in page_of(batch).titles()[2], "at lag 1 q is x"
+    past = page_of(batch, loss=sdp.LossConfig(trust_region="past")).titles()[2]
+    assert "weight 1.0000" in past and "segment -0.2000" in past
+    assert "+1.50 advantage" in page.text("sdp-side")
+
+
+@pytest.mark.parametrize(
+    ("loss", "weight"),
+    [
+        (sdp.LossConfig(), "weight 1.1052"),
+        (sdp.LossConfig(trust_region="past"), "weight 1.1052"),
+        (sdp.LossConfig(trust_region="behavior"), "weight 1.0000"),
+        (sdp.LossConfig(trust_region="proximal"), None),
+    ],
+    ids=lambda value: getattr(value, "trust_region", ""),
+)
+def test_a_batch_without_proximals_says_what_can_be_said(
+    loss: sdp.LossConfig, weight: str | None
+) -> None:
+    scored = text_segment(1, "a")
+    scored.proximal.set([-0.4], 2)
+    group = sdp.TrajectoryGroup((sdp.Trajectory((sdp.Context([63]), scored)),))
+    (title,) = page_of(collate([group], version=4), loss=loss).titles()
+    found = [line for line in title.splitlines() if line.startswith("weight")]
+    assert found == ([weight] if weight else [])
+
+
+def test_long_trajectories_and_large_batches_are_cut_with_a_note() -> None:
+    long = text_trajectory("p" * 50, (0, "a" * 1000 + "z"))
+    groups = [sdp.TrajectoryGroup((long,) * 4) for _ in range(5)]
+    page = page_of(groups, max_tokens=100, max_rows=6)
+    assert page.text("sdp-cut") == "951 tokens not shown" * 6
+    assert "14 more trajectories not shown" in page.text("sdp-note")
+    assert len(page.titles()) == 6 * 50 and page.text("sdp-text").count("z") == 6
+    assert "1,001 tokens sampled" in page.text("sdp-side")
+
+
+@pytest.mark.parametrize("settings", [{"max_tokens": 0}, {"max_rows": 0}])
+def test_room_for_nothing_is_refused(settings: dict[str, int]) -> None:
+    with pytest.raises(sdp.ConfigError, match="must be 1 or more"):
+        sdp.view(text_trajectory("?", (0, "a")), **settings)
+    with pytest.raises(sdp.ConfigError, match="no trajectories"):
+        sdp.view([])
+
+
+# Tokens to text -----------------------------------------------------------------------------------
+
+
+def byte_tokenizer() -> Any:
+    """Byte-level BPE without merges: a token a byte."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+@given(st.text(alphabet=st.characters(categories=["L", "N", "P", "S"]), max_size=12))
+def test_characters_split_over_tokens_are_shown_whole_at_their_last_token(text: str) -> None:
+    tokenizer = byte_tokenizer()
+    ids = tokenizer.encode(text).ids
+    texts = token_texts(ids, tokenizer)
+    assert len(texts) == len(ids) == len(text.encode())
+    ends = np.cumsum([len(c.encode()) for c in text]) - 1
+    assert [texts[end] for end in ends] == list(text)
+    assert all(t == PART for i, t in enumerate(texts) if i not in set(ends.tolist()))
+
+
+def test_bytes_that_never_become_a_character_are_shown_as_such() -> None:
+    tokenizer = byte_tokenizer()
+    broken = tokenizer.encode("\u20ac").ids[:2]  # two of its three bytes
+    assert token_texts(broken, tokenizer) == [PART, "\ufffd"]
+    whole = "".join(token_texts([*broken, *tokenizer.encode("ab").ids], tokenizer))
+    assert whole.endswith("ab") and "\ufffd" in whole
+
+
+def test_a_token_without_text_and_a_token_without_tokenizer_are_their_ids() -> None:
+    assert token_texts([1, 2], None) == ["1", "2"]
+    assert token_texts([10**6], byte_tokenizer()) == ["\u27e81000000\u27e9"]
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a\nb", "a\u23ce\nb"),
+        ("\t", "\u21e5\t"),
+        ("\r", "\u240d"),
+        ("\x00\x1b[31m\x7f", "\u2400\u241b[31m\u2421"),
+        ("\u202eevil", "\u27e8U+202E\u27e9evil"),
+        ("\u200f\u2066", "\u27e8U+200F\u27e9\u27e8U+2066\u27e9"),
+        ("\ud800", "\u27e8U+D800\u27e9"),
+        ("\u0301", "\u25cc\u0301"),
+        ("\u05e9\u05dc\u05d5\u05dd", "\u05e9\u05dc\u05d5\u05dd"),
+        ("x" * 500, "x" * 160 + "\u2026\u27e8500 characters\u27e9"),
+    ],
+    ids=[
+        *("newline", "tab", "carriage return", "control characters", "right-to-left override"),
+        *("marks without width", "a lone surrogate", "a lone accent", "Hebrew is Hebrew", "long"),
+    ],
+)
+def test_nothing_in_a_text_is_hidden_or_acts(text: str, shown: str) -> None:
+    assert visible(text) == shown
+
+
+# Safety -------------------------------------------------------------------------------------------
+
+HOSTILE = (
+    "<script>alert(1)</script>",
+    "\"'><img src=x onerror=alert(1)>",
+    "</div></section></style><style>*{display:none}",
+    "&lt;b&gt;&#10;",
+    "<!--",
+    "\x00\x1b]0;title\x07\u202e\ud800",
+    "[link=https://example.org]rich[/link]",
+)
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_no_text_of_a_model_becomes_markup(text: str) -> None:
+    trajectory = text_trajectory(text, (0, text), text, (1, text))
+    group = sdp.TrajectoryGroup((trajectory,), row_id=text)
+    calm = sdp.TrajectoryGroup(
+        (text_trajectory("a" * len(text), (0, "a" * len(text)), "a", (1, "a" * len(text))),),
+        row_id="a",
+    )
+    page, expected = page_of(group), page_of(calm)
+    assert [tag for tag, _ in page.tags] == [tag for tag, _ in expected.tags]
+    assert {name for _, attrs in page.tags for name in attrs} <= {
+        *("class", "title", "style", "data-kind"),
+    }
+    sdp.view(group, tokenizer=CodePoints()).html().encode("utf-8")
+    output = io.StringIO()
+    sdp.view(group, tokenizer=CodePoints()).show(Console(file=output, width=60))
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", output.getvalue())
+
+
+def test_the_plain_text_of_a_view_does_not_repeat_its_data() -> None:
+    """A notebook saves it beside the HTML, and the repr of a tokenizer says where it lies."""
+    member = text_trajectory("q", (3, "a"))
+    one, two = (
+        sdp.view(member, tokenizer=CodePoints()),
+        sdp.view(sdp.TrajectoryGroup((member,) * 2)),
+    )
+    assert [repr(one), repr(two)] == ["View(1 trajectory)", "View(2 trajectories)"]
+
+
+def test_a_saved_page_has_one_style_no_script_and_nothing_from_the_network(tmp_path: Path) -> None:
+    group = sdp.TrajectoryGroup((text_trajectory("?", (0, "a")),) * 2)
+    path = sdp.view(group).save(tmp_path / "page.html", title="<b>")
+    text = path.read_text(encoding="utf-8")
+    tags = [tag for tag, _ in Page(text.removeprefix("<!doctype html>")).tags]
+    assert tags.count("style") == 1 and "script" not in tags and "link" not in tags
+    assert "http" not in text and "url(" not in text and "@import" not in text
+    assert "<title>&lt;b&gt;</title>" in text
+
+
+# Colors -------------------------------------------------------------------------------------------
+
+
+def themes_in_style() -> list[dict[str, str]]:
+    """The variables of every rule of the style that sets them."""
+    blocks = re.findall(r"\{([^{}]*--sdp-ground:[^{}]*)\}", STYLE)
+    return [dict(re.findall(r"--sdp-(\w+):(#[0-9a-f]{6})", block)) for block in blocks]
+
+
+def test_every_text_on_every_ground_has_the_contrast_of_wcag_aa() -> None:
+    found = themes_in_style()
+    assert len(found) == 4, "light, dark by preference, dark and light by the host's theme"
+    assert {theme["ground"] for theme in found} == {LIGHT.ground, DARK.ground}
+    for theme in found:
+        for i in range(len(HUES)):
+            assert contrast(theme["text"], theme[f"t{i}"]) >= WCAG_AA
+        for ground in ("ground", "panel"):
+            assert contrast(theme["text"], theme[ground]) >= WCAG_AA
+            assert contrast(theme["muted"], theme[ground]) >= WCAG_AA
+    assert all(contrast(TERMINAL.text, tint) >= WCAG_AA for tint in TERMINAL.tints)
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        '[data-jp-theme-light="false"]',
+        ".vscode-dark",
+        "html[theme=dark]",
+        '[data-md-color-scheme="slate"]',
+    ],
+)
+def test_dark_hosts_get_the_dark_colors_whatever_the_system_prefers(host: str) -> None:
+    rule = STYLE[STYLE.index(f"{host} .sdp-view") :]
+    assert rule[rule.index("{") :].startswith(f"{{--sdp-t0:{DARK.tints[0]}")
+
+
+# Linear maps of sRGB under complete protanopia and deuteranopia: Viénot, Brettel, Mollon 1999.
+BLIND = {
+    "protanopia": [[0.11238, 0.88762, 0], [0.11238, 0.88762, 0], [0.00401, -0.00401, 1]],
+    "deuteranopia": [[0.29275, 0.70725, 0], [0.29275, 0.70725, 0], [-0.02234, 0.02234, 1]],
+    "nobody": np.eye(3).tolist(),
+}
+
+
+@pytest.mark.parametrize("kind", BLIND)
+def test_neighboring_versions_stay_apart_for_color_blind_eyes_and_in_black_and_white(
+    kind: str,
+) -> None:
+    for theme in (LIGHT, DARK, TERMINAL):
+        linear = np.array([channels(tint) for tint in theme.tints]) / 255
+        seen = np.clip((linear**2.2) @ np.array(BLIND[kind]).T, 0, 1) ** (1 / 2.2) * 255
+        for version in range(len(HUES)):
+            for lag in (1, 2, 3):
+                one, other = seen[hue_of(version)], seen[hue_of(version + lag)]
+                assert lag == 3 or np.abs(one - other).max() >= 20
+                assert underline_of(version) != underline_of(version + lag)
+
+
+# Where it is shown --------------------------------------------------------------------------------
+
+
+def test_data_shows_itself_in_a_notebook_by_ids_and_with_a_set_tokenizer_by_text() -> None:
+    trajectory = text_trajectory("?", (0, "ab"))
+    group = sdp.TrajectoryGroup((trajectory,))
+    for data in (trajectory, group, collate([group], version=0)):
+        assert Page(data._repr_html_()).text("sdp-run") == "v097 98"
+        sdp.set_view_tokenizer(CodePoints())
+        assert Page(data._repr_html_()).text("sdp-run") == "v0ab"
+        sdp.set_view_tokenizer(None)
+
+
+def test_reading_a_tokenizer_changes_nothing_that_is_shown(model_folder: str) -> None:
+    tokenizer = sdp.SegmentWisePPOModule(model_folder).tokenizer
+    tokens = tokenizer.encode("12", add_special_tokens=False)
+    trajectory = sdp.Trajectory((sdp.Context([3]), sdp.Segment(0, tokens, [-1.0, -1.0])))
+    assert Page(trajectory._repr_html_()).text("sdp-run") != "v012"
+    assert Page(sdp.view(trajectory, tokenizer=tokenizer).html()).text("sdp-run") == "v012"
+
+
+def test_the_terminal_shows_the_same_with_colors_and_with_labels() -> None:
+    trajectory = text_trajectory("ask", (1, "one"), "tool", (2, "two\nmore"), reward=0.5)
+    group = sdp.TrajectoryGroup((trajectory, trajectory), row_id="7")
+    output = io.StringIO()
+    console = Console(file=output, width=80, force_terminal=True, color_system="truecolor")
+    sdp.view(group, tokenizer=CodePoints(), version=3, max_rows=1).show(console)
+    shown = output.getvalue()
+    red, green, blue = channels(TERMINAL.tints[hue_of(1)])
+    assert f"48;2;{red};{green};{blue}" in shown
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", shown)
+    assert "row 7, 2 samples, mean reward 0.5" in plain and "1 more trajectory not shown" in plain
+    lines = [line.strip() for line in plain.splitlines()]
+    assert lines[lines.index("ask") :][:4] == ["ask", "v1\u2502one", "tool", "v2\u2502two\u23ce"]
+    assert "0.5 reward" in plain and "v1, lag 2" in plain
+
+
+def test_rich_prints_data_drawn(capsys: pytest.CaptureFixture[str]) -> None:
+    output = io.StringIO()
+    long = sdp.Trajectory((sdp.Context([1]), make_segment(4, 30)))
+    Console(file=output, width=60).print(long)
+    assert "v4" in output.getvalue() and "30 tokens sampled" in output.getvalue()
+    drawn = io.StringIO()
+    Console(file=drawn, width=60).print(sdp.view(long, max_tokens=10))
+    assert "[21 tokens not shown]" in drawn.getvalue()
+    assert sdp.view(long)._repr_html_() == sdp.view(long).html()

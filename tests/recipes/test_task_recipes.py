@@ -1,0 +1,77 @@
+"""The configs of the recipes for tasks: two steps of each with a tiny model, on the CPU."""
+
+from __future__ import annotations
+
+import csv
+import doctest
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sdp_lightning.cli.main import main
+from sdp_lightning.config.import_path import load_object
+from support.paths import ROOT
+
+# Lightning calls functions of jsonargparse by their old names; Python shows that to nobody else.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning"
+)
+
+
+@pytest.mark.parametrize("recipe", ["multi_turn", "reasoning_gym"])
+def test_two_steps_of_a_config(
+    recipe: str, model_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if recipe == "reasoning_gym":
+        pytest.importorskip("reasoning_gym")
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")  # a config names files from the root
+    monkeypatch.chdir(tmp_path)
+    overrides: dict[str, Any] = {
+        "trainer.max_steps": 2,
+        "trainer.limit_val_batches": 0,
+        "model.model": model_folder,
+        "model.trainable": ".*",
+        "model.update.num_minibatches": 1,
+        "data.rollout.batch_size": 2,
+        "data.rollout.timeout_s": 60,
+    }
+    flags = [f"--{name}={value}" for name, value in overrides.items()]
+    assert main(["fit", f"--config=recipes/{recipe}/config.yaml", *flags]) == 0
+    with (tmp_path / "runs" / recipe / "version_0" / "metrics.csv").open() as file:
+        steps = [row for row in csv.DictReader(file) if row["train/reward"]]
+    assert len(steps) == 2
+    for row in steps:
+        assert 0 <= float(row["train/reward"]) <= 1 and math.isfinite(float(row["train/loss"]))
+
+
+def test_the_examples_of_the_game_are_right() -> None:
+    task: Any = load_object(f"{ROOT}/recipes/multi_turn/task.py:__dict__")
+    results = [
+        doctest.DocTestRunner().run(test)
+        for name in ("UpOrDown", "make_rows")
+        for test in doctest.DocTestFinder().find(task[name], name, globs=dict(task))
+    ]
+    assert sum(result.attempted for result in results) == 5
+    assert not any(result.failed for result in results)
+
+
+def test_players_that_are_shown_heed_every_answer_and_waste_some_turns() -> None:
+    import random
+
+    task: Any = load_object(f"{ROOT}/recipes/multi_turn/task.py:__dict__")
+    player, wasted, won = random.Random(0), 0, 0
+    for _ in range(300):
+        parts = task["play"](player, 0.5)
+        low, high = 0, 9
+        for (text, is_mine), (answer, _) in zip(parts, [*parts[1:], ("", False)], strict=True):
+            if not is_mine:
+                continue
+            wasted += answer == "no\n"
+            if text[0].isdigit():
+                assert low <= int(text) <= high
+                low = int(text) + 1 if answer == "up\n" else low
+                high = int(text) - 1 if answer == "down\n" else high
+        won += parts[-1][1]
+    assert 300 < wasted < 700 and 90 < won < 210

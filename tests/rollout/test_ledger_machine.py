@@ -1,0 +1,313 @@
+"""State machines over the real registry and executor: no interleaving breaks the ledger."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+import sdp_lightning as sdp
+from sdp_lightning.prompts.stream import PromptRow
+from sdp_lightning.rollout.factory import (
+    create_capacity_modifiers,
+    create_recomputer,
+    create_staleness_strategy,
+)
+from sdp_lightning.rollout.groups.in_flight import LiveGroup
+from sdp_lightning.rollout.groups.ledger import StalenessManager
+from sdp_lightning.rollout.groups.registry import GroupRegistry
+from sdp_lightning.testing import FakeEngine
+from sdp_lightning.types import Row
+from sdp_lightning.workflows.episode import Episode
+from sdp_lightning.workflows.send_gate import SendGate
+from sdp_lightning.workflows.workflow import RolloutSession
+from support.rollouts import (
+    Samples as SamplesWorkflow,
+    VersionScorer,
+    assert_conserved,
+    make_executor,
+    make_segment,
+    wait_until,
+)
+
+PICK = st.integers(0, 99)
+
+
+class RegistryMachine(RuleBasedStateMachine):
+    """Submit, sample, finish in any order, reject, fail, score, take, commit."""
+
+    on_overdue = "drop"
+
+    @initialize(
+        B=st.integers(1, 3),
+        H=st.integers(0, 3),
+        C=st.integers(1, 9),
+        missing=st.sampled_from(["behavior", "drop"]),
+    )
+    def start(self, B: int, H: int, C: int, missing: Any) -> None:
+        self.config = sdp.RolloutConfig(
+            batch_size=B,
+            max_head_lag=H,
+            max_concurrent=C,
+            missing_proximal=missing,
+            on_overdue=self.on_overdue,  # type: ignore[arg-type]
+            max_failures=10**6,
+            max_rejected_in_a_row=10**6,
+        )
+        self.manager = StalenessManager(
+            max_concurrent=C,
+            batch_size=B,
+            max_head_lag=H,
+            modifiers=create_capacity_modifiers(self.config),
+        )
+        self.dropped: list[int] = []
+        self.registry = GroupRegistry(
+            self.config,
+            create_staleness_strategy(self.config),
+            self.manager,
+            on_drop=lambda live: self.dropped.append(live.order),
+        )
+        self.recomputer = create_recomputer(self.config)
+        self.version, self.in_hand, self.num = 0, 0, 0
+        self.running: list[tuple[LiveGroup, Episode]] = []
+        self.verdicts: dict[int, str] = {}
+        self.registry.rebase(0)
+
+    def pick(self, index: int) -> tuple[LiveGroup, Episode]:
+        return self.running[index % len(self.running)]
+
+    def end(self, live: LiveGroup, verdict: str) -> None:
+        assert live.order not in self.verdicts
+        self.verdicts[live.order] = verdict
+        self.running = [pair for pair in self.running if pair[0] is not live]
+
+    @precondition(lambda self: self.manager.capacity(self.version) > 0)
+    @rule(at_once=st.integers(1, 6))
+    def submit(self, at_once: int) -> None:
+        for _ in range(min(at_once, self.manager.capacity(self.version))):
+            episode = Episode(FakeEngine(), SendGate())
+            session = RolloutSession(None, lambda n, e=episode: e)  # type: ignore[arg-type, misc]
+            session.open().add_context([1])
+            live = LiveGroup(self.num, PromptRow(0, self.num, {}), self.version, session)
+            self.registry.add(live)
+            self.running.append((live, episode))
+            self.num += 1
+
+    @precondition(lambda self: self.running)
+    @rule(index=PICK)
+    def sample(self, index: int) -> None:
+        self.pick(index)[1]._append(make_segment(self.version))
+
+    @precondition(lambda self: self.running)
+    @rule(index=PICK, turn=st.booleans())
+    def finish(self, index: int, turn: bool) -> None:
+        live, episode = self.pick(index)
+        if turn:
+            episode.add_context([1])
+        if not any(hasattr(part, "version") for part in episode.parts):
+            episode._append(make_segment(self.version))
+        self.registry.finish(live, live.make_group([episode.finish(0.0)]))
+        self.end(live, "finished")
+
+    @precondition(lambda self: self.running)
+    @rule(index=PICK, fail=st.booleans())
+    def lose(self, index: int, fail: bool) -> None:
+        live, _ = self.pick(index)
+        if fail:
+            self.registry.record_failure(live, ValueError("x"))
+        else:
+            self.registry.reject(live, "reason")
+        self.end(live, "lost")
+
+    @precondition(lambda self: not self.in_hand)
+    @rule(score=st.booleans())
+    def take(self, score: bool) -> None:
+        batch = self.registry.take()
+        assert len(batch) in (0, self.config.batch_size)
+        orders = [group.order for group in batch]
+        assert orders == sorted(orders)
+        for group in batch:
+            oldest = group.tail_version if self.on_overdue == "mask" else group.head_version
+            assert oldest is not None and self.version - oldest <= self.config.max_head_lag
+            assert self.verdicts[group.order] == "finished" and group.order not in self.dropped
+            self.verdicts[group.order] = "trained"
+        self.in_hand = len(batch)
+        if not batch and not self.running:
+            assert self.manager.stat.pending < self.config.batch_size, "waits for nothing"
+        if score and self.recomputer is not None:
+            self.recomputer.run(self.registry, VersionScorer(), self.version)
+
+    @precondition(lambda self: self.in_hand)
+    @rule()
+    def commit(self) -> None:
+        self.version += 1
+        for live in self.registry.commit(self.version):
+            self.end(live, "overdue")
+            assert live.order in self.dropped
+            self.registry.finish(live, live.make_group([live.session.episodes[0].finish(0.0)]))
+        self.in_hand = 0
+
+    @invariant()
+    def the_ledger_is_conserved(self) -> None:
+        stat = self.manager.stat
+        ended = stat.pending + stat.consumed + stat.dropped + stat.rejected + stat.failed
+        assert stat.submitted == self.num == stat.running + ended
+        assert stat.running == len(self.running) and stat.dropped == len(self.dropped)
+        assert len(set(self.dropped)) == len(self.dropped), "dropped twice"
+        assert stat.consumed == list(self.verdicts.values()).count("trained")
+        live = [x for x in self.registry.snapshot() if not x.in_hand]
+        assert len(live) == stat.running + stat.pending
+
+    @invariant()
+    def nothing_is_stuck(self) -> None:
+        stat = self.manager.stat
+        if not stat.running and stat.pending < self.config.batch_size and not self.in_hand:
+            assert self.manager.capacity(self.version) > 0, stat
+
+    @invariant()
+    def waiting_drops_none(self) -> None:
+        if self.on_overdue == "wait" and self.config.missing_proximal != "drop":
+            assert not self.dropped
+
+
+class ExecutorMachine(RuleBasedStateMachine):
+    """The same through threads: the row's number says what becomes of it."""
+
+    on_overdue = "drop"
+
+    @initialize(
+        B=st.integers(1, 3),
+        H=st.integers(0, 3),
+        C=st.integers(1, 6),
+        requeue=st.booleans(),
+        lost=st.integers(3, 7),
+    )
+    def start(self, B: int, H: int, C: int, requeue: bool, lost: int) -> None:
+        def script(row: Row) -> str | None:
+            if row["n"] % lost == 1:
+                raise ValueError("lost")
+            return "reject" if row["n"] % lost == 2 else None
+
+        self.engine = FakeEngine(999, manual=True)
+        self.executor = make_executor(
+            self.engine,
+            SamplesWorkflow(max_new_tokens=999, script=script),
+            rows=[{"n": n} for n in range(1000)],
+            batch_size=B,
+            max_head_lag=H,
+            max_concurrent=C,
+            on_overdue=self.on_overdue,
+            requeue_dropped=requeue,
+            max_failures=10**6,
+        )
+        self.in_hand = False
+        self.executor.publish([], 0, reset=True)
+        self.executor.resume()
+
+    def teardown(self) -> None:
+        if hasattr(self, "executor"):
+            self.executor.close()
+
+    def settle(self) -> None:
+        """Until nothing moves by itself: all capacity is used, and every row has been sent."""
+        executor = self.executor
+
+        def is_full() -> bool:
+            return executor.manager.capacity(executor.version) == 0
+
+        wait_until(executor, is_full)
+        self.engine.wait_for_requests(executor.stat.running, total=executor.stat.submitted)
+
+    @rule(index=PICK)
+    def sample(self, index: int) -> None:
+        self.settle()
+        if self.executor.stat.running:
+            self.engine.advance(1, only=index % self.executor.stat.running)
+
+    @rule(index=PICK)
+    def finish(self, index: int) -> None:
+        self.settle()
+        stat = self.executor.stat
+        if stat.running:
+            self.engine.advance(999, only=index % stat.running)
+            ended = stat.submitted - stat.running
+            wait_until(
+                self.executor,
+                lambda: self.executor.stat.submitted - self.executor.stat.running > ended,
+            )
+
+    @precondition(lambda self: not self.in_hand)
+    @rule()
+    def take(self) -> None:
+        self.settle()
+        executor = self.executor
+        try:
+            batch = executor.take(timeout_s=0)
+        except sdp.errors.RolloutTimeout:
+            return
+        assert batch is not None
+        self.in_hand = True
+        for group in batch:
+            oldest = group.tail_version if self.on_overdue == "mask" else group.head_version
+            assert oldest is not None
+            assert executor.version - oldest <= executor.config.max_head_lag
+
+    @precondition(lambda self: self.in_hand)
+    @rule()
+    def publish(self) -> None:
+        self.executor.publish([], self.executor.version + 1)
+        self.in_hand = False
+
+    @invariant()
+    def the_ledger_is_conserved_and_nothing_is_stuck(self) -> None:
+        if not hasattr(self, "executor"):
+            return
+        assert_conserved(self.executor)
+        self.settle()
+        stat = self.executor.stat
+        assert stat.running or self.in_hand or stat.pending >= self.executor.config.batch_size
+        if self.on_overdue == "wait":
+            assert not stat.dropped
+
+
+MODES = ["drop", "wait", "mask"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_no_interleaving_of_transitions_breaks_the_registry(
+    mode: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Faults: one drop compensated twice, another never; compensation that deadlocks later."""
+    caplog.set_level(logging.ERROR, logger="sdp_lightning")
+    machine = type("Machine", (RegistryMachine,), {"on_overdue": mode})
+    run_state_machine_as_test(
+        machine, settings=settings(max_examples=120, stateful_step_count=60, deadline=None)
+    )
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_no_interleaving_of_events_breaks_the_executor(
+    mode: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.ERROR, logger="sdp_lightning")
+    machine = type("Machine", (ExecutorMachine,), {"on_overdue": mode})
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=40,
+            stateful_step_count=40,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )

@@ -1,0 +1,363 @@
+"""A version's life: gate, pause, drain, update, commit, purge, resume; and groups that go stale."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from typing import Any
+
+import pytest
+
+from sdp_lightning.engines.protocol import GenerationRequest, SegmentSink
+from sdp_lightning.errors import EngineError, RolloutTimeout, VersionError
+from sdp_lightning.rollout.executor import WorkflowExecutor
+from sdp_lightning.testing import FakeEngine
+from sdp_lightning.types import FinishReason, Segment
+from support.rollouts import (
+    DEADLINE_S,
+    RecordingEngine,
+    Samples,
+    assert_conserved,
+    rolling,
+    versions,
+    wait_until,
+)
+
+
+def step(executor: WorkflowExecutor) -> int:
+    """Publish the next version without a batch between."""
+    executor.publish([], executor.version + 1)
+    return executor.version
+
+
+def finish(executor: WorkflowExecutor, engine: FakeEngine, *indices: int) -> None:
+    """Let these requests end, and wait until their groups have."""
+    target = executor.stat.running - len(indices)
+    for index in sorted(indices, reverse=True):
+        engine.advance(99, only=index)
+    wait_until(executor, lambda: executor.stat.running <= target or executor.stat.pending > 0)
+
+
+def test_a_server_is_updated_with_nothing_in_flight_and_sends_wait_for_the_end() -> None:
+    """Faults: weights reloaded under running requests; a request sent before a pause and admitted
+    after it is stamped with the old version."""
+    engine = RecordingEngine(reply=4, manual=True, in_process=False)
+    with rolling(engine, max_head_lag=1, batch_size=1, max_concurrent=9) as executor:
+        engine.wait_for_requests(2)
+        engine.advance(1)
+        engine.events.clear()
+        step(executor)
+        engine.wait_for_requests(3)
+        order = ["pause", "update 1 with 0 in flight", "resume", *["generate"] * 3]
+        assert engine.events == order, "gate closed until after the resume"
+        parts = [live.parts for live in executor.registry.snapshot()][:2]
+        assert all(isinstance(p[0][1], Segment) and p[0][1].version == 0 for p in parts)
+        engine.advance(99)
+        (group,) = executor.take() or []
+        assert [(s.version, len(s)) for s in group.segments] == [(0, 1), (1, 3)]
+
+
+def test_in_process_requests_go_on_across_an_update() -> None:
+    engine = RecordingEngine(reply=4, manual=True)
+    with rolling(engine, batch_size=1, max_head_lag=0) as executor:
+        engine.wait_for_requests(1)
+        engine.events.clear()
+        executor.publish([], 1)
+        assert engine.events[:3] == ["pause", "update 1 with 1 in flight", "resume"]
+
+
+def test_when_a_publish_returns_every_interrupted_token_is_in_its_episode() -> None:
+    for in_process in (True, False):
+        engine = FakeEngine(reply=9, manual=True, in_process=in_process)
+        with rolling(engine, Samples(1, max_new_tokens=9), max_head_lag=3) as executor:
+            engine.wait_for_requests(8)
+            for version in range(1, 4):
+                engine.advance(1)
+                step(executor)
+                sampled = sum(live.num_sampled for live in executor.registry.snapshot())
+                assert sampled == engine.num_generated, f"in_process={in_process}"
+                assert executor.version == version
+                if not in_process:
+                    engine.wait_for_requests(executor.stat.running)
+
+
+@pytest.mark.parametrize("in_process", [True, False])
+def test_a_publish_reports_how_long_nothing_was_sampled_and_the_trainer_waited(
+    in_process: bool,
+) -> None:
+    class Slow(FakeEngine):
+        def update_weights(self, weights: Any, version: int, *, reset: bool = False) -> Any:
+            time.sleep(0.02)
+            return super().update_weights(weights, version, reset=reset)
+
+        def pause(self) -> None:
+            super().pause()
+            time.sleep(0.01)
+
+    with rolling(Slow(in_process=in_process), max_head_lag=1, batch_size=1) as executor:
+        start = time.monotonic()
+        report = executor.publish([], 1)
+        assert 0.03 <= report.paused_s <= report.exposed_s <= time.monotonic() - start
+
+
+class Straggling(FakeEngine):
+    """The first request does not notice the pause: it has to be cancelled."""
+
+    def __init__(self) -> None:
+        super().__init__(in_process=False)
+        self.hung, self.num_hung = threading.Event(), 0
+
+    async def generate(self, request: GenerationRequest, sink: SegmentSink) -> FinishReason:
+        if not self.hung.is_set():
+            self.hung.set()
+            try:
+                await asyncio.Event().wait()
+            finally:
+                self.num_hung += 1
+        return await super().generate(request, sink)
+
+
+@pytest.mark.fault("hang", "generate")
+@pytest.mark.fault("slow", "publish")
+def test_a_straggler_is_cancelled_past_drain_s_and_its_request_resent() -> None:
+    """Fault: a hung server with no client timeout."""
+    engine = Straggling()
+    with rolling(engine, batch_size=1, max_head_lag=1, drain_s=0.01) as executor:
+        assert engine.hung.wait(DEADLINE_S)
+        step(executor)
+        assert engine.num_hung == 1
+        for _ in range(3):
+            (group,) = executor.take() or []
+            if group.order == 0:
+                break
+        assert group.order == 0 and [s.version for s in group.segments] == [1]
+
+
+class Stubborn(FakeEngine):
+    """Its requests neither end nor can be cancelled, until released."""
+
+    def __init__(self) -> None:
+        super().__init__(in_process=False)
+        self.out, self.release = threading.Event(), threading.Event()
+
+    async def generate(self, request: GenerationRequest, sink: SegmentSink) -> FinishReason:
+        self.out.set()
+        while not self.release.is_set():
+            try:
+                await asyncio.sleep(0.001)
+            except asyncio.CancelledError:
+                continue
+        return "stop"
+
+
+@pytest.mark.fault("hang", "publish")
+def test_a_drain_that_cannot_end_is_an_error_and_the_engine_stays_paused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("sdp_lightning.workflows.send_gate.CANCEL_S", 0.05)
+    engine = Stubborn()
+    with rolling(engine, batch_size=1, max_head_lag=0, drain_s=0.01) as executor:
+        assert engine.out.wait(DEADLINE_S)
+        with pytest.raises(RolloutTimeout, match="ignores cancellation"):
+            step(executor)
+        assert engine.version == 0 and executor.version == 0 and engine._paused
+        engine.release.set()
+
+
+class Failing(RecordingEngine):
+    """Its next update fails, or takes another version than asked."""
+
+    how = ""
+
+    def update_weights(self, weights: Any, version: int, *, reset: bool = False) -> Any:
+        if self.how == "error":
+            self.fail("transfer failed")
+        if self.how == "other version":
+            return super().update_weights(weights, version + 5, reset=True)
+        return super().update_weights(weights, version, reset=reset)
+
+
+@pytest.mark.parametrize("in_process", [True, False])
+@pytest.mark.parametrize(
+    ("how", "error", "message"),
+    [
+        ("error", EngineError, "transfer failed"),
+        ("other version", VersionError, "version 1 was published, but the engine reports 6"),
+    ],
+)
+@pytest.mark.fault("exception", "publish", only="^error-")
+@pytest.mark.fault("corrupted data", "publish", only="^other version-")
+def test_a_failed_publish_raises_commits_nothing_and_leaves_the_engine_paused(
+    how: str, error: type[Exception], message: str, in_process: bool
+) -> None:
+    """Faults: failure reported as success; publish to the wrong worker."""
+    engine = Failing(reply=4, manual=True, in_process=in_process)
+    with rolling(engine, batch_size=1, max_head_lag=1) as executor:
+        engine.wait_for_requests(2)
+        engine.how = how
+        engine.events.clear()
+        with pytest.raises(error, match=message):
+            step(executor)
+        assert executor.version == 0 and "resume" not in engine.events
+        engine.advance(9)
+        assert engine.num_generated == 0 and engine.events.count("generate") == 0
+
+
+@pytest.mark.parametrize("version", [0, 1, 3, 4], ids=lambda v: f"publish {v}")
+def test_only_the_next_version_can_be_published(version: int) -> None:
+    engine = RecordingEngine()
+    with rolling(engine, version=1, start=True) as executor:
+        engine.events.clear()
+        with pytest.raises(VersionError, match=f"at version 1; cannot publish {version}"):
+            executor.publish([], version)
+        assert "pause" not in engine.events, "nothing was touched"
+        with pytest.raises(VersionError, match="cannot commit 5"):
+            executor.registry.commit(5)
+        step(executor)
+
+
+@pytest.mark.parametrize("held", [None, 0, 41], ids=lambda v: f"the engine holds {v}")
+def test_a_start_takes_any_version_and_both_agree_after_it(held: int | None) -> None:
+    engine = FakeEngine()
+    if held is not None:
+        engine.update_weights([], held, reset=True)
+    engine.pause()
+    with rolling(engine, version=7) as executor:
+        assert (engine.version, executor.version) == (7, 7)
+        assert executor.stat.consumed == 7 * 2
+        assert [versions(t) for g in executor.take() or [] for t in g.trajectories] == [[7], [7]]
+
+
+# Groups that go stale ----------------------------------------------------------------------------
+
+
+@pytest.mark.fault("slow", "generate")
+def test_a_running_group_beyond_the_bound_is_cancelled_and_counted_dropped_at_the_commit() -> None:
+    engine = FakeEngine(reply=4, manual=True)
+    with rolling(engine, batch_size=1, max_head_lag=1, max_concurrent=2) as executor:
+        engine.wait_for_requests(2)
+        engine.advance(1, only=0)
+        step(executor)
+        assert executor.stat.dropped == 0, "lag 1 is within the bound"
+        step(executor)
+        assert executor.stat.dropped == 1 and executor.telemetry.num_overdue == 1
+        assert executor.telemetry.dropped_tokens == 1
+        assert_conserved(executor)
+        engine.wait_for_requests(2)  # cancelled, and another row took its place
+        engine.advance(99)
+        (group,) = executor.take() or []
+        assert group.row_id == "row1"
+
+
+@pytest.mark.fault("slow", "generate")
+def test_what_finishes_stale_is_dropped_when_it_finishes() -> None:
+    engine = FakeEngine(reply=2, manual=True)
+    go_on = threading.Event()
+
+    def late(row: Any) -> None:
+        if row["id"] == "row0":
+            go_on.wait(DEADLINE_S)
+
+    class Late(Samples):
+        async def run(self, row: Any, session: Any) -> Any:
+            result = await super().run(row, session)
+            await asyncio.to_thread(late, row)
+            return result
+
+    config = {"batch_size": 1, "max_head_lag": 0, "on_overdue": "mask"}
+    with rolling(engine, Late(), **config) as executor:
+        engine.wait_for_requests(1)
+        engine.advance(9)
+        engine.wait_for_requests(0)
+        executor.registry._strategy.mask_overdue = False  # judged by its head from now on
+        with executor.registry.changed:
+            executor.registry._version = 1
+        go_on.set()
+        wait_until(executor, lambda: executor.stat.dropped == 1)
+        with executor.registry.changed:
+            executor.registry._version = 0
+
+
+@pytest.mark.parametrize("requeue", [False, True])
+def test_a_dropped_row_comes_again_only_if_asked(requeue: bool) -> None:
+    engine = FakeEngine(manual=True)
+    settings = {"batch_size": 1, "max_head_lag": 1, "rows": 4, "num_epochs": 1}
+    with rolling(engine, requeue_dropped=requeue, **settings) as executor:
+        trained: list[str] = []
+        for _ in range(2):  # row0 has its first token at version 0, others overtake it
+            engine.wait_for_requests(2)
+            engine.advance(1, only=0)
+            engine.advance(9, only=1)
+            trained += [group.row_id for group in executor.take() or []]
+            step(executor)
+        assert executor.stat.dropped == 1
+        engine.wait_for_requests(2 if requeue else 1, total=5 if requeue else 4)
+        engine.advance(9)
+        while batch := executor.take():
+            trained += [group.row_id for group in batch]
+            step(executor)
+        assert trained == ["row1", "row2"] + (["row0"] if requeue else []) + ["row3"]
+
+
+def test_waiting_groups_beyond_the_bound_are_purged_once_and_free_their_capacity() -> None:
+    with rolling(FakeEngine(), batch_size=2, max_head_lag=0) as executor:
+        wait_until(executor, lambda: executor.stat.pending == 2)
+        step(executor)
+        assert executor.stat.dropped == 2 and executor.telemetry.num_overdue == 0
+        wait_until(executor, lambda: executor.stat.pending == 2)
+        assert executor.stat.dropped == 2, "a second look drops nothing"
+        assert len(executor.take() or []) == 2
+
+
+def test_under_wait_no_batch_is_handed_out_that_would_strand_an_older_group() -> None:
+    """H=2, B=1: rows 0 to 2 start at version 0, so the third one must be trained at 2."""
+    engine = FakeEngine(reply=2, manual=True)
+    settings = {"batch_size": 1, "max_head_lag": 2, "on_overdue": "wait"}
+    with rolling(engine, **settings) as executor:
+        engine.wait_for_requests(3)
+        engine.advance(1)  # all have a token of version 0
+        finish(executor, engine, 2)
+        assert [g.order for g in executor.take(timeout_s=0) or []] == [2]
+        step(executor)
+        engine.wait_for_requests(3)
+        finish(executor, engine, 2)  # row 3, of version 1
+        with pytest.raises(RolloutTimeout):
+            executor.take(timeout_s=0)  # taking row 3 now would strand row 0 or row 1
+        engine.advance(9, only=1)
+        assert [g.order for g in executor.take() or []] == [1]
+        step(executor)
+        with pytest.raises(RolloutTimeout):
+            executor.take(timeout_s=0)
+        engine.advance(9, only=0)
+        assert [g.order for g in executor.take() or []] == [0]
+        step(executor)
+        assert executor.stat.dropped == 0
+
+
+def test_under_mask_a_group_is_kept_while_its_newest_token_is_within_the_bound() -> None:
+    engine = FakeEngine(reply=4, manual=True)
+    settings = {"batch_size": 1, "max_head_lag": 1, "max_concurrent": 1, "on_overdue": "mask"}
+    with rolling(engine, **settings) as executor:
+        for _ in range(3):
+            engine.wait_for_requests(1)
+            engine.advance(1)
+            step(executor)
+        engine.advance(9)
+        (group,) = executor.take() or []
+        assert [s.version for s in group.segments] == [0, 1, 2, 3]
+        assert executor.stat.dropped == 0
+
+
+def test_the_standard_mode_drops_nothing_however_old() -> None:
+    engine = FakeEngine(reply=4, manual=True)
+    settings = {"batch_size": 1, "max_head_lag": 1, "enable_segment_wise_ppo": False}
+    with rolling(engine, **settings) as executor:
+        engine.wait_for_requests(2)
+        engine.advance(1)
+        for _ in range(6):
+            step(executor)
+        assert executor.stat.dropped == 0
+        engine.advance(9)
+        wait_until(executor, lambda: executor.stat.pending >= 2)
+        assert [g.head_version for g in executor.take() or []] == [0]

@@ -1,0 +1,395 @@
+"""A training run that may be killed at any moment, and the process that such runs are forked from.
+
+Run as a script, it reads orders from its standard input, one JSON object a line, and forks ``size``
+ranks for each, which train in ``folder`` from the last checkpoint there. It answers with their
+process ids, and with their exit statuses once they have ended. Itself it runs no tensor operation,
+so a fork finds no thread that it would have to go without.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import select
+import signal
+import socket
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import transformers.models.llama.modeling_llama
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+
+import sdp_lightning as sdp
+from sdp_lightning.engines.protocol import NamedWeights, PublishReport
+from sdp_lightning.lightning import checkpoint_io
+from sdp_lightning.testing import FakeEngine
+from sdp_lightning.types import Context, Row, SamplingParams, Segment, Trajectory
+from sdp_lightning.workflows.workflow import RolloutSession
+from support.trainers import executor_of, make_module, make_trainer
+
+# Loaded here, so that no child has to, and all run the same.
+LOADED = [sdp.RolloutDataModule, sdp.WeightSyncCallback, transformers.models.llama.modeling_llama]
+STEPS, NUM_ROWS, BATCH_SIZE = 8, 60, 2  # groups a rank
+
+
+def make_rows() -> list[dict[str, Any]]:
+    """Every 9th row is rejected, every 13th fails; they differ in turns and in length."""
+    return [
+        {"id": f"row{i}", "n": i, "turns": 1 + i % 3, "tokens": 2 + 5 * i % 11}
+        for i in range(NUM_ROWS)
+    ]
+
+
+class Turns(sdp.RolloutWorkflow):
+    """Two samples at once, of ``turns`` turns of ``tokens`` tokens each."""
+
+    sampling = SamplingParams(max_new_tokens=2)
+
+    async def run(self, row: Row, session: RolloutSession) -> list[Trajectory] | None:
+        episodes = [session.open() for _ in range(2)]
+        await asyncio.gather(*(self.sample(row, episode) for episode in episodes))
+        if row["n"] % 13 == 5:
+            raise ValueError("this row fails")
+        return None if row["n"] % 9 == 4 else [e.finish(row["n"] % 2) for e in episodes]
+
+    async def sample(self, row: Row, episode: sdp.Episode) -> None:
+        for turn in range(row["turns"]):
+            episode.add_context([3 + row["n"] % 40, 4 + turn])
+            await episode.generate(SamplingParams(max_new_tokens=row["tokens"]))
+
+
+def expected_length(row: Mapping[str, Any]) -> int:
+    return row["turns"] * (2 + row["tokens"])
+
+
+class Journal(Callback):
+    """What happened, in a file that outlives the process. Goes last, but before the checkpoint.
+
+    A kill may cut a line where a page of the file ends. Such an entry is taken off: what it tells
+    of was not done yet.
+    """
+
+    def __init__(self, path: Path, came_back: Mapping[str, int]) -> None:
+        self._came_back = came_back
+        self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
+        written = os.pread(self._file, os.fstat(self._file).st_size, 0)
+        os.ftruncate(self._file, written.rfind(b"\n") + 1)
+
+    def write(self, **entry: Any) -> None:
+        os.write(self._file, (json.dumps(entry) + "\n").encode())
+        os.fsync(self._file)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        executor = executor_of(trainer)
+        self.write(kind="start", version=executor.version, **self._came_back)
+        self._count_with_state(executor)
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        executor = executor_of(trainer)
+        groups = [g.group for g in executor.registry.snapshot() if g.in_hand and g.group]
+        masks = executor.config.on_overdue == "mask"
+        heads = [g.tail_version if masks else g.head_version for g in groups]
+        stat = executor.stat
+        ended = stat.pending + stat.consumed + stat.dropped + stat.rejected + stat.failed
+        self.write(
+            kind="step",
+            version=executor.version,
+            rows=[g.row_id for g in groups],
+            lag=max(executor.version - (v or 0) for v in heads),
+            length={g.row_id: [t.num_tokens for t in g.trajectories] for g in groups},
+            is_right=all(is_right(t) for g in groups for t in g.trajectories),
+            is_conserved=stat.submitted == stat.running + ended,
+        )
+
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        executor = executor_of(trainer)
+        states = checkpoint.get(type(trainer.datamodule).__qualname__, {}).get("ranks", [])
+        if not states:  # rank 0 saves what all have
+            return
+        self.write(
+            kind="saving",
+            version=executor.version,
+            step=trainer.global_step,
+            lost=sum(state["lost"] for state in states),
+            diverged=executor.telemetry.num_diverged,
+            live=[row for state in states for row in live_rows(state, len(states))],
+        )
+
+    def _count_with_state(self, executor: Any) -> None:
+        """Rollouts go on after the state is taken: what it lacks is counted at the same moment."""
+        take_state = executor.state_dict
+
+        def state_dict() -> dict[str, Any]:
+            with executor.registry.changed:
+                stat = executor.stat
+                lost = stat.dropped + stat.rejected + stat.failed
+                return take_state() | {"lost": lost}
+
+        executor.state_dict = state_dict
+
+
+def is_right(trajectory: Trajectory) -> bool:
+    """The fake engine's token at position p is p % 7 + 3, its log-prob says the version."""
+    position = 0
+    for part in trajectory.parts:
+        if isinstance(part, Segment):
+            places = range(position, position + len(part))
+            if part.token_ids.tolist() != [p % 7 + 3 for p in places]:
+                return False
+            if abs(part.logprobs + (part.version + 1) / 10).max() > 1e-6:
+                return False
+        position += len(part.token_ids)
+    return isinstance(trajectory.parts[0], Context)
+
+
+def live_rows(state: Mapping[str, Any], num_ranks: int) -> list[str]:
+    """Every row that a state of a rank's executor still has before it, with repetitions."""
+    stream = state["prompts"]
+    place = stream["position"] if stream["epoch"] == 0 else NUM_ROWS
+    order = list(range(place, NUM_ROWS, num_ranks))
+    waiting = [index for _, index in stream["returned"]] + order
+    groups = [*state["pending"], *state["running"]]
+    return [f"row{i}" for i in waiting] + [group["row_id"] for group in groups]
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest one. Whatever has the name of a checkpoint is whole."""
+
+    def step(path: Path) -> int:
+        return int(path.stem.removeprefix("step="))
+
+    return max(folder.glob("step=*.ckpt"), key=step, default=None)
+
+
+def came_back(checkpoint: Path | None, rank: int) -> dict[str, int]:
+    """Segments of unfinished rollouts, and those in the middle of a call, that it has of a rank."""
+    if checkpoint is None:
+        return {"saved": 0, "halves": 0}
+    state = torch.load(checkpoint, weights_only=True)["RolloutDataModule"]["ranks"][rank]
+    logs = [log for group in state["running"] for log in group["logs"]]
+    return {
+        "saved": sum("version" in event for log in logs for event in log),
+        "halves": sum(bool(log) and "version" in log[-1] for log in logs),
+    }
+
+
+# Moments to be killed at --------------------------------------------------------------------------
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class MortalEngine(FakeEngine):
+    """Is killed while it takes the weights of version ``at``: after the first, or after all.
+
+    With ``spans`` the first call of two rows in ten is answered under two versions, so a checkpoint
+    finds calls of which a part is sampled, however fast the engine and slow the trainer.
+    """
+
+    def __init__(self, at: int | None, half: bool, spans: bool, **settings: Any) -> None:
+        super().__init__(lambda request: 10**6, **settings)  # to the full budget
+        self._at, self._half, self._spans = at, half, spans
+
+    def _sample(self, entry: Any, num_tokens: int) -> None:
+        prompt = entry.request.token_ids
+        is_first = prompt.size == 2 and (prompt[0] - 3) % 10 in (3, 6)
+        if self._spans and is_first and entry.sampled and entry.num_closed == 0:
+            return  # until the weights change
+        super()._sample(entry, num_tokens)
+
+    def update_weights(
+        self, weights: NamedWeights, version: int, *, reset: bool = False
+    ) -> PublishReport:
+        if version == self._at and self._half:
+            next(iter(weights))
+            die()
+        report = super().update_weights(weights, version, reset=reset)
+        if version == self._at:
+            die()
+        return report
+
+
+class DieWhileScoring(Callback):
+    """In the first scoring at or after a version: in the middle of ``on_train_batch_start``."""
+
+    def __init__(self, at: int) -> None:
+        self._at = at
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        score = pl_module.score
+
+        def die_after(trajectories: Any) -> Any:
+            found = score(trajectories)
+            if executor_of(trainer).version >= self._at:
+                die()
+            return found
+
+        pl_module.score = die_after  # type: ignore[assignment]
+
+
+class DieAt(Callback):
+    def __init__(self, hook: str, at: int) -> None:
+        self._hook, self._at = hook, at
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._hook == "start":
+            die()
+
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any
+    ) -> None:
+        if self._hook == "step" and trainer.global_step == self._at:
+            die()
+
+
+def die_while_writing(at: int, *, is_placed: bool) -> None:
+    """When the ``at``-th checkpoint is half written, or as soon as it is in its place."""
+    replace, count = os.replace, 0
+
+    def torn(source: Path, target: Path) -> None:
+        nonlocal count
+        count += 1
+        if count == at and is_placed:
+            replace(source, target)
+            die()
+        if count == at:
+            data = source.read_bytes()
+            source.write_bytes(data[: len(data) // 2])
+            die()
+        replace(source, target)
+
+    checkpoint_io.os.replace = torn  # type: ignore[assignment]
+
+
+def train(order: Mapping[str, Any], rank: int) -> None:
+    folder, kill, size = Path(order["folder"]), order["kill"], order["size"]
+    torch.set_num_threads(1)
+    kind, at = (kill["kind"], kill["at"]) if kill and kill["rank"] == rank else ("", 0)
+    engine = MortalEngine(
+        at if kind.startswith("publish") else None,
+        kind == "publish half",
+        order["max_head_lag"] > 0 and order["on_overdue"] != "wait",  # each for the other
+        in_process=order["in_process"],
+        latency_s=0.06,
+        chunks=4,
+    )
+    data = sdp.RolloutDataModule(
+        make_rows(),
+        Turns(),
+        engine=engine,
+        rollout=sdp.RolloutConfig(
+            batch_size=BATCH_SIZE * size,
+            max_head_lag=order["max_head_lag"],
+            on_overdue=order["on_overdue"],
+            shuffle=False,
+            num_epochs=1,
+            max_failures=NUM_ROWS,
+            timeout_s=90,
+            drain_s=0.2,  # for requests that pass the gate and meet a paused engine
+        ),
+    )
+    saved = last_checkpoint(folder)
+    journal = Journal(folder / f"journal.{rank}", came_back(saved, rank))
+    callbacks: list[Callback] = [sdp.WeightSyncCallback(), journal]
+    if kind == "score":
+        callbacks.append(DieWhileScoring(at))
+    if kind in ("start", "step"):
+        callbacks.append(DieAt(kind, at))
+    if kind.startswith("write"):
+        die_while_writing(at, is_placed=kind == "write placed")
+    saver = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)
+    trainer = make_trainer(
+        *callbacks,
+        saver,
+        max_steps=STEPS,
+        enable_checkpointing=True,
+        devices=size,
+        strategy="ddp" if size > 1 else "auto",
+    )
+    trainer.fit(make_module(order["model"]), data, ckpt_path=saved, weights_only=True)
+
+
+def run_child(order: Mapping[str, Any], rank: int, port: int) -> None:
+    """Train, and leave without a word to the parent's own file descriptors."""
+    folder = Path(order["folder"])
+    if order["size"] > 1:
+        os.environ |= {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "WORLD_SIZE": str(order["size"]),
+            "LOCAL_RANK": str(rank),
+            "NODE_RANK": "0",
+        }
+    log = os.open(folder / "log", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    status = 1
+    try:
+        train(order, rank)
+        status = 0
+    finally:
+        if status:
+            import traceback
+
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def serve() -> None:
+    import warnings
+
+    warnings.simplefilter("ignore")
+    print(json.dumps({"ready": True}), flush=True)
+    buffer, is_open = b"", True
+    running: dict[int, int] = {}
+    ended: dict[int, dict[int, int]] = {}
+    pids: dict[int, list[int]] = {}
+    while is_open or running:
+        ready, _, _ = select.select([0] if is_open else [], [], [], 0.02)
+        if ready:
+            data = os.read(0, 65536)
+            is_open, buffer = bool(data), buffer + data
+        while b"\n" in buffer:
+            line, buffer = buffer.split(b"\n", 1)
+            order = json.loads(line)
+            seed = order["seed"]
+            pids[seed], ended[seed] = fork_ranks(order), {}
+            running |= dict.fromkeys(pids[seed], seed)
+            print(json.dumps({"seed": seed, "pids": pids[seed]}), flush=True)
+        for pid in list(running):
+            found, status = os.waitpid(pid, os.WNOHANG)
+            if found:
+                seed = running.pop(pid)
+                ended[seed][pid] = os.waitstatus_to_exitcode(status)
+                if len(ended[seed]) == len(pids[seed]):
+                    codes = [ended[seed][pid] for pid in pids[seed]]
+                    print(json.dumps({"seed": seed, "codes": codes}), flush=True)
+
+
+def fork_ranks(order: Mapping[str, Any]) -> list[int]:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    pids: list[int] = []
+    for rank in range(order["size"]):
+        pid = os.fork()
+        if pid == 0:
+            run_child(order, rank, port)
+        pids.append(pid)
+    return pids
+
+
+if __name__ == "__main__":
+    serve()

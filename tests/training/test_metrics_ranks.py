@@ -1,0 +1,66 @@
+"""Two processes of gloo say of a step what NumPy says of all of its tokens."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from typing import Any
+
+import pytest
+
+from support.metrics_oracle import assert_agree, computed, oracle
+from support.metrics_ranks_run import make_steps
+from support.paths import SUPPORT
+
+LIMIT_S = 240.0
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("ranks")
+    script = SUPPORT / "metrics_ranks_run.py"
+    process = subprocess.Popen(
+        [sys.executable, str(script), "2", str(folder)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        _, errors = process.communicate(timeout=LIMIT_S)
+        assert process.returncode == 0, errors
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.parametrize("way", ["pool", "torchmetrics"])
+def test_both_ranks_agree_with_numpy_on_all_tokens(ranks: list[dict[str, Any]], way: str) -> None:
+    for rank in ranks:
+        assert_agree(rank[way], oracle(*make_steps()))
+
+
+def test_the_ranks_say_the_same_to_the_last_bit_and_what_one_process_says(
+    ranks: list[dict[str, Any]],
+) -> None:
+    assert ranks[0] == ranks[1]
+    assert ranks[0]["pool"] == pytest.approx(computed(*make_steps()), rel=1e-6, abs=1e-9)
+
+
+def test_all_states_take_one_all_reduce_and_carry_others_along(ranks: list[dict[str, Any]]) -> None:
+    assert [rank["all_reduces"] for rank in ranks] == [1, 1]
+    assert ranks[0]["other"] == [3.0]
+
+
+def test_the_weights_for_the_learning_rate_are_those_of_all_ranks(
+    ranks: list[dict[str, Any]],
+) -> None:
+    assert ranks[1]["effective share"] == pytest.approx(
+        oracle(*make_steps())["ess/token"], rel=1e-4
+    )

@@ -1,0 +1,419 @@
+"""Groups that were under way when a checkpoint was written go on where they were."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from sdp_lightning.engines.embedded import EmbeddedEngine
+from sdp_lightning.engines.protocol import GenerationRequest, SegmentSink
+from sdp_lightning.errors import RolloutError
+from sdp_lightning.rollout.executor import WorkflowExecutor
+from sdp_lightning.testing import FakeEngine, tiny_model
+from sdp_lightning.types import FinishReason, Row, SamplingParams, Segment, Trajectory
+from sdp_lightning.workflows.episode import Episode
+from sdp_lightning.workflows.episode_log import Event, ReplayError
+from sdp_lightning.workflows.send_gate import SendGate
+from sdp_lightning.workflows.workflow import RolloutSession, RolloutWorkflow
+from support.checkpoints import finished, through_a_file
+from support.episode_replays import SETTINGS, halfway, resume, run_to_the_end
+from support.rollouts import (
+    DEADLINE_S,
+    Samples,
+    VersionScorer,
+    assert_conserved,
+    make_executor,
+    rolling,
+    versions,
+    wait_until,
+)
+
+
+def test_groups_under_way_go_on_with_their_tokens_versions_scores_and_places() -> None:
+    state, expected = halfway(Samples(max_new_tokens=8))
+    engine = FakeEngine(reply=3, manual=True)
+    with rolling(engine, Samples(max_new_tokens=8), start=False, **SETTINGS) as executor:
+        resume(executor, state)
+        assert executor.stat.running == 4 and executor.stat.consumed == 2
+        engine.wait_for_requests(4)
+        assert run_to_the_end(executor, engine) == expected
+        assert engine.num_generated == 4 * 3, "nothing was sampled twice"
+        group = finished(executor)[0]
+        assert versions(group.trajectories[0]) == [0, 1, 2] and group.created_version == 0
+        assert [s.proximal.version for s in group.segments] == [1, None, None]
+
+
+def test_what_was_under_way_is_scored_before_its_workflow_has_repeated_it() -> None:
+    """The window of version 1 is step 2, the first one after the resume."""
+
+    class Late(Samples):
+        async def run(self, row: Row, session: RolloutSession) -> list[Trajectory] | None:
+            await asyncio.Event().wait()
+            return None
+
+    state, _ = halfway(Samples(max_new_tokens=8))
+    with rolling(FakeEngine(), Late(), start=False, **SETTINGS) as executor:
+        resume(executor, state)
+        report = executor.recompute(VersionScorer())
+        assert (report.num_segments, report.num_tokens) == (4, 8)
+        again = executor.state_dict()["running"]
+        assert [len(g["logs"][0]) for g in again] == [4] * 4, "and saved again, with its scores"
+        assert all(g["logs"][0][-1]["proximal_version"] == 2 for g in again)
+
+
+@pytest.mark.parametrize("moment", ["loaded", "published", "resumed", "closed"])
+def test_a_second_interruption_loses_nothing(moment: str) -> None:
+    state, expected = halfway(Samples(max_new_tokens=8))
+    engine = FakeEngine(manual=True)
+    with rolling(engine, Samples(max_new_tokens=8), start=False, **SETTINGS) as executor:
+        executor.load_state_dict(state)
+        if moment != "loaded":
+            executor.publish([], 2, reset=True)
+        if moment in ("resumed", "closed"):
+            executor.resume()
+            engine.wait_for_requests(4)
+        if moment == "closed":
+            executor.close()
+        again = through_a_file(executor.state_dict())
+    assert repr(again) == repr(state)
+    engine = FakeEngine(reply=3, manual=True)
+    with rolling(engine, Samples(max_new_tokens=8), start=False, **SETTINGS) as executor:
+        resume(executor, again)
+        assert run_to_the_end(executor, engine) == expected
+
+
+class Turns(RolloutWorkflow):
+    """Two samples of two turns each, at once; a subclass does something else somewhere."""
+
+    sampling = SamplingParams(max_new_tokens=8)
+    num_samples = 2
+
+    async def run(self, row: Row, session: RolloutSession) -> Sequence[Trajectory]:
+        return await asyncio.gather(*(self.sample(session) for _ in range(self.num_samples)))
+
+    async def sample(self, session: RolloutSession) -> Trajectory:
+        episode = session.open()
+        episode.add_context([1, 2])
+        await episode.generate(self.sampling)
+        episode.add_context([5])
+        await episode.generate(SamplingParams(max_new_tokens=8))
+        return episode.finish(1.0)
+
+
+class OtherPrompt(Turns):
+    async def sample(self, session: RolloutSession) -> Trajectory:
+        episode = session.open()
+        episode.add_context([1, 3])
+        await episode.generate(self.sampling)
+        return episode.finish(1.0)
+
+
+class OtherSettings(Turns):
+    sampling = SamplingParams(max_new_tokens=7)
+
+
+class OtherOrder(Turns):
+    async def sample(self, session: RolloutSession) -> Trajectory:
+        episode = session.open()
+        for token in (1, 2):
+            episode.add_context([token])
+        await episode.generate(self.sampling)
+        return episode.finish(1.0)
+
+
+class FewerSamples(Turns):
+    num_samples = 1
+
+
+class EndsEarly(Turns):
+    async def sample(self, session: RolloutSession) -> Trajectory:
+        episode = session.open()
+        episode.add_context([1, 2])
+        await episode.generate(self.sampling)
+        return episode.finish(1.0)
+
+
+class Swallows(OtherPrompt):
+    async def sample(self, session: RolloutSession) -> Trajectory:
+        try:
+            return await super().sample(session)
+        except RolloutError:
+            return await Turns().sample(session)
+
+
+class Wraps(OtherPrompt):
+    async def run(self, row: Row, session: RolloutSession) -> Sequence[Trajectory]:
+        try:
+            return await super().run(row, session)
+        except RolloutError as error:
+            raise ValueError("in a tool") from error
+
+
+OTHERS = [OtherPrompt, OtherSettings, OtherOrder, FewerSamples, EndsEarly, Swallows, Wraps]
+
+
+@pytest.fixture(scope="module")
+def second_turn() -> dict[str, Any]:
+    """4 groups at version 2, both samples in their second turn."""
+    engine = FakeEngine(reply=8, manual=True)
+    with rolling(engine, Turns(), **SETTINGS) as executor:
+        engine.wait_for_requests(8)
+        engine.advance(3)
+        executor.publish([], 1)
+        engine.advance(5)
+        engine.wait_for_requests(8, total=16)
+        engine.advance(3)
+        executor.publish([], 2)
+        return through_a_file(executor.state_dict())
+
+
+def test_several_samples_and_turns_are_repeated_at_once(second_turn: dict[str, Any]) -> None:
+    engine = FakeEngine(reply=5)
+    with rolling(engine, Turns(), start=False, **SETTINGS) as executor:
+        resume(executor, second_turn)
+        wait_until(executor, lambda: executor.stat.pending == 4)
+        assert engine.num_requests == 8 and executor.telemetry.num_diverged == 0
+        for group in finished(executor):
+            assert [versions(t) for t in group.trajectories] == [[0, 1, 1, 2]] * 2
+            assert [t.num_sampled for t in group.trajectories] == [16, 16]
+
+
+@pytest.mark.parametrize("other", OTHERS)
+@pytest.mark.fault("corrupted data", "resume")
+def test_a_workflow_that_does_something_else_samples_from_scratch_and_never_mixes(
+    other: type[Turns], second_turn: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = FakeEngine(reply=8)
+    with rolling(engine, other(), start=False, **SETTINGS) as executor:
+        resume(executor, second_turn)
+        wait_until(executor, lambda: executor.stat.pending == 4)
+        groups = finished(executor)
+        assert {s.version for g in groups for s in g.segments} == {2}, "saved tokens are gone"
+        assert [g.order for g in groups] == [0, 1, 2, 3]
+        assert {g.created_version for g in groups} == {2}
+        assert executor.telemetry.num_diverged == 4 and executor.stat.submitted == 2 + 4
+        assert_conserved(executor)
+    said = [r.message for r in caplog.records if r.levelno >= logging.WARNING]
+    assert len(said) == 1 and "did not repeat what the checkpoint holds of row" in said[0]
+
+
+class Breaks(Turns):
+    async def sample(self, session: RolloutSession) -> Trajectory:
+        session.open().add_context([1, 2])
+        raise ZeroDivisionError("in a reward")
+
+
+@pytest.mark.fault("exception", "resume")
+def test_a_workflow_that_fails_while_it_repeats_has_failed(second_turn: dict[str, Any]) -> None:
+    with rolling(FakeEngine(), Breaks(), start=False, **SETTINGS) as executor:
+        resume(executor, second_turn)
+        with pytest.raises(RolloutError, match=r"'row0'.*in a reward"):
+            executor.take()
+        assert executor.stat.failed >= 1 and executor.telemetry.num_diverged == 0
+
+
+@pytest.mark.parametrize("requeue", [False, True])
+def test_groups_under_way_that_are_stale_at_the_resume_are_dropped_and_counted(
+    requeue: bool,
+) -> None:
+    state, _ = halfway(Samples(max_new_tokens=8))
+    settings = SETTINGS | {"requeue_dropped": requeue}
+    with rolling(FakeEngine(), start=False, **settings) as executor:
+        resume(executor, state, version=4)
+        stat = executor.stat
+        assert (stat.dropped, executor.telemetry.num_overdue) == (4, 4)
+        assert executor.telemetry.dropped_tokens == 4 * 5
+        rows = [g.row_id for g in executor.take() or []]
+        assert rows == (["row0"] if requeue else [])
+
+
+@pytest.mark.fault("slow", "resume")
+def test_with_less_capacity_groups_wait_for_it_before_any_new_row() -> None:
+    state, _ = halfway(Samples(max_new_tokens=8))
+    settings, orders = SETTINGS | {"max_concurrent": 1}, list[int]()
+    with rolling(FakeEngine(), Samples(max_new_tokens=8), start=False, **settings) as executor:
+        resume(executor, state)
+        while batch := executor.take():
+            orders += [g.order for g in batch]
+    assert orders == [0, 1, 2, 3]
+
+
+def test_groups_that_wait_for_capacity_go_stale_as_others_do() -> None:
+    state, _ = halfway(Samples(max_new_tokens=8))
+    engine, settings = FakeEngine(manual=True), SETTINGS | {"max_concurrent": 1}
+    with rolling(engine, Samples(max_new_tokens=8), start=False, **settings) as executor:
+        resume(executor, state)
+        executor.publish([], 3)
+        assert executor.stat.dropped == 0
+        executor.publish([], 4)
+        assert executor.stat.dropped == 4 and executor.state_dict()["running"] == []
+        assert executor.take() is None
+
+
+def test_the_embedded_engine_goes_on_as_if_nothing_had_happened() -> None:
+    """The token at position p comes from (seed, p), so it is the one that would have been."""
+    weights = [list(tiny_model(seed=s).state_dict().items()) for s in (0, 1)]
+    workflow = Samples(max_new_tokens=200)
+
+    def make() -> tuple[EmbeddedEngine, WorkflowExecutor]:
+        engine = EmbeddedEngine(tiny_model(seed=0), device="cpu", max_slots=4)
+        engine.start()
+        return engine, make_executor(engine, workflow, **SETTINGS)
+
+    engine, executor = make()
+    try:
+        executor.publish(weights[0], 0, reset=True)
+        executor.resume()
+        wait_for_tokens(engine, 60)
+        executor.publish(weights[1], 1)
+        state = through_a_file(executor.state_dict())
+        wait_until(executor, lambda: executor.stat.pending == 4)
+        expected = finished(executor)
+    finally:
+        executor.close()
+        engine.close()
+    engine, executor = make()
+    try:
+        executor.load_state_dict(state)
+        executor.publish(weights[1], 1, reset=True)
+        executor.resume()
+        wait_until(executor, lambda: executor.stat.pending == 4)
+        for one, other in zip(finished(executor), expected, strict=True):
+            found, wanted = one.trajectories[0], other.trajectories[0]
+            assert versions(found) == versions(wanted) == [0, 1]
+            assert np.array_equal(found.token_ids, wanted.token_ids)
+            for a, b in zip(found.segments, wanted.segments, strict=True):
+                np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4)
+        saved = sum(len(e["token_ids"]) for g in state["running"] for e in g["logs"][0][2:])
+        assert engine.num_generated == 4 * 200 - saved, "only what was missing"
+    finally:
+        executor.close()
+        engine.close()
+
+
+def wait_for_tokens(engine: EmbeddedEngine, count: int) -> None:
+    async def poll() -> None:
+        while engine.num_generated < count:
+            await asyncio.sleep(0.001)
+
+    asyncio.run(asyncio.wait_for(poll(), DEADLINE_S))
+
+
+# One episode --------------------------------------------------------------------------------------
+
+
+class Alphabet:
+    """The token at position p is p; ``script`` says after how many tokens it interrupts."""
+
+    def __init__(self, script: Iterator[int], stop_at: int, on_event: Callable[[], None]) -> None:
+        self.script, self.stop_at, self.on_event = script, stop_at, on_event
+        self.sampled: list[int] = []
+
+    async def generate(self, request: GenerationRequest, sink: SegmentSink) -> FinishReason:
+        start, left = request.token_ids.size, request.params.max_new_tokens
+        count = min(next(self.script, 99), left)
+        if start < self.stop_at + 1 <= start + count:
+            count = self.stop_at + 1 - start
+        tokens = list(range(start, start + count))
+        self.sampled += tokens
+        if tokens:
+            sink(Segment(len(self.sampled), tokens, [-1.0] * count))
+        self.on_event()
+        if self.stop_at in tokens:
+            return "stop"
+        return "length" if count == left else "abort"
+
+
+Step = tuple[str, int]
+STEPS = st.lists(st.tuples(st.sampled_from(["context", "generate"]), st.integers(1, 5)), max_size=6)
+
+
+async def follow(episode: Episode, steps: list[Step], stop_at: int) -> list[object]:
+    episode.add_context([0])
+    seen: list[object] = []
+    for kind, number in steps:
+        if kind == "context":
+            episode.add_context([100] * number)
+        else:
+            params = SamplingParams(max_new_tokens=number, stop_token_ids=(stop_at,))
+            seen.append(await episode.generate(params))
+        seen.append(episode.token_ids.tolist())
+    return seen
+
+
+@settings(deadline=None)
+@given(STEPS, st.lists(st.integers(0, 3), max_size=9), st.integers(1, 20))
+def test_an_episode_interrupted_anywhere_ends_as_it_would_have(
+    steps: list[Step], script: list[int], stop_at: int
+) -> None:
+    logs: list[tuple[Event, ...]] = []
+
+    def keep() -> None:
+        logs.append(episode.log)
+
+    engine = Alphabet(iter(script), stop_at, keep)
+    episode = Episode(engine, SendGate())  # type: ignore[arg-type]
+    keep()
+    seen = asyncio.run(follow(episode, steps, stop_at))
+    keep()
+    for log in logs:
+        again = Alphabet(iter([1, 0]), stop_at, lambda: None)
+        other = Episode(again, SendGate())  # type: ignore[arg-type]
+        other.replay(log)
+        assert other.log == log and not other.parts
+        assert asyncio.run(follow(other, steps, stop_at)) == seen
+        saved = [e for e in log if isinstance(e, Segment)]
+        kept = [p for p in other.parts if isinstance(p, Segment)][: len(saved)]
+        assert all(a is b for a, b in zip(kept, saved, strict=True)), "with their proximal slots"
+        assert len(again.sampled) == len(engine.sampled) - sum(map(len, saved))
+        assert not other.is_replaying and not other.divergence
+
+
+class Unreliable(Alphabet):
+    """Fails once, after as many tokens as it is told."""
+
+    async def generate(self, request: GenerationRequest, sink: SegmentSink) -> FinishReason:
+        for count in self.script:
+            if count:
+                sink(Segment(0, range(count), [-1.0] * count))
+            raise ValueError("down")
+        return await super().generate(request, sink)
+
+
+async def try_twice(episode: Episode) -> None:
+    params = SamplingParams(max_new_tokens=5)
+    episode.add_context([0])
+    try:
+        await episode.generate(params)
+    except ValueError:
+        await episode.generate(params)
+
+
+@pytest.mark.parametrize("sampled", [0, 2])
+def test_a_call_that_raised_is_forgotten_if_it_sampled_nothing_and_else_not_repeated(
+    sampled: int,
+) -> None:
+    engine = Unreliable(iter([sampled]), 99, lambda: None)
+    episode = Episode(engine, SendGate())  # type: ignore[arg-type]
+    asyncio.run(try_twice(episode))
+    other = Episode(Alphabet(iter([]), 99, lambda: None), SendGate())  # type: ignore[arg-type]
+    other.replay(episode.log)
+    if sampled:
+        with pytest.raises(ReplayError, match=r"generated with .* where there had been CallStart"):
+            asyncio.run(try_twice(other))
+    else:
+        asyncio.run(try_twice(other))
+        assert np.array_equal(other.token_ids, episode.token_ids)
+
+
+def test_a_replay_begins_before_anything_else() -> None:
+    episode = Episode(FakeEngine(), SendGate())
+    episode.add_context([1])
+    with pytest.raises(RolloutError, match="before the first add_context"):
+        episode.replay(episode.log)
