@@ -2,7 +2,7 @@
 
 Steps of 100 ms (asleep) on a fake engine. Printed is the share of such a step that each rank spends
 on agreeing with the other one once both are there: to wait for the other's work is none of it, and
-gradients are not counted. To agreement and ledger belong ``Ranks.gather`` (batches, publishes,
+gradients are not counted. To agreement and ledger belong ``RankGroup.gather`` (batches, publishes,
 ends, errors, the ledger's counters) and ``over_ranks`` (tokens and micro-batches of a step, which
 gathers, too); adding up the metrics of a step is told apart. Times are medians, and only those of
 quiet cores say something: on cores that others use, too, both ranks wait for their turn.
@@ -27,7 +27,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import distributed
 
 import sdp_lightning as sdp
-from sdp_lightning.distributed.rank_group import Ranks
+from sdp_lightning.distributed.rank_group import RankGroup
 from sdp_lightning.testing import FakeEngine, tiny_model, tiny_tokenizer
 from sdp_lightning.training.metrics import LagMetrics
 
@@ -105,7 +105,7 @@ def main() -> None:
     parser.add_argument("--shared", action="store_true", help="engines of the same servers")
     engine = SharedEngine() if parser.parse_args().shared else FakeEngine()
     for owner, name in (
-        (Ranks, "gather"),
+        (RankGroup, "gather"),
         (sdp.SegmentWisePPOModule, "over_ranks"),
         (LagMetrics, "pool"),
     ):

@@ -42,7 +42,7 @@ class RankFailure:
         return f"rank {self.rank} failed: {self.message}"
 
 
-class Lifeline:
+class FailureDetector:
     """Listens to the ranks at the other ends of ``links`` until ``close``. Rank 0 passes on.
 
     Args:

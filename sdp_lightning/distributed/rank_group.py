@@ -13,7 +13,12 @@ from collections.abc import Callable, Mapping
 from socket import socket
 from typing import Any, TypeVar
 
-from sdp_lightning.distributed.failure_detector import Lifeline, Listener, RankFailure, connect
+from sdp_lightning.distributed.failure_detector import (
+    FailureDetector,
+    Listener,
+    RankFailure,
+    connect,
+)
 from sdp_lightning.distributed.messaging import Link, pack, wait_for_any
 from sdp_lightning.errors import RankError
 
@@ -24,7 +29,7 @@ _AFTER_S = 10.0  # that others wait longer than rank 0
 _CAUSE_S = 1.0
 
 
-class Ranks:
+class RankGroup:
     """The processes that train together; alone, it asks nobody.
 
     Every method that exchanges values must be called by all ranks, in the same order.
@@ -49,11 +54,11 @@ class Ranks:
         self.rank, self.size = rank, size
         self._timeout_s, self._interrupted = timeout_s, interrupted
         self._links = {rank: Link(end) for rank, end in sorted((links or {}).items())}
-        self._lifeline: Lifeline | None = None
+        self._failure_detector: FailureDetector | None = None
         self._number, self._latest = 0, "nothing yet"  # of meetings
         self._inbox: dict[tuple[int, int], tuple[str, Any]] = {}  # by rank and meeting
 
-    def gather(self, what: str, value: T, *, timeout_s: float | None = None) -> list[T]:
+    def all_gather(self, what: str, value: T, *, timeout_s: float | None = None) -> list[T]:
         """Every rank's ``value``, in order of rank, on every rank.
 
         Args:
@@ -68,10 +73,10 @@ class Ranks:
             return [value]
         return self._meet(what, value, lambda values: values, timeout_s)
 
-    def collect(self, what: str, value: T, *, timeout_s: float | None = None) -> list[T] | None:
+    def gather(self, what: str, value: T, *, timeout_s: float | None = None) -> list[T] | None:
         """Every rank's ``value``, in order of rank, on rank 0; None on the others.
 
-        They wait, too, until it has them all. Arguments and errors are those of ``gather``.
+        They wait, too, until it has them all. Arguments and errors are those of ``all_gather``.
         """
         if self.size == 1:
             return [value]
@@ -79,7 +84,7 @@ class Ranks:
         self._meet(what, value, kept.extend, timeout_s)
         return kept if self.rank == 0 else None
 
-    def together(
+    def run_on_all_ranks(
         self,
         what: str,
         work: Callable[[], T],
@@ -100,17 +105,17 @@ class Ranks:
         except Exception as error:
             with contextlib.suppress(RankError):
                 told = (f"{type(error).__name__}: {error}", None)
-                self.gather(what, told, timeout_s=timeout_s)
+                self.all_gather(what, told, timeout_s=timeout_s)
             raise
-        brought = self.gather(what, ("", tell(result)), timeout_s=timeout_s)
+        brought = self.all_gather(what, ("", tell(result)), timeout_s=timeout_s)
         for rank, (message, _) in enumerate(brought):
             if message:
                 raise RankError(f"rank {rank} failed while {what}: {message}")
         return result, [value for _, value in brought]
 
-    def first(self, what: str, value: T, *, timeout_s: float | None = None) -> T:
+    def broadcast(self, what: str, value: T, *, timeout_s: float | None = None) -> T:
         """Rank 0's ``value``, on every rank."""
-        return self.gather(what, value if self.rank == 0 else None, timeout_s=timeout_s)[0]  # type: ignore
+        return self.all_gather(what, value if self.rank == 0 else None, timeout_s=timeout_s)[0]  # type: ignore
 
     def fail(self, error: BaseException) -> None:
         """Tell the others that this rank has failed: their next wait ends with its error.
@@ -131,24 +136,24 @@ class Ranks:
         """Hear of failures, until ``close``, also while this rank is in none of these methods.
 
         Args:
-            links: of the :class:`~sdp_lightning.distributed.failure_detector.Lifeline`.
+            links: of the :class:`~sdp_lightning.distributed.failure_detector.FailureDetector`.
         """
-        self._lifeline = Lifeline(self.rank, links)
+        self._failure_detector = FailureDetector(self.rank, links)
 
     def close(self) -> None:
         """Part from the others: that this process ends is no failure from now on."""
-        if self._lifeline is not None:
-            self._lifeline.close()
+        if self._failure_detector is not None:
+            self._failure_detector.close()
         for link in self._links.values():
             link.close()
 
     @property
     def _failure(self) -> RankFailure | None:
-        return None if self._lifeline is None else self._lifeline.failure
+        return None if self._failure_detector is None else self._failure_detector.failure
 
     def _tell(self, message: str) -> None:
-        if self._lifeline is not None:
-            self._lifeline.tell(message)
+        if self._failure_detector is not None:
+            self._failure_detector.tell(message)
 
     def _meet(
         self, what: str, value: T, answer: Callable[[list[T]], U], timeout_s: float | None
@@ -230,7 +235,9 @@ class Ranks:
             time.sleep(_LOOK_S)
 
 
-def make_ranks(*, timeout_s: float, interrupted: Callable[[], bool] = lambda: False) -> Ranks:
+def make_rank_group(
+    *, timeout_s: float, interrupted: Callable[[], bool] = lambda: False
+) -> RankGroup:
     """The ranks of the default group of torch.distributed, or this process alone.
 
     Connections of their own are opened between rank 0 and every other one.
@@ -238,7 +245,7 @@ def make_ranks(*, timeout_s: float, interrupted: Callable[[], bool] = lambda: Fa
     from torch import distributed
 
     if not distributed.is_initialized() or distributed.get_world_size() == 1:
-        return Ranks(timeout_s=timeout_s)
+        return RankGroup(timeout_s=timeout_s)
     rank, size = distributed.get_rank(), distributed.get_world_size()
     host = os.environ.get("MASTER_ADDR", "127.0.0.1")
     listeners = [Listener(host) for _ in range(2)] if rank == 0 else []
@@ -247,6 +254,6 @@ def make_ranks(*, timeout_s: float, interrupted: Callable[[], bool] = lambda: Fa
     links, lines = [listener.accept(size, timeout_s) for listener in listeners] or [
         {0: connect(host, place, rank, timeout_s)} for place in places[0]
     ]
-    ranks = Ranks(links, rank=rank, size=size, timeout_s=timeout_s, interrupted=interrupted)
+    ranks = RankGroup(links, rank=rank, size=size, timeout_s=timeout_s, interrupted=interrupted)
     ranks.watch(lines)
     return ranks

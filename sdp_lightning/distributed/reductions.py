@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, distributed
 
-from sdp_lightning.distributed.rank_group import Ranks
+from sdp_lightning.distributed.rank_group import RankGroup
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class RankSums:
     device: torch.device
     rank: int = 0
     size: int = 1
-    ranks: Ranks = field(default_factory=Ranks)
+    ranks: RankGroup = field(default_factory=RankGroup)
 
     def add_up(self, tensor: Tensor) -> Tensor:
         """The sum over ranks, in place."""
@@ -37,7 +37,7 @@ class RankSums:
     def table(self, *values: float) -> list[tuple[float, ...]]:
         """The ``values`` of each rank, in order of rank."""
         if self.ranks.size == self.size:
-            return self.ranks.gather("counting", values)
+            return self.ranks.all_gather("counting", values)
         table = torch.zeros(self.size, len(values), dtype=torch.float64)
         table[self.rank] = torch.tensor(values, dtype=torch.float64)
         return [tuple(row) for row in self.add_up(table.to(self.device)).tolist()]

@@ -79,7 +79,7 @@ class InferenceEngine(Protocol):
         ...
 
     @property
-    def in_process(self) -> bool:
+    def updates_in_flight(self) -> bool:
         """Whether requests stay in flight while weights are updated.
 
         If False, ``pause`` makes outstanding requests return ``"abort"`` with what they have.

@@ -22,7 +22,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from sdp_lightning.config import RolloutConfig
 from sdp_lightning.config.compatibility import check_together
-from sdp_lightning.distributed.rank_group import Ranks, make_ranks
+from sdp_lightning.distributed.rank_group import RankGroup, make_rank_group
 from sdp_lightning.engines.connect import connect_engine
 from sdp_lightning.engines.protocol import InferenceEngine
 from sdp_lightning.engines.remote.engine import RemoteInfEngine
@@ -31,7 +31,7 @@ from sdp_lightning.errors import ConfigError
 from sdp_lightning.lightning.cpu_threads import leave_cores
 from sdp_lightning.lightning.evaluation_loader import EvaluationLoader
 from sdp_lightning.lightning.module import SegmentWisePPOModule
-from sdp_lightning.lightning.phase_timer import Activity
+from sdp_lightning.lightning.phase_timer import PhaseTimer
 from sdp_lightning.lightning.prediction_loader import GenerationLoader
 from sdp_lightning.lightning.stop_request import StopRequest
 from sdp_lightning.lightning.train_loader import RolloutLoader
@@ -112,9 +112,9 @@ class RolloutDataModule(L.LightningDataModule):
         self._last_state: dict[str, Any] = {}  # of the last fit, for a checkpoint made after it
         self._leftover: _Leftover | None = None
         self._engine_spent = False
-        self._ranks = Ranks()
+        self._ranks = RankGroup()
         self.stop = StopRequest()
-        self.activity = Activity()  # of the trainer's thread
+        self.phase_timer = PhaseTimer()  # of the trainer's thread
 
     @property
     def executor(self) -> WorkflowExecutor:
@@ -124,7 +124,7 @@ class RolloutDataModule(L.LightningDataModule):
         return self._executor
 
     @property
-    def ranks(self) -> Ranks:
+    def ranks(self) -> RankGroup:
         """The processes that train together, from ``setup`` to ``teardown``."""
         return self._ranks
 
@@ -133,7 +133,9 @@ class RolloutDataModule(L.LightningDataModule):
         """Whether weights, version and rollouts belong together: no batch is being trained on."""
         if self._executor is None:
             return False
-        return self.stop.agreed or not any(g.in_hand for g in self._executor.registry.snapshot())
+        return self.stop.agreed or not any(
+            g.in_training for g in self._executor.registry.snapshot()
+        )
 
     def setup(self, stage: str) -> None:
         if self._executor is not None:
@@ -179,7 +181,7 @@ class RolloutDataModule(L.LightningDataModule):
             trainer=trainer,
             ranks=self._ranks,
             stop=self.stop,
-            activity=self.activity,
+            phase_timer=self.phase_timer,
         )
         return self.loader
 
@@ -223,7 +225,7 @@ class RolloutDataModule(L.LightningDataModule):
         """
         if self._executor is None:
             return self._last_state
-        parts = self._ranks.collect("saving rollouts", self._executor.state_dict())
+        parts = self._ranks.gather("saving rollouts", self._executor.state_dict())
         return {} if parts is None else {"ranks": parts}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -233,7 +235,7 @@ class RolloutDataModule(L.LightningDataModule):
         self._leftover = None
         self.executor.load_state_dict(parts[self._ranks.rank])
 
-    def go_on(self, version: int) -> None:
+    def resume(self, version: int) -> None:
         """Before the first publish of a fit: take up what the last one left at ``version``."""
         left, self._leftover = self._leftover, None
         if left is not None and left.version == version and left.module() is self._module():
@@ -279,26 +281,26 @@ class RolloutDataModule(L.LightningDataModule):
             module = weakref.ref(self._module())
             self._leftover = _Leftover(state, executor.version, module)
 
-    def _make_ranks(self) -> Ranks:
+    def _make_ranks(self) -> RankGroup:
         trainer = self.trainer
         if trainer is None or trainer.world_size == 1:
-            return Ranks()
+            return RankGroup()
 
         def is_interrupted() -> bool:
             self.stop.look()  # a sign of life
             return trainer.received_sigterm
 
         limit = self.rollout.timeout_s + _MARGIN_S
-        return make_ranks(timeout_s=limit, interrupted=is_interrupted)
+        return make_rank_group(timeout_s=limit, interrupted=is_interrupted)
 
-    def _start(self, engine: InferenceEngine, ranks: Ranks) -> None:
+    def _start(self, engine: InferenceEngine, ranks: RankGroup) -> None:
         """Rank 0 first: it may start the servers that the others sample on."""
         start = engine.start if ranks.rank == 0 or not engine.is_shared else _nothing
-        _, servers = ranks.together("starting the engine", start, list, timeout_s=_START_S)
+        _, servers = ranks.run_on_all_ranks("starting the engine", start, list, timeout_s=_START_S)
         if ranks.rank > 0 and engine.is_shared:
-            ranks.together("following the engine", lambda: engine.start(servers=servers[0]))
+            ranks.run_on_all_ranks("following the engine", lambda: engine.start(servers=servers[0]))
         elif engine.is_shared:
-            ranks.together("following the engine", _nothing)
+            ranks.run_on_all_ranks("following the engine", _nothing)
 
     def _check_servers(self, engine: InferenceEngine) -> None:
         """Servers that this run starts must be in reach, and not on a GPU of the trainer's."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import lightning as L
 
-from sdp_lightning.distributed.rank_group import Ranks
+from sdp_lightning.distributed.rank_group import RankGroup
 from sdp_lightning.errors import RolloutError, RolloutTimeout
 from sdp_lightning.lightning.stop_request import (
     StopRequest,
@@ -61,7 +61,7 @@ class EvaluationLoader:
         workflow: RolloutWorkflow,
         *,
         trainer: L.Trainer,
-        ranks: Ranks,
+        ranks: RankGroup,
         stop: StopRequest,
     ) -> None:
         self._executor, self._rows, self._workflow = executor, rows, workflow
@@ -74,7 +74,7 @@ class EvaluationLoader:
         require_published(self._executor)
         version = self._executor.version
         with ends_on_sigterm(self._trainer):
-            _, parts = self._ranks.together(
+            _, parts = self._ranks.run_on_all_ranks(
                 f"evaluating version {version}", self._roll_out_mine, lambda part: part
             )
         self._stop.obey(signum for _, signum in parts)

@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from sdp_lightning.config import LoRAConfig, LossConfig, OptimizerConfig, UpdateConfig
 from sdp_lightning.config.model_source import resolve_model
-from sdp_lightning.distributed.rank_group import Ranks
+from sdp_lightning.distributed.rank_group import RankGroup
 from sdp_lightning.distributed.reductions import RankSums
 from sdp_lightning.errors import ConfigError
 from sdp_lightning.lightning.trainer_checks import check_trainer
@@ -34,8 +34,8 @@ from sdp_lightning.training.metrics.train_step import step_values
 from sdp_lightning.training.metrics.uniform_rewards import UniformWatch
 from sdp_lightning.training.policy.forward import LogprobForward
 from sdp_lightning.training.policy.gradient_step import GradientStep
-from sdp_lightning.training.policy.loading import load, select_trainable, silence_dropout
-from sdp_lightning.training.policy.logprob_runner import Passes, fill_up
+from sdp_lightning.training.policy.loading import disable_dropout, load, select_trainable
+from sdp_lightning.training.policy.logprob_runner import LogprobRunner, fill_up
 from sdp_lightning.training.policy.lora import (
     LORA_KEY,
     check_adapter,
@@ -98,9 +98,9 @@ class SegmentWisePPOModule(L.LightningModule):
         self.loss, self.optimizer, self.update, self.lora = loss, optimizer, update, lora
         self.trainable, self.gradient_checkpointing = trainable, gradient_checkpointing
         self.policy: PreTrainedModel | None = None
-        self.ranks = Ranks()  # that the data module's ranks meet as, once it is set up
-        self._passes: Passes
-        self._reference_passes: Passes
+        self.ranks = RankGroup()  # that the data module's ranks meet as, once it is set up
+        self._runner: LogprobRunner
+        self._reference_runner: LogprobRunner
         self._reference: list[PreTrainedModel] = []  # in a list it is no part of this module
         self._model, self._model_kwargs = model, dict(model_kwargs or {})
         self._metrics, self._warner = LagMetrics(), Warner()
@@ -123,9 +123,9 @@ class SegmentWisePPOModule(L.LightningModule):
     def configure_model(self) -> None:
         if self.policy is not None:
             return
-        policy, self._passes = self._load(frozen=False)
+        policy, self._runner = self._load(frozen=False)
         if self.loss.needs_reference and self.lora is None:
-            reference, self._reference_passes = self._load(frozen=True)
+            reference, self._reference_runner = self._load(frozen=True)
             self._reference = [reference]
         self.policy = policy
 
@@ -136,12 +136,12 @@ class SegmentWisePPOModule(L.LightningModule):
         self.configure_model()
         return super().load_state_dict(state_dict, strict, assign)
 
-    def _load(self, *, frozen: bool) -> tuple[PreTrainedModel, Passes]:
+    def _load(self, *, frozen: bool) -> tuple[PreTrainedModel, LogprobRunner]:
         """The model, sharded if the strategy shards. Frozen, it is a reference."""
         sharded = isinstance(mesh := self.device_mesh, DeviceMesh)
         options = self._model_kwargs
         policy, source = load(self.model_id, options, sharded=sharded, lora=self.lora)
-        silence_dropout(policy)
+        disable_dropout(policy)
         if frozen:
             policy.requires_grad_(False)
         elif self.lora is None:
@@ -153,7 +153,7 @@ class SegmentWisePPOModule(L.LightningModule):
         if isinstance(mesh, DeviceMesh):
             device, precision = self.trainer.strategy.root_device, self.trainer.precision
             shard(forward, mesh, source, device, precision=str(precision))
-        passes = Passes(
+        passes = LogprobRunner(
             forward,  # no submodule of this one: its weights are the policy's
             self.update,
             over_ranks=self.over_ranks,
@@ -231,7 +231,7 @@ class SegmentWisePPOModule(L.LightningModule):
             return self.score([Trajectory((Context([0]), blank))])[:0]
         groups, rows = group_by_prompt(trajectories)
         newest = max(group.tail_version or 0 for group in groups)
-        logprobs = self._passes.logprobs(collate(groups, version=newest).to(self.device)).cpu()
+        logprobs = self._runner.logprobs(collate(groups, version=newest).to(self.device)).cpu()
         return split_by_segment(trajectories, logprobs[rows])
 
     @property
@@ -261,7 +261,7 @@ class SegmentWisePPOModule(L.LightningModule):
         if (self.update.steps_per_batch > 1 and config.proximal == "recompute") or (
             config.second_moment_cap is not None
         ):
-            batch = replace(batch, proximal_logprobs=self._passes.logprobs(batch))
+            batch = replace(batch, proximal_logprobs=self._runner.logprobs(batch))
         if config.needs_reference:
             batch = replace(batch, reference_logprobs=self._reference_logprobs(batch))
         return replace(batch, advantages=batch_advantages(batch, config, self.update))
@@ -270,18 +270,18 @@ class SegmentWisePPOModule(L.LightningModule):
         """[B, T] under the weights at the start: a frozen copy, or those below the adapter."""
         if self.lora is not None:
             with without_adapter(self.require_policy()):
-                return self._passes.logprobs(batch)
+                return self._runner.logprobs(batch)
         for reference in self._reference:
             reference.to(self.device)  # type: ignore
-        return self._reference_passes.logprobs(batch)
+        return self._reference_runner.logprobs(batch)
 
     def _optimizer_step(self, batch: Batch, share_done: float) -> dict[str, Tensor]:
         optimizer: Any = self.optimizers()
         optimizer.zero_grad()
         if self.loss.second_moment_cap is not None:
             batch = within_second_moment(batch, self.loss.second_moment_cap, self._sums)
-        layout = self._passes.layout(batch)
-        pieces = self._passes.cut(batch, layout)
+        layout = self._runner.layout(batch)
+        pieces = self._runner.cut(batch, layout)
         share = float(loss_denominator(batch.loss_mask, self.loss))
         every = self.over_ranks(share, batch.num_tokens, len(pieces))
         denominator, num_tokens, _ = map(sum, zip(*every, strict=True))
@@ -289,7 +289,7 @@ class SegmentWisePPOModule(L.LightningModule):
         before = self._metrics.weights
         total, kl = torch.zeros(2, dtype=torch.float32, device=self.device)
         for number, (part, _) in enumerate(pieces):
-            forward = self._passes(part, layout)
+            forward = self._runner(part, layout)
             found = batch_loss(
                 forward.logprobs,
                 part,

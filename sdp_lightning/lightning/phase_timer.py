@@ -7,7 +7,7 @@ import time
 PHASES = ("wait", "score", "train", "publish", "evaluate")
 
 
-class Activity:
+class PhaseTimer:
     """The phase of a run: written by the trainer's thread, read by any.
 
     Every moment belongs to one phase, ``"rest"`` if to none of ``PHASES``; so what is spent on all

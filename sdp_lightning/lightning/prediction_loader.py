@@ -7,7 +7,7 @@ from typing import Any
 
 import lightning as L
 
-from sdp_lightning.distributed.rank_group import Ranks
+from sdp_lightning.distributed.rank_group import RankGroup
 from sdp_lightning.errors import RolloutError
 from sdp_lightning.lightning.stop_request import ends_on_sigterm, require_published
 from sdp_lightning.prompts.stream import PromptRow, PromptStream
@@ -61,7 +61,7 @@ class GenerationLoader:
         *,
         num_batches: int | None,
         trainer: L.Trainer,
-        ranks: Ranks,
+        ranks: RankGroup,
     ) -> None:
         config = executor.config
         self._executor, self._trainer = executor, trainer

@@ -12,9 +12,9 @@ from typing import Any
 import lightning as L
 
 from sdp_lightning.config import MissingProximal
-from sdp_lightning.distributed.rank_group import Ranks
+from sdp_lightning.distributed.rank_group import RankGroup
 from sdp_lightning.errors import RolloutError, RolloutTimeout
-from sdp_lightning.lightning.phase_timer import Activity
+from sdp_lightning.lightning.phase_timer import PhaseTimer
 from sdp_lightning.lightning.stop_request import (
     StopRequest,
     ends_on_sigterm,
@@ -37,7 +37,7 @@ class RolloutLoader:
         trainer: asked for SIGTERM while waiting, and told when prompts or time have ended.
         ranks: that take their batches together: all, or none.
         stop: looked at before a batch is taken and while it is waited for.
-        activity: told when a batch is waited for.
+        phase_timer: told when a batch is waited for.
 
     Attributes:
         ended: whether all prompts were handed out.
@@ -52,14 +52,14 @@ class RolloutLoader:
         pad_token_id: int,
         length: int,
         trainer: L.Trainer,
-        ranks: Ranks,
+        ranks: RankGroup,
         stop: StopRequest,
-        activity: Activity,
+        phase_timer: PhaseTimer,
     ) -> None:
         self.ended = False
         self.counts: Counts = {}
         self._generated = executor.engine.num_generated
-        self._ranks, self._stop, self._activity = ranks, stop, activity
+        self._ranks, self._stop, self._phase_timer = ranks, stop, phase_timer
         self._executor, self._pad_token_id = executor, pad_token_id
         self._length, self._trainer = length, trainer
 
@@ -85,15 +85,15 @@ class RolloutLoader:
         """Nothing to load."""
 
     def _take(self) -> list[TrajectoryGroup] | None:
-        self._activity.enter("wait")
+        self._phase_timer.enter("wait")
         with ends_on_sigterm(self._trainer):
-            (groups, _), told = self._ranks.together(
+            (groups, _), told = self._ranks.run_on_all_ranks(
                 f"taking the batch of version {self._executor.version}",
                 self._take_mine,
                 self._tell,
             )
         self._stop.obey(signum for _, signum, _ in told)
-        self._activity.enter("rest")
+        self._phase_timer.enter("rest")
         columns = zip(*(values for *_, values in told), strict=True)
         self.counts = dict(zip(self.counts, map(sum, columns), strict=True))
         return None if any(ended for ended, *_ in told) else groups

@@ -26,7 +26,7 @@ Score = Callable[[Trajectory], FloatArray]
 _EXPLAINS = 0.5  # of the difference must be gone before a parameter is named
 
 
-class EchoCheck:
+class WeightCheck:
     """Compares the log-probs of a text under the trainer's weights and under each engine's.
 
     Keeps a copy of the trained weights on the CPU, as they were when engine and trainer last

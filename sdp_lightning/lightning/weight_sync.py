@@ -18,7 +18,7 @@ from sdp_lightning.lightning.datamodule import RolloutDataModule
 from sdp_lightning.lightning.graceful_stop import GracefulStop
 from sdp_lightning.lightning.module import SegmentWisePPOModule
 from sdp_lightning.lightning.phase_timer import PHASES
-from sdp_lightning.lightning.weight_check import EchoCheck
+from sdp_lightning.lightning.weight_check import WeightCheck
 from sdp_lightning.rollout.executor import WorkflowExecutor
 from sdp_lightning.rollout.groups.telemetry import Counts
 from sdp_lightning.training.batch import Batch
@@ -43,7 +43,7 @@ class WeightSyncCallback(Callback):
     Args:
         echo_every: after the first publishes and every so many, ask the engine for the log-probs of
             a text and compare them with the trainer's
-            (:class:`~sdp_lightning.lightning.weight_check.EchoCheck`). Keeps a copy of
+            (:class:`~sdp_lightning.lightning.weight_check.WeightCheck`). Keeps a copy of
             the trained weights on the CPU. None never asks.
         echo_tolerance: nats that they may differ by in the mean.
         save_on_stop: let Ctrl-C and SIGTERM end a fit after the step under way and, if the Trainer
@@ -64,7 +64,7 @@ class WeightSyncCallback(Callback):
             raise ConfigError(f"echo_every must be at least 1, got {echo_every}.")
         self.version = 0
         self._echo_every = echo_every
-        self._echo = None if echo_every is None else EchoCheck(tolerance=echo_tolerance)
+        self._echo = None if echo_every is None else WeightCheck(tolerance=echo_tolerance)
         self._times: dict[str, float] = {}
         self._learned, self._busy_s = 0.0, 0.0
         self._warned = False
@@ -81,7 +81,7 @@ class WeightSyncCallback(Callback):
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._publish_first(trainer, pl_module)
-        _parts(trainer, pl_module)[1].activity.enter("evaluate")
+        _parts(trainer, pl_module)[1].phase_timer.enter("evaluate")
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._publish_first(trainer, pl_module)
@@ -96,17 +96,17 @@ class WeightSyncCallback(Callback):
         self._start = self.version
         if self._stop is not None:
             self._stop.begin(trainer, self.version)
-        data.activity.take_spent()
+        data.phase_timer.take_spent()
         self._learned, self._busy_s = 0.0, executor.gate.busy_s
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
         module, data, executor = _parts(trainer, pl_module)
-        data.activity.enter("score")
+        data.phase_timer.enter("score")
         if module.loss.needs_segment_scores:
             executor.recompute(module)
-        data.activity.enter("train")
+        data.phase_timer.enter("train")
 
     def on_train_batch_end(
         self,
@@ -122,14 +122,16 @@ class WeightSyncCallback(Callback):
                 f"the batch was taken at version {batch.version}, but the trainer is at "
                 f"{self.version}: was a publish skipped?"
             )
-        data.activity.enter("publish")
+        data.phase_timer.enter("publish")
         alpha = executor.engine.lora_alpha
         weights = module.named_weights(changed_only=True, lora_alpha=alpha)
         report = executor.publish(weights, self.version + 1)
         self.version += 1
-        data.activity.enter("rest")
-        spent, busy_s = data.activity.take_spent(), executor.gate.busy_s
-        paused_s = report.paused_s if executor.engine.in_process else 0.0  # requests stay with it
+        data.phase_timer.enter("rest")
+        spent, busy_s = data.phase_timer.take_spent(), executor.gate.busy_s
+        paused_s = (
+            report.paused_s if executor.engine.updates_in_flight else 0.0
+        )  # requests stay with it
         self._times = {
             **{f"time/{phase}_s": spent.get(phase, 0.0) for phase in PHASES},
             "time/step_s": sum(spent.values()),
@@ -146,7 +148,7 @@ class WeightSyncCallback(Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._validated = self.version
-        _parts(trainer, pl_module)[1].activity.enter("rest")
+        _parts(trainer, pl_module)[1].phase_timer.enter("rest")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.enable_validation and self._start < self.version != self._validated:
@@ -180,7 +182,7 @@ class WeightSyncCallback(Callback):
         module, data, executor = _parts(trainer, pl_module)
         if not executor.is_published:
             if trainer.state.fn == "fit":
-                data.go_on(self.version)
+                data.resume(self.version)
             weights = module.named_weights(lora_alpha=executor.engine.lora_alpha)
             executor.publish(weights, self.version, reset=True)
             self._check_echo(module, executor)

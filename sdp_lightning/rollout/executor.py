@@ -13,12 +13,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from sdp_lightning.config import RolloutConfig
-from sdp_lightning.distributed.rank_group import Ranks
+from sdp_lightning.distributed.rank_group import RankGroup
 from sdp_lightning.engines.protocol import InferenceEngine, NamedWeights, PublishReport
 from sdp_lightning.errors import ConfigError, RolloutError, RolloutTimeout, VersionError, describe
 from sdp_lightning.prompts.stream import EVALUATION_EPOCH, PromptRow
 from sdp_lightning.rollout.group_source import GroupSource
-from sdp_lightning.rollout.groups.in_flight import LiveGroup
+from sdp_lightning.rollout.groups.in_flight import InFlightGroup
 from sdp_lightning.rollout.groups.ledger import RolloutStat, StalenessManager
 from sdp_lightning.rollout.groups.registry import GroupRegistry
 from sdp_lightning.rollout.groups.staleness import StalenessControlStrategy
@@ -57,7 +57,7 @@ class WorkflowExecutor:
         strategy: StalenessControlStrategy,
         manager: StalenessManager,
         recomputer: ProximalRecomputer | None,
-        ranks: Ranks,
+        ranks: RankGroup,
     ) -> None:
         self.config, self.engine, self.manager = config, engine, manager
         self._recomputer, self._ranks = recomputer, ranks
@@ -123,7 +123,7 @@ class WorkflowExecutor:
 
     def _commit(self, version: int, *, reset: bool) -> None:
         if reset:
-            self.registry.rebase(version)
+            self.registry.resume(version)
         else:
             for live in self.registry.commit(version):
                 self._cancel(live)
@@ -212,7 +212,7 @@ class WorkflowExecutor:
         runner = AsyncTaskRunner(name="sdp-evaluation", interrupted=interrupted)
         try:
             for order, prompt in enumerate(prompts, first_order):
-                live = LiveGroup(order, prompt, version, self._source.new_session(prompt))
+                live = InFlightGroup(order, prompt, version, self._source.new_session(prompt))
                 runner.submit(self._evaluate_row, live, workflow)
             groups: list[TrajectoryGroup | None] = runner.wait(len(prompts), limit)
         finally:
@@ -274,7 +274,7 @@ class WorkflowExecutor:
                     return
                 self._submit(live)
 
-    def _submit(self, live: LiveGroup) -> None:
+    def _submit(self, live: InFlightGroup) -> None:
         try:
             live.task_id = self._runner.submit(self._roll_out, live)
         except RolloutError:
@@ -282,7 +282,7 @@ class WorkflowExecutor:
             raise
         self.registry.add(live)
 
-    async def _roll_out(self, live: LiveGroup) -> None:
+    async def _roll_out(self, live: InFlightGroup) -> None:
         session = live.session
         try:
             trajectories = await self.workflow.run(live.row.data, session)
@@ -311,16 +311,16 @@ class WorkflowExecutor:
         if result.error is not None:
             self.registry.fail(result.error)
 
-    def _on_drop(self, live: LiveGroup) -> None:
+    def _on_drop(self, live: InFlightGroup) -> None:
         if self.config.requeue_dropped:
             self._source.give_back(live.row)
 
-    def _cancel(self, live: LiveGroup) -> None:
+    def _cancel(self, live: InFlightGroup) -> None:
         if live.task_id is not None:
             self._runner.cancel(live.task_id)
 
     async def _evaluate_row(
-        self, live: LiveGroup, workflow: RolloutWorkflow
+        self, live: InFlightGroup, workflow: RolloutWorkflow
     ) -> TrajectoryGroup | None:
         try:
             trajectories = await workflow.run(live.row.data, live.session)

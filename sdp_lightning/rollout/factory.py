@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sdp_lightning.config import RolloutConfig
-from sdp_lightning.distributed.rank_group import Ranks
+from sdp_lightning.distributed.rank_group import RankGroup
 from sdp_lightning.engines.protocol import InferenceEngine
 from sdp_lightning.prompts.stream import PromptStream
 from sdp_lightning.rollout.executor import WorkflowExecutor
@@ -57,7 +57,7 @@ def create_workflow_executor(
     workflow: RolloutWorkflow,
     prompts: Sequence[Row],
     tokenizer: Tokenizer,
-    ranks: Ranks | None = None,
+    ranks: RankGroup | None = None,
 ) -> WorkflowExecutor:
     """An executor with the strategy and the capacity modifiers that ``config`` asks for.
 
@@ -72,7 +72,7 @@ def create_workflow_executor(
     Raises:
         ConfigError: if ``prompts`` is empty.
     """
-    ranks = Ranks() if ranks is None else ranks
+    ranks = RankGroup() if ranks is None else ranks
     stream = PromptStream(
         prompts,
         seed=config.seed,

@@ -16,7 +16,7 @@ from sdp_lightning.rollout.checkpoint.group_state import (
     group_to_state,
     logs_from_state,
 )
-from sdp_lightning.rollout.groups.in_flight import LiveGroup
+from sdp_lightning.rollout.groups.in_flight import InFlightGroup
 from sdp_lightning.types import TrajectoryGroup
 from sdp_lightning.workflows.episode import Episode
 from sdp_lightning.workflows.episode_log import Event
@@ -48,7 +48,7 @@ class GroupSource:
         self.gate = SendGate()
         self._prompts, self._engine = prompts, engine
         self._tokenizer, self._seed = tokenizer, seed
-        self._interrupted: deque[LiveGroup] = deque()
+        self._interrupted: deque[InFlightGroup] = deque()
         self._next_order = 0
 
     @property
@@ -56,7 +56,7 @@ class GroupSource:
         """Whether no group will ever come again, unless a row is given back."""
         return not self._interrupted and self._prompts.is_exhausted
 
-    def next(self, version: int) -> LiveGroup | None:
+    def next(self, version: int) -> InFlightGroup | None:
         """The next group, created at ``version`` if it is new; None when exhausted.
 
         Raises:
@@ -68,7 +68,7 @@ class GroupSource:
         if row is None:
             return None
         self._next_order += 1
-        return LiveGroup(self._next_order - 1, row, version, self.new_session(row))
+        return InFlightGroup(self._next_order - 1, row, version, self.new_session(row))
 
     def new_session(self, row: PromptRow, saved: Sequence[Sequence[Event]] = ()) -> RolloutSession:
         """What the workflow gets to roll ``row`` out, with the logs that it is to repeat."""
@@ -81,7 +81,7 @@ class GroupSource:
         judged = row.is_evaluation
         return RolloutSession(self._tokenizer, new_episode, saved, is_evaluation=judged)
 
-    def put_back(self, group: LiveGroup) -> None:
+    def put_back(self, group: InFlightGroup) -> None:
         """Hand out ``group`` again, before any other: it could not be submitted."""
         self._interrupted.appendleft(group)
 
@@ -89,11 +89,11 @@ class GroupSource:
         """Begin ``row`` again, before any new one."""
         self._prompts.give_back([row])
 
-    def remove(self, is_overdue: Callable[[LiveGroup], bool]) -> None:
+    def remove(self, is_overdue: Callable[[InFlightGroup], bool]) -> None:
         """Take out the interrupted groups that are overdue."""
         self._interrupted = deque([g for g in self._interrupted if not is_overdue(g)])
 
-    def state_dict(self, live: Sequence[LiveGroup]) -> dict[str, Any]:
+    def state_dict(self, live: Sequence[InFlightGroup]) -> dict[str, Any]:
         """The position in the prompts, all ``live`` groups, and those not submitted again yet."""
         running = [*self._interrupted, *(g for g in live if g.group is None)]
         return {
@@ -103,7 +103,9 @@ class GroupSource:
             "running": [group_to_state(g) for g in sorted(running, key=lambda g: g.order)],
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> list[tuple[LiveGroup, TrajectoryGroup]]:
+    def load_state_dict(
+        self, state: Mapping[str, Any]
+    ) -> list[tuple[InFlightGroup, TrajectoryGroup]]:
         """Continue from ``state``; returns the groups that were finished.
 
         Raises:
@@ -116,11 +118,11 @@ class GroupSource:
             row = self._prompts.read(int(saved["epoch"]), int(saved["index"]))
             session = self.new_session(row, logs_from_state(saved["logs"]))
             order, created = int(saved["order"]), int(saved["created_version"])
-            self._interrupted.append(LiveGroup(order, row, created, session))
+            self._interrupted.append(InFlightGroup(order, row, created, session))
         return [self._restore(saved) for saved in state["pending"]]
 
-    def _restore(self, saved: Mapping[str, Any]) -> tuple[LiveGroup, TrajectoryGroup]:
+    def _restore(self, saved: Mapping[str, Any]) -> tuple[InFlightGroup, TrajectoryGroup]:
         group = group_from_state(saved)
         row = PromptRow(int(saved["epoch"]), int(saved["index"]), {"id": group.row_id})
         session = self.new_session(row)
-        return LiveGroup(group.order, row, group.created_version, session), group
+        return InFlightGroup(group.order, row, group.created_version, session), group

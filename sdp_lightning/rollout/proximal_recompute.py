@@ -80,7 +80,7 @@ class ProximalRecomputer:
         found: list[tuple[Context | Segment, ...]] = []
         for live in registry.snapshot():
             versions = live.versions
-            if live.in_hand or versions is None:
+            if live.in_training or versions is None:
                 continue
             if not self._mask_overdue and version + 1 - versions[0] > self._max_head_lag:
                 continue  # the next commit purges it

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
-from sdp_lightning.distributed.rank_group import Ranks
+from sdp_lightning.distributed.rank_group import RankGroup
 from sdp_lightning.engines.protocol import InferenceEngine, NamedWeights, PublishReport
 from sdp_lightning.errors import VersionError
 from sdp_lightning.workflows.send_gate import SendGate
@@ -15,7 +15,7 @@ from sdp_lightning.workflows.send_gate import SendGate
 def publish(
     engine: InferenceEngine,
     gate: SendGate,
-    ranks: Ranks,
+    ranks: RankGroup,
     weights: NamedWeights,
     version: int,
     *,
@@ -45,23 +45,23 @@ def publish(
     if not engine.is_shared:  # each rank's engine is its own
         paused = time.monotonic()
         work, what = (lambda: one.swap(weights, reset=reset)), f"publishing version {version}"
-        report, _ = ranks.together(what, work)
+        report, _ = ranks.run_on_all_ranks(what, work)
         one.verify(())
         commit()
         one.resume_servers()
     else:
-        ranks.together(f"closing the gates for version {version}", one.close_gate)
+        ranks.run_on_all_ranks(f"closing the gates for version {version}", one.close_gate)
         paused = time.monotonic()
-        ranks.together(f"pausing for version {version}", one.pause_servers)
-        ranks.together(f"draining for version {version}", one.drain)
-        report, serving = ranks.together(
+        ranks.run_on_all_ranks(f"pausing for version {version}", one.pause_servers)
+        ranks.run_on_all_ranks(f"draining for version {version}", one.drain)
+        report, serving = ranks.run_on_all_ranks(
             f"transferring version {version}",
             lambda: one.transfer(weights, reset=reset),
             lambda _: list(engine.servers),
         )
-        ranks.together(f"verifying version {version}", lambda: one.verify(serving[0]))
+        ranks.run_on_all_ranks(f"verifying version {version}", lambda: one.verify(serving[0]))
         commit()
-        ranks.together(f"resuming at version {version}", one.resume_servers)
+        ranks.run_on_all_ranks(f"resuming at version {version}", one.resume_servers)
         if not one.leads:
             engine.resume()
     resumed = time.monotonic()
@@ -86,7 +86,7 @@ class _Publish:
         self._version, self._drain_s = version, drain_s
 
     def close_gate(self) -> None:
-        if not self._engine.in_process:
+        if not self._engine.updates_in_flight:
             self._gate.close()
         if not self.leads:
             self._engine.pause()
@@ -97,7 +97,7 @@ class _Publish:
 
     def drain(self) -> None:
         self._engine.drain()
-        if not self._engine.in_process:
+        if not self._engine.updates_in_flight:
             self._gate.drain(self._drain_s)
 
     def swap(self, weights: NamedWeights, *, reset: bool) -> PublishReport:

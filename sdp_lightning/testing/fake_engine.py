@@ -53,7 +53,8 @@ class FakeEngine:
         reply: how many tokens a request wants in all, interruptions included.
         manual: nothing is sampled until ``advance`` is called; otherwise each reply takes
             ``latency_s``, in ``chunks`` equal steps.
-        in_process: swap weights under requests; False interrupts them at ``pause``, as a server.
+        updates_in_flight: swap weights under requests; False interrupts them at ``pause``, as a
+            server does.
         latency_s: of a reply, in seconds.
         chunks: steps of a reply; weights may change between them.
         echo: log-probs of a text's own tokens; None gives each the log-prob of the version.
@@ -64,13 +65,13 @@ class FakeEngine:
         reply: Callable[[GenerationRequest], int] | int = 4,
         *,
         manual: bool = False,
-        in_process: bool = True,
+        updates_in_flight: bool = True,
         latency_s: float = 0.0,
         chunks: int = 1,
         echo: Callable[[IntArray], FloatArray] | None = None,
     ) -> None:
         self._echo = echo
-        self._reply, self._manual, self._in_process = reply, manual, in_process
+        self._reply, self._manual, self._in_process = reply, manual, updates_in_flight
         self._latency_s, self._chunks = latency_s, chunks
         self._version: int | None = None
         self._paused = self._closed = False
@@ -88,7 +89,7 @@ class FakeEngine:
         return self._version
 
     @property
-    def in_process(self) -> bool:
+    def updates_in_flight(self) -> bool:
         return self._in_process
 
     @property

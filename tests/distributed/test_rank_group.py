@@ -20,8 +20,13 @@ from typing import Any
 import pytest
 
 import sdp_lightning as sdp
-from sdp_lightning.distributed.failure_detector import Lifeline, Listener, RankFailure, connect
-from sdp_lightning.distributed.rank_group import Ranks
+from sdp_lightning.distributed.failure_detector import (
+    FailureDetector,
+    Listener,
+    RankFailure,
+    connect,
+)
+from sdp_lightning.distributed.rank_group import RankGroup
 from sdp_lightning.engines.servers.placement import require_one_host
 from sdp_lightning.errors import ConfigError, RankError
 from support.trainers import make_data, make_module, make_trainer
@@ -30,7 +35,7 @@ DEADLINE_S = 60.0
 
 
 class World:
-    """Ranks in threads of this process, with connections between rank 0 and every other."""
+    """RankGroup in threads of this process, with connections between rank 0 and every other."""
 
     def __init__(self, size: int = 2, **settings: Any) -> None:
         settings = {"timeout_s": DEADLINE_S} | settings
@@ -42,11 +47,11 @@ class World:
             ]
             for pairs in self.pairs
         )
-        self.ranks = [Ranks(links[r], rank=r, size=size, **settings) for r in range(size)]
+        self.ranks = [RankGroup(links[r], rank=r, size=size, **settings) for r in range(size)]
         for ranks, line in zip(self.ranks, lines, strict=True):
             ranks.watch(line)
 
-    def run(self, *work: Callable[[Ranks], Any]) -> list[Any]:
+    def run(self, *work: Callable[[RankGroup], Any]) -> list[Any]:
         """What ``work`` returned or raised on each rank; one function is for all of them."""
         results: list[Any] = [None] * len(self.ranks)
 
@@ -90,31 +95,31 @@ Make = Callable[..., World]
 
 
 def test_alone_nobody_is_asked() -> None:
-    ranks = Ranks()
-    assert ranks.gather("it", "mine") == ["mine"]
-    assert ranks.together("it", lambda: 3, lambda n: n + 1) == (3, [4])
-    assert ranks.first("it", 5) == 5
+    ranks = RankGroup()
+    assert ranks.all_gather("it", "mine") == ["mine"]
+    assert ranks.run_on_all_ranks("it", lambda: 3, lambda n: n + 1) == (3, [4])
+    assert ranks.broadcast("it", 5) == 5
     with pytest.raises(KeyError, match="mine"):
-        ranks.together("it", lambda: {}["mine"])
+        ranks.run_on_all_ranks("it", lambda: {}["mine"])
     ranks.fail(ValueError())
     ranks.close()
 
 
 def test_all_ranks_gather_the_same_in_order_of_rank(make_world: Make) -> None:
-    def work(ranks: Ranks) -> Any:
-        return [ranks.gather(f"round {n}", (ranks.rank, n, {"x": None})) for n in range(20)]
+    def work(ranks: RankGroup) -> Any:
+        return [ranks.all_gather(f"round {n}", (ranks.rank, n, {"x": None})) for n in range(20)]
 
     expected = [[(rank, n, {"x": None}) for rank in range(3)] for n in range(20)]
     assert make_world(3).run(work) == [expected] * 3
 
 
 def test_the_value_of_rank_0_is_first(make_world: Make) -> None:
-    assert make_world(3).run(lambda ranks: ranks.first("it", ranks.rank + 7)) == [7, 7, 7]
+    assert make_world(3).run(lambda ranks: ranks.broadcast("it", ranks.rank + 7)) == [7, 7, 7]
 
 
 def test_together_gives_each_its_own_result_and_what_all_tell(make_world: Make) -> None:
-    def work(ranks: Ranks) -> Any:
-        return ranks.together("it", lambda: ranks.rank * 10, lambda n: n + 1)
+    def work(ranks: RankGroup) -> Any:
+        return ranks.run_on_all_ranks("it", lambda: ranks.rank * 10, lambda n: n + 1)
 
     assert make_world(2).run(work) == [(0, [1, 11]), (10, [1, 11])]
 
@@ -122,7 +127,7 @@ def test_together_gives_each_its_own_result_and_what_all_tell(make_world: Make) 
 def test_more_than_a_connection_takes_at_once_is_gathered(make_world: Make) -> None:
     sizes = [9 * 2**20, 3 * 2**20, 5]
     found = make_world(3).run(
-        lambda ranks: [len(b) for b in ranks.gather("it", bytes(sizes[ranks.rank]))]
+        lambda ranks: [len(b) for b in ranks.all_gather("it", bytes(sizes[ranks.rank]))]
     )
     assert found == [sizes] * 3
 
@@ -130,9 +135,9 @@ def test_more_than_a_connection_takes_at_once_is_gathered(make_world: Make) -> N
 def test_values_are_collected_on_rank_0_only_and_it_answers_nothing_of_them(
     make_world: Make,
 ) -> None:
-    def work(ranks: Ranks) -> Any:
-        found = ranks.collect("saving", (ranks.rank, "x" * 3_000_000))
-        return found and [(rank, len(words)) for rank, words in found], ranks.gather("on", 1)
+    def work(ranks: RankGroup) -> Any:
+        found = ranks.gather("saving", (ranks.rank, "x" * 3_000_000))
+        return found and [(rank, len(words)) for rank, words in found], ranks.all_gather("on", 1)
 
     world = make_world(3)
     link = world.ranks[1]._links[0]
@@ -146,16 +151,16 @@ def test_values_are_collected_on_rank_0_only_and_it_answers_nothing_of_them(
 def test_who_left_a_meeting_early_is_not_missed_there_and_hears_the_next_one() -> None:
     near, far = socket.socketpair()
     hurry = True
-    first = Ranks({1: near}, rank=0, size=2, timeout_s=DEADLINE_S)
-    second = Ranks({0: far}, rank=1, size=2, timeout_s=DEADLINE_S, interrupted=lambda: hurry)
+    first = RankGroup({1: near}, rank=0, size=2, timeout_s=DEADLINE_S)
+    second = RankGroup({0: far}, rank=1, size=2, timeout_s=DEADLINE_S, interrupted=lambda: hurry)
     for number in range(2):
         with pytest.raises(RankError, match="interrupted while early"):
-            second.gather("early", number)
+            second.all_gather("early", number)
     hurry = False
-    assert [first.gather("early", "a"), first.gather("early", "b")] == [["a", 0], ["b", 1]]
-    thread = threading.Thread(target=first.gather, args=("on time", "c"))
+    assert [first.all_gather("early", "a"), first.all_gather("early", "b")] == [["a", 0], ["b", 1]]
+    thread = threading.Thread(target=first.all_gather, args=("on time", "c"))
     thread.start()
-    assert second.gather("on time", 2) == ["c", 2]
+    assert second.all_gather("on time", 2) == ["c", 2]
     thread.join(DEADLINE_S)
     first.close()
     second.close()
@@ -166,8 +171,8 @@ def test_who_left_a_meeting_early_is_not_missed_there_and_hears_the_next_one() -
 
 @pytest.mark.fault("exception", "gather")
 def test_an_error_on_one_rank_is_raised_on_all_and_names_it(make_world: Make) -> None:
-    def work(ranks: Ranks) -> Any:
-        return ranks.together("sorting", lambda: [1][ranks.rank])
+    def work(ranks: RankGroup) -> Any:
+        return ranks.run_on_all_ranks("sorting", lambda: [1][ranks.rank])
 
     first, second, third = make_world(3).run(work)
     assert isinstance(second, IndexError) and isinstance(third, IndexError)
@@ -176,11 +181,11 @@ def test_an_error_on_one_rank_is_raised_on_all_and_names_it(make_world: Make) ->
 
 
 def test_ranks_that_had_an_error_together_are_still_together(make_world: Make) -> None:
-    def work(ranks: Ranks) -> Any:
+    def work(ranks: RankGroup) -> Any:
         try:
-            ranks.together("sorting", lambda: [1][ranks.rank])
+            ranks.run_on_all_ranks("sorting", lambda: [1][ranks.rank])
         except (RankError, IndexError):
-            return ranks.gather("after it", ranks.rank)
+            return ranks.all_gather("after it", ranks.rank)
 
     assert make_world(2).run(work) == [[0, 1], [0, 1]]
 
@@ -193,10 +198,10 @@ def test_a_deadline_names_the_late_rank_what_was_awaited_and_what_was_done_last(
     monkeypatch.setattr("sdp_lightning.distributed.rank_group._AFTER_S", 0.2)
     world = make_world(3)
 
-    def work(ranks: Ranks) -> None:
-        ranks.gather("counting", 1)
+    def work(ranks: RankGroup) -> None:
+        ranks.all_gather("counting", 1)
         if ranks.rank != late:
-            ranks.gather("sorting", 1, timeout_s=0.2)
+            ranks.all_gather("sorting", 1, timeout_s=0.2)
 
     start = time.monotonic()
     found = world.run(work)
@@ -214,7 +219,7 @@ def test_a_deadline_names_the_late_rank_what_was_awaited_and_what_was_done_last(
 @pytest.mark.fault("hang", "gather")
 def test_a_rank_that_others_wait_for_in_vain_hears_of_it(make_world: Make) -> None:
     world = make_world(2)
-    found = world.run(lambda ranks: ranks.gather("it", 1, timeout_s=0.1), lambda ranks: None)
+    found = world.run(lambda ranks: ranks.all_gather("it", 1, timeout_s=0.1), lambda ranks: None)
     assert isinstance(found[0], RankError)
     error = RuntimeError("at last")
     world.ranks[1].fail(error)
@@ -223,7 +228,7 @@ def test_a_rank_that_others_wait_for_in_vain_hears_of_it(make_world: Make) -> No
 
 @pytest.mark.fault("corrupted data", "gather")
 def test_ranks_at_different_meetings_are_told_apart(make_world: Make) -> None:
-    found = make_world(2).run(lambda ranks: ranks.gather(f"meeting {ranks.rank}", 1))
+    found = make_world(2).run(lambda ranks: ranks.all_gather(f"meeting {ranks.rank}", 1))
     assert [type(error) for error in found] == [RankError, RankError]
     assert str(found[1]) == "rank 1 is at 'meeting 1' while rank 0 is at 'meeting 0'."
 
@@ -232,7 +237,7 @@ def test_an_interrupted_wait_ends(make_world: Make) -> None:
     asked = threading.Event()
     world = make_world(2, interrupted=asked.is_set)
     threading.Timer(0.1, asked.set).start()
-    found = world.run(lambda ranks: ranks.gather("it", 1), lambda ranks: asked.wait(DEADLINE_S))
+    found = world.run(lambda ranks: ranks.all_gather("it", 1), lambda ranks: asked.wait(DEADLINE_S))
     assert isinstance(found[0], RankError) and str(found[0]) == "interrupted while it."
 
 
@@ -251,11 +256,11 @@ def wait_for(look: Callable[[], Any]) -> Any:
 def test_a_failure_ends_the_wait_of_all_others_with_its_error(
     make_world: Make, failing: int
 ) -> None:
-    def work(ranks: Ranks) -> None:
+    def work(ranks: RankGroup) -> None:
         if ranks.rank == failing:
             ranks.fail(ValueError("no such letter"))
         else:
-            ranks.gather("sorting", 1)
+            ranks.all_gather("sorting", 1)
 
     start = time.monotonic()
     found = make_world(3).run(work)
@@ -308,7 +313,7 @@ def test_a_process_that_is_killed_is_missed_at_once_by_all(make_world: Make) -> 
     """Its end of the connection is closed by the kernel."""
     held, end = socket.socketpair()
     other, another = socket.socketpair()
-    first, third = Lifeline(0, {1: held, 2: other}), Lifeline(2, {0: another})
+    first, third = FailureDetector(0, {1: held, 2: other}), FailureDetector(2, {0: another})
     try:
         end.close()
         assert wait_for(lambda: third.failure) == RankFailure(1, "its process has ended.")
@@ -322,17 +327,17 @@ def test_a_process_that_is_killed_is_missed_at_once_by_all(make_world: Make) -> 
 
 
 def be_rank_1(end: socket.socket, pipe: Connection) -> None:
-    ranks = Ranks({0: end}, rank=1, size=2, timeout_s=DEADLINE_S)
-    ranks.gather("starting", 1)
+    ranks = RankGroup({0: end}, rank=1, size=2, timeout_s=DEADLINE_S)
+    ranks.all_gather("starting", 1)
     pipe.send("started")
     try:
-        ranks.gather("sorting", 1)
+        ranks.all_gather("sorting", 1)
     except RankError as error:
         pipe.send(str(error))
 
 
 def be_rank_0(end: socket.socket, pipe: Connection) -> None:
-    Ranks({1: end}, rank=0, size=2, timeout_s=DEADLINE_S).gather("starting", 0)
+    RankGroup({1: end}, rank=0, size=2, timeout_s=DEADLINE_S).all_gather("starting", 0)
     pipe.send("started")
     time.sleep(DEADLINE_S)
 
@@ -361,9 +366,9 @@ def test_a_rank_0_that_is_gone_is_named() -> None:
 
 STUCK = """
 import ctypes, socket, sys
-from sdp_lightning.distributed.failure_detector import Lifeline
+from sdp_lightning.distributed.failure_detector import FailureDetector
 link = socket.socket(fileno=int(sys.argv[1]))
-Lifeline(1, {0: link}, grace_s=0.3)
+FailureDetector(1, {0: link}, grace_s=0.3)
 ctypes.CDLL(None).sleep(60)  # as in a collective: in C, without the interpreter's lock
 """
 
@@ -433,7 +438,7 @@ def test_a_rank_that_does_not_connect_is_named() -> None:
 @pytest.mark.fault("thread died", "gather")
 def test_words_that_nobody_understands_are_a_failure_and_the_thread_that_hears_them_lives_on():
     own, others = socket.socketpair()
-    line = Lifeline(0, {1: own})
+    line = FailureDetector(0, {1: own})
     try:
         others.sendall(b"\xff{not json\n")
         found = wait_for(lambda: line.failure)

@@ -9,7 +9,7 @@ from sdp_lightning.errors import ConfigError
 def test_embedded_gives_an_engine_with_the_options():
     engine = connect_engine("embedded", model="some/model", max_slots=3)
     assert isinstance(engine, EmbeddedEngine)
-    assert engine.version is None and engine.in_process
+    assert engine.version is None and engine.updates_in_flight
 
 
 def test_an_engine_passes_through():

@@ -36,7 +36,7 @@ module = sdp.SegmentWisePPOModule(FOLDER, optimizer=sdp.OptimizerConfig(lr=1e-3)
 
 class Steps(L.Callback):
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        live = [g for g in trainer.datamodule.executor.registry.snapshot() if g.in_hand]
+        live = [g for g in trainer.datamodule.executor.registry.snapshot() if g.in_training]
         step = [trainer.global_rank, batch.version, [g.row.row_id for g in live]]
         with open(f"steps.{fit}.{trainer.global_rank}", "a") as file:
             file.write(json.dumps(step) + "\\n")

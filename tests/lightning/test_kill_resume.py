@@ -113,7 +113,7 @@ def survive(forks: Forks, seed: int, folder: Path, model: str, size: int = 1) ->
     order = {
         "folder": str(folder),
         "model": model,
-        "in_process": bool(dice.randrange(2)),
+        "updates_in_flight": bool(dice.randrange(2)),
         "max_head_lag": 3 if kind == "score" else dice.randrange(4),
         "on_overdue": dice.choice(["drop", "wait", "mask"]),
         "size": size,

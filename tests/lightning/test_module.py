@@ -15,7 +15,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
 
 import sdp_lightning as sdp
-from sdp_lightning.lightning.module import silence_dropout
+from sdp_lightning.lightning.module import disable_dropout
 from sdp_lightning.training.batch import Batch
 from sdp_lightning.training.policy.forward import sequence_logprobs
 from support.steps import (
@@ -273,7 +273,7 @@ def test_dropout_is_off_although_the_model_trains(model_folder: str) -> None:
 
 def test_dropout_layers_are_silenced() -> None:
     layers = torch.nn.Sequential(torch.nn.Dropout(0.5), torch.nn.Linear(1, 1)).train()
-    silence_dropout(layers)
+    disable_dropout(layers)
     assert layers(torch.ones(64, 1)).unique().numel() == 1
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import sdp_lightning as sdp
 from sdp_lightning.training.batch import Batch
-from sdp_lightning.training.policy.logprob_runner import Passes
+from sdp_lightning.training.policy.logprob_runner import LogprobRunner
 from support.steps import (
     advantages,
     assert_same,
@@ -119,10 +119,10 @@ def test_the_second_moment_is_bounded_over_the_whole_step(
 def test_loglinear_proximals_take_no_forward_and_follow_the_steps_done(
     model_folder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(self: Passes, batch: Batch) -> Tensor:
+    def refuse(self: LogprobRunner, batch: Batch) -> Tensor:
         raise AssertionError("a forward without a gradient")
 
-    monkeypatch.setattr(Passes, "logprobs", refuse)
+    monkeypatch.setattr(LogprobRunner, "logprobs", refuse)
     batch = make_batch(model_folder)
     config = sdp.LossConfig(trust_region="proximal", proximal="loglinear")
     update = sdp.UpdateConfig(num_epochs=3)

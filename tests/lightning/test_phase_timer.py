@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import sdp_lightning as sdp
-from sdp_lightning.lightning.phase_timer import Activity
+from sdp_lightning.lightning.phase_timer import PhaseTimer
 from sdp_lightning.testing import FakeEngine
 from sdp_lightning.types import Row
 from sdp_lightning.workflows.episode_log import EpisodeTimes
@@ -36,22 +36,22 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def test_every_moment_is_in_one_phase(clock: Clock) -> None:
-    activity = Activity()
+    phase_timer = PhaseTimer()
     for phase, seconds in (("wait", 2.0), ("train", 3.0), ("wait", 4.0), ("rest", 1.0)):
-        activity.enter(phase)
+        phase_timer.enter(phase)
         clock.now += seconds
-    assert activity.now == ("rest", 1.0)
-    assert activity.take_spent() == {"rest": 1.0, "wait": 6.0, "train": 3.0}
+    assert phase_timer.now == ("rest", 1.0)
+    assert phase_timer.take_spent() == {"rest": 1.0, "wait": 6.0, "train": 3.0}
 
 
 def test_what_was_taken_is_not_taken_again_and_the_phase_goes_on(clock: Clock) -> None:
-    activity = Activity()
-    activity.enter("publish")
+    phase_timer = PhaseTimer()
+    phase_timer.enter("publish")
     clock.now += 2.0
-    assert activity.take_spent()["publish"] == 2.0
+    assert phase_timer.take_spent()["publish"] == 2.0
     clock.now += 0.5
-    assert activity.take_spent() == {"publish": 0.5}
-    assert activity.now[0] == "publish"
+    assert phase_timer.take_spent() == {"publish": 0.5}
+    assert phase_timer.now[0] == "publish"
 
 
 def test_times_of_trajectories_add_up() -> None:

@@ -11,7 +11,7 @@ import torch
 
 import sdp_lightning as sdp
 from sdp_lightning.engines.embedded.model_checks import text_logprobs
-from sdp_lightning.lightning.weight_check import EchoCheck
+from sdp_lightning.lightning.weight_check import WeightCheck
 from sdp_lightning.testing import FakeEngine, tiny_model
 from sdp_lightning.types import FloatArray, IntArray
 from support.trainers import Recorder, make_data, make_module, make_trainer
@@ -21,7 +21,7 @@ def logprobs_of(model: Any) -> Callable[[IntArray], FloatArray]:
     return lambda tokens: text_logprobs(model, tokens).numpy()
 
 
-def check(echo: EchoCheck, policy: Any, *engines: Any) -> float:
+def check(echo: WeightCheck, policy: Any, *engines: Any) -> float:
     def score(trajectory: sdp.Trajectory) -> FloatArray:
         return logprobs_of(policy)(trajectory.token_ids)
 
@@ -47,7 +47,7 @@ def copy_of(model: Any, *, tied: bool = True) -> Any:
 
 
 def test_an_engine_with_the_trainers_weights_passes_at_every_publish():
-    echo, policy = EchoCheck(tolerance=1e-5), tiny_model()
+    echo, policy = WeightCheck(tolerance=1e-5), tiny_model()
     for _ in range(2):
         assert check(echo, policy, copy_of(policy), copy_of(policy)) < 1e-6
         train(policy)
@@ -55,7 +55,7 @@ def test_an_engine_with_the_trainers_weights_passes_at_every_publish():
 
 @pytest.mark.fault("corrupted data", "publish")
 def test_a_head_that_kept_the_old_embedding_is_named():
-    echo, policy = EchoCheck(tolerance=1e-3), tiny_model(tie_word_embeddings=True)
+    echo, policy = WeightCheck(tolerance=1e-3), tiny_model(tie_word_embeddings=True)
     engine = copy_of(policy, tied=False)
     check(echo, policy, engine)
     train(policy)
@@ -67,7 +67,7 @@ def test_a_head_that_kept_the_old_embedding_is_named():
 
 @pytest.mark.fault("corrupted data", "publish")
 def test_of_several_engines_the_one_at_fault_is_named_with_its_parameter():
-    echo, policy = EchoCheck(tolerance=1e-3), tiny_model()
+    echo, policy = WeightCheck(tolerance=1e-3), tiny_model()
     good, bad = copy_of(policy), copy_of(policy)
     check(echo, policy, good, bad)
     train(policy)
@@ -80,13 +80,13 @@ def test_of_several_engines_the_one_at_fault_is_named_with_its_parameter():
 
 
 def test_before_any_agreement_the_models_are_questioned():
-    echo, policy = EchoCheck(tolerance=1e-3), tiny_model()
+    echo, policy = WeightCheck(tolerance=1e-3), tiny_model()
     with pytest.raises(sdp.EngineError, match="load the same model, tokenizer and dtype"):
         check(echo, policy, tiny_model(seed=9))
 
 
 def test_where_no_parameter_explains_it_none_is_named():
-    echo, policy = EchoCheck(tolerance=1e-3), tiny_model()
+    echo, policy = WeightCheck(tolerance=1e-3), tiny_model()
     check(echo, policy, policy)
     train(policy)
     with pytest.raises(sdp.EngineError, match="No single parameter"):
@@ -94,7 +94,7 @@ def test_where_no_parameter_explains_it_none_is_named():
 
 
 def test_an_echo_that_is_not_finite_is_refused():
-    echo, policy = EchoCheck(), tiny_model()
+    echo, policy = WeightCheck(), tiny_model()
     broken = copy_of(policy)
     torch.nn.init.constant_(broken.lm_head.weight, float("nan"))
     with pytest.raises(sdp.EngineError, match="differ from the trainer's by inf"):
@@ -102,7 +102,7 @@ def test_an_echo_that_is_not_finite_is_refused():
 
 
 def test_frozen_weights_are_not_kept():
-    echo, policy = EchoCheck(), tiny_model(tie_word_embeddings=True)
+    echo, policy = WeightCheck(), tiny_model(tie_word_embeddings=True)
     policy.requires_grad_(False)
     policy.get_parameter("model.layers.0.mlp.up_proj.weight").requires_grad_(True)
     check(echo, policy, policy)

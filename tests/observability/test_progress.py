@@ -173,7 +173,7 @@ def test_what_takes_long_is_said(
 ) -> None:
     data = make_data(engine=FakeEngine())
     trainer: Any = SimpleNamespace(datamodule=data)
-    data.activity.enter(phase)
+    data.phase_timer.enter(phase)
     assert callback.activity_text(trainer) is None  # not yet
     monkeypatch.setattr(callback, "PATIENCE_S", 0.0)
     assert callback.activity_text(trainer) == text

@@ -10,7 +10,7 @@ import torch
 from conftest import save_tiny
 
 import sdp_lightning as sdp
-from sdp_lightning.distributed.rank_group import Ranks
+from sdp_lightning.distributed.rank_group import RankGroup
 from sdp_lightning.lightning.prediction_loader import Rollouts
 from sdp_lightning.observability.recording.replay import ReplayLoader
 from sdp_lightning.testing import FakeEngine
@@ -122,13 +122,13 @@ def test_a_replay_refuses_what_needs_an_engine(model_folder: str, run: Recorded)
 @pytest.mark.parametrize("rank", [0, 1])
 def test_processes_share_the_groups_of_a_batch(run: Recorded, rank: int) -> None:
     recording = sdp.Recording(run.folder)
-    ranks, trainer = Ranks(rank=rank, size=2), make_trainer()
+    ranks, trainer = RankGroup(rank=rank, size=2), make_trainer()
     loader = ReplayLoader(recording, length=1, pad_token_id=0, trainer=trainer, ranks=ranks)
     (sealed,) = loader
     mine = recording.read(0).groups[rank]
     assert sealed.batch.rewards.tolist() == pytest.approx([t.reward for t in mine.trajectories])
     third = ReplayLoader(
-        recording, length=1, pad_token_id=0, trainer=trainer, ranks=Ranks(rank=0, size=3)
+        recording, length=1, pad_token_id=0, trainer=trainer, ranks=RankGroup(rank=0, size=3)
     )
     with pytest.raises(sdp.RecordingError, match="2 groups, which 3 processes cannot share"):
         list(third)

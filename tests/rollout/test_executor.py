@@ -74,9 +74,9 @@ def test_a_paused_executor_submits_nothing_new_and_lets_running_groups_end() -> 
 
 
 @pytest.mark.parametrize("H", [0, 1, 2, 4])
-@pytest.mark.parametrize("in_process", [True, False], ids=["in process", "server"])
-def test_no_batch_holds_a_token_older_than_the_bound(H: int, in_process: bool) -> None:
-    engine = FakeEngine(lambda r: 2 + r.seed % 5, chunks=2, in_process=in_process)
+@pytest.mark.parametrize("updates_in_flight", [True, False], ids=["in process", "server"])
+def test_no_batch_holds_a_token_older_than_the_bound(H: int, updates_in_flight: bool) -> None:
+    engine = FakeEngine(lambda r: 2 + r.seed % 5, chunks=2, updates_in_flight=updates_in_flight)
     with rolling(engine, Samples(2), max_head_lag=H) as executor:
         seen: set[int] = set()
         for version in range(25):

@@ -24,7 +24,7 @@ from sdp_lightning.rollout.factory import (
     create_recomputer,
     create_staleness_strategy,
 )
-from sdp_lightning.rollout.groups.in_flight import LiveGroup
+from sdp_lightning.rollout.groups.in_flight import InFlightGroup
 from sdp_lightning.rollout.groups.ledger import StalenessManager
 from sdp_lightning.rollout.groups.registry import GroupRegistry
 from sdp_lightning.testing import FakeEngine
@@ -79,15 +79,15 @@ class RegistryMachine(RuleBasedStateMachine):
             on_drop=lambda live: self.dropped.append(live.order),
         )
         self.recomputer = create_recomputer(self.config)
-        self.version, self.in_hand, self.num = 0, 0, 0
-        self.running: list[tuple[LiveGroup, Episode]] = []
+        self.version, self.in_training, self.num = 0, 0, 0
+        self.running: list[tuple[InFlightGroup, Episode]] = []
         self.verdicts: dict[int, str] = {}
-        self.registry.rebase(0)
+        self.registry.resume(0)
 
-    def pick(self, index: int) -> tuple[LiveGroup, Episode]:
+    def pick(self, index: int) -> tuple[InFlightGroup, Episode]:
         return self.running[index % len(self.running)]
 
-    def end(self, live: LiveGroup, verdict: str) -> None:
+    def end(self, live: InFlightGroup, verdict: str) -> None:
         assert live.order not in self.verdicts
         self.verdicts[live.order] = verdict
         self.running = [pair for pair in self.running if pair[0] is not live]
@@ -99,7 +99,7 @@ class RegistryMachine(RuleBasedStateMachine):
             episode = Episode(FakeEngine(), SendGate())
             session = RolloutSession(None, lambda n, e=episode: e)  # type: ignore[arg-type, misc]
             session.open().add_context([1])
-            live = LiveGroup(self.num, PromptRow(0, self.num, {}), self.version, session)
+            live = InFlightGroup(self.num, PromptRow(0, self.num, {}), self.version, session)
             self.registry.add(live)
             self.running.append((live, episode))
             self.num += 1
@@ -130,7 +130,7 @@ class RegistryMachine(RuleBasedStateMachine):
             self.registry.reject(live, "reason")
         self.end(live, "lost")
 
-    @precondition(lambda self: not self.in_hand)
+    @precondition(lambda self: not self.in_training)
     @rule(score=st.booleans())
     def take(self, score: bool) -> None:
         batch = self.registry.take()
@@ -142,13 +142,13 @@ class RegistryMachine(RuleBasedStateMachine):
             assert oldest is not None and self.version - oldest <= self.config.max_head_lag
             assert self.verdicts[group.order] == "finished" and group.order not in self.dropped
             self.verdicts[group.order] = "trained"
-        self.in_hand = len(batch)
+        self.in_training = len(batch)
         if not batch and not self.running:
             assert self.manager.stat.pending < self.config.batch_size, "waits for nothing"
         if score and self.recomputer is not None:
             self.recomputer.run(self.registry, VersionScorer(), self.version)
 
-    @precondition(lambda self: self.in_hand)
+    @precondition(lambda self: self.in_training)
     @rule()
     def commit(self) -> None:
         self.version += 1
@@ -156,7 +156,7 @@ class RegistryMachine(RuleBasedStateMachine):
             self.end(live, "overdue")
             assert live.order in self.dropped
             self.registry.finish(live, live.make_group([live.session.episodes[0].finish(0.0)]))
-        self.in_hand = 0
+        self.in_training = 0
 
     @invariant()
     def the_ledger_is_conserved(self) -> None:
@@ -166,13 +166,13 @@ class RegistryMachine(RuleBasedStateMachine):
         assert stat.running == len(self.running) and stat.dropped == len(self.dropped)
         assert len(set(self.dropped)) == len(self.dropped), "dropped twice"
         assert stat.consumed == list(self.verdicts.values()).count("trained")
-        live = [x for x in self.registry.snapshot() if not x.in_hand]
+        live = [x for x in self.registry.snapshot() if not x.in_training]
         assert len(live) == stat.running + stat.pending
 
     @invariant()
     def nothing_is_stuck(self) -> None:
         stat = self.manager.stat
-        if not stat.running and stat.pending < self.config.batch_size and not self.in_hand:
+        if not stat.running and stat.pending < self.config.batch_size and not self.in_training:
             assert self.manager.capacity(self.version) > 0, stat
 
     @invariant()
@@ -211,7 +211,7 @@ class ExecutorMachine(RuleBasedStateMachine):
             requeue_dropped=requeue,
             max_failures=10**6,
         )
-        self.in_hand = False
+        self.in_training = False
         self.executor.publish([], 0, reset=True)
         self.executor.resume()
 
@@ -247,7 +247,7 @@ class ExecutorMachine(RuleBasedStateMachine):
                 lambda: self.executor.stat.submitted - self.executor.stat.running > ended,
             )
 
-    @precondition(lambda self: not self.in_hand)
+    @precondition(lambda self: not self.in_training)
     @rule()
     def take(self) -> None:
         self.settle()
@@ -257,17 +257,17 @@ class ExecutorMachine(RuleBasedStateMachine):
         except sdp.errors.RolloutTimeout:
             return
         assert batch is not None
-        self.in_hand = True
+        self.in_training = True
         for group in batch:
             oldest = group.tail_version if self.on_overdue == "mask" else group.head_version
             assert oldest is not None
             assert executor.version - oldest <= executor.config.max_head_lag
 
-    @precondition(lambda self: self.in_hand)
+    @precondition(lambda self: self.in_training)
     @rule()
     def publish(self) -> None:
         self.executor.publish([], self.executor.version + 1)
-        self.in_hand = False
+        self.in_training = False
 
     @invariant()
     def the_ledger_is_conserved_and_nothing_is_stuck(self) -> None:
@@ -276,7 +276,7 @@ class ExecutorMachine(RuleBasedStateMachine):
         assert_conserved(self.executor)
         self.settle()
         stat = self.executor.stat
-        assert stat.running or self.in_hand or stat.pending >= self.executor.config.batch_size
+        assert stat.running or self.in_training or stat.pending >= self.executor.config.batch_size
         if self.on_overdue == "wait":
             assert not stat.dropped
 

@@ -208,11 +208,11 @@ def test_a_finished_segment_whose_rollout_waits_for_its_reward_is_scored() -> No
         assert group.segments[0].proximal.version == 1
 
 
-@pytest.mark.parametrize("in_process", [True, False])
+@pytest.mark.parametrize("updates_in_flight", [True, False])
 def test_every_token_of_lag_two_or_more_was_scored_under_the_version_after_its_own(
-    in_process: bool,
+    updates_in_flight: bool,
 ) -> None:
-    engine = FakeEngine(99, manual=True, in_process=in_process)
+    engine = FakeEngine(99, manual=True, updates_in_flight=updates_in_flight)
     settings = {"batch_size": 1, "max_head_lag": 6, "max_concurrent": 3}
     with rolling(engine, Samples(max_new_tokens=99), **settings) as executor:
         scorer, old = VersionScorer(), 0

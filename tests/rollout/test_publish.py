@@ -42,7 +42,7 @@ def finish(executor: WorkflowExecutor, engine: FakeEngine, *indices: int) -> Non
 def test_a_server_is_updated_with_nothing_in_flight_and_sends_wait_for_the_end() -> None:
     """Faults: weights reloaded under running requests; a request sent before a pause and admitted
     after it is stamped with the old version."""
-    engine = RecordingEngine(reply=4, manual=True, in_process=False)
+    engine = RecordingEngine(reply=4, manual=True, updates_in_flight=False)
     with rolling(engine, max_head_lag=1, batch_size=1, max_concurrent=9) as executor:
         engine.wait_for_requests(2)
         engine.advance(1)
@@ -68,23 +68,23 @@ def test_in_process_requests_go_on_across_an_update() -> None:
 
 
 def test_when_a_publish_returns_every_interrupted_token_is_in_its_episode() -> None:
-    for in_process in (True, False):
-        engine = FakeEngine(reply=9, manual=True, in_process=in_process)
+    for updates_in_flight in (True, False):
+        engine = FakeEngine(reply=9, manual=True, updates_in_flight=updates_in_flight)
         with rolling(engine, Samples(1, max_new_tokens=9), max_head_lag=3) as executor:
             engine.wait_for_requests(8)
             for version in range(1, 4):
                 engine.advance(1)
                 step(executor)
                 sampled = sum(live.num_sampled for live in executor.registry.snapshot())
-                assert sampled == engine.num_generated, f"in_process={in_process}"
+                assert sampled == engine.num_generated, f"updates_in_flight={updates_in_flight}"
                 assert executor.version == version
-                if not in_process:
+                if not updates_in_flight:
                     engine.wait_for_requests(executor.stat.running)
 
 
-@pytest.mark.parametrize("in_process", [True, False])
+@pytest.mark.parametrize("updates_in_flight", [True, False])
 def test_a_publish_reports_how_long_nothing_was_sampled_and_the_trainer_waited(
-    in_process: bool,
+    updates_in_flight: bool,
 ) -> None:
     class Slow(FakeEngine):
         def update_weights(self, weights: Any, version: int, *, reset: bool = False) -> Any:
@@ -95,7 +95,9 @@ def test_a_publish_reports_how_long_nothing_was_sampled_and_the_trainer_waited(
             super().pause()
             time.sleep(0.01)
 
-    with rolling(Slow(in_process=in_process), max_head_lag=1, batch_size=1) as executor:
+    with rolling(
+        Slow(updates_in_flight=updates_in_flight), max_head_lag=1, batch_size=1
+    ) as executor:
         start = time.monotonic()
         report = executor.publish([], 1)
         assert 0.03 <= report.paused_s <= report.exposed_s <= time.monotonic() - start
@@ -105,7 +107,7 @@ class Straggling(FakeEngine):
     """The first request does not notice the pause: it has to be cancelled."""
 
     def __init__(self) -> None:
-        super().__init__(in_process=False)
+        super().__init__(updates_in_flight=False)
         self.hung, self.num_hung = threading.Event(), 0
 
     async def generate(self, request: GenerationRequest, sink: SegmentSink) -> FinishReason:
@@ -138,7 +140,7 @@ class Stubborn(FakeEngine):
     """Its requests neither end nor can be cancelled, until released."""
 
     def __init__(self) -> None:
-        super().__init__(in_process=False)
+        super().__init__(updates_in_flight=False)
         self.out, self.release = threading.Event(), threading.Event()
 
     async def generate(self, request: GenerationRequest, sink: SegmentSink) -> FinishReason:
@@ -178,7 +180,7 @@ class Failing(RecordingEngine):
         return super().update_weights(weights, version, reset=reset)
 
 
-@pytest.mark.parametrize("in_process", [True, False])
+@pytest.mark.parametrize("updates_in_flight", [True, False])
 @pytest.mark.parametrize(
     ("how", "error", "message"),
     [
@@ -189,10 +191,10 @@ class Failing(RecordingEngine):
 @pytest.mark.fault("exception", "publish", only="^error-")
 @pytest.mark.fault("corrupted data", "publish", only="^other version-")
 def test_a_failed_publish_raises_commits_nothing_and_leaves_the_engine_paused(
-    how: str, error: type[Exception], message: str, in_process: bool
+    how: str, error: type[Exception], message: str, updates_in_flight: bool
 ) -> None:
     """Faults: failure reported as success; publish to the wrong worker."""
-    engine = Failing(reply=4, manual=True, in_process=in_process)
+    engine = Failing(reply=4, manual=True, updates_in_flight=updates_in_flight)
     with rolling(engine, batch_size=1, max_head_lag=1) as executor:
         engine.wait_for_requests(2)
         engine.how = how

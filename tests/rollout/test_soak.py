@@ -112,12 +112,12 @@ def reply(request: GenerationRequest) -> int:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("in_process", [True, False], ids=["in process", "interrupted"])
+@pytest.mark.parametrize("updates_in_flight", [True, False], ids=["in process", "interrupted"])
 def test_nothing_grows_over_ten_thousand_groups(
-    in_process: bool, tell: Callable[[str], None], caplog: pytest.LogCaptureFixture
+    updates_in_flight: bool, tell: Callable[[str], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("ERROR", logger="sdp_lightning")  # pytest keeps every warning
-    engine = FakeEngine(reply, in_process=in_process, latency_s=0.002, chunks=2)
+    engine = FakeEngine(reply, updates_in_flight=updates_in_flight, latency_s=0.002, chunks=2)
     settings: dict[str, Any] = {
         "batch_size": BATCH_SIZE,
         "max_head_lag": 2,

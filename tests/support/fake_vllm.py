@@ -2,8 +2,8 @@
 
 ``python tests/support/fake_vllm.py --port 0`` prints ``ready PORT``. The token at position p is
 p % 7 + 3 and its log-prob -(version + 1) / 10, so a wrong stamp shows in the numbers; an echo gives
-a token of the prompt that less token / 1000. What vLLM forbids kills it here too: loading under running
-requests, generating after a failed load, and sampling with an adapter whose folder is gone.
+a token of the prompt that less token / 1000. What vLLM forbids kills it here too: loading under
+running requests, generating after a failed load, and sampling with an adapter whose folder is gone.
 
 Routes under ``/fake`` are for tests: ``/fake/do`` sets faults, holds tokens back, waits for events.
 A fault is ``{"path", "kind", "times"}``; those of a stream come ``"after"`` so many chunks.

@@ -93,7 +93,7 @@ class Journal(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         executor = executor_of(trainer)
-        groups = [g.group for g in executor.registry.snapshot() if g.in_hand and g.group]
+        groups = [g.group for g in executor.registry.snapshot() if g.in_training and g.group]
         masks = executor.config.on_overdue == "mask"
         heads = [g.tail_version if masks else g.head_version for g in groups]
         stat = executor.stat
@@ -279,7 +279,7 @@ def train(order: Mapping[str, Any], rank: int) -> None:
         at if kind.startswith("publish") else None,
         kind == "publish half",
         order["max_head_lag"] > 0 and order["on_overdue"] != "wait",  # each for the other
-        in_process=order["in_process"],
+        updates_in_flight=order["updates_in_flight"],
         latency_s=0.06,
         chunks=4,
     )

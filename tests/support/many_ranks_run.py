@@ -42,8 +42,8 @@ import sdp_lightning as sdp
 import sdp_lightning.lightning.datamodule
 import sdp_lightning.lightning.module
 import sdp_lightning.training.policy.loading
-from sdp_lightning.distributed.failure_detector import Lifeline
-from sdp_lightning.distributed.rank_group import Ranks
+from sdp_lightning.distributed.failure_detector import FailureDetector
+from sdp_lightning.distributed.rank_group import RankGroup
 from sdp_lightning.engines.connect import connect_engine
 from sdp_lightning.engines.protocol import GenerationRequest, NamedWeights, PublishReport
 from sdp_lightning.errors import EngineError
@@ -111,7 +111,7 @@ class Collectives(Callback):
         self._found: list[str] = []
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._watch(Ranks, "_meet", lambda args: args[1].split()[0])
+        self._watch(RankGroup, "_meet", lambda args: args[1].split()[0])
         for name in self.NAMES:
             self._watch(distributed, name, lambda _, name=name: name)
 
@@ -373,7 +373,7 @@ def rollouts(
     Every step is saved in ``save_in``, and the fit goes on from the checkpoint ``resume``.
     """
     sdp_lightning.lightning.datamodule._MARGIN_S = margin_s
-    Lifeline.__init__.__kwdefaults__["grace_s"] = 1.0  # type: ignore[index]
+    FailureDetector.__init__.__kwdefaults__["grace_s"] = 1.0  # type: ignore[index]
     what = Trouble(**trouble or {})
     workflow = Letters(place, what)
     batch_size = rollout.setdefault("batch_size", 4)
@@ -479,7 +479,7 @@ class Steps(Callback):
 CASES = {"recorded": recorded, "rollouts": rollouts}
 
 
-# Ranks --------------------------------------------------------------------------------------------
+# Ranks ------------------------------------------------------------------------------------------
 
 
 def be_rank(order: Mapping[str, Any], rank: int, port: int) -> None:

@@ -17,7 +17,7 @@ from sdp_lightning.engines.protocol import GenerationRequest, InferenceEngine
 from sdp_lightning.prompts.stream import PromptRow
 from sdp_lightning.rollout.executor import WorkflowExecutor
 from sdp_lightning.rollout.factory import create_staleness_strategy, create_workflow_executor
-from sdp_lightning.rollout.groups.in_flight import LiveGroup
+from sdp_lightning.rollout.groups.in_flight import InFlightGroup
 from sdp_lightning.rollout.groups.ledger import FilteredSamplesCapacityModifier, StalenessManager
 from sdp_lightning.rollout.groups.registry import GroupRegistry
 from sdp_lightning.rollout.proximal_recompute import (
@@ -163,7 +163,7 @@ def assert_conserved(executor: WorkflowExecutor) -> None:
         stat, live = executor.stat, executor.registry.snapshot()
     ended = stat.pending + stat.consumed + stat.dropped + stat.rejected + stat.failed
     assert stat.submitted == stat.running + ended
-    assert len([x for x in live if not x.in_hand]) == stat.running + stat.pending
+    assert len([x for x in live if not x.in_training]) == stat.running + stat.pending
 
 
 def lags(batch: Sequence[TrajectoryGroup], version: int) -> list[int]:
@@ -232,11 +232,11 @@ class Room:
         )
         strategy = create_staleness_strategy(config)
         self.registry = GroupRegistry(config, strategy, self.manager, on_drop=lambda live: None)
-        self.registry.rebase(version)
+        self.registry.resume(version)
         self.version, self.scorer, self.num = version, VersionScorer(), 0
         self.recomputer = ProximalRecomputer(max_head_lag=max_head_lag, mask_overdue=mask)
 
-    def add(self, *members: Parts, finished: bool = True) -> LiveGroup:
+    def add(self, *members: Parts, finished: bool = True) -> InFlightGroup:
         episodes: list[Episode] = []
         for parts in members:
             episodes.append(Episode(FakeEngine(), SendGate()))
@@ -245,7 +245,7 @@ class Room:
         session = RolloutSession(None, lambda n: episodes[n])  # type: ignore[arg-type]
         for _ in members:
             session.open()
-        live = LiveGroup(self.num, PromptRow(0, self.num, {}), 0, session)
+        live = InFlightGroup(self.num, PromptRow(0, self.num, {}), 0, session)
         self.num += 1
         self.registry.add(live)
         if finished:

@@ -106,7 +106,7 @@ class Recorder(Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
-        live = [g for g in executor_of(trainer).registry.snapshot() if g.in_hand]
+        live = [g for g in executor_of(trainer).registry.snapshot() if g.in_training]
         groups = [g.group for g in live if g.group is not None]
         self.steps.append(Step(batch, [g.row.row_id for g in live], groups))
 

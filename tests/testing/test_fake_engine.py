@@ -36,7 +36,7 @@ def test_it_fulfils_the_protocol() -> None:
     """Fault: a component calls a method that no implementation has, and mocks hide it."""
     engine: InferenceEngine = FakeEngine()
     engine.start()
-    assert engine.version is None and engine.in_process and engine.num_generated == 0
+    assert engine.version is None and engine.updates_in_flight and engine.num_generated == 0
 
 
 @pytest.mark.parametrize(("budget", "reason"), [(8, "stop"), (5, "length"), (3, "length")])
@@ -75,7 +75,7 @@ def test_in_process_an_update_splits_the_segment_where_weights_changed() -> None
 
 def test_as_a_server_it_interrupts_at_pause_and_goes_on_when_resent() -> None:
     async def main() -> None:
-        engine, got = FakeEngine(reply=6, manual=True, in_process=False), list[Segment]()
+        engine, got = FakeEngine(reply=6, manual=True, updates_in_flight=False), list[Segment]()
         engine.update_weights([], 0, reset=True)
         reply = asyncio.ensure_future(engine.generate(request(8), got.append))
         await until_in_flight(engine, 1)
@@ -98,7 +98,7 @@ def test_as_a_server_it_refuses_new_weights_under_running_requests() -> None:
     """Fault: weights reloaded under running requests."""
 
     async def main() -> None:
-        engine = FakeEngine(manual=True, in_process=False)
+        engine = FakeEngine(manual=True, updates_in_flight=False)
         engine.update_weights([], 0, reset=True)
         reply = asyncio.ensure_future(engine.generate(request(), lambda segment: None))
         await until_in_flight(engine, 1)
@@ -112,10 +112,12 @@ def test_as_a_server_it_refuses_new_weights_under_running_requests() -> None:
     run(main)
 
 
-@pytest.mark.parametrize("in_process", [True, False])
-def test_nothing_is_sampled_before_the_first_update_or_while_paused(in_process: bool) -> None:
+@pytest.mark.parametrize("updates_in_flight", [True, False])
+def test_nothing_is_sampled_before_the_first_update_or_while_paused(
+    updates_in_flight: bool,
+) -> None:
     async def main() -> None:
-        engine, got = FakeEngine(in_process=in_process), list[Segment]()
+        engine, got = FakeEngine(updates_in_flight=updates_in_flight), list[Segment]()
         reply = asyncio.ensure_future(engine.generate(request(), got.append))
         await until_in_flight(engine, 1)
         for _ in range(20):

@@ -23,7 +23,7 @@ from sdp_lightning.cli.export import export_checkpoint
 from sdp_lightning.config import LossConfig, UpdateConfig
 from sdp_lightning.engines.embedded import EmbeddedEngine
 from sdp_lightning.engines.embedded.model_checks import text_logprobs
-from sdp_lightning.lightning.weight_check import EchoCheck
+from sdp_lightning.lightning.weight_check import WeightCheck
 from sdp_lightning.testing import tiny_model
 from sdp_lightning.training.batch import Batch
 from sdp_lightning.training.policy.lora import add_adapter, is_adapter, merge
@@ -344,7 +344,7 @@ TWO = UpdateConfig(num_minibatches=2)
 
 
 def test_an_engine_that_keeps_an_old_layer_is_found_and_the_layer_named() -> None:
-    echo, policy, engine = EchoCheck(tolerance=1e-3), adapted(), tiny_model()
+    echo, policy, engine = WeightCheck(tolerance=1e-3), adapted(), tiny_model()
 
     def give(*, without: str = "") -> None:
         sent = dict(named_weights(policy, changed_only=False, merged_alpha=LORA.alpha))

@@ -16,7 +16,7 @@ from sdp_lightning.errors import ConfigError
 from sdp_lightning.testing import tiny_model
 from sdp_lightning.training.batch import Batch, Layout, collate
 from sdp_lightning.training.policy.forward import LogprobForward, sequence_logprobs
-from sdp_lightning.training.policy.logprob_runner import Passes
+from sdp_lightning.training.policy.logprob_runner import LogprobRunner
 from sdp_lightning.training.policy.packing import Pack, SpanMask
 from sdp_lightning.types import Context, Segment, Trajectory, TrajectoryGroup
 from support.plain_forwards import LAYOUTS, build, gradients, plain, random_batch
@@ -145,9 +145,9 @@ def test_a_model_that_computes_with_its_mask_is_stopped() -> None:
 # Which layouts a model can do ---------------------------------------------------------------------
 
 
-def passes_of(model: Any, layout: Any) -> Passes:
+def passes_of(model: Any, layout: Any) -> LogprobRunner:
     update = UpdateConfig(layout=layout)
-    return Passes(LogprobForward(model), update, over_ranks=lambda *_: [(1,)])
+    return LogprobRunner(LogprobForward(model), update, over_ranks=lambda *_: [(1,)])
 
 
 def uneven() -> Batch:

@@ -87,12 +87,12 @@ def test_one_pass_is_one_segment_of_the_version_that_sampled_it() -> None:
 
 @given(st.lists(st.integers(0, 4), max_size=8), st.integers(1, 12), st.booleans())
 def test_interruptions_at_any_point_keep_budget_order_and_stamps(
-    chunks: list[int], budget: int, in_process: bool
+    chunks: list[int], budget: int, updates_in_flight: bool
 ) -> None:
     """Fault: loop bound on the already decremented budget after an abort."""
 
     async def main() -> None:
-        engine = FakeEngine(reply=budget, manual=True, in_process=in_process)
+        engine = FakeEngine(reply=budget, manual=True, updates_in_flight=updates_in_flight)
         engine.update_weights([], 0, reset=True)
         episode, reply = begin(engine, budget)
         stamps: list[int] = []
@@ -102,7 +102,7 @@ def test_interruptions_at_any_point_keep_budget_order_and_stamps(
             engine.advance(chunk)
             stamps += [version] * min(chunk, budget - len(stamps))
             engine.pause()
-            if not in_process:
+            if not updates_in_flight:
                 await until_in_flight(engine, 0)
             engine.update_weights([], version + 1)
             engine.resume()

@@ -245,11 +245,13 @@ def test_a_prompt_without_room_is_named() -> None:
 # Versions, interruptions, resume ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("in_process", [True, False], ids=["swapped under it", "interrupted"])
+@pytest.mark.parametrize(
+    "updates_in_flight", [True, False], ids=["swapped under it", "interrupted"]
+)
 def test_weights_that_change_within_a_turn_split_its_segment_and_nothing_else(
-    in_process: bool,
+    updates_in_flight: bool,
 ) -> None:
-    engine = FakeEngine(4, manual=True, in_process=in_process)
+    engine = FakeEngine(4, manual=True, updates_in_flight=updates_in_flight)
     settings: dict[str, Any] = {"rows": ROWS[:1], "num_epochs": 1, "batch_size": 1}
     workflow = make(sampling=SamplingParams(max_new_tokens=8))
     with rolling(engine, workflow, **settings) as executor:

@@ -114,7 +114,7 @@ class EmbeddedEngine:
         return None if self._running is None else self._running.loop.version
 
     @property
-    def in_process(self) -> bool:
+    def updates_in_flight(self) -> bool:
         return True
 
     @property

@@ -76,7 +76,7 @@ class RemoteInfEngine:
         return None if self._fleet is None else self._fleet.version
 
     @property
-    def in_process(self) -> bool:
+    def updates_in_flight(self) -> bool:
         return self.options.on_update == "keep"
 
     @property

@@ -144,7 +144,7 @@ def activity_text(trainer: Trainer) -> str | None:
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
     if not isinstance(data, RolloutDataModule):
         return None
-    phase, seconds = data.activity.now
+    phase, seconds = data.phase_timer.now
     if seconds < PATIENCE_S or phase not in DOING:
         return None
     if phase != "wait":

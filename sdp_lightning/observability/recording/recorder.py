@@ -68,7 +68,7 @@ class Recorder(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         _, data = _parts(trainer, pl_module)
-        live = [live for live in data.executor.registry.snapshot() if live.in_hand]
+        live = [live for live in data.executor.registry.snapshot() if live.in_training]
         live.sort(key=lambda one: one.order)  # as batches are made
         self._taken = RecordedBatch(
             version=batch.version,
@@ -131,7 +131,7 @@ class Recorder(Callback):
     def _open(self, trainer: L.Trainer, pl_module: L.LightningModule, version: int) -> None:
         module, data = _parts(trainer, pl_module)
         chosen = self.folder or Path(trainer.log_dir or trainer.default_root_dir) / "recording"
-        folder = data.ranks.first("choosing the folder of the recording", chosen)
+        folder = data.ranks.broadcast("choosing the folder of the recording", chosen)
         config = data.rollout
         settings = RecordingSettings(
             model=module.model_id,
@@ -143,7 +143,7 @@ class Recorder(Callback):
             num_ranks=data.ranks.size,
         )
         # One rank looks, for all, before any of them writes.
-        run, _ = data.ranks.together(
+        run, _ = data.ranks.run_on_all_ranks(
             "opening the recording",
             lambda: _next_run(folder, settings, version) if data.ranks.rank == 0 else 0,
         )
@@ -152,7 +152,7 @@ class Recorder(Callback):
             folder,
             settings,
             rank=data.ranks.rank,
-            run=data.ranks.first("numbering the recording", run),
+            run=data.ranks.broadcast("numbering the recording", run),
             first_version=version,
             rows_per_file=self.rows_per_file,
         )

@@ -10,7 +10,7 @@ from typing import Any
 import lightning as L
 
 from sdp_lightning.config.compatibility import check_centre
-from sdp_lightning.distributed.rank_group import Ranks, make_ranks
+from sdp_lightning.distributed.rank_group import RankGroup, make_rank_group
 from sdp_lightning.errors import ConfigError, RecordingError
 from sdp_lightning.lightning.module import SegmentWisePPOModule
 from sdp_lightning.lightning.train_loader import make_batch
@@ -48,7 +48,7 @@ class ReplayDataModule(L.LightningDataModule):
         super().__init__()
         is_open = isinstance(recording, Recording)
         self.recording = recording if is_open else Recording(recording)
-        self._ranks = Ranks()
+        self._ranks = RankGroup()
 
     def setup(self, stage: str) -> None:
         if stage != "fit" or self.trainer is None:
@@ -78,7 +78,7 @@ class ReplayDataModule(L.LightningDataModule):
                 settings.missing_proximal,
             )
         if self.trainer.world_size > 1:
-            self._ranks = module.ranks = make_ranks(timeout_s=_MEET_S)
+            self._ranks = module.ranks = make_rank_group(timeout_s=_MEET_S)
         self.trainer.limit_val_batches = 0
 
     def train_dataloader(self) -> ReplayLoader:
@@ -128,7 +128,7 @@ class ReplayLoader:
         length: int,
         pad_token_id: int,
         trainer: L.Trainer,
-        ranks: Ranks,
+        ranks: RankGroup,
     ) -> None:
         self._recording, self._length, self._pad_token_id = recording, length, pad_token_id
         self._trainer, self._ranks = trainer, ranks

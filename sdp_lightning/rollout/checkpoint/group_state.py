@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from sdp_lightning.rollout.groups.in_flight import LiveGroup
+from sdp_lightning.rollout.groups.in_flight import InFlightGroup
 from sdp_lightning.types import Context, SamplingParams, Segment, Trajectory, TrajectoryGroup
 from sdp_lightning.workflows.episode_log import CallEnd, CallStart, Event, parts_of
 
 
-def group_to_state(live: LiveGroup) -> dict[str, Any]:
+def group_to_state(live: InFlightGroup) -> dict[str, Any]:
     """A live group: the trajectories of a finished one, the logs of one that is under way."""
     place = {
         "epoch": live.row.epoch,

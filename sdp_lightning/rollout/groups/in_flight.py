@@ -17,12 +17,12 @@ Parts = tuple[Context | Segment, ...]
 
 
 @dataclass(eq=False)
-class LiveGroup:
+class InFlightGroup:
     """One submitted row and what it has become so far.
 
     Attributes:
         group: set when the workflow has returned; None while it runs.
-        in_hand: handed to the trainer, its version not committed yet.
+        in_training: handed to the trainer, its version not committed yet.
         started_at: when it was submitted, by ``time.monotonic``.
         seconds: what it took, once it has ended; 0 if a checkpoint had it finished.
     """
@@ -33,7 +33,7 @@ class LiveGroup:
     session: RolloutSession
     task_id: int | None = None
     group: TrajectoryGroup | None = None
-    in_hand: bool = field(default=False)
+    in_training: bool = field(default=False)
     started_at: float = field(default_factory=time.monotonic)
     seconds: float | None = None
 

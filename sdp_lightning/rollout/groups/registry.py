@@ -14,7 +14,7 @@ from typing import Literal
 
 from sdp_lightning.config import RolloutConfig
 from sdp_lightning.errors import RolloutError, VersionError, describe
-from sdp_lightning.rollout.groups.in_flight import LiveGroup
+from sdp_lightning.rollout.groups.in_flight import InFlightGroup
 from sdp_lightning.rollout.groups.ledger import StalenessManager
 from sdp_lightning.rollout.groups.queue import RolloutCache, RolloutQueue
 from sdp_lightning.rollout.groups.staleness import StalenessControlStrategy
@@ -41,15 +41,15 @@ class GroupRegistry:
         strategy: StalenessControlStrategy,
         manager: StalenessManager,
         *,
-        on_drop: Callable[[LiveGroup], None],
+        on_drop: Callable[[InFlightGroup], None],
     ) -> None:
         self.changed = threading.Condition()
         self.telemetry = RolloutTelemetry()
         self.failure: Exception | None = None
         self._config, self._strategy, self._manager = config, strategy, manager
         self._on_drop = on_drop
-        self._live: dict[int, LiveGroup] = {}
-        self._held: list[LiveGroup] = []
+        self._live: dict[int, InFlightGroup] = {}
+        self._held: list[InFlightGroup] = []
         self._queue = RolloutQueue((config.max_head_lag + 1) * config.batch_size)
         self._cache = RolloutCache()
         self._restored: list[TrajectoryGroup] = []
@@ -61,7 +61,7 @@ class GroupRegistry:
         """The policy version, None before the first publish."""
         return self._version
 
-    def snapshot(self) -> list[LiveGroup]:
+    def snapshot(self) -> list[InFlightGroup]:
         """Every live group, in the order of submission."""
         with self.changed:
             return list(self._live.values())
@@ -74,14 +74,14 @@ class GroupRegistry:
 
     # One group -----------------------------------------------------------------------------------
 
-    def add(self, live: LiveGroup) -> None:
+    def add(self, live: InFlightGroup) -> None:
         """A group was submitted."""
         with self.changed:
             self._manager.on_submitted()
             self._live[live.order] = live
             self.changed.notify_all()
 
-    def restart(self, live: LiveGroup, session: RolloutSession) -> None:
+    def restart(self, live: InFlightGroup, session: RolloutSession) -> None:
         """The workflow did not repeat what was saved: it begins anew in ``session``."""
         with self.changed:
             if not self.telemetry.num_diverged:
@@ -96,7 +96,7 @@ class GroupRegistry:
             live.session = session
             live.created_version = live.created_version if self._version is None else self._version
 
-    def finish(self, live: LiveGroup, group: TrajectoryGroup) -> None:
+    def finish(self, live: InFlightGroup, group: TrajectoryGroup) -> None:
         """A workflow returned ``group``: it waits to be trained, unless it is stale already."""
         with self.changed:
             if live.order in self._live:  # else it was dropped as overdue while it finished
@@ -106,7 +106,7 @@ class GroupRegistry:
                 self._admit(live)
             self.changed.notify_all()
 
-    def reject(self, live: LiveGroup, reason: str) -> None:
+    def reject(self, live: InFlightGroup, reason: str) -> None:
         """A workflow returned nothing to train on."""
         with self.changed:
             if self._live.pop(live.order, None) is None:
@@ -123,7 +123,7 @@ class GroupRegistry:
                 )
             self.changed.notify_all()
 
-    def record_failure(self, live: LiveGroup, error: BaseException) -> None:
+    def record_failure(self, live: InFlightGroup, error: BaseException) -> None:
         """A workflow raised: count it, and beyond ``max_failures`` let the trainer see it."""
         with self.changed:
             if self._live.pop(live.order, None) is None:
@@ -143,7 +143,7 @@ class GroupRegistry:
 
     # The trainer's batches and versions ----------------------------------------------------------
 
-    def restore(self, groups: Sequence[tuple[LiveGroup, TrajectoryGroup]]) -> None:
+    def restore(self, groups: Sequence[tuple[InFlightGroup, TrajectoryGroup]]) -> None:
         """Finished groups of a checkpoint; they wait to be trained from the first publish on."""
         with self.changed:
             for live, group in groups:
@@ -151,7 +151,7 @@ class GroupRegistry:
                 self._live[live.order] = live
                 self._restored.append(group)
 
-    def drop_if_overdue(self, live: LiveGroup) -> bool:
+    def drop_if_overdue(self, live: InFlightGroup) -> bool:
         """Whether a group that still waits to be resubmitted is stale: then it is counted out."""
         with self.changed:
             if self._version is None or not self._is_overdue(live, self._version):
@@ -160,7 +160,7 @@ class GroupRegistry:
             self._drop_running(live)
             return True
 
-    def rebase(self, version: int) -> None:
+    def resume(self, version: int) -> None:
         """A start at ``version``: set the clock, re-base the ledger, take restored groups in."""
         with self.changed:
             self._version = version
@@ -172,7 +172,7 @@ class GroupRegistry:
             self._purge(version)
             self.changed.notify_all()
 
-    def commit(self, version: int) -> list[LiveGroup]:
+    def commit(self, version: int) -> list[InFlightGroup]:
         """Advance the clock by one, purge what went stale; returns overdue groups to cancel.
 
         Raises:
@@ -185,7 +185,7 @@ class GroupRegistry:
                     "Versions advance by 1."
                 )
             self._version = version
-            for order in [live.order for live in self._live.values() if live.in_hand]:
+            for order in [live.order for live in self._live.values() if live.in_training]:
                 del self._live[order]
             self._purge(version)
             overdue = [live for live in self._running() if self._is_overdue(live, version)]
@@ -207,16 +207,16 @@ class GroupRegistry:
             self._manager.on_consumed(len(batch))
             for group in batch:
                 live = self._live[group.order]
-                live.in_hand = True
+                live.in_training = True
                 self.telemetry.on_ended(live.record("trained"))
             return batch
 
     # Helpers, under the lock ---------------------------------------------------------------------
 
-    def _running(self) -> list[LiveGroup]:
+    def _running(self) -> list[InFlightGroup]:
         return [live for live in self._live.values() if live.group is None]
 
-    def _is_overdue(self, live: LiveGroup, version: int) -> bool:
+    def _is_overdue(self, live: InFlightGroup, version: int) -> bool:
         versions = live.versions
         return versions is not None and self._strategy.is_overdue(*versions, version)
 
@@ -236,7 +236,7 @@ class GroupRegistry:
         left = [
             live.created_version
             for live in self._live.values()
-            if not live.in_hand and live.order not in taken
+            if not live.in_training and live.order not in taken
         ]
         return any(
             sum(self._strategy.is_overdue(created, created, version + 1 + j) for created in left)
@@ -253,11 +253,11 @@ class GroupRegistry:
             self._record_drop(self._live.pop(group.order), "stale")
         self._admit_held()
 
-    def _drop_running(self, live: LiveGroup) -> None:
+    def _drop_running(self, live: InFlightGroup) -> None:
         self._manager.on_overdue()
         self._record_drop(self._live.pop(live.order), "overdue")
 
-    def _record_drop(self, live: LiveGroup, fate: Literal["stale", "overdue"]) -> None:
+    def _record_drop(self, live: InFlightGroup, fate: Literal["stale", "overdue"]) -> None:
         self.telemetry.on_ended(live.record(fate))
         self._on_drop(live)
 
@@ -266,7 +266,7 @@ class GroupRegistry:
         for live in held:
             self._admit(live)
 
-    def _admit(self, live: LiveGroup) -> None:
+    def _admit(self, live: InFlightGroup) -> None:
         assert live.group is not None and self._version is not None
         if self._strategy.is_stale(live.group, self._version):
             self._drop_running(live)

@@ -63,7 +63,7 @@ def select_trainable(policy: nn.Module, pattern: str | None) -> None:
         parameter.requires_grad_(name in names)
 
 
-def silence_dropout(policy: nn.Module) -> None:
+def disable_dropout(policy: nn.Module) -> None:
     """Dropout off in train mode: it would make every log-prob a random number."""
     for module in policy.modules():
         if isinstance(module, nn.Dropout):

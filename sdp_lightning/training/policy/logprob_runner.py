@@ -29,7 +29,7 @@ _LAYOUTS: tuple[Layout, ...] = ("padded", "packed", "shared_prefix")
 _TOLERANCE = 0.1
 
 
-class Passes:
+class LogprobRunner:
     """Computes log-probs with one policy.
 
     Args:

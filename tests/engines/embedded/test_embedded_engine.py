@@ -29,7 +29,7 @@ def make_engine() -> Iterator[MakeEngine]:
 
 def test_it_is_an_inference_engine():
     engine: InferenceEngine = EmbeddedEngine("some/model")
-    assert engine.in_process
+    assert engine.updates_in_flight
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

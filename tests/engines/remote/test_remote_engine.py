@@ -108,7 +108,7 @@ def test_keep_splits_a_response_at_the_spans_of_the_server(one: Server):
         one.do(held=False)
         assert sending.join() == ["length"]
     assert [(s.version, len(s)) for s in sending.segments[0]] == [(0, 2), (1, 3)]
-    assert engine.in_process and len(one.do()["seen"]) == 1
+    assert engine.updates_in_flight and len(one.do()["seen"]) == 1
 
 
 @pytest.mark.parametrize(("policy", "clear"), [("recompute", "true"), ("keep", "false")])

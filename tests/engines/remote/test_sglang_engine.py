@@ -404,7 +404,7 @@ def test_the_requests_of_a_lost_server_go_elsewhere():
 def test_a_url_names_servers_that_run():
     engine = connect_engine("sglang://localhost:1,[::1]:2/", model="some/model", max_tries=3)
     assert isinstance(engine, RemoteInfEngine) and engine.options.max_tries == 3
-    assert engine.version is None and not engine.in_process
+    assert engine.version is None and not engine.updates_in_flight
 
 
 @pytest.mark.parametrize("rest", ["", "localhost", "h:x", "launch?replicas=2", "h?x:8"])
