@@ -35,7 +35,7 @@ DEADLINE_S = 60.0
 
 
 class World:
-    """RankGroup in threads of this process, with connections between rank 0 and every other."""
+    """Ranks in threads of this process, with connections between rank 0 and every other."""
 
     def __init__(self, size: int = 2, **settings: Any) -> None:
         settings = {"timeout_s": DEADLINE_S} | settings

@@ -294,7 +294,7 @@ def pair() -> Iterator[list[Server]]:
 
 
 def train_on(launcher: Launcher, pair: list[Server], what: str = "") -> Results:
-    """RankGroup that share servers; rank 0 makes trouble at step 2."""
+    """Ranks that share servers; rank 0 makes trouble at step 2."""
     case = {
         "kind": "rollouts",
         "steps": NUM_STEPS,

@@ -1,7 +1,7 @@
 """Ranks of a gloo group: each adds its rows to ``LagMetrics``, reduces, writes what it computes.
 
 Arguments: the number of ranks, and a folder to meet and to write in. Rank r has every row i of each
-step with i % ranks == r, one micro-batch a row. RankGroup are forked, before any tensor operation.
+step with i % ranks == r, one micro-batch a row. Ranks are forked, before any tensor operation.
 """
 
 from __future__ import annotations
