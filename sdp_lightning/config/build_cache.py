@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
+
+from sdp_lightning.config.atomic_files import atomic_folder, remove_leftovers
 
 
 def cache_folder() -> Path:
@@ -26,9 +27,7 @@ def build_once(name: str, build: Callable[[Path], None]) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(target.with_name(f".{name}.lock")):
             if not target.is_dir():
-                work = target.with_name(f".{name}.part")
-                shutil.rmtree(work, ignore_errors=True)
-                work.mkdir()
-                build(work)
-                work.rename(target)
+                remove_leftovers(target)
+                with atomic_folder(target) as work:
+                    build(work)
     return target

@@ -6,8 +6,6 @@ move is a copy, and a kill in the middle leaves half a checkpoint under the name
 
 from __future__ import annotations
 
-import contextlib
-import os
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ import torch
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
+from sdp_lightning.config.atomic_files import atomic_file, remove_leftovers
 from sdp_lightning.errors import CheckpointError
 
 
@@ -38,22 +37,9 @@ class AtomicCheckpointIO(CheckpointIO):
             self._plain.save_checkpoint(checkpoint, path, storage_options)
             return
         target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        for leftover in target.parent.glob(f".{target.name}.*.part"):
-            leftover.unlink(missing_ok=True)
-        part = target.with_name(f".{target.name}.{os.getpid()}.part")
-        try:
-            with part.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, target)
-        except BaseException as error:
-            with contextlib.suppress(OSError):
-                part.unlink(missing_ok=True)
-            error.add_note(f"{target} was not written; if it was there before, it is untouched.")
-            raise
-        _sync_folder(target.parent)
+        remove_leftovers(target)
+        with atomic_file(target, durable=True) as file:
+            torch.save(checkpoint, file)
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
@@ -110,13 +96,3 @@ def _to_cpu(storage: Any, location: str) -> Any:
 
 def _is_remote(path: str | Path) -> bool:
     return "://" in str(path)
-
-
-def _sync_folder(folder: Path) -> None:
-    """The new name outlives a loss of power, too."""
-    with contextlib.suppress(OSError):  # not every file system can
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -135,7 +135,7 @@ def test_a_build_that_failed_leaves_no_folder_and_is_done_again(cache: Path):
 def test_of_two_processes_one_builds_and_both_find_the_folder_complete(cache: Path):
     script = (
         "import sys, time\n"
-        "from sdp_lightning.config.import_path import build_once\n"
+        "from sdp_lightning.config.build_cache import build_once\n"
         "def build(folder):\n"
         "    print('built'); time.sleep(0.5); (folder / 'done').touch()\n"
         "assert (build_once('thing', build) / 'done').exists()\n"

@@ -15,7 +15,7 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 import sdp_lightning as sdp
-from sdp_lightning.lightning import checkpoint_io
+from sdp_lightning.config import atomic_files
 from sdp_lightning.lightning.checkpoint_io import AtomicCheckpointIO, use_atomic_checkpoints
 from support.steps import Batches, make_batch
 from support.trainers import make_module, make_trainer
@@ -59,7 +59,7 @@ def test_a_kill_while_saving_leaves_the_one_before_and_nothing_after_the_next(
         os.kill(os.getpid(), signal.SIGKILL)
 
     def killed() -> None:
-        checkpoint_io.os.replace = die  # type: ignore[assignment]
+        atomic_files.os.replace = die  # type: ignore[assignment]
         save(path, 2)
 
     assert in_a_child(killed) == -signal.SIGKILL

@@ -93,7 +93,7 @@ def test_a_plain_run_logs_the_names_that_need_nothing(tmp_path: Path, model_fold
 
 
 def test_the_rest_of_the_names_are_what_a_pool_of_rewards_counts() -> None:
-    workflow = sdp.RLVRWorkflow("fitting:weigh_letters", reward_workers=1)
+    workflow = sdp.RLVRWorkflow("support.trainers:weigh_letters", reward_workers=1)
     counted = {f"rollout/{name}" for name in workflow.counts}
     workflow.close()
     assert counted == {name for name, when in logged_names().items() if when == POOL}

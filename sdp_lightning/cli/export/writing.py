@@ -8,10 +8,8 @@ are mapped from files and written file by file, never all in memory.
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sdp_lightning.cli.export.checkpoints import Checkpoint, MergedCheckpoint, open_checkpoint
+from sdp_lightning.config.atomic_files import atomic_folder
 from sdp_lightning.config.model_source import quiet_transformers, resolve_model
 from sdp_lightning.errors import ConfigError
 from sdp_lightning.training.policy.lora import is_adapter
@@ -89,7 +88,7 @@ def export_checkpoint(
         _check_weights(found.layout, empty, source, base)
         if adapter:
             return _export_adapter(trained, source, base, target, wanted)
-        with _whole_folder(target) as folder:
+        with atomic_folder(target) as folder:
             weights = _untie(found.read(found.layout, wanted, folder), empty, source)
             export = Export(target, base, len(weights), sum(t.nbytes for t in weights.values()))
             _write(empty, weights, base, folder)
@@ -198,7 +197,7 @@ def _export_adapter(
     names = [name for name in found.layout if is_adapter(name)]
     if not names or found.lora_alpha is None:
         raise ConfigError(f"{source} holds no LoRA adapter: leave out --adapter.")
-    with _whole_folder(target) as folder:
+    with atomic_folder(target) as folder:
         weights = found.read(names, dtype, folder)
         config = adapter_config(weights, found.lora_alpha) | {"base_model_name_or_path": base}
         save_file(
@@ -215,20 +214,3 @@ def _export_adapter(
 def _let_others_read(folder: Path, *, like: str) -> None:
     for file in folder.glob("*.safetensors"):  # safetensors lets nobody else read them
         file.chmod((folder / like).stat().st_mode)
-
-
-@contextmanager
-def _whole_folder(out: Path) -> Generator[Path]:
-    """A sibling to fill, which takes the place of ``out`` if nothing is raised."""
-    part, old = (out.with_name(f".{out.name}.{os.getpid()}.{end}") for end in ("part", "old"))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir()
-    try:
-        yield part
-        if out.is_dir() and any(out.iterdir()):
-            out.rename(old)
-        part.rename(out)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)

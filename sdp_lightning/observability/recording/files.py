@@ -7,11 +7,9 @@ been undone by it: it is not read.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -19,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from sdp_lightning.config import MissingProximal
+from sdp_lightning.config.atomic_files import atomic_file
 from sdp_lightning.errors import RecordingError
 from sdp_lightning.observability.recording.table import (
     RecordedBatch,
@@ -125,17 +124,10 @@ class RecordingWriter:
         table = table.replace_schema_metadata({_KEY: json.dumps(facts)})
         name = f"rank{self._rank:04}-run{self._run:03}-part{self._part:05}.parquet"
         target = self.folder / name
-        part = target.with_name(f".{name}.part")
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with part.open("wb") as file:
+            with atomic_file(target, durable=True) as file:
                 pq.write_table(table, file, compression="zstd", write_page_checksum=True)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, target)
         except OSError as error:
-            with contextlib.suppress(OSError):
-                part.unlink(missing_ok=True)
             raise RecordingError(
                 f"{target} could not be written: {error}. Make room, choose another folder, or "
                 "leave out the Recorder."

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sdp_lightning.config.atomic_files import atomic_file
 from sdp_lightning.errors import ConfigError
 
 FOLDER = "report"
@@ -76,9 +77,8 @@ class RunWriter:
             file.write(line + "\n")
 
     def _replace(self, name: str, value: Mapping[str, Any]) -> None:
-        beside = self._folder / f"{name}.{os.getpid()}"
-        beside.write_text(json.dumps(value), encoding="utf-8")
-        beside.replace(self._folder / name)
+        with atomic_file(self._folder / name) as file:
+            file.write(json.dumps(value).encode())
 
 
 def read_run(folder: Path) -> Run:

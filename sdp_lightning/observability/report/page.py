@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sdp_lightning.config.atomic_files import atomic_file
 from sdp_lightning.observability.report import sections
 from sdp_lightning.observability.report.advice import Advice, advice_on
 from sdp_lightning.observability.report.charts import number
@@ -33,9 +34,9 @@ def write_report(folder: str | Path) -> Path:
     """
     run = read_run(Path(folder))
     path = run.folder / PAGE
-    beside = path.with_suffix(".part")
-    beside.write_text(page(run), encoding="utf-8")
-    beside.replace(path)
+    document = page(run)
+    with atomic_file(path) as file:
+        file.write(document.encode())
     return path
 
 
