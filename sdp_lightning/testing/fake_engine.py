@@ -159,9 +159,29 @@ class FakeEngine:
                     "flight."
                 )
 
-    def advance(self, num_tokens: int = 1, *, only: int | None = None) -> None:
-        """Sample up to ``num_tokens`` for every request in flight, or for the ``only``-th one."""
+    def advance(
+        self,
+        num_tokens: int = 1,
+        *,
+        awaiting: int | None,
+        only: int | None = None,
+        timeout_s: float = 30.0,
+    ) -> None:
+        """Sample up to ``num_tokens`` for every request in flight, or for the ``only``-th one.
+
+        Args:
+            num_tokens: tokens for each request.
+            awaiting: number of requests that must be in flight first: this call blocks until there
+                are exactly so many. None samples for those that happen to be there.
+            only: index of one request, in the order of arrival.
+            timeout_s: deadline of the wait in seconds.
+
+        Raises:
+            EngineError: at the deadline; it says how many requests are in flight.
+        """
         with self._changed:
+            if awaiting is not None:
+                self.wait_for_requests(awaiting, timeout_s=timeout_s)
             chosen = list(self._requests) if only is None else [self._requests[only]]
             for entry in chosen:
                 self._sample(entry, num_tokens)

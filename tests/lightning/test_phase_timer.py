@@ -103,8 +103,7 @@ def test_what_a_workflow_does_between_two_requests_is_tool_time() -> None:
 def test_an_engine_with_no_request_is_not_busy() -> None:
     with rolling(FakeEngine(manual=True), rows=2, num_epochs=1) as executor:
         engine: Any = executor.engine
-        engine.wait_for_requests(2)
-        engine.advance(4)
+        engine.advance(4, awaiting=2)
         wait_until(executor, lambda: executor.stat.pending == 2)
         busy = executor.gate.busy_s
         time.sleep(PAUSE_S)

@@ -132,7 +132,7 @@ class Watched:
     def show(self, parts: list[str]) -> None:
         self.shown.append("  ".join(parts))
         if "waiting for rollouts" in self.shown[-1]:
-            self.engine.advance(6)
+            self.engine.advance(6, awaiting=None)  # comes again with the next tick
 
     def end(self) -> None:
         self.ended += 1

@@ -64,7 +64,7 @@ def test_a_paused_executor_submits_nothing_new_and_lets_running_groups_end() -> 
     with rolling(engine, batch_size=1, max_head_lag=1) as executor:
         engine.wait_for_requests(2)
         executor.pause()
-        engine.advance(9)
+        engine.advance(9, awaiting=2)
         wait_until(executor, lambda: executor.stat.pending == 2)
         executor.take()
         executor.publish([], 1)
@@ -90,12 +90,11 @@ def test_no_batch_holds_a_token_older_than_the_bound(H: int, updates_in_flight: 
 def test_batches_are_the_oldest_groups_by_creation_whatever_finishes_first() -> None:
     engine = FakeEngine(manual=True)
     with rolling(engine, batch_size=2, max_head_lag=2) as executor:
-        engine.wait_for_requests(6)
-        for index in (5, 3, 1):
-            engine.advance(9, only=index)
+        for index, num_running in ((5, 6), (3, 5), (1, 4)):
+            engine.advance(9, only=index, awaiting=num_running)
         wait_until(executor, lambda: executor.stat.pending == 3)
         first = executor.take()
-        engine.advance(9)
+        engine.advance(9, awaiting=3)
         wait_until(executor, lambda: executor.stat.pending == 4)
         second = executor.take()
     assert [[g.order for g in b or []] for b in (first, second)] == [[1, 3], [0, 2]]
@@ -239,8 +238,7 @@ def test_a_row_that_cannot_be_read_reaches_the_trainer() -> None:
 def test_at_the_deadline_the_error_says_where_everything_is_and_nothing_is_lost() -> None:
     engine = FakeEngine(reply=3, manual=True)
     with rolling(engine, batch_size=2, max_head_lag=1, max_concurrent=3) as executor:
-        engine.wait_for_requests(3)
-        engine.advance(9, only=0)
+        engine.advance(9, only=0, awaiting=3)
         wait_until(executor, lambda: (executor.stat.pending, executor.stat.running) == (1, 3))
         with pytest.raises(RolloutTimeout) as caught:
             executor.take(timeout_s=0.0)
@@ -248,7 +246,7 @@ def test_at_the_deadline_the_error_says_where_everything_is_and_nothing_is_lost(
             "waited 0.0 s for 2 groups: 1 are ready, 3 run, 0 were dropped, 0 rejected and 0 "
             "failed so far; capacity is 0 at version 0; the engine has sampled 3 tokens."
         )
-        engine.advance(9)
+        engine.advance(9, awaiting=3)
         assert len(executor.take() or []) == 2
 
 
@@ -262,10 +260,9 @@ def test_zero_seconds_return_what_is_ready_at_once() -> None:
 def test_a_signal_ends_the_wait_without_loss() -> None:
     engine = FakeEngine(manual=True)
     with rolling(engine) as executor:
-        engine.wait_for_requests(6)
         with pytest.raises(RolloutTimeout, match="interrupted while waiting for 2 groups"):
             executor.take(interrupted=lambda: True)
-        engine.advance(9)
+        engine.advance(9, awaiting=6)
         assert len(executor.take() or []) == 2
 
 
@@ -348,7 +345,7 @@ def test_an_evaluation_that_fails_or_hangs_is_an_error_and_training_goes_on() ->
     with rolling(engine) as executor:
         with pytest.raises(RolloutTimeout, match="waited 0 s for 1 results"):
             executor.evaluate([{"id": "e"}], Samples(), timeout_s=0)
-        engine.advance(9)
+        engine.advance(9, awaiting=6)
         assert executor.take(DEADLINE_S) is not None
 
 

@@ -27,13 +27,11 @@ SETTINGS = {"batch_size": 2, "max_head_lag": 3, "rows": 40}
 def test_pending_groups_come_back_as_they_were_with_their_scores() -> None:
     engine = FakeEngine(manual=True)
     with rolling(engine, Samples(2), **SETTINGS) as executor:
-        engine.wait_for_requests(8)
-        engine.advance(2)
+        engine.advance(2, awaiting=8)
         executor.publish([], 1)
         executor.recompute(VersionScorer())
-        engine.advance(9)
-        engine.wait_for_requests(8, total=16)  # the second samples
-        engine.advance(9)
+        engine.advance(9, awaiting=8)
+        engine.advance(9, awaiting=8)  # the second samples
         wait_until(executor, lambda: executor.stat.pending == 8)
         state = through_a_file(executor.state_dict())
         before = finished(executor)
@@ -55,13 +53,11 @@ def test_rows_in_flight_are_submitted_again_first_and_none_is_lost_or_trained_tw
     rows: dict[str, list[str]] = {"trained": []}
     with rolling(engine, num_epochs=1, **SETTINGS) as executor:
         for version in (1, 2):
-            engine.wait_for_requests(8)
-            for _ in range(2):
-                engine.advance(9, only=3)  # out of order
+            for num_running in (8, 7):
+                engine.advance(9, only=3, awaiting=num_running)  # out of order
             rows["trained"] += [g.row_id for g in executor.take() or []]
             executor.publish([], version)
-        engine.wait_for_requests(8)
-        engine.advance(9, only=5)
+        engine.advance(9, only=5, awaiting=8)
         wait_until(executor, lambda: executor.stat.pending == 1)
         before = [(x.order, x.row.row_id) for x in executor.registry.snapshot()]
         state = through_a_file(executor.state_dict())
@@ -96,9 +92,8 @@ def test_after_a_resume_capacity_is_that_of_a_fresh_run_less_what_came_back(
     """Fault: capacity restored wrongly after resume."""
     engine = FakeEngine(manual=True)
     with rolling(engine, **SETTINGS) as executor:
-        engine.wait_for_requests(8)
-        for _ in range(3):
-            engine.advance(9, only=0)
+        for num_running in (8, 7, 6):
+            engine.advance(9, only=0, awaiting=num_running)
         wait_until(executor, lambda: executor.stat.pending == 3)
         state = through_a_file(executor.state_dict())
     settings = SETTINGS | {"batch_size": batch_size, "max_concurrent": 100}
@@ -149,12 +144,11 @@ def test_a_state_holds_plain_types_and_tensors_only(tmp_path: Path) -> None:
 
     engine = FakeEngine(manual=True)
     with rolling(engine, **SETTINGS) as executor:
-        engine.wait_for_requests(8)
-        engine.advance(1)
+        engine.advance(1, awaiting=8)
         executor.publish([], 1)
         executor.recompute(VersionScorer())
-        for _ in range(3):
-            engine.advance(9, only=0)
+        for _ in range(3):  # version 1 has room for one more whenever one ends
+            engine.advance(9, only=0, awaiting=8)
         wait_until(executor, lambda: executor.stat.pending == 3)
         state = executor.state_dict()
         assert len(state["pending"]) == 3 and len(state["running"]) >= 5

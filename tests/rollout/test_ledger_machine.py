@@ -232,15 +232,15 @@ class ExecutorMachine(RuleBasedStateMachine):
     @rule(index=PICK)
     def sample(self, index: int) -> None:
         self.settle()
-        if self.executor.stat.running:
-            self.engine.advance(1, only=index % self.executor.stat.running)
+        if running := self.executor.stat.running:
+            self.engine.advance(1, only=index % running, awaiting=running)
 
     @rule(index=PICK)
     def finish(self, index: int) -> None:
         self.settle()
         stat = self.executor.stat
         if stat.running:
-            self.engine.advance(999, only=index % stat.running)
+            self.engine.advance(999, only=index % stat.running, awaiting=stat.running)
             ended = stat.submitted - stat.running
             wait_until(
                 self.executor,

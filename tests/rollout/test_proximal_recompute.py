@@ -217,11 +217,10 @@ def test_every_token_of_lag_two_or_more_was_scored_under_the_version_after_its_o
     with rolling(engine, Samples(max_new_tokens=99), **settings) as executor:
         scorer, old = VersionScorer(), 0
         for version in range(12):
-            engine.wait_for_requests(3)
-            engine.advance(1)
+            engine.advance(1, awaiting=3)
             rows = [int(entry.request.group_key[2:]) for entry in engine._requests]
             chosen = min(rows) if version % 4 >= 2 else max(rows)  # the oldest, or the newest
-            engine.advance(99, only=rows.index(chosen))
+            engine.advance(99, only=rows.index(chosen), awaiting=3)
             (group,) = executor.take() or []
             executor.recompute(scorer)
             for segment in group.segments:

@@ -31,12 +31,10 @@ def step(executor: WorkflowExecutor) -> int:
     return executor.version
 
 
-def finish(executor: WorkflowExecutor, engine: FakeEngine, *indices: int) -> None:
-    """Let these requests end, and wait until their groups have."""
-    target = executor.stat.running - len(indices)
-    for index in sorted(indices, reverse=True):
-        engine.advance(99, only=index)
-    wait_until(executor, lambda: executor.stat.running <= target or executor.stat.pending > 0)
+def finish_newest(executor: WorkflowExecutor, engine: FakeEngine, *, awaiting: int) -> None:
+    """Let the last of so many requests end, and wait until its group has."""
+    engine.advance(99, only=awaiting - 1, awaiting=awaiting)
+    wait_until(executor, lambda: executor.stat.pending > 0)
 
 
 def test_a_server_is_updated_with_nothing_in_flight_and_sends_wait_for_the_end() -> None:
@@ -44,8 +42,7 @@ def test_a_server_is_updated_with_nothing_in_flight_and_sends_wait_for_the_end()
     after it is stamped with the old version."""
     engine = RecordingEngine(reply=4, manual=True, updates_in_flight=False)
     with rolling(engine, max_head_lag=1, batch_size=1, max_concurrent=9) as executor:
-        engine.wait_for_requests(2)
-        engine.advance(1)
+        engine.advance(1, awaiting=2)
         engine.events.clear()
         step(executor)
         engine.wait_for_requests(3)
@@ -53,7 +50,7 @@ def test_a_server_is_updated_with_nothing_in_flight_and_sends_wait_for_the_end()
         assert engine.events == order, "gate closed until after the resume"
         parts = [live.parts for live in executor.registry.snapshot()][:2]
         assert all(isinstance(p[0][1], Segment) and p[0][1].version == 0 for p in parts)
-        engine.advance(99)
+        engine.advance(99, awaiting=3)
         (group,) = executor.take() or []
         assert [(s.version, len(s)) for s in group.segments] == [(0, 1), (1, 3)]
 
@@ -71,15 +68,12 @@ def test_when_a_publish_returns_every_interrupted_token_is_in_its_episode() -> N
     for updates_in_flight in (True, False):
         engine = FakeEngine(reply=9, manual=True, updates_in_flight=updates_in_flight)
         with rolling(engine, Samples(1, max_new_tokens=9), max_head_lag=3) as executor:
-            engine.wait_for_requests(8)
             for version in range(1, 4):
-                engine.advance(1)
+                engine.advance(1, awaiting=8)
                 step(executor)
                 sampled = sum(live.num_sampled for live in executor.registry.snapshot())
                 assert sampled == engine.num_generated, f"updates_in_flight={updates_in_flight}"
                 assert executor.version == version
-                if not updates_in_flight:
-                    engine.wait_for_requests(executor.stat.running)
 
 
 @pytest.mark.parametrize("updates_in_flight", [True, False])
@@ -202,7 +196,7 @@ def test_a_failed_publish_raises_commits_nothing_and_leaves_the_engine_paused(
         with pytest.raises(error, match=message):
             step(executor)
         assert executor.version == 0 and "resume" not in engine.events
-        engine.advance(9)
+        engine.advance(9, awaiting=2 if how == "other version" and updates_in_flight else 0)
         assert engine.num_generated == 0 and engine.events.count("generate") == 0
 
 
@@ -238,16 +232,15 @@ def test_a_start_takes_any_version_and_both_agree_after_it(held: int | None) -> 
 def test_a_running_group_beyond_the_bound_is_cancelled_and_counted_dropped_at_the_commit() -> None:
     engine = FakeEngine(reply=4, manual=True)
     with rolling(engine, batch_size=1, max_head_lag=1, max_concurrent=2) as executor:
-        engine.wait_for_requests(2)
-        engine.advance(1, only=0)
+        engine.advance(1, only=0, awaiting=2)
         step(executor)
         assert executor.stat.dropped == 0, "lag 1 is within the bound"
         step(executor)
         assert executor.stat.dropped == 1 and executor.telemetry.num_overdue == 1
         assert executor.telemetry.dropped_tokens == 1
         assert_conserved(executor)
-        engine.wait_for_requests(2)  # cancelled, and another row took its place
-        engine.advance(99)
+        engine.wait_for_requests(2, total=3)  # cancelled, and another row took its place
+        engine.advance(99, awaiting=2)
         (group,) = executor.take() or []
         assert group.row_id == "row1"
 
@@ -269,8 +262,7 @@ def test_what_finishes_stale_is_dropped_when_it_finishes() -> None:
 
     config = {"batch_size": 1, "max_head_lag": 0, "on_overdue": "mask"}
     with rolling(engine, Late(), **config) as executor:
-        engine.wait_for_requests(1)
-        engine.advance(9)
+        engine.advance(9, awaiting=1)
         engine.wait_for_requests(0)
         executor.registry._strategy.mask_overdue = False  # judged by its head from now on
         with executor.registry.changed:
@@ -288,14 +280,13 @@ def test_a_dropped_row_comes_again_only_if_asked(requeue: bool) -> None:
     with rolling(engine, requeue_dropped=requeue, **settings) as executor:
         trained: list[str] = []
         for _ in range(2):  # row0 has its first token at version 0, others overtake it
-            engine.wait_for_requests(2)
-            engine.advance(1, only=0)
-            engine.advance(9, only=1)
+            engine.advance(1, only=0, awaiting=2)
+            engine.advance(9, only=1, awaiting=2)
             trained += [group.row_id for group in executor.take() or []]
             step(executor)
         assert executor.stat.dropped == 1
         engine.wait_for_requests(2 if requeue else 1, total=5 if requeue else 4)
-        engine.advance(9)
+        engine.advance(9, awaiting=2 if requeue else 1)
         while batch := executor.take():
             trained += [group.row_id for group in batch]
             step(executor)
@@ -317,21 +308,19 @@ def test_under_wait_no_batch_is_handed_out_that_would_strand_an_older_group() ->
     engine = FakeEngine(reply=2, manual=True)
     settings = {"batch_size": 1, "max_head_lag": 2, "on_overdue": "wait"}
     with rolling(engine, **settings) as executor:
-        engine.wait_for_requests(3)
-        engine.advance(1)  # all have a token of version 0
-        finish(executor, engine, 2)
+        engine.advance(1, awaiting=3)  # all have a token of version 0
+        finish_newest(executor, engine, awaiting=3)
         assert [g.order for g in executor.take(timeout_s=0) or []] == [2]
         step(executor)
-        engine.wait_for_requests(3)
-        finish(executor, engine, 2)  # row 3, of version 1
+        finish_newest(executor, engine, awaiting=3)  # row 3, of version 1
         with pytest.raises(RolloutTimeout):
             executor.take(timeout_s=0)  # taking row 3 now would strand row 0 or row 1
-        engine.advance(9, only=1)
+        engine.advance(9, only=1, awaiting=2)
         assert [g.order for g in executor.take() or []] == [1]
         step(executor)
         with pytest.raises(RolloutTimeout):
             executor.take(timeout_s=0)
-        engine.advance(9, only=0)
+        engine.advance(9, only=0, awaiting=2)  # row 4 has come
         assert [g.order for g in executor.take() or []] == [0]
         step(executor)
         assert executor.stat.dropped == 0
@@ -342,10 +331,9 @@ def test_under_mask_a_group_is_kept_while_its_newest_token_is_within_the_bound()
     settings = {"batch_size": 1, "max_head_lag": 1, "max_concurrent": 1, "on_overdue": "mask"}
     with rolling(engine, **settings) as executor:
         for _ in range(3):
-            engine.wait_for_requests(1)
-            engine.advance(1)
+            engine.advance(1, awaiting=1)
             step(executor)
-        engine.advance(9)
+        engine.advance(9, awaiting=1)
         (group,) = executor.take() or []
         assert [s.version for s in group.segments] == [0, 1, 2, 3]
         assert executor.stat.dropped == 0
@@ -355,11 +343,10 @@ def test_the_standard_mode_drops_nothing_however_old() -> None:
     engine = FakeEngine(reply=4, manual=True)
     settings = {"batch_size": 1, "max_head_lag": 1, "enable_segment_wise_ppo": False}
     with rolling(engine, **settings) as executor:
-        engine.wait_for_requests(2)
-        engine.advance(1)
+        engine.advance(1, awaiting=2)
         for _ in range(6):
             step(executor)
         assert executor.stat.dropped == 0
-        engine.advance(9)
+        engine.advance(9, awaiting=2)
         wait_until(executor, lambda: executor.stat.pending >= 2)
         assert [g.head_version for g in executor.take() or []] == [0]

@@ -135,5 +135,5 @@ def test_back_pressure_holds_groups_as_running_and_loses_and_reorders_none(go_on
 def test_nothing_in_the_rollout_stack_sleeps(folder: str) -> None:
     """Fault: polling sleeps of half a second."""
     package = Path(sdp_lightning.rollout.__file__).parent.parent
-    files = list((package / folder).glob("*.py"))
+    files = list((package / folder).rglob("*.py"))
     assert len(files) > 1 and not [f.name for f in files if "sleep(" in f.read_text()]

@@ -21,11 +21,10 @@ def halfway(workflow: RolloutWorkflow) -> tuple[dict[str, Any], list[Any]]:
     """4 groups at version 2, their first sample with 3 + 2 of 8 tokens: a state, and their ends."""
     engine = FakeEngine(reply=8, manual=True)
     with rolling(engine, workflow, **SETTINGS) as executor:
-        engine.wait_for_requests(4)
-        engine.advance(3)
+        engine.advance(3, awaiting=4)
         executor.publish([], 1)
         executor.recompute(VersionScorer())
-        engine.advance(2)
+        engine.advance(2, awaiting=4)
         executor.publish([], 2)
         state = through_a_file(executor.state_dict())
         return state, run_to_the_end(executor, engine)
@@ -33,8 +32,7 @@ def halfway(workflow: RolloutWorkflow) -> tuple[dict[str, Any], list[Any]]:
 
 def run_to_the_end(executor: WorkflowExecutor, engine: FakeEngine) -> list[Any]:
     """Finish the 4 groups that are under way."""
-    engine.wait_for_requests(4)
-    engine.advance(9)
+    engine.advance(9, awaiting=4)
     wait_until(executor, lambda: executor.stat.pending == 4)
     return [content(group) for group in finished(executor)]
 

@@ -60,13 +60,13 @@ def test_in_process_an_update_splits_the_segment_where_weights_changed() -> None
         engine.update_weights([], 0, reset=True)
         reply = asyncio.ensure_future(engine.generate(request(), got.append))
         await until_in_flight(engine, 1)
-        engine.advance(2)
+        engine.advance(2, awaiting=1)
         engine.pause()
-        engine.advance(5)  # paused: nothing
+        engine.advance(5, awaiting=1)  # paused: nothing
         engine.update_weights([], 1)
         assert [(s.version, len(s)) for s in got] == [(0, 2)], "handed over when it returns"
         engine.resume()
-        engine.advance(9)
+        engine.advance(9, awaiting=1)
         assert await reply == "stop"
         assert [(s.version, len(s)) for s in got] == [(0, 2), (1, 4)]
 
@@ -79,7 +79,7 @@ def test_as_a_server_it_interrupts_at_pause_and_goes_on_when_resent() -> None:
         engine.update_weights([], 0, reset=True)
         reply = asyncio.ensure_future(engine.generate(request(8), got.append))
         await until_in_flight(engine, 1)
-        engine.advance(2)
+        engine.advance(2, awaiting=1)
         engine.pause()
         assert await reply == "abort" and len(got) == 1
         engine.update_weights([], 1)
@@ -87,7 +87,7 @@ def test_as_a_server_it_interrupts_at_pause_and_goes_on_when_resent() -> None:
         resent = request(6, tokens=[1, 2, *got[0].token_ids.tolist()])
         reply = asyncio.ensure_future(engine.generate(resent, got.append))
         await until_in_flight(engine, 1)
-        engine.advance(99)
+        engine.advance(99, awaiting=1)
         assert await reply == "stop"
         assert [(s.version, len(s)) for s in got] == [(0, 2), (1, 4)], "6 in all"
 
@@ -102,7 +102,7 @@ def test_as_a_server_it_refuses_new_weights_under_running_requests() -> None:
         engine.update_weights([], 0, reset=True)
         reply = asyncio.ensure_future(engine.generate(request(), lambda segment: None))
         await until_in_flight(engine, 1)
-        engine.advance(1)
+        engine.advance(1, awaiting=1)
         with pytest.raises(EngineError, match=r"pause\(\) must come first"):
             engine.update_weights([], 1)
         engine.pause()
@@ -195,14 +195,14 @@ def test_a_cancelled_request_is_forgotten_and_the_same_one_starts_again() -> Non
         engine.update_weights([], 0, reset=True)
         reply = asyncio.ensure_future(engine.generate(request(), got.append))
         await until_in_flight(engine, 1)
-        engine.advance(2)
+        engine.advance(2, awaiting=1)
         reply.cancel()
         with pytest.raises(asyncio.CancelledError):
             await reply
         assert engine.num_in_flight == 0 and not got
         reply = asyncio.ensure_future(engine.generate(request(), got.append))
         await until_in_flight(engine, 1)
-        engine.advance(9)
+        engine.advance(9, awaiting=1)
         assert await reply == "stop" and [len(s) for s in got] == [3]
 
     run(main)
@@ -212,3 +212,23 @@ def test_waiting_for_requests_ends_at_its_deadline() -> None:
     FakeEngine().wait_for_requests(0)
     with pytest.raises(EngineError, match="waited 0 s for 1 requests, 0 are in flight"):
         FakeEngine().wait_for_requests(1, timeout_s=0)
+
+
+def test_advance_waits_for_the_requests_that_it_is_told_to_await() -> None:
+    """Fault: sampling comes before the requests, and then nothing comes for ever."""
+    engine, got = FakeEngine(manual=True), list[Segment]()
+    engine.update_weights([], 0, reset=True)
+    with pytest.raises(EngineError, match="waited 0 s for 2 requests, 0 are in flight"):
+        engine.advance(9, awaiting=2, timeout_s=0)
+    engine.advance(9, awaiting=None)
+
+    async def main() -> None:
+        sampled = asyncio.ensure_future(asyncio.to_thread(engine.advance, 9, awaiting=2))
+        first = asyncio.ensure_future(engine.generate(request(), got.append))
+        await until_in_flight(engine, 1)
+        assert engine.num_generated == 0
+        await engine.generate(request(seed=1), got.append)
+        await asyncio.gather(sampled, first)
+
+    run(main)
+    assert [len(segment) for segment in got] == [4, 4]

@@ -97,9 +97,9 @@ def test_interruptions_at_any_point_keep_budget_order_and_stamps(
         episode, reply = begin(engine, budget)
         stamps: list[int] = []
         for version, chunk in enumerate(chunks):
-            if len(stamps) < budget:
-                await until_in_flight(engine, 1)
-            engine.advance(chunk)
+            num_left = int(len(stamps) < budget)
+            await until_in_flight(engine, num_left)
+            engine.advance(chunk, awaiting=num_left)
             stamps += [version] * min(chunk, budget - len(stamps))
             engine.pause()
             if not updates_in_flight:
@@ -108,10 +108,10 @@ def test_interruptions_at_any_point_keep_budget_order_and_stamps(
             engine.resume()
             for _ in range(5):
                 await asyncio.sleep(0)
+        num_left = int(len(stamps) < budget)
         stamps += [len(chunks)] * (budget - len(stamps))
-        if not reply.done():
-            await until_in_flight(engine, 1)
-        engine.advance(budget)
+        await until_in_flight(engine, num_left)
+        engine.advance(budget, awaiting=num_left)
         assert await reply == "length"
         got = [p for p in episode.parts if isinstance(p, Segment)]
         assert [s.version for s in got for _ in range(len(s))] == stamps
@@ -130,7 +130,7 @@ def test_the_label_is_the_generating_version_although_the_answer_comes_after_the
         engine.update_weights([], 0, reset=True)
         episode, reply = begin(engine)
         await until_in_flight(engine, 1)
-        engine.advance(4)  # ended, but the loop has not handled it yet
+        engine.advance(4, awaiting=1)  # ended, but the loop has not handled it yet
         engine.update_weights([], 1)
         assert not reply.done() and segments(episode) == [(0, 4)]
         assert await reply == "stop" and segments(episode) == [(0, 4)]

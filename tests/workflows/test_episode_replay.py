@@ -163,12 +163,10 @@ def second_turn() -> dict[str, Any]:
     """4 groups at version 2, both samples in their second turn."""
     engine = FakeEngine(reply=8, manual=True)
     with rolling(engine, Turns(), **SETTINGS) as executor:
-        engine.wait_for_requests(8)
-        engine.advance(3)
+        engine.advance(3, awaiting=8)
         executor.publish([], 1)
-        engine.advance(5)
-        engine.wait_for_requests(8, total=16)
-        engine.advance(3)
+        engine.advance(5, awaiting=8)
+        engine.advance(3, awaiting=8)
         executor.publish([], 2)
         return through_a_file(executor.state_dict())
 

@@ -255,14 +255,11 @@ def test_weights_that_change_within_a_turn_split_its_segment_and_nothing_else(
     settings: dict[str, Any] = {"rows": ROWS[:1], "num_epochs": 1, "batch_size": 1}
     workflow = make(sampling=SamplingParams(max_new_tokens=8))
     with rolling(engine, workflow, **settings) as executor:
-        engine.wait_for_requests(2)
-        engine.advance(4)
+        engine.advance(4, awaiting=2)
         for version in (1, 2):
-            engine.wait_for_requests(2)
-            engine.advance(2)
+            engine.advance(2, awaiting=2)
             executor.publish([], version)
-            engine.wait_for_requests(2)
-            engine.advance(2)
+            engine.advance(2, awaiting=2)
         wait_until(executor, lambda: executor.stat.pending == 1)
         [group] = finished(executor)
     for trajectory in group.trajectories:
@@ -292,10 +289,8 @@ def test_a_resume_plays_the_saved_turns_again_and_goes_on_within_the_last(enviro
     engine = FakeEngine(4, manual=True)
     workflow = make(environment, sampling=SamplingParams(max_new_tokens=8))
     with rolling(engine, workflow, **SETTINGS) as executor:
-        engine.wait_for_requests(8)
-        engine.advance(4)
-        engine.wait_for_requests(8, total=16)
-        engine.advance(1)
+        engine.advance(4, awaiting=8)
+        engine.advance(1, awaiting=8)
         executor.publish([], 1)
         state = through_a_file(executor.state_dict())
     repeats = environment is Counts

@@ -65,7 +65,7 @@ def test_samples_of_a_group_are_sampled_side_by_side_with_different_seeds() -> N
     with rolling(engine, make(lambda c, r: 0.0), rows=ROWS, max_concurrent=1) as executor:
         engine.wait_for_requests(3)
         assert len(set(seeds)) == 3
-        engine.advance(2)
+        engine.advance(2, awaiting=3)
         wait_until(executor, lambda: executor.stat.pending == 1)
 
 
