@@ -15,13 +15,16 @@ import pytest
 
 import sdp_lightning as sdp
 from sdp_lightning.engines.embedded import EmbeddedEngine
-from sdp_lightning.engines.protocol import InferenceEngine
+from sdp_lightning.engines.protocol import InferenceEngine, SharedServerEngine
+from sdp_lightning.engines.remote.engine import RemoteInfEngine
+from sdp_lightning.engines.remote.vllm import VLLMBackend
 from sdp_lightning.objective.loss import PolicyLoss
 from sdp_lightning.testing import FakeEngine
 
 # Checked by ``pyright tests/test_public_api.py``: each line is an error if the protocol is broken.
 FAKE: InferenceEngine = FakeEngine()
 EMBEDDED: InferenceEngine = EmbeddedEngine("model")
+REMOTE: SharedServerEngine = RemoteInfEngine(["http://127.0.0.1:8000"], VLLMBackend())
 
 # DESIGN section 7.
 PROMISED = {
@@ -182,13 +185,18 @@ def test_constructors_have_their_forms() -> None:
         assert method.parameters["n"].default == 1
 
 
-@pytest.mark.parametrize("engine", [FAKE, EMBEDDED], ids=["fake", "embedded"])
-def test_an_engine_has_every_member_of_the_protocol(engine: InferenceEngine) -> None:
-    """With the same parameters; the types are pyright's."""
-    members = {name for name in vars(InferenceEngine) if not name.startswith("_")}
+@pytest.mark.parametrize(
+    ("engine", "protocol"),
+    [(FAKE, InferenceEngine), (EMBEDDED, InferenceEngine), (REMOTE, SharedServerEngine)],
+    ids=["fake", "embedded", "remote"],
+)
+def test_an_engine_has_every_member_of_its_protocol(engine: InferenceEngine, protocol: type):
+    """Parameters are compared here, types by pyright."""
+    members = {name for name in dir(protocol) if not name.startswith("_")}
     assert {"version", "generate", "pause", "update_weights", "resume", "close"} <= members
+    assert isinstance(engine, SharedServerEngine) == (protocol is SharedServerEngine)
     for name in members:
-        wanted, found = inspect.getattr_static(InferenceEngine, name), getattr(engine, name)
+        wanted, found = inspect.getattr_static(protocol, name), getattr(engine, name)
         if inspect.isfunction(wanted):
             assert inspect.iscoroutinefunction(wanted) == inspect.iscoroutinefunction(found)
             assert parameters(wanted) == parameters(found)

@@ -90,13 +90,18 @@ class Pace(Callback):
 
 
 class SharedEngine(FakeEngine):
-    """As if it were not this rank's own."""
+    """A fake that behaves as if another rank led its servers."""
 
-    @property
-    def is_shared(self) -> bool:
-        return True
+    server_urls: Sequence[str] = ()
+    lora_alpha: float | None = None
 
-    def follow(self, version: int, servers: Sequence[str]) -> None:
+    def join(self, urls: Sequence[str]) -> None:
+        self.start()
+
+    def drain(self) -> None:
+        """Nothing is sent to the fake while the gate is closed."""
+
+    def follow(self, version: int, urls: Sequence[str]) -> None:
         self._version = version
 
 

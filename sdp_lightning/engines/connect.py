@@ -11,7 +11,7 @@ from sdp_lightning.errors import ConfigError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from sdp_lightning.engines.protocol import InferenceEngine
+    from sdp_lightning.engines.protocol import InferenceEngine, SharedServerEngine
     from sdp_lightning.engines.servers.managed import ServerConfig
     from sdp_lightning.weights.protocol import TransportName
 
@@ -62,7 +62,7 @@ def connect_engine(
     )
 
 
-def _connect_vllm(rest: str, *, model: Any, options: dict[str, Any]) -> InferenceEngine:
+def _connect_vllm(rest: str, *, model: Any, options: dict[str, Any]) -> SharedServerEngine:
     from sdp_lightning.engines.remote.engine import RemoteInfEngine
     from sdp_lightning.engines.remote.options import RemoteOptions
     from sdp_lightning.engines.remote.vllm import VLLMBackend
@@ -77,7 +77,7 @@ def _connect_vllm(rest: str, *, model: Any, options: dict[str, Any]) -> Inferenc
     return RemoteInfEngine(urls, VLLMBackend(), options=settings)
 
 
-def _connect_sglang(rest: str, *, options: dict[str, Any]) -> InferenceEngine:
+def _connect_sglang(rest: str, *, options: dict[str, Any]) -> SharedServerEngine:
     from sdp_lightning.engines.remote.engine import RemoteInfEngine
     from sdp_lightning.engines.remote.options import RemoteOptions
     from sdp_lightning.engines.remote.sglang import SGLangBackend

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from sdp_lightning.types import FinishReason, FloatArray, IntArray, SamplingParams, Segment
 
@@ -24,11 +24,11 @@ class GenerationRequest:
     """One continuation to sample.
 
     Args:
-        token_ids: ``[n]`` everything so far: contexts and tokens sampled before.
-        params: ``max_new_tokens`` is what is left of the budget.
+        token_ids: ``[n]`` all tokens so far: contexts and tokens sampled before.
+        params: sampling settings; ``max_new_tokens`` is what remains of the budget.
         seed: the random number of the token at position p comes from (seed, p) alone, so neither
             the batch that a request decodes in nor an interruption changes it.
-        group_key: requests that share it share a prompt; engines may use it for affinity.
+        group_key: requests with the same key share a prompt; engines may use it for affinity.
     """
 
     token_ids: IntArray
@@ -39,14 +39,14 @@ class GenerationRequest:
 
 @dataclass(frozen=True)
 class PublishReport:
-    """What one weight update cost.
+    """The cost of one weight update.
 
     Attributes:
         version: the version that the engine now reports.
-        num_bytes: of weights transferred, to each server.
-        transfer_s: from the first byte to the version that all of them report.
-        paused_s: how long no token was sampled.
-        exposed_s: how long the trainer waited, from the gate's closing to its opening.
+        num_bytes: bytes of weights transferred to each server.
+        transfer_s: seconds from the first byte until all servers report the version.
+        paused_s: seconds in which no token was sampled.
+        exposed_s: seconds that the trainer waited, from closing the gate to opening it.
     """
 
     version: int
@@ -57,7 +57,7 @@ class PublishReport:
 
     @property
     def bytes_per_s(self) -> float:
-        """Of the transfer; 0 where nothing had to be transferred."""
+        """Bandwidth of the transfer; 0 if nothing had to be transferred."""
         return self.num_bytes / self.transfer_s if self.transfer_s > 0 else 0.0
 
 
@@ -71,6 +71,9 @@ class InferenceEngine(Protocol):
     ``start``, ``pause``, ``update_weights``, ``resume`` and ``close`` are called from the trainer's
     thread, ``generate`` from an event loop in another one. A failure in ``update_weights`` leaves
     the engine as it was or unusable (every later call raises ``EngineError``), never half-updated.
+
+    Each rank of the trainer owns the weights of its engine, unless the engine is a
+    :class:`SharedServerEngine`.
     """
 
     @property
@@ -87,37 +90,12 @@ class InferenceEngine(Protocol):
         ...
 
     @property
-    def is_shared(self) -> bool:
-        """Whether the engines of all ranks sample on the same servers.
-
-        Then rank 0's alone changes them, and the others :meth:`follow`.
-        """
-        ...
-
-    @property
-    def lora_alpha(self) -> float | None:
-        """Of the LoRA adapters that it samples with; None: it needs adapters merged."""
-        ...
-
-    @property
     def num_generated(self) -> int:
         """Tokens sampled since ``start``."""
         ...
 
-    def start(self, *, servers: Sequence[str] = ()) -> Sequence[str]:
-        """Make ready to serve; nothing is sampled before the first ``update_weights``.
-
-        Args:
-            servers: that another rank's engine has started and leads; none: this one leads.
-
-        Returns:
-            The servers that it samples on; none if it samples in this process.
-        """
-        ...
-
-    @property
-    def servers(self) -> Sequence[str]:
-        """Those that take requests now; none if it samples in this process."""
+    def start(self) -> None:
+        """Make the engine ready; nothing is sampled before the first ``update_weights``."""
         ...
 
     async def generate(self, request: GenerationRequest, sink: SegmentSink) -> FinishReason:
@@ -127,19 +105,12 @@ class InferenceEngine(Protocol):
         sink may be called from any thread. ``"abort"`` means interrupted: resend for the rest.
 
         Raises:
-            EngineError: if this request cannot be served; others go on.
+            EngineError: if this request cannot be served; other requests continue.
         """
         ...
 
     def pause(self) -> None:
-        """Stop sampling. New requests wait for ``resume``.
-
-        Where another rank leads, it stops the servers after this has returned on all others.
-        """
-        ...
-
-    def drain(self) -> None:
-        """Where another rank leads: wait until the requests that its pause interrupts are back."""
+        """Stop sampling. New requests wait for ``resume``."""
         ...
 
     def update_weights(
@@ -150,8 +121,8 @@ class InferenceEngine(Protocol):
         Args:
             weights: names and tensors as in the model's ``state_dict``; with ``reset`` all of them,
                 else those that changed.
-            version: the current one plus 1; with ``reset`` any.
-            reset: a start, fresh or resumed.
+            version: the current version plus 1; with ``reset`` any.
+            reset: True at the start of a run, fresh or resumed.
 
         Raises:
             VersionError: if ``version`` is not the next one and ``reset`` is off.
@@ -159,25 +130,53 @@ class InferenceEngine(Protocol):
         """
         ...
 
-    def follow(self, version: int, servers: Sequence[str]) -> None:
-        """The leading rank has brought ``servers`` to ``version``; the others are out."""
-        ...
-
     def resume(self) -> None:
-        """Go on sampling."""
+        """Continue sampling after a pause."""
         ...
 
-    def echo(self, token_ids: IntArray) -> Mapping[str, FloatArray]:
-        """Log-probs of a text's own tokens under the weights that sample now.
+    def prompt_logprobs(self, token_ids: IntArray) -> Mapping[str, FloatArray]:
+        """Log-probs of a prompt's own tokens under the weights that sample now.
 
         Args:
             token_ids: ``[n]``, at least two.
 
         Returns:
-            For each copy of the weights, under its name: ``[n - 1]`` nats at temperature 1.
+            ``[n - 1]`` nats at temperature 1 for each copy of the weights, keyed by its name.
         """
         ...
 
     def close(self) -> None:
-        """Stop; fail what is outstanding with ``EngineError``. Safe to call twice."""
+        """Stop; fail outstanding requests with ``EngineError``. Safe to call twice."""
+        ...
+
+
+@runtime_checkable
+class SharedServerEngine(InferenceEngine, Protocol):
+    """An engine of servers that the engines of all ranks share.
+
+    Rank 0's engine leads: it alone starts, pauses, updates and resumes the servers. The engines of
+    the other ranks ``join`` its servers and ``follow`` its updates. In a publish the followers call
+    ``pause`` before the leader does, and every rank calls ``drain`` after it.
+    """
+
+    @property
+    def server_urls(self) -> Sequence[str]:
+        """URLs of the servers that accept requests now."""
+        ...
+
+    @property
+    def lora_alpha(self) -> float | None:
+        """``alpha`` of the LoRA adapters that the servers take; None: they need merged weights."""
+        ...
+
+    def join(self, urls: Sequence[str]) -> None:
+        """Make the engine ready to sample on servers that the engine of rank 0 leads."""
+        ...
+
+    def drain(self) -> None:
+        """Wait until the requests that the leader's pause interrupts have returned."""
+        ...
+
+    def follow(self, version: int, urls: Sequence[str]) -> None:
+        """Accept that the servers at ``urls``, and no others, now serve ``version``."""
         ...

@@ -24,7 +24,7 @@ from sdp_lightning.config import RolloutConfig
 from sdp_lightning.config.compatibility import check_together
 from sdp_lightning.distributed.rank_group import RankGroup, make_rank_group
 from sdp_lightning.engines.connect import connect_engine
-from sdp_lightning.engines.protocol import InferenceEngine
+from sdp_lightning.engines.protocol import InferenceEngine, SharedServerEngine
 from sdp_lightning.engines.remote.engine import RemoteInfEngine
 from sdp_lightning.engines.servers.placement import require_one_host
 from sdp_lightning.errors import ConfigError
@@ -295,12 +295,18 @@ class RolloutDataModule(L.LightningDataModule):
 
     def _start(self, engine: InferenceEngine, ranks: RankGroup) -> None:
         """Rank 0 first: it may start the servers that the others sample on."""
-        start = engine.start if ranks.rank == 0 or not engine.is_shared else _nothing
-        _, servers = ranks.run_on_all_ranks("starting the engine", start, list, timeout_s=_START_S)
-        if ranks.rank > 0 and engine.is_shared:
-            ranks.run_on_all_ranks("following the engine", lambda: engine.start(servers=servers[0]))
-        elif engine.is_shared:
-            ranks.run_on_all_ranks("following the engine", _nothing)
+        if not isinstance(engine, SharedServerEngine):
+            ranks.run_on_all_ranks("starting the engine", engine.start, timeout_s=_START_S)
+            return
+        leads = ranks.rank == 0
+        _, urls = ranks.run_on_all_ranks(
+            "starting the engine",
+            engine.start if leads else _nothing,
+            lambda _: list(engine.server_urls),
+            timeout_s=_START_S,
+        )
+        join = _nothing if leads else lambda: engine.join(urls[0])
+        ranks.run_on_all_ranks("joining the servers of rank 0", join)
 
     def _check_servers(self, engine: InferenceEngine) -> None:
         """Servers that this run starts must be in reach, and not on a GPU of the trainer's."""
@@ -324,8 +330,8 @@ class RolloutDataModule(L.LightningDataModule):
         return module
 
 
-def _nothing() -> tuple[str, ...]:
-    return ()
+def _nothing() -> None:
+    pass
 
 
 def _has_timer(trainer: L.Trainer) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
+from sdp_lightning.engines.protocol import InferenceEngine, SharedServerEngine
 from sdp_lightning.errors import ConfigError, VersionError
 from sdp_lightning.lightning.checkpoint_io import use_atomic_checkpoints
 from sdp_lightning.lightning.datamodule import RolloutDataModule
@@ -123,7 +124,7 @@ class WeightSyncCallback(Callback):
                 f"{self.version}: was a publish skipped?"
             )
         data.phase_timer.enter("publish")
-        alpha = executor.engine.lora_alpha
+        alpha = _lora_alpha(executor.engine)
         weights = module.named_weights(changed_only=True, lora_alpha=alpha)
         report = executor.publish(weights, self.version + 1)
         self.version += 1
@@ -183,7 +184,7 @@ class WeightSyncCallback(Callback):
         if not executor.is_published:
             if trainer.state.fn == "fit":
                 data.resume(self.version)
-            weights = module.named_weights(lora_alpha=executor.engine.lora_alpha)
+            weights = module.named_weights(lora_alpha=_lora_alpha(executor.engine))
             executor.publish(weights, self.version, reset=True)
             self._check_echo(module, executor)
 
@@ -195,7 +196,7 @@ class WeightSyncCallback(Callback):
             policy,
             num_embeddings=int(policy.get_input_embeddings().weight.shape[0]),  # type: ignore
             score=lambda trajectory: module.score([trajectory])[0][0],
-            ask=executor.engine.echo,
+            ask=executor.engine.prompt_logprobs,
         )
 
     def _log(self, module: SegmentWisePPOModule, total: Counts, size: int) -> None:
@@ -239,6 +240,11 @@ class WeightSyncCallback(Callback):
             dropped,
             total,
         )
+
+
+def _lora_alpha(engine: InferenceEngine) -> float | None:
+    """``alpha`` of the adapters that the engine samples with; None: it needs merged weights."""
+    return engine.lora_alpha if isinstance(engine, SharedServerEngine) else None
 
 
 def _parts(

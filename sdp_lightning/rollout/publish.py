@@ -7,7 +7,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from sdp_lightning.distributed.rank_group import RankGroup
-from sdp_lightning.engines.protocol import InferenceEngine, NamedWeights, PublishReport
+from sdp_lightning.engines.protocol import (
+    InferenceEngine,
+    NamedWeights,
+    PublishReport,
+    SharedServerEngine,
+)
 from sdp_lightning.errors import VersionError
 from sdp_lightning.workflows.send_gate import SendGate
 
@@ -40,9 +45,10 @@ def publish(
         drain_s: how long outstanding requests may take to come back; then they are cancelled.
         commit: moves the clock and the ledger, once the engine reports the version.
     """
-    one = _Publish(engine, gate, version, drain_s, leads=ranks.rank == 0 or not engine.is_shared)
+    shared = engine if isinstance(engine, SharedServerEngine) else None
+    one = _Publish(engine, shared, gate, version, drain_s, leads=ranks.rank == 0 or shared is None)
     start = time.monotonic()
-    if not engine.is_shared:  # each rank's engine is its own
+    if shared is None:  # each rank's engine is its own
         paused = time.monotonic()
         work, what = (lambda: one.swap(weights, reset=reset)), f"publishing version {version}"
         report, _ = ranks.run_on_all_ranks(what, work)
@@ -57,7 +63,7 @@ def publish(
         report, serving = ranks.run_on_all_ranks(
             f"transferring version {version}",
             lambda: one.transfer(weights, reset=reset),
-            lambda _: list(engine.servers),
+            lambda _: list(shared.server_urls),
         )
         ranks.run_on_all_ranks(f"verifying version {version}", lambda: one.verify(serving[0]))
         commit()
@@ -75,6 +81,7 @@ class _Publish:
     def __init__(
         self,
         engine: InferenceEngine,
+        shared: SharedServerEngine | None,
         gate: SendGate,
         version: int,
         drain_s: float,
@@ -82,7 +89,7 @@ class _Publish:
         leads: bool,
     ) -> None:
         self.leads = leads
-        self._engine, self._gate = engine, gate
+        self._engine, self._shared, self._gate = engine, shared, gate
         self._version, self._drain_s = version, drain_s
 
     def close_gate(self) -> None:
@@ -96,7 +103,8 @@ class _Publish:
             self._engine.pause()
 
     def drain(self) -> None:
-        self._engine.drain()
+        if self._shared is not None:
+            self._shared.drain()
         if not self._engine.updates_in_flight:
             self._gate.drain(self._drain_s)
 
@@ -120,9 +128,9 @@ class _Publish:
         finally:
             _exhaust(source)
 
-    def verify(self, servers: Sequence[str]) -> None:
-        if not self.leads:
-            self._engine.follow(self._version, servers)
+    def verify(self, server_urls: Sequence[str]) -> None:
+        if self._shared is not None and not self.leads:
+            self._shared.follow(self._version, server_urls)
         if self._engine.version != self._version:
             raise VersionError(
                 f"version {self._version} was published, but the engine reports "

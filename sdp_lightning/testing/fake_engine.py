@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -21,9 +20,6 @@ from sdp_lightning.engines.protocol import (
 )
 from sdp_lightning.errors import EngineError, VersionError
 from sdp_lightning.types import FinishReason, FloatArray, IntArray, Segment
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(eq=False)
@@ -57,7 +53,8 @@ class FakeEngine:
             server does.
         latency_s: of a reply, in seconds.
         chunks: steps of a reply; weights may change between them.
-        echo: log-probs of a text's own tokens; None gives each the log-prob of the version.
+        prompt_logprobs: log-probs of a prompt's own tokens but the first, in nats; None gives each
+            the log-prob of the version.
     """
 
     def __init__(
@@ -68,10 +65,10 @@ class FakeEngine:
         updates_in_flight: bool = True,
         latency_s: float = 0.0,
         chunks: int = 1,
-        echo: Callable[[IntArray], FloatArray] | None = None,
+        prompt_logprobs: Callable[[IntArray], FloatArray] | None = None,
     ) -> None:
-        self._echo = echo
-        self._reply, self._manual, self._in_process = reply, manual, updates_in_flight
+        self._prompt_logprobs = prompt_logprobs
+        self._reply, self._manual, self._updates_in_flight = reply, manual, updates_in_flight
         self._latency_s, self._chunks = latency_s, chunks
         self._version: int | None = None
         self._paused = self._closed = False
@@ -90,33 +87,16 @@ class FakeEngine:
 
     @property
     def updates_in_flight(self) -> bool:
-        return self._in_process
+        return self._updates_in_flight
 
     @property
     def num_in_flight(self) -> int:
         """Requests that have neither ended nor been interrupted."""
         return len(self._requests)
 
-    @property
-    def is_shared(self) -> bool:
-        return False
-
-    @property
-    def lora_alpha(self) -> float | None:
-        return None
-
-    @property
-    def servers(self) -> Sequence[str]:
-        return ()
-
-    def start(self, *, servers: Sequence[str] = ()) -> Sequence[str]:
-        return ()
-
-    def drain(self) -> None:
-        pass
-
-    def follow(self, version: int, servers: Sequence[str]) -> None:
-        raise EngineError("this engine leads: update its weights.")
+    def start(self) -> None:
+        with self._changed:
+            self._raise_if_unusable()
 
     async def generate(self, request: GenerationRequest, sink: SegmentSink) -> FinishReason:
         loop = asyncio.get_running_loop()
@@ -195,7 +175,7 @@ class FakeEngine:
     def pause(self) -> None:
         with self._changed:
             self._paused = True
-            if not self._in_process:
+            if not self._updates_in_flight:
                 for entry in list(self._requests):
                     self._end(entry, "abort")
 
@@ -210,7 +190,7 @@ class FakeEngine:
                     "Versions advance by 1: was a push skipped?"
                 )
             named = list(weights)
-            if not self._in_process and any(entry.sampled for entry in self._requests):
+            if not self._updates_in_flight and any(entry.sampled for entry in self._requests):
                 raise EngineError("weights changed under running requests: pause() must come first")
             for entry in self._requests:
                 self._close_segment(entry)
@@ -224,9 +204,9 @@ class FakeEngine:
             self._paused = False
             self._release()
 
-    def echo(self, token_ids: IntArray) -> Mapping[str, FloatArray]:
-        if self._echo is not None:
-            return {"fake": self._echo(token_ids)}
+    def prompt_logprobs(self, token_ids: IntArray) -> Mapping[str, FloatArray]:
+        if self._prompt_logprobs is not None:
+            return {"fake": self._prompt_logprobs(token_ids)}
         version = -1 if self._version is None else self._version
         return {"fake": np.full(token_ids.size - 1, -(version + 1) / 10, dtype=np.float32)}
 

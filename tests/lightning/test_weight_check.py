@@ -124,7 +124,7 @@ def test_a_fit_checks_after_the_first_publishes_and_every_nth(model_folder: str)
 
     sync = sdp.WeightSyncCallback(echo_every=2, echo_tolerance=1e9)
     trainer = make_trainer(sync, max_steps=5)
-    trainer.fit(make_module(model_folder), make_data(engine=FakeEngine(echo=remember)))
+    trainer.fit(make_module(model_folder), make_data(engine=FakeEngine(prompt_logprobs=remember)))
     assert asked == [64] * 4  # at versions 0, 1, 2 and 4
 
 

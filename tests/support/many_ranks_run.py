@@ -45,7 +45,12 @@ import sdp_lightning.training.policy.loading
 from sdp_lightning.distributed.failure_detector import FailureDetector
 from sdp_lightning.distributed.rank_group import RankGroup
 from sdp_lightning.engines.connect import connect_engine
-from sdp_lightning.engines.protocol import GenerationRequest, NamedWeights, PublishReport
+from sdp_lightning.engines.protocol import (
+    GenerationRequest,
+    NamedWeights,
+    PublishReport,
+    SharedServerEngine,
+)
 from sdp_lightning.errors import EngineError
 from sdp_lightning.observability.summary import RunSummary
 from sdp_lightning.testing import FakeEngine
@@ -469,7 +474,8 @@ class Steps(Callback):
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         engine = executor_of(trainer).engine
         self.versions.append(engine.version)
-        self.servers.append(list(engine.servers))
+        shared = isinstance(engine, SharedServerEngine)
+        self.servers.append(list(engine.server_urls) if shared else [])
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         found = trainer.callback_metrics

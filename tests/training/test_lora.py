@@ -268,7 +268,10 @@ def test_an_engine_in_this_process_takes_merged_weights_one_at_a_time() -> None:
         tokens = TOKENS[0].numpy()
         expected = text_logprobs(policy, tokens)
         torch.testing.assert_close(
-            torch.from_numpy(engine.echo(tokens)["embedded"]), expected, atol=1e-5, rtol=0
+            torch.from_numpy(engine.prompt_logprobs(tokens)["embedded"]),
+            expected,
+            atol=1e-5,
+            rtol=0,
         )
     finally:
         engine.close()
@@ -282,14 +285,14 @@ def test_a_stream_that_does_not_fit_leaves_the_engine_as_it_was() -> None:
     try:
         stream = named_weights(policy, changed_only=False, merged_alpha=LORA.alpha)
         engine.update_weights(stream, 0, reset=True)
-        before = engine.echo(tokens)["embedded"]
+        before = engine.prompt_logprobs(tokens)["embedded"]
         made: list[str] = []
         wrong = named_weights(other, changed_only=True, merged_alpha=LORA.alpha)
         unread = WeightStream(wrong.layout, lambda name: made.append(name) or wrong.layout[name])
         with pytest.raises(sdp.EngineError, match=r"q_proj.weight has shape \(16, 16\)"):
             engine.update_weights(unread, 1)
         assert made == [] and engine.version == 0
-        assert (engine.echo(tokens)["embedded"] == before).all()
+        assert (engine.prompt_logprobs(tokens)["embedded"] == before).all()
     finally:
         engine.close()
 

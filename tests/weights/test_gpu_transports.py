@@ -60,7 +60,7 @@ def test_three_versions_from_a_gpu_are_what_the_server_computes_with(
             engine.pause()
             report = engine.update_weights(model.state_dict().items(), version, reset=version == 0)
             engine.resume()
-            (found,) = engine.echo(tokens).values()
+            (found,) = engine.prompt_logprobs(tokens).values()
             expected = text_logprobs(model, tokens).cpu().numpy()
             assert np.abs(found - expected).mean() < 1e-2, (version, report)
             assert report.num_bytes > 0 and report.bytes_per_s > 0

@@ -411,7 +411,9 @@ def test_an_adapter_is_loaded_in_place_and_sampled_with(two: list[Server]):
         sending = Sending(engine, [request() for _ in range(4)])
         assert sending.join() == ["length"] * 4
         assert {s.version for got in sending.segments for s in got} == {1}
-        assert engine.echo(request(tokens=9).token_ids).keys() == {server.url for server in two}
+        assert engine.prompt_logprobs(request(tokens=9).token_ids).keys() == {
+            server.url for server in two
+        }
     for server in two:
         state = server.do()
         assert state["loads"] == [BASE_NAMES]  # once

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -136,19 +136,7 @@ class EmbeddedEngine:
         """CPU threads that decoding keeps busy; 0 on a GPU."""
         return self._num_threads if self._device.type == "cpu" else 0
 
-    @property
-    def is_shared(self) -> bool:
-        return False
-
-    @property
-    def lora_alpha(self) -> float | None:
-        return None
-
-    @property
-    def servers(self) -> Sequence[str]:
-        return ()
-
-    def start(self, *, servers: Sequence[str] = ()) -> Sequence[str]:
+    def start(self) -> None:
         """Load the model, prove that slots decode it, start the thread. Does nothing if running.
 
         Raises:
@@ -158,7 +146,7 @@ class EmbeddedEngine:
             raise EngineError("the engine is closed. Make a new one.")
         if self._running is not None:
             self._running.loop.require_usable()
-            return ()
+            return
         model = load_model(
             self._source, device=self._device, dtype=self._dtype, model_kwargs=self._model_kwargs
         )
@@ -173,7 +161,6 @@ class EmbeddedEngine:
         )
         self._running = _Running(model, decoder, loop, max_length, count_tokens(model))
         loop.start()
-        return ()
 
     async def generate(self, request: GenerationRequest, sink: SegmentSink) -> FinishReason:
         """See the protocol. Cancelling the task that awaits this frees the slot."""
@@ -189,12 +176,6 @@ class EmbeddedEngine:
 
     def pause(self) -> None:
         self._require_usable().loop.pause()
-
-    def drain(self) -> None:
-        pass  # requests stay in flight
-
-    def follow(self, version: int, servers: Sequence[str]) -> None:
-        raise EngineError("an engine in this process has nobody to follow: update its weights.")
 
     def resume(self) -> None:
         self._require_usable().loop.resume()
@@ -223,7 +204,7 @@ class EmbeddedEngine:
                 )
             return PublishReport(int(version), num_bytes, transfer_s=time.perf_counter() - begin_s)
 
-    def echo(self, token_ids: IntArray) -> Mapping[str, FloatArray]:
+    def prompt_logprobs(self, token_ids: IntArray) -> Mapping[str, FloatArray]:
         running = self._require_usable()
         with running.loop.hold():
             running.model.set_attn_implementation("eager")  # slots' own knows slots only

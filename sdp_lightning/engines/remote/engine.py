@@ -94,34 +94,37 @@ class RemoteInfEngine:
         return 0 if self._fleet is None else self._fleet.num_serving
 
     @property
-    def is_shared(self) -> bool:
-        return True
-
-    @property
     def lora_alpha(self) -> float | None:
         return self.options.lora_alpha
 
     @property
-    def servers(self) -> Sequence[str]:
+    def server_urls(self) -> Sequence[str]:
         return [] if self._fleet is None else self._fleet.serving_urls
 
-    def start(self, *, servers: Sequence[str] = ()) -> Sequence[str]:
+    def start(self) -> None:
         """Reach every server, and refuse one whose log-probs would be wrong.
 
         Raises:
             EngineError: naming the server, what was asked and what to do.
             ConfigError: if a server cannot do what the options ask of it.
         """
+        self._start(())
+
+    def join(self, urls: Sequence[str]) -> None:
+        """See the protocol. Raises what ``start`` raises."""
+        self._start(urls)
+
+    def _start(self, joined_urls: Sequence[str]) -> None:
         if self._fleet is not None:
-            return self.servers
+            return
         options = self.options
         try:
-            if servers:
-                self._urls = list(servers)
+            if joined_urls:
+                self._urls = list(joined_urls)
             elif self._managed is not None:
                 self._urls = self._managed.start()
             self._client.start()
-            if not servers:
+            if not joined_urls:
                 self._transport = make_transport(options, self._urls)
             control = ServerControl(self._client, self._backend, options)
             explain = _nothing if self._managed is None else self._managed.explain
@@ -130,7 +133,6 @@ class RemoteInfEngine:
             self._client.run(fleet.connect(), longest + 4 * options.control_timeout_s + _MARGIN_S)
             for replica in fleet.replicas:
                 self._client.spawn(fleet.watch(replica)).add_done_callback(self._on_watch_end)
-            return self.servers
         except BaseException:
             self.close()
             raise
@@ -160,11 +162,9 @@ class RemoteInfEngine:
     def drain(self) -> None:
         self._run_phase(self._running().drain(), self.options.abort_grace_s)
 
-    def follow(self, version: int, servers: Sequence[str]) -> None:
-        longest = len(servers) * (
-            2 * self.options.answer_timeout_s + self.options.control_timeout_s
-        )
-        self._run_phase(self._running().follow(version, list(servers)), longest)
+    def follow(self, version: int, urls: Sequence[str]) -> None:
+        longest = len(urls) * (2 * self.options.answer_timeout_s + self.options.control_timeout_s)
+        self._run_phase(self._running().follow(version, list(urls)), longest)
 
     def resume(self) -> None:
         options = self.options  # a server that has returned is described and probed, too
@@ -188,7 +188,7 @@ class RemoteInfEngine:
         self._run_phase(fleet.update(previous, version), longest)
         return PublishReport(version, num_bytes, transfer_s=time.monotonic() - start)
 
-    def echo(self, token_ids: IntArray) -> Mapping[str, FloatArray]:
+    def prompt_logprobs(self, token_ids: IntArray) -> Mapping[str, FloatArray]:
         work = self._running().echo([int(token) for token in token_ids])
         found = self._client.run(work, self.options.control_timeout_s + _MARGIN_S)
         return {url: np.asarray(logprobs, dtype=np.float32) for url, logprobs in found.items()}

@@ -165,7 +165,7 @@ def test_a_request_of_another_client_that_comes_after_the_pause_is_taken_back_to
     with connected(one) as leader, connected_to(leader, one) as follower:
         leader.pause()
         leader.update_weights(weights(0.0), 0, reset=True)
-        follower.follow(0, leader.servers)
+        follower.follow(0, leader.server_urls)
         for engine in (leader, follower):
             engine.resume()
         sending = send_too_late(follower, one)
@@ -174,7 +174,7 @@ def test_a_request_of_another_client_that_comes_after_the_pause_is_taken_back_to
         follower.drain()
         assert sending.join() == ["abort"] and sending.segments == [[]]
         leader.update_weights(weights(1.0), 1)
-        follower.follow(1, leader.servers)
+        follower.follow(1, leader.server_urls)
         for engine in (leader, follower):
             engine.resume()
         assert [s.version for s in generate(follower, request())] == [1]
@@ -186,7 +186,7 @@ def connected_to(leader: RemoteInfEngine, *running: Server) -> Iterator[RemoteIn
     """The engine of another rank, on the servers of ``leader``."""
     engine = make_engine(*running)
     try:
-        engine.start(servers=leader.servers)
+        engine.join(leader.server_urls)
         yield engine
     finally:
         engine.close()

@@ -183,14 +183,14 @@ def test_an_echo_is_of_the_weights_that_sample_now(two: list[Server], scale_out:
         server.do(reset={"no_scale_out": not scale_out})
     with connected(*two) as engine:
         publish(engine, 4, reset=True)
-        found = engine.echo(np.array([7, 20, 30]))
+        found = engine.prompt_logprobs(np.array([7, 20, 30]))
         assert found.keys() == {server.url for server in two}
         for logprobs in found.values():
             assert logprobs.dtype == np.float32
             assert logprobs.tolist() == pytest.approx([-0.5 - 0.020, -0.5 - 0.030])
         path = GENERATE if scale_out else COMPLETIONS
         two[1].fault(path, "wrong echo", times=1)
-        found = engine.echo(np.array([7, 20, 30]))
+        found = engine.prompt_logprobs(np.array([7, 20, 30]))
         assert found[two[0].url].tolist() == pytest.approx([-0.52, -0.53])
         assert found[two[1].url].tolist() == pytest.approx([-1.52, -1.53])
 
@@ -209,8 +209,8 @@ def test_a_server_that_does_not_echo_is_taken_out_and_the_last_one_is_an_error(
     with connected(*two, health_interval_s=1000.0) as engine:
         publish(engine, 0, reset=True)
         two[1].fault(COMPLETIONS, kind)
-        assert engine.echo(np.array([7, 20])).keys() == {two[0].url}
+        assert engine.prompt_logprobs(np.array([7, 20])).keys() == {two[0].url}
         assert engine.num_serving == 1
         two[0].fault(COMPLETIONS, kind)
         with pytest.raises(EngineError, match=f"echoing a text: .*{said}"):
-            engine.echo(np.array([7, 20]))
+            engine.prompt_logprobs(np.array([7, 20]))

@@ -191,7 +191,7 @@ def test_connecting_resumes_a_server_found_paused_at_another_version(one: SGLang
 def test_an_echo_is_of_the_weights_that_sample(one: SGLangServer):
     with connected(one) as engine:
         publish(engine, 4, reset=True)
-        found = engine.echo(np.array([3, 4, 5]))
+        found = engine.prompt_logprobs(np.array([3, 4, 5]))
         assert list(found) == [one.url]
         assert found[one.url].tolist() == pytest.approx([-0.5, -0.5])
         assert engine.num_generated == 0
