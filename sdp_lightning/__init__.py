@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING, Any
 from sdp_lightning.config.renamed import accept_old_modules
 
 if TYPE_CHECKING:
+    from sdp_lightning.cli.from_config import (
+        from_config as from_config,
+    )
     from sdp_lightning.config import (
         LoRAConfig as LoRAConfig,
         LossConfig as LossConfig,
@@ -124,6 +127,7 @@ if TYPE_CHECKING:
     )
 
 _HOMES = {
+    "cli.from_config": ("from_config",),
     "config": (
         "LoRAConfig",
         "LossConfig",

@@ -12,6 +12,7 @@ rows = [
     for a in range(1, 10)
     for b in range(1, 10)
 ]
+some_rows = rows[::3]
 
 
 def reward(completion: str, row: Mapping[str, Any]) -> float:

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from sdp_lightning.errors import ConfigError
 from sdp_lightning.lightning.datamodule import RolloutDataModule
@@ -37,10 +37,14 @@ class OneLineParser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Exit with status 2."""
+        sys.stderr.write(f"sdp-lightning: {self.one_line(message, ex)}\n")
+        sys.exit(2)
+
+    def one_line(self, message: str, ex: Exception | None) -> str:
+        """The message in one line, with the nearest setting that there is."""
         parser: Any = vars(ex).get("subcommand_parser") if ex is not None else None
         text = " ".join(line.strip() for line in str(message).splitlines())
-        sys.stderr.write(f"sdp-lightning: {text}{_nearest(text, parser or self)}\n")
-        sys.exit(2)
+        return text + _nearest(text, parser or self)
 
 
 def _nearest(text: str, parser: Any) -> str:
@@ -97,10 +101,13 @@ class RolloutCLI(LightningCLI):
     """LightningCLI without abbreviated flags, and with weights always published.
 
     A config without a ``WeightSyncCallback`` gets one: without it nothing would ever be sampled.
+    With ``run=False`` the arguments have no command, and the objects are made but not run.
     """
 
-    def __init__(self, arguments: Sequence[str]) -> None:
-        self._command = arguments[0]
+    parser_kind: type[LightningArgumentParser] = OneLineParser
+
+    def __init__(self, arguments: Sequence[str], *, run: bool = True) -> None:
+        self._command = arguments[0] if run else "fit"
         super().__init__(
             SegmentWisePPOModule,
             RolloutDataModule,
@@ -108,11 +115,13 @@ class RolloutCLI(LightningCLI):
             args=list(arguments),
             trainer_defaults=TRAINER_DEFAULTS,
             seed_everything_default=0,
+            save_config_callback=SaveConfigCallback if run else None,
             save_config_kwargs={"overwrite": True},
             parser_kwargs={"allow_abbrev": False},
-            parser_class=OneLineParser,
+            parser_class=type(self).parser_kind,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
+            run=run,
         )
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]

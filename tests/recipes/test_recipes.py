@@ -16,8 +16,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(960)]
 SCRIPT = """
 import json, sys
 import lightning as L
-from support.paths import ROOT
-from sdp_lightning.config.import_path import load_object
+import sdp_lightning as sdp
 
 class Versions(L.Callback):
     def __init__(self):
@@ -29,7 +28,7 @@ class Versions(L.Callback):
         self.mixed += sum(len(row) > 1 for row in kept)
 
 if __name__ == "__main__":
-    trainer, model, data = load_object(sys.argv[1] + ":build")()
+    trainer, model, data = sdp.from_config(f"recipes/{sys.argv[1]}/config.yaml")
     versions = Versions()
     trainer.callbacks.insert(0, versions)
     before = trainer.validate(model, data, verbose=False)[0]["val/reward"]
@@ -51,26 +50,26 @@ def run(recipe: str) -> tuple[float, float, list[list[int]], int]:
 
 
 def test_the_main_job_raises_the_accuracy_of_a_real_model_on_batches_of_mixed_versions() -> None:
-    before, after, lags, _ = run("recipes/arithmetic_cpu/train.py")
+    before, after, lags, _ = run("arithmetic_cpu")
     assert after >= before + 0.15
     assert max(lag for batch in lags for lag in batch) <= 2
     assert any(len(batch) > 1 for batch in lags)
 
 
 def test_the_tiny_recipe_raises_the_sampled_reward_with_trajectories_of_several_versions() -> None:
-    before, after, lags, mixed = run("recipes/tiny_cpu/train.py")
+    before, after, lags, mixed = run("tiny_cpu")
     assert after >= before + 0.2
     assert max(lag for batch in lags for lag in batch) <= 2
     assert mixed > 0
 
 
 def test_a_conversation_with_a_game_is_learned_by_a_tiny_model() -> None:
-    before, after, lags, _ = run("recipes/multi_turn/train.py")
+    before, after, lags, _ = run("multi_turn")
     assert after >= before + 0.1
     assert max(lag for batch in lags for lag in batch) <= 2
 
 
 def test_a_task_of_reasoning_gym_is_learned_by_a_real_model() -> None:
-    before, after, lags, _ = run("recipes/reasoning_gym/train.py")
+    before, after, lags, _ = run("reasoning_gym")
     assert after >= before + 0.1
     assert max(lag for batch in lags for lag in batch) <= 2
