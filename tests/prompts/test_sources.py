@@ -224,7 +224,7 @@ def test_naming_rows_imports_no_library_before(tmp_path: Path) -> None:
 
     name = write(tmp_path / "a.jsonl", '{"prompt": "?"}')
     code = (
-        "import sys\nfrom sdp_lightning.config.import_path import load_rows\n"
+        "import sys\nfrom sdp_lightning.prompts.sources import load_rows\n"
         f"load_rows({name!r})\n"
         "print([m for m in ('reasoning_gym', 'pyarrow', 'datasets') if m in sys.modules])"
     )

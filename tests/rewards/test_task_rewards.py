@@ -127,7 +127,7 @@ def test_in_a_thread_of_the_trainer_it_is_refused_with_the_remedy() -> None:
 @pytest.mark.parametrize(
     ("module", "room", "package"),
     [
-        ("reasoning_gym", "reasoning", "reasoning-gym"),
+        ("reasoning_gym", "reasoning_gym", "reasoning-gym"),
         ("math_verify", "mathematics", "math-verify"),
     ],
 )

@@ -102,7 +102,7 @@ def begin(order: Mapping[str, Any], orders: Sequence[Mapping[str, Any]]) -> None
 
 
 if __name__ == "__main__":
-    import fitting  # noqa: F401  (loaded here, once)
+    import support.trainers  # noqa: F401  (loaded here, once)
     import transformers.models.llama.modeling_llama  # noqa: F401
 
     given = json.loads(sys.argv[1])
