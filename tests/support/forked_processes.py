@@ -102,8 +102,9 @@ def begin(order: Mapping[str, Any], orders: Sequence[Mapping[str, Any]]) -> None
 
 
 if __name__ == "__main__":
-    import support.trainers  # noqa: F401  (loaded here, once)
     import transformers.models.llama.modeling_llama  # noqa: F401
+
+    import support.trainers  # noqa: F401  (loaded here, once)
 
     given = json.loads(sys.argv[1])
     started: list[int] = []
