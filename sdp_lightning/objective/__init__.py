@@ -21,7 +21,6 @@ from sdp_lightning.objective.segment_proximal import (
     loglinear_segment,
 )
 from sdp_lightning.objective.token_logprobs import token_logprobs
-from sdp_lightning.objective.trust_region import past_centre
 
 __all__ = [
     "PolicyLoss",
@@ -31,7 +30,6 @@ __all__ = [
     "loglinear_proximal",
     "loglinear_segment",
     "loss_denominator",
-    "past_centre",
     "second_moment_bound",
     "second_moment_set",
     "segment_wise_ppo_loss",

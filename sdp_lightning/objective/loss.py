@@ -49,6 +49,7 @@ def segment_wise_ppo_loss(
     *,
     config: LossConfig,
     num_tokens: float | None = None,
+    lags: Tensor | None = None,
 ) -> PolicyLoss:
     r"""Decoupled PPO whose off-policy correction is taken segment by segment, and its relatives.
 
@@ -57,34 +58,36 @@ def segment_wise_ppo_loss(
         r = e^{n - m}, \quad w = e^{m - b}
 
     K are the tokens of the mask whose drift exp(x - b), or weight, lies between floor and cap.
-    ``config`` puts others in the place of each part: see :mod:`~sdp_lightning.objective.surrogates`
-    for the minimum, ``corrections`` for K and w, ``aggregation`` for N. Sources: Hilton et al.
+    ``config`` replaces each part: see :mod:`~sdp_lightning.objective.surrogates` for the minimum,
+    ``rejection`` for K, ``trust_region`` for m and w, ``aggregation`` for N. Sources: Hilton et al.
     2021, https://arxiv.org/abs/2110.00641; AReaL, https://arxiv.org/abs/2505.24298.
 
     Args:
         target_logprobs: [B, T] n, under the policy being optimized. Carries the gradient.
         proximal_logprobs: [B, T] x, under the policy at the start of this training step.
-        segment_logprobs: [B, T] q; read only if ``config.needs_segment_proximal``. For a centre
-            ``"past"`` what :func:`~sdp_lightning.objective.past_centre` makes of it.
+        segment_logprobs: [B, T] q; read only if ``config.needs_segment_proximal``.
         behavior_logprobs: [B, T] b, of the distribution sampled from.
         advantages: [B, T].
         loss_mask: [B, T] bool, a row is a sequence. What stands where it is False has no effect.
         config: the estimator.
         num_tokens: the denominator N of the whole step, at least 1, before any rejection: the sum
             of ``loss_denominator`` over its pieces; default: this piece's.
+        lags: [B, T] integers, versions between sampling and training; read, and required, only
+            with ``trust_region="past"``.
 
     Returns:
         The loss (0 with a valid graph if no token is kept) and the per-token masks.
 
     Raises:
-        ValueError: if shapes differ, ``loss_mask`` is not boolean, or ``num_tokens`` is negative.
+        ValueError: if shapes differ, ``loss_mask`` is not boolean, ``num_tokens`` is negative, or
+            ``trust_region="past"`` has no ``lags``.
     """
     tensors = (target_logprobs, proximal_logprobs, segment_logprobs, behavior_logprobs, advantages)
-    _check(tensors, loss_mask, num_tokens)
+    _check(tensors, loss_mask, num_tokens, lags)
     target, *others = map(at_least_float32, tensors)
     proximal, segment, behavior, advantage = (tensor.detach() for tensor in others)
 
-    centre, log_weight = centre_and_log_weight(proximal, segment, behavior, config)
+    centre, log_weight = centre_and_log_weight(proximal, segment, behavior, config, lags)
     log_ratio = target - centre
     if config.ratio_level == "sequence":
         log_weight, log_ratio = of_sequences(log_weight, log_ratio, loss_mask)
@@ -107,11 +110,15 @@ def _mean(value: Tensor, loss_mask: Tensor, config: LossConfig, num_tokens: floa
     return -(value * shares).sum() / count.clamp(min=1)
 
 
-def _check(tensors: tuple[Tensor, ...], loss_mask: Tensor, num_tokens: float | None) -> None:
+def _check(
+    tensors: tuple[Tensor, ...], loss_mask: Tensor, num_tokens: float | None, lags: Tensor | None
+) -> None:
     if loss_mask.dtype != torch.bool:
         raise ValueError(f"loss_mask must be boolean, got {loss_mask.dtype}.")
     names = ("target", "proximal", "segment", "behavior", "advantages")
     shapes = {name: tuple(tensor.shape) for name, tensor in zip(names, tensors, strict=True)}
+    if lags is not None:
+        shapes["lags"] = tuple(lags.shape)
     if any(shape != tuple(loss_mask.shape) for shape in shapes.values()):
         raise ValueError(
             f"every tensor must be {tuple(loss_mask.shape)}, as loss_mask is; got {shapes}."

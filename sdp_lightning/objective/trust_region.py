@@ -12,29 +12,14 @@ import torch
 from torch import Tensor
 
 from sdp_lightning.config import LossConfig
-from sdp_lightning.objective.precision import at_least_float32
-
-
-def past_centre(segment: Tensor, behavior: Tensor, lags: Tensor) -> Tensor:
-    """Centre of ``trust_region="past"``: q, but b at lag 1.
-
-    There q is x, the policy in training: in the first update nothing would be clipped, however far
-    a token has moved since it was sampled. The centre is thus older than x at every lag but 0.
-
-    Args:
-        segment: [...] q, completed.
-        behavior: [...] b.
-        lags: [...] integers, 0 or more.
-
-    Returns:
-        [...] detached, at least float32.
-    """
-    segment, behavior = (at_least_float32(t.detach()) for t in (segment, behavior))
-    return torch.where(lags == 1, behavior, segment)
 
 
 def centre_and_log_weight(
-    proximal: Tensor, segment: Tensor, behavior: Tensor, config: LossConfig
+    proximal: Tensor,
+    segment: Tensor,
+    behavior: Tensor,
+    config: LossConfig,
+    lags: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""Centre m of the trust region, and log w, the correction from behavior to centre.
 
@@ -42,19 +27,35 @@ def centre_and_log_weight(
 
     and m - b otherwise. q is read only if the estimator needs it.
 
+    The centre ``"past"`` is q, but b at lag 1. There q is x, the policy in training: in the first
+    update nothing would be clipped, however far a token has moved since it was sampled. This centre
+    is older than x at every lag but 0.
+
     Args:
         proximal: [...] x.
-        segment: [...] q; around ``"past"`` the :func:`past_centre`.
+        segment: [...] q, completed.
         behavior: [...] b.
         config: trust region, bridge exponent and bridge cap.
+        lags: [...] integers, 0 or more; read only around ``"past"``.
 
     Returns:
         (m, log w), each [...].
+
+    Raises:
+        ValueError: if the centre is ``"past"`` and ``lags`` is None.
     """
     if config.trust_region == "behavior":
         return behavior, torch.zeros_like(behavior)
-    if config.trust_region in ("segment", "past"):
+    if config.trust_region == "segment":
         return segment, segment - behavior
+    if config.trust_region == "past":
+        if lags is None:
+            raise ValueError(
+                "trust_region='past' needs the lag of every token: pass lags=, for example "
+                "batch.lags, or use trust_region='segment'."
+            )
+        past = torch.where(lags == 1, behavior, segment)
+        return past, past - behavior
     if not config.needs_segment_proximal:
         return proximal, proximal - behavior
     bridge = proximal - segment

@@ -19,7 +19,6 @@ from sdp_lightning.objective import (
     leave_one_out_advantages,
     loglinear_proximal,
     loglinear_segment,
-    past_centre,
     second_moment_bound,
     second_moment_set,
     segment_wise_ppo_loss,
@@ -72,12 +71,13 @@ def batch_loss(
     policy = segment_wise_ppo_loss(
         target,
         proximal,
-        segment_centre(segment, batch, config),
+        segment,
         batch.behavior_logprobs,
         batch.advantages,
         batch.loss_mask if batch.rejected is None else batch.loss_mask & ~batch.rejected,
         config=config,
         num_tokens=denominator,
+        lags=batch.lags,
     )
     loss, kl = policy.loss, torch.zeros_like(proximal)
     if batch.reference_logprobs is not None:
@@ -127,13 +127,6 @@ def segment_policy(proximal: Tensor, batch: Batch, config: LossConfig) -> Tensor
     )
 
 
-def segment_centre(segment: Tensor, batch: Batch, config: LossConfig) -> Tensor:
-    """[B, T] what the loss reads as q: q itself, or the centre that is made of it."""
-    if config.trust_region == "past":
-        return past_centre(segment, batch.behavior_logprobs, batch.lags)
-    return segment
-
-
 def batch_advantages(batch: Batch, loss: LossConfig, update: UpdateConfig) -> Tensor:
     """[B, T], 0 for tokens beyond the largest lag that is trained.
 
@@ -152,12 +145,22 @@ def batch_advantages(batch: Batch, loss: LossConfig, update: UpdateConfig) -> Te
             coefficient=loss.kl_coefficient,
             estimator=loss.kl_estimator,
         )
-    if update.advantages == "rloo":
-        per_row = leave_one_out_advantages(rewards, batch.group_ids)
-    else:
-        scale = update.scale_advantages_by_std is not False
-        per_row = group_relative_advantages(rewards, batch.group_ids, scale_by_std=scale)
+    per_row = row_advantages(rewards, batch.group_ids, update)
     per_token = per_row[:, None].expand(batch.loss_mask.shape)
     if batch.max_lag is not None:
         per_token = torch.where(batch.lags > batch.max_lag, 0.0, per_token)
     return per_token
+
+
+def row_advantages(rewards: Tensor, group_ids: Tensor, update: UpdateConfig) -> Tensor:
+    """[B] advantages of trajectories by the estimator that ``update`` names.
+
+    Args:
+        rewards: [B].
+        group_ids: [B] integers, equal among siblings.
+        update: names the estimator.
+    """
+    if update.advantages == "rloo":
+        return leave_one_out_advantages(rewards, group_ids)
+    scale = update.scale_advantages_by_std is not False
+    return group_relative_advantages(rewards, group_ids, scale_by_std=scale)

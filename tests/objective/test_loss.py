@@ -16,7 +16,6 @@ from sdp_lightning.objective import (
     PolicyLoss,
     complete_segment_logprobs,
     loss_denominator,
-    past_centre,
     segment_wise_ppo_loss,
 )
 from support.loss_cases import CENTRES, ESTIMATORS, FREE, Case, every_combination, reference
@@ -159,7 +158,7 @@ def test_only_the_target_policy_gets_a_gradient(seed: int) -> None:
     case = Case.random(seed)
     leaves = [tensor.clone().requires_grad_() for tensor in case.tensors()[:5]]
     config = LossConfig(trust_region="proximal", bridge_exponent=0.5, behavior_weight_cap=None)
-    result = segment_wise_ppo_loss(*leaves, case.mask, config=config)
+    result = segment_wise_ppo_loss(*leaves, case.mask, config=config, lags=case.lags)
     result.loss.backward()
     assert leaves[0].grad is not None
     assert [leaf.grad for leaf in leaves[1:]] == [None] * 4
@@ -368,13 +367,34 @@ def test_around_past_a_token_of_lag_one_is_trained_as_around_behavior_others_as_
     seed: int,
 ) -> None:
     case = Case.random(seed, spread=0.2)
-    lags = torch.randint(4, case.mask.shape, generator=torch.Generator().manual_seed(seed))
     around = {
         region: case.gradient(LossConfig(trust_region=region)) for region in ("segment", "behavior")
     }
-    case.segment = past_centre(case.segment, case.behavior, lags)
     found = case.gradient(LossConfig(trust_region="past"))
-    assert torch.equal(found, torch.where(lags == 1, around["behavior"], around["segment"]))
+    assert torch.equal(found, torch.where(case.lags == 1, around["behavior"], around["segment"]))
+
+
+def test_around_past_the_loss_takes_the_lags_itself() -> None:
+    # n/b = 1.5 and n/q = 1.1 at lags 1 and 2; the range ends at 1.2. Around q both ratios are 1.1,
+    # with w = q/b = 1.5 / 1.1. Around "past" the first is 1.5 around b, clipped to 1.2, with w = 1.
+    b, q, n = logs(0.2, 0.2), logs(0.3 / 1.1, 0.3 / 1.1), logs(0.3, 0.3)
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    lags = torch.tensor([[1, 2]])
+    case = Case(n, n, q, b, row(1.0, 1.0), mask, lags)
+    segment = case.loss(LossConfig(trust_region="segment"))
+    past = case.loss(LossConfig(trust_region="past"))
+    assert segment.loss.item() == pytest.approx(-1.5)
+    assert past.loss.item() == pytest.approx(-(1.2 + 1.5) / 2)
+    assert past.clipped.tolist() == [[True, False]]
+    assert past.log_ratio.exp().flatten().tolist() == pytest.approx([1.5, 1.1])
+
+
+def test_around_past_a_call_without_lags_is_refused_with_the_remedy() -> None:
+    *tensors, lags = Case.random(0).tensors()
+    with pytest.raises(ValueError, match=r"trust_region='past'.*pass lags=, for example"):
+        segment_wise_ppo_loss(*tensors, config=LossConfig(trust_region="past"))
+    with pytest.raises(ValueError, match=r"'lags': \(2, 7\)"):
+        segment_wise_ppo_loss(*tensors, config=LossConfig(), lags=lags[:2])
 
 
 @untimed

@@ -89,7 +89,7 @@ class Toy:
         advantages = self.advantages[rows, None].expand(-1, 2)
         result = segment_wise_ppo_loss(
             target[rows], *inputs, advantages, self.kept(config)[rows],
-            config=config, num_tokens=1.0,
+            config=config, num_tokens=1.0, lags=torch.full((len(rows), 2), self.lag),
         )  # fmt: skip
         leaf = self.target.clone().requires_grad_()
         per_token = torch.autograd.grad(-result.loss, target)[0]  # [9, 2], summed over equal rows

@@ -116,6 +116,32 @@ def test_a_group_shows_its_members_with_advantages_and_the_tool_apart_from_the_p
     assert page.text("sdp-title") == "row sum, 2 samples, mean reward 0.5"
 
 
+@pytest.mark.parametrize(
+    ("update", "shown"),
+    [
+        ({}, ("+1.41", "-0.71")),  # deviations 2/3 and -1/3 over their own 0.4714
+        ({"scale_advantages_by_std": False}, ("+0.67", "-0.33")),
+        ({"advantages": "rloo"}, ("+1.00", "-0.50")),  # against the mean of the others
+    ],
+    ids=["GRPO", "Dr. GRPO", "RLOO"],
+)
+def test_a_group_shows_the_advantages_of_the_run_s_own_estimator(
+    update: dict[str, Any], shown: tuple[str, str]
+) -> None:
+    members = tuple(text_trajectory("?", (0, "a"), reward=r) for r in (1.0, 0.0, 0.0))
+    page = page_of(sdp.TrajectoryGroup(members), update=sdp.UpdateConfig(**update))
+    assert all(f"{value} advantage" in page.text("sdp-side") for value in shown)
+
+
+def test_a_scored_token_of_lag_one_has_weight_one_around_past() -> None:
+    scored = text_segment(3, "a")
+    scored.proximal.set([-0.4], 4)
+    trajectory = sdp.Trajectory((sdp.Context([63]), scored), reward=0.75)
+    past = sdp.LossConfig(trust_region="past")
+    for version, weight in ((4, "weight 1.0000"), (5, "weight 1.1052")):
+        assert weight in page_of(trajectory, version=version, loss=past).titles()[0]
+
+
 def test_a_group_of_one_has_no_advantage() -> None:
     page = page_of(sdp.TrajectoryGroup((text_trajectory("?", (0, "a")),)))
     assert "advantage" not in page.text("sdp-side")

@@ -108,7 +108,7 @@ def every_combination(surrogate: str) -> Iterator[LossConfig]:
 
 @dataclasses.dataclass
 class Case:
-    """Inputs of the loss, float64: n, x, q (or the centre made of it), b, A, mask."""
+    """Inputs of the loss: n, x, q, b, A (float64), mask, and lags (int64, 0 unless given)."""
 
     target: Tensor
     proximal: Tensor
@@ -116,6 +116,10 @@ class Case:
     behavior: Tensor
     advantages: Tensor
     mask: Tensor
+    lags: Tensor = dataclasses.field(default_factory=lambda: torch.zeros((), dtype=torch.long))
+
+    def __post_init__(self) -> None:
+        self.lags = self.lags.expand_as(self.mask)
 
     @classmethod
     def random(cls, seed: int, spread: float = 0.5, shape: tuple[int, int] = (3, 7)) -> Case:
@@ -128,7 +132,9 @@ class Case:
         policies = [base + normal(spread) for _ in range(4)]
         mask = torch.rand(shape, generator=generator) < 0.7
         mask[0, 0] = True
-        return cls(*policies, normal(1.0), mask)
+        advantages = normal(1.0)
+        lags = torch.randint(4, shape, generator=generator)
+        return cls(*policies, advantages=advantages, mask=mask, lags=lags)
 
     def loss(
         self,
@@ -137,7 +143,8 @@ class Case:
         *,
         function: Loss = segment_wise_ppo_loss,
     ) -> PolicyLoss:
-        return function(*self.tensors(), config=config, num_tokens=num_tokens)
+        *tensors, lags = self.tensors()
+        return function(*tensors, config=config, num_tokens=num_tokens, lags=lags)
 
     def tensors(self) -> tuple[Tensor, ...]:
         return tuple(getattr(self, field.name) for field in dataclasses.fields(self))
@@ -164,7 +171,8 @@ class Case:
 
     def with_junk(self, junk: float) -> Case:
         """The same, with ``junk`` wherever the mask is False."""
-        return Case(*(torch.where(self.mask, t, junk) for t in self.tensors()[:5]), self.mask)
+        dirty = (torch.where(self.mask, t, junk) for t in self.tensors()[:5])
+        return Case(*dirty, mask=self.mask, lags=self.lags)
 
 
 @dataclasses.dataclass
@@ -203,9 +211,11 @@ def _row(
 ) -> list[tuple[float | None, float]]:
     """(value, dvalue/dn) of the tokens of a row; no value for one that is masked."""
     tokens = [tuple(float(tensor[row, place]) for tensor in case.tensors()[:5]) for place in places]
+    lags: list[int] = case.lags[row, places].tolist()
     weights, ratios, drifts = [], [], []
-    for n, x, q, b, _ in tokens:
-        m = {"segment": q, "past": q, "proximal": x, "behavior": b}[config.trust_region]
+    for (n, x, q, b, _), lag in zip(tokens, lags, strict=True):
+        past = b if lag == 1 else q
+        m = {"segment": q, "past": past, "proximal": x, "behavior": b}[config.trust_region]
         weight = math.exp(m - b)
         if config.trust_region == "proximal":
             bridge = min(math.exp(x - q), config.bridge_cap or math.inf)

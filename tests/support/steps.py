@@ -193,9 +193,9 @@ def loss_by_hand(
         advantage = torch.where(batch.lags > batch.max_lag, 0.0, advantage)
     q = segment_proximal(batch, x)
     mask, b = batch.loss_mask, batch.behavior_logprobs
-    if config.trust_region == "past":
-        q = torch.where(batch.lags == 1, b, q)
-    loss = sdp.segment_wise_ppo_loss(target, x, q, b, advantage, mask, config=config).loss
+    loss = sdp.segment_wise_ppo_loss(
+        target, x, q, b, advantage, mask, config=config, lags=batch.lags
+    ).loss
     policy.zero_grad()
     loss.backward()
     return float(loss.detach()), gradients_of(policy)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sdp_lightning.config import LossConfig
+from sdp_lightning.config import LossConfig, UpdateConfig
 from sdp_lightning.errors import ConfigError
 from sdp_lightning.observability.view.html import STYLE, fragment, page
 from sdp_lightning.observability.view.terminal import renderable
@@ -86,6 +86,7 @@ def view(
     tokenizer: Decoder | None = None,
     version: int | None = None,
     loss: LossConfig = LossConfig(),
+    update: UpdateConfig = UpdateConfig(),
     max_tokens: int = 400,
     max_rows: int = 8,
 ) -> View:
@@ -100,6 +101,7 @@ def view(
             one token ids are shown.
         version: the policy version that trains, of which lags are counted. A batch knows it.
         loss: says around which policy the trust region lies.
+        update: says how advantages come from the rewards of a group. A batch has its own.
         max_tokens: of one trajectory; more are left out in its middle, with a note.
         max_rows: trajectories; a note says how many more there are.
 
@@ -111,7 +113,9 @@ def view(
             f"max_tokens={max_tokens} and max_rows={max_rows} must be 1 or more: else nothing is "
             "shown."
         )
-    sections, num_hidden = sections_of(data, version=version, loss=loss, most_rows=max_rows)
+    sections, num_hidden = sections_of(
+        data, version=version, loss=loss, update=update, most_rows=max_rows
+    )
     if not sections:
         raise ConfigError("there are no trajectories to show.")
     if tokenizer is None and _default_tokenizer:

@@ -11,10 +11,13 @@ from itertools import pairwise
 from typing import TypeAlias
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from sdp_lightning.config import LossConfig
+from sdp_lightning.config import LossConfig, UpdateConfig
+from sdp_lightning.objective.trust_region import centre_and_log_weight
 from sdp_lightning.training.batch import Batch
+from sdp_lightning.training.loss import row_advantages, segment_policy
 from sdp_lightning.types import Segment, Trajectory, TrajectoryGroup
 
 Viewable: TypeAlias = Trajectory | TrajectoryGroup | Batch | Sequence[TrajectoryGroup]
@@ -75,7 +78,7 @@ class Section:
 
 
 def sections_of(
-    data: Viewable, *, version: int | None, loss: LossConfig, most_rows: int
+    data: Viewable, *, version: int | None, loss: LossConfig, update: UpdateConfig, most_rows: int
 ) -> tuple[list[Section], int]:
     """What there is to draw of ``data``, and how many trajectories are left out.
 
@@ -83,6 +86,7 @@ def sections_of(
         data: a trajectory, a group, groups, or a batch.
         version: the policy version that trains on it, of which lags are counted; a batch knows it.
         loss: says what a weight is.
+        update: says what the advantage of a group's member is.
         most_rows: trajectories to show.
     """
     if isinstance(data, Batch):
@@ -96,8 +100,7 @@ def sections_of(
         if left <= 0:
             break
         rows = [_of_trajectory(t, version, loss) for t in group.trajectories[:left]]
-        advantages = group_advantages([t.reward for t in group.trajectories])
-        pairs = zip(rows, advantages, strict=False)
+        pairs = zip(rows, _group_advantages(group, update), strict=False)
         shown = tuple(replace(row, advantage=advantage) for row, advantage in pairs)
         sections.append(Section(_title(group), shown))
         left -= len(rows)
@@ -105,12 +108,12 @@ def sections_of(
     return sections, total - sum(len(section.rows) for section in sections)
 
 
-def group_advantages(rewards: Sequence[float]) -> list[float]:
-    """What GRPO makes of a group's rewards; NaN for a single one, which has nothing to beat."""
+def _group_advantages(group: TrajectoryGroup, update: UpdateConfig) -> list[float]:
+    """Advantages of a group's members; NaN for a single one, which has nothing to beat."""
+    rewards = torch.tensor([t.reward for t in group.trajectories], dtype=torch.float64)
     if len(rewards) < 2:
-        return [float("nan")] * len(rewards)
-    deviation = np.array(rewards, dtype=np.float64) - np.mean(rewards)
-    return (deviation / (np.std(rewards) + 1e-6)).tolist()
+        return [float("nan")]
+    return row_advantages(rewards, torch.zeros(len(rewards)), update).tolist()
 
 
 def _title(group: TrajectoryGroup) -> str:
@@ -129,16 +132,18 @@ def _of_trajectory(trajectory: Trajectory, version: int | None, loss: LossConfig
         )
         for logprobs in (_behavior, _score)
     ]
+    versions = np.concatenate(
+        [
+            np.full(part.token_ids.size, part.version if isinstance(part, Segment) else CONTEXT)
+            for part in trajectory.parts
+        ]
+    )
     numbers = {"behavior": behavior, "segment": segment, "proximal": _unknown(behavior.size)}
+    lags = np.zeros_like(versions) if version is None else version - versions
     return Row(
         token_ids=trajectory.token_ids,
-        versions=np.concatenate(
-            [
-                np.full(part.token_ids.size, part.version if isinstance(part, Segment) else CONTEXT)
-                for part in trajectory.parts
-            ]
-        ),
-        numbers=numbers | {"weight": _known_weight(numbers, loss)},
+        versions=versions,
+        numbers=numbers | {"weight": _weights(numbers, lags, loss)},
         reward=trajectory.reward,
         version=version,
         note=trajectory.finish_reason,
@@ -154,17 +159,14 @@ def _score(segment: Segment) -> Numbers:
     return _unknown(len(segment)) if score is None else score
 
 
-def _known_weight(numbers: Mapping[str, Numbers], loss: LossConfig) -> Numbers:
-    """Weights without the proximal policy: 1 around b, exp(q - b) around q, else unknown."""
-    behavior = numbers["behavior"]
-    if loss.trust_region == "behavior":
-        return np.where(np.isnan(behavior), np.nan, 1.0).astype(np.float32)
-    if loss.trust_region in ("segment", "past"):
-        return np.exp(numbers["segment"] - behavior)
-    return np.full_like(behavior, np.nan)
+def _weights(numbers: Mapping[str, Numbers], lags: NDArray[np.int64], loss: LossConfig) -> Numbers:
+    """Behavior weights w of tokens, NaN where a log-prob that the estimator reads is unknown."""
+    x, q, b = (torch.from_numpy(numbers[name]) for name in ("proximal", "segment", "behavior"))
+    log_weight = centre_and_log_weight(x, q, b, loss, torch.from_numpy(lags))[1]
+    return torch.where(b.isnan(), b, log_weight.exp()).numpy()
 
 
-def _unknown(size: int) -> Numbers:
+def _unknown(size: int | tuple[int, ...]) -> Numbers:
     return np.full(size, np.nan, dtype=np.float32)
 
 
@@ -193,26 +195,17 @@ def _of_batch(batch: Batch, loss: LossConfig, most_rows: int) -> tuple[list[Sect
 
 def _numbers_of(batch: Batch, loss: LossConfig) -> dict[str, Numbers]:
     """b, q, x and w, each [B, T]."""
-    from sdp_lightning.objective.trust_region import centre_and_log_weight
-    from sdp_lightning.training.loss import segment_centre, segment_policy
-
     mask, old = batch.loss_mask.numpy(), (batch.lags >= 2).numpy()
 
     def where(known: NDArray[np.bool_], values: NDArray[np.float32]) -> Numbers:
         return np.where(known & mask, values, np.nan).astype(np.float32)
 
-    b, x = batch.behavior_logprobs, batch.proximal_logprobs
-    behavior = where(mask, b.numpy())
+    x, behavior = batch.proximal_logprobs, batch.behavior_logprobs.numpy()
     if x is None:
-        known = batch.segment_scored.numpy() & old
-        numbers = {"behavior": behavior, "segment": where(known, batch.segment_logprobs.numpy())}
-        numbers["proximal"] = where(np.zeros_like(mask), behavior)
-        return numbers | {"weight": _known_weight(numbers, loss)}
-    q = segment_policy(x, batch, loss)
-    log_weight = centre_and_log_weight(x, segment_centre(q, batch, loss), b, loss)[1]
-    return {
-        "behavior": behavior,
-        "segment": where(mask, q.numpy()),
-        "proximal": where(mask, x.numpy()),
-        "weight": where(mask, log_weight.exp().numpy()),
-    }
+        scored = batch.segment_scored.numpy() & old
+        segment, proximal = where(scored, batch.segment_logprobs.numpy()), _unknown(mask.shape)
+    else:
+        segment = where(mask, segment_policy(x, batch, loss).numpy())
+        proximal = where(mask, x.numpy())
+    numbers = {"behavior": where(mask, behavior), "segment": segment, "proximal": proximal}
+    return numbers | {"weight": _weights(numbers, batch.lags.numpy(), loss)}
