@@ -120,8 +120,10 @@ def test_the_loss_has_its_form() -> None:
         "loss_mask",
         "config",
         "num_tokens",
+        "lags",
     ]
     assert signature.parameters["config"].kind is inspect.Parameter.KEYWORD_ONLY
+    assert signature.parameters["lags"].default is None
     assert signature.parameters["num_tokens"].default is None
     fields = {field.name for field in dataclasses.fields(PolicyLoss)}
     assert fields >= {"loss", "kept", "clipped"}

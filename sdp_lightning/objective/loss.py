@@ -68,12 +68,11 @@ def segment_wise_ppo_loss(
         segment_logprobs: [B, T] q; read only if ``config.needs_segment_proximal``.
         behavior_logprobs: [B, T] b, of the distribution sampled from.
         advantages: [B, T].
-        loss_mask: [B, T] bool, a row is a sequence. What stands where it is False has no effect.
+        loss_mask: [B, T] bool, a row is a sequence. Values where it is False have no effect.
         config: the estimator.
-        num_tokens: the denominator N of the whole step, at least 1, before any rejection: the sum
-            of ``loss_denominator`` over its pieces; default: this piece's.
-        lags: [B, T] integers, versions between sampling and training; read, and required, only
-            with ``trust_region="past"``.
+        num_tokens: the denominator N of the whole step, before any rejection: the sum of
+            ``loss_denominator`` over its pieces; default: this piece's.
+        lags: [B, T] integers, versions between sampling and training; ``"past"`` requires them.
 
     Returns:
         The loss (0 with a valid graph if no token is kept) and the per-token masks.
