@@ -29,7 +29,7 @@ from sdp_lightning.objective import loss_denominator
 from sdp_lightning.objective.effective_sample_size import effective_share, ess_scale
 from sdp_lightning.training.batch import Batch, collate, split_minibatches
 from sdp_lightning.training.loss import batch_advantages, batch_loss, within_second_moment
-from sdp_lightning.training.metrics import LagMetrics, Warner
+from sdp_lightning.training.metrics import HealthLog, LagMetrics
 from sdp_lightning.training.metrics.train_step import step_values
 from sdp_lightning.training.metrics.uniform_rewards import UniformWatch
 from sdp_lightning.training.policy.forward import LogprobForward
@@ -103,7 +103,7 @@ class SegmentWisePPOModule(L.LightningModule):
         self._reference_runner: LogprobRunner
         self._reference: list[PreTrainedModel] = []  # in a list it is no part of this module
         self._model, self._model_kwargs = model, dict(model_kwargs or {})
-        self._metrics, self._warner = LagMetrics(), Warner()
+        self._metrics, self._warner = LagMetrics(), HealthLog()
         self._step = GradientStep(optimizer.gradient_clip_val, update.max_skipped_in_a_row)
         self._shuffler = torch.Generator().manual_seed(0)
         self._uniform = UniformWatch(update.max_uniform_in_a_row)

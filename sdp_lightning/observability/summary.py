@@ -1,11 +1,11 @@
-"""What a run has been: a page and a plot when it ends.
+"""Summary of a run in the terminal when it ends, with a plot of its reward.
 
 Reads the Trainer's metrics and nothing else. Times in seconds, rewards as means of a batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,44 +13,49 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from sdp_lightning.observability.progress.callback import (
-    ProgressLine as ProgressLine,  # where configs look for it, too
+    ProgressLine as ProgressLine,  # configs name it here, too
 )
+from sdp_lightning.observability.report.series import (
+    CLIPPED,
+    lag_mean,
+    lag_tokens,
+    mean,
+    moving_mean,
+    values_of,
+)
+from sdp_lightning.observability.report.time_breakdown import LABELS, REST, time_breakdown
+from sdp_lightning.training.metrics.names import MetricRow
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
-Row = Mapping[str, float]
-PHASES = {
-    "wait": "waiting for rollouts",
-    "score": "scoring",
-    "train": "training",
-    "publish": "publishing weights",
-    "evaluate": "evaluating",
-}
-DROPS = {
+LOST = {
     "rollout/dropped_stale": "dropped (stale)",
     "rollout/dropped_overdue": "dropped (overdue)",
     "rollout/rejected": "rejected",
     "rollout/failed": "failed",
 }
-LAG_COLUMNS = {  # sums of metrics of a lag
-    "ESS": ("ess/token",),
-    "clipped": ("loss/clip_fraction_high", "loss/clip_fraction_low"),
-    "rejected": ("loss/rejected_fraction",),
-    "bridge": ("bridge/abs_log_mean",),
+LAG_COLUMNS = {
+    "ESS": "ess/token",
+    "clipped": CLIPPED,
+    "rejected": "loss/rejected_fraction",
+    "bridge": "bridge/abs_log_mean",
 }
-SPEEDS = {"generated": "generated", "train": "trained"}
+SPEEDS = {
+    "speed/generated_tokens_per_s": "generated",
+    "speed/train_tokens_per_s": "trained",
+}
 
 
 class RunSummary(Callback):
-    """Prints what a fit has been when it ends, and writes the plot of its reward.
+    """Prints a summary of the fit when it ends, and writes a plot of its reward.
 
     Place it after ``WeightSyncCallback``, whose metrics it reads.
 
     Args:
         window: batches in a moving mean.
-        plot: file name of the plot, in the logger's folder; None is none. Needs matplotlib.
-        console: where to print; None is the terminal.
+        plot: file name of the plot in the logger's folder; None writes none. Needs matplotlib.
+        console: rich console to print on; None is the terminal.
 
     Attributes:
         rows: the metrics of every batch of the last fit.
@@ -73,7 +78,7 @@ class RunSummary(Callback):
             self.rows.append({k: float(value) for k, value in trainer.callback_metrics.items()})
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        folder = Path(trainer.log_dir or trainer.default_root_dir)  # asks all ranks
+        folder = Path(trainer.log_dir or trainer.default_root_dir)  # a collective
         if not trainer.is_global_zero or not self.rows:
             return
         from rich.console import Console
@@ -81,27 +86,23 @@ class RunSummary(Callback):
         console = self._console or Console()
         for part in render(self.rows, window=self.window):
             console.print(part)
-        if self.plot is not None and self._rewards():
-            console.print(write_plot(self._rewards(), folder / self.plot, window=self.window))
-
-    def _rewards(self) -> list[float]:
-        return series(self.rows, "train/reward")
+        rewards = values_of(self.rows, "train/reward")
+        if self.plot is not None and rewards:
+            console.print(write_plot(rewards, folder / self.plot, window=self.window))
 
 
-def render(rows: Sequence[Row], *, window: int) -> list[RenderableType]:
-    """The page: plot, reward, lags, time, drops, speed, and what was done to tokens of each lag.
+def render(rows: Sequence[MetricRow], *, window: int) -> list[RenderableType]:
+    """The summary: plot, reward, lags, time, lost groups, speed, and statistics of each lag.
 
     Parts without metrics are left out.
     """
     from rich.table import Table
 
     parts: list[RenderableType] = []
-    rewards = series(rows, "train/reward")
-    if rewards:
-        parts.append("\n".join(draw(moving_mean(rewards, window))))
     table = Table.grid(padding=(0, 2))
-    if rewards:
+    if rewards := values_of(rows, "train/reward"):
         means = moving_mean(rewards, window)
+        parts.append("\n".join(draw(means)))
         first = means[min(window, len(means)) - 1]
         text = f"{first:.3f} -> {means[-1]:.3f}, means of the first and last {window} batches"
         table.add_row("reward", "", text)
@@ -109,84 +110,53 @@ def render(rows: Sequence[Row], *, window: int) -> list[RenderableType]:
         for label, share in shares.items():
             table.add_row(title, f"{share:6.1%}", f"{'█' * round(30 * share):30} {label}")
             title = ""
-    counts = {label: series(rows, name) for name, label in DROPS.items()}
-    lost = [f"{values[-1]:.0f} {label}" for label, values in counts.items() if values]
-    if lost:
+    counts = {label: values_of(rows, name) for name, label in LOST.items()}
+    if lost := [f"{values[-1]:.0f} {label}" for label, values in counts.items() if values]:
         table.add_row("groups", "", ", ".join(lost))
-    speeds = {label: series(rows, f"speed/{label}_tokens_per_s") for label in SPEEDS}
-    told = [f"{mean(values):.0f} {SPEEDS[label]}" for label, values in speeds.items() if values]
-    if told:
-        table.add_row("tokens/s", "", ", ".join(told))
+    logged = [name for name in SPEEDS if values_of(rows, name)]
+    if logged:
+        speeds = [f"{mean(rows, name):.0f} {SPEEDS[name]}" for name in logged]
+        table.add_row("tokens/s", "", ", ".join(speeds))
     return [*parts, table, *lag_table(rows)]
 
 
-def series(rows: Sequence[Row], name: str) -> list[float]:
-    """The values of one metric, where it was logged."""
-    return [row[name] for row in rows if name in row]
-
-
-def mean(values: Sequence[float]) -> float:
-    """Of at least one value."""
-    return sum(values) / len(values)
-
-
-def moving_mean(values: Sequence[float], window: int) -> list[float]:
-    """Of the last ``window`` values; at the beginning of those that there are.
-
-    >>> moving_mean([1, 2, 3, 4], 2)
-    [1.0, 1.5, 2.5, 3.5]
-    """
-    return [mean(values[max(0, end - window) : end]) for end in range(1, len(values) + 1)]
-
-
-def lag_shares(rows: Sequence[Row]) -> dict[str, float]:
-    """Share of tokens of every lag up to the largest there was, averaged over batches."""
-    prefix = "lag/share_"
-    names = dict.fromkeys(name for row in rows for name in row if name.startswith(prefix))
-    shares = {name.removeprefix(prefix): mean(series(rows, name)) for name in sorted(names)}
-    while shares and not shares[last := max(shares)]:
-        del shares[last]
+def lag_shares(rows: Sequence[MetricRow]) -> dict[str, float]:
+    """Share of the tokens of each lag, up to the largest lag, by its label."""
+    counts = lag_tokens(rows)
     return {
-        f"{lag.replace('plus', ' or more')} version{'' if lag == '1' else 's'} old": share
-        for lag, share in shares.items()
+        f"{lag.replace('plus', ' or more')} version{'' if lag == '1' else 's'} old": (
+            count / sum(counts.values())
+        )
+        for lag, count in counts.items()
     }
 
 
-def lag_table(rows: Sequence[Row]) -> list[RenderableType]:
-    """ESS, clipping, rejection and bridge of every lag, over the tokens of all batches."""
+def lag_table(rows: Sequence[MetricRow]) -> list[RenderableType]:
+    """ESS, clipping, rejection and bridge of the tokens of each lag; empty without tokens."""
     from rich.table import Table
 
     table = Table("lag", *LAG_COLUMNS, box=None, padding=(0, 2))
-    for lag in ("0", "1", "2", "3", "4plus"):
-        there = [row for row in rows if row.get(f"lag/tokens_{lag}", 0) > 0]
-        if there:
-            cells = [_of_lag(there, names, lag) for names in LAG_COLUMNS.values()]
+    for lag, count in lag_tokens(rows).items():
+        if count:
+            means = [lag_mean(rows, name, lag) for name in LAG_COLUMNS.values()]
+            cells = ["" if mean is None else f"{mean:.3f}" for mean in means]
             table.add_row(lag.replace("plus", "+"), *cells)
     return [table] if table.row_count else []
 
 
-def _of_lag(rows: Sequence[Row], names: tuple[str, ...], lag: str) -> str:
-    """The mean over tokens of the sum of some metrics; nothing if none of them was logged."""
-    logged = [name for name in names if f"{name}_{lag}" in rows[0]]
-    tokens = [row[f"lag/tokens_{lag}"] for row in rows]
-    values = [sum(row[f"{name}_{lag}"] for name in logged) for row in rows]
-    total = sum(value * count for value, count in zip(values, tokens, strict=True))
-    return f"{total / sum(tokens):.3f}" if logged else ""
-
-
-def phase_shares(rows: Sequence[Row]) -> dict[str, float]:
-    """Share of the steps' time spent in every phase, the rest last; they add up to 1."""
-    total = sum(series(rows, "time/step_s"))
-    if total <= 0:
+def phase_shares(rows: Sequence[MetricRow]) -> dict[str, float]:
+    """Share of the steps' time of every phase by its label; they add up to 1."""
+    breakdown = time_breakdown(rows)
+    if breakdown is None:
         return {}
-    spent = {label: sum(series(rows, f"time/{name}_s")) for name, label in PHASES.items()}
-    total = max(total, sum(spent.values()))
-    shares = {label: seconds / total for label, seconds in spent.items()}
-    return {**shares, "the rest": 1 - sum(shares.values())}
+    labels = (*LABELS.values(), REST)
+    return {"waiting for rollouts": breakdown.wait_share} | {
+        label: breakdown.share(label) for label in labels
+    }
 
 
 def draw(values: Sequence[float], *, width: int = 60, height: int = 8) -> list[str]:
-    """A plot of text, one column a value or, if there are too many, one for several.
+    """A plot as text: one column for each value, or for several if there are too many.
 
     >>> for line in draw([0.0, 0.5, 1.0], height=3): print(line)
      1.00 ┤  ●
@@ -195,7 +165,7 @@ def draw(values: Sequence[float], *, width: int = 60, height: int = 8) -> list[s
     """
     columns = min(width, len(values))
     edges = [round(i * len(values) / columns) for i in range(columns + 1)]
-    points = [mean(values[a:b]) for a, b in pairwise(edges)]
+    points = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
     low, high = min(points), max(points)
     step = (high - low) / (height - 1) or 1.0
     levels = [round((point - low) / step) for point in points]
@@ -207,7 +177,7 @@ def draw(values: Sequence[float], *, width: int = 60, height: int = 8) -> list[s
 
 
 def write_plot(rewards: Sequence[float], path: Path, *, window: int) -> str:
-    """Draw the rewards of all batches and their moving mean; returns what to tell the user."""
+    """Draw the rewards of all batches and their moving mean; returns a message for the user."""
     try:
         from matplotlib.figure import Figure
     except ImportError:

@@ -68,9 +68,12 @@ def test_lags_end_at_the_largest_that_there_was():
 
 
 def test_a_lag_between_is_shown_though_it_is_empty():
-    assert list(summary.lag_shares([{"lag/share_0": 0.5, "lag/share_1": 0.0, "lag/share_2": 0.5}]))[
-        1
-    ] == ("1 version old")
+    row = {"lag/tokens_0": 30.0, "lag/tokens_1": 0.0, "lag/tokens_2": 10.0}
+    assert summary.lag_shares([row]) == {
+        "0 versions old": 0.75,
+        "1 version old": 0.0,
+        "2 versions old": 0.25,
+    }
 
 
 def test_the_page_ends_with_what_was_done_to_tokens_of_each_lag():
@@ -97,13 +100,13 @@ def test_phases_and_the_rest_add_up_to_all_of_the_time():
     # 2 s a step: 0.5 waiting, 1.0 training, nothing else measured, so 0.5 is the rest
     shares = summary.phase_shares(ROWS)
     assert shares["waiting for rollouts"] == pytest.approx(0.25)
-    assert shares["training"] == pytest.approx(0.5)
+    assert shares["forward and backward"] == pytest.approx(0.5)
     assert shares["the rest"] == pytest.approx(0.25)
 
 
 def test_phases_longer_than_the_steps_leave_no_rest():
     shares = summary.phase_shares([{"time/step_s": 1.0, "time/train_s": 2.0}])
-    assert shares["training"] == 1.0
+    assert shares["forward and backward"] == 1.0
     assert shares["the rest"] == 0.0
 
 

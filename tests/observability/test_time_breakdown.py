@@ -9,7 +9,12 @@ from hypothesis import given, settings, strategies as st
 
 from sdp_lightning.lightning.phase_timer import PHASES
 from sdp_lightning.observability.report.advice import advice_on
-from sdp_lightning.observability.report.time_breakdown import account_of, reward_share, wait_parts
+from sdp_lightning.observability.report.files import RunConfigs
+from sdp_lightning.observability.report.time_breakdown import (
+    reward_share,
+    time_breakdown,
+    wait_parts,
+)
 
 SECONDS = st.floats(0, 1e6, allow_subnormal=False)
 
@@ -24,7 +29,7 @@ def make_rows(count: int = 30, more: dict[str, float] | None = None, **seconds: 
     return [make_row(version + 1, **seconds) | (more or {}) for version in range(count)]
 
 
-# The account ----------------------------------------------------------------------------------
+# The breakdown ----------------------------------------------------------------------------------
 
 
 @settings(deadline=None)
@@ -32,7 +37,7 @@ def make_rows(count: int = 30, more: dict[str, float] | None = None, **seconds: 
     spent=st.lists(st.tuples(*[SECONDS] * (len(PHASES) + 2)), min_size=1, max_size=5),
     took=st.tuples(SECONDS, SECONDS, SECONDS),
 )
-def test_the_account_closes_and_nothing_is_negative(spent: Any, took: Any) -> None:
+def test_the_breakdown_closes_and_nothing_is_negative(spent: Any, took: Any) -> None:
     rows = [
         {f"time/{phase}_s": s for phase, s in zip((*PHASES, "sampling"), seconds, strict=False)}
         | {"time/step_s": sum(seconds[: len(PHASES)]) + seconds[-1]}
@@ -42,30 +47,30 @@ def test_the_account_closes_and_nothing_is_negative(spent: Any, took: Any) -> No
         }
         for seconds in spent
     ]
-    account = account_of(rows)
-    if account is None:
+    breakdown = time_breakdown(rows)
+    if breakdown is None:
         assert all(row["time/step_s"] == 0 for row in rows)
         return
-    assert sum(account.phases.values()) == pytest.approx(account.total_s)
-    assert min(account.phases.values()) >= -1e-9 * account.total_s
-    assert 0 <= account.floor_share <= 1 and 0 <= account.sampling_share <= 1
+    assert sum(breakdown.phases.values()) == pytest.approx(breakdown.total_s)
+    assert min(breakdown.phases.values()) >= -1e-9 * breakdown.total_s
+    assert 0 <= breakdown.floor_share <= 1 and 0 <= breakdown.sampling_share <= 1
 
 
 def test_the_floor_is_the_longer_side_and_what_is_exposed() -> None:
     # max(6 sampling, 2 + 3 scoring and training) + 1 publishing = 7 of 10 s
-    account = account_of(make_rows(4, sampling=6.0, score=2.0, train=3.0, publish=1.0))
-    assert account is not None
-    assert account.floor_s == pytest.approx(4 * 7.0)
-    assert account.floor_share == pytest.approx(0.7)
+    breakdown = time_breakdown(make_rows(4, sampling=6.0, score=2.0, train=3.0, publish=1.0))
+    assert breakdown is not None
+    assert breakdown.floor_s == pytest.approx(4 * 7.0)
+    assert breakdown.floor_share == pytest.approx(0.7)
     # the trainer's side is the longer one: 2 + 5 + 1
-    account = account_of(make_rows(4, sampling=6.0, score=2.0, train=5.0, publish=1.0))
-    assert account is not None and account.floor_share == pytest.approx(0.8)
+    breakdown = time_breakdown(make_rows(4, sampling=6.0, score=2.0, train=5.0, publish=1.0))
+    assert breakdown is not None and breakdown.floor_share == pytest.approx(0.8)
 
 
 def test_sampling_for_an_evaluation_is_not_sampling_for_training() -> None:
-    account = account_of([make_row(sampling=9.0, train=3.0, evaluate=5.0)])
-    assert account is not None
-    assert account.floor_s == pytest.approx(4.0 + 5.0)  # max(9 - 5, 3) + 5
+    breakdown = time_breakdown([make_row(sampling=9.0, train=3.0, evaluate=5.0)])
+    assert breakdown is not None
+    assert breakdown.floor_s == pytest.approx(4.0 + 5.0)  # max(9 - 5, 3) + 5
 
 
 def test_a_wait_is_divided_as_the_rollouts_time_is() -> None:
@@ -73,16 +78,16 @@ def test_a_wait_is_divided_as_the_rollouts_time_is() -> None:
     assert wait_parts(row) == {"wait for samples": 0.75, "wait for rewards": 0.25}
     assert reward_share(row) == 0.25
     assert wait_parts({}) == {"wait for samples": 1.0}
-    account = account_of([make_row(wait=2.0) | row])
-    assert account is not None
-    assert account.phases["wait for rewards"] == pytest.approx(0.5)
-    assert account.wait_s == 2.0
+    breakdown = time_breakdown([make_row(wait=2.0) | row])
+    assert breakdown is not None
+    assert breakdown.phases["wait for rewards"] == pytest.approx(0.5)
+    assert breakdown.wait_s == 2.0
 
 
 def test_phases_that_are_longer_than_the_step_leave_no_rest() -> None:
-    account = account_of([make_row(step=1.0, train=2.0)])
-    assert account is not None
-    assert account.total_s == 2.0 and account.phases["the rest"] == 0.0
+    breakdown = time_breakdown([make_row(step=1.0, train=2.0)])
+    assert breakdown is not None
+    assert breakdown.total_s == 2.0 and breakdown.phases["the rest"] == 0.0
 
 
 # The advice -----------------------------------------------------------------------------------
@@ -99,7 +104,7 @@ def setting(part: str, **changes: Any) -> dict[str, Any]:
 
 
 def told(rows: Any, options: dict[str, Any] = SETTINGS) -> dict[str, str]:
-    return {advice.kind: advice.text for advice in advice_on(rows, options)}
+    return {advice.kind: advice.text for advice in advice_on(rows, RunConfigs.read(options))}
 
 
 @pytest.mark.parametrize(
@@ -188,8 +193,20 @@ def told(rows: Any, options: dict[str, Any] = SETTINGS) -> dict[str, str]:
         (
             "large_bridge",
             make_rows(more={"bridge/abs_log_mean_2": 0.5, "lag/tokens_2": 500.0}),
-            setting("loss", bridge_exponent=0.0),
+            setting("loss", trust_region="proximal", bridge_exponent=0.0),
             "bridge at lag 2",
+        ),
+        (
+            "large_bridge",
+            make_rows(more={"bridge/abs_log_mean_2": 0.5, "lag/tokens_2": 500.0}),
+            setting("loss", trust_region="proximal", bridge_cap=2.0),
+            "this estimator does not take it whole",
+        ),
+        (
+            "trainer_waits",
+            make_rows(wait=4.1, train=5.0, more={"rollout/running": 3.0}),
+            setting("rollout", max_concurrent=None),  # (max_head_lag + 1) * batch_size
+            "Only 3 of max_concurrent=12 groups run",
         ),
         ("too_short", make_rows(3), SETTINGS, "3 steps are too few"),
     ],
@@ -221,7 +238,7 @@ def test_a_lag_that_few_batches_have_is_judged_by_its_tokens_alone() -> None:
 
 def test_what_costs_most_comes_first_and_praise_last() -> None:
     rows = make_rows(train=9.0, more={"lag/mean": 1.9, "train/skipped": 0.5})
-    tones = [advice.tone for advice in advice_on(rows, SETTINGS)]
+    tones = [advice.tone for advice in advice_on(rows, RunConfigs.read(SETTINGS))]
     assert tones == sorted(tones, key=["bad", "hint", "good"].index)
     assert tones[0] == "bad" and tones[-1] == "good"
 

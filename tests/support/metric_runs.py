@@ -12,10 +12,11 @@ from lightning.pytorch.callbacks import ProgressBar
 ROWS: list[dict[str, float]] = [
     {
         "train/reward": reward,
-        "lag/share_0": 0.5,
-        "lag/share_1": 0.5,
-        "lag/share_2": 0.0,
-        "lag/share_4plus": 0.0,
+        **{
+            f"lag/tokens_{lag}": count
+            for lag, count in zip("0123", (50.0, 50.0, 0, 0), strict=True)
+        },
+        "lag/tokens_4plus": 0.0,
         "time/step_s": 2.0,
         "time/wait_s": 0.5,
         "time/train_s": 1.0,

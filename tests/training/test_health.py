@@ -7,7 +7,12 @@ import logging
 import pytest
 
 from sdp_lightning.training.metrics import all_names
-from sdp_lightning.training.metrics.health import LEAST_TOKENS, Verdict, Warner, verdicts
+from sdp_lightning.training.metrics.health import (
+    LEAST_TOKENS,
+    HealthLog,
+    HealthWarning,
+    health_warnings,
+)
 from sdp_lightning.training.metrics.names import LAG_NAMES
 
 WELL: dict[str, float] = {
@@ -15,7 +20,7 @@ WELL: dict[str, float] = {
     **{f"lag/tokens_{lag}": 1000.0 for lag in LAG_NAMES},
     **{f"ess/token_{lag}": 0.9 for lag in LAG_NAMES},
 }
-# What is wrong, the kind of the verdict, what it says and what it names as a remedy.
+# What is wrong, the kind of the warning, what it says and what it names as a remedy.
 CASES = [
     ({"ess/token_2": 0.25, "ess/token_4plus": 0.12}, "low_ess", "lag 4+ is 0.12", "max_head_lag"),
     ({"ess/token_1": 0.29}, "low_ess", "lag 1 is 0.29", "max_concurrent"),
@@ -31,10 +36,10 @@ CASES = [
 def test_a_verdict_names_what_was_found_and_the_remedy(
     wrong: dict[str, float], kind: str, found: str, remedy: str
 ) -> None:
-    (verdict,) = verdicts(WELL | wrong, leaves_bridge_out=True)
-    assert verdict.kind == kind
-    assert found in verdict.text
-    assert remedy.lower() in verdict.text.lower()
+    (warning,) = health_warnings(WELL | wrong, leaves_bridge_out=True)
+    assert warning.kind == kind
+    assert found in warning.text
+    assert remedy.lower() in warning.text.lower()
 
 
 @pytest.mark.parametrize(
@@ -50,20 +55,20 @@ def test_a_verdict_names_what_was_found_and_the_remedy(
     ids=["well", "nothing", "no tokens", "at the bounds", "few", "few of lag 0"],
 )
 def test_there_is_no_verdict_where_nothing_is_known_to_be_wrong(metrics: dict[str, float]) -> None:
-    assert verdicts(metrics, leaves_bridge_out=True) == []
+    assert health_warnings(metrics, leaves_bridge_out=True) == []
 
 
 def test_a_bridge_that_is_taken_whole_may_be_large() -> None:
-    assert verdicts(WELL | {"bridge/abs_log_mean_4plus": 2.0}) == []
+    assert health_warnings(WELL | {"bridge/abs_log_mean_4plus": 2.0}) == []
 
 
 def test_every_kind_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
-    warner = Warner()
+    log = HealthLog()
     with caplog.at_level(logging.WARNING):
-        warner.warn(WELL)
+        log.warn(WELL)
         for _ in range(3):
-            warner.warn(WELL | {"ess/token_1": 0.1})
-        warner.warn(WELL | {"ess/token_3": 0.2, "loss/clip_fraction": 0.9})
+            log.warn(WELL | {"ess/token_1": 0.1})
+        log.warn(WELL | {"ess/token_3": 0.2, "loss/clip_fraction": 0.9})
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == 2
     assert "lag 1 is 0.10" in said[0] and "90% of the ratios" in said[1]
@@ -74,11 +79,11 @@ def test_judged_names_are_logged_names() -> None:
         assert all(name.startswith("rollout/") or name in all_names() for name in wrong)
 
 
-def test_verdicts_compare_by_what_they_say() -> None:
-    assert verdicts(WELL | {"loss/clip_fraction": 0.5}) == [
-        Verdict(
+def test_warnings_compare_by_what_they_say() -> None:
+    assert health_warnings(WELL | {"loss/clip_fraction": 0.5}) == [
+        HealthWarning(
             "many_clipped",
-            "50% of the ratios are clipped (most 40%): these tokens teach nothing. Lower lr, "
-            "num_epochs or num_minibatches, or raise clip_epsilon.",
+            "50% of the ratios are clipped (most 40%): these tokens have no gradient. Lower "
+            "lr, num_epochs or num_minibatches, or raise clip_epsilon.",
         )
     ]

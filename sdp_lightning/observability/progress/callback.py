@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -17,8 +16,8 @@ from lightning.pytorch.callbacks import ProgressBar
 from sdp_lightning.errors import ConfigError
 from sdp_lightning.lightning.datamodule import RolloutDataModule
 from sdp_lightning.observability.progress.screens import LogScreen, Screen, find_screen
+from sdp_lightning.training.metrics.names import MetricRow
 
-Row = Mapping[str, float]
 TICK_S = 0.5
 PATIENCE_S = 1.0  # what takes longer is said
 DOING = {
@@ -44,7 +43,7 @@ class ProgressLine(ProgressBar):
         self._lock = threading.Lock()
         self._stopped: threading.Event | None = None  # of the thread that rewrites
         self._started = time.monotonic()
-        self._row: Row = {}
+        self._row: MetricRow = {}
 
     @property
     def is_enabled(self) -> bool:
@@ -159,7 +158,7 @@ def activity_text(trainer: Trainer) -> str | None:
     )
 
 
-def progress_parts(row: Row, step: int, max_steps: int, elapsed_s: float) -> list[str]:
+def progress_parts(row: MetricRow, step: int, max_steps: int, elapsed_s: float) -> list[str]:
     """The line of one step, most important parts first; what is not in ``row`` is left out.
 
     >>> progress_parts({"train/reward": 0.5, "lag/mean": 1.25}, 3, 20, 75)

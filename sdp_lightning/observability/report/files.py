@@ -11,10 +11,11 @@ import csv
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from sdp_lightning.config import LossConfig, RolloutConfig, UpdateConfig
 from sdp_lightning.config.atomic_files import atomic_file
 from sdp_lightning.errors import ConfigError
 
@@ -40,6 +41,44 @@ class Run:
     steps: list[dict[str, float]] = field(default_factory=list[dict[str, float]])
     evaluations: list[dict[str, float]] = field(default_factory=list[dict[str, float]])
     state: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+
+@dataclass(frozen=True)
+class RunConfigs:
+    """Settings that a run is judged by; None for those that were not kept.
+
+    Args:
+        rollout: staleness bound, concurrency and batch size.
+        loss: the objective.
+        update: optimizer steps of a batch.
+    """
+
+    rollout: RolloutConfig | None = None
+    loss: LossConfig | None = None
+    update: UpdateConfig | None = None
+
+    @classmethod
+    def read(cls, settings: Mapping[str, Any]) -> RunConfigs:
+        """The configs whose fields ``settings`` holds under their names."""
+        return cls(
+            rollout=_config(RolloutConfig, settings.get("rollout")),
+            loss=_config(LossConfig, settings.get("loss")),
+            update=_config(UpdateConfig, settings.get("update")),
+        )
+
+
+Config = TypeVar("Config", RolloutConfig, LossConfig, UpdateConfig)
+
+
+def _config(kind: type[Config], settings: Mapping[str, Any] | None) -> Config | None:
+    """A config from what was kept of it; None if it is of a release that this one cannot read."""
+    if settings is None:
+        return None
+    names = {field.name for field in fields(kind)} & settings.keys()
+    try:
+        return kind(**{name: settings[name] for name in names})
+    except ConfigError:
+        return None
 
 
 class RunWriter:

@@ -10,11 +10,11 @@ from sdp_lightning.config.atomic_files import atomic_file
 from sdp_lightning.observability.report import sections
 from sdp_lightning.observability.report.advice import Advice, advice_on
 from sdp_lightning.observability.report.charts import number
-from sdp_lightning.observability.report.files import PAGE, Run, read_run
+from sdp_lightning.observability.report.files import PAGE, Run, RunConfigs, read_run
 from sdp_lightning.observability.report.markup import card, duration, escape, section, table, value
 from sdp_lightning.observability.report.rollouts import rollouts
 from sdp_lightning.observability.report.style import style_block
-from sdp_lightning.observability.report.time_breakdown import account_of
+from sdp_lightning.observability.report.time_breakdown import time_breakdown
 from sdp_lightning.training.metrics.names import FAMILIES, OTHERS
 
 ICONS = {"bad": "Change", "hint": "Consider", "good": "Good"}
@@ -42,14 +42,16 @@ def write_report(folder: str | Path) -> Path:
 
 def page(run: Run) -> str:
     """The whole document."""
-    account = account_of(run.steps)
+    breakdown = time_breakdown(run.steps)
     name = escape(f"{run.folder.parent.name}/{run.folder.name}")
     body = [
         f"<header><h1>{name}</h1><p>{_what(run)}</p></header>",
-        sections.cards(run, account),
-        section("advice", "What to change", _advice(advice_on(run.steps, run.settings))),
+        sections.cards(run, breakdown),
+        section(
+            "advice", "What to change", _advice(advice_on(run.steps, RunConfigs.read(run.settings)))
+        ),
         sections.rewards(run),
-        sections.times(run, account),
+        sections.times(run, breakdown),
         sections.lags(run),
         rollouts(run),
         _samples(run.state),
@@ -68,8 +70,8 @@ def page(run: Run) -> str:
 
 def _what(run: Run) -> str:
     said = [f"{value('steps', len(run.steps), f'{len(run.steps):,}')} batches"]
-    if (account := account_of(run.steps)) is not None:
-        said.append(f"in {duration(account.total_s)}")
+    if (breakdown := time_breakdown(run.steps)) is not None:
+        said.append(f"in {duration(breakdown.total_s)}")
     for key, label in (("model", "of"), ("engine", "with engine"), ("started", "begun")):
         if key in run.settings:
             said.append(f"{label} {escape(run.settings[key])}")

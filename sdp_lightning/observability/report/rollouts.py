@@ -8,8 +8,9 @@ from typing import Any
 from sdp_lightning.observability.report.charts import Line, line_chart
 from sdp_lightning.observability.report.files import Run
 from sdp_lightning.observability.report.markup import card, duration, escape, section, table, value
-from sdp_lightning.observability.report.sections import X, points
-from sdp_lightning.observability.report.time_breakdown import Row
+from sdp_lightning.observability.report.sections import X
+from sdp_lightning.observability.report.series import points
+from sdp_lightning.training.metrics.names import MetricRow
 
 
 def rollouts(run: Run) -> str:
@@ -43,7 +44,7 @@ def rollouts(run: Run) -> str:
     return section("rollouts", "Rollouts", f'<div class="grid2">{body}</div>')
 
 
-def _losses(rows: Sequence[Row], state: Mapping[str, Any]) -> str:
+def _losses(rows: Sequence[MetricRow], state: Mapping[str, Any]) -> str:
     last = rows[-1]
     names = {
         "dropped_stale": "dropped: too old when they had waited",

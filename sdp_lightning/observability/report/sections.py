@@ -1,23 +1,34 @@
-"""The parts of a report's page, each made of the metrics of a run; empty where there are none."""
+"""Sections of the report page about reward, time and staleness: pure functions of metrics.
+
+A section without metrics is empty.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from sdp_lightning.observability.report.charts import (
-    WIDE,
-    Line,
-    Point,
-    area_chart,
-    line_chart,
-    number,
-)
+from sdp_lightning.observability.report.charts import WIDE, Line, area_chart, line_chart, number
 from sdp_lightning.observability.report.files import VERSION, Run
 from sdp_lightning.observability.report.markup import card, duration, escape, section, table, value
-from sdp_lightning.observability.report.time_breakdown import Account, Row, account_of, reward_share
-from sdp_lightning.training.metrics.names import LAG_NAMES
+from sdp_lightning.observability.report.series import (
+    CLIPPED,
+    WINDOW,
+    lag_label,
+    lag_mean,
+    lag_points,
+    lag_tokens,
+    moving,
+    points,
+    window_mean,
+)
+from sdp_lightning.observability.report.time_breakdown import (
+    REST,
+    TimeBreakdown,
+    reward_share,
+    time_breakdown,
+)
+from sdp_lightning.training.metrics.names import LAG_NAMES, MetricRow
 
-WINDOW = 5  # batches in a moving mean
 X = "policy version"
 LAG_COLORS = dict(zip(LAG_NAMES, (2, 0, 4, 1, 3), strict=True))
 PHASE_COLORS = {
@@ -28,35 +39,12 @@ PHASE_COLORS = {
     "forward and backward": 0,
     "publishing weights": 2,
     "evaluating": 3,
-    "the rest": 6,
+    REST: 6,
 }
 
 
-def points(rows: Sequence[Row], name: str, key: str = VERSION) -> list[Point]:
-    """A metric over policy versions."""
-    return [(row[key], row[name]) for row in rows if name in row and key in row]
-
-
-def moving(series: Sequence[Point], window: int = WINDOW) -> list[Point]:
-    """Means of the last ``window`` values; at the beginning of those that there are."""
-    means: list[Point] = []
-    for end in range(1, len(series) + 1):
-        last = series[max(0, end - window) : end]
-        means.append((series[end - 1][0], sum(y for _, y in last) / len(last)))
-    return means
-
-
-def window_mean(rows: Sequence[Row], name: str) -> float | None:
-    """Of the last batches; None if it was not logged."""
-    found = points(rows, name)
-    return moving(found)[-1][1] if found else None
-
-
-# Parts --------------------------------------------------------------------------------------------
-
-
-def cards(run: Run, account: Account | None) -> str:
-    """What one looks at first."""
+def cards(run: Run, breakdown: TimeBreakdown | None) -> str:
+    """Cards with the most important numbers."""
     rows = run.steps
     shown: list[tuple[str, str]] = []
     if rewards := moving(points(rows, "train/reward")):
@@ -67,12 +55,12 @@ def cards(run: Run, account: Account | None) -> str:
         version, reward = evaluated[-1]
         text = value("val.last", reward, f"{reward:.3f}")
         shown.append((text, f"validation reward at version {version:.0f}"))
-    if account is not None:
-        step = account.total_s / account.num_steps
+    if breakdown is not None:
+        step = breakdown.total_s / breakdown.num_steps
         shown.append((value("step.mean", step, duration(step)), "a step"))
-        wait = account.wait_share
+        wait = breakdown.wait_share
         shown.append((value("wait.share", wait, f"{wait:.0%}"), "of it the trainer waits"))
-        floor = account.floor_share
+        floor = breakdown.floor_share
         shown.append((value("floor.share", floor, f"{floor:.0%}"), "of the floor is reached"))
     if (lag := window_mean(rows, "lag/mean")) is not None:
         shown.append((value("lag.mean", lag, f"{lag:.2f}"), "versions old is a token, lately"))
@@ -84,7 +72,7 @@ def cards(run: Run, account: Account | None) -> str:
 
 
 def rewards(run: Run) -> str:
-    """Reward of batches and of evaluations."""
+    """Chart of the reward of batches and of evaluations."""
     batch = points(run.steps, "train/reward")
     chart = line_chart(
         [
@@ -101,44 +89,44 @@ def rewards(run: Run) -> str:
     return section("reward", "Reward", f'<div class="card">{chart}</div>')
 
 
-def times(run: Run, account: Account | None) -> str:
-    """Where the time went."""
-    if account is None:
+def times(run: Run, breakdown: TimeBreakdown | None) -> str:
+    """Shares of the phases, in all and over the run, and the distance from the floor."""
+    if breakdown is None:
         return ""
-    present = {label: s for label, s in account.phases.items() if s > 0 or label == "the rest"}
+    present = {label: s for label, s in breakdown.phases.items() if s > 0 or label == REST}
     bar = "".join(
-        f'<i class="c{PHASE_COLORS[label]}" style="flex-grow:{account.share(label):.6f}" '
-        f'title="{escape(label)} {account.share(label):.1%}"></i>'
+        f'<i class="c{PHASE_COLORS[label]}" style="flex-grow:{breakdown.share(label):.6f}" '
+        f'title="{escape(label)} {breakdown.share(label):.1%}"></i>'
         for label in present
     )
     rows = [
         [
             ("", f'<i class="key c{PHASE_COLORS[label]}"></i>{escape(label)}'),
-            ("n", value(f"phase.{label}", account.share(label), f"{account.share(label):.1%}")),
-            ("n", escape(duration(seconds / account.num_steps))),
+            ("n", value(f"phase.{label}", breakdown.share(label), f"{breakdown.share(label):.1%}")),
+            ("n", escape(duration(seconds / breakdown.num_steps))),
             ("n", escape(duration(seconds))),
         ]
         for label, seconds in present.items()
     ]
-    total = sum(account.share(label) for label in account.phases)
-    step = account.total_s / account.num_steps
+    total = sum(breakdown.share(label) for label in breakdown.phases)
+    step = breakdown.total_s / breakdown.num_steps
     rows.append(
         [
             ("", "all"),
             ("n", value("phase.all", total, f"{total:.1%}")),
             ("n", escape(duration(step))),
-            ("n", escape(duration(account.total_s))),
+            ("n", escape(duration(breakdown.total_s))),
         ]
     )
     body = table(["", "#share", "#a step", "#in all"], rows, last_is_sum=True)
     left = card("The trainer's time", f'<div class="bar">{bar}</div>{body}', _waits(run.steps[-1]))
     right = card("Over the run", _phase_chart(run.steps), "seconds of each step")
     return section("time", "Where the time goes", f'<div class="grid2">{left}{right}</div>') + (
-        section("floor", "How far from the floor", card("", _floor(account)))
+        section("floor", "How far from the floor", card("", _floor(breakdown)))
     )
 
 
-def _waits(row: Row) -> str:
+def _waits(row: MetricRow) -> str:
     took = [
         f"{duration(row[f'rollout_time/{part}_s'])} {what}"
         for part, what in (("sample", "sampling"), ("tool", "tools"), ("reward", "reward"))
@@ -153,108 +141,84 @@ def _waits(row: Row) -> str:
     )
 
 
-def _phase_chart(rows: Sequence[Row]) -> str:
-    accounts = [(row[VERSION], account_of([row])) for row in rows if VERSION in row]
-    known = [(x, account) for x, account in accounts if account is not None]
-    labels = [
-        label
-        for label in PHASE_COLORS
-        if any(account.phases.get(label, 0.0) > 1e-4 * account.total_s for _, account in known)
-    ]
+def _phase_chart(rows: Sequence[MetricRow]) -> str:
+    steps = [(row[VERSION], time_breakdown([row])) for row in rows if VERSION in row]
+    known = [(version, step) for version, step in steps if step is not None]
     layers = [
-        Line(label, [(x, a.phases.get(label, 0.0)) for x, a in known], PHASE_COLORS[label])
-        for label in labels
+        Line(label, [(x, step.phases.get(label, 0.0)) for x, step in known], color)
+        for label, color in PHASE_COLORS.items()
+        if any(step.share(label) > 1e-4 for _, step in known)
     ]
     return area_chart(
         layers, name="Seconds of each phase", x_label=X, y_label="seconds", percent=False
     )
 
 
-def _floor(account: Account) -> str:
-    training = account.phases["scoring"] + account.phases["forward and backward"]
-    steps, step = account.num_steps, account.total_s / account.num_steps
-    sampled = max(0.0, account.sampling_s - account.phases["evaluating"])
-    floor = account.floor_s / steps
+def _floor(breakdown: TimeBreakdown) -> str:
+    training = breakdown.phases["scoring"] + breakdown.phases["forward and backward"]
+    steps, step = breakdown.num_steps, breakdown.total_s / breakdown.num_steps
+    sampled = max(0.0, breakdown.sampling_s - breakdown.phases["evaluating"])
+    floor = breakdown.floor_s / steps
     return (
         "<p>If sampling and training overlapped without a gap, a step would take the longer of "
         f"sampling ({duration(sampled / steps)} in which at least one request ran) and scoring "
         f"plus training ({duration(training / steps)}), plus what is exposed of publishes and "
         f"evaluations: <b>{value('floor.s', floor, duration(floor))}</b>. It takes "
         f"<b>{value('step.s', step, duration(step))}</b>, so this run reaches "
-        f"<b>{account.floor_share:.0%}</b> of that floor. The floor moves with the speed that "
+        f"<b>{breakdown.floor_share:.0%}</b> of that floor. The floor moves with the speed that "
         "sampling has: a faster engine or more requests at once lower it.</p>"
     )
 
 
 def lags(run: Run) -> str:
-    """How old the tokens were, and what the loss did to those of each age."""
+    """Ages of the tokens, and what the loss did to those of each age."""
     rows = run.steps
-    used = [lag for lag in LAG_NAMES if any(row.get(f"lag/tokens_{lag}", 0) > 0 for row in rows)]
+    used = {lag: count for lag, count in lag_tokens(rows).items() if count}
     if not used:
         return ""
     shares = area_chart(
-        [Line(_lag(lag), points(rows, f"lag/share_{lag}"), LAG_COLORS[lag]) for lag in used],
+        [Line(lag_label(lag), points(rows, f"lag/share_{lag}"), LAG_COLORS[lag]) for lag in used],
         name="Share of tokens by lag",
         x_label=X,
         y_label="share of tokens",
     )
     parts = [card("How old tokens are", shares, "share of the tokens of a batch by their lag")]
-    for title, name, label, sub, end in (
+    for title, name, label, sub, high in (
         ("Effective sample size", "ess/token", "share", "1 is on-policy; low: few tokens rule", 1),
-        ("Clipped", "clip", "share of kept tokens", "tokens that teach nothing", None),
+        ("Clipped", CLIPPED, "share of kept tokens", "tokens without a gradient", None),
         ("Bridge", "bridge/abs_log_mean", "nats", "abs(x - q): how far the policy has moved", None),
     ):
         lines = [
-            Line(_lag(lag), _of_lag(rows, name, lag), LAG_COLORS[lag], ("line", "dashed")[i % 2])
-            for i, lag in enumerate(used)
+            Line(
+                *(lag_label(lag), lag_points(rows, name, lag), LAG_COLORS[lag]),
+                ("line", "dashed")[index % 2],
+            )
+            for index, lag in enumerate(used)
         ]
         if any(line.points for line in lines):
-            low = None if end else 0.0
-            chart = line_chart(
-                *([line for line in lines if line.points],),
-                name=title,
-                x_label=X,
-                y_label=label,
-                y_range=(low, end),
-            )
+            y_range = (None if high else 0.0, high)
+            chart = line_chart(lines, name=title, x_label=X, y_label=label, y_range=y_range)
             parts.append(card(title, chart, sub))
     body = f'<div class="grid2">{"".join(parts)}</div>'
     return section("lag", "Staleness", body + card("Over all batches", _lag_table(rows, used)))
 
 
-def _lag(lag: str) -> str:
-    return f"lag {lag.replace('plus', ' or more')}"
-
-
-def _of_lag(rows: Sequence[Row], name: str, lag: str) -> list[Point]:
-    there = [row for row in rows if row.get(f"lag/tokens_{lag}", 0) > 0]
-    if name != "clip":
-        return points(there, f"{name}_{lag}")
-    high = points(there, f"loss/clip_fraction_high_{lag}")
-    low = points(there, f"loss/clip_fraction_low_{lag}")
-    return [(x, a + b) for (x, a), (_, b) in zip(high, low, strict=False)]
-
-
-def _lag_table(rows: Sequence[Row], used: Sequence[str]) -> str:
-    total = sum(row.get(f"lag/tokens_{lag}", 0.0) for row in rows for lag in used)
+def _lag_table(rows: Sequence[MetricRow], used: Mapping[str, float]) -> str:
     lines: list[list[tuple[str, str]]] = []
-    for lag in used:
-        tokens = {row[VERSION]: row.get(f"lag/tokens_{lag}", 0.0) for row in rows if VERSION in row}
-        count = sum(tokens.values())
+    for lag, count in used.items():
+        share = count / sum(used.values())
         cells = [
-            ("", escape(_lag(lag))),
-            ("n", value(f"lag.{lag}.share", count / total, f"{count / total:.1%}")),
+            ("", escape(lag_label(lag))),
+            ("n", value(f"lag.{lag}.share", share, f"{share:.1%}")),
         ]
         for name in (
-            *("ess/token", "clip", "loss/rejected_fraction"),
+            *("ess/token", CLIPPED, "loss/rejected_fraction"),
             *("weight/abs_log_mean", "drift/abs_log_mean", "bridge/abs_log_mean"),
         ):
-            found = _of_lag(rows, name, lag)
-            if found and count:
-                mean = sum(y * tokens[x] for x, y in found) / count
-                cells.append(("n", value(f"lag.{lag}.{name}", mean, number(mean))))
-            else:
-                cells.append(("n", ""))
+            mean = lag_mean(rows, name, lag)
+            cells.append(
+                ("n", "" if mean is None else value(f"lag.{lag}.{name}", mean, number(mean)))
+            )
         lines.append(cells)
     head = ["", "#tokens", "#ESS", "#clipped", "#rejected", "#log weight", "#drift", "#bridge"]
     return table(head, lines)

@@ -1,6 +1,6 @@
-"""Where the time of a run went, and which floor no overlap can go below. Seconds.
+"""Time of a run by phase, and the floor that no overlap can go below. Seconds.
 
-A step is from the end of a publish to the end of the next. Each of its moments is in one phase.
+A step lasts from the end of a publish to the end of the next. Each of its moments is in one phase.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from sdp_lightning.lightning.phase_timer import PHASES
+from sdp_lightning.training.metrics.names import MetricRow
 
-Row = Mapping[str, float]
-_WAITS = {  # parts of a rollout's time, which a wait is divided like
+_WAITS = {  # parts of a rollout's time, in whose proportion a wait is divided
     "wait for samples": "rollout_time/sample_s",
     "wait for tools": "rollout_time/tool_s",
     "wait for rewards": "rollout_time/reward_s",
@@ -26,15 +26,15 @@ REST = "the rest"
 
 
 @dataclass(frozen=True)
-class Account:
-    """What some steps took.
+class TimeBreakdown:
+    """Time of some steps.
 
     Args:
-        num_steps: how many.
-        total_s: from the first one's beginning to the last one's end.
-        phases: seconds of each phase under its label; they add up to ``total_s``.
-        wait_s: of them, all waiting for batches.
-        sampling_s: at least one request was being sampled, beside the phases.
+        num_steps: number of steps.
+        total_s: time from the beginning of the first to the end of the last.
+        phases: seconds of each phase by its label; they add up to ``total_s``.
+        wait_s: the part of it that the trainer waited for batches.
+        sampling_s: time in which at least one request was being sampled, beside the phases.
         floor_s: max(T_gen, T_score + T_train) + publish + evaluations: what the steps would take if
             sampling, at the speed that it had, and training overlapped without a gap.
     """
@@ -47,29 +47,29 @@ class Account:
     floor_s: float
 
     def share(self, label: str) -> float:
-        """Of the time, what went into one phase."""
+        """Share of the time that one phase took."""
         return self.phases.get(label, 0.0) / self.total_s
 
     @property
     def wait_share(self) -> float:
-        """Of the time, what the trainer waited for batches."""
+        """Share of the time that the trainer waited for batches."""
         return self.wait_s / self.total_s
 
     @property
     def sampling_share(self) -> float:
-        """Of the time, that in which the engine sampled."""
+        """Share of the time in which the engine sampled."""
         return min(1.0, self.sampling_s / self.total_s)
 
     @property
     def floor_share(self) -> float:
-        """The floor over what it took: 1 is perfect overlap."""
+        """The floor over the time that the steps took: 1 is perfect overlap."""
         return self.floor_s / self.total_s
 
 
-def account_of(rows: Sequence[Row]) -> Account | None:
-    """The account of the steps whose metrics ``rows`` are; None without times.
+def time_breakdown(rows: Sequence[MetricRow]) -> TimeBreakdown | None:
+    """Time of the steps with these metrics; None if no times were logged.
 
-    A wait is divided into its parts as the rollouts' own time is: an estimate.
+    A wait is divided into its parts in proportion to the rollouts' own time: an estimate.
     """
     rows = [row for row in rows if row.get("time/step_s", 0.0) > 0]
     if not rows:
@@ -83,11 +83,11 @@ def account_of(rows: Sequence[Row]) -> Account | None:
     generation = max(0.0, sampling - spent["evaluate"])
     floor = max(generation, spent["score"] + spent["train"])
     floor = min(total, floor + spent["publish"] + spent["evaluate"])
-    return Account(len(rows), total, phases, spent["wait"], sampling, floor)
+    return TimeBreakdown(len(rows), total, phases, spent["wait"], sampling, floor)
 
 
-def wait_parts(row: Row) -> dict[str, float]:
-    """Shares that add up to 1, of the parts that there are; samples alone if nothing is known."""
+def wait_parts(row: MetricRow) -> dict[str, float]:
+    """Shares of a wait by its parts, which add up to 1; samples alone if no times are known."""
     times = {label: row.get(name, 0.0) for label, name in _WAITS.items()}
     total = sum(times.values())
     if total <= 0:
@@ -99,6 +99,6 @@ def wait_parts(row: Row) -> dict[str, float]:
     }
 
 
-def reward_share(row: Row) -> float:
-    """Of a rollout's time, what its reward took."""
+def reward_share(row: MetricRow) -> float:
+    """Share of a rollout's time that its reward took."""
     return wait_parts(row).get("wait for rewards", 0.0)

@@ -6,7 +6,11 @@ the rest.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeAlias
+
+MetricRow: TypeAlias = Mapping[str, float]  # metrics of one batch by their logged names
 
 LAG_BINS = 5  # 0, 1, 2, 3, and 4 or more
 LAG_NAMES = (*(str(lag) for lag in range(LAG_BINS - 1)), f"{LAG_BINS - 1}plus")
