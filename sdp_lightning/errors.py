@@ -52,10 +52,10 @@ _INSTALLED = ("site-packages", "dist-packages", "lib/python3", "<frozen")
 TRACEBACK = "SDP_TRACEBACK"  # environment variable: show the traceback instead
 
 
-def describe(error: BaseException) -> str:
+def error_text(error: BaseException) -> str:
     """The message, with the name of the error where the message says little without it.
 
-    >>> describe(KeyError("gold"))
+    >>> error_text(KeyError("gold"))
     "KeyError: 'gold'"
     """
     text = str(error)

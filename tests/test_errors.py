@@ -8,13 +8,13 @@ import pytest
 
 from sdp_lightning.cli.main import main
 from sdp_lightning.config.import_path import load_object
-from sdp_lightning.errors import RolloutError, describe, explain, user_place
+from sdp_lightning.errors import RolloutError, error_text, explain, user_place
 
 
 def test_a_message_of_ours_stands_alone_others_with_their_name() -> None:
-    assert describe(RolloutError("row 3 is empty.")) == "row 3 is empty."
-    assert describe(KeyError("gold")) == "KeyError: 'gold'"
-    assert describe(RolloutError()) == "RolloutError: "
+    assert error_text(RolloutError("row 3 is empty.")) == "row 3 is empty."
+    assert error_text(KeyError("gold")) == "KeyError: 'gold'"
+    assert error_text(RolloutError()) == "RolloutError: "
 
 
 def test_an_explanation_is_one_line_with_the_notes() -> None:

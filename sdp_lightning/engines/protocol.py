@@ -10,6 +10,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
+import numpy as np
+
+from sdp_lightning.errors import VersionError
 from sdp_lightning.types import FinishReason, FloatArray, IntArray, SamplingParams, Segment
 
 if TYPE_CHECKING:
@@ -180,3 +183,30 @@ class SharedServerEngine(InferenceEngine, Protocol):
     def follow(self, version: int, urls: Sequence[str]) -> None:
         """Accept that the servers at ``urls``, and no others, now serve ``version``."""
         ...
+
+
+def require_next_version(
+    version: int, current: int | None, *, holder: str, reset: bool = False
+) -> None:
+    """Raise ``VersionError`` unless ``version`` is ``current + 1``: policy versions advance by 1.
+
+    Args:
+        version: the version to become, an integer of 0 or more.
+        current: the version before; None if there is none yet.
+        holder: what has the version, as the subject of the message: "the engine".
+        reset: a start, fresh or resumed, which takes any version.
+    """
+    if isinstance(version, bool) or not isinstance(version, (int, np.integer)) or version < 0:
+        raise VersionError(f"a policy version is an integer of 0 or more, got {version!r}.")
+    if reset:
+        return
+    if current is None:
+        raise VersionError(
+            f"{holder} has no version yet; cannot commit {version}. Publish all weights with "
+            "reset=True first."
+        )
+    if version != current + 1:
+        raise VersionError(
+            f"{holder} is at version {current}; cannot commit {version}. Versions advance by 1: "
+            "was a publish skipped? After a restart publish with reset=True."
+        )

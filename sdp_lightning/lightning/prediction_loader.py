@@ -120,7 +120,7 @@ class GenerationLoader:
 
     def _roll_out(self, drawn: dict[int, PromptRow]) -> list[TrajectoryGroup]:
         with ends_on_sigterm(self._trainer):
-            return self._executor.roll_out(
+            return self._executor.evaluator.roll_out(
                 list(drawn.values()),
                 self._workflow,
                 first_order=min(drawn),

@@ -1,7 +1,7 @@
 """The workflow executor: rollouts in a thread of their own, batches for the trainer's.
 
-Nothing polls: every event that may free capacity submits the next rows. What a group is and where
-it stands is the registry's; this file connects it to prompts, workflow, engine and threads.
+Nothing polls: every event that may free capacity submits the next rows. The registry holds the
+groups; this file connects it to prompts, workflow, engine and threads.
 """
 
 from __future__ import annotations
@@ -15,13 +15,12 @@ from typing import Any
 from sdp_lightning.config import RolloutConfig
 from sdp_lightning.distributed.rank_group import RankGroup
 from sdp_lightning.engines.protocol import InferenceEngine, NamedWeights, PublishReport
-from sdp_lightning.errors import ConfigError, RolloutError, RolloutTimeout, VersionError, describe
-from sdp_lightning.prompts.stream import EVALUATION_EPOCH, PromptRow
+from sdp_lightning.errors import ConfigError, RolloutError, RolloutTimeout
+from sdp_lightning.rollout.evaluation import Evaluator
 from sdp_lightning.rollout.group_source import GroupSource
 from sdp_lightning.rollout.groups.in_flight import InFlightGroup
-from sdp_lightning.rollout.groups.ledger import RolloutStat, StalenessManager
+from sdp_lightning.rollout.groups.ledger import RolloutStat
 from sdp_lightning.rollout.groups.registry import GroupRegistry
-from sdp_lightning.rollout.groups.staleness import StalenessControlStrategy
 from sdp_lightning.rollout.groups.telemetry import RolloutTelemetry
 from sdp_lightning.rollout.proximal_recompute import (
     LogprobScorer,
@@ -31,7 +30,7 @@ from sdp_lightning.rollout.proximal_recompute import (
 from sdp_lightning.rollout.publish import publish
 from sdp_lightning.rollout.task_runner import STOP_CHECK_S, AsyncTaskRunner, TaskResult
 from sdp_lightning.types import Row, TrajectoryGroup
-from sdp_lightning.workflows.send_gate import is_being_cancelled
+from sdp_lightning.workflows.send_gate import SendGate, is_being_cancelled
 from sdp_lightning.workflows.workflow import RolloutWorkflow, why_rejected
 
 logger = logging.getLogger(__name__)
@@ -54,34 +53,31 @@ class WorkflowExecutor:
         engine: InferenceEngine,
         workflow: RolloutWorkflow,
         source: GroupSource,
-        strategy: StalenessControlStrategy,
-        manager: StalenessManager,
+        gate: SendGate,
+        registry: GroupRegistry,
         recomputer: ProximalRecomputer | None,
         ranks: RankGroup,
     ) -> None:
-        self.config, self.engine, self.manager = config, engine, manager
-        self._recomputer, self._ranks = recomputer, ranks
-        self.registry = GroupRegistry(config, strategy, manager, on_drop=self._on_drop)
-        self.workflow, self._source, self.gate = workflow, source, source.gate
+        self.config, self.engine, self.workflow = config, engine, workflow
+        self.registry, self.manager, self.gate = registry, registry.manager, gate
+        self.evaluator = Evaluator(source, registry.clock, timeout_s=config.timeout_s)
+        self._source, self._recomputer, self._ranks = source, recomputer, ranks
         self._runner = AsyncTaskRunner(name="sdp-rollout", on_result=self._on_task_result)
         self._generating = self._closed = False
 
     @property
     def version(self) -> int:
         """The policy version that the trainer holds. ``VersionError`` before the first publish."""
-        version = self.registry.version
-        if version is None:
-            raise VersionError("nothing was published yet: call publish(..., reset=True) first.")
-        return version
+        return self.registry.clock.version
 
     @property
     def is_published(self) -> bool:
         """Whether the first publish has happened."""
-        return self.registry.version is not None
+        return self.registry.clock.is_set
 
     @property
     def stat(self) -> RolloutStat:
-        """The ledger."""
+        """The counters of the ledger, all of the same instant."""
         return self.manager.stat
 
     @property
@@ -103,11 +99,8 @@ class WorkflowExecutor:
             EngineError: if the transfer failed.
             RolloutTimeout: if outstanding requests did not come back.
         """
-        if not reset and version != self.version + 1:
-            raise VersionError(
-                f"the policy is at version {self.version}; cannot publish {version}. "
-                "Versions advance by 1."
-            )
+        if not reset:
+            self.registry.clock.require_next(version)
         report = publish(
             self.engine,
             self.gate,
@@ -125,8 +118,9 @@ class WorkflowExecutor:
         if reset:
             self.registry.resume(version)
         else:
-            for live in self.registry.commit(version):
-                self._cancel(live)
+            for group in self.registry.commit(version):
+                if group.task_id is not None:
+                    self._runner.cancel(group.task_id)
         with self.registry.changed:
             self._source.remove(self.registry.drop_if_overdue)
 
@@ -185,39 +179,10 @@ class WorkflowExecutor:
     ) -> list[TrajectoryGroup]:
         """Roll ``rows`` out on the published version: no ledger, no capacity, no training.
 
-        Rejected rows are left out.
-
-        Raises:
-            RolloutTimeout: at the deadline, or interrupted.
-            RolloutError: if a rollout failed, naming the row.
+        Rejected rows are left out. The errors are those of
+        :meth:`Evaluator.roll_out <sdp_lightning.rollout.evaluation.Evaluator.roll_out>`.
         """
-        prompts = [PromptRow(EVALUATION_EPOCH, index, row) for index, row in enumerate(rows)]
-        return self.roll_out(prompts, workflow, timeout_s=timeout_s, interrupted=interrupted)
-
-    def roll_out(
-        self,
-        prompts: Sequence[PromptRow],
-        workflow: RolloutWorkflow,
-        *,
-        first_order: int = 0,
-        timeout_s: float | None = None,
-        interrupted: Callable[[], bool] = lambda: False,
-    ) -> list[TrajectoryGroup]:
-        """As ``evaluate``, for prompts with places of their own, of which tokens' seeds are made.
-
-        Their groups are numbered from ``first_order``.
-        """
-        version = self.version
-        limit = self.config.timeout_s if timeout_s is None else timeout_s
-        runner = AsyncTaskRunner(name="sdp-evaluation", interrupted=interrupted)
-        try:
-            for order, prompt in enumerate(prompts, first_order):
-                live = InFlightGroup(order, prompt, version, self._source.new_session(prompt))
-                runner.submit(self._evaluate_row, live, workflow)
-            groups: list[TrajectoryGroup | None] = runner.wait(len(prompts), limit)
-        finally:
-            runner.close()
-        return sorted((g for g in groups if g is not None), key=lambda group: group.order)
+        return self.evaluator.evaluate(rows, workflow, timeout_s=timeout_s, interrupted=interrupted)
 
     def close(self) -> None:
         """End the rollout thread; what ran is cancelled. Safe to call twice."""
@@ -227,7 +192,7 @@ class WorkflowExecutor:
         self._runner.close()
 
     def recompute(self, scorer: LogprobScorer) -> RecomputeReport:
-        """Score live segments under the present version, which ``scorer`` must hold.
+        """Score segments of groups in flight under the present version, which ``scorer`` holds.
 
         Call it after ``take`` and before the optimizer moves the weights. Nothing when the
         segment-wise mode is off. Generation goes on meanwhile.
@@ -265,70 +230,48 @@ class WorkflowExecutor:
                 if self.manager.capacity(self.version) <= 0:
                     return
                 try:
-                    live = self._source.next(self.version)
+                    group = self._source.next(self.version)
                 except RolloutError as error:  # raised again in take()
                     self.registry.fail(error)
                     return
-                if live is None:
+                if group is None:
                     self.registry.changed.notify_all()
                     return
-                self._submit(live)
+                try:
+                    group.task_id = self._runner.submit(self._roll_out, group)
+                except RolloutError:
+                    self._source.put_back(group)
+                    raise
+                self.registry.add(group)
 
-    def _submit(self, live: InFlightGroup) -> None:
+    async def _roll_out(self, group: InFlightGroup) -> None:
+        session = group.session
         try:
-            live.task_id = self._runner.submit(self._roll_out, live)
-        except RolloutError:
-            self._source.put_back(live)
-            raise
-        self.registry.add(live)
-
-    async def _roll_out(self, live: InFlightGroup) -> None:
-        session = live.session
-        try:
-            trajectories = await self.workflow.run(live.row.data, session)
+            trajectories = await self.workflow.run(group.row.data, session)
             session.end()
             if session.divergence:
                 pass
             elif reason := session.rejection or why_rejected(trajectories):
-                self.registry.reject(live, reason)
+                self.registry.reject(group, reason)
             else:
-                self.registry.finish(live, live.make_group(trajectories or ()))
+                self.registry.finish(group, group.make_group(trajectories or ()))
         except asyncio.CancelledError as error:
             if is_being_cancelled():
                 raise
             if not session.divergence:  # it came from inside the workflow
-                self.registry.record_failure(live, error)
+                self.registry.record_failure(group, error)
         except Exception as error:  # handed to the trainer, which raises it in take()
             if not session.divergence:
-                self.registry.record_failure(live, error)
+                self.registry.record_failure(group, error)
         if session.divergence:
-            self.registry.restart(live, self._source.new_session(live.row))
-            await self._roll_out(live)
+            self.registry.restart(group, self._source.new_session(group.row))
+            await self._roll_out(group)
         else:
             self._submit_rows()
 
     def _on_task_result(self, result: TaskResult) -> None:
         if result.error is not None:
             self.registry.fail(result.error)
-
-    def _on_drop(self, live: InFlightGroup) -> None:
-        if self.config.requeue_dropped:
-            self._source.give_back(live.row)
-
-    def _cancel(self, live: InFlightGroup) -> None:
-        if live.task_id is not None:
-            self._runner.cancel(live.task_id)
-
-    async def _evaluate_row(
-        self, live: InFlightGroup, workflow: RolloutWorkflow
-    ) -> TrajectoryGroup | None:
-        try:
-            trajectories = await workflow.run(live.row.data, live.session)
-        except Exception as error:
-            raise RolloutError(
-                f"evaluating row {live.row.row_id!r} failed: {describe(error)}"
-            ) from error
-        return None if why_rejected(trajectories) else live.make_group(trajectories or ())
 
     def _is_exhausted(self) -> bool:
         return self._generating and self._source.is_exhausted and self.stat.running == 0

@@ -15,6 +15,7 @@ from sdp_lightning.rollout.groups.ledger import (
     FilteredSamplesCapacityModifier,
     StalenessManager,
 )
+from sdp_lightning.rollout.groups.registry import GroupRegistry
 from sdp_lightning.rollout.groups.staleness import (
     SegmentWisePPOStrategy,
     StalenessControlStrategy,
@@ -22,6 +23,7 @@ from sdp_lightning.rollout.groups.staleness import (
 )
 from sdp_lightning.rollout.proximal_recompute import ProximalRecomputer
 from sdp_lightning.types import Row
+from sdp_lightning.workflows.send_gate import SendGate
 from sdp_lightning.workflows.workflow import RolloutWorkflow, Tokenizer
 
 
@@ -87,13 +89,21 @@ def create_workflow_executor(
         max_head_lag=config.max_head_lag,
         modifiers=create_capacity_modifiers(config),
     )
+    gate = SendGate()
+    source = GroupSource(stream, engine, gate, tokenizer, seed=config.seed)
+    registry = GroupRegistry(
+        config,
+        create_staleness_strategy(config),
+        manager,
+        on_drop=source.give_back if config.requeue_dropped else None,
+    )
     return WorkflowExecutor(
         config=config,
         engine=engine,
         workflow=workflow,
-        source=GroupSource(stream, engine, tokenizer, seed=config.seed),
-        strategy=create_staleness_strategy(config),
-        manager=manager,
+        source=source,
+        gate=gate,
+        registry=registry,
         recomputer=create_recomputer(config),
         ranks=ranks,
     )

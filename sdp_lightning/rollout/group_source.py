@@ -32,7 +32,8 @@ class GroupSource:
 
     Args:
         prompts: of new groups.
-        engine: samples for every episode, which pass ``gate`` to it.
+        engine: samples for every episode.
+        gate: passed by every request to the engine.
         tokenizer: of the policy.
         seed: of the run; row, epoch and sample add to it.
     """
@@ -41,12 +42,12 @@ class GroupSource:
         self,
         prompts: PromptStream,
         engine: InferenceEngine,
+        gate: SendGate,
         tokenizer: Tokenizer,
         *,
         seed: int,
     ) -> None:
-        self.gate = SendGate()
-        self._prompts, self._engine = prompts, engine
+        self._prompts, self._engine, self._gate = prompts, engine, gate
         self._tokenizer, self._seed = tokenizer, seed
         self._interrupted: deque[InFlightGroup] = deque()
         self._next_order = 0
@@ -76,7 +77,7 @@ class GroupSource:
 
         def new_episode(sample: int) -> Episode:
             seed = derive_seed(self._seed, row.epoch, row.index, sample)
-            return Episode(self._engine, self.gate, seed=seed, group_key=key)
+            return Episode(self._engine, self._gate, seed=seed, group_key=key)
 
         judged = row.is_evaluation
         return RolloutSession(self._tokenizer, new_episode, saved, is_evaluation=judged)
@@ -85,21 +86,21 @@ class GroupSource:
         """Hand out ``group`` again, before any other: it could not be submitted."""
         self._interrupted.appendleft(group)
 
-    def give_back(self, row: PromptRow) -> None:
-        """Begin ``row`` again, before any new one."""
-        self._prompts.give_back([row])
+    def give_back(self, group: InFlightGroup) -> None:
+        """Begin the row of a dropped group again, before any new row."""
+        self._prompts.give_back([group.row])
 
     def remove(self, is_overdue: Callable[[InFlightGroup], bool]) -> None:
         """Take out the interrupted groups that are overdue."""
         self._interrupted = deque([g for g in self._interrupted if not is_overdue(g)])
 
-    def state_dict(self, live: Sequence[InFlightGroup]) -> dict[str, Any]:
-        """The position in the prompts, all ``live`` groups, and those not submitted again yet."""
-        running = [*self._interrupted, *(g for g in live if g.group is None)]
+    def state_dict(self, groups: Sequence[InFlightGroup]) -> dict[str, Any]:
+        """The position in the prompts, all ``groups``, and those not submitted again yet."""
+        running = [*self._interrupted, *(g for g in groups if g.finished is None)]
         return {
             "prompts": self._prompts.state_dict(),
             "next_order": self._next_order,
-            "pending": [group_to_state(g) for g in live if g.group is not None],
+            "pending": [group_to_state(g) for g in groups if g.finished is not None],
             "running": [group_to_state(g) for g in sorted(running, key=lambda g: g.order)],
         }
 

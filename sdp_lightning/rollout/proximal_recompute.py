@@ -43,11 +43,11 @@ class RecomputeReport:
 
 
 class ProximalRecomputer:
-    """Fills the proximal slots of live segments of version c - 1, each once.
+    """Fills the proximal slots of the segments of version c - 1, each once.
 
-    It looks at every live group that is not in the trainer's hands (running, waiting for a reward
-    or for siblings, queued, cached), all members, and passes over groups that the next commit will
-    purge. With ``max_head_lag <= 1`` no token ever needs the score, and nothing is done.
+    All members of every group in flight that is not in training count: running, waiting for a
+    reward or for siblings, queued, cached. Groups that the next commit will purge do not. With
+    ``max_head_lag <= 1`` no token ever needs the score, and nothing is done.
     """
 
     def __init__(self, *, max_head_lag: int, mask_overdue: bool = False) -> None:
@@ -78,13 +78,13 @@ class ProximalRecomputer:
 
     def _find(self, registry: GroupRegistry, version: int) -> list[tuple[Context | Segment, ...]]:
         found: list[tuple[Context | Segment, ...]] = []
-        for live in registry.snapshot():
-            versions = live.versions
-            if live.in_training or versions is None:
+        for group in registry.snapshot():
+            versions = group.versions
+            if group.in_training or versions is None:
                 continue
             if not self._mask_overdue and version + 1 - versions[0] > self._max_head_lag:
                 continue  # the next commit purges it
-            for parts in live.parts:
+            for parts in group.parts:
                 wanted = [i for i, p in enumerate(parts) if _is_wanted(p, version)]
                 if wanted:
                     found.append(parts[: wanted[-1] + 1])

@@ -17,8 +17,9 @@ from sdp_lightning.engines.protocol import (
     NamedWeights,
     PublishReport,
     SegmentSink,
+    require_next_version,
 )
-from sdp_lightning.errors import EngineError, VersionError
+from sdp_lightning.errors import EngineError
 from sdp_lightning.types import FinishReason, FloatArray, IntArray, Segment
 
 
@@ -184,11 +185,7 @@ class FakeEngine:
     ) -> PublishReport:
         with self._changed:
             self._raise_if_unusable()
-            if not reset and (self._version is None or version != self._version + 1):
-                raise VersionError(
-                    f"engine is at version {self._version}; cannot commit {version}. "
-                    "Versions advance by 1: was a push skipped?"
-                )
+            require_next_version(version, self._version, holder="the engine", reset=reset)
             named = list(weights)
             if not self._updates_in_flight and any(entry.sampled for entry in self._requests):
                 raise EngineError("weights changed under running requests: pause() must come first")

@@ -87,7 +87,7 @@ class AwaitIdle(AwaitIdleRollouts):
         executor = executor_of(trainer)
 
         def is_idle() -> bool:
-            live = [g for g in executor.registry.snapshot() if g.group is None]
+            live = [g for g in executor.registry.snapshot() if g.finished is None]
             return all(g.row.data.get("stages", 1) > 1 for g in live)
 
         with executor.registry.changed:

@@ -76,7 +76,7 @@ class RegistryMachine(RuleBasedStateMachine):
             self.config,
             create_staleness_strategy(self.config),
             self.manager,
-            on_drop=lambda live: self.dropped.append(live.order),
+            on_drop=lambda group: self.dropped.append(group.order),
         )
         self.recomputer = create_recomputer(self.config)
         self.version, self.in_training, self.num = 0, 0, 0
@@ -87,10 +87,10 @@ class RegistryMachine(RuleBasedStateMachine):
     def pick(self, index: int) -> tuple[InFlightGroup, Episode]:
         return self.running[index % len(self.running)]
 
-    def end(self, live: InFlightGroup, verdict: str) -> None:
-        assert live.order not in self.verdicts
-        self.verdicts[live.order] = verdict
-        self.running = [pair for pair in self.running if pair[0] is not live]
+    def end(self, group: InFlightGroup, verdict: str) -> None:
+        assert group.order not in self.verdicts
+        self.verdicts[group.order] = verdict
+        self.running = [pair for pair in self.running if pair[0] is not group]
 
     @precondition(lambda self: self.manager.capacity(self.version) > 0)
     @rule(at_once=st.integers(1, 6))
@@ -99,9 +99,9 @@ class RegistryMachine(RuleBasedStateMachine):
             episode = Episode(FakeEngine(), SendGate())
             session = RolloutSession(None, lambda n, e=episode: e)  # type: ignore[arg-type, misc]
             session.open().add_context([1])
-            live = InFlightGroup(self.num, PromptRow(0, self.num, {}), self.version, session)
-            self.registry.add(live)
-            self.running.append((live, episode))
+            group = InFlightGroup(self.num, PromptRow(0, self.num, {}), self.version, session)
+            self.registry.add(group)
+            self.running.append((group, episode))
             self.num += 1
 
     @precondition(lambda self: self.running)
@@ -112,23 +112,23 @@ class RegistryMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.running)
     @rule(index=PICK, turn=st.booleans())
     def finish(self, index: int, turn: bool) -> None:
-        live, episode = self.pick(index)
+        group, episode = self.pick(index)
         if turn:
             episode.add_context([1])
         if not any(hasattr(part, "version") for part in episode.parts):
             episode._append(make_segment(self.version))
-        self.registry.finish(live, live.make_group([episode.finish(0.0)]))
-        self.end(live, "finished")
+        self.registry.finish(group, group.make_group([episode.finish(0.0)]))
+        self.end(group, "finished")
 
     @precondition(lambda self: self.running)
     @rule(index=PICK, fail=st.booleans())
     def lose(self, index: int, fail: bool) -> None:
-        live, _ = self.pick(index)
+        group, _ = self.pick(index)
         if fail:
-            self.registry.record_failure(live, ValueError("x"))
+            self.registry.record_failure(group, ValueError("x"))
         else:
-            self.registry.reject(live, "reason")
-        self.end(live, "lost")
+            self.registry.reject(group, "reason")
+        self.end(group, "lost")
 
     @precondition(lambda self: not self.in_training)
     @rule(score=st.booleans())
@@ -152,10 +152,10 @@ class RegistryMachine(RuleBasedStateMachine):
     @rule()
     def commit(self) -> None:
         self.version += 1
-        for live in self.registry.commit(self.version):
-            self.end(live, "overdue")
-            assert live.order in self.dropped
-            self.registry.finish(live, live.make_group([live.session.episodes[0].finish(0.0)]))
+        for group in self.registry.commit(self.version):
+            self.end(group, "overdue")
+            assert group.order in self.dropped
+            self.registry.finish(group, group.make_group([group.session.episodes[0].finish(0.0)]))
         self.in_training = 0
 
     @invariant()
@@ -166,8 +166,8 @@ class RegistryMachine(RuleBasedStateMachine):
         assert stat.running == len(self.running) and stat.dropped == len(self.dropped)
         assert len(set(self.dropped)) == len(self.dropped), "dropped twice"
         assert stat.consumed == list(self.verdicts.values()).count("trained")
-        live = [x for x in self.registry.snapshot() if not x.in_training]
-        assert len(live) == stat.running + stat.pending
+        groups = [x for x in self.registry.snapshot() if not x.in_training]
+        assert len(groups) == stat.running + stat.pending
 
     @invariant()
     def nothing_is_stuck(self) -> None:

@@ -146,9 +146,9 @@ def test_a_score_taken_while_its_group_moves_is_not_lost() -> None:
         room.registry.finish(moving, moving.make_group([e.finish(1.0) for e in episodes]))
 
     room.run(Acting(move))
-    assert taken == [first.group]
+    assert taken == [first.finished]
     assert taken[0].segments[0].proximal.version == 5
-    assert moving.group is not None and moving.group.segments[0].proximal.version == 5
+    assert moving.finished is not None and moving.finished.segments[0].proximal.version == 5
 
 
 @pytest.mark.parametrize(

@@ -35,4 +35,4 @@ def content(group: TrajectoryGroup) -> list[Any]:
 
 
 def finished(executor: WorkflowExecutor) -> list[TrajectoryGroup]:
-    return [live.group for live in executor.registry.snapshot() if live.group is not None]
+    return [g.finished for g in executor.registry.snapshot() if g.finished is not None]

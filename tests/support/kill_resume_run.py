@@ -93,7 +93,7 @@ class Journal(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         executor = executor_of(trainer)
-        groups = [g.group for g in executor.registry.snapshot() if g.in_training and g.group]
+        groups = [g.finished for g in executor.registry.snapshot() if g.in_training and g.finished]
         masks = executor.config.on_overdue == "mask"
         heads = [g.tail_version if masks else g.head_version for g in groups]
         stat = executor.stat

@@ -200,7 +200,7 @@ def _generate_across(
         engine.close()
     assert (stat.submitted, stat.pending, stat.dropped) == (num_requests, num_requests, 0)
     assert sorted(x.row.row_id for x in live) == sorted(row["id"] for row in rows)
-    trajectories = [t for x in live if x.group is not None for t in x.group.trajectories]
+    trajectories = [t for x in live if x.finished is not None for t in x.finished.trajectories]
     assert [sum(map(len, t.segments)) for t in trajectories] == [budget] * num_requests
     assert len({tuple(t.token_ids[3:]) for t in trajectories}) == num_requests
     for version in range(1, len(updates)):

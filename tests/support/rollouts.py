@@ -160,10 +160,10 @@ def wait_until(
 
 def assert_conserved(executor: WorkflowExecutor) -> None:
     with executor.registry.changed:
-        stat, live = executor.stat, executor.registry.snapshot()
+        stat, groups = executor.stat, executor.registry.snapshot()
     ended = stat.pending + stat.consumed + stat.dropped + stat.rejected + stat.failed
     assert stat.submitted == stat.running + ended
-    assert len([x for x in live if not x.in_training]) == stat.running + stat.pending
+    assert len([x for x in groups if not x.in_training]) == stat.running + stat.pending
 
 
 def lags(batch: Sequence[TrajectoryGroup], version: int) -> list[int]:
@@ -231,7 +231,7 @@ class Room:
             modifiers=(FilteredSamplesCapacityModifier(),),
         )
         strategy = create_staleness_strategy(config)
-        self.registry = GroupRegistry(config, strategy, self.manager, on_drop=lambda live: None)
+        self.registry = GroupRegistry(config, strategy, self.manager)
         self.registry.resume(version)
         self.version, self.scorer, self.num = version, VersionScorer(), 0
         self.recomputer = ProximalRecomputer(max_head_lag=max_head_lag, mask_overdue=mask)
@@ -245,12 +245,12 @@ class Room:
         session = RolloutSession(None, lambda n: episodes[n])  # type: ignore[arg-type]
         for _ in members:
             session.open()
-        live = InFlightGroup(self.num, PromptRow(0, self.num, {}), 0, session)
+        group = InFlightGroup(self.num, PromptRow(0, self.num, {}), 0, session)
         self.num += 1
-        self.registry.add(live)
+        self.registry.add(group)
         if finished:
-            self.registry.finish(live, live.make_group([e.finish(0.0) for e in episodes]))
-        return live
+            self.registry.finish(group, group.make_group([e.finish(0.0) for e in episodes]))
+        return group
 
     def run(self, scorer: LogprobScorer | None = None) -> RecomputeReport:
         return self.recomputer.run(self.registry, scorer or self.scorer, self.version)

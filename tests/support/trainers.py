@@ -107,7 +107,7 @@ class Recorder(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
         live = [g for g in executor_of(trainer).registry.snapshot() if g.in_training]
-        groups = [g.group for g in live if g.group is not None]
+        groups = [g.finished for g in live if g.finished is not None]
         self.steps.append(Step(batch, [g.row.row_id for g in live], groups))
 
     def on_train_batch_end(

@@ -146,7 +146,7 @@ def test_a_waiting_reply_goes_on_at_resume_without_polling() -> None:
 def test_versions_advance_by_one_and_a_refused_update_changes_nothing() -> None:
     engine = FakeEngine()
     for version in (0, 1):
-        with pytest.raises(VersionError, match=f"is at version None; cannot commit {version}"):
+        with pytest.raises(VersionError, match=f"has no version yet; cannot commit {version}"):
             engine.update_weights([], version)
     engine.update_weights([], 7, reset=True)
     for version in (0, 7, 9):

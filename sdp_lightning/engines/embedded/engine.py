@@ -31,8 +31,9 @@ from sdp_lightning.engines.protocol import (
     NamedWeights,
     PublishReport,
     SegmentSink,
+    require_next_version,
 )
-from sdp_lightning.errors import ConfigError, EngineError, VersionError
+from sdp_lightning.errors import ConfigError, EngineError
 from sdp_lightning.types import FinishReason, FloatArray, IntArray, KVPolicy
 from sdp_lightning.weights.in_process import check_weights, copy_weights
 from sdp_lightning.weights.protocol import WeightStream
@@ -190,7 +191,7 @@ class EmbeddedEngine:
         """
         with self._update_lock:
             running = self._require_usable()
-            _check_version(version, self.version, reset=reset)
+            require_next_version(version, self.version, holder="the engine", reset=reset)
             if isinstance(weights, WeightStream):
                 source, layout = weights, list(weights.layout.items())
             else:
@@ -242,23 +243,6 @@ def _swap(source: NamedWeights, version: int, running: _Running, *, keep_kv: boo
     except BaseException as error:  # an interrupt: the same, but it stays what it is
         running.loop.fail(error)
         raise
-
-
-def _check_version(version: int, current: int | None, *, reset: bool) -> None:
-    if isinstance(version, bool) or not isinstance(version, (int, np.integer)) or version < 0:
-        raise VersionError(f"a policy version is an integer of 0 or more, got {version!r}.")
-    if reset:
-        return
-    if current is None:
-        raise VersionError(
-            f"the engine has no version yet; cannot commit {version}. Publish all weights with "
-            "reset=True first."
-        )
-    if version != current + 1:
-        raise VersionError(
-            f"engine is at version {current}; cannot commit {version}. Versions advance by 1: was "
-            "a push skipped? After a restart publish with reset=True."
-        )
 
 
 def _check_request(request: GenerationRequest, *, num_tokens: int, max_length: int) -> None:

@@ -16,6 +16,7 @@ from sdp_lightning.engines.protocol import (
     NamedWeights,
     PublishReport,
     SegmentSink,
+    require_next_version,
 )
 from sdp_lightning.engines.remote.backend import RemoteInfBackend
 from sdp_lightning.engines.remote.http_client import HttpClient
@@ -24,7 +25,7 @@ from sdp_lightning.engines.remote.options import LOOPBACK, RemoteOptions
 from sdp_lightning.engines.remote.server_client import ServerControl
 from sdp_lightning.engines.remote.server_pool import Fleet
 from sdp_lightning.engines.servers.managed import ManagedServers, ServerConfig
-from sdp_lightning.errors import ConfigError, EngineError, VersionError
+from sdp_lightning.errors import ConfigError, EngineError
 from sdp_lightning.types import FinishReason, FloatArray, IntArray, Segment
 from sdp_lightning.weights.protocol import WeightTransport
 
@@ -175,11 +176,7 @@ class RemoteInfEngine:
         self, weights: NamedWeights, version: int, *, reset: bool = False
     ) -> PublishReport:
         fleet, options = self._running(), self.options
-        if not reset and (fleet.version is None or version != fleet.version + 1):
-            raise VersionError(
-                f"the servers are at version {fleet.version}; cannot commit {version}. "
-                "Versions advance by 1: was a push skipped?"
-            )
+        require_next_version(version, fleet.version, holder="the pool of servers", reset=reset)
         assert self._transport is not None
         start = time.monotonic()
         num_bytes = self._transport.stage(weights, full=reset)

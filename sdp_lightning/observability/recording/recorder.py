@@ -68,13 +68,13 @@ class Recorder(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         _, data = _parts(trainer, pl_module)
-        live = [live for live in data.executor.registry.snapshot() if live.in_training]
-        live.sort(key=lambda one: one.order)  # as batches are made
+        trained = [g for g in data.executor.registry.snapshot() if g.in_training]
+        trained.sort(key=lambda group: group.order)  # as batches are made
         self._taken = RecordedBatch(
             version=batch.version,
             step=trainer.global_step,
-            groups=tuple(one.group for one in live if one.group is not None),
-            places=tuple((one.row.epoch, one.row.index) for one in live),
+            groups=tuple(group.finished for group in trained if group.finished is not None),
+            places=tuple((group.row.epoch, group.row.index) for group in trained),
         )
 
     def on_train_batch_end(

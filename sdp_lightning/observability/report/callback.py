@@ -72,8 +72,8 @@ class RunReport(Callback):
         if self._writer is not None:
             start = time.monotonic()
             executor = _parts(trainer, pl_module)[1].executor
-            live = [live for live in executor.registry.snapshot() if live.in_training]
-            groups = [live.group for live in live if live.group is not None]
+            trained = [g for g in executor.registry.snapshot() if g.in_training]
+            groups = [g.finished for g in trained if g.finished is not None]
             self._keeper.see(groups, batch.version)
             self._own_s += time.monotonic() - start
 

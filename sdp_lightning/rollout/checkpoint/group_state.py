@@ -13,17 +13,17 @@ from sdp_lightning.types import Context, SamplingParams, Segment, Trajectory, Tr
 from sdp_lightning.workflows.episode_log import CallEnd, CallStart, Event, parts_of
 
 
-def group_to_state(live: InFlightGroup) -> dict[str, Any]:
-    """A live group: the trajectories of a finished one, the logs of one that is under way."""
+def group_to_state(group: InFlightGroup) -> dict[str, Any]:
+    """A group in flight: the trajectories of a finished one, the logs of one that is under way."""
     place = {
-        "epoch": live.row.epoch,
-        "index": live.row.index,
-        "row_id": live.row.row_id,
-        "order": live.order,
-        "created_version": live.created_version,
+        "epoch": group.row.epoch,
+        "index": group.row.index,
+        "row_id": group.row.row_id,
+        "order": group.order,
+        "created_version": group.created_version,
     }
-    if live.group is None:
-        return place | {"logs": [[_event_to_state(e) for e in log] for log in live.session.logs]}
+    if group.finished is None:
+        return place | {"logs": [[_event_to_state(e) for e in log] for log in group.session.logs]}
     return place | {
         "trajectories": [
             {
@@ -31,7 +31,7 @@ def group_to_state(live: InFlightGroup) -> dict[str, Any]:
                 "finish_reason": t.finish_reason,
                 "parts": [_event_to_state(part) for part in t.parts],
             }
-            for t in live.group.trajectories
+            for t in group.finished.trajectories
         ],
     }
 

@@ -21,7 +21,7 @@ class InFlightGroup:
     """One submitted row and what it has become so far.
 
     Attributes:
-        group: set when the workflow has returned; None while it runs.
+        finished: what the workflow returned; None while it runs.
         in_training: handed to the trainer, its version not committed yet.
         started_at: when it was submitted, by ``time.monotonic``.
         seconds: what it took, once it has ended; 0 if a checkpoint had it finished.
@@ -32,7 +32,7 @@ class InFlightGroup:
     created_version: int
     session: RolloutSession
     task_id: int | None = None
-    group: TrajectoryGroup | None = None
+    finished: TrajectoryGroup | None = None
     in_training: bool = field(default=False)
     started_at: float = field(default_factory=time.monotonic)
     seconds: float | None = None
@@ -40,15 +40,15 @@ class InFlightGroup:
     @property
     def parts(self) -> list[Parts]:
         """What each trajectory has so far, finished or not; replayed already or not yet."""
-        if self.group is not None:
-            return [trajectory.parts for trajectory in self.group.trajectories]
+        if self.finished is not None:
+            return [trajectory.parts for trajectory in self.finished.trajectories]
         return [parts_of(log) for log in self.session.logs]
 
     @property
     def versions(self) -> tuple[int, int] | None:
         """Head and tail version so far, None before the first closed segment."""
-        if self.group is not None:
-            head, tail = self.group.head_version, self.group.tail_version
+        if self.finished is not None:
+            head, tail = self.finished.head_version, self.finished.tail_version
             return None if head is None or tail is None else (head, tail)
         found = [p.version for parts in self.parts for p in parts if isinstance(p, Segment)]
         return (min(found), max(found)) if found else None

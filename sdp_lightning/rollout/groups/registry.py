@@ -1,7 +1,7 @@
-"""The live groups of one executor: one lock, one clock, every transition of the ledger.
+"""The groups in flight of one executor: one lock, one clock, every transition of the ledger.
 
-A group is live from its submission until the version that trained on it is committed, or it was
-dropped, rejected or failed. No threads of its own, no engine.
+A group is in flight from its submission until the version that trained on it is committed, or it
+was dropped, rejected or failed. No threads, no engine.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 from sdp_lightning.config import RolloutConfig
-from sdp_lightning.errors import RolloutError, VersionError, describe
+from sdp_lightning.errors import RolloutError, error_text
 from sdp_lightning.rollout.groups.in_flight import InFlightGroup
 from sdp_lightning.rollout.groups.ledger import StalenessManager
 from sdp_lightning.rollout.groups.queue import RolloutCache, RolloutQueue
 from sdp_lightning.rollout.groups.staleness import StalenessControlStrategy
 from sdp_lightning.rollout.groups.telemetry import RolloutTelemetry
+from sdp_lightning.rollout.groups.version_clock import VersionClock
 from sdp_lightning.types import TrajectoryGroup
 from sdp_lightning.workflows.workflow import RolloutSession
 
@@ -26,12 +27,18 @@ logger = logging.getLogger(__name__)
 
 
 class GroupRegistry:
-    """Every live group, where it stands, and the policy version that judges it.
+    """Every group in flight, its state, and the clock that decides which ones are stale.
 
-    ``changed`` is the one lock, and is notified at every transition. Methods take it themselves.
-    ``on_drop`` is called under it, for each group that is dropped.
+    Args:
+        config: bounds and limits, in groups of this process.
+        strategy: decides which groups are stale.
+        manager: the ledger.
+        on_drop: called with each group that is dropped, under the lock.
 
     Attributes:
+        changed: the one lock, notified at every transition. Methods take it themselves.
+        clock: the policy version.
+        telemetry: why groups were lost, and how long they were.
         failure: the first error that the trainer must see, None so far.
     """
 
@@ -41,30 +48,26 @@ class GroupRegistry:
         strategy: StalenessControlStrategy,
         manager: StalenessManager,
         *,
-        on_drop: Callable[[InFlightGroup], None],
+        on_drop: Callable[[InFlightGroup], None] | None = None,
     ) -> None:
         self.changed = threading.Condition()
         self.telemetry = RolloutTelemetry()
         self.failure: Exception | None = None
-        self._config, self._strategy, self._manager = config, strategy, manager
+        self.clock = VersionClock()
+        self.manager = manager
+        self._config, self._strategy = config, strategy
         self._on_drop = on_drop
-        self._live: dict[int, InFlightGroup] = {}
+        self._in_flight: dict[int, InFlightGroup] = {}
         self._held: list[InFlightGroup] = []
         self._queue = RolloutQueue((config.max_head_lag + 1) * config.batch_size)
         self._cache = RolloutCache()
         self._restored: list[TrajectoryGroup] = []
-        self._version: int | None = None
         self._rejected_in_a_row = 0
 
-    @property
-    def version(self) -> int | None:
-        """The policy version, None before the first publish."""
-        return self._version
-
     def snapshot(self) -> list[InFlightGroup]:
-        """Every live group, in the order of submission."""
+        """Every group in flight, in the order of submission."""
         with self.changed:
-            return list(self._live.values())
+            return list(self._in_flight.values())
 
     def fail(self, error: Exception) -> None:
         """Keep the first error, for the trainer to raise."""
@@ -74,14 +77,14 @@ class GroupRegistry:
 
     # One group -----------------------------------------------------------------------------------
 
-    def add(self, live: InFlightGroup) -> None:
+    def add(self, group: InFlightGroup) -> None:
         """A group was submitted."""
         with self.changed:
-            self._manager.on_submitted()
-            self._live[live.order] = live
+            self.manager.on_submitted()
+            self._in_flight[group.order] = group
             self.changed.notify_all()
 
-    def restart(self, live: InFlightGroup, session: RolloutSession) -> None:
+    def restart(self, group: InFlightGroup, session: RolloutSession) -> None:
         """The workflow did not repeat what was saved: it begins anew in ``session``."""
         with self.changed:
             if not self.telemetry.num_diverged:
@@ -89,52 +92,53 @@ class GroupRegistry:
                     "the workflow did not repeat what the checkpoint holds of row %r: %s. What was "
                     "saved of it is discarded, and it is sampled from scratch. Has the workflow "
                     "changed, or does it act by chance? Further rows are counted only.",
-                    live.row.row_id,
-                    live.session.divergence,
+                    group.row.row_id,
+                    group.session.divergence,
                 )
             self.telemetry.num_diverged += 1
-            live.session = session
-            live.created_version = live.created_version if self._version is None else self._version
+            group.session = session
+            if self.clock.is_set:
+                group.created_version = self.clock.version
 
-    def finish(self, live: InFlightGroup, group: TrajectoryGroup) -> None:
-        """A workflow returned ``group``: it waits to be trained, unless it is stale already."""
+    def finish(self, group: InFlightGroup, finished: TrajectoryGroup) -> None:
+        """A workflow returned ``finished``: it waits to be trained, unless it is stale already."""
         with self.changed:
-            if live.order in self._live:  # else it was dropped as overdue while it finished
-                live.group = group
-                live.seconds = time.monotonic() - live.started_at
-                self.telemetry.on_finished(live.seconds, live.times)
-                self._admit(live)
+            if group.order in self._in_flight:  # else it was dropped as overdue while it finished
+                group.finished = finished
+                group.seconds = time.monotonic() - group.started_at
+                self.telemetry.on_finished(group.seconds, group.times)
+                self._admit(group)
             self.changed.notify_all()
 
-    def reject(self, live: InFlightGroup, reason: str) -> None:
+    def reject(self, group: InFlightGroup, reason: str) -> None:
         """A workflow returned nothing to train on."""
         with self.changed:
-            if self._live.pop(live.order, None) is None:
+            if self._in_flight.pop(group.order, None) is None:
                 return
-            self._manager.on_rejected()
+            self.manager.on_rejected()
             self.telemetry.rejections[reason] = self.telemetry.rejections.get(reason, 0) + 1
             self._rejected_in_a_row += 1
             if self._rejected_in_a_row >= self._config.max_rejected_in_a_row:
                 self.fail(
                     RolloutError(
                         f"{self._rejected_in_a_row} groups in a row were rejected, the last one "
-                        f"(row {live.row.row_id!r}) because {reason}."
+                        f"(row {group.row.row_id!r}) because {reason}."
                     )
                 )
             self.changed.notify_all()
 
-    def record_failure(self, live: InFlightGroup, error: BaseException) -> None:
+    def record_failure(self, group: InFlightGroup, error: BaseException) -> None:
         """A workflow raised: count it, and beyond ``max_failures`` let the trainer see it."""
         with self.changed:
-            if self._live.pop(live.order, None) is None:
+            if self._in_flight.pop(group.order, None) is None:
                 return  # dropped as overdue before
-            self._manager.on_failed()
+            self.manager.on_failed()
             failure = RolloutError(
-                f"the rollout of row {live.row.row_id!r}, submitted at version "
-                f"{live.created_version}, failed: {describe(error)}"
+                f"the rollout of row {group.row.row_id!r}, submitted at version "
+                f"{group.created_version}, failed: {error_text(error)}"
             )
             failure.__cause__ = error
-            if self._manager.stat.failed > self._config.max_failures:
+            if self.manager.stat.failed > self._config.max_failures:
                 self.fail(failure)
             else:
                 limit = self._config.max_failures
@@ -146,28 +150,28 @@ class GroupRegistry:
     def restore(self, groups: Sequence[tuple[InFlightGroup, TrajectoryGroup]]) -> None:
         """Finished groups of a checkpoint; they wait to be trained from the first publish on."""
         with self.changed:
-            for live, group in groups:
-                live.group, live.seconds = group, 0.0
-                self._live[live.order] = live
-                self._restored.append(group)
+            for group, finished in groups:
+                group.finished, group.seconds = finished, 0.0
+                self._in_flight[group.order] = group
+                self._restored.append(finished)
 
-    def drop_if_overdue(self, live: InFlightGroup) -> bool:
+    def drop_if_overdue(self, group: InFlightGroup) -> bool:
         """Whether a group that still waits to be resubmitted is stale: then it is counted out."""
         with self.changed:
-            if self._version is None or not self._is_overdue(live, self._version):
+            if not self.clock.is_set or not self._is_overdue(group, self.clock.version):
                 return False
-            self.add(live)
-            self._drop_running(live)
+            self.add(group)
+            self._drop_running(group)
             return True
 
     def resume(self, version: int) -> None:
         """A start at ``version``: set the clock, re-base the ledger, take restored groups in."""
         with self.changed:
-            self._version = version
-            self._manager.on_version_recovered(version)
+            self.clock.set(version)
+            self.manager.on_version_recovered(version)
             restored, self._restored = self._restored, []
-            self._manager.on_submitted(len(restored))
-            self._manager.on_accepted(len(restored))
+            self.manager.on_submitted(len(restored))
+            self.manager.on_accepted(len(restored))
             self._cache.add(restored)
             self._purge(version)
             self.changed.notify_all()
@@ -179,18 +183,13 @@ class GroupRegistry:
             VersionError: if ``version`` is not the next one.
         """
         with self.changed:
-            if self._version is None or version != self._version + 1:
-                raise VersionError(
-                    f"the policy is at version {self._version}; cannot commit {version}. "
-                    "Versions advance by 1."
-                )
-            self._version = version
-            for order in [live.order for live in self._live.values() if live.in_training]:
-                del self._live[order]
+            self.clock.advance(version)
+            for order in [group.order for group in self._in_flight.values() if group.in_training]:
+                del self._in_flight[order]
             self._purge(version)
-            overdue = [live for live in self._running() if self._is_overdue(live, version)]
-            for live in overdue:
-                self._drop_running(live)
+            overdue = [group for group in self._running() if self._is_overdue(group, version)]
+            for group in overdue:
+                self._drop_running(group)
             self.changed.notify_all()
             return overdue
 
@@ -204,20 +203,20 @@ class GroupRegistry:
             if self._config.on_overdue == "wait" and self._must_wait():
                 return []
             batch = self._cache.take(self._config.batch_size)
-            self._manager.on_consumed(len(batch))
-            for group in batch:
-                live = self._live[group.order]
-                live.in_training = True
-                self.telemetry.on_ended(live.record("trained"))
+            self.manager.on_consumed(len(batch))
+            for finished in batch:
+                group = self._in_flight[finished.order]
+                group.in_training = True
+                self.telemetry.on_ended(group.record("trained"))
             return batch
 
     # Helpers, under the lock ---------------------------------------------------------------------
 
     def _running(self) -> list[InFlightGroup]:
-        return [live for live in self._live.values() if live.group is None]
+        return [group for group in self._in_flight.values() if group.finished is None]
 
-    def _is_overdue(self, live: InFlightGroup, version: int) -> bool:
-        versions = live.versions
+    def _is_overdue(self, group: InFlightGroup, version: int) -> bool:
+        versions = group.versions
         return versions is not None and self._strategy.is_overdue(*versions, version)
 
     def _must_wait(self) -> bool:
@@ -226,20 +225,21 @@ class GroupRegistry:
         Each later batch takes ``batch_size`` groups, so after j of them at most ``j * batch_size``
         of those left may be stale. A group counts from its creation: that is the order of batches.
         """
-        size, version = self._config.batch_size, self._version
+        size = self._config.batch_size
         batch = self._cache.snapshot()[:size]
-        if version is None or len(batch) < size:
+        if len(batch) < size:
             return False
-        if not any(live.order < batch[-1].order for live in self._running()):
+        if not any(group.order < batch[-1].order for group in self._running()):
             return False  # waiting would change nothing
+        after = self.clock.version + 1
         taken = {group.order for group in batch}
         left = [
-            live.created_version
-            for live in self._live.values()
-            if not live.in_training and live.order not in taken
+            group.created_version
+            for group in self._in_flight.values()
+            if not group.in_training and group.order not in taken
         ]
         return any(
-            sum(self._strategy.is_overdue(created, created, version + 1 + j) for created in left)
+            sum(self._strategy.is_overdue(created, created, after + j) for created in left)
             > j * size
             for j in range(self._config.max_head_lag + 1)
         )
@@ -249,29 +249,30 @@ class GroupRegistry:
             return self._strategy.is_stale(group, version)
 
         for group in [*self._queue.purge(is_stale), *self._cache.purge(is_stale)]:
-            self._manager.on_dropped()
-            self._record_drop(self._live.pop(group.order), "stale")
+            self.manager.on_dropped()
+            self._record_drop(self._in_flight.pop(group.order), "stale")
         self._admit_held()
 
-    def _drop_running(self, live: InFlightGroup) -> None:
-        self._manager.on_overdue()
-        self._record_drop(self._live.pop(live.order), "overdue")
+    def _drop_running(self, group: InFlightGroup) -> None:
+        self.manager.on_overdue()
+        self._record_drop(self._in_flight.pop(group.order), "overdue")
 
-    def _record_drop(self, live: InFlightGroup, fate: Literal["stale", "overdue"]) -> None:
-        self.telemetry.on_ended(live.record(fate))
-        self._on_drop(live)
+    def _record_drop(self, group: InFlightGroup, fate: Literal["stale", "overdue"]) -> None:
+        self.telemetry.on_ended(group.record(fate))
+        if self._on_drop is not None:
+            self._on_drop(group)
 
     def _admit_held(self) -> None:
         held, self._held = self._held, []
-        for live in held:
-            self._admit(live)
+        for group in held:
+            self._admit(group)
 
-    def _admit(self, live: InFlightGroup) -> None:
-        assert live.group is not None and self._version is not None
-        if self._strategy.is_stale(live.group, self._version):
-            self._drop_running(live)
-        elif self._queue.put(live.group):
-            self._manager.on_accepted()
+    def _admit(self, group: InFlightGroup) -> None:
+        assert group.finished is not None
+        if self._strategy.is_stale(group.finished, self.clock.version):
+            self._drop_running(group)
+        elif self._queue.put(group.finished):
+            self.manager.on_accepted()
             self._rejected_in_a_row = 0
         else:  # back-pressure: it stays running in the ledger until there is space
-            self._held.append(live)
+            self._held.append(group)

@@ -1,0 +1,83 @@
+"""Evaluation: rollouts that are judged and never trained on, outside of ledger and capacity."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from sdp_lightning.errors import RolloutError, error_text
+from sdp_lightning.prompts.stream import EVALUATION_EPOCH, PromptRow
+from sdp_lightning.rollout.group_source import GroupSource
+from sdp_lightning.rollout.groups.in_flight import InFlightGroup
+from sdp_lightning.rollout.groups.version_clock import VersionClock
+from sdp_lightning.rollout.task_runner import AsyncTaskRunner
+from sdp_lightning.types import Row, TrajectoryGroup
+from sdp_lightning.workflows.workflow import RolloutWorkflow, why_rejected
+
+
+class Evaluator:
+    """Rolls rows out on the published version, in an event loop of their own.
+
+    Args:
+        source: makes the sessions of the groups.
+        clock: says the version.
+        timeout_s: longest wait in seconds for all groups of a call.
+    """
+
+    def __init__(self, source: GroupSource, clock: VersionClock, *, timeout_s: float) -> None:
+        self._source, self._clock, self._timeout_s = source, clock, timeout_s
+
+    def evaluate(
+        self,
+        rows: Sequence[Row],
+        workflow: RolloutWorkflow,
+        *,
+        timeout_s: float | None = None,
+        interrupted: Callable[[], bool] = lambda: False,
+    ) -> list[TrajectoryGroup]:
+        """Roll out ``rows``, each as a prompt of the evaluation; see :meth:`roll_out`."""
+        prompts = [PromptRow(EVALUATION_EPOCH, index, row) for index, row in enumerate(rows)]
+        return self.roll_out(prompts, workflow, timeout_s=timeout_s, interrupted=interrupted)
+
+    def roll_out(
+        self,
+        prompts: Sequence[PromptRow],
+        workflow: RolloutWorkflow,
+        *,
+        first_order: int = 0,
+        timeout_s: float | None = None,
+        interrupted: Callable[[], bool] = lambda: False,
+    ) -> list[TrajectoryGroup]:
+        """The groups of ``prompts``, in their order; rejected rows are left out.
+
+        Args:
+            prompts: epoch and index of each are part of the seed of its tokens.
+            workflow: what one rollout does.
+            first_order: ``order`` of the first group.
+            timeout_s: longest wait in seconds; None is the configured one.
+            interrupted: looked at while waiting; True ends the wait.
+
+        Raises:
+            RolloutTimeout: at the deadline, or interrupted.
+            RolloutError: if a rollout failed, naming the row.
+            VersionError: before the first publish.
+        """
+        version = self._clock.version
+        runner = AsyncTaskRunner(name="sdp-evaluation", interrupted=interrupted)
+        try:
+            for order, prompt in enumerate(prompts, first_order):
+                session = self._source.new_session(prompt)
+                runner.submit(_roll_out, InFlightGroup(order, prompt, version, session), workflow)
+            limit = self._timeout_s if timeout_s is None else timeout_s
+            groups: list[TrajectoryGroup | None] = runner.wait(len(prompts), limit)
+        finally:
+            runner.close()
+        return sorted((g for g in groups if g is not None), key=lambda group: group.order)
+
+
+async def _roll_out(group: InFlightGroup, workflow: RolloutWorkflow) -> TrajectoryGroup | None:
+    row = group.row
+    try:
+        trajectories = await workflow.run(row.data, group.session)
+    except Exception as error:
+        raise RolloutError(f"evaluating row {row.row_id!r} failed: {error_text(error)}") from error
+    return None if why_rejected(trajectories) else group.make_group(trajectories or ())
