@@ -5,7 +5,6 @@ It knows batches and log-probs, and nothing of rollouts or engines.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -24,6 +23,7 @@ from sdp_lightning.config.model_source import resolve_model
 from sdp_lightning.distributed.rank_group import RankGroup
 from sdp_lightning.distributed.reductions import RankSums
 from sdp_lightning.errors import ConfigError
+from sdp_lightning.lightning.known_warnings import ignore_known_warnings
 from sdp_lightning.lightning.trainer_checks import check_trainer
 from sdp_lightning.objective import loss_denominator
 from sdp_lightning.objective.effective_sample_size import effective_share, ess_scale
@@ -49,11 +49,6 @@ from sdp_lightning.training.policy.sharding import gradient_sync, is_sharded, sh
 from sdp_lightning.training.policy.weight_export import named_weights
 from sdp_lightning.types import Context, FloatArray, Segment, Trajectory
 from sdp_lightning.weights.protocol import WeightStream
-
-# The weights after the step, with the version published for them, are what a resume needs.
-warnings.filterwarnings(
-    "ignore", message="Using ModelCheckpoint with manual optimization and every_n_train_steps"
-)
 
 
 class SegmentWisePPOModule(L.LightningModule):
@@ -98,7 +93,7 @@ class SegmentWisePPOModule(L.LightningModule):
         self.loss, self.optimizer, self.update, self.lora = loss, optimizer, update, lora
         self.trainable, self.gradient_checkpointing = trainable, gradient_checkpointing
         self.policy: PreTrainedModel | None = None
-        self.ranks = RankGroup()  # that the data module's ranks meet as, once it is set up
+        self._ranks = RankGroup()
         self._runner: LogprobRunner
         self._reference_runner: LogprobRunner
         self._reference: list[PreTrainedModel] = []  # in a list it is no part of this module
@@ -188,6 +183,7 @@ class SegmentWisePPOModule(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         check_trainer(self.trainer, self.update, stage)
+        ignore_known_warnings(self.trainer)
 
     def configure_optimizers(self) -> Any:
         parameters = self.require_policy().parameters()
@@ -241,13 +237,17 @@ class SegmentWisePPOModule(L.LightningModule):
 
     # Ranks ---------------------------------------------------------------------------------------
 
+    def use_ranks(self, ranks: RankGroup) -> None:
+        """Exchange numbers over ``ranks``; the data module, which makes them, says so in setup."""
+        self._ranks = ranks
+
     @property
     def _num_ranks(self) -> int:
         return 1 if self._trainer is None else self.trainer.world_size
 
     @property
     def _sums(self) -> RankSums:
-        return RankSums(self.device, self.global_rank, self._num_ranks, self.ranks)
+        return RankSums(self.device, self.global_rank, self._num_ranks, self._ranks)
 
     def over_ranks(self, *values: float) -> list[tuple[float, ...]]:
         """The ``values`` of each rank, in order of rank. All must come."""

@@ -10,10 +10,11 @@ from dataclasses import replace
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.callbacks import Timer
 
-from sdp_lightning.config import MissingProximal
+from sdp_lightning.config import MissingProximal, RolloutConfig
 from sdp_lightning.distributed.rank_group import RankGroup
-from sdp_lightning.errors import RolloutError, RolloutTimeout
+from sdp_lightning.errors import ConfigError, RolloutError, RolloutTimeout
 from sdp_lightning.lightning.phase_timer import PhaseTimer
 from sdp_lightning.lightning.stop_request import (
     StopRequest,
@@ -25,6 +26,8 @@ from sdp_lightning.rollout.executor import WorkflowExecutor
 from sdp_lightning.rollout.groups.telemetry import Counts, count
 from sdp_lightning.training.batch import Batch, SealedBatch, collate
 from sdp_lightning.types import TrajectoryGroup
+
+_ENDLESS = 10**9  # batches
 
 
 class RolloutLoader:
@@ -152,3 +155,20 @@ def make_batch(
     if not segment_wise:
         return replace(batch, missing_proximal="decoupled")
     return replace(batch, missing_proximal=missing_proximal, max_lag=max_lag)
+
+
+def num_batches(trainer: L.Trainer, config: RolloutConfig, steps_per_batch: int) -> int:
+    """Batches until ``max_steps``; no end in sight if ``max_time`` or ``num_epochs`` ends the run.
+
+    Raises:
+        ConfigError: if none of the three is set.
+    """
+    if trainer.max_steps > 0:
+        return trainer.max_steps // steps_per_batch
+    has_timer = any(isinstance(callback, Timer) for callback in trainer.callbacks)  # type: ignore
+    if config.num_epochs is None and not has_timer:
+        raise ConfigError(
+            "nothing ends this run: set the Trainer's max_steps or max_time, or num_epochs of the "
+            "RolloutConfig."
+        )
+    return _ENDLESS

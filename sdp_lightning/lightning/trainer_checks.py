@@ -1,17 +1,15 @@
-"""What of a Trainer's settings the module cannot work with, and a warning that means nothing."""
+"""Settings of a Trainer that the module cannot work with."""
 
 from __future__ import annotations
 
 import lightning as L
-import torch
-from lightning.pytorch.strategies import DDPStrategy
 
 from sdp_lightning.config import UpdateConfig
 from sdp_lightning.errors import ConfigError
 
 
 def check_trainer(trainer: L.Trainer, update: UpdateConfig, stage: str) -> None:
-    """Refuse a strategy, a precision or a number of steps that cannot work; silence one warning.
+    """Refuse a strategy, a precision or a number of steps that cannot work.
 
     FSDP1 has flat parameters, which can be neither named, frozen in part nor published.
 
@@ -37,13 +35,3 @@ def check_trainer(trainer: L.Trainer, update: UpdateConfig, stage: str) -> None:
             f"({update.num_minibatches} minibatches x {update.num_epochs} epochs): "
             f"use {' or '.join(near)}."
         )
-    _accept_ddp_stream(trainer)
-
-
-def _accept_ddp_stream(trainer: L.Trainer) -> None:
-    """Lightning sets DDP up on a CUDA stream of its own, of which torch would warn in a backward.
-
-    It costs one synchronization of streams in a backward, and no number changes.
-    """
-    if isinstance(trainer.strategy, DDPStrategy) and trainer.strategy.root_device.type == "cuda":
-        torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)

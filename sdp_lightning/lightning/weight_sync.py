@@ -73,8 +73,7 @@ class WeightSyncCallback(Callback):
         self._start = self._validated = 0  # versions: when the fit began, and the last evaluated
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        module, data, _ = _parts(trainer, pl_module)
-        module.ranks = data.ranks
+        _parts(trainer, pl_module)
         use_atomic_checkpoints(trainer)
 
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

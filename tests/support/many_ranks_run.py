@@ -39,8 +39,8 @@ from torch import distributed
 from torch.distributed.tensor import DTensor
 
 import sdp_lightning as sdp
-import sdp_lightning.lightning.datamodule
 import sdp_lightning.lightning.module
+import sdp_lightning.lightning.startup
 import sdp_lightning.training.policy.loading
 from sdp_lightning.distributed.failure_detector import FailureDetector
 from sdp_lightning.distributed.rank_group import RankGroup
@@ -377,7 +377,7 @@ def rollouts(
 
     Every step is saved in ``save_in``, and the fit goes on from the checkpoint ``resume``.
     """
-    sdp_lightning.lightning.datamodule._MARGIN_S = margin_s
+    sdp_lightning.lightning.startup.MARGIN_S = margin_s
     FailureDetector.__init__.__kwdefaults__["grace_s"] = 1.0  # type: ignore[index]
     what = Trouble(**trouble or {})
     workflow = Letters(place, what)

@@ -78,7 +78,8 @@ class ReplayDataModule(L.LightningDataModule):
                 settings.missing_proximal,
             )
         if self.trainer.world_size > 1:
-            self._ranks = module.ranks = make_rank_group(timeout_s=_MEET_S)
+            self._ranks = make_rank_group(timeout_s=_MEET_S)
+            module.use_ranks(self._ranks)
         self.trainer.limit_val_batches = 0
 
     def train_dataloader(self) -> ReplayLoader:
