@@ -307,7 +307,7 @@ class TrajectoryGroup(Displayed):
         return float(np.mean([t.reward for t in self.trajectories]))
 
 
-def count_tokens(groups: Iterable[TrajectoryGroup]) -> int:
+def count_sampled_tokens(groups: Iterable[TrajectoryGroup]) -> int:
     """Sampled tokens over all groups."""
     return sum(group.num_sampled for group in groups)
 

@@ -17,7 +17,7 @@ from sdp_lightning.types import (
     Segment,
     Trajectory,
     TrajectoryGroup,
-    count_tokens,
+    count_sampled_tokens,
 )
 from support.rollouts import make_group, make_segment, make_trajectory
 
@@ -84,7 +84,7 @@ def test_head_and_tail_are_over_every_member_and_version_zero_counts() -> None:
     """Fault: only row 0 of a group looked at."""
     group = make_group([3, 5], [4], [0, 7])
     assert (group.head_version, group.tail_version) == (0, 7)
-    assert (group.num_sampled, count_tokens([group, group])) == (10, 20)
+    assert (group.num_sampled, count_sampled_tokens([group, group])) == (10, 20)
     assert len(group.segments) == 5 and group.reward == 0.0
 
 

@@ -19,7 +19,7 @@ from sdp_lightning.lightning.module import SegmentWisePPOModule
 from sdp_lightning.lightning.weight_sync import WeightSyncCallback
 from sdp_lightning.observability.recording import Recording
 from sdp_lightning.observability.recording.recorder import Recorder
-from sdp_lightning.types import count_tokens
+from sdp_lightning.types import count_sampled_tokens
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "logger": {
@@ -172,8 +172,8 @@ def recorded(trainer: Trainer) -> str:
     rewards = [t.reward for group in groups for t in group.trajectories]
     return (
         f"{len(recording)} batches: {len(groups)} groups, {len(rewards)} trajectories, "
-        f"{count_tokens(groups):,} sampled tokens, mean reward {sum(rewards) / len(rewards):.3f}; "
-        f"recorded in {recording.folder}"
+        f"{count_sampled_tokens(groups):,} sampled tokens, mean reward "
+        f"{sum(rewards) / len(rewards):.3f}; recorded in {recording.folder}"
     )
 
 

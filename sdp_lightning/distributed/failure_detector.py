@@ -21,6 +21,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from sdp_lightning.distributed.messaging import LOOPBACK_HOSTS
 from sdp_lightning.errors import RankError
 
 logger = logging.getLogger(__name__)
@@ -28,7 +29,6 @@ logger = logging.getLogger(__name__)
 GRACE_S = 10.0  # for the main thread to come back and end the training in order
 _TOKEN_BYTES = 16
 _LONGEST = 4000  # characters of a message
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ class Listener:
     """
 
     def __init__(self, host: str) -> None:
-        near, dual = host in _LOOPBACK, socket.has_dualstack_ipv6()
+        near, dual = host in LOOPBACK_HOSTS, socket.has_dualstack_ipv6()
         if near and sys.platform == "linux":  # a tenth faster, and leaves no file
             self._server = socket.socket(socket.AF_UNIX)
             self._server.bind(f"\0sdp-{secrets.token_hex(8)}")

@@ -11,6 +11,7 @@ import socket
 from collections.abc import Iterable
 from typing import Any
 
+LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
 _HEADER = 8  # bytes: the length of what follows
 _CHUNK = 2**16
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sdp_lightning.engines.embedded.scheduler import SlotDecoder, SlotSequence
+from sdp_lightning.engines.embedded.scheduler import Scheduler, SequenceState
 from sdp_lightning.engines.protocol import SegmentSink
 from sdp_lightning.errors import EngineError
 from sdp_lightning.types import FinishReason, KVPolicy, Segment
@@ -28,38 +28,38 @@ THREAD_NAME = "sdp-embedded-engine"
 class Job:
     """A request on its way: its sequence, and who waits for it."""
 
-    sequence: SlotSequence
+    sequence: SequenceState
     sink: SegmentSink
     events: asyncio.AbstractEventLoop
     future: asyncio.Future[FinishReason]
 
 
 class DecodeLoop:
-    """One daemon thread that steps a decoder while there is work, a version and no pause.
+    """One daemon thread that steps a scheduler while there is work, a version and no pause.
 
-    Everything shared is guarded by one condition. The decoder is the thread's own during a step and
-    the holder's inside :meth:`hold`.
+    One condition guards all shared state. The scheduler belongs to the thread during a step and to
+    the caller inside :meth:`hold`.
 
     Args:
-        decoder: what it steps.
-        num_threads: of torch, for this thread; None leaves them (GPU).
+        scheduler: decodes one step at a time.
+        num_threads: torch threads of this thread; None leaves the default (GPU).
         kv_on_update: recorded with the segments.
 
     Attributes:
-        version: stamped on segments; None until the first weights are there. Set it in ``hold``.
+        version: stamped on segments; None before the first weights. Set it inside ``hold``.
     """
 
     def __init__(
-        self, decoder: SlotDecoder, *, num_threads: int | None, kv_on_update: KVPolicy
+        self, scheduler: Scheduler, *, num_threads: int | None, kv_on_update: KVPolicy
     ) -> None:
         self.version: int | None = None
-        self._decoder = decoder
+        self._scheduler = scheduler
         self._num_threads = num_threads
         self._kv_on_update: KVPolicy = kv_on_update
         self._changed = threading.Condition()
-        self._jobs: dict[SlotSequence, Job] = {}
+        self._jobs: dict[SequenceState, Job] = {}
         self._arrived: list[Job] = []
-        self._left: set[SlotSequence] = set()
+        self._left: set[SequenceState] = set()
         self._failure: BaseException | None = None
         self._paused = self._closing = self._stepping = False
         self._num_holds = 0
@@ -149,7 +149,7 @@ class DecodeLoop:
             torch.set_num_threads(self._num_threads)
         try:
             while (version := self._begin_step()) is not None:
-                for sequence in self._decoder.step(version):
+                for sequence in self._scheduler.step(version):
                     self._finish(sequence)
                 with self._changed:
                     self._stepping = False
@@ -166,30 +166,30 @@ class DecodeLoop:
                     return None
                 if self._num_holds == 0:
                     self._admit()
-                    if not self._paused and self.version is not None and self._decoder.has_work:
+                    if not self._paused and self.version is not None and self._scheduler.has_work:
                         self._stepping = True
                         return self.version
                 self._changed.wait()
 
     def _gather(self) -> None:
-        """Requests of one burst come one by one: let an idle decoder begin with all of them."""
+        """Requests of one burst come one by one: let an idle scheduler begin with all of them."""
         seen = 0
-        while seen < min(len(self._arrived), self._decoder.max_slots):
-            if self._num_holds or self._decoder.has_work:
+        while seen < min(len(self._arrived), self._scheduler.max_slots):
+            if self._num_holds or self._scheduler.has_work:
                 return
             seen = len(self._arrived)
             self._changed.wait(GATHER_S)
 
     def _admit(self) -> None:
         for job in self._arrived:
-            self._decoder.add(job.sequence)
+            self._scheduler.add(job.sequence)
         self._arrived.clear()
         if self._left:
             left = self._left
-            self._decoder.remove(lambda sequence: sequence in left)
+            self._scheduler.remove(lambda sequence: sequence in left)
             self._left = set()
 
-    def _finish(self, sequence: SlotSequence) -> None:
+    def _finish(self, sequence: SequenceState) -> None:
         with self._changed:
             job = self._jobs.get(sequence)
         reason = sequence.finish_reason

@@ -1,6 +1,6 @@
 """The engine that lives in the trainer's process: checks, versions, weights.
 
-The decode thread is in ``loop``, batching in ``decoder``, keys and values in ``slots``.
+The decode thread is in ``loop``, batching in ``scheduler``, keys and values in ``slots``.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from sdp_lightning.engines.embedded.kv_cache import ATTENTION_NAME
 from sdp_lightning.engines.embedded.model_checks import (
     check_decoding,
     count_layers,
-    count_tokens,
     load_model,
     resolve_max_length,
     text_logprobs,
+    vocab_size,
 )
-from sdp_lightning.engines.embedded.scheduler import SlotDecoder, SlotSequence
+from sdp_lightning.engines.embedded.scheduler import Scheduler, SequenceState
 from sdp_lightning.engines.protocol import (
     GenerationRequest,
     NamedWeights,
@@ -47,7 +47,7 @@ class _Running:
     """What exists once the engine has started."""
 
     model: PreTrainedModel
-    decoder: SlotDecoder
+    scheduler: Scheduler
     loop: DecodeLoop
     max_length: int
     num_tokens: int
@@ -120,17 +120,17 @@ class EmbeddedEngine:
 
     @property
     def num_generated(self) -> int:
-        return 0 if self._running is None else self._running.decoder.num_generated
+        return 0 if self._running is None else self._running.scheduler.num_generated
 
     @property
     def num_prefill_tokens(self) -> int:
         """Prompt tokens computed, those of rebuilt KV included, those copied from a slot not."""
-        return 0 if self._running is None else self._running.decoder.num_prefill_tokens
+        return 0 if self._running is None else self._running.scheduler.num_prefill_tokens
 
     @property
     def num_active(self) -> int:
         """Requests that hold a slot."""
-        return 0 if self._running is None else self._running.decoder.num_active
+        return 0 if self._running is None else self._running.scheduler.num_active
 
     @property
     def num_cpu_threads(self) -> int:
@@ -153,14 +153,14 @@ class EmbeddedEngine:
         )
         max_length = resolve_max_length(model, self._max_length)
         check_decoding(model)
-        decoder = SlotDecoder(model, num_layers=count_layers(model), max_slots=self._max_slots)
+        scheduler = Scheduler(model, num_layers=count_layers(model), max_slots=self._max_slots)
         on_cpu = self._device.type == "cpu"
         loop = DecodeLoop(
-            decoder,
+            scheduler,
             num_threads=self._num_threads if on_cpu else None,
             kv_on_update=self._kv_on_update,
         )
-        self._running = _Running(model, decoder, loop, max_length, count_tokens(model))
+        self._running = _Running(model, scheduler, loop, max_length, vocab_size(model))
         loop.start()
 
     async def generate(self, request: GenerationRequest, sink: SegmentSink) -> FinishReason:
@@ -168,7 +168,7 @@ class EmbeddedEngine:
         running = self._require_usable()
         _check_request(request, num_tokens=running.num_tokens, max_length=running.max_length)
         events = asyncio.get_running_loop()
-        job = Job(SlotSequence.of(request), sink, events, events.create_future())
+        job = Job(SequenceState.of(request), sink, events, events.create_future())
         running.loop.submit(job)
         try:
             return await job.future
@@ -231,7 +231,7 @@ def _swap(source: NamedWeights, version: int, running: _Running, *, keep_kv: boo
     try:
         num_bytes = copy_weights(source, running.model)
         if not keep_kv:
-            running.decoder.restart()
+            running.scheduler.restart()
         running.loop.version = int(version)
         return num_bytes
     except Exception as error:

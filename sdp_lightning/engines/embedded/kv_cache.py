@@ -43,7 +43,7 @@ class _Window:
     length: int
 
 
-class SlotTable:
+class KVCache:
     """KV rows that grow on demand, and for each the tokens and weights that its KV belongs to.
 
     A row's record is exact: positions [0, length) hold the KV of its tokens, and its version is the
@@ -56,7 +56,7 @@ class SlotTable:
         self.capacity = 0
         self.device = device
         self._max_rows = max_rows
-        self._layers = [_SlotLayer(self) for _ in range(num_layers)]
+        self._layers = [_CacheLayer(self) for _ in range(num_layers)]
         self._cache = Cache(layers=list(self._layers))
         self._tokens: IntArray = np.zeros((0, 0), dtype=np.int64)
         self._lengths: IntArray = np.zeros(0, dtype=np.int64)
@@ -175,19 +175,19 @@ class SlotTable:
         return output.logits[:, -1]
 
 
-class _SlotLayer(CacheLayerMixin):
+class _CacheLayer(CacheLayerMixin):
     """Keys and values of one layer: ``[rows, heads, capacity + 1, head_dim]`` each."""
 
     is_compileable = False
     is_sliding = False
 
-    def __init__(self, table: SlotTable) -> None:
+    def __init__(self, kv_cache: KVCache) -> None:
         super().__init__()
-        self._table = table
+        self._kv_cache = kv_cache
         self._buffers: list[Tensor] = []
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        rows, capacity = self._table.num_rows, self._table.capacity
+        rows, capacity = self._kv_cache.num_rows, self._kv_cache.capacity
         self._buffers = [
             states.new_zeros(rows, states.shape[1], capacity + 1, states.shape[3])
             for states in (key_states, value_states)
@@ -199,7 +199,7 @@ class _SlotLayer(CacheLayerMixin):
     ) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        window = self._table.window
+        window = self._kv_cache.window
         rows, positions = window.index
         views: list[Tensor] = []
         for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
@@ -209,7 +209,7 @@ class _SlotLayer(CacheLayerMixin):
         return views[0], views[1]
 
     def grow(self, old_rows: int, old_capacity: int) -> None:
-        rows, capacity = self._table.num_rows, self._table.capacity
+        rows, capacity = self._kv_cache.num_rows, self._kv_cache.capacity
         for index, old in enumerate(self._buffers):
             new = old.new_zeros(rows, old.shape[1], capacity + 1, old.shape[3])
             new[:old_rows, :, :old_capacity] = old[:, :, :old_capacity]
@@ -224,13 +224,13 @@ class _SlotLayer(CacheLayerMixin):
             buffer.zero_()  # masked KV is still multiplied by 0, which does not remove a nan
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self._table.window.length, 0
+        return self._kv_cache.window.length, 0
 
     def get_seq_length(self) -> int:
-        return self._table.window.length
+        return self._kv_cache.window.length
 
     def get_max_length(self) -> int:
-        return self._table.capacity
+        return self._kv_cache.capacity
 
 
 def grouped_attention(

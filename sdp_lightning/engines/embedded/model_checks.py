@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sdp_lightning.config.model_source import quiet_transformers
 from sdp_lightning.engines.embedded.kv_cache import ATTENTION_NAME
-from sdp_lightning.engines.embedded.scheduler import SlotDecoder, SlotSequence
+from sdp_lightning.engines.embedded.scheduler import Scheduler, SequenceState
 from sdp_lightning.engines.protocol import GenerationRequest
 from sdp_lightning.errors import EngineError
 from sdp_lightning.types import IntArray, SamplingParams
@@ -134,30 +134,30 @@ def _largest_error(model: PreTrainedModel, own: str, seed: int) -> float:
     return max(errors) if np.isfinite(errors).all() else float("inf")
 
 
-def _decode_some(model: PreTrainedModel, seed: int) -> list[SlotSequence]:
+def _decode_some(model: PreTrainedModel, seed: int) -> list[SequenceState]:
     """Four sequences, three over prefixes of one that the model wrote: padded, copied, moved."""
-    decoder = SlotDecoder(model, num_layers=count_layers(model), max_slots=4)
+    scheduler = Scheduler(model, num_layers=count_layers(model), max_slots=4)
 
-    def decode(*prompts: IntArray) -> list[SlotSequence]:
+    def decode(*prompts: IntArray) -> list[SequenceState]:
         params = SamplingParams(max_new_tokens=_NUM_CHECKED)
         sequences = [
-            SlotSequence.of(GenerationRequest(prompt, params, seed))
+            SequenceState.of(GenerationRequest(prompt, params, seed))
             for seed, prompt in enumerate(prompts)
         ]
         for sequence in sequences:
-            decoder.add(sequence)
-        while decoder.has_work:
-            decoder.step(0)
+            scheduler.add(sequence)
+        while scheduler.has_work:
+            scheduler.step(0)
         return sequences
 
-    start = np.random.default_rng(seed).integers(count_tokens(model), size=3)
+    start = np.random.default_rng(seed).integers(vocab_size(model), size=3)
     (written,) = decode(start)
-    decoder.restart()
+    scheduler.restart()
     other = start[::-1].copy()
     return decode(written.tokens[:9], other, written.tokens[:7], written.tokens[:7])
 
 
-def _errors(model: PreTrainedModel, sequence: SlotSequence) -> Tensor:
+def _errors(model: PreTrainedModel, sequence: SequenceState) -> Tensor:
     expected = text_logprobs(model, sequence.tokens)
     sampled = torch.tensor(sequence.logprobs, device=expected.device)
     return (expected[sequence.segment_start - 1 :] - sampled).abs()
@@ -178,7 +178,7 @@ def _tolerance(model: PreTrainedModel) -> float:
     return 0.5 if rounds or tf32 else 1e-4
 
 
-def count_tokens(model: Any) -> int:
+def vocab_size(model: Any) -> int:
     """Size of the vocabulary that the embedding holds."""
     return int(model.get_input_embeddings().weight.shape[0])
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from sdp_lightning.engines.embedded.kv_cache import SlotTable
+from sdp_lightning.engines.embedded.kv_cache import KVCache
 from sdp_lightning.engines.embedded.sampling import sample, uniforms
 from sdp_lightning.engines.protocol import GenerationRequest
 from sdp_lightning.types import FinishReason, IntArray, SamplingParams
@@ -25,7 +25,7 @@ _SCAN_PER_SLOT = 4  # waiting sequences looked at in one step, for each slot
 
 
 @dataclass(eq=False)
-class SlotSequence:
+class SequenceState:
     """One sequence while it is decoded.
 
     Attributes:
@@ -46,7 +46,7 @@ class SlotSequence:
     finish_reason: FinishReason | None = None
 
     @classmethod
-    def of(cls, request: GenerationRequest) -> SlotSequence:
+    def of(cls, request: GenerationRequest) -> SequenceState:
         """A sequence that has sampled nothing yet."""
         length = int(request.token_ids.size)
         tokens = np.zeros(length + request.params.max_new_tokens, dtype=np.int64)
@@ -83,14 +83,14 @@ class _Leader:
         end: how far this step computes; short of the length only if one prompt exceeds the bound.
     """
 
-    sequence: SlotSequence
+    sequence: SequenceState
     source: int
     start: int
     end: int
-    followers: list[SlotSequence] = field(default_factory=list[SlotSequence])
+    followers: list[SequenceState] = field(default_factory=list[SequenceState])
 
 
-class SlotDecoder:
+class Scheduler:
     """Active sequences sit in rows 0 to n-1 of the table; all later rows are remembered prefixes.
 
     An active sequence's row holds the KV of all its tokens but the last, which the next decode step
@@ -108,9 +108,9 @@ class SlotDecoder:
         self._model = model
         self._max_slots = max_slots
         device = next(model.parameters()).device
-        self._table = SlotTable(num_layers, max_slots, device)
-        self._waiting: deque[SlotSequence] = deque()
-        self._active: list[SlotSequence] = []
+        self._kv_cache = KVCache(num_layers, max_slots, device)
+        self._waiting: deque[SequenceState] = deque()
+        self._active: list[SequenceState] = []
 
     @property
     def has_work(self) -> bool:
@@ -127,11 +127,11 @@ class SlotDecoder:
         """Sequences in slots."""
         return len(self._active)
 
-    def add(self, sequence: SlotSequence) -> None:
+    def add(self, sequence: SequenceState) -> None:
         """Queue it, behind all others."""
         self._waiting.append(sequence)
 
-    def remove(self, is_gone: Callable[[SlotSequence], bool]) -> None:
+    def remove(self, is_gone: Callable[[SequenceState], bool]) -> None:
         """Let go of sequences that nobody waits for any more."""
         self._waiting = deque(s for s in self._waiting if not is_gone(s))
         self._compact(is_gone)
@@ -141,10 +141,10 @@ class SlotDecoder:
         """Forget all KV; sequences under way rebuild theirs before any that wait."""
         self._waiting.extendleft(reversed(self._active))
         self._active = []
-        self._table.clear()
+        self._kv_cache.clear()
 
     @torch.inference_mode()
-    def step(self, version: int) -> list[SlotSequence]:
+    def step(self, version: int) -> list[SequenceState]:
         """Prefill some that wait, then sample one token of each active one.
 
         Args:
@@ -163,7 +163,7 @@ class SlotDecoder:
             finished += self._leave()
         return finished
 
-    def _leave(self) -> list[SlotSequence]:
+    def _leave(self) -> list[SequenceState]:
         finished = [s for s in self._active if s.finish_reason is not None]
         if finished:
             self._compact(lambda sequence: sequence.finish_reason is not None)
@@ -173,9 +173,9 @@ class SlotDecoder:
         active = self._active
         positions = np.array([s.length - 1 for s in active])
         tokens = np.array([s.tokens[s.length - 1] for s in active])
-        self._table.reserve(len(active), int(positions.max()) + 1)
-        logits = self._table.forward(self._model, 0, tokens[:, None], positions)
-        self._table.extend(positions, tokens)
+        self._kv_cache.reserve(len(active), int(positions.max()) + 1)
+        logits = self._kv_cache.forward(self._model, 0, tokens[:, None], positions)
+        self._kv_cache.extend(positions, tokens)
         self._sample(active, logits)
 
     def _choose(self, version: int) -> list[_Leader]:
@@ -197,7 +197,7 @@ class SlotDecoder:
                 twin.followers.append(sequence)
                 free -= 1
                 continue
-            source, start = self._table.longest_prefix(prefix[:-1], version)
+            source, start = self._kv_cache.longest_prefix(prefix[:-1], version)
             missing = sequence.length - start
             shared = max((_num_shared(one.sequence.prefix, prefix) for one in leaders), default=0)
             if 2 * (shared - start) >= missing:
@@ -214,27 +214,27 @@ class SlotDecoder:
         return leaders
 
     def _prefill(self, leaders: list[_Leader], version: int) -> None:
-        table, first = self._table, len(self._active)
+        kv_cache, first = self._kv_cache, len(self._active)
         rows = list(range(first, first + len(leaders)))
         followers = [
             (row, s) for row, one in zip(rows, leaders, strict=True) for s in one.followers
         ]
         longest = max(one.sequence.length for one in leaders)
-        table.reserve(first + len(leaders) + len(followers), longest)
+        kv_cache.reserve(first + len(leaders) + len(followers), longest)
         starts = [one.start for one in leaders]
-        table.move([one.source for one in leaders], rows, starts)
+        kv_cache.move([one.source for one in leaders], rows, starts)
         new = np.empty(len(leaders), dtype=object)
         for index, one in enumerate(leaders):
             new[index] = one.sequence.tokens[one.start : one.end]
-        logits = table.forward(self._model, first, new, np.array(starts))
+        logits = kv_cache.forward(self._model, first, new, np.array(starts))
         self.num_prefill_tokens += sum(one.end - one.start for one in leaders)
-        table.hold(first, [one.sequence.tokens[: one.end] for one in leaders], version)
+        kv_cache.hold(first, [one.sequence.tokens[: one.end] for one in leaders], version)
         if leaders[0].end < leaders[0].sequence.length:
             return  # a part of one long prompt, alone; its row is found as a prefix next time
         sources = [row for row, _ in followers]
         if followers:
             targets = list(range(first + len(leaders), first + len(leaders) + len(followers)))
-            table.move(sources, targets, [s.length for _, s in followers])
+            kv_cache.move(sources, targets, [s.length for _, s in followers])
         admitted = [one.sequence for one in leaders] + [s for _, s in followers]
         self._active.extend(admitted)
         gone = set(admitted)
@@ -242,7 +242,7 @@ class SlotDecoder:
         order = torch.tensor([row - first for row in rows + sources], device=logits.device)
         self._sample(admitted, logits[order])
 
-    def _sample(self, sequences: list[SlotSequence], logits: torch.Tensor) -> None:
+    def _sample(self, sequences: list[SequenceState], logits: torch.Tensor) -> None:
         uniform = uniforms([s.seed for s in sequences], [s.length for s in sequences])
         tokens, logprobs = sample(logits, [s.params for s in sequences], uniform)
         for sequence, token, logprob in zip(
@@ -251,7 +251,7 @@ class SlotDecoder:
             sequence.append(token, logprob)
         self.num_generated += len(sequences)
 
-    def _compact(self, is_gone: Callable[[SlotSequence], bool]) -> None:
+    def _compact(self, is_gone: Callable[[SequenceState], bool]) -> None:
         """Close the gaps among the active rows; what the gone ones held stays as a prefix."""
         going_on = [not is_gone(s) for s in self._active]
         num_left = sum(going_on)
@@ -260,7 +260,7 @@ class SlotDecoder:
         for gap, mover in zip(gaps, movers, strict=True):
             self._active[gap] = self._active[mover]
         if gaps:
-            self._table.swap(gaps, movers)
+            self._kv_cache.swap(gaps, movers)
         del self._active[num_left:]
 
 

@@ -1,4 +1,4 @@
-"""An engine of inference servers. What it does with them is :class:`~.fleet.Fleet`'s."""
+"""An engine of inference servers. What it does with them is :class:`~.pool.ServerPool`'s."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+from sdp_lightning.distributed.messaging import LOOPBACK_HOSTS
 from sdp_lightning.engines.protocol import (
     GenerationRequest,
     NamedWeights,
@@ -21,9 +22,9 @@ from sdp_lightning.engines.protocol import (
 from sdp_lightning.engines.remote.backend import RemoteInfBackend
 from sdp_lightning.engines.remote.http_client import HttpClient
 from sdp_lightning.engines.remote.make_transport import make_transport
-from sdp_lightning.engines.remote.options import LOOPBACK, RemoteOptions
-from sdp_lightning.engines.remote.server_client import ServerControl
-from sdp_lightning.engines.remote.server_pool import Fleet
+from sdp_lightning.engines.remote.options import RemoteOptions
+from sdp_lightning.engines.remote.server_client import ServerClient
+from sdp_lightning.engines.remote.server_pool import ServerPool
 from sdp_lightning.engines.servers.managed import ManagedServers, ServerConfig
 from sdp_lightning.errors import ConfigError, EngineError
 from sdp_lightning.types import FinishReason, FloatArray, IntArray, Segment
@@ -67,14 +68,14 @@ class RemoteInfEngine:
                 f"{count} servers are fewer than min_replicas={self.options.min_replicas}."
             )
         self._backend = backend
-        self._client = HttpClient(api_key=_api_key(self.options))
+        self._http = HttpClient(api_key=_api_key(self.options))
         self._transport: WeightTransport | None = None
-        self._fleet: Fleet | None = None
+        self._pool: ServerPool | None = None
         self._num_generated = 0
 
     @property
     def version(self) -> int | None:
-        return None if self._fleet is None else self._fleet.version
+        return None if self._pool is None else self._pool.version
 
     @property
     def updates_in_flight(self) -> bool:
@@ -92,7 +93,7 @@ class RemoteInfEngine:
     @property
     def num_serving(self) -> int:
         """Servers that take requests."""
-        return 0 if self._fleet is None else self._fleet.num_serving
+        return 0 if self._pool is None else self._pool.num_serving
 
     @property
     def lora_alpha(self) -> float | None:
@@ -100,7 +101,7 @@ class RemoteInfEngine:
 
     @property
     def server_urls(self) -> Sequence[str]:
-        return [] if self._fleet is None else self._fleet.serving_urls
+        return [] if self._pool is None else self._pool.serving_urls
 
     def start(self) -> None:
         """Reach every server, and refuse one whose log-probs would be wrong.
@@ -116,7 +117,7 @@ class RemoteInfEngine:
         self._start(urls)
 
     def _start(self, joined_urls: Sequence[str]) -> None:
-        if self._fleet is not None:
+        if self._pool is not None:
             return
         options = self.options
         try:
@@ -124,22 +125,22 @@ class RemoteInfEngine:
                 self._urls = list(joined_urls)
             elif self._managed is not None:
                 self._urls = self._managed.start()
-            self._client.start()
+            self._http.start()
             if not joined_urls:
                 self._transport = make_transport(options, self._urls)
-            control = ServerControl(self._client, self._backend, options)
+            client = ServerClient(self._http, self._backend, options)
             explain = _nothing if self._managed is None else self._managed.explain
-            self._fleet = fleet = Fleet(self._urls, control, self._transport, options, explain)
+            self._pool = pool = ServerPool(self._urls, client, self._transport, options, explain)
             longest = options.health_timeout_s + 3 * options.answer_timeout_s
-            self._client.run(fleet.connect(), longest + 4 * options.control_timeout_s + _MARGIN_S)
-            for replica in fleet.replicas:
-                self._client.spawn(fleet.watch(replica)).add_done_callback(self._on_watch_end)
+            self._http.run(pool.connect(), longest + 4 * options.control_timeout_s + _MARGIN_S)
+            for replica in pool.replicas:
+                self._http.spawn(pool.watch(replica)).add_done_callback(self._on_watch_end)
         except BaseException:
             self.close()
             raise
 
     async def generate(self, request: GenerationRequest, sink: SegmentSink) -> FinishReason:
-        completion = await self._client.bridge(self._running().generate(request))
+        completion = await self._http.bridge(self._running().generate(request))
         for span in completion.spans:
             self._num_generated += len(span.token_ids)
             sink(
@@ -175,50 +176,50 @@ class RemoteInfEngine:
     def update_weights(
         self, weights: NamedWeights, version: int, *, reset: bool = False
     ) -> PublishReport:
-        fleet, options = self._running(), self.options
-        require_next_version(version, fleet.version, holder="the pool of servers", reset=reset)
+        pool, options = self._running(), self.options
+        require_next_version(version, pool.version, holder="the pool of servers", reset=reset)
         assert self._transport is not None
         start = time.monotonic()
         num_bytes = self._transport.stage(weights, full=reset)
-        previous = None if reset else fleet.version
+        previous = None if reset else pool.version
         longest = 2 * options.control_timeout_s + 5 * options.answer_timeout_s
-        self._run_phase(fleet.update(previous, version), longest)
+        self._run_phase(pool.update(previous, version), longest)
         return PublishReport(version, num_bytes, transfer_s=time.monotonic() - start)
 
     def prompt_logprobs(self, token_ids: IntArray) -> Mapping[str, FloatArray]:
         work = self._running().echo([int(token) for token in token_ids])
-        found = self._client.run(work, self.options.control_timeout_s + _MARGIN_S)
+        found = self._http.run(work, self.options.control_timeout_s + _MARGIN_S)
         return {url: np.asarray(logprobs, dtype=np.float32) for url, logprobs in found.items()}
 
     def close(self) -> None:
-        self._client.close()
+        self._http.close()
         if self._transport is not None:
             self._transport.close()
         if self._managed is not None:
             self._managed.close()
 
-    def _running(self) -> Fleet:
-        if self._fleet is None:
+    def _running(self) -> ServerPool:
+        if self._pool is None:
             raise EngineError("the engine has not started. Call start().")
-        return self._fleet
+        return self._pool
 
     def _run_phase(self, work: Coroutine[Any, Any, None], longest_s: float) -> None:
         """Run a phase of a publish. One that fails leaves the engine unusable."""
-        fleet = self._running()
-        if fleet.error is not None:
+        pool = self._running()
+        if pool.error is not None:
             work.close()
-            fleet.raise_if_unusable()
+            pool.raise_if_unusable()
         try:
-            self._client.run(work, longest_s + _MARGIN_S)
+            self._http.run(work, longest_s + _MARGIN_S)
         except Exception as error:
-            fleet.error = EngineError(str(error) or repr(error))
+            pool.error = EngineError(str(error) or repr(error))
             raise
 
     def _on_watch_end(self, watch: Future[None]) -> None:
         if not watch.cancelled() and (error := watch.exception()) is not None:
-            fleet = self._running()
-            fleet.error = EngineError(f"looking after the servers failed: {error!r}")
-            fleet.error.__cause__ = error
+            pool = self._running()
+            pool.error = EngineError(f"looking after the servers failed: {error!r}")
+            pool.error.__cause__ = error
 
 
 def _nothing(url: str) -> str:
@@ -232,7 +233,7 @@ def _api_key(options: RemoteOptions) -> str | None:
 def _check_servers(urls: list[str], options: RemoteOptions) -> None:
     if twice := sorted({url for url in urls if urls.count(url) > 1}):
         raise ConfigError(f"{', '.join(twice)} is named twice.")
-    far = [url for url in urls if urlsplit(url).hostname not in LOOPBACK]
+    far = [url for url in urls if urlsplit(url).hostname not in LOOPBACK_HOSTS]
     if far and _api_key(options) is None:
         raise ConfigError(
             f"{', '.join(far)} is on another host. Start it with --api-key and pass api_key, or "

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from sdp_lightning.engines.remote.options import LOOPBACK, RemoteOptions
+from sdp_lightning.distributed.messaging import LOOPBACK_HOSTS
+from sdp_lightning.engines.remote.options import RemoteOptions
 from sdp_lightning.weights.protocol import WeightTransport
 
 
@@ -45,5 +46,5 @@ def _trainer_host(options: RemoteOptions, urls: list[str]) -> str:
     if options.trainer_host is not None:
         return options.trainer_host
     hosts = [(str(parts.hostname), parts.port or 80) for parts in map(urlsplit, urls)]
-    far = [place for place in hosts if place[0] not in LOOPBACK]
+    far = [place for place in hosts if place[0] not in LOOPBACK_HOSTS]
     return address_towards(*(far or hosts)[0])

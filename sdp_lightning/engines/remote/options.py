@@ -10,8 +10,6 @@ from sdp_lightning.errors import ConfigError
 from sdp_lightning.types import KVPolicy
 from sdp_lightning.weights.protocol import TransportName
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
-
 
 @dataclass(frozen=True)
 class RemoteOptions:

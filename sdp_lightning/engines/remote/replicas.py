@@ -33,7 +33,7 @@ class Replica:
         num_losses: times it was taken out.
         num_returns: times it was tried again since it last completed a request.
         tried_s: when it last was.
-        is_met: whether its log-probs were looked at since it was last reached.
+        handshake_done: whether its log-probs were looked at since it was last reached.
         waits_for_publish: it is reached and paused; the next publish takes it in.
         why_out: the latest error while it was out, or the one that took it out.
     """
@@ -48,7 +48,7 @@ class Replica:
     num_losses: int = 0
     num_returns: int = 0
     tried_s: float = 0.0
-    is_met: bool = True
+    handshake_done: bool = True
     waits_for_publish: bool = False
     why_out: str = "it was never reached"
 

@@ -27,13 +27,11 @@ LOADING = "loading"  # the label of a server that holds no whole set of weights
 _NO_ROUTE = (403, 404, 405)
 
 
-class ServerControl:
+class ServerClient:
     """Calls in the client's loop. Each has a deadline, and its error names server and path."""
 
-    def __init__(
-        self, client: HttpClient, backend: RemoteInfBackend, options: RemoteOptions
-    ) -> None:
-        self._client, self._backend, self._options = client, backend, options
+    def __init__(self, http: HttpClient, backend: RemoteInfBackend, options: RemoteOptions) -> None:
+        self._http, self._backend, self._options = http, backend, options
 
     @property
     def kind(self) -> str:
@@ -44,7 +42,7 @@ class ServerControl:
         """Ask whether it lives."""
         await self._call(replica, self._backend.health(), self._options.health_timeout_s)
 
-    async def meet(self, replica: Replica, *, resume: bool = True) -> None:
+    async def handshake(self, replica: Replica, *, resume: bool = True) -> None:
         """Learn what it serves, and refuse it if it could not be trained on.
 
         Args:
@@ -78,7 +76,7 @@ class ServerControl:
                 "on_update='keep' needs. Use on_update='interrupt', or vLLM 0.32 with "
                 "--enable-scale-out."
             )
-        replica.info, replica.is_met = info, True
+        replica.info, replica.handshake_done = info, True
 
     async def describe(self, replica: Replica) -> ServerInfo:
         """Learn what it serves. It samples nothing."""
@@ -162,7 +160,7 @@ class ServerControl:
             if not self._options.stream:
                 answer = await self._call(replica, call, limit)
                 return backend.read_completion(answer, info, version)
-            async with aclosing(self._client.stream(replica.url, call, timeout_s=limit)) as stream:
+            async with aclosing(self._http.stream(replica.url, call, timeout_s=limit)) as stream:
                 async for data in stream:
                     chunks.append(backend.read_chunk(data, info))
             return assemble(chunks, version)
@@ -178,7 +176,7 @@ class ServerControl:
 
     async def _call(self, replica: Replica, call: Call, timeout_s: float) -> object:
         try:
-            return await self._client.request(replica.url, call, timeout_s=timeout_s)
+            return await self._http.request(replica.url, call, timeout_s=timeout_s)
         except ServerError as error:
             remedy = self._backend.remedy(call)
             if error.status is None or not remedy:

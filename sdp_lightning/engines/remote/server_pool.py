@@ -18,7 +18,7 @@ from sdp_lightning.engines.remote.options import RemoteOptions
 from sdp_lightning.engines.remote.replicas import Replica, ReplicaSet
 from sdp_lightning.engines.remote.server_client import (
     LOADING,
-    ServerControl,
+    ServerClient,
     check_length,
     check_versions,
 )
@@ -31,7 +31,7 @@ _INTERRUPTED = Completion((), "abort")
 _MOST_DOUBLINGS = 5
 
 
-class Fleet:
+class ServerPool:
     """The servers of one engine. Every coroutine runs in one event loop.
 
     Args:
@@ -51,7 +51,7 @@ class Fleet:
     def __init__(
         self,
         urls: list[str],
-        control: ServerControl,
+        client: ServerClient,
         transport: WeightTransport | None,
         options: RemoteOptions,
         explain: Callable[[str], str] = lambda _: "",
@@ -60,7 +60,7 @@ class Fleet:
         self.publishing = True
         self.error: EngineError | None = None
         self._set = ReplicaSet(urls, explain)
-        self._control, self._transport, self._options = control, transport, options
+        self._client, self._transport, self._options = client, transport, options
         self._slots = asyncio.Semaphore(options.max_requests)
 
     @property
@@ -90,18 +90,18 @@ class Fleet:
 
         async def one(replica: Replica) -> None:
             try:
-                await self._control.check(replica)
-                if await self._control.get_version(replica) == LOADING:
+                await self._client.check(replica)
+                if await self._client.get_version(replica) == LOADING:
                     # Its last load failed: whatever it samples now would kill it.
-                    await self._control.describe(replica)
-                    replica.is_met = False
+                    await self._client.describe(replica)
+                    replica.handshake_done = False
                 else:
-                    await self._control.meet(replica)
+                    await self._client.handshake(replica)
             except ConfigError:
                 raise
             except EngineError as error:
                 raise EngineError(
-                    f"cannot use the {self._control.kind} server at {replica.url}: {error} Is it "
+                    f"cannot use the {self._client.kind} server at {replica.url}: {error} Is it "
                     "running there? `sdp-lightning doctor --config FILE` asks; engine="
                     "'vllm://launch' starts one, and 'embedded' needs none."
                 ) from error
@@ -123,7 +123,7 @@ class Fleet:
         if not keep:
             await self._set.settle(options.settle_s)
         if self._transport is not None:
-            await self._for_each_serving(self._control.pause, "pausing")
+            await self._for_each_serving(self._client.pause, "pausing")
 
     async def drain(self) -> None:
         """Wait for what a pause interrupted; take back what had not arrived before it."""
@@ -148,9 +148,9 @@ class Fleet:
                 await self._take_in(replica)
 
         async def one(replica: Replica) -> None:
-            found = await self._control.get_version(replica)
+            found = await self._client.get_version(replica)
             whole = previous is None or found != str(previous)  # another one: it was restarted
-            await self._control.load(replica, transport, version, whole=whole)
+            await self._client.load(replica, transport, version, whole=whole)
 
         await self._for_each_serving(one, f"publishing version {version}")
         self.version = version
@@ -158,7 +158,7 @@ class Fleet:
     async def _take_in(self, replica: Replica) -> None:
         """Let a returning server have part in a publish; it is met once it has been resumed."""
         try:
-            await self._control.pause(replica)
+            await self._client.pause(replica)
         except EngineError as error:
             self._set.take_out(replica, error)
         else:
@@ -168,9 +168,9 @@ class Fleet:
         """Sample again."""
 
         async def one(replica: Replica) -> None:
-            await self._control.resume(replica)
-            if not replica.is_met:
-                await self._control.meet(replica, resume=False)
+            await self._client.resume(replica)
+            if not replica.handshake_done:
+                await self._client.handshake(replica, resume=False)
 
         if self._transport is not None:
             await self._for_each_serving(one, "resuming")
@@ -181,7 +181,7 @@ class Fleet:
         found: dict[str, tuple[float, ...]] = {}
 
         async def one(replica: Replica) -> None:
-            found[replica.url] = await self._control.echo(replica, token_ids)
+            found[replica.url] = await self._client.echo(replica, token_ids)
 
         await self._for_each_serving(one, "echoing a text")
         return found
@@ -246,7 +246,7 @@ class Fleet:
         self, replica: Replica, request: GenerationRequest, version: int, chunks: list[Chunk]
     ) -> Completion:
         """The completion, or ``ServerError`` as soon as the replica is lost."""
-        work = self._control.complete(replica, request, version, chunks)
+        work = self._client.complete(replica, request, version, chunks)
         answer = asyncio.ensure_future(work)
         with self._set.sending(replica, answer):
             try:
@@ -266,7 +266,7 @@ class Fleet:
         while True:
             await asyncio.sleep(self._options.health_interval_s)
             try:
-                await self._control.check(replica)
+                await self._client.check(replica)
                 if not replica.serving and not self.publishing and self.version is not None:
                     await self._bring_back(replica, self.version)
             except (EngineError, ConfigError) as error:
@@ -287,12 +287,12 @@ class Fleet:
             return
         replica.num_returns += 1
         replica.tried_s = monotonic()
-        await self._control.pause(replica, "interrupt")
-        replica.is_met = False
+        await self._client.pause(replica, "interrupt")
+        replica.handshake_done = False
         if not self._transport.is_live:  # else what it would be sent now may be changing
-            await self._control.load(replica, self._transport, version, whole=True)
+            await self._client.load(replica, self._transport, version, whole=True)
             if not self.publishing and version == self.version:
-                await self._control.meet(replica)
+                await self._client.handshake(replica)
             if not self.publishing and version == self.version:
                 logger.warning("%s is back, at version %d.", replica.url, version)
                 self._set.bring_in(replica)

@@ -59,21 +59,21 @@ def test_what_is_at_rest_in_publishes_only_reaches_a_returning_server_in_the_nex
     two: list[Server],
 ):
     with connected(*two) as engine:
-        fleet = engine._running()
+        pool = engine._running()
         before, engine._transport = engine._transport, LiveFiles()
-        fleet._transport = engine._transport
+        pool._transport = engine._transport
         assert before is not None
         before.close()
         publish(engine, 0, reset=True)
         two[1].restart()
-        replica = fleet.replicas[1]
+        replica = pool.replicas[1]
         while not replica.waits_for_publish:
             two[0].do()
         assert not replica.serving and two[1].do()["loads"] == []
         publish(engine, 1)
         state = two[1].do()
         assert (state["version"], len(state["loads"])) == ("1", 2)  # base, and what came since
-        assert replica.serving and replica.is_met and engine.num_serving == 2
+        assert replica.serving and replica.handshake_done and engine.num_serving == 2
 
 
 class Failing(FileTransport):
@@ -121,11 +121,11 @@ def test_a_server_that_fails_whenever_it_returns_is_tried_less_often_while_other
     monkeypatch.setattr(fleet_module, "monotonic", lambda: second)
     ill = two[1]
     with connected(*two, health_interval_s=1000.0, recover_s=0.1) as engine:
-        fleet = engine._running()
+        pool = engine._running()
         publish(engine, 0, reset=True)
         ill.fault(GENERATE, "500")
-        replica = fleet.replicas[1]
-        fleet._set.take_out(replica, EngineError("it failed."))
+        replica = pool.replicas[1]
+        pool._set.take_out(replica, EngineError("it failed."))
 
         def seconds_of_tries(first: int, last: int) -> list[int]:
             nonlocal second
@@ -133,13 +133,13 @@ def test_a_server_that_fails_whenever_it_returns_is_tried_less_often_while_other
             for now in range(first, last, 1000):
                 second, before = float(now), ill.do()["received"].get("/pause", 0)
                 with contextlib.suppress(ServerError):
-                    engine._client.run(fleet._bring_back(replica, 0), 60.0)
+                    engine._http.run(pool._bring_back(replica, 0), 60.0)
                 if ill.do()["received"].get("/pause", 0) > before:
                     found.append(now // 1000)
             return found
 
         assert seconds_of_tries(0, 130_000) == [0, 2, 6, 14, 30, 62, 94, 126]
-        fleet._set.take_out(fleet.replicas[0], EngineError("it is gone, too."))
+        pool._set.take_out(pool.replicas[0], EngineError("it is gone, too."))
         assert seconds_of_tries(130_000, 133_000) == [130, 131, 132]
         ill.do(faults=[])
         assert seconds_of_tries(133_000, 134_000) == [133] and replica.serving
@@ -180,9 +180,9 @@ class SlowFiles(FileTransport):
 
 def test_a_publish_leaves_a_server_alone_that_is_still_being_loaded(two: list[Server]):
     with connected(*two) as engine:
-        fleet = engine._running()
+        pool = engine._running()
         before, slow = engine._transport, SlowFiles()
-        engine._transport = fleet._transport = slow
+        engine._transport = pool._transport = slow
         assert before is not None
         before.close()
         publish(engine, 0, reset=True)
@@ -192,7 +192,7 @@ def test_a_publish_leaves_a_server_alone_that_is_still_being_loaded(two: list[Se
         publish(engine, 1)
         assert two[1].do()["loads"] == [] and two[1].do()["version"] == "loading"
         slow.go_on.set()
-        while not fleet.replicas[1].waits_for_publish:
+        while not pool.replicas[1].waits_for_publish:
             two[0].do()
         publish(engine, 2)
         assert two[1].do()["version"] == "2" and engine.num_serving == 2
