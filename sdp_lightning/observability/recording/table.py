@@ -42,6 +42,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from sdp_lightning.errors import ConfigError, RecordingError, RolloutError, VersionError
+from sdp_lightning.rollout.checkpoint.segment_codec import part_from_fields, part_to_fields
 from sdp_lightning.types import Context, Segment, Trajectory, TrajectoryGroup
 
 
@@ -207,30 +208,10 @@ def _group_of(rows: Sequence[Mapping[str, Any]]) -> TrajectoryGroup:
 
 
 def _part_to_row(part: Context | Segment) -> dict[str, Any]:
-    if isinstance(part, Context):
-        return {"kind": "context", "token_ids": part.token_ids}
-    return {
-        "kind": "segment",
-        "token_ids": part.token_ids,
-        "version": part.version,
-        "logprobs": part.logprobs,
-        "temperature": part.temperature,
-        "kv_on_update": part.kv_on_update,
-        "proximal": part.proximal.logprobs,
-        "proximal_version": part.proximal.version,
-    }
+    kind = "context" if isinstance(part, Context) else "segment"
+    return {"kind": kind, **part_to_fields(part)}
 
 
 def _part_of(row: Mapping[str, Any]) -> Context | Segment:
-    if row["kind"] == "context":
-        return Context(row["token_ids"])
-    segment = Segment(
-        row["version"],
-        row["token_ids"],
-        row["logprobs"],
-        temperature=row["temperature"],
-        kv_on_update=row["kv_on_update"],
-    )
-    if row["proximal"] is not None:
-        segment.proximal.set(row["proximal"], row["proximal_version"])
-    return segment
+    is_context = row["kind"] == "context"
+    return part_from_fields({"token_ids": row["token_ids"]} if is_context else row)

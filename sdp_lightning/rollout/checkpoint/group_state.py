@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 import torch
 
+from sdp_lightning.rollout.checkpoint.segment_codec import part_from_fields, part_to_fields
 from sdp_lightning.rollout.groups.in_flight import InFlightGroup
-from sdp_lightning.types import Context, SamplingParams, Segment, Trajectory, TrajectoryGroup
+from sdp_lightning.types import SamplingParams, Trajectory, TrajectoryGroup
 from sdp_lightning.workflows.episode_log import CallEnd, CallStart, Event, parts_of
 
 
@@ -64,18 +66,9 @@ def _event_to_state(event: Event) -> dict[str, Any]:
         return {"params": params | {"stop_token_ids": list(event.params.stop_token_ids)}}
     if isinstance(event, CallEnd):
         return {"finish_reason": event.finish_reason}
-    tokens = torch.tensor(event.token_ids)
-    if isinstance(event, Context):
-        return {"token_ids": tokens}
-    scored = event.proximal.logprobs
     return {
-        "token_ids": tokens,
-        "version": event.version,
-        "logprobs": torch.tensor(event.logprobs),
-        "temperature": event.temperature,
-        "kv_on_update": event.kv_on_update,
-        "proximal": None if scored is None else torch.tensor(scored),
-        "proximal_version": event.proximal.version,
+        name: torch.tensor(value) if isinstance(value, np.ndarray) else value
+        for name, value in part_to_fields(event).items()
     }
 
 
@@ -84,16 +77,9 @@ def _event_from_state(state: Mapping[str, Any]) -> Event:
         return CallStart(SamplingParams(**state["params"]))
     if "finish_reason" in state:
         return CallEnd(state["finish_reason"])
-    tokens = state["token_ids"].numpy()
-    if "version" not in state:
-        return Context(tokens)
-    segment = Segment(
-        state["version"],
-        tokens,
-        state["logprobs"].numpy(),
-        temperature=state["temperature"],
-        kv_on_update=state["kv_on_update"],
+    return part_from_fields(
+        {
+            name: value.numpy() if isinstance(value, torch.Tensor) else value
+            for name, value in state.items()
+        }
     )
-    if state["proximal"] is not None:
-        segment.proximal.set(state["proximal"].numpy(), state["proximal_version"])
-    return segment
