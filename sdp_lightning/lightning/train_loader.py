@@ -23,7 +23,7 @@ from sdp_lightning.lightning.stop_request import (
     require_published,
 )
 from sdp_lightning.rollout.executor import WorkflowExecutor
-from sdp_lightning.rollout.groups.telemetry import Counts, count
+from sdp_lightning.rollout.groups.telemetry import RolloutCounts
 from sdp_lightning.training.batch import Batch, SealedBatch, collate
 from sdp_lightning.types import TrajectoryGroup
 
@@ -44,8 +44,7 @@ class RolloutLoader:
 
     Attributes:
         ended: whether all prompts were handed out.
-        counts: over all ranks, when the latest batch was taken: what became of groups so far, and
-            the tokens ``generated`` since the batch before.
+        counts: sums over all ranks, when the latest batch was taken.
     """
 
     def __init__(
@@ -60,7 +59,7 @@ class RolloutLoader:
         phase_timer: PhaseTimer,
     ) -> None:
         self.ended = False
-        self.counts: Counts = {}
+        self.counts = RolloutCounts()
         self._generated = executor.engine.num_generated
         self._ranks, self._stop, self._phase_timer = ranks, stop, phase_timer
         self._executor, self._pad_token_id = executor, pad_token_id
@@ -97,19 +96,22 @@ class RolloutLoader:
             )
         self._stop.obey(signum for _, signum, _ in told)
         self._phase_timer.enter("rest")
-        columns = zip(*(values for *_, values in told), strict=True)
-        self.counts = dict(zip(self.counts, map(sum, columns), strict=True))
+        self.counts = sum((counts for *_, counts in told), RolloutCounts())
         return None if any(ended for ended, *_ in told) else groups
 
     def _tell(
         self, taken: tuple[list[TrajectoryGroup] | None, int | None]
-    ) -> tuple[bool, int | None, list[float]]:
+    ) -> tuple[bool, int | None, RolloutCounts]:
         """Whether prompts have ended, the signal, and what is added up: no meeting of its own."""
         executor, before = self._executor, self._generated
         self._generated = executor.engine.num_generated
-        self.counts = count(executor.stat, executor.telemetry, executor.workflow.counts)
-        self.counts["generated"] = self._generated - before
-        return taken[0] is None, taken[1], [*self.counts.values()]
+        counts = RolloutCounts.from_ledger(
+            executor.stat,
+            executor.telemetry,
+            workflow=executor.workflow.counts,
+            generated=self._generated - before,
+        )
+        return taken[0] is None, taken[1], counts
 
     def _take_mine(self) -> tuple[list[TrajectoryGroup] | None, int | None]:
         """A batch, or None if prompts or time have ended; and the signal that told to stop."""

@@ -21,7 +21,7 @@ from sdp_lightning.lightning.module import SegmentWisePPOModule
 from sdp_lightning.lightning.phase_timer import PHASES
 from sdp_lightning.lightning.weight_check import WeightCheck
 from sdp_lightning.rollout.executor import WorkflowExecutor
-from sdp_lightning.rollout.groups.telemetry import Counts
+from sdp_lightning.rollout.groups.telemetry import RolloutCounts
 from sdp_lightning.training.batch import Batch
 
 logger = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ class WeightSyncCallback(Callback):
         self._echo_every = echo_every
         self._echo = None if echo_every is None else WeightCheck(tolerance=echo_tolerance)
         self._times: dict[str, float] = {}
-        self._learned, self._busy_s = 0.0, 0.0
+        self._learned, self._busy_s = 0, 0.0
         self._warned = False
         self._stop = GracefulStop(grace_s=stop_grace_s) if save_on_stop else None
         self._start = self._validated = 0  # versions: when the fit began, and the last evaluated
@@ -97,7 +97,7 @@ class WeightSyncCallback(Callback):
         if self._stop is not None:
             self._stop.begin(trainer, self.version)
         data.phase_timer.take_spent()
-        self._learned, self._busy_s = 0.0, executor.gate.busy_s
+        self._learned, self._busy_s = 0, executor.gate.busy_s
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
@@ -198,26 +198,15 @@ class WeightSyncCallback(Callback):
             ask=executor.engine.prompt_logprobs,
         )
 
-    def _log(self, module: SegmentWisePPOModule, total: Counts, size: int) -> None:
-        trained, dropped = total["trained"], total["dropped"]
-        learned, self._learned = total["trained_tokens"] - self._learned, total["trained_tokens"]
-        rows, step_s = max(1.0, total["rows"]), max(1e-9, self._times["time/step_s"])
-        trained_length = total["trained_tokens"] / max(1.0, trained)
-        ended_tokens = total["trained_tokens"] + total["dropped_tokens"]
-        ended_length = ended_tokens / max(1.0, trained + dropped)
+    def _log(self, module: SegmentWisePPOModule, counts: RolloutCounts, size: int) -> None:
+        learned, self._learned = counts.trained_tokens - self._learned, counts.trained_tokens
+        step_s = max(1e-9, self._times["time/step_s"])
         module.log_dict(
             {
                 **self._times,
                 "rollout/version": float(self.version),
-                **{name: float(n) for name, n in total.items() if name.startswith("rollout/")},
-                "rollout/trained_length": trained_length,
-                "rollout/dropped_length": total["dropped_tokens"] / max(1.0, dropped),
-                "rollout/length_ratio": trained_length / max(1e-9, ended_length),
-                "rollout_time/group_s": total["group_s"] / max(1.0, total["timed"]),
-                "rollout_time/sample_s": total["sample_s"] / rows,
-                "rollout_time/tool_s": total["tool_s"] / rows,
-                "rollout_time/reward_s": total["reward_s"] / rows,
-                "speed/generated_tokens_per_s": total["generated"] / step_s,
+                **counts.metrics(),
+                "speed/generated_tokens_per_s": counts.generated / step_s,
                 "speed/train_tokens_per_s": learned / step_s,
             },
             batch_size=size,
@@ -225,7 +214,7 @@ class WeightSyncCallback(Callback):
         waited = self._times["time/wait_s"] / step_s
         module.log("wait", waited, prog_bar=True, logger=False, batch_size=size)
         if module.global_rank == 0:
-            self._warn_of_drops(int(dropped), int(trained))
+            self._warn_of_drops(counts.dropped_groups, counts.trained_groups)
 
     def _warn_of_drops(self, dropped: int, trained: int) -> None:
         total = dropped + trained

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from sdp_lightning.rollout.groups.ledger import RolloutStat
 from sdp_lightning.workflows.episode_log import EpisodeTimes
 
 NUM_SLOWEST = 10
-Counts = dict[str, float]  # by name; added up over ranks
 
 
 @dataclass(frozen=True)
@@ -76,31 +75,104 @@ class RolloutTelemetry:
         del self.slowest[NUM_SLOWEST:]
 
 
-def count(stat: RolloutStat, telemetry: RolloutTelemetry, others: Mapping[str, int]) -> Counts:
-    """What has become of groups so far. What has a name in ``rollout/`` is logged as it is.
+@dataclass(frozen=True)
+class RolloutCounts:
+    """Numbers of groups and what they took, so far in a run; those of several ranks add up.
 
-    Args:
-        stat: the ledger.
-        telemetry: what it does not hold.
-        others: what the workflow counts.
+    Attributes:
+        running: groups that run.
+        pending: finished groups that wait to be trained.
+        rejected: groups with nothing to train on.
+        failed: groups that ended in an error.
+        dropped_stale: finished groups that went stale.
+        dropped_overdue: running groups that went stale.
+        diverged: restored groups that were sampled from scratch.
+        trained_groups: groups handed to the trainer.
+        trained_tokens: their sampled tokens.
+        dropped_groups: all groups that went stale.
+        dropped_tokens: their sampled tokens.
+        timed_groups: groups whose workflow returned.
+        group_s: seconds from submission to that return, added up over the timed groups.
+        times: what their trajectories took, added up.
+        generated: tokens sampled since the batch before.
+        workflow: counts of the workflow, by its own names.
     """
-    return {
-        "rollout/running": stat.running,
-        "rollout/pending": stat.pending,
-        "rollout/rejected": stat.rejected,
-        "rollout/failed": stat.failed,
-        "rollout/dropped_stale": stat.dropped - telemetry.num_overdue,
-        "rollout/dropped_overdue": telemetry.num_overdue,
-        "rollout/diverged": telemetry.num_diverged,
-        **{f"rollout/{name}": number for name, number in others.items()},
-        "trained": telemetry.trained_groups,
-        "trained_tokens": telemetry.trained_tokens,
-        "dropped": telemetry.dropped_groups,
-        "dropped_tokens": telemetry.dropped_tokens,
-        "timed": telemetry.timed_groups,
-        "group_s": telemetry.group_s,
-        "rows": telemetry.times.num,
-        "sample_s": telemetry.times.sample_s,
-        "tool_s": telemetry.times.tool_s,
-        "reward_s": telemetry.times.reward_s,
-    }
+
+    running: int = 0
+    pending: int = 0
+    rejected: int = 0
+    failed: int = 0
+    dropped_stale: int = 0
+    dropped_overdue: int = 0
+    diverged: int = 0
+    trained_groups: int = 0
+    trained_tokens: int = 0
+    dropped_groups: int = 0
+    dropped_tokens: int = 0
+    timed_groups: int = 0
+    group_s: float = 0.0
+    times: EpisodeTimes = field(default_factory=EpisodeTimes)
+    generated: int = 0
+    workflow: Mapping[str, int] = field(default_factory=dict[str, int])
+
+    @classmethod
+    def from_ledger(
+        cls,
+        stat: RolloutStat,
+        telemetry: RolloutTelemetry,
+        *,
+        workflow: Mapping[str, int],
+        generated: int,
+    ) -> RolloutCounts:
+        """The counts of one rank, from its ledger and telemetry."""
+        return cls(
+            running=stat.running,
+            pending=stat.pending,
+            rejected=stat.rejected,
+            failed=stat.failed,
+            dropped_stale=stat.dropped - telemetry.num_overdue,
+            dropped_overdue=telemetry.num_overdue,
+            diverged=telemetry.num_diverged,
+            trained_groups=telemetry.trained_groups,
+            trained_tokens=telemetry.trained_tokens,
+            dropped_groups=telemetry.dropped_groups,
+            dropped_tokens=telemetry.dropped_tokens,
+            timed_groups=telemetry.timed_groups,
+            group_s=telemetry.group_s,
+            times=telemetry.times,
+            generated=generated,
+            workflow=dict(workflow),
+        )
+
+    def __add__(self, other: RolloutCounts) -> RolloutCounts:
+        names = [f.name for f in fields(self) if f.name != "workflow"]
+        workflow = {
+            name: self.workflow.get(name, 0) + other.workflow.get(name, 0)
+            for name in {**self.workflow, **other.workflow}
+        }
+        sums = {name: getattr(self, name) + getattr(other, name) for name in names}
+        return RolloutCounts(**sums, workflow=workflow)
+
+    def metrics(self) -> dict[str, float]:
+        """The values that are logged, by their names."""
+        trained_length = self.trained_tokens / max(1, self.trained_groups)
+        ended_tokens = self.trained_tokens + self.dropped_tokens
+        ended_length = ended_tokens / max(1, self.trained_groups + self.dropped_groups)
+        num_trajectories = max(1, self.times.num)
+        return {
+            "rollout/running": float(self.running),
+            "rollout/pending": float(self.pending),
+            "rollout/rejected": float(self.rejected),
+            "rollout/failed": float(self.failed),
+            "rollout/dropped_stale": float(self.dropped_stale),
+            "rollout/dropped_overdue": float(self.dropped_overdue),
+            "rollout/diverged": float(self.diverged),
+            **{f"rollout/{name}": float(count) for name, count in self.workflow.items()},
+            "rollout/trained_length": trained_length,
+            "rollout/dropped_length": self.dropped_tokens / max(1, self.dropped_groups),
+            "rollout/length_ratio": trained_length / max(1e-9, ended_length),
+            "rollout_time/group_s": self.group_s / max(1, self.timed_groups),
+            "rollout_time/sample_s": self.times.sample_s / num_trajectories,
+            "rollout_time/tool_s": self.times.tool_s / num_trajectories,
+            "rollout_time/reward_s": self.times.reward_s / num_trajectories,
+        }
