@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -21,13 +20,12 @@ from support.steps import train
 FOLDER = ROOT / "recipes/benchmarks"
 sys.path.insert(0, str(FOLDER))
 
-import staleness_ablation  # noqa: E402
+from staleness import ablation  # noqa: E402
 from staleness.methods import DEFAULT, METHODS  # noqa: E402
 from staleness.net import Layout, TinyLlama  # noqa: E402
-from staleness.plan import Results, cell_of, fill, representative, stage_1, stage_2  # noqa: E402
+from staleness.plan import Results, cell_of, representative  # noqa: E402
 from staleness.probe import probe, summed_up  # noqa: E402
 from staleness.rollouts import Rollouts, rounded, segment_scores  # noqa: E402
-from staleness.summary import Place, Table, estimate  # noqa: E402
 from staleness.training import Cell, Run, Scale, run  # noqa: E402
 
 SMALL = Scale(num_steps=4, num_groups=3, group_size=4, learning_rate=2e-2, evaluate_every=4,
@@ -202,13 +200,14 @@ def test_an_engine_that_rounds_has_its_own_table_and_no_part_in_the_others(
     tmp_path: Path, model: Any
 ) -> None:
     arguments = ["--stage", "engines", "--steps", "4", "--groups", "2", "--seeds", "2"]
-    arguments += ["--folder", str(tmp_path), "--lags", "1", "--methods", "segment", "past"]
-    staleness_ablation.main(arguments, model=model)
-    lines = [json.loads(line) for line in (tmp_path / "staleness.jsonl").read_text().splitlines()]
+    arguments += ["--folder", str(tmp_path), "--figure", str(tmp_path / "staleness.png")]
+    arguments += ["--lags", "1", "--methods", "segment", "past"]
+    ablation.main(arguments, model=model)
+    lines = Results(tmp_path / "results.jsonl.gz").runs
     assert {(line["method"], line["engine_bits"]) for line in lines} == {
         (method, bits) for method in ("segment", "past") for bits in (8, 4, 3)
     }
-    text = (tmp_path / "staleness.md").read_text()
+    text = (tmp_path / "tables.md").read_text()
     assert text.startswith("## An engine that rounds its weights")
     assert text.count("| past |") == text.count("| segment |") == 3
     segment, past, behavior = (Cell(m, "whole", 1, engine_bits=3) for m in
@@ -284,51 +283,6 @@ def test_success_is_the_share_of_right_samples(model: Any) -> None:
     assert chance == pytest.approx(sum(by_hand) / len(by_hand), rel=1e-3) and net.layout.num_columns
 
 
-def test_an_interrupted_job_goes_on_and_repeats_nothing(tmp_path: Path) -> None:
-    path = tmp_path / "results.jsonl"
-    cells = list(stage_1(range(1), lags=(4, 0)))
-    computed: list[Cell] = []
-
-    def compute(cell: Cell) -> dict[str, Any]:
-        computed.append(cell)
-        return dict(vars(cell))
-
-    fill(Results(path), cells[:7], compute)
-    path.write_text(path.read_text() + '{"method": "segm')  # killed while it wrote
-    fill(Results(path), cells, compute)
-    assert len(computed) == len(set(computed)) == len({representative(cell) for cell in cells})
-    assert Results(path).done == set(computed)
-    assert {cell.lag for cell in computed} == {4, 0}
-
-
-def test_stage_2_has_all_lags_and_the_most_telling_first() -> None:
-    cells = list(stage_2(["segment", "origin"], range(2)))
-    assert {(c.lag, c.minibatches) for c in cells} == {
-        (k, m) for k in (0, 1, 2, 4, 8) for m in (1, 2, 4)
-    }
-    assert cells[0].minibatches == 2 and min(c.lag for c in cells[: len(cells) // 3]) >= 2
-
-
-def test_differences_are_paired_by_seed() -> None:
-    place, noise = Place("whole", 4), (0.1, -0.2, 0.3)
-    lines = [
-        {**vars(Cell(method, "whole", 4, seed=seed)), "final": 0.5 + noise[seed] + gain}
-        for seed in range(3)
-        for method, gain in (("segment", 0.0), ("origin", -0.05))
-    ]
-    table = Table(lines)
-    difference = table.difference(place, "origin", "segment")
-    level = table.level(place, "origin")
-    assert difference is not None and level is not None
-    assert difference.mean == pytest.approx(-0.05) and difference.excludes_zero
-    assert level.half > 0.3  # unpaired, nothing could be told
-    pooled = table.pooled([place], "origin", "segment")
-    assert pooled == difference
-    assert table.pooled([place, Place("mixed", 4)], "origin", "segment") is None  # no pairs there
-    assert estimate([1.0, 2.0, 3.0]).half == pytest.approx(4.303 / 3**0.5, rel=1e-3)
-    assert not estimate([0.3]).excludes_zero
-
-
 def test_bias_and_noise_of_gradients_are_told_apart() -> None:
     generator = torch.Generator().manual_seed(0)
     truth = torch.randn(400, generator=generator)
@@ -357,17 +311,18 @@ def test_the_probe_takes_every_method_on_the_same_samples(model: Any) -> None:
 @pytest.fixture
 def finished(tmp_path: Path, model: Any) -> Iterator[Path]:
     arguments = ["--steps", "4", "--groups", "2", "--seeds", "2", "--folder", str(tmp_path)]
-    staleness_ablation.main([*arguments, "--methods", "segment", "origin"], model=model)
+    arguments += ["--figure", str(tmp_path / "staleness.png")]
+    ablation.main([*arguments, "--methods", "segment", "origin"], model=model)
     yield tmp_path
 
 
 def test_the_script_computes_a_table_a_figure_and_raw_results(finished: Path) -> None:
-    lines = [json.loads(line) for line in (finished / "staleness.jsonl").read_text().splitlines()]
+    lines = Results(finished / "results.jsonl.gz").runs
     cells = {cell_of(line) for line in lines}
     assert {(c.lag, c.staleness) for c in cells if c.method == "origin"} == {
         (4, "whole"), (4, "mixed"), (8, "whole"), (8, "mixed")
     }  # fmt: skip
     assert {line["max_lag"] for line in lines if line["lag"] == 0} == {0}
-    text = (finished / "staleness.md").read_text()
+    text = (finished / "tables.md").read_text()
     assert "| origin |" in text and "### Paired differences to segment" in text
     assert (finished / "staleness.png").read_bytes().startswith(b"\x89PNG")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -69,36 +70,49 @@ def representative(cell: Cell) -> Cell:
 
 
 class Results:
-    """Lines of JSON, one a run: an interrupted job goes on where it was.
+    """Lines of JSON in one compressed file, so an interrupted job goes on where it was.
+
+    A line is a run, or what the probe measured of one method. One process at a time may write.
 
     Args:
-        path: of the file; made if it is not there.
+        path: a ``.jsonl.gz`` file; no file is no lines.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
 
     @property
-    def lines(self) -> list[dict[str, Any]]:
-        """Whole lines; one that a kill has cut is left out."""
-        text = self._path.read_text()
-        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    def runs(self) -> list[dict[str, Any]]:
+        """Lines of runs, oldest first."""
+        return [line for line in self._lines() if not _is_probe(line)]
+
+    @property
+    def gradients(self) -> list[dict[str, Any]]:
+        """Lines of the probe, oldest first."""
+        return [line for line in self._lines() if _is_probe(line)]
 
     @property
     def done(self) -> set[Cell]:
-        """Cells with a line."""
-        return {cell_of(line) for line in self.lines}
+        """Cells with a run."""
+        return {cell_of(line) for line in self.runs}
 
-    def append(self, line: dict[str, Any]) -> None:
-        """One line, after a cut one is taken off."""
-        text = self._path.read_text()
-        whole = text[: text.rfind("\n") + 1]
-        if whole != text:
-            self._path.write_text(whole)
-        with self._path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+    def append(self, *lines: dict[str, Any]) -> None:
+        """Replace the file by one with these lines at its end; a kill leaves the old file."""
+        text = self._text() + "".join(json.dumps(line) + "\n" for line in lines)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        part = self._path.with_suffix(".part")
+        part.write_bytes(gzip.compress(text.encode(), mtime=0))
+        part.replace(self._path)
+
+    def _lines(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self._text().splitlines()]
+
+    def _text(self) -> str:
+        return gzip.decompress(self._path.read_bytes()).decode() if self._path.exists() else ""
+
+
+def _is_probe(line: dict[str, Any]) -> bool:
+    return "cosine_of_mean" in line
 
 
 def cell_of(line: dict[str, Any]) -> Cell:

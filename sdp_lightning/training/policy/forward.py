@@ -30,7 +30,7 @@ _LOGIT_TRANSFORMS = {
     "output_multiplier": 1.0,
 }
 # Of a call of attention, forward and backward on a CPU, in tokens times D. With it "auto" takes the
-# fastest layout in all cases of recipes/benchmarks/packing.py.
+# fastest layout in all cases of recipes/benchmarks/speed/packing.py.
 _SPAN_COST = 6000.0
 
 

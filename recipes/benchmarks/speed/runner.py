@@ -1,4 +1,4 @@
-"""What the task runner costs: ``python recipes/benchmarks/runner.py``.
+"""What the task runner costs: ``python recipes/benchmarks/speed/runner.py``.
 
 Round trip of one empty task, and the rate of tasks that sleep 50 ms with 64 of them in flight,
 beside what an event loop alone reaches in the same run.

@@ -1,10 +1,11 @@
 """What memory a publish of sharded weights takes on rank 0.
 
-``python recipes/benchmarks/publish_memory.py [layers]``: two processes share a model by FSDP2 (on
-the CPU, gloo; 24 layers have 400 MiB) and publish all of it through files, of some bucket sizes, to
-a receiver that reads nothing. Printed is by how much the memory of rank 0 (resident set, without
-the files) rose above what it was before. Every bucket size has processes of its own: what one has
-freed would hide in the base of the next.
+    python recipes/benchmarks/speed/publish_memory.py [layers]
+
+Two processes share a model by FSDP2 (on the CPU, gloo; 24 layers have 400 MiB) and publish all of
+it through files, of some bucket sizes, to a receiver that reads nothing. Printed is by how much the
+memory of rank 0 (resident set, without the files) rose above what it was before. Every bucket size
+has processes of its own: what one has freed would hide in the base of the next.
 
 Measured: the bucket and 55 to 90 MiB, with 24 layers as with 72 (1.2 GiB). The largest tensor is 16
 MiB, and there are several of it while gloo gathers it.

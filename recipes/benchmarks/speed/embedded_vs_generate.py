@@ -4,7 +4,7 @@ Both sample the same prompts with the same budgets at temperature 1, in one proc
 number of threads, in turns. ``generate`` gets all requests as one left-padded batch and runs until
 the longest is done; only the tokens asked for count. The engine also returns log-probs.
 
-    python recipes/benchmarks/embedded_vs_generate.py [--model PATH] [--threads 1] [--repeats 5]
+    python recipes/benchmarks/speed/embedded_vs_generate.py [--model PATH] [--threads 1]
 
 With ``--device cuda`` the model is in bfloat16, and of the size of SmolLM2-135M unless given.
 """

@@ -1,9 +1,11 @@
 """Seconds a training step on the arithmetic task, each trainer in a process of its own.
 
-``python recipes/benchmarks/arithmetic_step.py [--steps 6] [--rounds 2]`` runs, in turn and so under
-the same load: this library asynchronously (as the recipe), this library strictly on-policy
-(``max_head_lag=0``), and, where ``trl`` is installed, its synchronous GRPOTrainer with the same
-model, prompts, samples, trained layers and learning rate. Prints medians and their ratios.
+    python recipes/benchmarks/speed/arithmetic_step.py [--steps 6] [--rounds 2]
+
+It runs, in turn and so under the same load: this library asynchronously (as the recipe), this
+library strictly on-policy (``max_head_lag=0``), and, where ``trl`` is installed, its synchronous
+GRPOTrainer with the same model, prompts, samples, trained layers and learning rate. Prints medians
+and their ratios.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ RECIPE = "recipes/arithmetic_cpu"
 TRAINED = r"layers\.2[2-9]\."
 
 
-def run_ours(steps: int, *, max_head_lag: int) -> list[float]:
+def run_ours(steps: int, *, asynchronous: bool) -> list[float]:
     """Step times of this library."""
     import lightning as L
 
@@ -39,30 +41,20 @@ def run_ours(steps: int, *, max_head_lag: int) -> list[float]:
     quiet_logs()
     timer = Steps()
     timer.times = []
-    workflow = sdp.RLVRWorkflow(
-        f"{RECIPE}/task.py:reward",
-        group_size=8,
-        sampling=sdp.SamplingParams(max_new_tokens=4),
-        stop=("\n",),
+    on_policy = {"data.rollout.max_head_lag": 0, "data.rollout.max_concurrent": 8}
+    trainer, model, data = sdp.from_config(
+        f"{RECIPE}/config.yaml",
+        {
+            "trainer.max_steps": steps,
+            "trainer.callbacks": None,
+            "trainer.logger": False,
+            "trainer.enable_progress_bar": False,
+            "data.val_prompts": None,
+        }
+        | ({} if asynchronous else on_policy),
     )
-    lagging = {"max_head_lag": max_head_lag, "max_concurrent": 2 if max_head_lag else 8}
-    data = sdp.RolloutDataModule(
-        f"{RECIPE}/task.py:rows", workflow, rollout=sdp.RolloutConfig(batch_size=8, **lagging)
-    )
-    model = sdp.SegmentWisePPOModule(
-        f"{RECIPE}/model.py:model_path",
-        optimizer=sdp.OptimizerConfig(lr=5e-5),
-        trainable=TRAINED,
-    )
-    L.Trainer(
-        max_steps=steps,
-        callbacks=[sdp.WeightSyncCallback(), timer],
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-    ).fit(model, data)
+    trainer.callbacks.append(timer)
+    trainer.fit(model, data)
     return timer.times
 
 
@@ -151,8 +143,8 @@ def trl_settings(steps: int, *, stop: list[int]) -> Any:
 
 
 RUNS = {
-    "asynchronous": lambda steps: run_ours(steps, max_head_lag=2),
-    "on-policy": lambda steps: run_ours(steps, max_head_lag=0),
+    "asynchronous": lambda steps: run_ours(steps, asynchronous=True),
+    "on-policy": lambda steps: run_ours(steps, asynchronous=False),
     "TRL": run_trl,
 }
 

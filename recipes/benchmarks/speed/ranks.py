@@ -1,14 +1,16 @@
-"""What agreement costs on two ranks: ``OMP_NUM_THREADS=1 python recipes/benchmarks/ranks.py``.
+"""What agreement costs on two ranks.
+
+    OMP_NUM_THREADS=1 python recipes/benchmarks/speed/ranks.py
 
 Steps of 100 ms (asleep) on a fake engine. Printed is the share of such a step that each rank spends
-on agreeing with the other one once both are there: to wait for the other's work is none of it, and
-gradients are not counted. To agreement and ledger belong ``RankGroup.gather`` (batches, publishes,
-ends, errors, the ledger's counters) and ``over_ranks`` (tokens and micro-batches of a step, which
-gathers, too); adding up the metrics of a step is told apart. Times are medians, and only those of
-quiet cores say something: on cores that others use, too, both ranks wait for their turn.
+on agreeing with the other one, counted from when both have arrived: waiting for the other's work is
+not included, and gradients are not. Agreement and ledger are ``RankGroup.all_gather`` (batches,
+publishes, ends, errors, the ledger's counters) and ``over_ranks`` (tokens and micro-batches of a
+step, an all-gather too); summing the metrics of a step is printed apart. Times are medians and need
+idle cores: beside other jobs both ranks wait for their turn.
 
-With ``--shared``, as if all ranks' engines had the same servers: a publish then has five meetings
-more, which order what the ranks do with them.
+With ``--shared`` the ranks' engines share their servers: a publish then has five more all-gathers,
+which order what the ranks do with them.
 """
 
 from __future__ import annotations
@@ -110,7 +112,7 @@ def main() -> None:
     parser.add_argument("--shared", action="store_true", help="engines of the same servers")
     engine = SharedEngine() if parser.parse_args().shared else FakeEngine()
     for owner, name in (
-        (RankGroup, "gather"),
+        (RankGroup, "all_gather"),
         (sdp.SegmentWisePPOModule, "over_ranks"),
         (LagMetrics, "pool"),
     ):

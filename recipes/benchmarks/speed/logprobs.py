@@ -1,4 +1,6 @@
-"""Memory and time of log-probs over a large vocabulary: ``python recipes/benchmarks/logprobs.py``.
+"""Memory and time of log-probs over a large vocabulary.
+
+    python recipes/benchmarks/speed/logprobs.py
 
 Hidden 576, vocabulary 49,152, 4,096 tokens, float32, forward and backward with a trained head; each
 way in processes of its own, three in turn. Printed are the highest resident memory over what the

@@ -1,4 +1,4 @@
-"""What the remote engine costs: ``python recipes/benchmarks/remote_overhead.py``.
+"""What the remote engine costs: ``python recipes/benchmarks/speed/remote_overhead.py``.
 
 256 requests are kept in flight against a fake server that answers each after a fixed time. The rate
 is compared with the ideal, and with what a bare aiohttp client reaches in the same run. Server and
@@ -25,7 +25,8 @@ from sdp_lightning.engines.connect import connect_engine
 from sdp_lightning.engines.protocol import GenerationRequest
 from sdp_lightning.types import SamplingParams, Segment
 
-FAKE = Path(__file__).parents[2] / "tests" / "fake_vllm.py"
+TESTS = Path(__file__).parents[3] / "tests"
+FAKE = TESTS / "support" / "fake_vllm.py"
 PROMPT, NUM_TOKENS = list(range(64)), 64
 
 
@@ -110,11 +111,22 @@ def main() -> None:
     parser.add_argument("--cores", action="store_true", help="client and server on one core each")
     options = parser.parse_args()
     load = Load(options.in_flight, options.reply_s, options.rounds)
-    command = [sys.executable, str(FAKE), "--reply-s", str(options.reply_s)]
+    command = [
+        sys.executable,
+        str(FAKE),
+        "--reply-s",
+        str(options.reply_s),
+    ]
     if options.cores:
         command = ["taskset", "-c", "1", *command]
         os.sched_setaffinity(0, {0})
-    server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    server = subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": f"{TESTS}:{os.environ.get('PYTHONPATH', '')}"},
+    )
     assert server.stdout is not None
     url = f"http://127.0.0.1:{server.stdout.readline().split()[1]}"
     try:

@@ -1,4 +1,4 @@
-"""Time of the three layouts of a batch: ``python recipes/benchmarks/packing.py``.
+"""Time of the three layouts of a batch: ``python recipes/benchmarks/speed/packing.py``.
 
 Log-probs forward and backward, over the micro-batches of each layout in turn, on one thread. Times
 are CPU seconds, the least of some rounds, as ratios to the padded layout; beside them the estimate

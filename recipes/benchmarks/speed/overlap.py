@@ -1,4 +1,4 @@
-"""Does generation overlap training? ``python recipes/benchmarks/overlap.py``.
+"""Does generation overlap training? ``python recipes/benchmarks/speed/overlap.py``.
 
 An engine whose replies take T_gen seconds and a trainer whose steps take T_train run once with
 rollouts that go on while the trainer trains (max_head_lag=2), and once strictly in turn
