@@ -1,4 +1,4 @@
-"""A transformers causal LM that samples in this process, with weights swapped under requests."""
+"""An engine that samples from a transformers causal LM in the trainer's process."""
 
 from sdp_lightning.engines.embedded.engine import EmbeddedEngine
 

@@ -1,6 +1,6 @@
-"""The decode thread, and how others hold it still between two steps.
+"""The decode thread, and how other threads stop it between two steps.
 
-Knows requests, sinks and futures, but neither weights nor where they come from.
+Knows requests, sinks and futures, but no weights.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from sdp_lightning.types import FinishReason, KVPolicy, Segment
 
 STEP_DEADLINE_S = 600.0  # longest wait for one decode step to end
 CLOSE_DEADLINE_S = 60.0  # longest wait for the thread to end
-GATHER_S = 0.001  # an idle engine waits so long for the next request of a burst
+GATHER_S = 0.001  # how long an idle engine waits for the next request of a burst
 THREAD_NAME = "sdp-embedded-engine"
 
 
 @dataclass(eq=False)
 class Job:
-    """A request on its way: its sequence, and who waits for it."""
+    """A request on its way: its sequence, its sink, and the future that it resolves."""
 
     sequence: SequenceState
     sink: SegmentSink
@@ -85,14 +85,14 @@ class DecodeLoop:
             self._changed.notify_all()
 
     def forget(self, job: Job) -> None:
-        """Nobody waits for this request any more: free its slot. No-op once it is settled."""
+        """Free the slot of a request that nobody awaits any more. No-op once it is settled."""
         with self._changed:
             if self._jobs.pop(job.sequence, None) is not None:
                 self._left.add(job.sequence)
                 self._changed.notify_all()
 
     def pause(self) -> None:
-        """Let the step under way end and begin no other."""
+        """Wait for the running step to end; start no other."""
         with self._changed:
             self._paused = True
             self._await_step()
@@ -105,7 +105,7 @@ class DecodeLoop:
 
     @contextmanager
     def hold(self) -> Generator[None]:
-        """No step runs inside. Paused or not, it is the same afterwards."""
+        """Context in which no step runs. The pause state is the same afterwards."""
         with self._changed:
             self._num_holds += 1
         try:
@@ -119,7 +119,7 @@ class DecodeLoop:
                 self._changed.notify_all()
 
     def close_segments(self) -> None:
-        """Inside ``hold``: hand every request's sink what was sampled since its last segment."""
+        """Inside ``hold``: close each request's open segment and pass it to the request's sink."""
         for job in self._outstanding():
             self._deliver(job)
 
@@ -133,7 +133,7 @@ class DecodeLoop:
             _settle(job, self._unusable())
 
     def close(self) -> None:
-        """Stop the thread and fail what is outstanding. Safe to call twice, and after a failure."""
+        """Stop the thread, fail outstanding requests. Safe to call twice, and after a failure."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
@@ -158,10 +158,10 @@ class DecodeLoop:
             self.fail(error)
 
     def _begin_step(self) -> int | None:
-        """Wait for something to decode; the version to decode under, or None at the end."""
+        """Wait for work; returns the version to decode under, or None when the thread must end."""
         with self._changed:
             while True:
-                self._gather()  # lets go of the lock: look at everything after it, not before
+                self._gather()  # releases the lock, so read shared state only after it
                 if self._closing or self._failure is not None:
                     return None
                 if self._num_holds == 0:
@@ -172,12 +172,12 @@ class DecodeLoop:
                 self._changed.wait()
 
     def _gather(self) -> None:
-        """Requests of one burst come one by one: let an idle scheduler begin with all of them."""
-        seen = 0
-        while seen < min(len(self._arrived), self._scheduler.max_slots):
+        """Wait for all requests of a burst, which arrive one by one, if nothing is decoding yet."""
+        num_seen = 0
+        while num_seen < min(len(self._arrived), self._scheduler.max_slots):
             if self._num_holds or self._scheduler.has_work:
                 return
-            seen = len(self._arrived)
+            num_seen = len(self._arrived)
             self._changed.wait(GATHER_S)
 
     def _admit(self) -> None:
@@ -200,7 +200,7 @@ class DecodeLoop:
         _settle(job, reason)
 
     def _deliver(self, job: Job) -> bool:
-        """Close the open segment into the sink. A sink that raises fails its own request only."""
+        """Pass the open segment to the sink. A sink that raises fails its own request only."""
         sequence, version = job.sequence, self.version
         if not sequence.logprobs or version is None:
             return True
@@ -225,7 +225,7 @@ class DecodeLoop:
         return True
 
     def _await_step(self) -> None:
-        """With the lock: wait until no step runs (in the decode thread itself: it ends later)."""
+        """With the lock held: wait until no step runs. No-op in the decode thread itself."""
         if self._thread is threading.current_thread():
             return
         if not self._changed.wait_for(lambda: not self._stepping, STEP_DEADLINE_S):

@@ -1,6 +1,6 @@
 """The engine that lives in the trainer's process: checks, versions, weights.
 
-The decode thread is in ``loop``, batching in ``scheduler``, keys and values in ``slots``.
+The decode thread is in ``decode_loop``, batching in ``scheduler``, keys and values in ``kv_cache``.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Running:
-    """What exists once the engine has started."""
+    """Parts of a started engine. ``num_tokens`` is the size of the vocabulary."""
 
     model: PreTrainedModel
     scheduler: Scheduler
@@ -57,21 +57,22 @@ class EmbeddedEngine:
     """Samples from its own copy of a transformers causal LM, in this process.
 
     Requests beyond ``max_slots`` wait in order of arrival. Weights are swapped between two decode
-    steps with requests in flight: their open segments close under the old version and they go on
+    steps with requests in flight: their open segments close under the old version and they continue
     under the new one. ``pause`` is a state, not a count: one ``resume`` ends it.
 
     Args:
         model: a Hugging Face id, a folder, or a module, which ``start`` copies: the engine never
             shares weights with a trainer.
         device: ``"auto"`` is the current GPU, else the CPU.
-        dtype: None keeps a module's; from an id, float32 on CPU and the checkpoint's elsewhere.
-        max_slots: sequences decoded at once.
+        dtype: None keeps a module's dtype; a model id is loaded in float32 on CPU and in the
+            checkpoint's dtype elsewhere.
+        max_slots: number of sequences decoded at once.
         max_length: tokens of a sequence, prompt included; None: 1024 or what the model allows.
-        kv_on_update: ``"recompute"`` rebuilds the KV of requests in flight under new weights (in
-            the decode thread, after ``update_weights`` returned); ``"keep"`` goes on with the old
-            KV, so that log-probs after an update belong to no single version.
-        num_threads: of torch on CPU, for the decode thread.
-        model_kwargs: for ``from_pretrained``.
+        kv_on_update: ``"recompute"`` rebuilds the KV cache of requests in flight under new weights
+            (in the decode thread, after ``update_weights`` returned); ``"keep"`` continues with the
+            old KV cache, so that log-probs after an update belong to no single version.
+        num_threads: torch threads of the decode thread on CPU.
+        model_kwargs: passed to ``from_pretrained``.
 
     Raises:
         ConfigError: if a value is out of range.
@@ -124,21 +125,21 @@ class EmbeddedEngine:
 
     @property
     def num_prefill_tokens(self) -> int:
-        """Prompt tokens computed, those of rebuilt KV included, those copied from a slot not."""
+        """Prompt tokens computed: rebuilt KV cache counts, KV copied from another row does not."""
         return 0 if self._running is None else self._running.scheduler.num_prefill_tokens
 
     @property
     def num_active(self) -> int:
-        """Requests that hold a slot."""
+        """Number of requests that are decoding now."""
         return 0 if self._running is None else self._running.scheduler.num_active
 
     @property
     def num_cpu_threads(self) -> int:
-        """CPU threads that decoding keeps busy; 0 on a GPU."""
+        """Number of CPU threads that decoding keeps busy; 0 on a GPU."""
         return self._num_threads if self._device.type == "cpu" else 0
 
     def start(self) -> None:
-        """Load the model, prove that slots decode it, start the thread. Does nothing if running.
+        """Load the model, check that it decodes correctly, start the thread. No-op if running.
 
         Raises:
             EngineError: if this type of model cannot be served, or the engine was closed.
@@ -208,7 +209,7 @@ class EmbeddedEngine:
     def prompt_logprobs(self, token_ids: IntArray) -> Mapping[str, FloatArray]:
         running = self._require_usable()
         with running.loop.hold():
-            running.model.set_attn_implementation("eager")  # slots' own knows slots only
+            running.model.set_attn_implementation("eager")  # the own attention needs the KV cache
             try:
                 return {"embedded": text_logprobs(running.model, token_ids).cpu().numpy()}
             finally:
@@ -240,7 +241,7 @@ def _swap(source: NamedWeights, version: int, running: _Running, *, keep_kv: boo
             f"copying the weights of version {version} failed half way, so the engine is unusable: "
             f"{type(error).__name__}: {error}"
         ) from error
-    except BaseException as error:  # an interrupt: the same, but it stays what it is
+    except BaseException as error:  # an interrupt makes the engine unusable, too
         running.loop.fail(error)
         raise
 

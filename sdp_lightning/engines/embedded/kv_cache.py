@@ -1,7 +1,7 @@
-"""Fixed rows of keys and values, and what each row holds.
+"""Fixed rows of keys and values (KV), and a record of the tokens of each row.
 
-Rows that decode together lie side by side from row 0, so that a step reads views of the buffers and
-copies nothing but its own new keys and values. No scheduling and no sampling.
+Rows that decode together are adjacent, from row 0, so that a step reads views of the buffers and
+copies only its own new keys and values. No scheduling and no sampling.
 
 B rows of one forward, W new tokens of each (left-padded), L the KV length in use.
 """
@@ -24,12 +24,12 @@ from sdp_lightning.errors import EngineError
 from sdp_lightning.types import IntArray
 
 ATTENTION_NAME = "sdp_slots"
-_GROWTH = 64  # tokens; KV length is allocated in multiples of it
+_GROWTH = 64  # tokens; KV length is allocated in multiples of this
 
 
 @dataclass
 class _Window:
-    """Where the next forward reads and writes.
+    """The part of the buffers that the next forward reads and writes.
 
     Attributes:
         first, last: rows [first, last).
@@ -44,11 +44,11 @@ class _Window:
 
 
 class KVCache:
-    """KV rows that grow on demand, and for each the tokens and weights that its KV belongs to.
+    """KV rows that grow on demand; each has a record of its tokens and of the weights' version.
 
     A row's record is exact: positions [0, length) hold the KV of its tokens, and its version is the
-    oldest that computed any of them. One position past the capacity takes the writes of padding and
-    is never read.
+    oldest that computed any of them. Padding is written to one position past the capacity, which is
+    never read.
     """
 
     def __init__(self, num_layers: int, max_rows: int, device: torch.device) -> None:
@@ -64,7 +64,7 @@ class KVCache:
         self.window = _Window(0, 0, (torch.empty(0), torch.empty(0)), 0)
 
     def reserve(self, num_rows: int, length: int) -> None:
-        """Make room for that many rows and tokens a row, keeping what is held."""
+        """Allocate at least ``num_rows`` rows of ``length`` tokens, keeping their content."""
         if num_rows <= self.num_rows and length <= self.capacity:
             return
         if num_rows > self.num_rows:
@@ -84,7 +84,7 @@ class KVCache:
             layer.grow(old_rows, old_capacity)
 
     def longest_prefix(self, tokens: IntArray, version: int) -> tuple[int, int]:
-        """The row of ``version`` that shares the most leading tokens, and how many (maybe 0)."""
+        """Find the row of ``version`` with the longest common prefix; returns row and length."""
         width = min(tokens.size, self.capacity)
         if width == 0 or self.num_rows == 0:
             return 0, 0
@@ -96,7 +96,7 @@ class KVCache:
         return row, int(shared[row])
 
     def move(self, sources: Sequence[int], targets: Sequence[int], lengths: Sequence[int]) -> None:
-        """Copy the first ``lengths`` tokens of rows ``sources`` to ``targets``, all at once.
+        """Copy the first ``lengths`` tokens of rows ``sources`` to rows ``targets``.
 
         All rows are read before any is written, so this also permutes.
         """
@@ -131,7 +131,7 @@ class KVCache:
         self._lengths[: positions.size] = positions + 1
 
     def clear(self) -> None:
-        """Forget every row."""
+        """Clear every row."""
         self._lengths[:] = 0
         for layer in self._layers:
             layer.clear()
@@ -139,13 +139,13 @@ class KVCache:
     def forward(
         self, model: nn.Module, first: int, tokens: NDArray[Any], starts: IntArray
     ) -> Tensor:
-        """Run the last tokens of rows from ``first`` on and keep their KV.
+        """Run the model on new tokens of B rows and store their KV.
 
         Args:
             model: a transformers causal LM.
-            first: the first row.
+            first: index of the first row.
             tokens: ``[B]`` object array of int arrays: tokens [start, end) of each row.
-            starts: ``[B]`` how many tokens of each row are held already.
+            starts: ``[B]`` number of tokens of each row whose KV is stored already.
 
         Returns:
             ``[B, V]`` logits after the last token of each row.
@@ -241,21 +241,21 @@ def grouped_attention(
     attention_mask: Tensor,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention that never repeats KV heads: the queries of one KV head are stacked instead.
+    """Attention that does not repeat KV heads: it stacks the queries of one KV head.
 
     Args:
-        module: unused, part of transformers' interface.
+        module: unused; part of transformers' interface.
         query: ``[B, heads, W, D]``.
         key: ``[B, kv_heads, L, D]``; heads is a multiple of kv_heads.
         value: ``[B, kv_heads, L, D]``.
-        attention_mask: ``[B, 1, W, L]`` True where attention goes.
+        attention_mask: ``[B, 1, W, L]``, True at positions that are attended to.
         **kwargs: ``scaling`` is used.
 
     Returns:
-        ``[B, W, heads, D]``, and None for the weights.
+        ``[B, W, heads, D]``, and None in place of attention weights.
 
     Raises:
-        EngineError: if the model asks for something that this function does not do.
+        EngineError: if the model needs an attention feature that this function lacks.
     """
     for name in ("softcap", "s_aux", "position_bias"):
         if kwargs.get(name) is not None:

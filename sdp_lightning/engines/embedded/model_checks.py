@@ -1,7 +1,7 @@
-"""A model that the slot loop can decode, or a plain refusal.
+"""Checks that the embedded engine can decode a model; a model that it cannot is refused.
 
-What is refused by its configuration would decode well at first and go wrong later; everything else
-has to prove itself by decoding a few tokens that a full forward then scores.
+A configuration is refused if it would decode well at first and go wrong later; every other model
+decodes a few tokens, whose log-probs are compared with a full forward.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ def load_model(
     dtype: torch.dtype | None,
     model_kwargs: dict[str, Any],
 ) -> PreTrainedModel:
-    """The engine's own copy, in eval mode and without gradients.
+    """Make the engine's own copy, in eval mode and without gradients.
 
     Args:
-        model: an id or a folder, or a module, which is copied and stays as it is.
-        device: where the copy lives.
-        dtype: None keeps a module's; from an id, float32 on CPU and the checkpoint's elsewhere.
-        model_kwargs: for ``from_pretrained``.
+        model: an id or a folder, or a module, which is copied and stays unchanged.
+        device: device of the copy.
+        dtype: see :class:`~sdp_lightning.engines.embedded.engine.EmbeddedEngine`.
+        model_kwargs: passed to ``from_pretrained``.
     """
     if isinstance(model, str):
         wanted = dtype or (torch.float32 if device.type == "cpu" else "auto")
@@ -55,10 +55,10 @@ def load_model(
 
 
 def resolve_max_length(model: PreTrainedModel, max_length: int | None) -> int:
-    """``max_length``, by default 1024 or what the model allows.
+    """The longest sequence in tokens: ``max_length``, else 1024 or what the model allows.
 
     Raises:
-        EngineError: if the model is known not to decode sequences of that length by slots.
+        EngineError: if this engine is known not to decode that model at that length.
     """
     config: Any = model.config.get_text_config(decoder=True)
     kind = config.model_type
@@ -96,10 +96,10 @@ def resolve_max_length(model: PreTrainedModel, max_length: int | None) -> int:
 def check_decoding(model: PreTrainedModel) -> None:
     """Decode 8 tokens of each of four sequences and compare with full forwards.
 
-    Allowed is 1e-4 nats in float32, 0.5 where products are rounded to bfloat16, float16 or TF32.
-    Now and then a single token of a real model lies further than that from float64 under any
-    kernel, so up to three texts are tried: a wrong cache fails on all of them. Leaves the model
-    with the attention function of the slots.
+    The tolerance is 1e-4 nats in float32, 0.5 where products are rounded to bfloat16, float16 or
+    TF32. Occasionally a single token of a real model exceeds it under any kernel, so up to three
+    texts are tried: a wrong KV cache fails on all of them. The model keeps the KV cache's attention
+    function afterwards.
 
     Raises:
         EngineError: naming the model type, if they differ or the model cannot run this way.
@@ -107,20 +107,20 @@ def check_decoding(model: PreTrainedModel) -> None:
     kind = model.config.model_type
     own = model.config._attn_implementation or "eager"  # pyright: ignore[reportPrivateUsage]
     allowed = _tolerance(model)
-    worst: list[float] = []
+    errors: list[float] = []
     for attempt in range(_NUM_TEXTS):
         try:
-            worst.append(_largest_error(model, own, attempt))
-        except Exception as error:  # whatever a foreign model raises, the answer is the same
+            errors.append(_largest_error(model, own, attempt))
+        except Exception as error:  # a foreign model may raise anything
             raise EngineError(
-                f"model type {kind} cannot be decoded by slots ({type(error).__name__}: {error}). "
-                f"{_ROTARY}."
+                f"model type {kind} cannot be decoded by this engine "
+                f"({type(error).__name__}: {error}). {_ROTARY}."
             ) from error
-        if worst[-1] <= allowed:
+        if errors[-1] <= allowed:
             return
     raise EngineError(
-        f"model type {kind}: log-probs decoded by slots differ from a full forward by "
-        f"{min(worst):.2g} nats or more on each of {_NUM_TEXTS} texts (allowed is {allowed:g}). "
+        f"model type {kind}: decoded log-probs differ from a full forward by "
+        f"{min(errors):.2g} nats or more on each of {_NUM_TEXTS} texts (allowed is {allowed:g}). "
         f"{_ROTARY}."
     )
 
@@ -135,7 +135,10 @@ def _largest_error(model: PreTrainedModel, own: str, seed: int) -> float:
 
 
 def _decode_some(model: PreTrainedModel, seed: int) -> list[SequenceState]:
-    """Four sequences, three over prefixes of one that the model wrote: padded, copied, moved."""
+    """Decode four sequences; three start with prefixes of one that the model wrote.
+
+    So rows are padded, copied and moved.
+    """
     scheduler = Scheduler(model, num_layers=count_layers(model), max_slots=4)
 
     def decode(*prompts: IntArray) -> list[SequenceState]:
@@ -165,7 +168,7 @@ def _errors(model: PreTrainedModel, sequence: SequenceState) -> Tensor:
 
 @torch.inference_mode()
 def text_logprobs(model: Any, token_ids: IntArray) -> Tensor:
-    """[n - 1] nats at temperature 1 of every token but the first, by a full forward."""
+    """``[n - 1]`` nats at temperature 1 of every token but the first, by a full forward."""
     tokens = torch.from_numpy(token_ids).to(model.device)[None]
     logits: Tensor = model(input_ids=tokens, use_cache=False).logits[0, :-1]
     return logits.float().log_softmax(-1).gather(1, tokens[0, 1:, None])[:, 0]
@@ -179,10 +182,10 @@ def _tolerance(model: PreTrainedModel) -> float:
 
 
 def vocab_size(model: Any) -> int:
-    """Size of the vocabulary that the embedding holds."""
+    """Rows of the input embedding: the number of token ids that the model accepts."""
     return int(model.get_input_embeddings().weight.shape[0])
 
 
 def count_layers(model: PreTrainedModel) -> int:
-    """Decoder layers, each with its own keys and values."""
+    """Number of decoder layers, each of which has its own keys and values."""
     return int(model.config.get_text_config(decoder=True).num_hidden_layers)

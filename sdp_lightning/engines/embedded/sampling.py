@@ -1,4 +1,4 @@
-"""One token for each row of logits, and the log-prob it was really sampled with.
+"""Sampling of one token per row of logits, with the log-prob that it was sampled with.
 
 Pure functions. B rows, V vocabulary. The random number of a token is a function of its request's
 seed and its position alone.
@@ -22,11 +22,11 @@ _POSITION = np.uint64(0xD1342543DE82EF95)
 
 
 def uniforms(seeds: Sequence[int], positions: Sequence[int]) -> NDArray[np.float64]:
-    """``[B]`` numbers in [0, 1), each from its (seed, position) by two rounds of splitmix64.
+    """``[B]`` random numbers in [0, 1), each a hash (splitmix64 twice) of seed and position.
 
     Args:
-        seeds: ``[B]`` any integers; they count modulo 2**64.
-        positions: ``[B]`` of the token to sample, counted from the start of its sequence.
+        seeds: ``[B]`` integers, taken modulo 2**64.
+        positions: ``[B]`` position of the token to sample, counted from the start of its sequence.
     """
     state = np.array([seed & 0xFFFFFFFFFFFFFFFF for seed in seeds], dtype=np.uint64)
     counter = np.array(positions, dtype=np.uint64)
@@ -37,10 +37,10 @@ def uniforms(seeds: Sequence[int], positions: Sequence[int]) -> NDArray[np.float
 def sample(
     logits: Tensor, params: Sequence[SamplingParams], uniform: NDArray[np.float64]
 ) -> tuple[Tensor, Tensor]:
-    """Sample every row by its own settings.
+    """Sample every row with its own settings.
 
     Args:
-        logits: ``[B, V]``; softmax is taken in float32. May be overwritten.
+        logits: ``[B, V]``, converted to float32 for the softmax. May be overwritten.
         params: ``[B]`` settings; temperature 0 is greedy.
         uniform: ``[B]`` in [0, 1).
 
@@ -67,7 +67,7 @@ def sample(
 
 
 def _truncate(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """``[b, V]`` with -inf outside the top k, then outside the nucleus of what is left."""
+    """``[b, V]`` with -inf outside the top k, then outside the nucleus of the remaining ones."""
     vocabulary = logits.shape[-1]
     device = logits.device
     top_k = torch.tensor([p.top_k or vocabulary for p in params], device=device)[:, None]
@@ -82,12 +82,12 @@ def _truncate(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
 
 
 def _inverse_cdf(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """The token at which the cumulative probability passes ``uniform``.
+    """The token at which the cumulative probability passes ``uniform``, and its log-prob.
 
-    On two levels, blocks and then tokens of one block, in float64: one float32 running sum over a
-    large vocabulary would never reach its rare tokens.
+    The search has two levels, blocks and then tokens of one block, in float64: one float32 running
+    sum over a large vocabulary would never reach its rare tokens.
     """
-    size = 2 ** math.ceil(math.log2(logits.shape[-1]) / 2)  # of a block: about sqrt(V)
+    size = 2 ** math.ceil(math.log2(logits.shape[-1]) / 2)  # tokens of a block, about sqrt(V)
     padded = functional.pad(logits, (0, -logits.shape[-1] % size), value=-torch.inf)
     peak = padded.amax(-1, keepdim=True)
     mass = (padded - peak).exp_().unflatten(-1, (-1, size))

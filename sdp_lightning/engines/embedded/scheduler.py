@@ -1,7 +1,7 @@
 """Continuous batching: sequences join and leave between steps.
 
-One thread at a time, no versions of its own, no futures. A step prefills what waits, within a token
-bound, and decodes one token of every active sequence.
+Not thread-safe; knows no futures. A step prefills waiting sequences, within a token bound, and
+decodes one token of every active sequence.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from sdp_lightning.engines.embedded.sampling import sample, uniforms
 from sdp_lightning.engines.protocol import GenerationRequest
 from sdp_lightning.types import FinishReason, IntArray, SamplingParams
 
-MAX_PREFILL_TOKENS = 512  # of one step, padding included: how long active sequences may be held up
-_SCAN_PER_SLOT = 4  # waiting sequences looked at in one step, for each slot
+MAX_PREFILL_TOKENS = 512  # per step, padding included: bounds how long active sequences wait
+_SCAN_PER_SLOT = 4  # waiting sequences considered in one step, for each slot
 
 
 @dataclass(eq=False)
@@ -30,11 +30,11 @@ class SequenceState:
 
     Attributes:
         params, seed: how it is sampled.
-        tokens: room for the prompt and the whole budget; the first ``length`` are there.
-        length: tokens so far.
-        segment_start: where the open segment begins.
-        logprobs: of the open segment, nats.
-        finish_reason: None while it goes on.
+        tokens: a buffer for the prompt and the whole budget; the first ``length`` are set.
+        length: number of tokens so far.
+        segment_start: position of the first token of the open segment.
+        logprobs: log-probs of the open segment's tokens, nats.
+        finish_reason: None while the sequence is unfinished.
     """
 
     params: SamplingParams
@@ -47,7 +47,7 @@ class SequenceState:
 
     @classmethod
     def of(cls, request: GenerationRequest) -> SequenceState:
-        """A sequence that has sampled nothing yet."""
+        """Make the state of a request that has sampled nothing yet."""
         length = int(request.token_ids.size)
         tokens = np.zeros(length + request.params.max_new_tokens, dtype=np.int64)
         tokens[:length] = request.token_ids
@@ -55,11 +55,11 @@ class SequenceState:
 
     @property
     def prefix(self) -> IntArray:
-        """All tokens so far."""
+        """Tokens so far, prompt included."""
         return self.tokens[: self.length]
 
     def append(self, token: int, logprob: float) -> None:
-        """Take one sampled token; maybe it is the last."""
+        """Add one sampled token, which may finish the sequence."""
         self.tokens[self.length] = token
         self.length += 1
         self.logprobs.append(logprob)
@@ -69,18 +69,19 @@ class SequenceState:
             self.finish_reason = "length"
 
     def close_segment(self) -> None:
-        """What comes next belongs to a new segment."""
+        """Start a new segment at the next token."""
         self.segment_start = self.length
         self.logprobs = []
 
 
 @dataclass(eq=False)
 class _Leader:
-    """A sequence whose prefix is computed, and those with the very same tokens.
+    """A sequence to prefill, and the ``followers`` with the same tokens, which copy its KV.
 
     Attributes:
-        source, start: the row that holds the first ``start`` tokens already.
-        end: how far this step computes; short of the length only if one prompt exceeds the bound.
+        source, start: the row that already holds the KV of the first ``start`` tokens.
+        end: position up to which this step computes; less than the length only if one prompt
+            exceeds the token bound.
     """
 
     sequence: SequenceState
@@ -91,15 +92,16 @@ class _Leader:
 
 
 class Scheduler:
-    """Active sequences sit in rows 0 to n-1 of the table; all later rows are remembered prefixes.
+    """Active sequences hold rows 0 to n-1 of the KV cache; later rows are reusable prefixes.
 
-    An active sequence's row holds the KV of all its tokens but the last, which the next decode step
-    feeds. Waiting sequences hold no row, so dropping every row and moving the active ones back to
-    the front of the queue is all that a rebuild takes.
+    An active sequence's row holds the KV of all its tokens but the last, which is the input of the
+    next decode step. Waiting sequences hold no row, so a rebuild only clears every row and moves
+    the active sequences back to the front of the queue.
 
     Args:
         model: a transformers causal LM in eval mode.
-        max_slots: the most active sequences.
+        num_layers: decoder layers of the model.
+        max_slots: maximum number of active sequences.
     """
 
     def __init__(self, model: nn.Module, *, num_layers: int, max_slots: int) -> None:
@@ -114,56 +116,56 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        """Whether a step would sample anything."""
+        """Whether there is a sequence to decode."""
         return bool(self._waiting or self._active)
 
     @property
     def max_slots(self) -> int:
-        """The most sequences that decode together."""
+        """Maximum number of active sequences."""
         return self._max_slots
 
     @property
     def num_active(self) -> int:
-        """Sequences in slots."""
+        """Number of active sequences."""
         return len(self._active)
 
     def add(self, sequence: SequenceState) -> None:
-        """Queue it, behind all others."""
+        """Queue a sequence behind all others."""
         self._waiting.append(sequence)
 
     def remove(self, is_gone: Callable[[SequenceState], bool]) -> None:
-        """Let go of sequences that nobody waits for any more."""
+        """Drop the sequences for which ``is_gone`` is true."""
         self._waiting = deque(s for s in self._waiting if not is_gone(s))
         self._compact(is_gone)
 
     @torch.inference_mode()
     def restart(self) -> None:
-        """Forget all KV; sequences under way rebuild theirs before any that wait."""
+        """Clear the KV cache; active sequences rebuild theirs before waiting ones start."""
         self._waiting.extendleft(reversed(self._active))
         self._active = []
         self._kv_cache.clear()
 
     @torch.inference_mode()
     def step(self, version: int) -> list[SequenceState]:
-        """Prefill some that wait, then sample one token of each active one.
+        """Prefill some waiting sequences, then sample one token of each active sequence.
 
         Args:
-            version: of the weights; only prefixes computed under it alone are shared. It may go
-                back only after a :meth:`restart`.
+            version: version of the weights; prefixes are shared only if all of their KV was
+                computed under it. It may decrease only after a :meth:`restart`.
 
         Returns:
-            The sequences that finished; they have left their slots.
+            The sequences that finished; they hold no row any more.
         """
         leaders = self._choose(version)
         if leaders:
             self._prefill(leaders, version)
-        finished = self._leave()
+        finished = self._take_finished()
         if self._active:
             self._decode()
-            finished += self._leave()
+            finished += self._take_finished()
         return finished
 
-    def _leave(self) -> list[SequenceState]:
+    def _take_finished(self) -> list[SequenceState]:
         finished = [s for s in self._active if s.finish_reason is not None]
         if finished:
             self._compact(lambda sequence: sequence.finish_reason is not None)
@@ -179,10 +181,10 @@ class Scheduler:
         self._sample(active, logits)
 
     def _choose(self, version: int) -> list[_Leader]:
-        """The next sequences to prefill, oldest first, with what is shared left out.
+        """The next sequences to prefill, oldest first, less the prefixes that rows already hold.
 
-        One that shares at least half of its missing tokens with a chosen one waits for the next
-        step, in which it copies them.
+        A sequence that shares at least half of its missing tokens with a chosen one waits for the
+        next step, in which it copies their KV.
         """
         free = self._max_slots - len(self._active)
         leaders: list[_Leader] = []
@@ -199,7 +201,9 @@ class Scheduler:
                 continue
             source, start = self._kv_cache.longest_prefix(prefix[:-1], version)
             missing = sequence.length - start
-            shared = max((_num_shared(one.sequence.prefix, prefix) for one in leaders), default=0)
+            shared = max(
+                (_num_shared(leader.sequence.prefix, prefix) for leader in leaders), default=0
+            )
             if 2 * (shared - start) >= missing:
                 continue
             needed = max(width, missing)
@@ -217,25 +221,25 @@ class Scheduler:
         kv_cache, first = self._kv_cache, len(self._active)
         rows = list(range(first, first + len(leaders)))
         followers = [
-            (row, s) for row, one in zip(rows, leaders, strict=True) for s in one.followers
+            (row, s) for row, leader in zip(rows, leaders, strict=True) for s in leader.followers
         ]
-        longest = max(one.sequence.length for one in leaders)
+        longest = max(leader.sequence.length for leader in leaders)
         kv_cache.reserve(first + len(leaders) + len(followers), longest)
-        starts = [one.start for one in leaders]
-        kv_cache.move([one.source for one in leaders], rows, starts)
+        starts = [leader.start for leader in leaders]
+        kv_cache.move([leader.source for leader in leaders], rows, starts)
         new = np.empty(len(leaders), dtype=object)
-        for index, one in enumerate(leaders):
-            new[index] = one.sequence.tokens[one.start : one.end]
+        for index, leader in enumerate(leaders):
+            new[index] = leader.sequence.tokens[leader.start : leader.end]
         logits = kv_cache.forward(self._model, first, new, np.array(starts))
-        self.num_prefill_tokens += sum(one.end - one.start for one in leaders)
-        kv_cache.hold(first, [one.sequence.tokens[: one.end] for one in leaders], version)
+        self.num_prefill_tokens += sum(leader.end - leader.start for leader in leaders)
+        kv_cache.hold(first, [leader.sequence.tokens[: leader.end] for leader in leaders], version)
         if leaders[0].end < leaders[0].sequence.length:
-            return  # a part of one long prompt, alone; its row is found as a prefix next time
+            return  # part of one long prompt, alone; the next step finds its row as a prefix
         sources = [row for row, _ in followers]
         if followers:
             targets = list(range(first + len(leaders), first + len(leaders) + len(followers)))
             kv_cache.move(sources, targets, [s.length for _, s in followers])
-        admitted = [one.sequence for one in leaders] + [s for _, s in followers]
+        admitted = [leader.sequence for leader in leaders] + [s for _, s in followers]
         self._active.extend(admitted)
         gone = set(admitted)
         self._waiting = deque(s for s in self._waiting if s not in gone)
@@ -252,16 +256,16 @@ class Scheduler:
         self.num_generated += len(sequences)
 
     def _compact(self, is_gone: Callable[[SequenceState], bool]) -> None:
-        """Close the gaps among the active rows; what the gone ones held stays as a prefix."""
-        going_on = [not is_gone(s) for s in self._active]
-        num_left = sum(going_on)
-        gaps = [row for row in range(num_left) if not going_on[row]]
-        movers = [row for row in range(num_left, len(self._active)) if going_on[row]]
+        """Close the gaps among the active rows; rows of gone sequences stay as prefixes."""
+        remains = [not is_gone(s) for s in self._active]
+        num_remaining = sum(remains)
+        gaps = [row for row in range(num_remaining) if not remains[row]]
+        movers = [row for row in range(num_remaining, len(self._active)) if remains[row]]
         for gap, mover in zip(gaps, movers, strict=True):
             self._active[gap] = self._active[mover]
         if gaps:
             self._kv_cache.swap(gaps, movers)
-        del self._active[num_left:]
+        del self._active[num_remaining:]
 
 
 def _num_shared(first: IntArray, second: IntArray) -> int:

@@ -188,11 +188,11 @@ class RemoteInfBackend(Protocol):
         """One chunk of a streamed answer."""
         ...
 
-    def echo(self, token_ids: Sequence[int], info: ServerInfo) -> Call:
+    def prompt_logprobs(self, token_ids: Sequence[int], info: ServerInfo) -> Call:
         """Asks for the log-probs of a prompt's own tokens at temperature 1."""
         ...
 
-    def read_echo(self, answer: Any, token_ids: Sequence[int]) -> tuple[float, ...]:
+    def read_prompt_logprobs(self, answer: Any, token_ids: Sequence[int]) -> tuple[float, ...]:
         """Of every token but the first, in nats."""
         ...
 

@@ -187,7 +187,7 @@ class RemoteInfEngine:
         return PublishReport(version, num_bytes, transfer_s=time.monotonic() - start)
 
     def prompt_logprobs(self, token_ids: IntArray) -> Mapping[str, FloatArray]:
-        work = self._running().echo([int(token) for token in token_ids])
+        work = self._running().prompt_logprobs([int(token) for token in token_ids])
         found = self._http.run(work, self.options.control_timeout_s + _MARGIN_S)
         return {url: np.asarray(logprobs, dtype=np.float32) for url, logprobs in found.items()}
 

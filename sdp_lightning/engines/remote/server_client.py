@@ -137,11 +137,11 @@ class ServerClient:
         answer = await self._call(replica, call, self._options.answer_timeout_s)
         return self._backend.read_version(answer)
 
-    async def echo(self, replica: Replica, token_ids: list[int]) -> tuple[float, ...]:
+    async def prompt_logprobs(self, replica: Replica, token_ids: list[int]) -> tuple[float, ...]:
         """The log-probs that it gives a text's own tokens, but the first."""
-        call = self._backend.echo(token_ids, replica.serves)
+        call = self._backend.prompt_logprobs(token_ids, replica.serves)
         answer = await self._call(replica, call, self._options.control_timeout_s)
-        return self._backend.read_echo(answer, token_ids)
+        return self._backend.read_prompt_logprobs(answer, token_ids)
 
     async def complete(
         self, replica: Replica, request: GenerationRequest, version: int, chunks: list[Chunk]

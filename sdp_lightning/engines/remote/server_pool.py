@@ -176,12 +176,12 @@ class ServerPool:
             await self._for_each_serving(one, "resuming")
         self.publishing = False
 
-    async def echo(self, token_ids: list[int]) -> dict[str, tuple[float, ...]]:
+    async def prompt_logprobs(self, token_ids: list[int]) -> dict[str, tuple[float, ...]]:
         """What every server that serves makes of ``token_ids``, under its URL."""
         found: dict[str, tuple[float, ...]] = {}
 
         async def one(replica: Replica) -> None:
-            found[replica.url] = await self._client.echo(replica, token_ids)
+            found[replica.url] = await self._client.prompt_logprobs(replica, token_ids)
 
         await self._for_each_serving(one, "echoing a text")
         return found

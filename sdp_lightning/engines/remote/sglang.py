@@ -1,21 +1,20 @@
 """The wire format of SGLang servers: their native HTTP API, tokens in and tokens out.
 
-Read from the source of SGLang 0.5.23 and held by a fake server in the tests; it was never run
-against a real one. What is particular to SGLang:
+Written after the source of SGLang 0.5.23 and tested on a fake server; it was never run against a
+real one. What is particular to SGLang:
 
 - Output log-probs are of the distribution after the temperature and before top-p and top-k, so
   truncated sampling is refused. ``SGLANG_RETURN_ORIGINAL_LOGPROB=1`` in the server's environment
   takes the temperature out of them, which the probe refuses.
 - ``ignore_eos`` also ignores ``stop_token_ids``: it is sent only without any. With some, a
   completion also ends at the model's own end-of-sequence tokens.
-- A seed counts only under ``--enable-deterministic-inference``; the random number of a token is
-  then made of the seed and its position, as :class:`~.base.GenerationRequest` wants.
-- ``/health`` samples a token and so never answers while sampling is paused: ``/server_info``, which
-  asks the scheduler, is the sign of life.
+- A seed has an effect only under ``--enable-deterministic-inference``; the random number of a token
+  then depends on seed and position, as ``GenerationRequest`` requires.
+- ``/health`` samples a token and so never answers while sampling is paused: the health check is
+  ``/server_info``, which asks the scheduler.
 - Every load clears the caches.
-- The server names the versions of every completion, and could carry requests across an update
-  (its pause mode ``retract``); ``on_update="keep"`` is refused all the same, until it was seen to
-  work.
+- The server names the versions of every completion, and could keep requests across an update (its
+  pause mode ``retract``); ``on_update="keep"`` is refused until that was tested.
 - Streamed chunks hold all tokens so far, unless the server runs with
   ``--incremental-streaming-output``.
 """
@@ -23,9 +22,19 @@ against a real one. What is particular to SGLang:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from sdp_lightning.engines.protocol import GenerationRequest
+from sdp_lightning.engines.remote.answers import (
+    FINISH_REASONS,
+    PROBE_TOKENS,
+    check_done,
+    check_temperature,
+    read_edges,
+    reading,
+    unexpected,
+)
 from sdp_lightning.engines.remote.backend import (
     Call,
     Chunk,
@@ -38,17 +47,15 @@ from sdp_lightning.errors import ConfigError, EngineError
 from sdp_lightning.types import FinishReason, KVPolicy
 from sdp_lightning.weights.protocol import Instruction, LoadFolder
 
-_PROBE_TOKENS = 5
-_ODD = (KeyError, IndexError, TypeError, ValueError, OverflowError)  # JSON of another form
-_REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
-# What says that a route did its work.
+_reading = partial(reading, "SGLang")
+# The field and value with which a route confirms that it is done.
 _DONE: dict[str, tuple[str, object]] = {
     "/pause_generation": ("status", "ok"),
     "/continue_generation": ("status", "ok"),
     "/update_weights_from_disk": ("success", True),
     "/update_weight_version": ("success", True),
 }
-# Named, because a server may have other defaults (--preferred-sampling-params).
+# Sent because a server may have other defaults (--preferred-sampling-params).
 _PLAIN_SAMPLING = {
     "top_p": 1.0,
     "top_k": -1,
@@ -77,37 +84,27 @@ class SGLangBackend:
 
     def read_description(self, answers: Sequence[Any]) -> ServerInfo:
         model, server = answers
-        try:
+        with _reading("/model_info", "model_path", model):
             path = str(model["model_path"])
-        except _ODD as error:
-            raise _unexpected("/model_info", "model_path", model) from error
-        try:
+        wanted = "max_req_input_len and incremental_streaming_output"
+        with _reading("/server_info", wanted, server):
             return ServerInfo(
                 path,
                 int(server["max_req_input_len"]),  # 4 less than prompt and answer may have together
                 has_spans=False,
                 streams_deltas=bool(server["incremental_streaming_output"]),
             )
-        except _ODD as error:
-            wanted = "max_req_input_len and incremental_streaming_output"
-            raise _unexpected("/server_info", wanted, server) from error
 
     def fallback(self, info: ServerInfo) -> ServerInfo | None:
         return None
 
     def probe(self, info: ServerInfo, temperature: float) -> Call:
         sampling = {"max_new_tokens": 1, "temperature": temperature, "ignore_eos": True}
-        return _generate([0, 1], sampling, top_logprobs_num=_PROBE_TOKENS)
+        return _generate([0, 1], sampling, top_logprobs_num=PROBE_TOKENS)
 
     def read_probe(self, info: ServerInfo, at_one: Any, at_half: Any) -> None:
-        one, half = _top_logprobs(at_one), _top_logprobs(at_half)
-        common = one.keys() & half.keys()
-        if not common or max(abs(one[token] - half[token]) for token in common) > 1e-6:
-            return  # log-probs follow the temperature, as they must
-        raise EngineError(
-            "the server's log-probs ignore the temperature, so they are not those of the sampled "
-            "distribution. Start it without SGLANG_RETURN_ORIGINAL_LOGPROB."
-        )
+        remedy = "Start it without SGLANG_RETURN_ORIGINAL_LOGPROB."
+        check_temperature(_top_logprobs(at_one), _top_logprobs(at_half), remedy=remedy)
 
     def generate(self, request: GenerationRequest, info: ServerInfo, *, stream: bool) -> Call:
         params = request.params
@@ -133,31 +130,29 @@ class SGLangBackend:
     def read_completion(self, answer: Any, info: ServerInfo, version: int) -> Completion:
         chunk = _read_tokens(answer)
         if chunk.finish_reason is None:
-            raise _unexpected("/generate", "meta_info.finish_reason", answer)
+            raise unexpected("SGLang", "/generate", "meta_info.finish_reason", answer)
         return assemble([chunk], version)
 
     def read_chunk(self, answer: Any, info: ServerInfo) -> Chunk:
         reason = _read_reason(answer)
         if reason == "abort" and "prompt_tokens" not in answer["meta_info"]:
-            # Aborted while it was queued again: SGLang repeats the latest token, and says less.
+            # Aborted while it was queued again: SGLang repeats the latest token.
             return Chunk((), (), reason, _read_edges(answer))
         return _read_tokens(answer)
 
-    def echo(self, token_ids: Sequence[int], info: ServerInfo) -> Call:
+    def prompt_logprobs(self, token_ids: Sequence[int], info: ServerInfo) -> Call:
         sampling = {"max_new_tokens": 0, "temperature": 1.0}
         return _generate(list(token_ids), sampling, logprob_start_len=0)
 
-    def read_echo(self, answer: Any, token_ids: Sequence[int]) -> tuple[float, ...]:
-        try:
+    def read_prompt_logprobs(self, answer: Any, token_ids: Sequence[int]) -> tuple[float, ...]:
+        with _reading("/generate", "meta_info.input_token_logprobs", answer):
             entries = answer["meta_info"]["input_token_logprobs"]
-            found = [int(entry[1]) for entry in entries]
+            answered = [int(entry[1]) for entry in entries]
             logprobs = tuple(float(entry[0]) for entry in entries[1:])
-        except _ODD as error:
-            raise _unexpected("/generate", "meta_info.input_token_logprobs", answer) from error
         # SGLang writes 0 for the last id of the vocabulary.
-        same = all(one in (other, 0) for one, other in zip(found, token_ids, strict=False))
-        if len(found) != len(token_ids) or not same:
-            raise EngineError(f"SGLang echoed {found} for {list(token_ids)}.")
+        same = all(a in (sent, 0) for a, sent in zip(answered, token_ids, strict=False))
+        if len(answered) != len(token_ids) or not same:
+            raise EngineError(f"SGLang echoed {answered} for {list(token_ids)}.")
         return logprobs
 
     def pause(self, on_update: OnUpdate, kv_on_update: KVPolicy) -> Call:
@@ -188,22 +183,14 @@ class SGLangBackend:
         return Call("POST", "/update_weight_version", body)
 
     def read_done(self, call: Call, answer: Any) -> None:
-        field, done = _DONE[call.path]
-        try:
-            found = answer[field]
-        except _ODD as error:
-            raise _unexpected(call.path, field, answer) from error
-        if found != done:
-            raise _unexpected(call.path, f"{field}: {done}", answer)
+        check_done("SGLang", call.path, answer, *_DONE[call.path])
 
     def get_version(self) -> Call:
         return Call("GET", "/model_info")
 
     def read_version(self, answer: Any) -> str:
-        try:
+        with _reading("/model_info", "weight_version", answer):
             return str(answer["weight_version"])
-        except _ODD as error:
-            raise _unexpected("/model_info", "weight_version", answer) from error
 
 
 def _generate(tokens: list[int], sampling: dict[str, Any], **options: Any) -> Call:
@@ -217,30 +204,25 @@ def _generate(tokens: list[int], sampling: dict[str, Any], **options: Any) -> Ca
 
 
 def _read_reason(answer: Any) -> FinishReason | None:
-    """Why it ended; None while it goes on."""
-    try:
+    """Why the completion ended; None while it is being sampled."""
+    with _reading("/generate", "meta_info.finish_reason", answer):
         reason = answer["meta_info"]["finish_reason"]
         if reason is None:
             return None
-        found = _REASONS[reason["type"]]
-    except _ODD as error:
-        raise _unexpected("/generate", "meta_info.finish_reason", answer) from error
-    # No stop text is ever sent, so one that "matched" is SGLang's word for logits that are nan.
+        finish_reason = FINISH_REASONS[str(reason["type"])]
+    # No stop text is ever sent, so one that "matched" is how SGLang reports logits that are nan.
     if reason.get("status_code") is not None or isinstance(reason.get("matched"), str):
         raise EngineError(f"SGLang ended a request with {reason}.")
-    return found
+    return finish_reason
 
 
 def _read_tokens(answer: Any) -> Chunk:
     reason = _read_reason(answer)
-    try:
+    with _reading("/generate", "output_ids and meta_info.output_token_logprobs", answer):
         tokens = tuple(int(token) for token in answer["output_ids"])
         entries = answer["meta_info"]["output_token_logprobs"]
         logprobs = tuple(float(entry[0]) for entry in entries)
         named = tuple(int(entry[1]) for entry in entries)
-    except _ODD as error:
-        wanted = "output_ids and meta_info.output_token_logprobs"
-        raise _unexpected("/generate", wanted, answer) from error
     if tokens != named:
         raise EngineError(
             f"SGLang answered the tokens {tokens} with log-probs of {named}: they must agree."
@@ -250,24 +232,16 @@ def _read_tokens(answer: Any) -> Chunk:
 
 def _read_edges(answer: Any) -> tuple[tuple[str, int, int], ...] | None:
     """The versions of all tokens so far; None from a server that names none."""
-    meta = answer["meta_info"]
-    try:
+    with _reading("/generate", "meta_info.weight_versions", answer):
+        meta = answer["meta_info"]
         if spans := meta.get("weight_versions"):
-            return tuple((str(s["version"]), int(s["start"]), int(s["end"])) for s in spans)
+            return read_edges(spans)
         if (version := meta.get("weight_version")) is None:
             return None
         return ((str(version), 0, int(meta["completion_tokens"])),)
-    except _ODD as error:
-        raise _unexpected("/generate", "meta_info.weight_versions", answer) from error
 
 
 def _top_logprobs(answer: Any) -> dict[int, float]:
-    try:
+    with _reading("/generate", "meta_info.output_top_logprobs", answer):
         entries = answer["meta_info"]["output_top_logprobs"][0]
         return {int(entry[1]): float(entry[0]) for entry in entries}
-    except _ODD as error:
-        raise _unexpected("/generate", "meta_info.output_top_logprobs", answer) from error
-
-
-def _unexpected(path: str, wanted: str, answer: Any) -> EngineError:
-    return EngineError(f"SGLang answered {path} without {wanted}: {str(answer)[:300]}")

@@ -2,17 +2,27 @@
 
 The server must run with ``VLLM_SERVER_DEV_MODE=1`` (the routes for weights), ``--logprobs-mode
 processed_logprobs``, this package's worker extension, and ``--enable-scale-out`` for the route that
-gives spans; :mod:`sdp_lightning.engines.servers.managed` starts it so. Without spans
-``/v1/completions`` serves, and every token is of the version that its request was sent under.
+gives spans; :mod:`sdp_lightning.engines.servers.managed` starts it so. Without spans the route is
+``/v1/completions``, and every token has the version that its request was sent under.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 from sdp_lightning.engines.protocol import GenerationRequest
+from sdp_lightning.engines.remote.answers import (
+    FINISH_REASONS,
+    PROBE_TOKENS,
+    check_done,
+    check_temperature,
+    read_edges,
+    reading,
+    unexpected,
+)
 from sdp_lightning.engines.remote.backend import (
     Call,
     Chunk,
@@ -21,8 +31,7 @@ from sdp_lightning.engines.remote.backend import (
     ServerInfo,
     assemble,
 )
-from sdp_lightning.errors import EngineError
-from sdp_lightning.types import FinishReason, KVPolicy
+from sdp_lightning.types import KVPolicy
 from sdp_lightning.weights.protocol import (
     EngineTransfer,
     Instruction,
@@ -32,17 +41,12 @@ from sdp_lightning.weights.protocol import (
 )
 
 TOKENS, COMPLETIONS = "/inference/v1/generate", "/v1/completions"
-STREAM_INTERVAL = 16  # tokens a chunk
-_PROBE_TOKENS = 5
-# Said, because /v1/completions else takes them from the model's generation_config.json.
+STREAM_INTERVAL = 16  # tokens per chunk
+_reading, _unexpected = partial(reading, "vLLM"), partial(unexpected, "vLLM")
+# Sent because /v1/completions otherwise reads them from the model's generation_config.json.
 _PLAIN = {
     **{"min_p": 0.0, "presence_penalty": 0.0, "frequency_penalty": 0.0},
     "repetition_penalty": 1.0,
-}
-_ODD = (KeyError, IndexError, TypeError, ValueError, OverflowError)  # JSON of another form
-_REASONS: dict[str | None, FinishReason | None] = {
-    **{"stop": "stop", "length": "length", "abort": "abort"},
-    None: None,
 }
 _TRANSFER_ROUTES = {
     "init": ("/init_weight_transfer_engine", "init_info"),
@@ -64,7 +68,7 @@ _REMEDIES = {
         for path, _ in _TRANSFER_ROUTES.values()
     },
 }
-# What says that a route did its work; None: anything that is not empty.
+# The field and value with which a route confirms that it is done; None: any non-empty value.
 _DONE: dict[str, tuple[str, object]] = {
     "/pause": ("status", "paused"),
     "/resume": ("status", "resumed"),
@@ -93,33 +97,23 @@ class VLLMBackend:
 
     def read_description(self, answers: Sequence[Any]) -> ServerInfo:
         models, world, _ = answers
-        try:
+        with _reading("/v1/models", "data[0].id and max_model_len", models):
             served = models["data"][0]
             model, max_length = str(served["id"]), int(served["max_model_len"])
-        except _ODD as error:
-            raise _unexpected("/v1/models", "data[0].id and max_model_len", models) from error
-        try:
+        with _reading("/get_world_size", "world_size", world):
             return ServerInfo(model, max_length, num_workers=int(world["world_size"]))
-        except _ODD as error:
-            raise _unexpected("/get_world_size", "world_size", world) from error
 
     def fallback(self, info: ServerInfo) -> ServerInfo | None:
         return replace(info, has_spans=False) if info.has_spans else None
 
     def probe(self, info: ServerInfo, temperature: float) -> Call:
         sampling: dict[str, Any] = {"max_tokens": 1, "temperature": temperature, **_PLAIN}
-        sampling |= {"logprobs": _PROBE_TOKENS, "top_p": 1.0, "top_k": 0}
+        sampling |= {"logprobs": PROBE_TOKENS, "top_p": 1.0, "top_k": 0}
         return _sample(info, [0, 1], sampling, stream=False)
 
     def read_probe(self, info: ServerInfo, at_one: Any, at_half: Any) -> None:
-        one, half = _top_logprobs(info, at_one), _top_logprobs(info, at_half)
-        common = one.keys() & half.keys()
-        if not common or max(abs(one[token] - half[token]) for token in common) > 1e-6:
-            return  # log-probs follow the temperature, as they must
-        raise EngineError(
-            "the server's log-probs ignore the temperature, so they are not those of the sampled "
-            "distribution. Start it with --logprobs-mode processed_logprobs."
-        )
+        remedy = "Start it with --logprobs-mode processed_logprobs."
+        check_temperature(_top_logprobs(info, at_one), _top_logprobs(info, at_half), remedy=remedy)
 
     def generate(self, request: GenerationRequest, info: ServerInfo, *, stream: bool) -> Call:
         params = request.params
@@ -144,35 +138,28 @@ class VLLMBackend:
         return assemble([chunk], version)
 
     def read_chunk(self, answer: Any, info: ServerInfo) -> Chunk:
-        try:
+        with _reading(_route(info), "choices[0] with weight_versions (vLLM 0.32)", answer):
             choice = answer["choices"][0]
             tokens = tuple(int(token) for token in choice["token_ids"] or ())
             logprobs = _logprobs(choice, info)
-            reason = _REASONS[choice["finish_reason"]]
-            told = choice["weight_versions"] if info.has_spans and reason else None
-            edges = told and tuple(
-                (str(s["version"]), int(s["start"]), int(s["end"])) for s in told
-            )
-        except _ODD as error:
-            wanted = "choices[0] with weight_versions (vLLM 0.32)"
-            raise _unexpected(_route(info), wanted, answer) from error
+            reason = FINISH_REASONS[choice["finish_reason"]]
+            spans = choice["weight_versions"] if info.has_spans and reason else None
+            edges = spans and read_edges(spans)
         if info.has_spans and reason and tokens and not edges:
             raise _unexpected(TOKENS, "weight_versions (vLLM 0.32)", answer)
         return Chunk(tokens, logprobs, reason, edges or None)
 
-    def echo(self, token_ids: Sequence[int], info: ServerInfo) -> Call:
+    def prompt_logprobs(self, token_ids: Sequence[int], info: ServerInfo) -> Call:
         sampling = {"max_tokens": 1, "temperature": 1.0, "prompt_logprobs": 0}
         return _sample(info, list(token_ids), sampling, stream=False)
 
-    def read_echo(self, answer: Any, token_ids: Sequence[int]) -> tuple[float, ...]:
-        try:
+    def read_prompt_logprobs(self, answer: Any, token_ids: Sequence[int]) -> tuple[float, ...]:
+        with _reading("a prompt", "prompt_logprobs of every token", answer):
             entries = answer.get("prompt_logprobs") or answer["choices"][0]["prompt_logprobs"]
             return tuple(
                 float(entry[str(token)]["logprob"])
                 for token, entry in zip(token_ids[1:], entries[1:], strict=True)
             )
-        except (AttributeError, *_ODD) as error:
-            raise _unexpected("an echo", "prompt_logprobs of every token", answer) from error
 
     def pause(self, on_update: OnUpdate, kv_on_update: KVPolicy) -> Call:
         mode = "abort" if on_update == "interrupt" else "keep"
@@ -204,22 +191,14 @@ class VLLMBackend:
             if not str(answer).startswith("Success"):
                 raise _unexpected(path, "Success", answer)
             return
-        field, done = _DONE[path]
-        try:
-            found = answer[field]
-        except _ODD as error:
-            raise _unexpected(path, field, answer) from error
-        if found != done if done is not None else not found:
-            raise _unexpected(path, f"{field}: {done or 'one a worker'}", answer)
+        check_done("vLLM", path, answer, *_DONE[path])
 
     def get_version(self) -> Call:
         return Call("GET", "/weight_info")
 
     def read_version(self, answer: Any) -> str:
-        try:
+        with _reading("/weight_info", "weight_version", answer):
             return str(answer["weight_version"])
-        except _ODD as error:
-            raise _unexpected("/weight_info", "weight_version", answer) from error
 
 
 def _route(info: ServerInfo) -> str:
@@ -244,22 +223,18 @@ def _rpc(method: str, **arguments: Any) -> Call:
 
 
 def _logprobs(choice: Any, info: ServerInfo) -> tuple[float, ...]:
-    told = choice["logprobs"]
+    logprobs = choice["logprobs"]
+    if logprobs is None:
+        return ()
     if not info.has_spans:
-        return tuple(float(value) for value in (told or {"token_logprobs": ()})["token_logprobs"])
-    return tuple(float(entry["logprob"]) for entry in (told or {"content": ()})["content"])
+        return tuple(float(value) for value in logprobs["token_logprobs"])
+    return tuple(float(entry["logprob"]) for entry in logprobs["content"])
 
 
 def _top_logprobs(info: ServerInfo, answer: Any) -> dict[str, float]:
-    try:
-        told = answer["choices"][0]["logprobs"]
+    with _reading(_route(info), "top_logprobs", answer):
+        logprobs = answer["choices"][0]["logprobs"]
         if not info.has_spans:
-            return {str(token): float(value) for token, value in told["top_logprobs"][0].items()}
-        entries = told["content"][0]["top_logprobs"]
-        return {str(e["token_id"]): float(e["logprob"]) for e in entries}
-    except (AttributeError, *_ODD) as error:
-        raise _unexpected(_route(info), "top_logprobs", answer) from error
-
-
-def _unexpected(path: str, wanted: str, answer: Any) -> EngineError:
-    return EngineError(f"vLLM answered {path} without {wanted}: {str(answer)[:300]}")
+            return {token: float(value) for token, value in logprobs["top_logprobs"][0].items()}
+        entries = logprobs["content"][0]["top_logprobs"]
+        return {str(entry["token_id"]): float(entry["logprob"]) for entry in entries}

@@ -198,7 +198,7 @@ def test_an_echo_is_of_the_weights_that_sample_now(two: list[Server], scale_out:
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
-        ("odd", "an echo without prompt_logprobs of every token"),
+        ("odd", "a prompt without prompt_logprobs of every token"),
         ("500", "answered 500"),
         ("truncated", "0 servers are left"),
     ],

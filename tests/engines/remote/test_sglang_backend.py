@@ -300,13 +300,13 @@ def test_an_error_in_a_stream_is_an_error():
 
 
 def test_an_echo_samples_nothing_and_reads_every_token_but_the_first():
-    call = BACKEND.echo([4, 5, 6], INFO)
+    call = BACKEND.prompt_logprobs([4, 5, 6], INFO)
     assert call.path == "/generate" and call.body is not None
     assert call.body["logprob_start_len"] == 0 and call.body["return_logprob"] is True
     sampling = call.body["sampling_params"]
     assert (sampling["max_new_tokens"], sampling["temperature"]) == (0, 1.0)
     entries = [[None, 4, None], [-1.25, 5, None], [-2.5, 6, None]]
-    assert BACKEND.read_echo(echoed(*entries), [4, 5, 6]) == (-1.25, -2.5)
+    assert BACKEND.read_prompt_logprobs(echoed(*entries), [4, 5, 6]) == (-1.25, -2.5)
 
 
 def echoed(*entries: Any) -> dict[str, Any]:
@@ -314,7 +314,7 @@ def echoed(*entries: Any) -> dict[str, Any]:
 
 
 def test_the_last_id_of_a_vocabulary_is_echoed_as_0():
-    read = BACKEND.read_echo(echoed([None, 4, None], [-1.0, 0, None]), [4, 151_935])
+    read = BACKEND.read_prompt_logprobs(echoed([None, 4, None], [-1.0, 0, None]), [4, 151_935])
     assert read == (-1.0,)
 
 
@@ -329,7 +329,7 @@ def test_the_last_id_of_a_vocabulary_is_echoed_as_0():
 )
 def test_an_echo_of_another_text_is_refused(entries: Any):
     with pytest.raises(EngineError, match=r"SGLang echoed .* for \[4, 5, 6\]"):
-        BACKEND.read_echo(echoed(*entries), [4, 5, 6])
+        BACKEND.read_prompt_logprobs(echoed(*entries), [4, 5, 6])
 
 
 @pytest.mark.parametrize(
@@ -337,7 +337,7 @@ def test_an_echo_of_another_text_is_refused(entries: Any):
 )
 def test_an_echo_of_another_form_is_refused(answer: Any):
     with pytest.raises(EngineError, match=r"without meta_info\.input_token_logprobs"):
-        BACKEND.read_echo(answer, [4, 5])
+        BACKEND.read_prompt_logprobs(answer, [4, 5])
 
 
 # What a server is ---------------------------------------------------------------------------------

@@ -515,7 +515,7 @@ ECHOED = [
     ("info", "path"), [(INFO, "/inference/v1/generate"), (PLAIN, "/v1/completions")]
 )
 def test_an_echo_asks_for_the_prompt_at_temperature_one(info: ServerInfo, path: str):
-    call = BACKEND.echo([1, 2, 3], info)
+    call = BACKEND.prompt_logprobs([1, 2, 3], info)
     assert call.body is not None
     asked = call.body["sampling_params"] if info.has_spans else call.body
     assert (asked["prompt_logprobs"], asked["temperature"]) == (0, 1.0)
@@ -532,7 +532,10 @@ def test_an_echo_asks_for_the_prompt_at_temperature_one(info: ServerInfo, path: 
     ids=["at the top", "in the choice"],
 )
 def test_an_echo_is_the_log_prob_of_every_token_but_the_first(answer: Any):
-    assert BACKEND.read_echo(answer, [1, 2, 3]) == (-3.7184910774230957, -4.479767799377441)
+    assert BACKEND.read_prompt_logprobs(answer, [1, 2, 3]) == (
+        -3.7184910774230957,
+        -4.479767799377441,
+    )
 
 
 @pytest.mark.parametrize(
@@ -545,5 +548,5 @@ def test_an_echo_is_the_log_prob_of_every_token_but_the_first(answer: Any):
     ],
 )
 def test_an_echo_of_another_text_is_refused(answer: Any):
-    with pytest.raises(EngineError, match="an echo without prompt_logprobs of every token"):
-        BACKEND.read_echo(answer, [1, 2, 3])
+    with pytest.raises(EngineError, match="a prompt without prompt_logprobs of every token"):
+        BACKEND.read_prompt_logprobs(answer, [1, 2, 3])

@@ -1,0 +1,63 @@
+"""Reading what servers answer, as far as it is the same for all backends. Pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from sdp_lightning.errors import EngineError
+from sdp_lightning.types import FinishReason
+
+PROBE_TOKENS = 5  # alternatives whose log-probs a probe asks for
+FINISH_REASONS: Mapping[str | None, FinishReason | None] = {
+    **{"stop": "stop", "length": "length", "abort": "abort"},
+    None: None,
+}
+# Raised where JSON has another form than expected.
+_MALFORMED = (KeyError, IndexError, TypeError, ValueError, OverflowError, AttributeError)
+
+
+@contextmanager
+def reading(server: str, path: str, expected: str, answer: Any) -> Generator[None]:
+    """Context that reads ``answer``; raises ``EngineError`` if it lacks what is ``expected``."""
+    try:
+        yield
+    except _MALFORMED as error:
+        raise unexpected(server, path, expected, answer) from error
+
+
+def unexpected(server: str, path: str, expected: str, answer: Any) -> EngineError:
+    """The error for an answer that lacks what is ``expected``."""
+    return EngineError(f"{server} answered {path} without {expected}: {str(answer)[:300]}")
+
+
+def check_done(server: str, path: str, answer: Any, field: str, value: object) -> None:
+    """Refuse an answer whose ``field`` is not ``value``; None accepts any non-empty value."""
+    with reading(server, path, field, answer):
+        answered = answer[field]
+    if answered != value if value is not None else not answered:
+        raise unexpected(server, path, f"{field}: {value or 'one a worker'}", answer)
+
+
+def check_temperature(
+    at_one: Mapping[Any, float], at_half: Mapping[Any, float], *, remedy: str
+) -> None:
+    """Refuse a server whose log-probs are the same at temperatures 1 and 0.5.
+
+    Args:
+        at_one: log-probs of some tokens at temperature 1, nats.
+        at_half: the same at temperature 0.5.
+        remedy: how to start the server instead.
+    """
+    common = at_one.keys() & at_half.keys()
+    if common and max(abs(at_one[token] - at_half[token]) for token in common) <= 1e-6:
+        raise EngineError(
+            "the server's log-probs ignore the temperature, so they are not those of the sampled "
+            f"distribution. {remedy}"
+        )
+
+
+def read_edges(spans: Any) -> tuple[tuple[str, int, int], ...]:
+    """``(version, start, end)`` of each span of tokens that one version sampled."""
+    return tuple((str(span["version"]), int(span["start"]), int(span["end"])) for span in spans)
