@@ -1,1 +1,1 @@
-"""What the processes that train together agree on: messages, meetings, failures, sums."""
+"""What processes that train together agree on (messages, meetings, failures, sums); event loops."""

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from sdp_lightning.distributed.event_loop import settle
 from sdp_lightning.errors import RolloutError
 from sdp_lightning.rewards.value import as_reward
 
@@ -54,8 +55,8 @@ async def call_bounded(
 
 
 async def _in_thread(function: Callable[..., Any], *args: Any) -> Any:
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[tuple[Any, Exception | None]] = loop.create_future()
+    future: asyncio.Future[tuple[Any, Exception | None]]
+    future = asyncio.get_running_loop().create_future()
 
     def work() -> None:
         value, failure = None, None
@@ -65,23 +66,10 @@ async def _in_thread(function: Callable[..., Any], *args: Any) -> Any:
             failure = error
         except SystemExit as error:  # it ends this thread alone, and would seem to take for ever
             failure = RolloutError(f"it called sys.exit({error.code!r}).")
-        _deliver(loop, future, (value, failure))
+        settle(future, (value, failure))  # a pair: a future takes no StopIteration
 
     threading.Thread(target=work, name="sdp-call", daemon=True).start()
     value, failure = await future
     if failure is not None:
         raise failure
     return await value if inspect.isawaitable(value) else value
-
-
-def _deliver(loop: asyncio.AbstractEventLoop, future: asyncio.Future[Any], outcome: Any) -> None:
-    try:
-        loop.call_soon_threadsafe(_set_result, future, outcome)
-    except RuntimeError:
-        if not loop.is_closed():  # closed: nobody waits for this reward any more
-            raise
-
-
-def _set_result(future: asyncio.Future[Any], outcome: Any) -> None:
-    if not future.done():
-        future.set_result(outcome)

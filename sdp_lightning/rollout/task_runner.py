@@ -15,6 +15,7 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
+from sdp_lightning.distributed.event_loop import call_in
 from sdp_lightning.errors import ConfigError, RolloutError, RolloutTimeout
 
 STOP_CHECK_S = 0.2  # how often a wait asks whether it was interrupted
@@ -247,14 +248,8 @@ class AsyncTaskRunner:
     # Helpers -------------------------------------------------------------------------------------
 
     def _poke(self, callback: Callable[..., None], *args: Any) -> None:
-        loop = self._loop
-        if loop is None:
-            return
-        try:
-            loop.call_soon_threadsafe(callback, *args)
-        except RuntimeError:
-            if not loop.is_closed():
-                raise
+        if self._loop is not None:
+            call_in(self._loop, callback, *args)
 
     def _raise_failures(self) -> None:
         failures = [result for result in self._results if result.error is not None]

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from sdp_lightning.distributed.event_loop import settle
 from sdp_lightning.engines.protocol import (
     GenerationRequest,
     NamedWeights,
@@ -27,7 +28,6 @@ from sdp_lightning.types import FinishReason, FloatArray, IntArray, Segment
 class _FakeRequest:
     request: GenerationRequest
     sink: SegmentSink
-    loop: asyncio.AbstractEventLoop
     done: asyncio.Future[FinishReason]
     length: int
     sampled: list[int] = field(default_factory=list[int])
@@ -77,7 +77,7 @@ class FakeEngine:
         self._changed = threading.Condition(threading.RLock())
         self._requests: list[_FakeRequest] = []
         self._left: dict[tuple[str, int, tuple[int, ...]], int] = {}
-        self._held: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
+        self._held: list[asyncio.Future[None]] = []
         self.num_generated = 0
         self.num_requests = 0
         self.published: list[tuple[int, tuple[str, ...]]] = []
@@ -103,7 +103,7 @@ class FakeEngine:
         loop = asyncio.get_running_loop()
         with self._changed:
             self._raise_if_unusable()
-            entry = _FakeRequest(request, sink, loop, loop.create_future(), length=1)
+            entry = _FakeRequest(request, sink, loop.create_future(), length=1)
             wanted = self._left.pop(entry.key(0), None)
             if wanted is None:
                 wanted = self._reply if isinstance(self._reply, int) else self._reply(request)
@@ -216,10 +216,10 @@ class FakeEngine:
         per_chunk = -(-entry.length // self._chunks)
         while entry in self._requests:
             await asyncio.sleep(self._latency_s / self._chunks)
-            may_go_on: asyncio.Future[None] = entry.loop.create_future()
+            may_go_on: asyncio.Future[None] = entry.done.get_loop().create_future()
             with self._changed:
                 if self._paused or self._version is None:
-                    self._held.append((entry.loop, may_go_on))
+                    self._held.append(may_go_on)
                 else:
                     self._sample(entry, per_chunk)
                     may_go_on.set_result(None)
@@ -246,12 +246,12 @@ class FakeEngine:
     def _end(self, entry: _FakeRequest, reason: FinishReason) -> None:
         self._close_segment(entry)
         self._leave(entry, num_kept=len(entry.sampled))
-        _call_in(entry.loop, _settle, entry.done, reason, None)
+        settle(entry.done, reason)
 
     def _fail_all(self, error: EngineError) -> None:
         for entry in list(self._requests):
             self._leave(entry, num_kept=entry.length)
-            _call_in(entry.loop, _settle, entry.done, None, error)
+            settle(entry.done, error)
 
     def _leave(self, entry: _FakeRequest, *, num_kept: int) -> None:
         self._requests.remove(entry)
@@ -261,35 +261,11 @@ class FakeEngine:
 
     def _release(self) -> None:
         held, self._held = self._held, []
-        for loop, future in held:
-            _call_in(loop, _wake, future)
+        for future in held:
+            settle(future, None)
 
     def _raise_if_unusable(self) -> None:
         if self._error is not None:
             raise self._error
         if self._closed:
             raise EngineError("the engine was closed.")
-
-
-def _call_in(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *args: object) -> None:
-    try:
-        loop.call_soon_threadsafe(function, *args)
-    except RuntimeError:
-        if not loop.is_closed():  # closed: nobody waits there any more
-            raise
-
-
-def _wake(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
-
-
-def _settle(
-    done: asyncio.Future[FinishReason], reason: FinishReason | None, error: EngineError | None
-) -> None:
-    if done.done():
-        return
-    if error is not None:
-        done.set_exception(error)
-    elif reason is not None:
-        done.set_result(reason)

@@ -28,6 +28,7 @@ from torch._C._distributed_c10d import (  # where torch.distributed has them fro
     TCPStore,
 )
 
+from sdp_lightning.distributed.event_loop import settle
 from sdp_lightning.errors import EngineError
 from sdp_lightning.weights.files import WeightFolder, readable
 from sdp_lightning.weights.protocol import Receive, Target, Weights
@@ -110,8 +111,8 @@ class _Sending:
     """Sends ``files`` in a thread of its own, which must not keep the process alive."""
 
     def __init__(self, files: Sequence[Path], store: Store, what: Receive) -> None:
-        self._loop = asyncio.get_running_loop()
-        self.done: asyncio.Future[None] = self._loop.create_future()
+        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.done.add_done_callback(_mark_seen)
         self.gives_up = threading.Event()
         self._arguments = files, store, what
         threading.Thread(target=self._run, name="sdp-gloo", daemon=True).start()
@@ -124,17 +125,13 @@ class _Sending:
         except (OSError, RuntimeError) as found:  # torch's DistError is a RuntimeError
             error = EngineError(f"weights could not be sent by gloo: {found}")
             error.__cause__ = found
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._finish, error)
+        settle(self.done, error)
 
-    def _finish(self, error: EngineError | None) -> None:
-        if self.done.done():
-            return
-        if error is None:
-            self.done.set_result(None)
-        else:
-            self.done.set_exception(error)
-            self.done.exception()  # seen, also if nobody waits: the server's own error is raised
+
+def _mark_seen(done: asyncio.Future[None]) -> None:
+    """Nobody may wait for it any more: then the server's own error is raised."""
+    if not done.cancelled():
+        done.exception()
 
 
 def send(files: Sequence[Path], store: Store, what: Receive, gives_up: threading.Event) -> None:

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, distributed
 
+from sdp_lightning.distributed.event_loop import settle
 from sdp_lightning.errors import ConfigError, EngineError, SDPError
 from sdp_lightning.weights.protocol import EngineTransfer, Target, Weights
 
@@ -107,8 +108,7 @@ class NativeTransport:
         except Exception as error:  # raised where the transfer is awaited
             failure = EngineError(f"{target.url}: transferring by {self._kind} failed: {error!r}")
             failure.__cause__ = error
-        if not loop.is_closed():
-            loop.call_soon_threadsafe(_settle, done, failure)
+        settle(done, failure)
 
     def _send(
         self, target: Target, weights: dict[str, Tensor], loop: asyncio.AbstractEventLoop
@@ -122,15 +122,6 @@ class NativeTransport:
         sender = self._senders[target.url]
         sender.source.weights = weights
         sender.engine.send_weights()
-
-
-def _settle(done: asyncio.Future[None], failure: SDPError | None) -> None:
-    if done.done():
-        return
-    if failure is None:
-        done.set_result(None)
-    else:
-        done.set_exception(failure)
 
 
 @dataclass(eq=False)

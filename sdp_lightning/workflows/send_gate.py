@@ -11,6 +11,7 @@ import time
 from collections.abc import Coroutine
 from typing import Any
 
+from sdp_lightning.distributed.event_loop import call_in, settle
 from sdp_lightning.errors import RolloutTimeout
 from sdp_lightning.types import FinishReason
 
@@ -28,7 +29,7 @@ class SendGate:
         self._changed = threading.Condition()
         self._is_open = True
         self._out: dict[asyncio.Task[FinishReason], asyncio.AbstractEventLoop] = {}
-        self._waiting: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
+        self._waiting: list[asyncio.Future[None]] = []
         self._cancelled: set[asyncio.Task[FinishReason]] = set()
         self._busy_s, self._busy_since = 0.0, 0.0
 
@@ -53,12 +54,8 @@ class SendGate:
         with self._changed:
             self._is_open = True
             waiting, self._waiting = self._waiting, []
-        for loop, future in waiting:
-            try:
-                loop.call_soon_threadsafe(_wake, future)
-            except RuntimeError:
-                if not loop.is_closed():  # closed: its request was cancelled
-                    raise
+        for future in waiting:
+            settle(future, None)
 
     def drain(self, timeout_s: float) -> int:
         """Wait until every request that is out has come back; cancel those that do not.
@@ -76,7 +73,7 @@ class SendGate:
             stragglers = list(self._out.items())
             self._cancelled.update(task for task, _ in stragglers)
             for task, loop in stragglers:
-                loop.call_soon_threadsafe(task.cancel)
+                call_in(loop, task.cancel)
             cancel_s = max(timeout_s, CANCEL_S)
             deadline = time.monotonic() + cancel_s
             while self._out:
@@ -122,13 +119,8 @@ class SendGate:
                     self._out[task] = loop
                     return task
                 future: asyncio.Future[None] = loop.create_future()
-                self._waiting.append((loop, future))
+                self._waiting.append(future)
             await future
-
-
-def _wake(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
 
 
 def is_being_cancelled() -> bool:

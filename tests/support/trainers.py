@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import sdp_lightning as sdp
+from sdp_lightning.distributed.event_loop import settle
 from sdp_lightning.engines.protocol import InferenceEngine
 from sdp_lightning.training.batch import Batch
 from sdp_lightning.types import Row
@@ -156,7 +157,7 @@ class VersionClock(Callback):
     def __init__(self) -> None:
         self.version = -1
         self._lock = threading.Lock()
-        self._waiting: list[tuple[int, asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
+        self._waiting: list[tuple[int, asyncio.Future[None]]] = []
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._advance(executor_of(trainer).version)
@@ -172,12 +173,11 @@ class VersionClock(Callback):
         self._advance(executor_of(trainer).version)
 
     async def reached(self, version: int) -> None:
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[None] = loop.create_future()
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         with self._lock:
             if self.version >= version:
                 return
-            self._waiting.append((version, loop, future))
+            self._waiting.append((version, future))
         await future
 
     def _advance(self, version: int) -> None:
@@ -185,14 +185,8 @@ class VersionClock(Callback):
             self.version = version
             due = [entry for entry in self._waiting if entry[0] <= version]
             self._waiting = [entry for entry in self._waiting if entry[0] > version]
-        for _, loop, future in due:
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(_settle, future)
-
-
-def _settle(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
+        for _, future in due:
+            settle(future, None)
 
 
 class StagedWorkflow(sdp.RolloutWorkflow):

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from sdp_lightning.distributed.event_loop import settle
 from sdp_lightning.engines.embedded.scheduler import Scheduler, SequenceState
 from sdp_lightning.engines.protocol import SegmentSink
 from sdp_lightning.errors import EngineError
@@ -30,7 +31,6 @@ class Job:
 
     sequence: SequenceState
     sink: SegmentSink
-    events: asyncio.AbstractEventLoop
     future: asyncio.Future[FinishReason]
 
 
@@ -130,7 +130,7 @@ class DecodeLoop:
             self._stepping = False
             self._changed.notify_all()
         for job in self._take_all():
-            _settle(job, self._unusable())
+            settle(job.future, self._unusable())
 
     def close(self) -> None:
         """Stop the thread, fail outstanding requests. Safe to call twice, and after a failure."""
@@ -142,7 +142,9 @@ class DecodeLoop:
             if self._thread.is_alive():
                 raise EngineError(f"a decode step did not end within {CLOSE_DEADLINE_S:.0f} s.")
         for job in self._take_all():
-            _settle(job, EngineError("the engine was closed while this request was under way."))
+            settle(
+                job.future, EngineError("the engine was closed while this request was under way.")
+            )
 
     def _run(self) -> None:
         if self._num_threads is not None:
@@ -197,7 +199,7 @@ class DecodeLoop:
             return
         with self._changed:
             self._jobs.pop(sequence, None)
-        _settle(job, reason)
+        settle(job.future, reason)
 
     def _deliver(self, job: Job) -> bool:
         """Pass the open segment to the sink. A sink that raises fails its own request only."""
@@ -220,7 +222,7 @@ class DecodeLoop:
                 f"a segment could not be handed over: {type(error).__name__}: {error}"
             )
             failure.__cause__ = error
-            _settle(job, failure)
+            settle(job.future, failure)
             return False
         return True
 
@@ -247,19 +249,3 @@ class DecodeLoop:
         error = EngineError(f"the engine failed and is unusable: {type(cause).__name__}: {cause}")
         error.__cause__ = cause
         return error
-
-
-def _settle(job: Job, outcome: FinishReason | EngineError) -> None:
-    def deliver() -> None:
-        if job.future.done():
-            return
-        if isinstance(outcome, EngineError):
-            job.future.set_exception(outcome)
-        else:
-            job.future.set_result(outcome)
-
-    try:
-        job.events.call_soon_threadsafe(deliver)
-    except RuntimeError:
-        if not job.events.is_closed():  # closed: the waiter is gone with its event loop
-            raise

@@ -168,8 +168,7 @@ class EmbeddedEngine:
         """See the protocol. Cancelling the task that awaits this frees the slot."""
         running = self._require_usable()
         _check_request(request, num_tokens=running.num_tokens, max_length=running.max_length)
-        events = asyncio.get_running_loop()
-        job = Job(SequenceState.of(request), sink, events, events.create_future())
+        job = Job(SequenceState.of(request), sink, asyncio.get_running_loop().create_future())
         running.loop.submit(job)
         try:
             return await job.future
