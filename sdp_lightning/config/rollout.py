@@ -107,3 +107,8 @@ class RolloutConfig:
         if self.max_concurrent is not None:
             return self.max_concurrent
         return (self.max_head_lag + 1) * self.batch_size
+
+    @property
+    def max_token_lag(self) -> int | None:
+        """The largest lag of a token with weight in the loss; None: no token is masked for it."""
+        return self.max_head_lag if self.on_overdue == "mask" else None

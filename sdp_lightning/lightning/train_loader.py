@@ -139,7 +139,7 @@ class RolloutLoader:
             pad_token_id=self._pad_token_id,
             segment_wise=config.enable_segment_wise_ppo,
             missing_proximal=config.missing_proximal,
-            max_lag=config.max_head_lag if config.on_overdue == "mask" else None,
+            max_lag=config.max_token_lag,
         )
 
 

@@ -133,6 +133,12 @@ def test_a_group_shows_the_advantages_of_the_run_s_own_estimator(
     assert all(f"{value} advantage" in page.text("sdp-side") for value in shown)
 
 
+def test_a_group_shows_no_advantages_where_a_kl_goes_into_the_reward() -> None:
+    members = tuple(text_trajectory("?", (0, "a"), reward=reward) for reward in (1.0, 0.0))
+    loss = sdp.LossConfig(kl_coefficient=0.1, kl_in="reward", kl_estimator="k1")
+    assert "advantage" not in page_of(sdp.TrajectoryGroup(members), loss=loss).text("sdp-side")
+
+
 def test_a_scored_token_of_lag_one_has_weight_one_around_past() -> None:
     scored = text_segment(3, "a")
     scored.proximal.set([-0.4], 4)

@@ -1,4 +1,4 @@
-"""The callback that records what a run trains on, or generates."""
+"""Callback that records the groups that a run trains on, or generates."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 from sdp_lightning.errors import ConfigError, RecordingError
-from sdp_lightning.lightning.datamodule import RolloutDataModule
-from sdp_lightning.lightning.module import SegmentWisePPOModule
 from sdp_lightning.lightning.prediction_loader import Rollouts
 from sdp_lightning.observability.recording import (
     RecordedBatch,
@@ -21,27 +19,28 @@ from sdp_lightning.observability.recording import (
     import_pyarrow,
     next_run,
 )
+from sdp_lightning.observability.run_parts import run_parts
 
 
 class Recorder(Callback):
     """Records every group that is trained on, as Parquet, one row a trajectory.
 
     The columns are those of :mod:`sdp_lightning.observability.recording.table`.
-    :class:`ReplayDataModule` trains on a recording without an engine, :class:`Recording` reads it,
-    and so does whatever reads Parquet. With ``Trainer.predict`` it records what is generated: batch
-    i as if it had been trained on i versions after the one that sampled it, which a replay does.
+    :class:`ReplayDataModule` trains on a recording without an engine; :class:`Recording` and any
+    reader of Parquet read it. With ``Trainer.predict`` the generated groups are recorded: batch i
+    as if it had been trained on i versions after the one that sampled it, as a replay does.
 
-    A file is written when enough was trained on, before every checkpoint and at the end, also by an
-    exception; it appears when it is whole. A kill loses what was trained on since, which is less
-    than a file. A run that goes on from a checkpoint may go on in the same folder: what was
-    recorded after the checkpoint is replaced by what comes now.
+    A file is written when there are enough rows, before every checkpoint, and at the end of the
+    run, also by an exception; it appears when it is complete. A kill loses the batches since the
+    last file. A run that resumes from a checkpoint may use the same folder: batches that were
+    recorded after the checkpoint are replaced.
 
     Args:
         folder: None is ``recording`` in the folder of the logger, or in ``default_root_dir``.
-        rows_per_file: trajectories from which on a file is written.
+        rows_per_file: number of trajectories from which on a file is written.
 
     Raises:
-        ConfigError: without pyarrow.
+        ConfigError: without pyarrow, or if ``rows_per_file`` is below 1.
     """
 
     def __init__(self, folder: str | Path | None = None, *, rows_per_file: int = 1024) -> None:
@@ -51,25 +50,29 @@ class Recorder(Callback):
         self.folder = None if folder is None else Path(folder)
         self.rows_per_file = rows_per_file
         self._writer: RecordingWriter | None = None
-        self._taken: RecordedBatch | None = None  # what is being trained on
+        self._taken: RecordedBatch | None = None  # the batch in training
 
     @property
     def written_to(self) -> Path:
-        """The folder of the present recording, or of the last one."""
+        """Folder of the present recording, or of the last one.
+
+        Raises:
+            ConfigError: if nothing was recorded yet.
+        """
         if self._writer is None:
             raise ConfigError("nothing was recorded yet.")
         return self._writer.folder
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        _, data = _parts(trainer, pl_module)
+        _, data = run_parts(trainer, pl_module, self)
         self._open(trainer, pl_module, data.executor.version)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        _, data = _parts(trainer, pl_module)
+        _, data = run_parts(trainer, pl_module, self)
         trained = [g for g in data.executor.registry.snapshot() if g.in_training]
-        trained.sort(key=lambda group: group.order)  # as batches are made
+        trained.sort(key=lambda group: group.order)  # the order within a batch
         self._taken = RecordedBatch(
             version=batch.version,
             step=trainer.global_step,
@@ -90,7 +93,7 @@ class Recorder(Callback):
             self._writer.add(taken)
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        _, data = _parts(trainer, pl_module)
+        _, data = run_parts(trainer, pl_module, self)
         self._open(trainer, pl_module, data.executor.version)
 
     def on_predict_batch_end(
@@ -109,7 +112,7 @@ class Recorder(Callback):
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """A run that goes on from it must find what was trained on before."""
+        """Write all batches: a run that resumes from the checkpoint continues after them."""
         self._flush()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -129,7 +132,7 @@ class Recorder(Callback):
             self._writer.flush()
 
     def _open(self, trainer: L.Trainer, pl_module: L.LightningModule, version: int) -> None:
-        module, data = _parts(trainer, pl_module)
+        module, data = run_parts(trainer, pl_module, self)
         chosen = self.folder or Path(trainer.log_dir or trainer.default_root_dir) / "recording"
         folder = data.ranks.broadcast("choosing the folder of the recording", chosen)
         config = data.rollout
@@ -138,11 +141,11 @@ class Recorder(Callback):
             tokenizer=fingerprint_of(module.tokenizer.get_vocab()),
             segment_wise=config.enable_segment_wise_ppo,
             missing_proximal=config.missing_proximal,
-            max_lag=config.max_head_lag if config.on_overdue == "mask" else None,
+            max_lag=config.max_token_lag,
             is_scored=module.loss.needs_segment_scores,
             num_ranks=data.ranks.size,
         )
-        # One rank looks, for all, before any of them writes.
+        # Rank 0 looks for all ranks before any of them writes.
         run, _ = data.ranks.run_on_all_ranks(
             "opening the recording",
             lambda: _next_run(folder, settings, version) if data.ranks.rank == 0 else 0,
@@ -159,7 +162,11 @@ class Recorder(Callback):
 
 
 def _next_run(folder: Path, settings: RecordingSettings, version: int) -> int:
-    """The number of this start, if what is in the folder already can go on at ``version``."""
+    """Number of this start.
+
+    Raises:
+        RecordingError: if the recording in the folder cannot continue at ``version``.
+    """
     run = next_run(folder)
     if run == 0:
         return run
@@ -176,15 +183,3 @@ def _next_run(folder: Path, settings: RecordingSettings, version: int) -> int:
             f"version {version}: it does not go on from there. Give Recorder another folder."
         )
     return run
-
-
-def _parts(
-    trainer: L.Trainer, pl_module: L.LightningModule
-) -> tuple[SegmentWisePPOModule, RolloutDataModule]:
-    data: Any = trainer.datamodule  # type: ignore[attr-defined]
-    if not isinstance(data, RolloutDataModule) or not isinstance(pl_module, SegmentWisePPOModule):
-        raise ConfigError(
-            "Recorder records fit(SegmentWisePPOModule, datamodule=RolloutDataModule); found "
-            f"{type(pl_module).__name__} and {type(data).__name__}."
-        )
-    return pl_module, data

@@ -1,4 +1,4 @@
-"""Training on a recording: no engine, no rollouts, the same batches in the same order."""
+"""Training on a recording: the same batches in the same order, without engine or rollouts."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ _MEET_S = 600.0
 
 
 class ReplayDataModule(L.LightningDataModule):
-    """Trains on what a :class:`Recorder` recorded, once, in its order: ``Trainer(max_epochs=1)``.
+    """Trains on the batches of a recording, once and in order: ``Trainer(max_epochs=1)``.
 
-    Takes the place of ``RolloutDataModule``; ``WeightSyncCallback`` is left out. With the settings
-    of the recorded run (``max_steps``, too, if the learning rate has a schedule), from the same
-    weights, losses and weights are those of that run, on the CPU bit by bit. With other settings it
-    compares them on the same data: another ``LossConfig``, say. Its lags are those of the recorded
-    run, so the policies that it assumes are those, too.
+    It replaces ``RolloutDataModule``; ``WeightSyncCallback`` is left out. With the settings of the
+    recorded run (and its ``max_steps``, if the learning rate has a schedule), from the same
+    weights, it reproduces losses and weights of that run, on the CPU bit by bit. Other settings,
+    such as another ``LossConfig``, are compared on the same data; lags and policies remain those of
+    the recorded run.
 
     A recording of several processes may be replayed by one, or by any number that divides the
     groups of a batch.
@@ -52,9 +52,7 @@ class ReplayDataModule(L.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         if stage != "fit" or self.trainer is None:
-            raise ConfigError(
-                f"a recording is to be trained on, with Trainer.fit; for {stage} it has nothing."
-            )
+            raise ConfigError(f"a recording has batches for Trainer.fit only, not for {stage}.")
         module, settings = self._module(), self.recording.settings
         callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
         if any(isinstance(callback, WeightSyncCallback) for callback in callbacks):
@@ -62,12 +60,12 @@ class ReplayDataModule(L.LightningDataModule):
                 "a replay has no engine to publish weights to: leave WeightSyncCallback out of the "
                 "callbacks."
             )
-        found = fingerprint_of(module.tokenizer.get_vocab())
-        if found != settings.tokenizer:
+        fingerprint = fingerprint_of(module.tokenizer.get_vocab())
+        if fingerprint != settings.tokenizer:
             raise RecordingError(
                 f"{self.recording.folder} was recorded with the tokenizer of {settings.model!r} "
-                f"({settings.tokenizer}), but {module.model_id!r} has another ({found}): its token "
-                "ids mean something else. Use a model with the same tokenizer."
+                f"({settings.tokenizer}), but {module.model_id!r} has another ({fingerprint}), "
+                "with other token ids. Use a model with the same tokenizer."
             )
         check_centre(module.loss, segment_wise=settings.segment_wise)
         if module.loss.needs_segment_scores and not settings.is_scored:
@@ -97,7 +95,7 @@ class ReplayDataModule(L.LightningDataModule):
         )
 
     def val_dataloader(self) -> list[Any]:
-        """Nothing: to evaluate takes an engine."""
+        """Empty: an evaluation needs an engine."""
         return []
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
@@ -120,7 +118,7 @@ class ReplayDataModule(L.LightningDataModule):
 
 
 class ReplayLoader:
-    """The batches of a recording, from its first version on. It ends the run after the last one."""
+    """The batches of a recording, from its first version on; ends the run after the last one."""
 
     def __init__(
         self,
@@ -148,14 +146,18 @@ class ReplayLoader:
                 missing_proximal=settings.missing_proximal,
                 max_lag=settings.max_lag,
             )
-            if number == self._length:  # else Lightning begins the recording again
+            if number == self._length:  # else Lightning starts the recording again
                 self._trainer.should_stop = True
             yield SealedBatch(batch)
 
     def _share(
         self, groups: tuple[TrajectoryGroup, ...], version: int
     ) -> tuple[TrajectoryGroup, ...]:
-        """This process' part of a batch: what it trained on, if there are as many as then."""
+        """This process' part of a batch: its own of then, if there are as many processes.
+
+        Raises:
+            RecordingError: if the groups cannot be divided evenly.
+        """
         size, rank = self._ranks.size, self._ranks.rank
         if len(groups) % size:
             raise RecordingError(

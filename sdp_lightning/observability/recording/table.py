@@ -1,4 +1,4 @@
-"""Consumed groups as rows of a table, one a trajectory, and back, bit by bit.
+"""Codec between consumed groups and table rows, one row a trajectory, exact to the bit.
 
 ==================  ===========================================================================
 column              meaning
@@ -6,28 +6,28 @@ column              meaning
 ``version``         policy version that trained on the trajectory
 ``step``            optimizer steps made before
 ``rank``            process that trained on it
-``group``           place of its group in the batch of that process
-``member``          place in the group
-``row_id``          of the dataset row, as text
+``group``           index of its group in the batch of that process
+``member``          index in the group
+``row_id``          id of the dataset row, as text
 ``epoch``           pass over the dataset
-``row_index``       place of the row in the dataset
+``row_index``       index of the row in the dataset
 ``order``           number of the group in the order of creation
 ``created_version`` policy version when the group was submitted
-``reward``          of the trajectory
+``reward``          reward of the trajectory
 ``finish_reason``   stop, length or abort
 ``truncated``       whether sampling did not end by itself
-``num_tokens``      of the trajectory, contexts included
+``num_tokens``      tokens of the trajectory, contexts included
 ``num_sampled``     tokens that the policy chose
-``head_version``    the oldest version among them
+``head_version``    the oldest policy version among them
 ``tail_version``    the newest one
 ``parts``           list, in order, of:
 ``.kind``           context (prompt, tool output) or segment (sampled)
-``.token_ids``      of the part
+``.token_ids``      token ids of the part
 ``.version``        policy version that sampled it; null for a context, like all that follows
 ``.logprobs``       behavior log-probs, nats, float32
-``.temperature``    of the distribution sampled from
+``.temperature``    temperature of the distribution sampled from
 ``.kv_on_update``   what the engine does with the KV cache when weights change
-``.proximal``       segment proximal log-probs, null if nobody scored the segment
+``.proximal``       segment proximal log-probs, null if the segment was not scored
 ``.proximal_version``  policy version that scored it
 ==================  ===========================================================================
 """
@@ -48,12 +48,12 @@ from sdp_lightning.types import Context, Segment, Trajectory, TrajectoryGroup
 
 @dataclass(frozen=True, eq=False)
 class RecordedBatch:
-    """What one process trained on in one step.
+    """The groups that one process trained on in one step.
 
     Args:
-        version: the policy version that trained, c.
+        version: policy version c of the trainer.
         step: optimizer steps made before.
-        groups: in the order of the batch.
+        groups: the groups in the order of the batch.
         places: (epoch, index) of the dataset row of every group.
     """
 
@@ -64,12 +64,12 @@ class RecordedBatch:
 
     @property
     def num_trajectories(self) -> int:
-        """Rows that it takes."""
+        """Number of trajectories, which are rows of the table."""
         return sum(len(group.trajectories) for group in self.groups)
 
 
 def import_pyarrow() -> tuple[Any, Any]:
-    """``pyarrow`` and ``pyarrow.parquet``.
+    """The modules ``pyarrow`` and ``pyarrow.parquet``.
 
     Raises:
         ConfigError: if they are not installed.
@@ -117,14 +117,14 @@ def schema() -> Any:
 
 
 def rows_of(batch: RecordedBatch, rank: int) -> Iterator[dict[str, Any]]:
-    """One row for every trajectory of ``batch``."""
-    for place, (group, (epoch, index)) in enumerate(zip(batch.groups, batch.places, strict=True)):
+    """Rows of a batch, one for each trajectory."""
+    for number, (group, (epoch, index)) in enumerate(zip(batch.groups, batch.places, strict=True)):
         for member, trajectory in enumerate(group.trajectories):
             yield {
                 "version": batch.version,
                 "step": batch.step,
                 "rank": rank,
-                "group": place,
+                "group": number,
                 "member": member,
                 "row_id": group.row_id,
                 "epoch": epoch,
@@ -143,7 +143,7 @@ def rows_of(batch: RecordedBatch, rank: int) -> Iterator[dict[str, Any]]:
 
 
 def to_rows(table: Any) -> list[dict[str, Any]]:
-    """The rows of a ``pyarrow.Table``, with arrays in their parts."""
+    """Rows of a ``pyarrow.Table``, with numpy arrays in their parts."""
     lists = table["parts"].combine_chunks()
     values = lists.values
     names = ("kind", "version", "temperature", "kv_on_update", "proximal_version")
@@ -160,29 +160,33 @@ def to_rows(table: Any) -> list[dict[str, Any]]:
 
 
 def _arrays(column: Any) -> list[NDArray[Any] | None]:
-    """The arrays of a column of lists, None where it is null."""
+    """Arrays of a column of lists, None where it is null."""
     values, bounds = column.values.to_numpy(), column.offsets.to_pylist()
-    there = column.is_valid().to_pylist()
+    valid = column.is_valid().to_pylist()
     return [
-        values[start:end] if valid else None
-        for (start, end), valid in zip(pairwise(bounds), there, strict=True)
+        values[start:end] if is_valid else None
+        for (start, end), is_valid in zip(pairwise(bounds), valid, strict=True)
     ]
 
 
 def batch_of(rows: Sequence[Mapping[str, Any]], source: str) -> RecordedBatch:
-    """What :func:`rows_of` made rows of; all of one version and one rank, at least one.
+    """The batch that :func:`rows_of` turned into ``rows``.
+
+    Args:
+        rows: at least one, all of one version and one rank.
+        source: path of the file, for errors.
 
     Raises:
-        RecordingError: if values make no sense; ``source`` says where they were found.
+        RecordingError: if the values make no trajectory.
     """
     members: dict[int, list[Mapping[str, Any]]] = {}
     for row in rows:
         members.setdefault(row["group"], []).append(row)
     try:
-        groups = [_group_of(members[place]) for place in sorted(members)]
+        groups = [_group_of(members[number]) for number in sorted(members)]
     except (RolloutError, VersionError, ValueError, TypeError) as error:
         raise RecordingError(f"{source} holds values that make no trajectory: {error}") from error
-    first = [members[place][0] for place in sorted(members)]
+    first = [members[number][0] for number in sorted(members)]
     return RecordedBatch(
         version=rows[0]["version"],
         step=rows[0]["step"],

@@ -1,4 +1,4 @@
-"""Keeps what a report shows while a run goes on, and writes the page when it ends."""
+"""Callback that keeps the data of a report during a run, and writes the page when it ends."""
 
 from __future__ import annotations
 
@@ -20,29 +20,34 @@ from sdp_lightning.lightning.weight_sync import WeightSyncCallback
 from sdp_lightning.observability.report.files import RunWriter
 from sdp_lightning.observability.report.page import write_report
 from sdp_lightning.observability.report.samples import Sample, SampleKeeper
+from sdp_lightning.observability.run_parts import run_parts
 from sdp_lightning.observability.view import STYLE as VIEW_STYLE, view
 from sdp_lightning.rollout.groups.telemetry import RolloutTelemetry
 
 logger = logging.getLogger(__name__)
 
-MOST_TOKENS = 600  # of a trajectory that is shown
-MOST_SHARE = 0.01  # of a run's time, for what is sampled of it
+MOST_TOKENS = 600  # of a trajectory on the page
+MOST_SHARE = 0.01  # of a run's time, for saving samples
 
 
 class RunReport(Callback):
-    """Writes ``report.html`` in the run's folder: one page, which needs nothing else.
+    """Writes ``report.html`` in the run's folder: one self-contained page.
 
     Place it after ``WeightSyncCallback``, whose metrics it reads. The folder is the first logger's,
-    else the Trainer's ``default_root_dir``. The metrics of every step are written as it ends, a
-    sample of trajectories from time to time, so a killed run can still be reported:
-    ``sdp-lightning report FOLDER`` makes the page of what there is. Rank 0 writes.
+    else the Trainer's ``default_root_dir``. Metrics are written after every step, and a sample of
+    trajectories from time to time, so a killed run can still be reported with
+    ``sdp-lightning report FOLDER``. Only rank 0 writes.
 
     Args:
-        save_every_s: at most so often what is sampled is written; less often where that would take
-            more than 1 % of the time.
+        save_every_s: shortest interval between two writes of the samples, in seconds; longer where
+            writing would take more than 1 % of the time.
 
     Attributes:
-        path: of the page, once there is one.
+        path: path of the page, once it is written.
+
+    Raises:
+        ConfigError: if ``save_every_s`` is negative, or when a fit starts, if the callback comes
+            before ``WeightSyncCallback`` or the fit has another module or data module.
     """
 
     def __init__(self, save_every_s: float = 10.0) -> None:
@@ -57,7 +62,7 @@ class RunReport(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         folder = run_folder(trainer)
-        module, data = _parts(trainer, pl_module)
+        module, data = run_parts(trainer, pl_module, self)
         _check_order(trainer)
         self._keeper, self._writer = SampleKeeper(), None
         self._begun, self._own_s, self._next_save = time.monotonic(), 0.0, 0.0
@@ -71,7 +76,7 @@ class RunReport(Callback):
     ) -> None:
         if self._writer is not None:
             start = time.monotonic()
-            executor = _parts(trainer, pl_module)[1].executor
+            executor = run_parts(trainer, pl_module, self)[1].executor
             trained = [g for g in executor.registry.snapshot() if g.in_training]
             groups = [g.finished for g in trained if g.finished is not None]
             self._keeper.see(groups, batch.version)
@@ -82,9 +87,8 @@ class RunReport(Callback):
     ) -> None:
         if self._writer is not None:
             start = time.monotonic()
-            found = trainer.callback_metrics
-            row = {n: float(v) for n, v in found.items() if "/" in n and not n.startswith("val/")}
-            self._writer.step(row)
+            metrics = {n: float(v) for n, v in trainer.callback_metrics.items() if "/" in n}
+            self._writer.step({n: v for n, v in metrics.items() if not n.startswith("val/")})
             if start >= self._next_save:
                 self._save(pl_module, "running")
                 took = time.monotonic() - start
@@ -93,8 +97,8 @@ class RunReport(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._writer is not None and not trainer.sanity_checking:
-            found = trainer.callback_metrics
-            self._writer.evaluation({n: float(v) for n, v in found.items() if n[:4] == "val/"})
+            metrics = trainer.callback_metrics
+            self._writer.evaluation({n: float(v) for n, v in metrics.items() if n[:4] == "val/"})
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._end(pl_module, "finished")
@@ -103,16 +107,14 @@ class RunReport(Callback):
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         name = type(exception).__name__
-        is_told = isinstance(exception, KeyboardInterrupt) or name == "SIGTERMException"
-        self._end(pl_module, "stopped by a signal" if is_told else f"failed: {exception}")
+        is_signal = isinstance(exception, KeyboardInterrupt) or name == "SIGTERMException"
+        self._end(pl_module, "stopped by a signal" if is_signal else f"failed: {exception}")
 
     def _end(self, pl_module: LightningModule, status: str) -> None:
-        writer, self._writer = self._writer, None
-        if writer is None:
+        if self._writer is None:
             return
-        self._writer = writer
         self._save(pl_module, status)
-        self._writer = None
+        writer, self._writer = self._writer, None
         self.path = write_report(writer.page.parent)
         logger.info("the run's report is %s", self.path)
 
@@ -120,14 +122,13 @@ class RunReport(Callback):
         assert self._writer is not None and isinstance(pl_module, SegmentWisePPOModule)
 
         def draw(sample: Sample) -> str:
-            seen = view(
+            return view(
                 sample.trajectory,
                 tokenizer=pl_module.tokenizer,
                 version=sample.version,
                 loss=pl_module.loss,
                 max_tokens=MOST_TOKENS,
-            )
-            return seen.fragment()
+            ).fragment()
 
         self._writer.state(
             {
@@ -143,7 +144,7 @@ class RunReport(Callback):
 
 
 def run_folder(trainer: Trainer) -> Path:
-    """Where a run's files are: its logger's folder, one for each run. A collective."""
+    """Folder of a run's files: the logger's, one for each run. A collective."""
     log_dir = Path(trainer.log_dir or trainer.default_root_dir)
     logger = trainer.logger
     if logger is None or isinstance(logger, CSVLogger | TensorBoardLogger):
@@ -157,8 +158,8 @@ def _check_order(trainer: Trainer) -> None:
     kinds = [type(c) for c in callbacks if isinstance(c, RunReport | WeightSyncCallback)]
     if kinds[:1] != [WeightSyncCallback]:
         raise ConfigError(
-            "RunReport must come after WeightSyncCallback among the Trainer's callbacks: it writes "
-            f"what that one logs. Found {[kind.__name__ for kind in kinds]}."
+            "RunReport must come after WeightSyncCallback among the Trainer's callbacks, whose "
+            f"metrics it writes. Found {[kind.__name__ for kind in kinds]}."
         )
 
 
@@ -185,7 +186,6 @@ def _settings(
         "update": module.update,
         "optimizer": module.optimizer,
     }
-    sampling = asdict(data.workflow.sampling)
     return {
         "model": module.model_id,
         "engine": type(data.executor.engine).__name__,
@@ -195,17 +195,5 @@ def _settings(
         "device": str(trainer.strategy.root_device),
         "precision": str(trainer.precision),
         **{name: asdict(part) for name, part in parts.items()},
-        "sampling": sampling,
+        "sampling": asdict(data.workflow.sampling),
     }
-
-
-def _parts(
-    trainer: Trainer, pl_module: LightningModule
-) -> tuple[SegmentWisePPOModule, RolloutDataModule]:
-    data: Any = trainer.datamodule  # type: ignore[attr-defined]
-    if not isinstance(data, RolloutDataModule) or not isinstance(pl_module, SegmentWisePPOModule):
-        raise ConfigError(
-            "RunReport needs fit(SegmentWisePPOModule, datamodule=RolloutDataModule); found "
-            f"{type(pl_module).__name__} and {type(data).__name__}."
-        )
-    return pl_module, data

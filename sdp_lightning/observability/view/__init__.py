@@ -1,7 +1,7 @@
-"""Trajectories to look at: tokens colored by the policy version that sampled them.
+"""Views of trajectories: tokens colored by the policy version that sampled them.
 
-Pure: from data to HTML or to what rich prints. :func:`view` chooses how; ``data`` in a notebook's
-last line, or given to ``rich.print``, is drawn with its defaults.
+Pure functions from data to HTML or to a rich renderable. :func:`view` has the settings; data in the
+last line of a notebook's cell, or given to ``rich.print``, is drawn with its defaults.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _default_tokenizer: list[Decoder] = []  # at most one
 
 @dataclass(frozen=True, eq=False, repr=False)
 class View:
-    """Trajectories, ready to be shown in a notebook, a terminal or a file. Made by :func:`view`."""
+    """Trajectories to show in a notebook, a terminal or a file. Made by :func:`view`."""
 
     sections: tuple[Section, ...]
     tokenizer: Decoder | None
@@ -36,7 +36,7 @@ class View:
     num_hidden: int
 
     def fragment(self) -> str:
-        """HTML without its style, for a page that has :data:`STYLE` once: no script, no network."""
+        """HTML without scripts or style, for a page that has :data:`STYLE` once."""
         return fragment(
             self.sections,
             tokenizer=self.tokenizer,
@@ -49,13 +49,13 @@ class View:
         return STYLE + self.fragment()
 
     def save(self, path: str | Path, *, title: str = "Trajectories") -> Path:
-        """Write a page of HTML that needs nothing else."""
+        """Write a self-contained page of HTML; returns its path."""
         target = Path(path)
         target.write_text(page(self.fragment(), title), encoding="utf-8")
         return target
 
     def rich(self) -> RenderableType:
-        """The same for a terminal."""
+        """A rich renderable for a terminal."""
         return renderable(
             self.sections,
             tokenizer=self.tokenizer,
@@ -64,7 +64,7 @@ class View:
         )
 
     def show(self, console: Console | None = None) -> None:
-        """Draw it in the terminal."""
+        """Print the view in the terminal, or on ``console``."""
         from rich.console import Console
 
         (console or Console()).print(self.rich())
@@ -90,23 +90,24 @@ def view(
     max_tokens: int = 400,
     max_rows: int = 8,
 ) -> View:
-    """Look at trajectories: which version sampled which token, and what the loss makes of it.
+    """A view of trajectories: the version that sampled each token, and its weight in the loss.
 
-    Tokens tell more when a pointer rests on them: version, lag, log-probs under the behavior,
-    segment proximal and proximal policies, and the weight exp(m - b), as far as they are known.
+    Hovering over a token shows its version, lag, log-probs under the behavior, segment proximal
+    and proximal policies, and the weight exp(m - b), as far as they are known.
 
     Args:
         data: a trajectory, a group, a sequence of groups, or a batch.
-        tokenizer: makes text of tokens; None takes that of :func:`set_view_tokenizer`, and without
+        tokenizer: decodes the tokens; None takes that of :func:`set_view_tokenizer`, and without
             one token ids are shown.
-        version: the policy version that trains, of which lags are counted. A batch knows it.
-        loss: says around which policy the trust region lies.
-        update: says how advantages come from the rewards of a group. A batch has its own.
-        max_tokens: of one trajectory; more are left out in its middle, with a note.
-        max_rows: trajectories; a note says how many more there are.
+        version: policy version of the trainer, for lags. A batch has its own.
+        loss: the run's objective, which defines the weights. Advantages of a group are left out if
+            it takes a KL off the reward.
+        update: defines the advantages of a group. A batch has its own.
+        max_tokens: tokens of one trajectory to show; more are cut from its middle, with a note.
+        max_rows: trajectories to show; a note counts the others.
 
     Raises:
-        ConfigError: if there is nothing to show, or room for nothing.
+        ConfigError: if there is nothing to show, or a limit is below 1.
     """
     if max_tokens < 1 or max_rows < 1:
         raise ConfigError(
@@ -124,9 +125,8 @@ def view(
 
 
 def set_view_tokenizer(tokenizer: Decoder | None) -> None:
-    """Show trajectories as the text of ``tokenizer`` from now on; None shows token ids again.
+    """Show trajectories as text of ``tokenizer`` from now on; None shows token ids again.
 
-    A notebook calls this once, so that data in the last line of a cell is drawn as text. It is the
-    only state that drawing has.
+    A notebook calls this once, so that data in the last line of a cell is drawn as text.
     """
     _default_tokenizer[:] = [] if tokenizer is None else [tokenizer]

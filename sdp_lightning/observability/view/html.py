@@ -12,7 +12,7 @@ import numpy as np
 
 from sdp_lightning.observability.view.palette import DARK, HUES, LIGHT, Theme, hue_of, underline_of
 from sdp_lightning.observability.view.text import PART, Decoder, token_texts, visible
-from sdp_lightning.observability.view.token_rows import CONTEXT, NAMES, Row, Section
+from sdp_lightning.observability.view.token_rows import CONTEXT, NAMES, Section, TokenRow
 from sdp_lightning.observability.view.words import count_of, facts_of, legend_of, window_of
 
 _DARK_HOSTS = (  # of Jupyter, VS Code, Colab, Material for MkDocs, and pages that say so themselves
@@ -79,7 +79,7 @@ def _legend(sections: Sequence[Section]) -> str:
     return f'<div class="sdp-legend">sampled by {" ".join(chips)}</div>'
 
 
-def _row(row: Row, tokenizer: Decoder | None, max_tokens: int) -> str:
+def _row(row: TokenRow, tokenizer: Decoder | None, max_tokens: int) -> str:
     facts = facts_of(row)
     side = "".join(
         f'<div class="sdp-fact"><b>{_escaped(value)}</b> {_escaped(name)}</div>'
@@ -92,7 +92,7 @@ def _row(row: Row, tokenizer: Decoder | None, max_tokens: int) -> str:
     )
 
 
-def _strip(row: Row) -> str:
+def _strip(row: TokenRow) -> str:
     """A bar with a piece for every run of one version, as wide as it has tokens."""
     pieces = "".join(
         f'<i style="flex:{end - start};'
@@ -102,7 +102,7 @@ def _strip(row: Row) -> str:
     return f'<div class="sdp-strip">{pieces}</div>'
 
 
-def _tokens(row: Row, tokenizer: Decoder | None, max_tokens: int) -> str:
+def _tokens(row: TokenRow, tokenizer: Decoder | None, max_tokens: int) -> str:
     head, tail = window_of(len(row), max_tokens)
     parts: list[str] = []
     for start, end in ((0, head), (tail, len(row))):
@@ -120,7 +120,7 @@ def _tokens(row: Row, tokenizer: Decoder | None, max_tokens: int) -> str:
     return f'<div class="sdp-text">{"".join(parts)}</div>'
 
 
-def _run(row: Row, version: int, first: int, texts: list[str], *, is_ids: bool) -> str:
+def _run(row: TokenRow, version: int, first: int, texts: list[str], *, is_ids: bool) -> str:
     gap = " " if is_ids else ""
     if version == CONTEXT:
         kind = "prompt" if first == 0 else "tool"
@@ -136,7 +136,7 @@ def _run(row: Row, version: int, first: int, texts: list[str], *, is_ids: bool) 
     return f'<span class="{style}">{label}{gap.join(spans)}</span>'
 
 
-def _hover(row: Row, index: int, text: str) -> str:
+def _hover(row: TokenRow, index: int, text: str) -> str:
     version = int(row.versions[index])
     lag = "" if row.version is None else f", lag {row.version - version}"
     lines = [f"version {version}{lag}"]

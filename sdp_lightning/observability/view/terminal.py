@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from sdp_lightning.observability.view.palette import TERMINAL, hue_of
 from sdp_lightning.observability.view.text import Decoder, token_texts, visible
-from sdp_lightning.observability.view.token_rows import CONTEXT, Row, Section
+from sdp_lightning.observability.view.token_rows import CONTEXT, Section, TokenRow
 from sdp_lightning.observability.view.words import count_of, facts_of, legend_of, window_of
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def _legend(sections: Sequence[Section]) -> Text:
     return line
 
 
-def _facts(row: Row) -> Text:
+def _facts(row: TokenRow) -> Text:
     from rich.text import Text
 
     facts = facts_of(row)
@@ -59,7 +59,7 @@ def _facts(row: Row) -> Text:
     return line.append(", ".join(facts.notes), "dim")
 
 
-def _tokens(row: Row, tokenizer: Decoder | None, max_tokens: int) -> Text:
+def _tokens(row: TokenRow, tokenizer: Decoder | None, max_tokens: int) -> Text:
     from rich.text import Text
 
     head, tail = window_of(len(row), max_tokens)

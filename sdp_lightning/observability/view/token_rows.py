@@ -1,6 +1,6 @@
-"""From trajectories, groups and batches to rows of tokens, ready to be drawn.
+"""Rows of tokens with their numbers, made from trajectories, groups and batches.
 
-A number that is not known is NaN. Log-probs in nats.
+An unknown number is NaN. Log-probs in nats.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ NAMES = ("behavior", "segment", "proximal", "weight")
 
 
 @dataclass(frozen=True, eq=False)
-class Row:
+class TokenRow:
     """One trajectory.
 
     Args:
         token_ids: [T] int64.
-        versions: [T] int64, :data:`CONTEXT` where the policy did not choose.
-        numbers: by the :data:`NAMES`, each [T]: log-probs b, q and x, and the behavior weight w.
-        reward: of the whole row.
-        advantage: NaN if nobody has said.
-        version: that trains on it, c; None if nobody has said.
-        note: how it ended, for example.
+        versions: [T] int64, :data:`CONTEXT` for tokens that the policy did not choose.
+        numbers: [T] each, by the :data:`NAMES`: log-probs b, q and x, and the behavior weight w.
+        reward: reward of the trajectory.
+        advantage: NaN if unknown.
+        version: policy version c that trains on it; None if unknown.
+        note: why it ended.
     """
 
     token_ids: NDArray[np.int64]
@@ -54,7 +54,7 @@ class Row:
 
     @property
     def sampled(self) -> NDArray[np.bool_]:
-        """[T] which tokens the policy chose."""
+        """[T] bool: tokens that the policy chose."""
         return self.versions != CONTEXT
 
     @property
@@ -71,23 +71,23 @@ class Row:
 
 @dataclass(frozen=True)
 class Section:
-    """The rows of one prompt, and what to call them."""
+    """The rows of one prompt, under a title."""
 
     title: str
-    rows: tuple[Row, ...]
+    rows: tuple[TokenRow, ...]
 
 
 def sections_of(
     data: Viewable, *, version: int | None, loss: LossConfig, update: UpdateConfig, most_rows: int
 ) -> tuple[list[Section], int]:
-    """What there is to draw of ``data``, and how many trajectories are left out.
+    """Sections to draw, and the number of trajectories that they leave out.
 
     Args:
         data: a trajectory, a group, groups, or a batch.
-        version: the policy version that trains on it, of which lags are counted; a batch knows it.
-        loss: says what a weight is.
-        update: says what the advantage of a group's member is.
-        most_rows: trajectories to show.
+        version: policy version that trains on it, for lags; a batch has its own.
+        loss: defines the weights.
+        update: defines the advantages of a group's members.
+        most_rows: trajectories to show at most.
     """
     if isinstance(data, Batch):
         return _of_batch(data, loss, most_rows)
@@ -100,7 +100,7 @@ def sections_of(
         if left <= 0:
             break
         rows = [_of_trajectory(t, version, loss) for t in group.trajectories[:left]]
-        pairs = zip(rows, _group_advantages(group, update), strict=False)
+        pairs = zip(rows, _group_advantages(group, loss, update), strict=False)
         shown = tuple(replace(row, advantage=advantage) for row, advantage in pairs)
         sections.append(Section(_title(group), shown))
         left -= len(rows)
@@ -108,11 +108,16 @@ def sections_of(
     return sections, total - sum(len(section.rows) for section in sections)
 
 
-def _group_advantages(group: TrajectoryGroup, update: UpdateConfig) -> list[float]:
-    """Advantages of a group's members; NaN for a single one, which has nothing to beat."""
+def _group_advantages(
+    group: TrajectoryGroup, loss: LossConfig, update: UpdateConfig
+) -> list[float]:
+    """Advantages of a group's members; NaN for a single one, and where a KL goes into the reward.
+
+    That KL needs log-probs of the reference policy, which a group does not have.
+    """
     rewards = torch.tensor([t.reward for t in group.trajectories], dtype=torch.float64)
-    if len(rewards) < 2:
-        return [float("nan")]
+    if len(rewards) < 2 or (loss.needs_reference and loss.kl_in == "reward"):
+        return [float("nan")] * len(rewards)
     return row_advantages(rewards, torch.zeros(len(rewards)), update).tolist()
 
 
@@ -122,7 +127,7 @@ def _title(group: TrajectoryGroup) -> str:
     return f"{title}, {count} sample{'s' * (count != 1)}, mean reward {group.reward:.3g}"
 
 
-def _of_trajectory(trajectory: Trajectory, version: int | None, loss: LossConfig) -> Row:
+def _of_trajectory(trajectory: Trajectory, version: int | None, loss: LossConfig) -> TokenRow:
     behavior, segment = [
         np.concatenate(
             [
@@ -140,7 +145,7 @@ def _of_trajectory(trajectory: Trajectory, version: int | None, loss: LossConfig
     )
     numbers = {"behavior": behavior, "segment": segment, "proximal": _unknown(behavior.size)}
     lags = np.zeros_like(versions) if version is None else version - versions
-    return Row(
+    return TokenRow(
         token_ids=trajectory.token_ids,
         versions=versions,
         numbers=numbers | {"weight": _weights(numbers, lags, loss)},
@@ -160,7 +165,7 @@ def _score(segment: Segment) -> Numbers:
 
 
 def _weights(numbers: Mapping[str, Numbers], lags: NDArray[np.int64], loss: LossConfig) -> Numbers:
-    """Behavior weights w of tokens, NaN where a log-prob that the estimator reads is unknown."""
+    """Behavior weights w, NaN where a log-prob that the estimator reads is unknown."""
     x, q, b = (torch.from_numpy(numbers[name]) for name in ("proximal", "segment", "behavior"))
     log_weight = centre_and_log_weight(x, q, b, loss, torch.from_numpy(lags))[1]
     return torch.where(b.isnan(), b, log_weight.exp()).numpy()
@@ -173,13 +178,13 @@ def _unknown(size: int | tuple[int, ...]) -> Numbers:
 def _of_batch(batch: Batch, loss: LossConfig, most_rows: int) -> tuple[list[Section], int]:
     total, batch = len(batch), batch.select(range(min(len(batch), most_rows))).to("cpu")
     numbers = _numbers_of(batch, loss)
-    sections: dict[int, list[Row]] = {}
+    sections: dict[int, list[TokenRow]] = {}
     for index, length in enumerate(batch.lengths.tolist()):
         mask = batch.loss_mask[index, :length].numpy()
         advantage = float("nan")
         if batch.advantages is not None and mask.any():
             advantage = float(batch.advantages[index, :length][batch.loss_mask[index, :length]][0])
-        row = Row(
+        row = TokenRow(
             token_ids=batch.input_ids[index, :length].numpy(),
             versions=np.where(mask, batch.versions[index, :length].numpy(), CONTEXT),
             numbers={name: values[index, :length] for name, values in numbers.items()},
@@ -189,8 +194,8 @@ def _of_batch(batch: Batch, loss: LossConfig, most_rows: int) -> tuple[list[Sect
             note="truncated" if bool(batch.truncated[index]) else "stop",
         )
         sections.setdefault(int(batch.group_ids[index]), []).append(row)
-    found = [Section(f"group {group}", tuple(rows)) for group, rows in sections.items()]
-    return found, total - len(batch)
+    titled = [Section(f"group {group}", tuple(rows)) for group, rows in sections.items()]
+    return titled, total - len(batch)
 
 
 def _numbers_of(batch: Batch, loss: LossConfig) -> dict[str, Numbers]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sdp_lightning.observability.view.token_rows import CONTEXT, Row, Section
+from sdp_lightning.observability.view.token_rows import CONTEXT, Section, TokenRow
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Facts:
     notes: tuple[str, ...]
 
 
-def facts_of(row: Row) -> Facts:
+def facts_of(row: TokenRow) -> Facts:
     """Reward and advantage, lengths, lags, and how it ended."""
     numbers = [("reward", f"{row.reward:.3g}")]
     if not np.isnan(row.advantage):
