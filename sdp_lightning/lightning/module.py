@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,17 +24,13 @@ from sdp_lightning.distributed.reductions import RankSums
 from sdp_lightning.errors import ConfigError
 from sdp_lightning.lightning.known_warnings import ignore_known_warnings
 from sdp_lightning.lightning.trainer_checks import check_trainer
-from sdp_lightning.objective import loss_denominator
-from sdp_lightning.objective.effective_sample_size import effective_share, ess_scale
-from sdp_lightning.training.batch import Batch, collate, split_minibatches
-from sdp_lightning.training.loss import batch_advantages, batch_loss, within_second_moment
+from sdp_lightning.training.batch import Batch, collate
 from sdp_lightning.training.metrics import HealthLog, LagMetrics
 from sdp_lightning.training.metrics.train_step import step_values
 from sdp_lightning.training.metrics.uniform_rewards import UniformWatch
 from sdp_lightning.training.policy.forward import LogprobForward
-from sdp_lightning.training.policy.gradient_step import GradientStep
 from sdp_lightning.training.policy.loading import disable_dropout, load, select_trainable
-from sdp_lightning.training.policy.logprob_runner import LogprobRunner, fill_up
+from sdp_lightning.training.policy.logprob_runner import LogprobRunner
 from sdp_lightning.training.policy.lora import (
     LORA_KEY,
     check_adapter,
@@ -47,6 +42,7 @@ from sdp_lightning.training.policy.optimizer import make_optimizer
 from sdp_lightning.training.policy.scoring import group_by_prompt, split_by_segment
 from sdp_lightning.training.policy.sharding import gradient_sync, is_sharded, shard
 from sdp_lightning.training.policy.weight_export import named_weights
+from sdp_lightning.training.update import PolicyUpdate, TrainingLoop
 from sdp_lightning.types import Context, FloatArray, Segment, Trajectory
 from sdp_lightning.weights.protocol import WeightStream
 
@@ -99,8 +95,7 @@ class SegmentWisePPOModule(L.LightningModule):
         self._reference: list[PreTrainedModel] = []  # in a list it is no part of this module
         self._model, self._model_kwargs = model, dict(model_kwargs or {})
         self._metrics, self._warner = LagMetrics(), HealthLog()
-        self._step = GradientStep(optimizer.gradient_clip_val, update.max_skipped_in_a_row)
-        self._shuffler = torch.Generator().manual_seed(0)
+        self._policy_update = PolicyUpdate(loss, optimizer, update)
         self._uniform = UniformWatch(update.max_uniform_in_a_row)
 
     # The model -----------------------------------------------------------------------------------
@@ -151,7 +146,7 @@ class SegmentWisePPOModule(L.LightningModule):
         passes = LogprobRunner(
             forward,  # no submodule of this one: its weights are the policy's
             self.update,
-            over_ranks=self.over_ranks,
+            over_ranks=lambda *values: self._sums.table(*values),
             precision=self._precision,
         )
         return policy, passes
@@ -192,19 +187,11 @@ class SegmentWisePPOModule(L.LightningModule):
         return [optimizer], [schedule]
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
-        """One consumed batch: what its minibatches share, then each of them, an optimizer step."""
-        batch = self._prepare(batch)
+        """One consumed batch: each of its minibatches is an optimizer step."""
         metrics = LagMetrics(sync_on_compute=False)  # a kept one would be made bfloat16, too
         self._metrics = metrics.to(self.device)
-        update, steps = self.update, list[dict[str, Tensor]]()
-        shuffler = None if update.steps_per_batch == 1 else self._shuffler
-        for _ in range(update.num_epochs):
-            for rows in split_minibatches(
-                batch.group_ids, update.num_minibatches, generator=shuffler
-            ):
-                done = len(steps) / update.steps_per_batch
-                steps.append(self._optimizer_step(batch.select(rows), done))
-        self._log_step(batch, steps)
+        batch = self._policy_update.prepare(batch, self._runner, self._reference_logprobs)
+        self._log_step(batch, self._policy_update.train(batch, self._training_loop()))
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Log the mean reward of rollouts of the published version, and what passed of k."""
@@ -249,22 +236,20 @@ class SegmentWisePPOModule(L.LightningModule):
     def _sums(self) -> RankSums:
         return RankSums(self.device, self.global_rank, self._num_ranks, self._ranks)
 
-    def over_ranks(self, *values: float) -> list[tuple[float, ...]]:
-        """The ``values`` of each rank, in order of rank. All must come."""
-        return self._sums.table(*values)
-
     # Helpers -------------------------------------------------------------------------------------
 
-    def _prepare(self, batch: Batch) -> Batch:
-        """Proximal and reference log-probs, where they need a forward, and the advantages."""
-        config = self.loss
-        if (self.update.steps_per_batch > 1 and config.proximal == "recompute") or (
-            config.second_moment_cap is not None
-        ):
-            batch = replace(batch, proximal_logprobs=self._runner.logprobs(batch))
-        if config.needs_reference:
-            batch = replace(batch, reference_logprobs=self._reference_logprobs(batch))
-        return replace(batch, advantages=batch_advantages(batch, config, self.update))
+    def _training_loop(self) -> TrainingLoop:
+        optimizer: Any = self.optimizers()
+        return TrainingLoop(
+            policy=self.require_policy(),
+            forward=self._runner,
+            optimizer=optimizer,
+            schedule=self.lr_schedulers(),
+            sums=self._sums,
+            observe=self._metrics.update,
+            backward=self.manual_backward,
+            sync=lambda last: gradient_sync(self.trainer.model, on=last),
+        )
 
     def _reference_logprobs(self, batch: Batch) -> Tensor:
         """[B, T] under the weights at the start: a frozen copy, or those below the adapter."""
@@ -274,45 +259,6 @@ class SegmentWisePPOModule(L.LightningModule):
         for reference in self._reference:
             reference.to(self.device)  # type: ignore
         return self._reference_runner.logprobs(batch)
-
-    def _optimizer_step(self, batch: Batch, share_done: float) -> dict[str, Tensor]:
-        optimizer: Any = self.optimizers()
-        optimizer.zero_grad()
-        if self.loss.second_moment_cap is not None:
-            batch = within_second_moment(batch, self.loss.second_moment_cap, self._sums)
-        layout = self._runner.layout(batch)
-        pieces = self._runner.cut(batch, layout)
-        share = float(loss_denominator(batch.loss_mask, self.loss))
-        every = self.over_ranks(share, batch.num_tokens, len(pieces))
-        denominator, num_tokens, _ = map(sum, zip(*every, strict=True))
-        pieces = fill_up(pieces, batch, int(max(number for *_, number in every)))
-        before = self._metrics.weights
-        total, kl = torch.zeros(2, dtype=torch.float32, device=self.device)
-        for number, (part, _) in enumerate(pieces):
-            forward = self._runner(part, layout)
-            found = batch_loss(
-                forward.logprobs,
-                part,
-                config=self.loss,
-                denominator=denominator,
-                share_done=share_done,
-            )
-            x, q = found.proximal, found.segment
-            self._metrics.update(part, found.policy, x, q, forward.entropy)
-            # Gradients are averaged over ranks, and the loss is a share of the global sum.
-            loss = found.loss * self._num_ranks
-            with gradient_sync(self.trainer.model, on=number + 1 == len(pieces)):
-                self.manual_backward(loss)
-            total += loss.detach()
-            kl += found.kl.sum() * self._num_ranks / max(num_tokens, 1)
-        values = {"loss": total, "kl": kl} if self.loss.needs_reference else {"loss": total}
-        scale = 1.0
-        if self.optimizer.scale_lr_by_ess:
-            share = effective_share(*self._sums.add_up(self._metrics.weights - before))
-            scale = ess_scale(share.item())
-            values["lr_scale"] = torch.tensor(scale, dtype=torch.float32)
-        schedule = self.lr_schedulers()
-        return values | self._step(self.require_policy(), optimizer, schedule, scale=scale)
 
     def _log_step(self, batch: Batch, steps: list[dict[str, Tensor]]) -> None:
         values = step_values(batch, steps, self._num_ranks)

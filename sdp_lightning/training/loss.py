@@ -22,7 +22,7 @@ from sdp_lightning.objective import (
     second_moment_bound,
     second_moment_set,
     segment_wise_ppo_loss,
-    within_second_moment as within_bound,
+    within_second_moment,
 )
 from sdp_lightning.objective.aggregation import token_shares
 from sdp_lightning.objective.kl import kl_estimate, kl_penalised_rewards
@@ -88,19 +88,19 @@ def batch_loss(
     return BatchLoss(loss, policy, proximal, segment, kl.detach())
 
 
-def within_second_moment(batch: Batch, cap: float, sums: RankSums) -> Batch:
+def reject_by_second_moment(batch: Batch, cap: float, sums: RankSums) -> Batch:
     """Reject the tokens that would take the second moment of the drift above ``cap`` (M2PO).
 
     Args:
-        batch: of one optimizer step, with proximal log-probs and advantages.
-        cap: of the mean of (x - b)^2 over the tokens that it bounds, of all ranks.
-        sums: over ranks; a collective.
+        batch: one minibatch, with proximal log-probs and advantages.
+        cap: largest mean of (x - b)^2 over the bounded tokens of all ranks.
+        sums: sums over ranks; a collective.
     """
     assert batch.proximal_logprobs is not None and batch.advantages is not None
     drift = batch.proximal_logprobs - batch.behavior_logprobs
     bounded = second_moment_set(drift, batch.advantages, batch.loss_mask)
     bound = second_moment_bound(sums.concatenate(drift[bounded]), cap)
-    kept = within_bound(drift, batch.advantages, batch.loss_mask, bound)
+    kept = within_second_moment(drift, batch.advantages, batch.loss_mask, bound)
     return replace(batch, rejected=batch.loss_mask & ~kept)
 
 

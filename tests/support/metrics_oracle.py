@@ -15,6 +15,7 @@ from torch import Tensor
 from sdp_lightning.config import LossConfig
 from sdp_lightning.objective import PolicyLoss, segment_wise_ppo_loss
 from sdp_lightning.training.batch import Batch
+from sdp_lightning.training.loss import BatchLoss
 from sdp_lightning.training.metrics import LagMetrics
 
 VERSION = 7
@@ -86,7 +87,10 @@ class Step:
         )
 
     def add_to(self, metrics: LagMetrics) -> None:
-        metrics.update(self.batch, self.loss(), self.proximal, self.segment, self.entropy)
+        policy = self.loss()
+        kl = torch.zeros_like(self.proximal)
+        result = BatchLoss(policy.loss, policy, self.proximal, self.segment, kl)
+        metrics.update(self.batch, result, self.entropy)
 
 
 def computed(*steps: Step) -> dict[str, float]:

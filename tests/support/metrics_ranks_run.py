@@ -18,6 +18,7 @@ from torch import Tensor, distributed
 from sdp_lightning.distributed.reductions import RankSums
 from sdp_lightning.objective.effective_sample_size import effective_share
 from sdp_lightning.training.metrics import LagMetrics
+from sdp_lightning.training.metrics.sums import drift_moments
 from support.metrics_oracle import Step
 
 SEEDS = (11, 12, 13)
@@ -37,8 +38,10 @@ def be_rank(rank: int, size: int, folder: Path) -> None:
     distributed.init_process_group("gloo", init_method=meet, rank=rank, world_size=size)
     sums = RankSums(torch.device("cpu"), rank, size)
     pooled, synced, calls = LagMetrics(sync_on_compute=False), LagMetrics(), [0]
+    moments = torch.zeros(3, dtype=torch.float64)
     for step in make_steps():
         for part in rows_of(rank, size, step):
+            moments += drift_moments(part.batch, part.proximal)
             part.add_to(pooled)
             part.add_to(synced)
 
@@ -49,7 +52,7 @@ def be_rank(rank: int, size: int, folder: Path) -> None:
 
         return call
 
-    share = effective_share(*sums.add_up(pooled.weights))
+    share = effective_share(*sums.add_up(moments))
     other = torch.tensor([rank + 1.0], dtype=torch.float64)
     found = pooled.pool(counted(sums.add_up), other, rank=rank, num_ranks=size)
     result = {

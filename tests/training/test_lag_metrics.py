@@ -69,7 +69,7 @@ def test_sums_and_the_maximum_reduce_over_ranks_to_the_whole() -> None:
     step.select([0, 1]).add_to(ranks[0])
     step.select([2, 3]).add_to(ranks[1])
     merged = LagMetrics()
-    merged.update(step.batch.idle(), step.select([0]).loss(), *[step.proximal[:1]] * 3)
+    step.select([0]).add_to(merged)
     merged.reset()
     for name, reduce in merged._reductions.items():
         states = torch.stack([getattr(rank, name) for rank in ranks])

@@ -28,6 +28,7 @@ from sdp_lightning.testing import tiny_model
 from sdp_lightning.training.batch import Batch
 from sdp_lightning.training.policy.lora import add_adapter, is_adapter, merge
 from sdp_lightning.training.policy.weight_export import named_weights
+from sdp_lightning.training.update import PolicyUpdate
 from sdp_lightning.weights.protocol import WeightStream
 from support.fake_servers import QUICK, servers
 from support.steps import assert_same, loss_by_hand, make_batch, plain_logprobs, train
@@ -129,13 +130,14 @@ def test_the_reference_is_the_base_with_the_adapter_off_and_there_is_no_copy(
         lambda *args: loads.append("") or load(*args),
     )
     batch, seen = make_batch(model_folder), list[Batch]()
+    prepare = PolicyUpdate.prepare
 
-    class Keep(sdp.SegmentWisePPOModule):
-        def _prepare(self, batch: Batch) -> Batch:
-            seen.append(super()._prepare(batch))
-            return seen[-1]
+    def kept(*arguments: Any) -> Batch:
+        seen.append(prepare(*arguments))
+        return seen[-1]
 
-    module = Keep(
+    monkeypatch.setattr(PolicyUpdate, "prepare", kept)
+    module = sdp.SegmentWisePPOModule(
         model_folder,
         lora=LORA,
         loss=LossConfig(kl_coefficient=0.3),

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from sdp_lightning.objective.effective_sample_size import effective_share, ess_scale
-from sdp_lightning.training.metrics import LagMetrics
+from sdp_lightning.training.metrics.sums import drift_moments
 from support.metrics_oracle import Step, oracle
 
 
@@ -22,14 +22,12 @@ def test_the_share_is_that_of_numpy_and_in_its_range(logs: list[float]) -> None:
     assert 1 / len(logs) <= actual + 1e-9 and actual <= 1 + 1e-9
 
 
-def test_the_weights_of_a_minibatch_are_what_was_added_since() -> None:
-    metrics, first, second = LagMetrics(), Step.random(0), Step.random(1)
-    first.add_to(metrics)
-    before = metrics.weights
-    for row in range(len(second.batch)):
-        second.select([row]).add_to(metrics)
-    share = effective_share(*metrics.weights - before)
-    assert float(share) == pytest.approx(oracle(second)["ess/token"], rel=1e-5)
+def test_the_moments_of_the_drift_add_up_over_micro_batches() -> None:
+    step = Step.random(1)
+    rows = [step.select([row]) for row in range(len(step.batch))]
+    moments = torch.stack([drift_moments(row.batch, row.proximal) for row in rows]).sum(0)
+    assert torch.allclose(moments, drift_moments(step.batch, step.proximal))
+    assert float(effective_share(*moments)) == pytest.approx(oracle(step)["ess/token"], rel=1e-5)
 
 
 def test_the_scale_is_the_root_of_the_share_and_never_above_one() -> None:

@@ -5,8 +5,8 @@
 Steps of 100 ms (asleep) on a fake engine. Printed is the share of such a step that each rank spends
 on agreeing with the other one, counted from when both have arrived: waiting for the other's work is
 not included, and gradients are not. Agreement and ledger are ``RankGroup.all_gather`` (batches,
-publishes, ends, errors, the ledger's counters) and ``over_ranks`` (tokens and micro-batches of a
-step, an all-gather too); summing the metrics of a step is printed apart. Times are medians and need
+publishes, ends, errors, the ledger's counters) and ``RankSums.table`` (tokens and micro-batches of
+a step, an all-gather too); summing the metrics of a step is apart. Times are medians and need
 idle cores: beside other jobs both ranks wait for their turn.
 
 With ``--shared`` the ranks' engines share their servers: a publish then has five more all-gathers,
@@ -30,6 +30,7 @@ from torch import distributed
 
 import sdp_lightning as sdp
 from sdp_lightning.distributed.rank_group import RankGroup
+from sdp_lightning.distributed.reductions import RankSums
 from sdp_lightning.testing import FakeEngine, tiny_model, tiny_tokenizer
 from sdp_lightning.training.metrics import LagMetrics
 
@@ -113,7 +114,7 @@ def main() -> None:
     engine = SharedEngine() if parser.parse_args().shared else FakeEngine()
     for owner, name in (
         (RankGroup, "all_gather"),
-        (sdp.SegmentWisePPOModule, "over_ranks"),
+        (RankSums, "table"),
         (LagMetrics, "pool"),
     ):
         timed(owner, name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,8 +11,11 @@ from staleness.rollouts import EOS, NEWLINE, encode
 from staleness.task import Row
 from torch import Tensor
 
+from sdp_lightning.objective.kl import kl_estimate
 from sdp_lightning.training.batch import Batch
 from sdp_lightning.training.loss import BatchLoss
+
+PER_STEP = ("grad_norm", "lr_scale")
 
 
 @torch.no_grad()
@@ -40,39 +43,40 @@ class StepSums:
     tokens: float = 0.0
     steps: float = 0.0
 
-    def add(self, batch: Batch, found: BatchLoss) -> None:
-        """The tokens of one minibatch."""
+    def add(self, batch: Batch, result: BatchLoss, entropy: Tensor) -> None:
+        """Add the tokens of one micro-batch."""
         assert batch.advantages is not None
-        mask, policy = batch.loss_mask, found.policy
-        log_drift = torch.where(mask, found.proximal - batch.behavior_logprobs, 0.0)
-        bridge = torch.where(mask, found.proximal - found.segment, 0.0)
+        mask, policy = batch.loss_mask & (batch.advantages != 0), result.policy
+        behavior, proximal = batch.behavior_logprobs, result.proximal
+        log_drift = torch.where(mask, proximal - behavior, 0.0)
+        bridge = torch.where(mask, proximal - result.segment, 0.0)
         away = log_drift * torch.sign(batch.advantages)
         values = {
-            "clipped_high": policy.clipped & (policy.log_ratio > 0),
-            "clipped_low": policy.clipped & (policy.log_ratio < 0),
+            "clipped_high": mask & policy.clipped & (policy.log_ratio > 0),
+            "clipped_low": mask & policy.clipped & (policy.log_ratio < 0),
             "rejected": mask & ~policy.kept,
             "abs_drift": log_drift.abs(),
-            "kl_drift": torch.where(mask, log_drift.exp() - 1 - log_drift, 0.0),
+            "kl_drift": kl_estimate(behavior, proximal, mask, "k3"),
             "abs_bridge": bridge.abs(),
             "moved_with_advantage": mask & (away > 0.1823),
-            "weight": torch.where(policy.kept, policy.log_weight.exp(), 0.0),
-            "mean_lag": batch.lags,
+            "weight": torch.where(policy.kept & mask, policy.log_weight.exp(), 0.0),
+            "mean_lag": torch.where(mask, batch.lags, 0),
         }
         self.tokens += float(mask.sum())
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + float(value.double().sum())
 
-    def note(self, grad_norm: float, lr_scale: float) -> None:
-        """One optimizer step."""
+    def note(self, values: Mapping[str, Tensor]) -> None:
+        """Add one optimizer step: the values that it gave, a scale of 1 unless it gave another."""
         self.steps += 1
-        for name, value in (("grad_norm", grad_norm), ("lr_scale", lr_scale)):
+        for name in PER_STEP:
+            value = float(values[name]) if name in values else 1.0
             self.sums[name] = self.sums.get(name, 0.0) + value
 
     def means(self) -> dict[str, float]:
-        """By token, or by optimizer step."""
-        per_step = ("grad_norm", "lr_scale")
+        """Means over tokens, or over optimizer steps."""
         return {
-            name: value / max(self.steps if name in per_step else self.tokens, 1)
+            name: value / max(self.steps if name in PER_STEP else self.tokens, 1)
             for name, value in self.sums.items()
         }
 

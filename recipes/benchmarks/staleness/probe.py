@@ -15,10 +15,20 @@ import torch
 from staleness.methods import METHODS, Method
 from staleness.net import TinyLlama
 from staleness.rollouts import Rollouts, sample
-from staleness.training import Run, minibatch_loss, policy_logprobs, prepare
+from staleness.training import (
+    NetForward,
+    Run,
+    acting_rows,
+    policy_logprobs,
+    prepare,
+    training_loop,
+)
 from torch import Tensor
 
+from sdp_lightning.config import OptimizerConfig, UpdateConfig
 from sdp_lightning.training.batch import Batch
+from sdp_lightning.training.loss import BatchLoss
+from sdp_lightning.training.update import PolicyUpdate
 
 FRESH, FRESH_WEIGHTS = METHODS["uncorrected"], METHODS["proximal"]
 
@@ -82,15 +92,25 @@ def gradient(this: Run, batch: Batch, method: Method) -> tuple[Tensor, float]:
     """(gradient of the loss of a whole batch at the step's start, share of tokens that act)."""
     net = this.learner.net
     net.zero_grad()
-    prepared = prepare(net, batch, method)
-    part, found = minibatch_loss(net, prepared, method, 0.0)
-    if found is None:
-        return torch.zeros(sum(p.numel() for p in net.parameters())), 0.0
-    found.loss.backward()
-    policy = found.policy
-    frozen = policy.clipped if method.loss.surrogate != "cispo" else policy.clipped & False
-    acting = (policy.kept & ~frozen).sum() / part.loss_mask.sum()
-    return flat_gradient(net), float(acting)
+    update, forward = make_update(net, method)
+    shares: list[float] = []
+
+    def observe(part: Batch, result: BatchLoss, entropy: Tensor) -> None:
+        policy, has_advantage = result.policy, part.advantages != 0
+        frozen = policy.clipped if method.loss.surrogate != "cispo" else policy.clipped & False
+        acting = (policy.kept & ~frozen & has_advantage).sum()
+        shares.append(float(acting / part.loss_mask.sum()))
+
+    prepared = prepare(update, forward, batch, method)
+    update.add_gradients(prepared, training_loop(net, forward, None, None, observe))
+    return flat_gradient(net), sum(shares)
+
+
+def make_update(net: TinyLlama, method: Method) -> tuple[PolicyUpdate, NetForward]:
+    """One step on a whole batch by a method, and the forward that it takes."""
+    return PolicyUpdate(method.loss, OptimizerConfig(), UpdateConfig()), NetForward(
+        net, every_row=method.scale_lr_by_ess
+    )
 
 
 def sequence_gradient(this: Run, batch: Batch, present_baseline: bool) -> Tensor:
@@ -102,9 +122,8 @@ def sequence_gradient(this: Run, batch: Batch, present_baseline: bool) -> Tensor
     """
     net = this.learner.net
     net.zero_grad()
-    prepared = prepare(net, batch, FRESH_WEIGHTS)
-    assert prepared.advantages is not None and prepared.proximal_logprobs is not None
-    part = prepared.select((prepared.advantages[:, -1] != 0).nonzero()[:, 0].tolist())
+    prepared = prepare(*make_update(net, FRESH_WEIGHTS), batch, FRESH_WEIGHTS)
+    part = prepared.select(acting_rows(prepared))
     assert part.advantages is not None and part.proximal_logprobs is not None
     drift = torch.where(part.loss_mask, part.proximal_logprobs - part.behavior_logprobs, 0.0)
     members = drift.sum(1).view(-1, net.layout.num_answers)

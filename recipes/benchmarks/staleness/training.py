@@ -1,11 +1,12 @@
 """One run: the tiny task, one method, one staleness, one seed.
 
-The step is the module's own (``SegmentWisePPOModule.training_step``), on a cheaper forward pass; a
-test holds the weights after it to the module's.
+The update is the module's own (:class:`~sdp_lightning.training.update.PolicyUpdate`), on a cheaper
+forward pass; a test compares the weights after it with the module's.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -25,16 +26,13 @@ from staleness.rollouts import (
 from staleness.task import Judge, judge, test_rows, train_rows
 from torch import Tensor
 
-from sdp_lightning.config import OptimizerConfig
+from sdp_lightning.config import OptimizerConfig, UpdateConfig
 from sdp_lightning.distributed.reductions import RankSums
-from sdp_lightning.objective import group_relative_advantages, loss_denominator
-from sdp_lightning.objective.effective_sample_size import effective_share, ess_scale
-from sdp_lightning.training.batch import Batch, split_minibatches
-from sdp_lightning.training.loss import BatchLoss, batch_loss, within_second_moment
-from sdp_lightning.training.policy.gradient_step import GradientStep
+from sdp_lightning.training.batch import Batch
+from sdp_lightning.training.policy.forward import SequenceLogprobs
+from sdp_lightning.training.policy.logprob_runner import MicroBatch
 from sdp_lightning.training.policy.optimizer import make_optimizer
-
-NO_RANKS = RankSums(torch.device("cpu"))
+from sdp_lightning.training.update import PolicyUpdate, TrainingLoop
 
 
 @dataclass(frozen=True)
@@ -73,6 +71,41 @@ class Scale:
     num_tests: int = 128
 
 
+class NetForward:
+    """Log-probs of the tiny net, computed only where an update needs them.
+
+    Args:
+        net: the policy.
+        every_row: compute x also for rows without an advantage: learning rates are scaled by it.
+        is_engine_exact: the engine samples with the trainer's weights, so that a token of lag 0
+            has x from its sampling.
+    """
+
+    def __init__(self, net: TinyLlama, *, every_row: bool, is_engine_exact: bool = True) -> None:
+        self._net, self._every_row, self._is_engine_exact = net, every_row, is_engine_exact
+
+    def logprobs(self, batch: Batch) -> Tensor:
+        """[B, T] x, or b in rows whose advantages are 0: they have no gradient."""
+        proximal = batch.behavior_logprobs.clone()
+        rows = list(range(len(batch))) if self._every_row else acting_rows(batch)
+        if rows and (int(batch.lags.max()) or not self._is_engine_exact):
+            with torch.no_grad():
+                fresh = policy_logprobs(self._net, batch.select(rows))
+            is_own = (batch.lags[rows] == 0) & self._is_engine_exact
+            proximal[rows] = torch.where(is_own, proximal[rows], fresh)
+        return proximal
+
+    def cut(self, batch: Batch) -> list[MicroBatch]:
+        """The rows with an advantage; one whole group if there is none."""
+        rows = acting_rows(batch) or list(range(self._net.layout.num_answers))
+        return [MicroBatch(batch.select(rows), rows)]
+
+    def __call__(self, piece: MicroBatch) -> SequenceLogprobs:
+        """One forward pass; the entropy, which nothing here reads, is 0."""
+        logprobs = policy_logprobs(self._net, piece.batch)
+        return SequenceLogprobs(logprobs, torch.zeros_like(logprobs))
+
+
 class Learner:
     """The policy that is trained, and its optimizer.
 
@@ -84,45 +117,56 @@ class Learner:
 
     def __init__(self, model: Any, cell: Cell, scale: Scale) -> None:
         self.net = TinyLlama(model, Layout(num_answers=scale.group_size))
-        self.method, self._minibatches = METHODS[cell.method], cell.minibatches
-        self._is_engine_exact = cell.engine_bits is None
-        config = OptimizerConfig(
-            lr=cell.rate * scale.learning_rate, scale_lr_by_ess=self.method.scale_lr_by_ess
-        )
+        self.method = METHODS[cell.method]
+        by_ess, exact = self.method.scale_lr_by_ess, cell.engine_bits is None
+        optimizer = OptimizerConfig(lr=cell.rate * scale.learning_rate, scale_lr_by_ess=by_ess)
+        update = UpdateConfig(num_minibatches=cell.minibatches, max_skipped_in_a_row=1)
+        self._forward = NetForward(self.net, every_row=by_ess, is_engine_exact=exact)
+        self._update = PolicyUpdate(self.method.loss, optimizer, update)
         self._optimizer, self._schedule = make_optimizer(
-            self.net.parameters(), config, max_steps=scale.num_steps * cell.minibatches
+            self.net.parameters(), optimizer, max_steps=scale.num_steps * cell.minibatches
         )
-        self._step = GradientStep(config.gradient_clip_val, max_skipped=1)
-        self._shuffler = torch.Generator().manual_seed(0)
 
     def learn(self, batch: Batch) -> StepSums:
-        """One batch, as ``training_step``: what its minibatches share, then each of them."""
-        batch = prepare(self.net, batch, self.method, is_engine_exact=self._is_engine_exact)
+        """One batch, as the module's ``training_step``."""
         sums = StepSums()
-        minibatches = split_minibatches(
-            batch.group_ids,
-            self._minibatches,
-            generator=self._shuffler if self._minibatches > 1 else None,
-        )
-        for number, rows in enumerate(minibatches):
-            self._optimizer_step(batch.select(rows), number / self._minibatches, sums)
+        loop = training_loop(self.net, self._forward, self._optimizer, self._schedule, sums.add)
+        batch = prepare(self._update, self._forward, batch, self.method)
+        for values in self._update.train(batch, loop):
+            sums.note(values)
         return sums
 
-    def _optimizer_step(self, batch: Batch, share_done: float, sums: StepSums) -> None:
-        self._optimizer.zero_grad(set_to_none=False)
-        part, found = minibatch_loss(self.net, batch, self.method, share_done)
-        scale = 1.0
-        if found is not None:
-            found.loss.backward()
-            sums.add(part, found)
-        if self.method.scale_lr_by_ess:
-            scale = _ess_scale(batch)
-        result = self._step(self.net, self._optimizer, self._schedule, scale=scale)
-        sums.note(result["grad_norm"].item(), scale)
+
+def training_loop(
+    net: TinyLlama, forward: NetForward, optimizer: Any, schedule: Any, observe: Callable[..., None]
+) -> TrainingLoop:
+    """One process and plain torch around an update."""
+    return TrainingLoop(net, forward, optimizer, schedule, RankSums(torch.device("cpu")), observe)
+
+
+def prepare(update: PolicyUpdate, forward: NetForward, batch: Batch, method: Method) -> Batch:
+    """The batch with advantages and, unless the method does without, x under the present weights.
+
+    x is also computed where one step follows, which else takes it from its own pass: methods that
+    are equal at a lag are so bit by bit.
+    """
+    batch = update.prepare(batch, forward)
+    if method.loss.proximal == "recompute" and batch.proximal_logprobs is None:
+        batch = replace(batch, proximal_logprobs=forward.logprobs(batch))
+    if not method.corrected:
+        assert batch.proximal_logprobs is not None
+        batch = replace(batch, behavior_logprobs=batch.proximal_logprobs)
+    return batch
+
+
+def acting_rows(batch: Batch) -> list[int]:
+    """Indices of the rows with an advantage; the others have no gradient."""
+    assert batch.advantages is not None
+    return (batch.advantages[:, -1] != 0).nonzero()[:, 0].tolist()
 
 
 def policy_logprobs(net: TinyLlama, batch: Batch) -> Tensor:
-    """[B, T] of the sampled tokens, as ``sequence_logprobs`` gives them."""
+    """[B, T] log-probs of the sampled tokens, equal to those of ``sequence_logprobs``."""
     layout = net.layout
     missing = layout.prompt_length + layout.max_new_tokens - batch.input_ids.shape[1]
     ids = torch.nn.functional.pad(batch.input_ids, (0, missing))
@@ -132,57 +176,6 @@ def policy_logprobs(net: TinyLlama, batch: Batch) -> Tensor:
     own = net.logprobs(ids[:, 0, :first], ids[:, :, first:], mask[:, :, first:])
     whole = torch.nn.functional.pad(own.flatten(0, 1), (first, 0))
     return whole[:, : batch.input_ids.shape[1]]
-
-
-def prepare(net: TinyLlama, batch: Batch, method: Method, *, is_engine_exact: bool = True) -> Batch:
-    """Advantages and x, under the present weights.
-
-    A token of lag 0 takes x from its sampling, if the same weights gave it. Groups whose rewards
-    are equal have advantage 0 and no gradient; nothing is computed for them, save what the learning
-    rate is scaled by.
-    """
-    per_row = group_relative_advantages(batch.rewards, batch.group_ids)
-    batch = replace(batch, advantages=per_row[:, None].expand(batch.loss_mask.shape))
-    proximal = batch.behavior_logprobs.clone()
-    rows = (
-        (per_row != 0).nonzero()[:, 0] if not method.scale_lr_by_ess else torch.arange(len(batch))
-    )
-    if len(rows) and (int(batch.lags.max()) or not is_engine_exact):
-        with torch.no_grad():
-            fresh = policy_logprobs(net, batch.select(rows.tolist()))
-        is_own = (batch.lags[rows] == 0) & is_engine_exact
-        proximal[rows] = torch.where(is_own, proximal[rows], fresh)
-    if not method.corrected:
-        batch = replace(batch, behavior_logprobs=proximal)
-    needed = method.loss.proximal == "recompute"
-    return replace(batch, proximal_logprobs=proximal if needed else None)
-
-
-def minibatch_loss(
-    net: TinyLlama, batch: Batch, method: Method, share_done: float
-) -> tuple[Batch, BatchLoss | None]:
-    """The rows that have a gradient, and their share of the loss; None if no row has one."""
-    assert batch.advantages is not None
-    if method.loss.second_moment_cap is not None:
-        batch = within_second_moment(batch, method.loss.second_moment_cap, NO_RANKS)
-        assert batch.advantages is not None
-    denominator = float(loss_denominator(batch.loss_mask, method.loss))
-    part = batch.select((batch.advantages[:, -1] != 0).nonzero()[:, 0].tolist())
-    if not len(part):
-        return part, None
-    target = policy_logprobs(net, part)
-    found = batch_loss(
-        target, part, config=method.loss, denominator=denominator, share_done=share_done
-    )
-    return part, found
-
-
-def _ess_scale(batch: Batch) -> float:
-    assert batch.proximal_logprobs is not None
-    drift = (batch.proximal_logprobs - batch.behavior_logprobs)[batch.loss_mask]
-    weight = drift.double().clamp(-20, 20).exp()
-    count = torch.tensor(weight.numel())
-    return ess_scale(effective_share(count, weight.sum(), weight.square().sum()).item())
 
 
 @dataclass

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from sdp_lightning.objective.loss import PolicyLoss
 from sdp_lightning.training.batch import Batch
+from sdp_lightning.training.loss import BatchLoss
 from sdp_lightning.training.metrics.names import FAMILIES, LAG_BINS
 from sdp_lightning.training.metrics.sums import (
     COLUMNS,
@@ -69,34 +69,19 @@ class LagMetrics(Metric):
         self.add_state("sequences", sequences, dist_reduce_fx="sum")
         self.add_state("lag_max", torch.zeros((), dtype=torch.long), dist_reduce_fx="max")
 
-    def update(
-        self,
-        batch: Batch,
-        loss: PolicyLoss,
-        proximal_logprobs: Tensor,
-        segment_logprobs: Tensor,
-        entropy: Tensor,
-    ) -> None:
-        """Add one micro-batch. A row of it is a whole sequence.
+    def update(self, batch: Batch, result: BatchLoss, entropy: Tensor) -> None:
+        """Add one micro-batch, whose rows are whole sequences.
 
         Args:
-            batch: what was trained on.
-            loss: what the loss says of every token.
-            proximal_logprobs: [B, T] x.
-            segment_logprobs: [B, T] q, completed.
-            entropy: [B, T] of the target policy.
+            batch: the rows that were trained on.
+            result: their loss, and the log-probs x and q that it was computed with.
+            entropy: [B, T] entropy of the target policy, nats.
         """
-        bins, values = token_values(batch, loss, proximal_logprobs, segment_logprobs, entropy)
+        bins, values = token_values(batch, result, entropy)
         self.sums.index_add_(0, bins, values)
         self.histograms += histogram_counts(bins, values)
-        self.sequences += sequence_sums(batch, proximal_logprobs)
+        self.sequences += sequence_sums(batch, result.proximal)
         self.lag_max = torch.maximum(self.lag_max, batch.lags.amax())
-
-    @property
-    def weights(self) -> Tensor:
-        """[3] float64: count, sum and sum of squares of the drift of the tokens added so far."""
-        names = ("tokens", "drift_weight", "drift_weight_squared")
-        return self.sums.sum(0)[[COLUMNS.index(name) for name in names]]
 
     def pool(
         self, add_up: Callable[[Tensor], Tensor], other: Tensor, *, rank: int, num_ranks: int

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from sdp_lightning.objective.effective_sample_size import effective_share
-from sdp_lightning.objective.loss import PolicyLoss
 from sdp_lightning.training.batch import Batch
+from sdp_lightning.training.loss import BatchLoss
 from sdp_lightning.training.metrics.names import LAG_BINS
 
 LARGEST_LOG = 20.0  # nats; of what is exponentiated, so that e^40 times any count stays exact
@@ -53,9 +53,7 @@ _PERCENTILES = {
 _MISMATCH = ("abs_log_mean", "abs_log_p99", "k1")
 
 
-def token_values(
-    batch: Batch, loss: PolicyLoss, proximal: Tensor, segment: Tensor, entropy: Tensor
-) -> tuple[Tensor, Tensor]:
+def token_values(batch: Batch, result: BatchLoss, entropy: Tensor) -> tuple[Tensor, Tensor]:
     """(bins [N] of the lags, values [N, C] float64 in the order of ``COLUMNS``)."""
     mask = batch.loss_mask
 
@@ -63,11 +61,13 @@ def token_values(
         return values.detach()[mask].double()
 
     lags = batch.lags[mask]
+    loss, proximal = result.policy, result.proximal
     kept, clipped = loss.kept[mask], loss.clipped[mask]
     known = (lags <= 1) | batch.segment_scored[mask]
     log_weight, is_high = of_tokens(loss.log_weight), loss.log_ratio.detach()[mask] > 0
     drift = of_tokens(proximal - batch.behavior_logprobs)
     bounded = _clamped(drift)
+    drift_weight, drift_weight_squared = _weight_and_square(bounded)
     values = {
         "tokens": torch.ones_like(lags),
         "lag": lags,
@@ -81,13 +81,13 @@ def token_values(
         "abs_log_weight": torch.where(kept, log_weight.abs(), 0.0),
         "known": known,
         "approximated": ~known,
-        "bridge": torch.where(known, of_tokens(proximal - segment).abs(), 0.0),
+        "bridge": torch.where(known, of_tokens(proximal - result.segment).abs(), 0.0),
         "abs_drift": drift.abs(),
         "k1": -drift,
         "k3": bounded.expm1() - bounded,
         "chi2": (2 * bounded).expm1(),
-        "drift_weight": bounded.exp(),
-        "drift_weight_squared": (2 * bounded).exp(),
+        "drift_weight": drift_weight,
+        "drift_weight_squared": drift_weight_squared,
         "clamped": bounded != drift,
     }
     return lags.clamp(max=LAG_BINS - 1), torch.stack([values[c].double() for c in COLUMNS], 1)
@@ -121,8 +121,15 @@ def sequence_sums(batch: Batch, proximal: Tensor) -> Tensor:
     counts = parts.scatter_add(1, bins, batch.loss_mask.double())
     logs, counts = (torch.cat([p.sum(1, keepdim=True), p], 1) for p in (logs, counts))
     bounded, there = _clamped(logs), counts > 0
-    columns = (torch.ones_like(logs), bounded.exp(), (2 * bounded).exp(), bounded != logs)
+    columns = (torch.ones_like(logs), *_weight_and_square(bounded), bounded != logs)
     return torch.stack([torch.where(there, column, 0.0).sum(0) for column in columns], 1)
+
+
+def drift_moments(batch: Batch, proximal: Tensor) -> Tensor:
+    """[3] float64: count, sum and sum of squares of the drift exp(x - b) of the trained tokens."""
+    drift = (proximal - batch.behavior_logprobs).detach()[batch.loss_mask].double()
+    columns = (torch.ones_like(drift), *_weight_and_square(_clamped(drift)))
+    return torch.stack(columns).sum(1)
 
 
 def statistics(sums: Tensor, histograms: Tensor, sequences: Tensor) -> dict[str, Tensor]:
@@ -166,6 +173,11 @@ def percentile(counts: Tensor, percent: int) -> Tensor:
 
 def _clamped(logs: Tensor) -> Tensor:
     return logs.clamp(-LARGEST_LOG, LARGEST_LOG)
+
+
+def _weight_and_square(bounded: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights of clamped log-weights, and their squares."""
+    return bounded.exp(), (2 * bounded).exp()
 
 
 def _counts(sizes: Tensor, where: Tensor, bins: Tensor) -> Tensor:

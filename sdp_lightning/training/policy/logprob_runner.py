@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,12 +22,26 @@ from sdp_lightning.training.policy.forward import (
 from sdp_lightning.training.policy.sharding import is_sharded
 
 logger = logging.getLogger(__name__)
-Piece = tuple[Batch, list[int]]
 
 _LAYOUTS: tuple[Layout, ...] = ("padded", "packed", "shared_prefix")
 # Of what another prefix does to log-probs, so much may be rounding. Rows that see each other are
 # off by half of it and more, trained or not; rows that do not are equal on a CPU, in bfloat16 too.
 _TOLERANCE = 0.1
+
+
+@dataclass(frozen=True, eq=False)
+class MicroBatch:
+    """Rows that go through the policy in one forward pass.
+
+    Args:
+        batch: the rows.
+        rows: their indices in the batch that was cut.
+        layout: how they are laid out.
+    """
+
+    batch: Batch
+    rows: list[int]
+    layout: Layout = "padded"
 
 
 class LogprobRunner:
@@ -51,19 +66,24 @@ class LogprobRunner:
         self._over_ranks, self._precision = over_ranks, precision
         self._refusals: dict[Layout, ConfigError | None] = {}
 
-    def __call__(self, batch: Batch, layout: Layout) -> SequenceLogprobs:
-        """One pass. Carries the gradient, where that is on."""
-        return SequenceLogprobs(*self._forward(batch, layout))
+    def __call__(self, piece: MicroBatch) -> SequenceLogprobs:
+        """One forward pass. Carries the gradient, where that is on."""
+        return SequenceLogprobs(*self._forward(piece.batch, piece.layout))
 
-    def layout(self, batch: Batch) -> Layout:
-        """How the rows of ``batch`` are to be laid out.
+    def cut(self, batch: Batch) -> list[MicroBatch]:
+        """The micro-batches of ``batch``, in the configured layout or the cheapest.
 
         Each layout is tried on a few short rows before its first use. A sharded policy's trial is a
         collective.
 
         Raises:
-            ConfigError: if the policy cannot do what was asked for.
+            ConfigError: if the policy cannot be computed in the configured layout.
         """
+        layout = self._layout(batch)
+        chosen = batch.microbatches(self._update.max_tokens_per_microbatch, layout, self._costs)
+        return [MicroBatch(batch.select(rows), rows, layout) for rows in chosen]
+
+    def _layout(self, batch: Batch) -> Layout:
         wanted = self._update.layout
         refusal = self._refusal("padded" if wanted == "auto" else wanted)
         if refusal is not None:
@@ -73,11 +93,6 @@ class LogprobRunner:
         able: list[Layout] = [layout for layout in _LAYOUTS if self._refusal(layout) is None]
         limit, costs = self._update.max_tokens_per_microbatch, self._costs
         return min(able, key=lambda layout: batch.cost(limit, layout, costs))
-
-    def cut(self, batch: Batch, layout: Layout) -> list[Piece]:
-        """The micro-batches of ``batch``, each with its rows."""
-        chosen = batch.microbatches(self._update.max_tokens_per_microbatch, layout, self._costs)
-        return [(batch.select(rows), rows) for rows in chosen]
 
     @property
     def _costs(self) -> AttentionCosts:
@@ -101,7 +116,7 @@ class LogprobRunner:
             if layout == "padded":
                 return None
             with torch.no_grad(), self._precision():
-                found, expected = (self(rows, each).logprobs for each in (layout, "padded"))
+                found, expected = (self._forward(rows, each)[0] for each in (layout, "padded"))
         except ConfigError as error:
             return error
         first, other = expected.split(len(rows) // 2)  # after one prefix, and after the other
@@ -119,19 +134,20 @@ class LogprobRunner:
 
         A sharded policy's is a collective: the ranks with fewer micro-batches compute idle ones.
         """
-        layout = self.layout(batch)
         out = torch.zeros_like(batch.behavior_logprobs)  # float32, also under bf16-true
+        pieces = self.cut(batch)
         with torch.no_grad(), self._precision():
-            pieces = self.cut(batch, layout)
             if is_sharded(self._forward):
                 (most,) = max(self._over_ranks(len(pieces)))
-                pieces = fill_up(pieces, batch, int(most))
-            for part, rows in pieces:
-                logprobs = self(part, layout).logprobs.float()
-                out[rows] = torch.where(part.loss_mask, logprobs, out[rows])
+                pieces = add_idle(pieces, int(most))
+            for piece in pieces:
+                logprobs = self(piece).logprobs.float()
+                out[piece.rows] = torch.where(piece.batch.loss_mask, logprobs, out[piece.rows])
         return out
 
 
-def fill_up(pieces: list[Piece], batch: Batch, number: int) -> list[Piece]:
-    """Idle micro-batches on top, so that there are ``number``: as many as on any other rank."""
-    return pieces + [(batch.idle(), [0])] * (number - len(pieces))
+def add_idle(pieces: Sequence[MicroBatch], number: int) -> list[MicroBatch]:
+    """Adds micro-batches without a token to train, up to ``number``: as many as any rank has."""
+    first = pieces[0]
+    idle = MicroBatch(first.batch.idle(), [first.rows[0]], first.layout)
+    return [*pieces, *[idle] * (number - len(pieces))]
