@@ -1,14 +1,15 @@
 """Asynchronous RL post-training of language models as an ordinary PyTorch Lightning fit.
 
 The public names load what they need when they are first used: importing this package imports
-neither lightning nor transformers. A public name is added below, once for type checkers and once
-for Python.
+neither lightning nor transformers. A public name is added in one place: the imports below.
 """
 
 from __future__ import annotations
 
+import ast
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdp_lightning.config.renamed import accept_old_modules
@@ -126,80 +127,16 @@ if TYPE_CHECKING:
         ToolEnvironment as ToolEnvironment,
     )
 
-_HOMES = {
-    "cli.from_config": ("from_config",),
-    "config": (
-        "LoRAConfig",
-        "LossConfig",
-        "OptimizerConfig",
-        "RolloutConfig",
-        "UpdateConfig",
-    ),
-    "engines.connect": ("connect_engine",),
-    "engines.embedded": ("EmbeddedEngine",),
-    "engines.protocol": ("InferenceEngine",),
-    "errors": (
-        "CheckpointError",
-        "ConfigError",
-        "EngineError",
-        "RankError",
-        "RecordingError",
-        "RolloutError",
-        "RolloutTimeout",
-        "SDPError",
-        "VersionError",
-    ),
-    "lightning.datamodule": ("RolloutDataModule",),
-    "lightning.module": ("SegmentWisePPOModule",),
-    "lightning.watchdog": ("Watchdog",),
-    "lightning.weight_sync": ("WeightSyncCallback",),
-    "objective": ("segment_wise_ppo_loss",),
-    "observability.progress.callback": ("ProgressLine",),
-    "observability.recording": ("Recording",),
-    "observability.recording.recorder": ("Recorder",),
-    "observability.recording.replay": ("ReplayDataModule",),
-    "observability.report.callback": ("RunReport",),
-    "observability.summary": ("RunSummary",),
-    "observability.view": (
-        "set_view_tokenizer",
-        "view",
-    ),
-    "rewards.pool": ("RewardPool",),
-    "rollout.executor": ("WorkflowExecutor",),
-    "rollout.factory": (
-        "create_staleness_strategy",
-        "create_workflow_executor",
-    ),
-    "rollout.groups.ledger": (
-        "FilteredSamplesCapacityModifier",
-        "StalenessManager",
-    ),
-    "rollout.groups.staleness": (
-        "SegmentWisePPOStrategy",
-        "StandardPPOStrategy",
-    ),
-    "rollout.proximal_recompute": ("ProximalRecomputer",),
-    "rollout.task_runner": ("AsyncTaskRunner",),
-    "training.batch": ("Batch",),
-    "types": (
-        "Context",
-        "SamplingParams",
-        "Segment",
-        "Trajectory",
-        "TrajectoryGroup",
-    ),
-    "workflows": (
-        "Environment",
-        "Episode",
-        "MultiTurnWorkflow",
-        "RLVRWorkflow",
-        "RolloutWorkflow",
-        "ShapedWorkflow",
-        "StepResult",
-        "ToolEnvironment",
-    ),
-}
-_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+def _find_homes() -> dict[str, str]:
+    """The module of each public name, read from the imports above that type checkers see."""
+    tree = ast.parse(Path(__file__).read_text(encoding="utf-8"))
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    imports = [node for node in block.body if isinstance(node, ast.ImportFrom)]
+    return {alias.name: str(node.module) for node in imports for alias in node.names}
+
+
+_HOME_OF = _find_homes()
 
 if not TYPE_CHECKING:  # type checkers read the imports above
     __all__ = sorted(_HOME_OF)
@@ -215,7 +152,7 @@ accept_old_modules()
 def __getattr__(name: str) -> Any:
     if name not in _HOME_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOME_OF[name]}"), name)
+    return getattr(import_module(_HOME_OF[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -49,44 +49,32 @@ MOVED_MODULES: Mapping[str, str] = {
 }
 
 
-class _MovedModule(ModuleType):
-    """A module that has everything of the one at its new place, and nothing of its own."""
+class _MovedModules(MetaPathFinder, Loader):
+    """Finds a module under its former name: one whose attributes are those of the present one."""
 
-    moved_to: str
-
-    def __getattr__(self, name: str) -> object:
-        if name.startswith("__"):  # Python's own questions are about this module
-            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
-        return getattr(importlib.import_module(self.moved_to), name)
-
-
-class _MovedLoader(Loader):
-    def create_module(self, spec: ModuleSpec) -> ModuleType:
-        module = _MovedModule(spec.name)
-        module.moved_to = f"{_PACKAGE}.{MOVED_MODULES[spec.name.removeprefix(f'{_PACKAGE}.')]}"
-        return module
+    def find_spec(self, fullname: str, path: object, target: object = None) -> ModuleSpec | None:
+        package, _, former = fullname.partition(".")
+        is_moved = package == _PACKAGE and former in MOVED_MODULES
+        return ModuleSpec(fullname, self, is_package=True) if is_moved else None
 
     def exec_module(self, module: ModuleType) -> None:
-        assert isinstance(module, _MovedModule)
+        present = f"{_PACKAGE}.{MOVED_MODULES[module.__name__.removeprefix(f'{_PACKAGE}.')]}"
         warnings.warn(
-            f"the module {module.__name__} is now {module.moved_to}. Public classes have short "
-            f"names that stay: {_PACKAGE}.WeightSyncCallback, {_PACKAGE}.RunReport, and so on.",
+            f"the module {module.__name__} is now {present}. Public classes have short names that "
+            f"stay: {_PACKAGE}.WeightSyncCallback, {_PACKAGE}.RunReport, and so on.",
             FutureWarning,
             stacklevel=2,
         )
 
+        def find(name: str) -> object:
+            if name.startswith("__"):  # Python asks about this module, not about the present one
+                raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
+            return getattr(importlib.import_module(present), name)
 
-class _MovedFinder(MetaPathFinder):
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        former = fullname.removeprefix(f"{_PACKAGE}.")
-        if former == fullname or former not in MOVED_MODULES:
-            return None
-        return ModuleSpec(fullname, _MovedLoader(), is_package=True)
+        vars(module)["__getattr__"] = find
 
 
 def accept_old_modules() -> None:
     """Let modules be imported by their former names. A second call changes nothing."""
-    if not any(isinstance(finder, _MovedFinder) for finder in sys.meta_path):
-        sys.meta_path.append(_MovedFinder())
+    if not any(isinstance(finder, _MovedModules) for finder in sys.meta_path):
+        sys.meta_path.append(_MovedModules())
