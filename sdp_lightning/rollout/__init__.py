@@ -1,4 +1,4 @@
-"""Generation that goes on while the trainer trains: capacity, staleness, queues, the executor.
+"""Generation while the trainer trains: capacity, staleness, queues, the executor.
 
 asyncio and threads; no torch model and no Lightning.
 """

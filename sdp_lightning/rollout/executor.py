@@ -43,7 +43,7 @@ class WorkflowExecutor:
 
     Life: ``publish(weights, version, reset=True)`` sets the clock; ``resume`` starts generation;
     then ``take``, train, ``publish(weights, version + 1)``, and so on; ``close`` at the end, also
-    after an exception. Nothing is generated before the first publish.
+    after an exception. No token is sampled before the first publish.
     """
 
     def __init__(
@@ -82,17 +82,17 @@ class WorkflowExecutor:
 
     @property
     def telemetry(self) -> RolloutTelemetry:
-        """Why groups were lost, and how long they were."""
+        """Why groups were lost, their lengths and durations."""
         return self.registry.telemetry
 
     # Versions ------------------------------------------------------------------------------------
 
     def publish(self, weights: NamedWeights, version: int, *, reset: bool = False) -> PublishReport:
-        """Give the engine ``weights`` as ``version``, then commit it: clock, purge, overdue groups.
+        """Give the engine ``weights`` as ``version``, commit it, and drop stale groups.
 
-        With ``reset`` (a start, fresh or resumed) any version is taken, and the ledger is re-based.
+        With ``reset`` (a start, fresh or resumed) any version goes, and the ledger is re-based.
         When this returns, every token sampled before is in its Episode. If it raises, the engine
-        stays paused: nothing is sampled by weights of which nobody knows the version.
+        stays paused: no token is sampled by weights of an unknown version.
 
         Raises:
             VersionError: if ``version`` is not the next one, or the engine reports another.
@@ -133,7 +133,7 @@ class WorkflowExecutor:
         self._submit_rows()
 
     def pause(self) -> None:
-        """Submit nothing new; what runs goes on."""
+        """Submit no more rows; running groups go on."""
         with self.registry.changed:
             self._generating = False
 
@@ -185,7 +185,7 @@ class WorkflowExecutor:
         return self.evaluator.evaluate(rows, workflow, timeout_s=timeout_s, interrupted=interrupted)
 
     def close(self) -> None:
-        """End the rollout thread; what ran is cancelled. Safe to call twice."""
+        """Cancel all rollouts and end their thread. Safe to call twice."""
         with self.registry.changed:
             self._closed, self._generating = True, False
             self.registry.changed.notify_all()
@@ -194,7 +194,7 @@ class WorkflowExecutor:
     def recompute(self, scorer: LogprobScorer) -> RecomputeReport:
         """Score segments of groups in flight under the present version, which ``scorer`` holds.
 
-        Call it after ``take`` and before the optimizer moves the weights. Nothing when the
+        Call it after ``take`` and before the optimizer moves the weights. It does nothing when the
         segment-wise mode is off. Generation goes on meanwhile.
         """
         if self._recomputer is None:
@@ -204,19 +204,19 @@ class WorkflowExecutor:
     # Checkpoints ---------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Position in the prompts, finished groups, groups under way: one consistent snapshot."""
+        """Position in the prompts and all groups, finished or not: one consistent snapshot."""
         with self.registry.changed:
             return self._source.state_dict(self.registry.snapshot())
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from ``state``: finished groups are pending again, the others are resubmitted.
 
-        Those that were under way keep what they had sampled, their place and their versions. They
-        go on before any new row begins, as far as there is capacity.
+        Resubmitted groups keep their order, versions and sampled tokens, and come before any new
+        row, as far as there is capacity.
 
         Raises:
-            ConfigError: if something was published already, or the prompts are others.
-            RolloutError: if a row that was under way cannot be read.
+            ConfigError: if something was published already, or the prompts differ.
+            RolloutError: if the row of an interrupted group cannot be read.
         """
         if self.is_published:
             raise ConfigError("load_state_dict() must come before the first publish.")

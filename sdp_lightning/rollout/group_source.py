@@ -1,6 +1,6 @@
-"""Where groups come from: what a checkpoint had under way goes on first, then new rows begin.
+"""The source of groups to submit: interrupted groups of a checkpoint first, then new rows.
 
-Also what a checkpoint holds of them. Not thread-safe: its owner locks.
+It also writes groups to checkpoints. Not thread-safe: its owner locks.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from sdp_lightning.workflows.workflow import RolloutSession, Tokenizer
 
 
 class GroupSource:
-    """Hands out groups to submit, each with its place in the order of creation.
+    """Hands out groups to submit, each with its ``order`` of creation.
 
-    A group that a checkpoint had under way keeps place, versions and what it had sampled, which its
-    workflow, run again, is given again (:class:`~sdp_lightning.workflows.episode.Episode`).
+    A group that a checkpoint interrupted keeps its order, versions and sampled tokens. Its workflow
+    runs again and is given these tokens again (:class:`~sdp_lightning.workflows.episode.Episode`).
 
     Args:
-        prompts: of new groups.
+        prompts: rows of new groups.
         engine: samples for every episode.
         gate: passed by every request to the engine.
-        tokenizer: of the policy.
-        seed: of the run; row, epoch and sample add to it.
+        tokenizer: tokenizer of the policy.
+        seed: seed of the run, mixed with epoch, row and sample.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class GroupSource:
 
     @property
     def is_exhausted(self) -> bool:
-        """Whether no group will ever come again, unless a row is given back."""
+        """Whether no group is left, unless a row is given back."""
         return not self._interrupted and self._prompts.is_exhausted
 
     def next(self, version: int) -> InFlightGroup | None:
@@ -72,15 +72,14 @@ class GroupSource:
         return InFlightGroup(self._next_order - 1, row, version, self.new_session(row))
 
     def new_session(self, row: PromptRow, saved: Sequence[Sequence[Event]] = ()) -> RolloutSession:
-        """What the workflow gets to roll ``row`` out, with the logs that it is to repeat."""
+        """The session in which a workflow rolls ``row`` out, repeating the ``saved`` logs."""
         key = f"{row.epoch}/{row.index}"
 
         def new_episode(sample: int) -> Episode:
             seed = derive_seed(self._seed, row.epoch, row.index, sample)
             return Episode(self._engine, self._gate, seed=seed, group_key=key)
 
-        judged = row.is_evaluation
-        return RolloutSession(self._tokenizer, new_episode, saved, is_evaluation=judged)
+        return RolloutSession(self._tokenizer, new_episode, saved, is_evaluation=row.is_evaluation)
 
     def put_back(self, group: InFlightGroup) -> None:
         """Hand out ``group`` again, before any other: it could not be submitted."""
@@ -91,7 +90,7 @@ class GroupSource:
         self._prompts.give_back([group.row])
 
     def remove(self, is_overdue: Callable[[InFlightGroup], bool]) -> None:
-        """Take out the interrupted groups that are overdue."""
+        """Remove the interrupted groups that are overdue."""
         self._interrupted = deque([g for g in self._interrupted if not is_overdue(g)])
 
     def state_dict(self, groups: Sequence[InFlightGroup]) -> dict[str, Any]:
@@ -110,8 +109,8 @@ class GroupSource:
         """Continue from ``state``; returns the groups that were finished.
 
         Raises:
-            ConfigError: if the prompts are others than those of ``state``.
-            RolloutError: if the row of a group that was under way cannot be read.
+            ConfigError: if the prompts differ from those of ``state``.
+            RolloutError: if the row of an interrupted group cannot be read.
         """
         self._prompts.load_state_dict(state["prompts"])
         self._next_order = int(state["next_order"])

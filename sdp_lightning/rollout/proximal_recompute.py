@@ -1,7 +1,7 @@
 """Scores segments at the one moment when their segment proximal policy exists.
 
-At step c the trainer holds version c, the first one after the tokens of version c - 1. Those that
-are not trained in this very step are scored now, or never.
+At step c the trainer holds version c, the segment proximal policy of the tokens of version c - 1.
+Those that are not trained in this step must be scored now.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from sdp_lightning.types import Context, FloatArray, Segment, Trajectory
 class LogprobScorer(Protocol):
     """Scores sampled tokens under the weights that the trainer holds.
 
-    No gradient, the temperature of each segment, the dtype rules of the training forward. Raises
-    what the forward raises; nothing is swallowed.
+    It computes no gradient and uses the temperature of each segment and the dtype rules of the
+    training forward, whose errors pass through.
     """
 
     @property
     def is_collective(self) -> bool:
-        """Whether all ranks must score when one does, if only nothing: each holds a shard."""
+        """Whether all ranks must call ``score`` together, because each holds a shard."""
         ...
 
     def score(self, trajectories: Sequence[Trajectory]) -> list[list[FloatArray]]:
@@ -36,7 +36,7 @@ class LogprobScorer(Protocol):
 
 @dataclass(frozen=True)
 class RecomputeReport:
-    """What one recomputation did: segments and tokens that now have their proximal."""
+    """Numbers of segments and tokens that one recomputation scored."""
 
     num_segments: int = 0
     num_tokens: int = 0
@@ -77,7 +77,7 @@ class ProximalRecomputer:
         return RecomputeReport(len(wanted), sum(len(segment) for segment, _ in wanted.values()))
 
     def _find(self, registry: GroupRegistry, version: int) -> list[tuple[Context | Segment, ...]]:
-        found: list[tuple[Context | Segment, ...]] = []
+        open_parts: list[tuple[Context | Segment, ...]] = []
         for group in registry.snapshot():
             versions = group.versions
             if group.in_training or versions is None:
@@ -87,8 +87,8 @@ class ProximalRecomputer:
             for parts in group.parts:
                 wanted = [i for i, p in enumerate(parts) if _is_wanted(p, version)]
                 if wanted:
-                    found.append(parts[: wanted[-1] + 1])
-        return found
+                    open_parts.append(parts[: wanted[-1] + 1])
+        return open_parts
 
 
 def _is_wanted(part: Context | Segment, version: int) -> bool:

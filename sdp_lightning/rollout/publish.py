@@ -35,40 +35,42 @@ def publish(
     nobody knows the version.
 
     Args:
-        engine: which requests pass ``gate`` to.
-        gate: closed meanwhile, unless the engine takes weights under requests in flight.
-        ranks: that train together, and publish together.
-        weights: all of them with ``reset``, else those that changed. To iterate over them may be a
-            collective, so every rank does, to the end.
-        version: what they are.
+        engine: samples, and gets the weights.
+        gate: closed during the publish, unless the engine updates weights in flight.
+        ranks: the processes that train and publish together.
+        weights: all of them with ``reset``, else those that changed. Iterating over them may be a
+            collective, so every rank iterates to the end.
+        version: policy version of the weights.
         reset: a start, fresh or resumed.
-        drain_s: how long outstanding requests may take to come back; then they are cancelled.
+        drain_s: seconds that outstanding requests may take to return; then they are cancelled.
         commit: moves the clock and the ledger, once the engine reports the version.
     """
     shared = engine if isinstance(engine, SharedServerEngine) else None
-    one = _Publish(engine, shared, gate, version, drain_s, leads=ranks.rank == 0 or shared is None)
+    phases = _Publish(
+        engine, shared, gate, version, drain_s, leads=ranks.rank == 0 or shared is None
+    )
     start = time.monotonic()
     if shared is None:  # each rank's engine is its own
         paused = time.monotonic()
-        work, what = (lambda: one.swap(weights, reset=reset)), f"publishing version {version}"
+        work, what = (lambda: phases.swap(weights, reset=reset)), f"publishing version {version}"
         report, _ = ranks.run_on_all_ranks(what, work)
-        one.verify(())
+        phases.verify(())
         commit()
-        one.resume_servers()
+        phases.resume_servers()
     else:
-        ranks.run_on_all_ranks(f"closing the gates for version {version}", one.close_gate)
+        ranks.run_on_all_ranks(f"closing the gates for version {version}", phases.close_gate)
         paused = time.monotonic()
-        ranks.run_on_all_ranks(f"pausing for version {version}", one.pause_servers)
-        ranks.run_on_all_ranks(f"draining for version {version}", one.drain)
+        ranks.run_on_all_ranks(f"pausing for version {version}", phases.pause_servers)
+        ranks.run_on_all_ranks(f"draining for version {version}", phases.drain)
         report, serving = ranks.run_on_all_ranks(
             f"transferring version {version}",
-            lambda: one.transfer(weights, reset=reset),
+            lambda: phases.transfer(weights, reset=reset),
             lambda _: list(shared.server_urls),
         )
-        ranks.run_on_all_ranks(f"verifying version {version}", lambda: one.verify(serving[0]))
+        ranks.run_on_all_ranks(f"verifying version {version}", lambda: phases.verify(serving[0]))
         commit()
-        ranks.run_on_all_ranks(f"resuming at version {version}", one.resume_servers)
-        if not one.leads:
+        ranks.run_on_all_ranks(f"resuming at version {version}", phases.resume_servers)
+        if not phases.leads:
             engine.resume()
     resumed = time.monotonic()
     gate.open()
@@ -76,7 +78,7 @@ def publish(
 
 
 class _Publish:
-    """One rank's part in each phase. ``leads``: its engine changes the servers."""
+    """One rank's part in each phase. ``leads``: whether its engine changes the servers."""
 
     def __init__(
         self,
@@ -109,7 +111,7 @@ class _Publish:
             self._gate.drain(self._drain_s)
 
     def swap(self, weights: NamedWeights, *, reset: bool) -> PublishReport:
-        """All that an engine of this rank's own needs before the others are heard."""
+        """All phases up to the transfer, for an engine that no other rank shares."""
         source = iter(weights)
         try:
             self.close_gate()
@@ -143,6 +145,6 @@ class _Publish:
 
 
 def _exhaust(source: Iterator[object]) -> None:
-    """What is left of a collective: the other ranks go through it, too."""
+    """Finish a collective that failed here: the other ranks go through it, too."""
     for _ in source:
         pass

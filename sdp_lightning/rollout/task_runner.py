@@ -1,6 +1,6 @@
-"""Coroutines in an event loop of its own thread, with results for another thread.
+"""Runs coroutines in an event loop in a thread of its own; another thread takes the results.
 
-Event-driven: nothing here polls, except for an interruption where asked to. Knows no rollouts.
+Event-driven: only an ``interrupted`` callback is polled. It knows no rollouts.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ AsyncFunction = Callable[..., Coroutine[Any, Any, Any]]
 
 @dataclass(frozen=True)
 class TaskResult:
-    """What became of one task: its value, or the error it ended in."""
+    """The value or the error of one task."""
 
     task_id: int
     value: object = None
@@ -32,19 +32,19 @@ class TaskResult:
 
 
 class AsyncTaskRunner:
-    """Runs coroutine functions concurrently; every submitted task yields one result, in any type.
+    """Runs coroutine functions concurrently; every task that is not cancelled yields one result.
 
     Args:
-        name: of the thread.
+        name: name of the thread.
         max_running: tasks that run at once; None is no bound.
-        max_pending: tasks that may wait for a place; one more is refused.
-        max_failures: failed tasks that ``wait`` passes over (counted in ``num_failed``); one more
+        max_pending: tasks that may wait to start; one more is refused.
+        max_failures: failed tasks that ``wait`` tolerates (counted in ``num_failed``); one more
             raises.
-        on_result: takes each result, in the loop's thread, instead of ``wait``.
-        interrupted: asked now and then while ``wait`` waits; True ends the wait.
+        on_result: called with each result in the loop's thread; ``wait`` then gets none.
+        interrupted: polled while ``wait`` waits; True ends the wait.
 
     The thread starts with the first ``submit`` or ``start``, never in the constructor. If it dies,
-    every waiter is woken with its error.
+    every waiter raises its error.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class AsyncTaskRunner:
 
     @property
     def num_outstanding(self) -> int:
-        """Tasks that wait or run."""
+        """Number of tasks that wait or run."""
         return len(self._inputs) + len(self._running)
 
     def start(self) -> None:
@@ -110,7 +110,7 @@ class AsyncTaskRunner:
         return task_id
 
     def wait(self, count: int, timeout: float | None = None) -> list[Any]:
-        """The values of the ``count`` tasks that finished first; the rest stay for the next call.
+        """Values of the ``count`` tasks that finished first; others stay for the next call.
 
         Raises:
             RolloutTimeout: at the deadline (seconds), or interrupted; nothing is taken.
@@ -146,16 +146,16 @@ class AsyncTaskRunner:
         self._poke(self._cancel_now, task_id)
 
     def pause(self) -> None:
-        """Start nothing new; what runs goes on."""
+        """Start no more tasks; running ones go on."""
         self._paused = True
 
     def resume(self) -> None:
-        """Start what waits."""
+        """Start tasks again."""
         self._paused = False
         self._poke(self._start_tasks)
 
     def close(self, timeout: float = 10.0) -> None:
-        """Cancel what is left, end the thread. Safe to call twice.
+        """Cancel all tasks and end the thread. Safe to call twice.
 
         Raises:
             RolloutTimeout: if the thread has not ended by the deadline: a task blocks its loop.

@@ -198,7 +198,7 @@ def test_a_workflow_that_does_something_else_samples_from_scratch_and_never_mixe
         assert executor.telemetry.num_diverged == 4 and executor.stat.submitted == 2 + 4
         assert_conserved(executor)
     said = [r.message for r in caplog.records if r.levelno >= logging.WARNING]
-    assert len(said) == 1 and "did not repeat what the checkpoint holds of row" in said[0]
+    assert len(said) == 1 and "did not repeat its steps in the checkpoint for row" in said[0]
 
 
 class Breaks(Turns):

@@ -1,1 +1,1 @@
-"""What a checkpoint holds of rollouts, and how another number of ranks shares it."""
+"""Rollouts in a checkpoint, and their redistribution to another number of ranks."""

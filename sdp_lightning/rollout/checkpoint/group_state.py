@@ -16,8 +16,8 @@ from sdp_lightning.workflows.episode_log import CallEnd, CallStart, Event, parts
 
 
 def group_to_state(group: InFlightGroup) -> dict[str, Any]:
-    """A group in flight: the trajectories of a finished one, the logs of one that is under way."""
-    place = {
+    """The state of a group: trajectories if it is finished, else the logs of its episodes."""
+    identity = {
         "epoch": group.row.epoch,
         "index": group.row.index,
         "row_id": group.row.row_id,
@@ -25,8 +25,10 @@ def group_to_state(group: InFlightGroup) -> dict[str, Any]:
         "created_version": group.created_version,
     }
     if group.finished is None:
-        return place | {"logs": [[_event_to_state(e) for e in log] for log in group.session.logs]}
-    return place | {
+        return identity | {
+            "logs": [[_event_to_state(e) for e in log] for log in group.session.logs]
+        }
+    return identity | {
         "trajectories": [
             {
                 "reward": t.reward,
@@ -56,7 +58,7 @@ def group_from_state(state: Mapping[str, Any]) -> TrajectoryGroup:
 
 
 def logs_from_state(state: Sequence[Sequence[Mapping[str, Any]]]) -> list[list[Event]]:
-    """The logs that :func:`group_to_state` wrote of a group under way, for episodes to replay."""
+    """The logs that :func:`group_to_state` wrote, for episodes to replay."""
     return [[_event_from_state(event) for event in log] for log in state]
 
 

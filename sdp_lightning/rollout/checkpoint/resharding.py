@@ -1,4 +1,4 @@
-"""A checkpoint of some ranks, for another number of them: no row twice, and none left out. Pure."""
+"""Redistributes a checkpoint to another number of ranks: no row twice, none left out. Pure."""
 
 from __future__ import annotations
 
@@ -9,21 +9,20 @@ from sdp_lightning.prompts.stream import row_order
 
 
 def reshard(parts: Sequence[Mapping[str, Any]], num_ranks: int) -> list[dict[str, Any]]:
-    """One state for each of ``num_ranks``, from what ``WorkflowExecutor.state_dict`` gave on each.
+    """States for ``num_ranks`` ranks, given the ``WorkflowExecutor.state_dict`` of each old rank.
 
-    Groups, finished or under way, are dealt out in the order of their creation. New rows begin
-    where the rank that was furthest would have gone on; what the others had not begun before that
-    comes first.
+    Groups, finished or not, are dealt out in the order of their creation. New rows begin at the
+    position of the furthest rank; rows before it that other ranks had not begun come first.
     """
     if len(parts) == num_ranks:
         return [dict(part) for part in parts]
     streams = [part["prompts"] for part in parts]
     num_rows = int(streams[0]["num_rows"])
-    places = [int(stream["epoch"]) * num_rows + int(stream["position"]) for stream in streams]
-    start = max(places)
-    skipped = sorted(p for place in places for p in range(place, start, len(parts)))
+    positions = [int(stream["epoch"]) * num_rows + int(stream["position"]) for stream in streams]
+    start = max(positions)
+    skipped = sorted(p for position in positions for p in range(position, start, len(parts)))
     waiting = [tuple(pair) for stream in streams for pair in stream["returned"]]
-    waiting += [_row_at(place, streams[0]) for place in skipped]
+    waiting += [_row_at(position, streams[0]) for position in skipped]
     groups = [
         (int(group["created_version"]), int(group["order"]), rank, kind, group)
         for rank, part in enumerate(parts)
@@ -42,8 +41,8 @@ def reshard(parts: Sequence[Mapping[str, Any]], num_ranks: int) -> list[dict[str
             **{
                 kind: [
                     {**group, "order": order}
-                    for order, (_, _, _, its_kind, group) in enumerate(groups)
-                    if its_kind == kind and order % num_ranks == rank
+                    for order, (_, _, _, group_kind, group) in enumerate(groups)
+                    if group_kind == kind and order % num_ranks == rank
                 ]
                 for kind in ("pending", "running")
             },
@@ -52,13 +51,13 @@ def reshard(parts: Sequence[Mapping[str, Any]], num_ranks: int) -> list[dict[str
     ]
 
 
-def _position(place: int, num_rows: int) -> dict[str, int]:
-    epoch, position = divmod(place, num_rows)
+def _position(total: int, num_rows: int) -> dict[str, int]:
+    epoch, position = divmod(total, num_rows)
     return {"epoch": epoch, "position": position}
 
 
-def _row_at(place: int, stream: Mapping[str, Any]) -> tuple[int, int]:
+def _row_at(total: int, stream: Mapping[str, Any]) -> tuple[int, int]:
     num_rows = int(stream["num_rows"])
-    epoch, position = divmod(place, num_rows)
+    epoch, position = divmod(total, num_rows)
     order = row_order(num_rows, epoch, seed=int(stream["seed"]), shuffle=bool(stream["shuffle"]))
     return epoch, order[position]

@@ -1,1 +1,1 @@
-"""Groups of rollouts: which are live, where each one stands, and which may be trained on."""
+"""Groups of rollouts: which are in flight, in which state, and which are stale."""

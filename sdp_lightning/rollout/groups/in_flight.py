@@ -18,13 +18,13 @@ Parts = tuple[Context | Segment, ...]
 
 @dataclass(eq=False)
 class InFlightGroup:
-    """One submitted row and what it has become so far.
+    """One submitted row and its trajectories so far.
 
     Attributes:
-        finished: what the workflow returned; None while it runs.
-        in_training: handed to the trainer, its version not committed yet.
-        started_at: when it was submitted, by ``time.monotonic``.
-        seconds: what it took, once it has ended; 0 if a checkpoint had it finished.
+        finished: the group that the workflow returned; None while it runs.
+        in_training: whether the trainer has the group and its version is not committed yet.
+        started_at: time of the submission, by ``time.monotonic``.
+        seconds: duration until the workflow returned; 0 if the group was finished in a checkpoint.
     """
 
     order: int
@@ -33,25 +33,25 @@ class InFlightGroup:
     session: RolloutSession
     task_id: int | None = None
     finished: TrajectoryGroup | None = None
-    in_training: bool = field(default=False)
+    in_training: bool = False
     started_at: float = field(default_factory=time.monotonic)
     seconds: float | None = None
 
     @property
     def parts(self) -> list[Parts]:
-        """What each trajectory has so far, finished or not; replayed already or not yet."""
+        """Parts of each trajectory so far, those still to be replayed included."""
         if self.finished is not None:
             return [trajectory.parts for trajectory in self.finished.trajectories]
         return [parts_of(log) for log in self.session.logs]
 
     @property
     def versions(self) -> tuple[int, int] | None:
-        """Head and tail version so far, None before the first closed segment."""
+        """Head and tail version so far; None before the first closed segment."""
         if self.finished is not None:
             head, tail = self.finished.head_version, self.finished.tail_version
             return None if head is None or tail is None else (head, tail)
-        found = [p.version for parts in self.parts for p in parts if isinstance(p, Segment)]
-        return (min(found), max(found)) if found else None
+        versions = [p.version for parts in self.parts for p in parts if isinstance(p, Segment)]
+        return (min(versions), max(versions)) if versions else None
 
     @property
     def num_sampled(self) -> int:
@@ -59,7 +59,7 @@ class InFlightGroup:
         return sum(len(p) for parts in self.parts for p in parts if isinstance(p, Segment))
 
     def make_group(self, trajectories: Sequence[Trajectory]) -> TrajectoryGroup:
-        """The group that its workflow returned."""
+        """The finished group of the trajectories that its workflow returned."""
         return TrajectoryGroup(
             tuple(trajectories),
             row_id=self.row.row_id,
@@ -69,11 +69,11 @@ class InFlightGroup:
 
     @property
     def times(self) -> EpisodeTimes:
-        """What its trajectories took so far, added up."""
+        """Times of its trajectories so far, added up."""
         return sum((episode.times for episode in self.session.episodes), EpisodeTimes())
 
     def record(self, fate: Literal["trained", "stale", "overdue"]) -> GroupRecord:
-        """What is kept of it when it has ended."""
+        """Its entry in the telemetry, once it is trained or dropped."""
         seconds = time.monotonic() - self.started_at if self.seconds is None else self.seconds
         row_id, sampled = self.row.row_id, self.num_sampled
         return GroupRecord(row_id, seconds, sampled, fate, self.versions, self.times)

@@ -2,8 +2,8 @@
 
 Pure bookkeeping: no threads of its own, no clock, no engine. The unit is one group.
 
-Words: ``running`` groups were submitted and have no verdict yet; ``pending`` ones were accepted and
-wait to be trained; ``accepted = pending + consumed + dropped`` never decreases.
+Words: ``running`` groups have not ended; ``pending`` ones were accepted and wait to be trained;
+``accepted = pending + consumed + dropped`` never decreases.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class RolloutStat:
 
     @property
     def accepted(self) -> int:
-        """Groups that finished and were taken in, whatever became of them."""
+        """Groups that finished and were queued: they wait, were trained or were dropped."""
         return self.pending + self.consumed + self.dropped
 
 
@@ -38,7 +38,7 @@ class CapacityModifier(Protocol):
     """Changes the staleness term of the capacity; it may lower it, and may read the manager."""
 
     def modify(self, staleness_bound: int, stat: RolloutStat) -> int:
-        """The new staleness term, from the present one and a snapshot of the counters."""
+        """The new staleness term, given the present one and a snapshot of the counters."""
         ...
 
 
@@ -93,7 +93,7 @@ class StalenessManager:
         return self._stat
 
     def capacity(self, version: int) -> int:
-        """How many groups may start while ``version`` is the policy's."""
+        """Number of groups that may start at policy version ``version``."""
         stat = self._stat
         bound = (self.max_head_lag + version + 1) * self.batch_size
         bound -= stat.accepted + stat.running
@@ -106,27 +106,27 @@ class StalenessManager:
         self._move(n, submitted=1, running=1)
 
     def on_accepted(self, n: int = 1) -> None:
-        """Running groups finished and now wait to be trained."""
+        """Count ``n`` running groups as pending: they finished."""
         self._move(n, running=-1, pending=1)
 
     def on_rejected(self, n: int = 1) -> None:
-        """Running groups returned nothing to train on."""
+        """Count ``n`` running groups as rejected: they have nothing to train on."""
         self._move(n, running=-1, rejected=1)
 
     def on_failed(self, n: int = 1) -> None:
-        """Running groups ended in an error."""
+        """Count ``n`` running groups as failed."""
         self._move(n, running=-1, failed=1)
 
     def on_dropped(self, n: int = 1) -> None:
-        """Waiting groups went stale."""
+        """Count ``n`` pending groups as dropped: they went stale."""
         self._move(n, pending=-1, dropped=1)
 
     def on_overdue(self, n: int = 1) -> None:
-        """Running groups went stale: accepted and dropped in one operation."""
+        """Count ``n`` running groups as accepted and dropped: they went stale."""
         self._move(n, running=-1, dropped=1)
 
     def on_consumed(self, n: int = 1) -> None:
-        """Waiting groups were handed to the trainer."""
+        """Count ``n`` pending groups as consumed: the trainer has them."""
         self._move(n, pending=-1, consumed=1)
 
     def on_version_recovered(self, version: int) -> None:

@@ -1,6 +1,6 @@
-"""Where finished groups wait: a queue across the thread, a cache on the trainer's side.
+"""Finished groups that wait: a queue between the threads, a cache on the trainer's side.
 
-Both keep groups in the order of their creation, and give back what they drop.
+Both keep groups in the order of their creation, and return the groups that they drop.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class RolloutQueue:
         return len(self._groups)
 
     def put(self, group: TrajectoryGroup) -> bool:
-        """Take ``group`` in, unless full."""
+        """Insert ``group``; False if the queue is full."""
         with self._lock:
             if len(self._groups) >= self.maxsize:
                 return False
@@ -40,19 +40,19 @@ class RolloutQueue:
             return True
 
     def drain(self) -> list[TrajectoryGroup]:
-        """Take everything out, oldest first."""
+        """Remove and return all groups, oldest first."""
         with self._lock:
             groups, self._groups = self._groups, []
             return groups
 
     def purge(self, is_stale: IsStale) -> list[TrajectoryGroup]:
-        """Take the stale groups out; the others keep their places."""
+        """Remove and return the stale groups."""
         with self._lock:
             dropped, self._groups = _split(self._groups, is_stale)
             return dropped
 
     def snapshot(self) -> list[TrajectoryGroup]:
-        """What waits, oldest first."""
+        """The waiting groups, oldest first."""
         with self._lock:
             return list(self._groups)
 
@@ -67,24 +67,24 @@ class RolloutCache:
         return len(self._groups)
 
     def add(self, groups: Sequence[TrajectoryGroup]) -> None:
-        """Take ``groups`` in, each at its place by creation."""
+        """Insert ``groups`` in the order of creation."""
         for group in groups:
             bisect.insort(self._groups, group, key=lambda g: g.order)
 
     def purge(self, is_stale: IsStale) -> list[TrajectoryGroup]:
-        """Take the stale groups out; the others keep their places."""
+        """Remove and return the stale groups."""
         dropped, self._groups = _split(self._groups, is_stale)
         return dropped
 
     def take(self, count: int) -> list[TrajectoryGroup]:
-        """The ``count`` oldest groups, removed; none at all if there are fewer."""
+        """Remove and return the ``count`` oldest groups; none if there are fewer."""
         if len(self._groups) < count:
             return []
         taken, self._groups = self._groups[:count], self._groups[count:]
         return taken
 
     def snapshot(self) -> list[TrajectoryGroup]:
-        """What waits, oldest first."""
+        """The waiting groups, oldest first."""
         return list(self._groups)
 
 

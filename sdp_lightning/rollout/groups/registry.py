@@ -78,20 +78,20 @@ class GroupRegistry:
     # One group -----------------------------------------------------------------------------------
 
     def add(self, group: InFlightGroup) -> None:
-        """A group was submitted."""
+        """Count a group as submitted and running."""
         with self.changed:
             self.manager.on_submitted()
             self._in_flight[group.order] = group
             self.changed.notify_all()
 
     def restart(self, group: InFlightGroup, session: RolloutSession) -> None:
-        """The workflow did not repeat what was saved: it begins anew in ``session``."""
+        """Begin a group anew in ``session``: its workflow did not repeat its saved steps."""
         with self.changed:
             if not self.telemetry.num_diverged:
                 logger.warning(
-                    "the workflow did not repeat what the checkpoint holds of row %r: %s. What was "
-                    "saved of it is discarded, and it is sampled from scratch. Has the workflow "
-                    "changed, or does it act by chance? Further rows are counted only.",
+                    "the workflow did not repeat its steps in the checkpoint for row %r: %s. The "
+                    "saved tokens are discarded and the row is sampled from scratch. Has the "
+                    "workflow changed, or is it random? Further rows are only counted.",
                     group.row.row_id,
                     group.session.divergence,
                 )
@@ -101,7 +101,7 @@ class GroupRegistry:
                 group.created_version = self.clock.version
 
     def finish(self, group: InFlightGroup, finished: TrajectoryGroup) -> None:
-        """A workflow returned ``finished``: it waits to be trained, unless it is stale already."""
+        """Queue what a workflow returned, or drop it if it is stale already."""
         with self.changed:
             if group.order in self._in_flight:  # else it was dropped as overdue while it finished
                 group.finished = finished
@@ -111,7 +111,7 @@ class GroupRegistry:
             self.changed.notify_all()
 
     def reject(self, group: InFlightGroup, reason: str) -> None:
-        """A workflow returned nothing to train on."""
+        """Count a group out whose workflow returned nothing to train on."""
         with self.changed:
             if self._in_flight.pop(group.order, None) is None:
                 return
@@ -128,7 +128,7 @@ class GroupRegistry:
             self.changed.notify_all()
 
     def record_failure(self, group: InFlightGroup, error: BaseException) -> None:
-        """A workflow raised: count it, and beyond ``max_failures`` let the trainer see it."""
+        """Count a group as failed; beyond ``max_failures`` the trainer raises ``error``."""
         with self.changed:
             if self._in_flight.pop(group.order, None) is None:
                 return  # dropped as overdue before
@@ -148,7 +148,7 @@ class GroupRegistry:
     # The trainer's batches and versions ----------------------------------------------------------
 
     def restore(self, groups: Sequence[tuple[InFlightGroup, TrajectoryGroup]]) -> None:
-        """Finished groups of a checkpoint; they wait to be trained from the first publish on."""
+        """Take in finished groups of a checkpoint; the first publish queues them."""
         with self.changed:
             for group, finished in groups:
                 group.finished, group.seconds = finished, 0.0
@@ -156,7 +156,7 @@ class GroupRegistry:
                 self._restored.append(finished)
 
     def drop_if_overdue(self, group: InFlightGroup) -> bool:
-        """Whether a group that still waits to be resubmitted is stale: then it is counted out."""
+        """Drop a group that waits to be resubmitted if it is stale. Returns whether it was."""
         with self.changed:
             if not self.clock.is_set or not self._is_overdue(group, self.clock.version):
                 return False
@@ -165,7 +165,7 @@ class GroupRegistry:
             return True
 
     def resume(self, version: int) -> None:
-        """A start at ``version``: set the clock, re-base the ledger, take restored groups in."""
+        """Start at ``version``: set the clock, re-base the ledger, queue restored groups."""
         with self.changed:
             self.clock.set(version)
             self.manager.on_version_recovered(version)
@@ -177,7 +177,7 @@ class GroupRegistry:
             self.changed.notify_all()
 
     def commit(self, version: int) -> list[InFlightGroup]:
-        """Advance the clock by one, purge what went stale; returns overdue groups to cancel.
+        """Advance the clock by one and purge stale groups; returns overdue groups to cancel.
 
         Raises:
             VersionError: if ``version`` is not the next one.

@@ -1,7 +1,7 @@
 """Which finished groups are too old to train on.
 
-``head lag`` is the policy version minus that of the oldest sampled token of any member,
-``tail lag`` minus that of the newest. Both are kept per group, so a verdict costs O(1).
+The head lag is the policy version minus the version of the oldest sampled token of any member; the
+tail lag is that of the newest token. Both versions are kept per group, so a decision is O(1).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from sdp_lightning.types import TrajectoryGroup
 
 
 class StalenessControlStrategy(ABC):
-    """Says of a group whether it is stale at a policy version."""
+    """Decides whether a group is stale at a policy version."""
 
     @abstractmethod
     def is_stale(self, group: TrajectoryGroup, version: int) -> bool:
@@ -82,7 +82,7 @@ class SegmentWisePPOStrategy(StalenessControlStrategy):
 
 
 def versions_of(group: TrajectoryGroup, version: int) -> tuple[int, int]:
-    """Head and tail version of a group; raises, naming it, where they make no sense."""
+    """Head and tail version of a group. The errors are those of ``is_stale``, naming the group."""
     head, tail = group.head_version, group.tail_version
     if head is None or tail is None:
         raise RolloutError(f"group {group.order} of row {group.row_id!r} has no sampled tokens.")

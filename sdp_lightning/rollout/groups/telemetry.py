@@ -1,4 +1,4 @@
-"""What the ledger of groups does not hold: why they were lost, how long they were and took."""
+"""Telemetry of groups: why they were lost, their lengths in tokens and their durations."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ NUM_SLOWEST = 10
 
 @dataclass(frozen=True)
 class GroupRecord:
-    """How long a group took, and what became of it.
+    """One group that was trained or dropped.
 
     Args:
-        row_id: of its prompt.
-        seconds: from its submission until its workflow returned, or it was dropped.
-        num_sampled: tokens of all its trajectories.
-        fate: what became of it.
+        row_id: id of its prompt.
+        seconds: duration from its submission until its workflow returned, or it was dropped.
+        num_sampled: sampled tokens of all its trajectories.
+        fate: trained, or dropped after it had finished ("stale") or while it ran ("overdue").
         versions: head and tail version; None if nothing was sampled.
-        times: of its trajectories, added up.
+        times: times of its trajectories, added up.
     """
 
     row_id: str
@@ -36,12 +36,21 @@ class GroupRecord:
 
 @dataclass
 class RolloutTelemetry:
-    """Lengths are sampled tokens of whole groups.
+    """Totals of a run.
 
-    ``num_diverged`` groups of a checkpoint were sampled from scratch, because their workflow did
-    not repeat what was saved of them. ``times`` add up what the trajectories of ``timed_groups``
-    took; ``group_s`` is from the submission of each of these groups until its workflow returned.
-    ``slowest`` holds the groups that took longest of all that were trained or dropped.
+    Attributes:
+        num_overdue: groups that were dropped while they ran.
+        trained_groups: groups handed to the trainer.
+        trained_tokens: sampled tokens of these groups.
+        dropped_groups: all groups that were dropped.
+        dropped_tokens: sampled tokens of these groups.
+        rejections: rejected groups by reason.
+        num_diverged: groups of a checkpoint that were sampled from scratch, because their workflow
+            did not repeat its saved steps.
+        timed_groups: groups whose workflow returned.
+        group_s: seconds from the submission of these groups to that return, added up.
+        times: times of the trajectories of these groups, added up.
+        slowest: the groups with the longest durations among those trained or dropped.
     """
 
     num_overdue: int = 0
@@ -77,23 +86,15 @@ class RolloutTelemetry:
 
 @dataclass(frozen=True)
 class RolloutCounts:
-    """Numbers of groups and what they took, so far in a run; those of several ranks add up.
+    """A rank's totals when a batch was taken; those of several ranks add up.
+
+    ``running`` to ``failed`` are states of the ledger; ``trained_groups`` to ``times`` are those of
+    :class:`RolloutTelemetry`.
 
     Attributes:
-        running: groups that run.
-        pending: finished groups that wait to be trained.
-        rejected: groups with nothing to train on.
-        failed: groups that ended in an error.
-        dropped_stale: finished groups that went stale.
-        dropped_overdue: running groups that went stale.
+        dropped_stale: groups that were dropped after they had finished.
+        dropped_overdue: groups that were dropped while they ran.
         diverged: restored groups that were sampled from scratch.
-        trained_groups: groups handed to the trainer.
-        trained_tokens: their sampled tokens.
-        dropped_groups: all groups that went stale.
-        dropped_tokens: their sampled tokens.
-        timed_groups: groups whose workflow returned.
-        group_s: seconds from submission to that return, added up over the timed groups.
-        times: what their trajectories took, added up.
         generated: tokens sampled since the batch before.
         workflow: counts of the workflow, by its own names.
     """
