@@ -1,4 +1,4 @@
-r"""What MkDocs does to every page at the end: formulas become MathML, roles of Sphinx plain names.
+r"""The last change to every page: formulas become MathML, roles of Sphinx become plain names.
 
 So pages need no script and no network. ``pymdownx.arithmatex`` has marked the formulas of the pages
 as ``\(...\)`` and ``\[...\]``; docstrings have ``.. math::`` and ``:class:`~package.Name```.
@@ -13,14 +13,17 @@ _MARKED = re.compile(
     r'<(?:span|div) class="arithmatex">(?:\\\((.*?)\\\)|\\\[(.*?)\\\])</(?:span|div)>', re.DOTALL
 )
 _DIRECTIVE = re.compile(r"<p>\.\. math:: (.*?)</p>", re.DOTALL)
-_ROLE = re.compile(r":(?:class|func|mod|meth|attr):<code>~?(?:[\w.]+\.)?(\w+)</code>")
+_ROLE = re.compile(
+    r":(?:class|func|mod|meth|attr):<code>"
+    r"(?:~?(?:[\w.]+\.)?(?P<name>\w+)|(?P<title>[^<&]+?) &lt;[\w.]+&gt;)</code>"
+)
 
 
 def on_page_content(page_html: str, **_: object) -> str:
     """Replace every formula and role of a page."""
-    page_html = _MARKED.sub(lambda found: _formula(found[1] or found[2], found[2]), page_html)
-    page_html = _DIRECTIVE.sub(lambda found: _formula(found[1], found[1]), page_html)
-    return _ROLE.sub(r"<code>\1</code>", page_html)
+    page_html = _MARKED.sub(lambda math: _formula(math[1] or math[2], math[2]), page_html)
+    page_html = _DIRECTIVE.sub(lambda math: _formula(math[1], math[1]), page_html)
+    return _ROLE.sub(lambda role: f"<code>{role['name'] or role['title']}</code>", page_html)
 
 
 def _formula(source: str, is_block: str | None) -> str:

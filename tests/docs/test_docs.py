@@ -74,3 +74,15 @@ def test_the_site_builds_without_a_warning_and_asks_nobody_for_anything(tmp_path
         assert not loads, f"{page} loads {loads}"
         assert 'class="arithmatex"' not in text and ".. math::" not in text, f"{page}: raw formula"
         assert not re.search(r":(class|func|mod|meth):<code>", text), f"{page}: raw reference"
+
+
+def test_the_page_of_the_architecture_names_every_room_and_only_files_that_exist() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    rooms = re.findall(r"^\| `(\w+)(?:/|\.py)` \| (.*) \|$", page, re.MULTILINE)
+    package = ROOT / "sdp_lightning"
+    entries = {path.stem for path in package.iterdir() if not path.name.startswith(("_", "py."))}
+    assert {room for room, _ in rooms} == entries
+    for room, text in rooms:
+        for name in re.findall(r"`([a-z_]+)`", text):
+            found = [package / room / name, package / room / f"{name}.py"]
+            assert any(path.exists() for path in found), f"{room}/{name}"
