@@ -1,1 +1,1 @@
-"""What a run shows of itself: progress, report, summary, view of the data, recording."""
+"""Observability of a run: progress, report, summary, view of the data, recording."""

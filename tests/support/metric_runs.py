@@ -1,4 +1,4 @@
-"""Helpers of the tests of callbacks that only read metrics: a fit that logs what it is told."""
+"""Helpers of the tests of callbacks that only read metrics: a fit that logs given metrics."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ProgressBar
+
+from sdp_lightning.lightning.known_warnings import ignore_known_warnings
 
 ROWS: list[dict[str, float]] = [
     {
@@ -36,6 +38,9 @@ class Replay(L.LightningModule):
         self.automatic_optimization = False
         self.weight = torch.nn.Parameter(torch.zeros(1))
         self.rows = rows
+
+    def setup(self, stage: str) -> None:
+        ignore_known_warnings(self.trainer)
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         self.log_dict(self.rows[batch_idx])

@@ -1,1 +1,1 @@
-"""What a run does now, on one line: in a terminal, a log, a notebook."""
+"""Progress of a run on one line: in a terminal, a log, or a notebook."""

@@ -1,7 +1,7 @@
-"""One line that tells where a run is and what it waits for.
+"""Progress line: the state of a run, and the phase that the trainer is in.
 
-On a terminal and in a notebook it is rewritten, twice a second while the trainer is busy; where
-nobody watches, each step is a line of plain text.
+On a terminal and in a notebook the line is rewritten, twice a second while the trainer is busy;
+elsewhere each step is a line of plain text.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sdp_lightning.observability.progress.screens import LogScreen, Screen, find
 from sdp_lightning.training.metrics.names import MetricRow
 
 TICK_S = 0.5
-PATIENCE_S = 1.0  # what takes longer is said
+PATIENCE_S = 1.0  # longer phases are shown
 DOING = {
     "wait": "waiting for rollouts",
     "score": "scoring segments",
@@ -30,10 +30,10 @@ DOING = {
 
 
 class ProgressLine(ProgressBar):
-    """Step, version, reward, lag, groups, speeds, and what the trainer waits for.
+    """Progress line with step, version, reward, lag, groups, speeds and the trainer's phase.
 
-    Rewritten on a terminal and in a notebook, else one line a step. Needs no
-    ``RolloutDataModule``, but without one there is nothing to wait for.
+    It is rewritten on a terminal and in a notebook, else one line a step. Without a
+    ``RolloutDataModule`` no phases are shown.
     """
 
     def __init__(self) -> None:
@@ -41,13 +41,13 @@ class ProgressLine(ProgressBar):
         self._enabled = True
         self._screen: Screen = LogScreen()
         self._lock = threading.Lock()
-        self._stopped: threading.Event | None = None  # of the thread that rewrites
+        self._stopped: threading.Event | None = None  # ends the thread that rewrites the line
         self._started = time.monotonic()
         self._row: MetricRow = {}
 
     @property
     def is_enabled(self) -> bool:
-        """Lightning asks it before the module prints."""
+        """Whether the line is shown; Lightning reads it before the module prints."""
         return self._enabled
 
     def enable(self) -> None:
@@ -139,7 +139,7 @@ class ProgressLine(ProgressBar):
 
 
 def activity_text(trainer: Trainer) -> str | None:
-    """What the trainer is busy with, if that takes long."""
+    """The trainer's phase with its duration; None before ``PATIENCE_S`` or without phases."""
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
     if not isinstance(data, RolloutDataModule):
         return None
@@ -150,16 +150,14 @@ def activity_text(trainer: Trainer) -> str | None:
         return f"{DOING[phase]} {seconds:.0f} s"
     try:
         executor = data.executor
-    except ConfigError:  # it has just been closed
+    except ConfigError:  # the data module has just been closed
         return None
-    stat, wanted = executor.stat, executor.config.batch_size
-    return (
-        f"{DOING[phase]} {seconds:.0f} s: {stat.pending} of {wanted} ready, {stat.running} running"
-    )
+    stat, size = executor.stat, executor.config.batch_size
+    return f"{DOING[phase]} {seconds:.0f} s: {stat.pending} of {size} ready, {stat.running} running"
 
 
 def progress_parts(row: MetricRow, step: int, max_steps: int, elapsed_s: float) -> list[str]:
-    """The line of one step, most important parts first; what is not in ``row`` is left out.
+    """Parts of the line of one step, the most important first; without those not in ``row``.
 
     >>> progress_parts({"train/reward": 0.5, "lag/mean": 1.25}, 3, 20, 75)
     ['step  3/20', 'reward 0.500', 'lag 1.2', '1:15']
@@ -183,12 +181,12 @@ def progress_parts(row: MetricRow, step: int, max_steps: int, elapsed_s: float) 
     if "time/step_s" in row:
         parts.append(f"{row['time/step_s']:.1f} s")
     speeds = (row.get(f"speed/{side}_tokens_per_s") for side in ("generated", "train"))
-    told = [short(speed) for speed in speeds if speed is not None]
-    return [*parts, f"tok/s {' sampled, '.join(told)} trained"] if len(told) == 2 else parts
+    shown = [short(speed) for speed in speeds if speed is not None]
+    return [*parts, f"tok/s {' sampled, '.join(shown)} trained"] if len(shown) == 2 else parts
 
 
 def short(number: float) -> str:
-    """Three digits or fewer.
+    """A number with three digits or fewer.
 
     >>> short(87.4), short(1234), short(56789), short(2e6)
     ('87', '1.2k', '57k', '2.0M')

@@ -1,4 +1,4 @@
-"""Where progress is shown: a log, a terminal line, a notebook."""
+"""Screens that show a progress line: a log, a terminal, or a notebook."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from typing import Any, Protocol
 
 
 class Screen(Protocol):
-    """Where the line is shown."""
+    """Shows one line at a time."""
 
     @property
     def is_live(self) -> bool:
-        """Whether what is shown is replaced by what is shown next."""
+        """Whether a line is replaced by the next one."""
         ...
 
     def show(self, parts: list[str]) -> None:
-        """Show one line, most important parts first."""
+        """Show one line, of which the first parts are the most important."""
         ...
 
     def end(self) -> None:
-        """Leave what is shown where it is; what comes next begins a new line."""
+        """Keep the line that is shown; the next one begins below it."""
         ...
 
 
 class LogScreen:
-    """A file or a pipe: lines, no control characters."""
+    """Prints lines without control characters, for a file or a pipe."""
 
     is_live = False
 
@@ -34,19 +34,19 @@ class LogScreen:
         print("  ".join(parts), flush=True)
 
     def end(self) -> None:
-        """Every line has ended already."""
+        """Nothing to do: every line has ended already."""
 
 
 class TerminalScreen:
-    """A line that is rewritten, as wide as the terminal at most."""
+    """Rewrites one line, at most as wide as the terminal."""
 
     is_live = True
 
     def __init__(self) -> None:
-        self._open = False  # whether the cursor is behind a line that may be rewritten
+        self._open = False  # whether the cursor is at the end of a line to rewrite
 
     def show(self, parts: list[str]) -> None:
-        text = fitting(parts, shutil.get_terminal_size().columns - 1)
+        text = join_within(parts, shutil.get_terminal_size().columns - 1)
         print(f"\r\x1b[2K{text}", end="", flush=True)
         self._open = True
 
@@ -57,7 +57,7 @@ class TerminalScreen:
 
 
 class NotebookScreen:
-    """An output of the cell that is replaced."""
+    """Replaces one output of the cell."""
 
     is_live = True
 
@@ -78,7 +78,7 @@ class NotebookScreen:
 
 
 def find_screen() -> Screen:
-    """The one that this process has."""
+    """The screen of this process."""
     ipython: Any = sys.modules.get("IPython")
     shell = None if ipython is None else ipython.get_ipython()
     if any(kind.__name__ == "ZMQInteractiveShell" for kind in type(shell).__mro__):
@@ -87,10 +87,10 @@ def find_screen() -> Screen:
     return TerminalScreen() if sys.stdout.isatty() and not quiet else LogScreen()
 
 
-def fitting(parts: list[str], width: int) -> str:
-    """As many of the first parts as fit in ``width`` characters; a first that does not is cut.
+def join_within(parts: list[str], width: int) -> str:
+    """The first parts that fit into ``width`` characters; the very first is cut if it does not.
 
-    >>> fitting(["step 1", "reward 0.500", "lag 1"], 20), fitting(["step 1"], 3)
+    >>> join_within(["step 1", "reward 0.500", "lag 1"], 20), join_within(["step 1"], 3)
     ('step 1  reward 0.500', 'ste')
     """
     text = parts[0][:width]

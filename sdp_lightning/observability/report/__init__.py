@@ -1,8 +1,8 @@
-"""A page about a run: what it did, where its time went, and what to change.
+"""Report page of a run: reward, time, staleness, rollouts, trajectories, and advice.
 
-``callback`` keeps what the page needs while a run goes on; ``page`` makes it of the files, with no
-model, tokenizer or Lightning at hand. ``account``, ``advice``, ``charts``, ``markup`` and
-``sections`` are pure functions of metrics.
+``callback`` writes the files of a run as it goes on; ``page`` makes the page from these files,
+without model, tokenizer or Lightning. ``series``, ``time_breakdown``, ``advice``, ``charts``,
+``markup`` and ``sections`` are pure functions of metrics.
 """
 
 from sdp_lightning.observability.report.page import write_report

@@ -1,6 +1,6 @@
 """Charts as SVG text: pure functions of numbers. Colors and fonts come from the page's style.
 
-Every column of points has a strip over its whole height, whose title a browser shows on hover.
+Every column of points has a strip over the full height, whose title a browser shows on hover.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from itertools import pairwise
 
 Point = tuple[float, float]
 HEIGHT = 260
-WIDTH, WIDE = 560, 1120  # of a chart in a column, and across the page
+WIDTH, WIDE = 560, 1120  # a chart in a column, and across the page
 LEFT, RIGHT, TOP, BOTTOM = 56, 14, 12, 44
 MOST_POINTS = 160
 
@@ -23,9 +23,9 @@ class Line:
     """One series.
 
     Args:
-        label: for the legend and on hover.
+        label: text in the legend and on hover.
         points: (x, y), x rising.
-        color: its number in the style's palette.
+        color: index in the style's palette.
         style: ``"line"``, ``"faint"`` dots, ``"dashed"``, or ``"marks"``: large dots.
     """
 
@@ -37,7 +37,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Frame:
-    """Where numbers are in a chart."""
+    """Maps numbers to pixels of a chart."""
 
     x_range: Point
     y_range: Point
@@ -45,15 +45,15 @@ class Frame:
 
     @property
     def right(self) -> int:
-        """Where the x axis ends."""
+        """End of the x axis, in pixels."""
         return self.width - RIGHT
 
     def x(self, value: float) -> float:
-        """Pixels from the left."""
+        """Pixels from the left of an x value."""
         return LEFT + _part(value, self.x_range) * (self.right - LEFT)
 
     def y(self, value: float) -> float:
-        """Pixels from the top."""
+        """Pixels from the top of a y value."""
         return HEIGHT - BOTTOM - _part(value, self.y_range) * (HEIGHT - TOP - BOTTOM)
 
 
@@ -66,15 +66,15 @@ def line_chart(
     y_range: tuple[float | None, float | None] = (None, None),
     width: int = WIDTH,
 ) -> str:
-    """Series over the same axis; a legend if there are several.
+    """Chart of series over one axis, with a legend if there are several.
 
     Args:
-        lines: thinned to some hundred points each.
-        name: what a screen reader says.
-        x_label: of the axis below.
-        y_label: of the axis at the left.
-        y_range: ends of the axis that are fixed; None fits the data.
-        width: in pixels, of which a page shows more or fewer.
+        lines: series, thinned to ``MOST_POINTS`` points each.
+        name: title for screen readers.
+        x_label: label of the x axis.
+        y_label: label of the y axis.
+        y_range: fixed ends of the y axis; None fits the data.
+        width: width in pixels; a page may scale it.
     """
     lines = [Line(s.label, thin(s.points), s.color, s.style) for s in lines if s.points]
     if not lines:
@@ -93,14 +93,14 @@ def line_chart(
 def area_chart(
     layers: Sequence[Line], *, name: str, x_label: str, y_label: str, percent: bool = True
 ) -> str:
-    """Layers on top of each other, the first at the bottom; all have the same x.
+    """Chart of layers on top of each other, the first at the bottom; all have the same x.
 
     Args:
-        layers: thinned as one.
-        name: what a screen reader says.
-        x_label: of the axis below.
-        y_label: of the axis at the left.
-        percent: the layers are shares of 1.
+        layers: series of one length, thinned to ``MOST_POINTS`` points.
+        name: title for screen readers.
+        x_label: label of the x axis.
+        y_label: label of the y axis.
+        percent: whether the layers are shares of 1.
     """
     layers = [Line(s.label, thin(s.points), s.color) for s in layers if s.points]
     if not layers:
@@ -135,7 +135,7 @@ def area_chart(
 
 
 def thin(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
-    """At most ``most`` points: means of neighbors, if there are more.
+    """At most ``most`` points: means of neighbors if there are more.
 
     >>> thin([(1, 0.0), (2, 1.0), (3, 2.0), (4, 3.0)], 2)
     [(1.5, 0.5), (3.5, 2.5)]
@@ -166,7 +166,7 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def number(value: float) -> str:
-    """Three digits, and thousands apart.
+    """A number with three digits and separated thousands.
 
     >>> number(0.12345), number(3), number(1234.5), number(2e-5), number(1.5e7)
     ('0.123', '3', '1,234', '2e-05', '15.0 M')
@@ -177,7 +177,7 @@ def number(value: float) -> str:
 
 
 def percentage(share: float) -> str:
-    """A share of 1.
+    """A share of 1 as a percentage.
 
     >>> percentage(0.25), percentage(0.1234)
     ('25%', '12.3%')
@@ -203,15 +203,15 @@ def _range(values: Sequence[float], fixed: tuple[float | None, float | None]) ->
 
 
 def _draw(line: Line, frame: Frame) -> str:
-    places = [(frame.x(x), frame.y(y)) for x, y in line.points if math.isfinite(y)]
+    pixels = [(frame.x(x), frame.y(y)) for x, y in line.points if math.isfinite(y)]
     kind = f"c{line.color} {line.style}"
-    if line.style in ("faint", "marks") or len(places) == 1:
+    if line.style in ("faint", "marks") or len(pixels) == 1:
         radius = 2.5 if line.style == "faint" else 4.5
         return "".join(
             f'<circle class="dot {kind}" cx="{x:.1f}" cy="{y:.1f}" r="{radius}"/>'
-            for x, y in places
+            for x, y in pixels
         )
-    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in pixels)
     return f'<polyline class="stroke {kind}" points="{path}"/>'
 
 
@@ -226,7 +226,7 @@ def _figure(
     y_label: str,
     y_form: Callable[[float], str] | None = None,
 ) -> str:
-    """Axes around what is drawn, strips to hover over, and the legend."""
+    """Axes around the drawing, strips to hover over, and the legend."""
     bottom, right = HEIGHT - BOTTOM, frame.right
     form = number if y_form is None else y_form
     parts = [f'<svg class="chart" viewBox="0 0 {frame.width} {HEIGHT}" role="img">']
@@ -253,8 +253,8 @@ def _figure(
 
 def _strips(frame: Frame, hover: dict[float, list[str]], x_label: str) -> str:
     xs = sorted(hover)
-    places = [frame.x(x) for x in xs]
-    edges = [LEFT, *((a + b) / 2 for a, b in pairwise(places)), frame.right]
+    pixels = [frame.x(x) for x in xs]
+    edges = [LEFT, *((a + b) / 2 for a, b in pairwise(pixels)), frame.right]
     return "".join(
         f'<rect class="hit" x="{left:.1f}" width="{max(right - left, 1):.1f}" y="{TOP}" '
         f'height="{HEIGHT - TOP - BOTTOM}"><title>'
@@ -264,7 +264,7 @@ def _strips(frame: Frame, hover: dict[float, list[str]], x_label: str) -> str:
 
 
 def legend(lines: Sequence[Line]) -> str:
-    """A key of each series; nothing for a single one."""
+    """A key for each series; empty for a single one."""
     if len(lines) < 2:
         return ""
     keys = "".join(

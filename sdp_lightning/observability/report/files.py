@@ -1,8 +1,8 @@
-"""What a run leaves in its folder for the report, and reading it again.
+"""Files of a run for its report: written as it goes on, and read again.
 
-``report/steps.jsonl`` and ``report/evaluations.jsonl`` only grow: one line a step, whole when it is
-written. ``report/run.json`` holds settings, ``report/state.json`` what is sampled of the run; both
-are replaced in one step. So a killed run leaves all but its last moment.
+``report/steps.jsonl`` and ``report/evaluations.jsonl`` are appended to, one line a step.
+``report/run.json`` holds settings, ``report/state.json`` samples of the run; both are replaced in
+one step. A killed run leaves all but its last moment.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ VERSION = "rollout/version"
 
 @dataclass(frozen=True)
 class Run:
-    """All that a page is made of.
+    """Data of a report page.
 
     Args:
-        folder: of the run.
-        settings: of the run, as far as they were kept.
-        steps: the metrics of every consumed batch, in order of versions.
-        evaluations: of every evaluation.
-        state: slowest rollouts, reasons of rejections, sampled trajectories, how it ended.
+        folder: the run's folder.
+        settings: settings of the run, as far as they were kept.
+        steps: metrics of every consumed batch, in order of versions.
+        evaluations: metrics of every evaluation.
+        state: slowest rollouts, reasons of rejections, sampled trajectories, status.
     """
 
     folder: Path
@@ -82,9 +82,9 @@ def _config(kind: type[Config], settings: Mapping[str, Any] | None) -> Config | 
 
 
 class RunWriter:
-    """Writes the files of one run, or goes on with those of the run that it resumes.
+    """Writes the files of one run, or continues those of the run that it resumes.
 
-    A line that a kill has torn is taken off, or the next one would be lost with it.
+    A last line that a kill has torn is removed, or the next one would be lost with it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -121,10 +121,10 @@ class RunWriter:
 
 
 def read_run(folder: Path) -> Run:
-    """What ``RunReport`` wrote; without it, what a ``CSVLogger`` did.
+    """Data that ``RunReport`` wrote, or else the metrics of a ``CSVLogger``.
 
     Raises:
-        ConfigError: if neither is there.
+        ConfigError: if there is neither.
     """
     folder = folder.resolve()
     files = folder / FOLDER
@@ -161,7 +161,7 @@ def _read_csv(folder: Path) -> Run:
 
 
 def _latest(rows: list[dict[str, float]], key: str) -> list[dict[str, float]]:
-    """Without what was done again: a run that was killed, and resumed from an older version."""
+    """Rows without those that a resumed run has done again."""
     kept: list[dict[str, float]] = []
     for row in rows:
         if key in row:
@@ -172,7 +172,7 @@ def _latest(rows: list[dict[str, float]], key: str) -> list[dict[str, float]]:
 
 
 def _read_lines(path: Path) -> list[dict[str, float]]:
-    """Every line that is whole: a kill may have torn one."""
+    """Rows of all complete lines: a kill may have torn one."""
     if not path.is_file():
         return []
     rows: list[dict[str, float]] = []

@@ -1,11 +1,11 @@
-"""Small pieces of HTML: numbers that a test can find, tables, cards. Everything is escaped."""
+"""Pieces of HTML: numbers with their keys, tables, cards. Texts are escaped."""
 
 from __future__ import annotations
 
 import html
 from collections.abc import Sequence
 
-Cell = tuple[str, str]  # a class, and HTML
+Cell = tuple[str, str]  # (class, HTML)
 
 
 def escape(text: object) -> str:
@@ -14,12 +14,12 @@ def escape(text: object) -> str:
 
 
 def value(key: str, number: float, text: str) -> str:
-    """A number as it is shown, with what it is and its exact value for whoever reads the page."""
+    """A number as text, with its key and exact value as attributes for programs."""
     return f'<span data-key="{escape(key)}" data-value="{number!r}">{escape(text)}</span>'
 
 
 def section(anchor: str, title: str, body: str, sub: str = "") -> str:
-    """A part of the page under a heading; nothing without a body."""
+    """A part of the page under a heading; empty without a body."""
     if not body:
         return ""
     note = f'<p class="sub">{escape(sub)}</p>' if sub else ""
@@ -33,7 +33,7 @@ def card(title: str, body: str, sub: str = "") -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Cell]], *, last_is_sum: bool = False) -> str:
-    """Cells hold HTML; a head that begins with ``#`` is a column of numbers."""
+    """A table whose cells hold HTML; a head that begins with ``#`` is a column of numbers."""
     top = "".join(
         f'<th class="{"n" if name[:1] == "#" else ""}">{escape(name.lstrip("#"))}</th>'
         for name in head
@@ -48,7 +48,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Cell]], *, last_is_sum: b
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them.
+    """Seconds as a readable duration.
 
     >>> duration(0.0123), duration(4.56), duration(75), duration(4000), duration(200000)
     ('12 ms', '4.6 s', '1:15', '1:06:40', '2 d 7:33:20')

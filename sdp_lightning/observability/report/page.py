@@ -1,4 +1,4 @@
-"""One page of HTML about a run, that needs nothing else: no scripts, no fonts, no network."""
+"""Self-contained HTML page about a run: no scripts, no fonts, no network."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ KINDS = {
 
 
 def write_report(folder: str | Path) -> Path:
-    """Make the page of the run in ``folder``, in that folder; returns where it is.
+    """Write the page of the run in ``folder`` into that folder; returns its path.
 
     Raises:
-        ConfigError: if there is no run, or it has no steps yet.
+        ConfigError: if there is no run.
     """
     run = read_run(Path(folder))
     path = run.folder / PAGE
@@ -41,11 +41,11 @@ def write_report(folder: str | Path) -> Path:
 
 
 def page(run: Run) -> str:
-    """The whole document."""
+    """The document."""
     breakdown = time_breakdown(run.steps)
     name = escape(f"{run.folder.parent.name}/{run.folder.name}")
     body = [
-        f"<header><h1>{name}</h1><p>{_what(run)}</p></header>",
+        f"<header><h1>{name}</h1><p>{_headline(run)}</p></header>",
         sections.cards(run, breakdown),
         section(
             "advice", "What to change", _advice(advice_on(run.steps, RunConfigs.read(run.settings)))
@@ -68,24 +68,24 @@ def page(run: Run) -> str:
     )
 
 
-def _what(run: Run) -> str:
-    said = [f"{value('steps', len(run.steps), f'{len(run.steps):,}')} batches"]
+def _headline(run: Run) -> str:
+    words = [f"{value('steps', len(run.steps), f'{len(run.steps):,}')} batches"]
     if (breakdown := time_breakdown(run.steps)) is not None:
-        said.append(f"in {duration(breakdown.total_s)}")
-    for key, label in (("model", "of"), ("engine", "with engine"), ("started", "begun")):
+        words.append(f"in {duration(breakdown.total_s)}")
+    for key, label in (("model", "of"), ("engine", "with engine"), ("started", "started")):
         if key in run.settings:
-            said.append(f"{label} {escape(run.settings[key])}")
+            words.append(f"{label} {escape(run.settings[key])}")
     status = run.state.get("status", "")
     if status == "running":
-        status = "no end was written: it goes on, or was killed"
-    return " ".join(said) + (f" &middot; {escape(status)}" if status else "")
+        status = "still running, or killed"
+    return " ".join(words) + (f" &middot; {escape(status)}" if status else "")
 
 
-def _advice(found: Sequence[Advice]) -> str:
+def _advice(advices: Sequence[Advice]) -> str:
     items = "".join(
         f'<li class="{advice.tone}" data-kind="{advice.kind}"><b>{ICONS[advice.tone]}</b>'
         f"{escape(advice.text)}</li>"
-        for advice in found
+        for advice in advices
     )
     return (
         f'<ul class="advice">{items}</ul>' if items else '<p class="empty">Nothing stands out.</p>'
@@ -108,9 +108,9 @@ def _samples(state: Mapping[str, Any]) -> str:
 
 def _settings(settings: Mapping[str, Any]) -> str:
     rows = [
-        [("", f"<code>{escape(name)}</code>"), ("", f"<code>{escape(found)}</code>")]
+        [("", f"<code>{escape(name)}</code>"), ("", f"<code>{escape(setting)}</code>")]
         for part, inner in settings.items()
-        for name, found in (
+        for name, setting in (
             {f"{part}.{key}": v for key, v in inner.items()}
             if isinstance(inner, dict)
             else {part: inner}
@@ -130,10 +130,10 @@ def _metrics(steps: Sequence[Mapping[str, float]]) -> str:
     rows = [
         [
             ("", f"<code>{escape(name)}</code>"),
-            ("n", value(name, found, number(found))),
+            ("n", value(name, last, number(last))),
             ("", escape(meanings.get(name, ""))),
         ]
-        for name, found in sorted((steps[-1] if steps else {}).items())
+        for name, last in sorted((steps[-1] if steps else {}).items())
     ]
     body = card("", table(["metric", "#last batch", ""], rows))
     return f"<details><summary>All metrics of the last batch</summary>{body}</details>"
@@ -141,5 +141,5 @@ def _metrics(steps: Sequence[Mapping[str, float]]) -> str:
 
 def _footer(run: Run) -> str:
     own = run.state.get("own_share")
-    cost = "" if own is None else f" Keeping what it shows took {own:.2%} of the run's time."
+    cost = "" if own is None else f" Keeping its data took {own:.2%} of the run's time."
     return f"Made by sdp-lightning report {escape(run.folder)}.{cost}"

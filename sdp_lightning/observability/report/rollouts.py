@@ -1,4 +1,4 @@
-"""The part of a report's page about rollouts: speed, groups under way, lost ones, slowest ones."""
+"""Section of the report page about rollouts: speed, running, lost and slowest groups."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sdp_lightning.training.metrics.names import MetricRow
 
 
 def rollouts(run: Run) -> str:
-    """Speed of both sides, groups that are on their way, and those that were lost."""
+    """Speed of both sides, running and ready groups, lost and slowest ones."""
     rows = run.steps
     if not points(rows, "rollout/running"):
         return ""
@@ -40,14 +40,14 @@ def rollouts(run: Run) -> str:
     )
     body = card("Speed", speed) + card("Groups under way", groups, "right after each publish")
     body += card("Lost groups", _losses(rows, run.state))
-    body += card("Slowest groups", _slowest(run.state), "of those that ended, rank 0's")
+    body += card("Slowest groups", _slowest(run.state), "of the groups that ended, on rank 0")
     return section("rollouts", "Rollouts", f'<div class="grid2">{body}</div>')
 
 
 def _losses(rows: Sequence[MetricRow], state: Mapping[str, Any]) -> str:
     last = rows[-1]
     names = {
-        "dropped_stale": "dropped: too old when they had waited",
+        "dropped_stale": "dropped: too old after waiting",
         "dropped_overdue": "dropped: too old while they ran",
         "rejected": "rejected: the workflow returned nothing to train on",
         "failed": "failed: the workflow raised",
@@ -58,15 +58,15 @@ def _losses(rows: Sequence[MetricRow], state: Mapping[str, Any]) -> str:
         for name, text in names.items()
         if (count := last.get(f"rollout/{name}")) is not None
     ]
-    told = table(["", "#groups"], counted)
+    body = table(["", "#groups"], counted)
     trained, dropped = last.get("rollout/trained_length", 0), last.get("rollout/dropped_length", 0)
     if dropped:
-        told += (
+        body += (
             f'<p class="sub">A trained group has {trained:,.0f} sampled tokens in the mean, a '
             f"dropped one {dropped:,.0f}.</p>"
         )
     reasons = state.get("rejections", {})
-    told += "".join(
+    body += "".join(
         f'<p class="sub">{count} x rejected because {escape(why)}</p>'
         for why, count in reasons.items()
     )
@@ -88,7 +88,7 @@ def _losses(rows: Sequence[MetricRow], state: Mapping[str, Any]) -> str:
         y_label="groups so far",
         y_range=(0.0, None),
     )
-    return told + ("" if "empty" in chart else chart)
+    return body + ("" if "empty" in chart else chart)
 
 
 def _slowest(state: Mapping[str, Any]) -> str:

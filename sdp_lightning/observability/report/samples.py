@@ -1,4 +1,4 @@
-"""A few trajectories of a run, chosen as it goes: best, worst, mixed, random. Bounded memory."""
+"""Sampled trajectories of a run: best, worst, most mixed, random. Bounded memory."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ NUM_EXTREME, NUM_RANDOM = 3, 6
 
 @dataclass(eq=False)
 class Sample:
-    """One trajectory that is kept.
+    """One sampled trajectory.
 
     Args:
-        trajectory: as it was trained on.
-        row_id: of its prompt.
-        version: the trainer's, when it was trained on.
-        mean_reward: of its group.
-        drawn: its HTML, once it was drawn.
+        trajectory: the trajectory that was trained on.
+        row_id: id of the prompt's row.
+        version: policy version of the trainer then.
+        mean_reward: mean reward of its group.
+        drawn: HTML, once it is drawn.
     """
 
     trajectory: Trajectory
@@ -31,7 +31,7 @@ class Sample:
     drawn: str | None = None
 
     def state(self, draw: Callable[[Sample], str]) -> dict[str, Any]:
-        """What a page needs of it. ``draw`` makes its HTML, once."""
+        """Facts and HTML for a page; ``draw`` makes the HTML, once."""
         if self.drawn is None:
             self.drawn = draw(self)
         return {
@@ -44,10 +44,10 @@ class Sample:
 
 
 class SampleKeeper:
-    """Keeps the ``NUM_EXTREME`` best and worst, and those that were sampled by most versions.
+    """Keeps the ``NUM_EXTREME`` best, worst, and those that most versions sampled.
 
-    The newer of equal ones, one of a batch at most. And ``NUM_RANDOM`` random ones: every batch has
-    the same chance to be there, whenever it came.
+    Of equal ones the newer is kept, and at most one of a batch. Beside them ``NUM_RANDOM`` random
+    ones: every batch has the same chance, early or late.
     """
 
     def __init__(self, seed: int = 0) -> None:
@@ -59,7 +59,7 @@ class SampleKeeper:
         self._num_batches = 0
 
     def see(self, groups: Sequence[TrajectoryGroup], version: int) -> None:
-        """Look at the groups of one batch, trained at ``version``."""
+        """Consider the groups of one batch, trained at ``version``."""
         members = [(group, trajectory) for group in groups for trajectory in group.trajectories]
         if not members:
             return
@@ -77,14 +77,14 @@ class SampleKeeper:
             kept = [sample(mixed), *self.mixed]
             self.mixed = _first(kept, lambda s: -_num_versions(s.trajectory))
         self._num_batches += 1
-        place = self._generator.randrange(self._num_batches)
+        slot = self._generator.randrange(self._num_batches)
         if len(self.random) < NUM_RANDOM:
             self.random.append(sample(members[0]))
-        elif place < NUM_RANDOM:
-            self.random[place] = sample(members[0])
+        elif slot < NUM_RANDOM:
+            self.random[slot] = sample(members[0])
 
     def state(self, draw: Callable[[Sample], str]) -> dict[str, list[dict[str, Any]]]:
-        """All of them, as a page needs them."""
+        """All samples by kind, for a page."""
         newest = sorted(self.random, key=lambda s: -s.version)
         kinds = {"best": self.best, "worst": self.worst, "mixed": self.mixed, "random": newest}
         return {kind: [sample.state(draw) for sample in kept] for kind, kept in kinds.items()}

@@ -59,11 +59,11 @@ def cards(run: Run, breakdown: TimeBreakdown | None) -> str:
         step = breakdown.total_s / breakdown.num_steps
         shown.append((value("step.mean", step, duration(step)), "a step"))
         wait = breakdown.wait_share
-        shown.append((value("wait.share", wait, f"{wait:.0%}"), "of it the trainer waits"))
+        shown.append((value("wait.share", wait, f"{wait:.0%}"), "of the time the trainer waits"))
         floor = breakdown.floor_share
         shown.append((value("floor.share", floor, f"{floor:.0%}"), "of the floor is reached"))
     if (lag := window_mean(rows, "lag/mean")) is not None:
-        shown.append((value("lag.mean", lag, f"{lag:.2f}"), "versions old is a token, lately"))
+        shown.append((value("lag.mean", lag, f"{lag:.2f}"), "mean lag lately, in versions"))
     for side, label in (("generated", "tokens/s sampled"), ("train", "tokens/s trained on")):
         if (speed := window_mean(rows, f"speed/{side}_tokens_per_s")) is not None:
             shown.append((value(f"speed.{side}", speed, f"{speed:,.0f}"), f"{label}, lately"))

@@ -1,4 +1,4 @@
-"""How a report looks, in the light and in the dark: one style block, no fonts from elsewhere.
+"""Style block of the report page for light and dark mode, without fonts from elsewhere.
 
 Colors are those of Okabe and Ito, which the color-blind tell apart.
 """

@@ -1,6 +1,6 @@
-"""Rows as one fragment of HTML: no scripts, nothing from the network, everything escaped.
+"""HTML of token rows: no scripts, nothing from the network, everything escaped.
 
-:data:`STYLE` goes with it, once a page however many fragments there are.
+A page has :data:`STYLE` once, however many fragments it has.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from sdp_lightning.observability.view.text import PART, Decoder, token_texts, vi
 from sdp_lightning.observability.view.token_rows import CONTEXT, NAMES, Section, TokenRow
 from sdp_lightning.observability.view.words import count_of, facts_of, legend_of, window_of
 
-_DARK_HOSTS = (  # of Jupyter, VS Code, Colab, Material for MkDocs, and pages that say so themselves
+_DARK_HOSTS = (  # Jupyter, VS Code, Colab, Material for MkDocs, and pages with data-theme
     '[data-jp-theme-light="false"]',
     ".vscode-dark",
     ".vscode-high-contrast:not(.vscode-high-contrast-light)",
@@ -38,10 +38,10 @@ def fragment(
     """One ``<div class="sdp-view">``; it needs :data:`STYLE` on the page.
 
     Args:
-        sections: what to show.
-        tokenizer: None shows token ids.
-        max_tokens: of a row; more are left out in its middle, with a note.
-        num_hidden: trajectories that are not in ``sections``, for a note.
+        sections: rows to show.
+        tokenizer: decodes the tokens; None shows token ids.
+        max_tokens: tokens of a row to show; more are cut from its middle, with a note.
+        num_hidden: number of trajectories that are not in ``sections``, for a note.
     """
     parts = ['<div class="sdp-view">', _legend(sections)]
     for section in sections:
@@ -57,7 +57,7 @@ def fragment(
 
 
 def page(body: str, title: str) -> str:
-    """A whole document around a fragment."""
+    """A document around a fragment."""
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width">'
@@ -93,7 +93,7 @@ def _row(row: TokenRow, tokenizer: Decoder | None, max_tokens: int) -> str:
 
 
 def _strip(row: TokenRow) -> str:
-    """A bar with a piece for every run of one version, as wide as it has tokens."""
+    """A bar with a piece for every run of one version, in proportion to its tokens."""
     pieces = "".join(
         f'<i style="flex:{end - start};'
         f'background:{"var(--sdp-line)" if version == CONTEXT else HUES[hue_of(version)]}"></i>'

@@ -18,15 +18,15 @@ UNDERLINES = ("solid", "dashed", "dotted", "double")
 
 @dataclass(frozen=True)
 class Theme:
-    """Colors of one ground, as ``#rrggbb``.
+    """Colors for one background, as ``#rrggbb``.
 
     Args:
-        ground: behind everything.
-        text: of what was sampled.
-        muted: of prompts, tool output and notes.
-        panel: behind prompts and tool output.
-        line: of borders.
-        share: of a hue in its tint, the rest is the ground.
+        ground: background of everything.
+        text: text of sampled tokens.
+        muted: text of prompts, tool output and notes.
+        panel: background of prompts and tool output.
+        line: borders.
+        share: share of a hue in its tint; the rest is the ground.
     """
 
     ground: str
@@ -38,7 +38,7 @@ class Theme:
 
     @property
     def tints(self) -> tuple[str, ...]:
-        """Behind the tokens of each hue."""
+        """Backgrounds of the tokens of each hue."""
         return tuple(mix(hue, self.ground, self.share) for hue in HUES)
 
 
@@ -48,17 +48,17 @@ TERMINAL = Theme("#ffffff", "#101216", "#5a6070", "#f4f5f7", "#d9dce3", share=0.
 
 
 def hue_of(version: int) -> int:
-    """The place of a version's hue in :data:`HUES`."""
+    """Index of a version's hue in :data:`HUES`."""
     return version % len(HUES)
 
 
 def underline_of(version: int) -> str:
-    """How its tokens are underlined: two versions of one hue differ here."""
+    """Underline style of a version, which tells versions of one hue apart."""
     return UNDERLINES[version % len(UNDERLINES)]
 
 
 def mix(color: str, ground: str, share: float) -> str:
-    """``share`` of a color over a ground.
+    """A color over a ground, mixed with ``share`` of it.
 
     >>> mix("#ff0000", "#ffffff", 0.5)
     '#ff8080'
@@ -73,13 +73,13 @@ def channels(color: str) -> tuple[int, int, int]:
     return red, green, blue
 
 
-def contrast(one: str, other: str) -> float:
-    """Between two colors, 1 to 21, as WCAG 2 defines it: AA asks 4.5 of text.
+def contrast(first: str, second: str) -> float:
+    """Contrast of two colors, 1 to 21, as WCAG 2 defines it; level AA needs 4.5 for text.
 
     >>> round(contrast("#000000", "#ffffff"))
     21
     """
-    low, high = sorted((_luminance(one), _luminance(other)))
+    low, high = sorted((_luminance(first), _luminance(second)))
     return (high + 0.05) / (low + 0.05)
 
 

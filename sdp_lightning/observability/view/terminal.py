@@ -1,4 +1,4 @@
-"""Rows for a terminal, as rich draws them. The colors are the same, and so are the second cues."""
+"""Token rows as a rich renderable, with the colors and labels of the HTML."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def renderable(
     sections: Sequence[Section], *, tokenizer: Decoder | None, max_tokens: int, num_hidden: int = 0
 ) -> RenderableType:
-    """What a rich console prints. Arguments as for HTML."""
+    """A renderable for a rich console; arguments as for :func:`~.html.fragment`."""
     from rich.console import Group
     from rich.padding import Padding
     from rich.text import Text
@@ -76,7 +76,7 @@ def _tokens(row: TokenRow, tokenizer: Decoder | None, max_tokens: int) -> Text:
             if first >= last:
                 continue
             piece = gap.join(texts[first - start : last - start])
-            if version == CONTEXT:  # on lines of its own
+            if version == CONTEXT:  # contexts have lines of their own
                 before = "\n" if text and not text.plain.endswith("\n") else ""
                 after = "" if piece.endswith("\n") else "\n"
                 text.append(f"{before}{piece}{after}", "dim italic")

@@ -1,4 +1,4 @@
-"""Tokens to text that can be shown: split characters, invisible ones, and ones that do harm."""
+"""Text of tokens that is safe to show: characters split over tokens, invisible or harmful ones."""
 
 from __future__ import annotations
 
@@ -6,27 +6,27 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Protocol
 
-REPLACEMENT = "\ufffd"  # what decoders give for bytes that are no whole character
-PART = "\u00b7"  # stands for a token that is only the beginning of a character
-MOST_PARTS = 4  # bytes of a character in UTF-8, and a token has at least one
-LONGEST = 160  # characters of one token that are shown
+REPLACEMENT = "\ufffd"  # decoders write it for incomplete characters
+PART = "\u00b7"  # shown for a token that is only the beginning of a character
+MOST_PARTS = 4  # a character has at most 4 bytes in UTF-8, and a token has at least one
+LONGEST = 160  # characters of one token to show
 _OPAQUE = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}  # invisible, unassigned, or reordering others
 _DRAWN = {"\n": "\u23ce\n", "\t": "\u21e5\t", "\r": "\u240d"}
 
 
 class Decoder(Protocol):
-    """The part of a tokenizer that makes tokens readable."""
+    """A tokenizer that decodes."""
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = ...) -> str:
-        """The text of ``token_ids``."""
+        """Text of ``token_ids``."""
         ...
 
 
 def token_texts(token_ids: Sequence[int], tokenizer: Decoder | None) -> list[str]:
-    """The text of every token, as :func:`visible` shows it; together they are the whole text.
+    """Text of every token, through :func:`visible`; joined they are the whole text.
 
-    A character whose bytes lie in several tokens is at the last of them; those before are
-    :data:`PART`. A token of no text, or of no tokenizer, is its id.
+    A character whose bytes lie in several tokens is shown at the last of them, the others as
+    :data:`PART`. A token without text, or any token without a tokenizer, is shown as its id.
     """
     if tokenizer is None:
         return [str(token) for token in token_ids]
@@ -47,7 +47,7 @@ def token_texts(token_ids: Sequence[int], tokenizer: Decoder | None) -> list[str
 
 
 def visible(text: str, longest: int = LONGEST) -> str:
-    r"""``text`` with nothing hidden in it: what cannot be seen is named, what is long is cut.
+    r"""``text`` with invisible characters named, cut after ``longest`` characters.
 
     >>> visible("red\x1b[0m\u202e")
     'red␛[0m⟨U+202E⟩'
@@ -57,7 +57,7 @@ def visible(text: str, longest: int = LONGEST) -> str:
     if len(text) > longest:
         shown += f"\u27e8{len(text)} characters\u27e9"
     if shown and unicodedata.combining(shown[0]):
-        shown = "\u25cc" + shown  # else it would sit on what stands before it
+        shown = "\u25cc" + shown  # else it would combine with the text before it
     return shown
 
 

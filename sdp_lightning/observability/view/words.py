@@ -1,4 +1,4 @@
-"""What is said of rows, whatever draws them."""
+"""Words about token rows, shared by HTML and terminal."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from sdp_lightning.observability.view.token_rows import CONTEXT, Section, TokenR
 
 @dataclass(frozen=True)
 class Facts:
-    """What stands beside a row.
+    """Facts shown beside a row.
 
     Args:
-        numbers: (name, value) of what is measured.
-        notes: the rest.
+        numbers: (name, value) of reward and advantage.
+        notes: lengths, versions, lags, and why it ended.
     """
 
     numbers: tuple[tuple[str, str], ...]
@@ -24,7 +24,7 @@ class Facts:
 
 
 def facts_of(row: TokenRow) -> Facts:
-    """Reward and advantage, lengths, lags, and how it ended."""
+    """Facts about one row."""
     numbers = [("reward", f"{row.reward:.3g}")]
     if not np.isnan(row.advantage):
         numbers.append(("advantage", f"{row.advantage:+.2f}"))
@@ -43,8 +43,8 @@ def facts_of(row: TokenRow) -> Facts:
 
 
 def legend_of(sections: Sequence[Section]) -> tuple[list[tuple[int, int | None]], bool, bool]:
-    """(version, lag if it is the same everywhere) in order; if there are contexts, and tools'."""
-    found: dict[int, set[int | None]] = {}
+    """(version, its lag if it is the same everywhere) in order; has contexts; has tool output."""
+    lags_of: dict[int, set[int | None]] = {}
     has_context = has_tools = False
     for row in (row for section in sections for row in section.rows):
         for version, start, _ in row.runs:
@@ -52,16 +52,16 @@ def legend_of(sections: Sequence[Section]) -> tuple[list[tuple[int, int | None]]
                 has_context, has_tools = True, has_tools or start > 0
             else:
                 lag = None if row.version is None else row.version - version
-                found.setdefault(version, set()).add(lag)
+                lags_of.setdefault(version, set()).add(lag)
     versions = [
         (version, next(iter(lags)) if len(lags) == 1 else None)
-        for version, lags in sorted(found.items())
+        for version, lags in sorted(lags_of.items())
     ]
     return versions, has_context, has_tools
 
 
 def window_of(length: int, most: int) -> tuple[int, int]:
-    """Where the first part that is shown ends, and where the last one begins.
+    """End of the first part to show, and start of the last one.
 
     >>> window_of(10, 4), window_of(3, 4)
     ((2, 8), (3, 3))
@@ -72,7 +72,7 @@ def window_of(length: int, most: int) -> tuple[int, int]:
 
 
 def span_of(low: int, high: int) -> str:
-    """One number, or from the first to the last."""
+    """One number, or the range from ``low`` to ``high``."""
     return str(low) if low == high else f"{low}-{high}"
 
 
