@@ -1,4 +1,4 @@
-"""How much better a trajectory did than its siblings. Pure; B trajectories."""
+"""Advantages of trajectories over their siblings. Pure functions; B trajectories, G groups."""
 
 from __future__ import annotations
 
@@ -61,8 +61,23 @@ def leave_one_out_advantages(rewards: Tensor, group_ids: Tensor) -> Tensor:
     return advantages.to(torch.promote_types(rewards.dtype, torch.float32))
 
 
+def uniform_share(rewards: Tensor, group_ids: Tensor) -> Tensor:
+    """Share of the groups whose rewards are all equal: their advantages are 0.
+
+    Args:
+        rewards: [B].
+        group_ids: [B] integers, in any order; equal ids are siblings.
+
+    Returns:
+        [] float32.
+    """
+    group, size, deviation = _deviations(rewards, group_ids)
+    spread = torch.zeros_like(size).index_add(0, group, deviation.abs())
+    return (spread == 0).float().mean()
+
+
 def _deviations(rewards: Tensor, group_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Place of each row's group [B], sizes [G], rewards less the group's mean [B] float64."""
+    """Index of each row's group [B], sizes [G], rewards less the group's mean [B] float64."""
     if rewards.dim() != 1 or rewards.shape != group_ids.shape:
         raise ValueError(
             f"rewards and group_ids must both be [B], got {tuple(rewards.shape)} and "

@@ -24,7 +24,7 @@ KLEstimator = Literal["k1", "k2", "k3"]
 def kl_estimate(
     target: Tensor, reference: Tensor, loss_mask: Tensor, estimator: KLEstimator
 ) -> Tensor:
-    """One estimate a token.
+    """Estimates of KL(n || ref), one per token.
 
     As a term of a loss, k2 has the gradient of the KL in the mean over tokens of n; k3 has that of
     the reverse one, KL(ref || n); k1 has none in the mean.
@@ -32,19 +32,24 @@ def kl_estimate(
     Args:
         target: [B, T] n. May carry a gradient.
         reference: [B, T] log-probs under the reference, detached here.
-        loss_mask: [B, T] bool. Whatever stands where it is False has no effect.
-        estimator: which.
+        loss_mask: [B, T] bool. Values where it is False have no effect.
+        estimator: name of the estimator.
 
     Returns:
         [B, T], 0 outside the mask, at least float32.
     """
     target, reference = at_least_float32(target), at_least_float32(reference.detach())
     distance = torch.where(loss_mask, reference - target, 0.0)
+    return kl_of_log_ratio(distance, estimator)
+
+
+def kl_of_log_ratio(log_ratio: Tensor, estimator: KLEstimator) -> Tensor:
+    """Estimates of KL(p || q), [...], from log q - log p of tokens sampled from p, [...] nats."""
     if estimator == "k1":
-        return -distance
+        return -log_ratio
     if estimator == "k2":
-        return distance.square() / 2
-    return distance.expm1() - distance
+        return log_ratio.square() / 2
+    return log_ratio.expm1() - log_ratio
 
 
 def kl_penalised_rewards(
@@ -60,11 +65,11 @@ def kl_penalised_rewards(
 
     Args:
         rewards: [B].
-        behavior: [B, T] b: of the policy whose sample it is.
-        reference: [B, T].
+        behavior: [B, T] b, under the policy that sampled.
+        reference: [B, T] log-probs under the reference.
         loss_mask: [B, T] bool.
-        coefficient: of the KL.
-        estimator: which.
+        coefficient: factor of the KL.
+        estimator: name of the estimator.
 
     Returns:
         [B], detached.

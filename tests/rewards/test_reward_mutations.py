@@ -1,6 +1,6 @@
-"""Would it be noticed? What comes before the loss, advantages and the KL to a reference, mutated.
+"""Would it be noticed? Advantages and the KL to a reference, each changed in one place.
 
-As test_mutations.py has it for the loss: the checks are loops over numbers, without the library.
+``test_loss_mutations.py`` does the same for the loss. The checks are loops over plain numbers.
 """
 
 from __future__ import annotations
@@ -12,49 +12,54 @@ from types import ModuleType
 import pytest
 import torch
 
-from support.mutated_modules import load
+from support.mutated_modules import Mutation, load
 
-ADVANTAGES = [
+GROUP, OTHERS = "advantages.group_relative_advantages", "advantages.leave_one_out_advantages"
+DEVIATIONS, SHARE = "advantages._deviations", "advantages.uniform_share"
+KL, PENALTY = "kl.kl_of_log_ratio", "kl.kl_penalised_rewards"
+MUTATIONS = [
     # swap min and max
-    ('values, "amax"', 'values, "amin"'),
-    ("deviation == 0, 0.0, scaled", "deviation == 0, scaled, 0.0"),
+    Mutation(DEVIATIONS, 'A.scatter_reduce(B, C, D, "amax", include_self=E)',
+             'A.scatter_reduce(B, C, D, "amin", include_self=E)'),
+    Mutation(GROUP, "torch.where(A == 0, 0.0, B)", "torch.where(A == 0, B, 0.0)"),
     # swap a ratio
-    ("return group, size, torch.where(", "return group, size, -torch.where("),
-    ("values - (zeros", "-values + (zeros"),
-    ("size / (size - 1)", "(size - 1) / size"),
+    Mutation(DEVIATIONS, "return A, B, C", "return A, B, -C"),
+    Mutation(DEVIATIONS, "A - B", "-A + B"),
+    Mutation(OTHERS, "A / (A - 1).clamp(min=1)", "(A - 1).clamp(min=1) / A"),
     # change the denominator
-    ("(square / size)", "(square / (size - 1).clamp(min=1))"),
-    ("(square / size)", "square"),
-    (".sqrt() + eps", ".sqrt()"),
-    (".sqrt() + eps", " + eps"),
-    (".clamp(min=1))[group]", ")[group]"),
-    ("0, group, values) / size", "0, group, values) / len(values)"),
+    Mutation(GROUP, "A / B", "A / (B - 1).clamp(min=1)", 1),
+    Mutation(GROUP, "A / B", "A", 1),
+    Mutation(GROUP, "A.sqrt() + eps", "A.sqrt()"),
+    Mutation(GROUP, "A.sqrt() + eps", "A + eps"),
+    Mutation(OTHERS, "A.clamp(min=1)", "A"),
+    Mutation(DEVIATIONS, "A.index_add(B, C, D) / E", "A.index_add(B, C, D) / len(D)"),
     # equals are exactly 0
-    ("(highest == lowest)[group], 0.0", "(highest == lowest)[group], deviation"),
+    Mutation(DEVIATIONS, "torch.where(A, 0.0, B)", "torch.where(A, B, B)"),
     # groups
-    ("+ eps)[group]", "+ eps).mean()"),
-    ("if scale_by_std:", "if not scale_by_std:"),
-    ("rewards.detach()", "rewards"),
-]
-KL = [
-    ("reference - target", "target - reference"),
-    ("return -distance", "return distance"),
-    ("distance.square() / 2", "distance.square()"),
-    ("distance.square() / 2", "distance.abs() / 2"),
-    ("distance.expm1() - distance", "(-distance).expm1() - distance"),
-    ("distance.expm1() - distance", "distance.expm1() + distance"),
-    ("distance.expm1() - distance", "distance.exp() - distance"),
-    ("at_least_float32(reference.detach())", "at_least_float32(reference)"),
+    Mutation(GROUP, "(A + eps)[B]", "(A + eps).mean()"),
+    Mutation(GROUP, "scale_by_std", "not scale_by_std"),
+    Mutation(DEVIATIONS, "rewards.detach()", "rewards"),
+    Mutation(SHARE, "A == 0", "A != 0"),
+    # the KL
+    Mutation("kl.kl_estimate", "reference - target", "target - reference"),
+    Mutation(KL, "return -A", "return A"),
+    Mutation(KL, "A.square() / 2", "A.square()"),
+    Mutation(KL, "A.square() / 2", "A.abs() / 2"),
+    Mutation(KL, "A.expm1() - A", "(-A).expm1() - A"),
+    Mutation(KL, "A.expm1() - A", "A.expm1() + A"),
+    Mutation(KL, "A.expm1() - A", "A.exp() - A"),
+    Mutation("kl.kl_estimate", "reference.detach()", "reference"),
     # mask after exp
-    ("torch.where(loss_mask, reference - target, 0.0)", "(reference - target) * loss_mask"),
-    ("torch.where(loss_mask, reference - target, 0.0)", "reference - target"),
+    Mutation("kl.kl_estimate", "torch.where(loss_mask, A, 0.0)", "A * loss_mask"),
+    Mutation("kl.kl_estimate", "torch.where(loss_mask, A, 0.0)", "A"),
     # of a trajectory: the sum, not the mean, and less, not more
-    ("rewards - coefficient * kl", "rewards + coefficient * kl"),
-    ("rewards - coefficient * kl", "rewards - kl"),
-    ("kl.sum(-1)", "kl.mean(-1)"),
-    ("behavior.detach(), reference", "reference.detach(), behavior"),
-    ("kl_estimate(behavior.detach()", "kl_estimate(behavior"),
-]
+    Mutation(PENALTY, "A - coefficient * B", "A + coefficient * B"),
+    Mutation(PENALTY, "A - coefficient * B", "A - B"),
+    Mutation(PENALTY, "A.sum(-1)", "A.mean(-1)"),
+    Mutation(PENALTY, "kl_estimate(behavior.detach(), reference, A, B)",
+             "kl_estimate(reference.detach(), behavior, A, B)"),
+    Mutation(PENALTY, "behavior.detach()", "behavior"),
+]  # fmt: skip
 REWARDS = [0.0, 9.0, 2.0, 0.1, 0.1, 0.1, 5.0, -1.0]
 GROUPS = [7, 2, 7, 5, 5, 5, 7, 7]
 
@@ -66,6 +71,7 @@ def check_advantages(module: ModuleType) -> None:
     scaled = module.group_relative_advantages(rewards, ids, eps=0.5)
     plain = module.group_relative_advantages(rewards, ids, scale_by_std=False)
     others = module.leave_one_out_advantages(rewards, ids)
+    assert float(module.uniform_share(rewards, ids)) == pytest.approx(2 / 3)  # groups 5 and 2
     assert not any(found.requires_grad for found in (scaled, plain, others))
     for row, (reward, group) in enumerate(zip(REWARDS, GROUPS, strict=True)):
         own = [r for r, g in zip(REWARDS, GROUPS, strict=True) if g == group]
@@ -110,9 +116,6 @@ def check_kl(module: ModuleType) -> None:
 
 
 CHECKS = {"advantages": check_advantages, "kl": check_kl}
-MUTATIONS = [("advantages", *mutation) for mutation in ADVANTAGES] + [
-    ("kl", *mutation) for mutation in KL
-]
 
 
 @pytest.mark.parametrize("name", CHECKS)
@@ -120,10 +123,8 @@ def test_the_code_as_it_is_passes_the_checks(name: str, monkeypatch: pytest.Monk
     CHECKS[name](load(monkeypatch, name))
 
 
-@pytest.mark.parametrize(
-    ("name", "old", "new"), MUTATIONS, ids=[f"{m}: {old} -> {new}" for m, old, new in MUTATIONS]
-)
-def test_a_mutant_is_caught(monkeypatch: pytest.MonkeyPatch, name: str, old: str, new: str) -> None:
-    mutant = load(monkeypatch, name, old, new)
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=str)
+def test_a_mutant_is_caught(monkeypatch: pytest.MonkeyPatch, mutation: Mutation) -> None:
+    mutant = load(monkeypatch, mutation.module, mutation)
     with pytest.raises(AssertionError):
-        CHECKS[name](mutant)
+        CHECKS[mutation.module](mutant)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sdp_lightning.objective.effective_sample_size import effective_share
+from sdp_lightning.objective.kl import kl_of_log_ratio
 from sdp_lightning.training.batch import Batch
 from sdp_lightning.training.loss import BatchLoss
 from sdp_lightning.training.metrics.names import LAG_BINS
@@ -83,8 +84,8 @@ def token_values(batch: Batch, result: BatchLoss, entropy: Tensor) -> tuple[Tens
         "approximated": ~known,
         "bridge": torch.where(known, of_tokens(proximal - result.segment).abs(), 0.0),
         "abs_drift": drift.abs(),
-        "k1": -drift,
-        "k3": bounded.expm1() - bounded,
+        "k1": kl_of_log_ratio(drift, "k1"),
+        "k3": kl_of_log_ratio(bounded, "k3"),
         "chi2": (2 * bounded).expm1(),
         "drift_weight": drift_weight,
         "drift_weight_squared": drift_weight_squared,

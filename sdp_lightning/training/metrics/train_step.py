@@ -1,30 +1,25 @@
-"""What a training step logs of its own, and a watch for rewards that teach nothing.
-
-Shapes: B trajectories, T tokens, G groups.
-"""
+"""Values that a training step logs beside the statistics by lag."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from sdp_lightning.objective.advantages import uniform_share
 from sdp_lightning.training.batch import Batch
-
-logger = logging.getLogger(__name__)
 
 
 def step_values(
     batch: Batch, steps: Sequence[dict[str, Tensor]], num_ranks: int
 ) -> dict[str, Tensor]:
-    """By name, each []: to be averaged over ranks.
+    """Values by logged name, each [], to be averaged over ranks.
 
     Args:
-        batch: of this rank.
-        steps: what each optimizer step gave.
-        num_ranks: for what is a sum over ranks.
+        batch: the batch of this rank.
+        steps: values of each of its optimizer steps, by name.
+        num_ranks: number of ranks, with which counts are multiplied.
     """
     means = {name: torch.stack([step[name] for step in steps]).mean() for name in steps[0]}
     return {
@@ -34,17 +29,3 @@ def step_values(
         "train/truncated": batch.truncated.float().mean(),
         "train/uniform": uniform_share(batch.rewards, batch.group_ids),
     }
-
-
-def uniform_share(rewards: Tensor, group_ids: Tensor) -> Tensor:
-    """[] share of the groups all of whose members have the same reward.
-
-    Args:
-        rewards: [B].
-        group_ids: [B].
-    """
-    ids, group = torch.unique(group_ids, return_inverse=True)
-    bounds = rewards.new_zeros(2, ids.numel())
-    low = bounds[0].scatter_reduce(0, group, rewards, "amin", include_self=False)
-    high = bounds[1].scatter_reduce(0, group, rewards, "amax", include_self=False)
-    return (low == high).float().mean()
