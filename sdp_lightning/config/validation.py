@@ -15,3 +15,15 @@ def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
     """Refuse what is none of ``choices``."""
     if value not in choices:
         raise ConfigError(f"{name} must be one of {', '.join(choices)}; got {value!r}.")
+
+
+def positive(name: str, value: float) -> None:
+    """Refuse what is not above 0; NaN is not."""
+    if not value > 0:
+        raise ConfigError(f"{name} must be positive, got {value}.")
+
+
+def not_negative(name: str, value: float) -> None:
+    """Refuse what is below 0, or NaN."""
+    if not value >= 0:
+        raise ConfigError(f"{name} must not be negative, got {value}.")

@@ -1,4 +1,4 @@
-"""From what a user writes as ``engine=`` to an object that samples."""
+"""The factory of engines, from what a user writes as ``engine=``."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ T = TypeVar("T")
 def connect_engine(
     url: str | InferenceEngine, *, model: str | PreTrainedModel | None = None, **options: Any
 ) -> InferenceEngine:
-    """An engine for ``url``, not started yet.
+    """Make an engine for ``url``, not started yet.
 
     Args:
-        url: ``"embedded"`` samples in this process; ``"vllm://h1:8000,h2:8000"`` on servers that
-            run; ``"vllm://launch?replicas=2&max_model_len=512"`` starts servers, with the fields of
-            :class:`~sdp_lightning.engines.servers.managed.ServerConfig`, and ends them with the
-            run; ``"sglang://h1:30000"`` samples on SGLang servers that run; an engine object is
-            returned as it is.
-        model: what ``"embedded"`` or a launched server loads: a Hugging Face id or a folder; for
-            ``"embedded"`` also a module, which is copied.
-        **options: of ``EmbeddedEngine``, or of
-            :class:`~sdp_lightning.engines.remote.engine.RemoteOptions`.
+        url: ``"embedded"`` samples in this process; ``"vllm://h1:8000,h2:8000"`` on running
+            servers; ``"vllm://launch?replicas=2&max_model_len=512"`` starts servers, with the
+            fields of :class:`~sdp_lightning.engines.servers.managed.ServerConfig`, and ends them
+            with the run; ``"sglang://h1:30000"`` samples on running SGLang servers; an engine
+            object is returned unchanged.
+        model: the model of ``"embedded"`` or of a launched server: a Hugging Face id or a folder;
+            for ``"embedded"`` also a module, which is copied.
+        **options: settings of ``EmbeddedEngine``, or of
+            :class:`~sdp_lightning.engines.remote.options.RemoteOptions`.
 
     Raises:
-        ConfigError: if the URL means nothing here, or goes with no model or no options.
+        ConfigError: if the URL is not known, the model is missing, or an option does not apply.
     """
     if not isinstance(url, str):
         if model is not None or options:
-            given = list(options) if model is None else ["model", *options]
+            ignored = ", ".join(options if model is None else ["model", *options])
             raise ConfigError(
-                f"{type(url).__name__} is an engine already; {', '.join(given)} would be ignored. "
+                f"{type(url).__name__} is an engine already; {ignored} would be ignored. "
                 "Pass them to its constructor."
             )
         return url
@@ -69,8 +69,8 @@ def _connect_vllm(rest: str, *, model: Any, options: dict[str, Any]) -> SharedSe
     from sdp_lightning.engines.servers.managed import ManagedServers
 
     settings = _from_fields(RemoteOptions, options)
-    place, _, query = rest.partition("?")
-    if place == "launch":
+    address, _, query = rest.partition("?")
+    if address == "launch":
         servers = ManagedServers(_server_config(query, model, settings.transport))
         return RemoteInfEngine(servers, VLLMBackend(), options=settings)
     urls = _server_urls("vllm", rest, " or 'vllm://launch?replicas=1'")
@@ -88,7 +88,7 @@ def _connect_sglang(rest: str, *, options: dict[str, Any]) -> SharedServerEngine
 
 
 def _server_urls(scheme: str, rest: str, otherwise: str) -> list[str]:
-    """``http://host:port`` of each server that ``rest`` names; else it says what to write."""
+    """``http://host:port`` of each server in ``rest``; an error ends with ``otherwise``."""
     hosts = [host for host in rest.rstrip("/").split(",") if host]
     if not hosts or "?" in rest or not all(h.rpartition(":")[2].isdigit() for h in hosts):
         raise ConfigError(

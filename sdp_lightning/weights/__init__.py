@@ -1,1 +1,1 @@
-"""How new weights reach an engine."""
+"""Transports that bring new weights to engines."""

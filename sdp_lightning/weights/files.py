@@ -1,7 +1,7 @@
-"""Weights for other processes: safetensors files, in shared memory unless told otherwise.
+"""Weights for other processes: safetensors files, by default in shared memory.
 
-Bounded: one full set, the two latest updates of it, and the part that is being written. A set
-appears whole, or not at all.
+The space is bounded: one full set, its two latest updates, and the folder that is being written. A
+folder appears complete, or not at all.
 """
 
 from __future__ import annotations
@@ -31,21 +31,20 @@ _UPDATE = "update-"
 
 
 class WeightFolder:
-    """``base/`` holds all weights of a start, ``update-7/`` what the 7th update brought.
+    """Weights in folders: ``base/`` has all weights of a start, ``update-7/`` those of update 7.
 
     Loading ``base`` and then the latest update gives the present weights, because every update
-    brings the same tensors. The update before it goes when the next one is written and not sooner,
-    so what ``folders`` said can be read, in another thread or process, while one update comes: a
-    server that comes back needs no pause of the trainer. At any time there are ``base``, at most
-    two updates, of which one has gone while a part is written, and that part. A start replaces all.
+    has the same tensors. The previous update is removed only when the next one is written, so
+    another thread or process can read the paths in ``folders`` during one update: a server that
+    comes back needs no pause of the trainer. A start replaces everything.
 
-    A lock on a file in it says that the owner lives, also across containers; the kernel lets go of
-    it however the owner dies. Folders of this user that nobody has locked are removed when one is
-    made; where a filesystem knows no locks, none are.
+    A file lock shows that the owner lives, also across containers; the kernel releases it however
+    the owner dies. Making a folder removes those of this user that nobody has locked; on a
+    filesystem without locks, none.
 
     Args:
-        root: where; None is ``/dev/shm`` where there is one, else the temporary folder.
-        bucket_bytes: of one file.
+        root: parent folder; None is ``/dev/shm`` if it exists, else the temporary folder.
+        bucket_bytes: size of one file, and of the copy of weights that is made at a time.
     """
 
     def __init__(self, root: Path | None = None, *, bucket_bytes: int = BUCKET_BYTES) -> None:
@@ -55,7 +54,7 @@ class WeightFolder:
         self._bucket_bytes = bucket_bytes
         self._present: tuple[Path, ...] = ()
         self._replacing = threading.Lock()
-        self._number = 0  # of the latest update
+        self._number = 0  # number of the latest update
         self.path = parent / f"{_PREFIX}{os.getpid()}-{uuid.uuid4().hex[:8]}"
         try:
             self._lock_file: int | None = _make_locked(self.path)
@@ -65,11 +64,11 @@ class WeightFolder:
     def write(self, weights: Weights, *, full: bool) -> tuple[Path, int]:
         """Write ``weights``, a tied tensor once; returns the folder to load, and its bytes.
 
-        No more than ``bucket_bytes`` of them (or one tensor) are copied in this process at a time.
-        An update of nothing makes no folder.
+        At most ``bucket_bytes`` of them (or one tensor) are copied in this process at a time. An
+        update without weights makes no folder.
 
         Raises:
-            EngineError: if they cannot be written; what was written before is as it was.
+            EngineError: if they cannot be written; what was written before is unchanged.
         """
         folder = self.path / ("base" if full else f"{_UPDATE}{self._number + 1}")
         part = self.path / "part"
@@ -91,13 +90,13 @@ class WeightFolder:
             ) from error
         finally:
             shutil.rmtree(part, ignore_errors=True)
-            if self._lock_file is None:  # closed meanwhile, which may have missed what came last
+            if self._lock_file is None:  # closed meanwhile, maybe before the last file
                 shutil.rmtree(self.path, ignore_errors=True)
         return folder, num_bytes
 
     @property
     def folders(self) -> list[Path]:
-        """What to load, in order, for the present weights; for any thread.
+        """Folders to load, in order, for the present weights; for any thread.
 
         Raises:
             EngineError: if they cannot be read any more.
@@ -120,13 +119,13 @@ class WeightFolder:
                 self._present = (*(x for x in self._present if x.name == "base"), folder)
 
     def _remove_updates(self) -> None:
-        """All but the present one."""
+        """Remove all updates but the present one."""
         for update in self.path.glob(f"{_UPDATE}*"):
             if update not in self._present:
                 shutil.rmtree(update, ignore_errors=True)
 
     def close(self) -> None:
-        """Remove the files, also under a write in another thread. Safe to call twice."""
+        """Remove the files, even during a write in another thread. Safe to call twice."""
         lock_file, self._lock_file = self._lock_file, None
         shutil.rmtree(self.path, ignore_errors=True)
         if lock_file is not None:
@@ -134,11 +133,11 @@ class WeightFolder:
 
 
 class FileTransport:
-    """Servers load a :class:`WeightFolder`, which they must be able to see.
+    """Servers load the files of a :class:`WeightFolder`, which they must be able to see.
 
     Args:
         root: a folder that the servers see under the same name; None is this host's shared memory.
-        bucket_bytes: of one file.
+        bucket_bytes: size of one file.
     """
 
     def __init__(self, root: Path | None = None, *, bucket_bytes: int = BUCKET_BYTES) -> None:
@@ -163,21 +162,21 @@ class FileTransport:
 
 
 def buckets(weights: Weights, num_bytes: int) -> Iterator[dict[str, Tensor]]:
-    """``weights`` on the CPU, in order, some at a time: at most ``num_bytes``, or one tensor.
+    """Copy ``weights`` to the CPU in order, in buckets of at most ``num_bytes``, or one tensor.
 
-    A tensor that a bucket holds under another name already is left out.
+    A tensor that the bucket already holds under another name is left out.
     """
     bucket: dict[str, Tensor] = {}
-    held: dict[tuple[Any, ...], Tensor] = {}  # alive, so that no other tensor takes their place
+    held: dict[tuple[Any, ...], Tensor] = {}  # alive, so that no other tensor reuses its memory
     size = 0
     for name, tensor in weights:
-        place = (tensor.data_ptr() or name, tensor.shape, tensor.stride(), tensor.dtype)
-        if place in held:
+        storage = (tensor.data_ptr() or name, tensor.shape, tensor.stride(), tensor.dtype)
+        if storage in held:
             continue
         if bucket and size + tensor.nbytes > num_bytes:
             yield bucket
             bucket, held, size = {}, {}, 0
-        held[place] = tensor
+        held[storage] = tensor
         bucket[name] = tensor.detach().cpu().contiguous()
         size += tensor.nbytes
     if bucket:
@@ -185,13 +184,13 @@ def buckets(weights: Weights, num_bytes: int) -> Iterator[dict[str, Tensor]]:
 
 
 def readable(folders: Iterable[Path]) -> list[Path]:
-    """``folders``, all of which are there.
+    """Check that all ``folders`` can be read; returns them.
 
     Raises:
-        EngineError: naming the one that is not.
+        EngineError: naming a folder that cannot.
     """
-    found = list(folders)
-    for folder in found:
+    paths = list(folders)
+    for folder in paths:
         try:
             os.listdir(folder)
         except OSError as error:
@@ -199,11 +198,11 @@ def readable(folders: Iterable[Path]) -> list[Path]:
                 f"the weights of {folder} cannot be read: {error}. Something else has removed "
                 "them, or their filesystem is gone; weight_folder puts them elsewhere."
             ) from error
-    return found
+    return paths
 
 
 def _make_locked(path: Path) -> int:
-    """Make ``path``, never to be seen without its lock; returns the file that holds that."""
+    """Make folder ``path``, which appears with its lock; returns the locked file descriptor."""
     hidden = path.with_name(f".{path.name}")
     hidden.mkdir()
     try:
@@ -211,7 +210,7 @@ def _make_locked(path: Path) -> int:
     except OSError:
         hidden.rmdir()
         raise
-    with contextlib.suppress(OSError):  # where there are no locks, nobody else gets one either
+    with contextlib.suppress(OSError):  # without file locks, nobody else gets one either
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     hidden.rename(path)
     return file
@@ -219,7 +218,7 @@ def _make_locked(path: Path) -> int:
 
 def _remove_orphans(parent: Path) -> None:
     for folder in parent.glob(f"{_PREFIX}*"):
-        # What cannot be opened or locked has an owner, or none that could be told.
+        # A folder that cannot be opened or locked has an owner, or an unknown one.
         with contextlib.suppress(OSError):
             if folder.stat().st_uid == os.geteuid():
                 _remove_unlocked(folder)

@@ -1,8 +1,7 @@
 """Weights over the network from CPU to CPU: gloo broadcasts between the trainer and one server.
 
-Both sides are here: :class:`GlooTransport` is the trainer's, :func:`receive` runs in the server's
-workers. A group of its own for every transfer and server, so that a server that dies in one fails
-this one only.
+:class:`GlooTransport` is the trainer's side, :func:`receive` runs in the server's workers. Every
+transfer to every server has its own process group, so a server that dies fails only its own.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import numpy as np
 import torch
 from safetensors.torch import load
 from torch import Tensor
-from torch._C._distributed_c10d import (  # where torch.distributed has them from
+from torch._C._distributed_c10d import (  # torch.distributed imports them from here
     BroadcastOptions,
     PrefixStore,
     ProcessGroupGloo,
@@ -33,7 +32,7 @@ from sdp_lightning.errors import EngineError
 from sdp_lightning.weights.files import WeightFolder, readable
 from sdp_lightning.weights.protocol import Receive, Target, Weights
 
-_STEP_S = 0.02  # how often a sender looks whether the workers have come
+_STEP_S = 0.02  # interval at which a sender checks for the workers
 
 
 class GlooTransport:
@@ -41,8 +40,8 @@ class GlooTransport:
 
     Args:
         host: this host's name or address for the servers.
-        timeout_s: of each step of a transfer.
-        root: where weights are staged; None is shared memory.
+        timeout_s: timeout of each step of a transfer, in seconds.
+        root: parent folder of staged weights; None is shared memory.
     """
 
     def __init__(self, host: str, *, timeout_s: float = 120.0, root: Path | None = None) -> None:
@@ -75,7 +74,7 @@ class GlooTransport:
         try:
             folder, num_bytes = self._files.write(weights, full=full)
         except EngineError as error:
-            if self._store is None:  # with its folder
+            if self._store is None:  # close removed the folder
                 raise EngineError("the engine was closed while weights were written.") from error
             raise
         self._latest = [folder] if num_bytes else []
@@ -88,62 +87,64 @@ class GlooTransport:
             return
         assert self._store is not None, "closed"
         key, port = uuid.uuid4().hex, self._store.port
-        receive_it = Receive(self._host, port, key, target.num_workers, self._timeout_s)
-        sending = _Sending(files, self._store, receive_it)
+        instruction = Receive(self._host, port, key, target.num_workers, self._timeout_s)
+        sending = _Sending(files, self._store, instruction)
         try:
-            await target.tell(receive_it)
+            await target.tell(instruction)
             async with asyncio.timeout(self._timeout_s):
                 await asyncio.shield(sending.done)
         except TimeoutError as error:
             raise EngineError(
-                f"{target.url} said that it had the weights, but they were not all sent within "
+                f"{target.url} confirmed the weights, but they were not all sent within "
                 f"{self._timeout_s:g} s."
             ) from error
         finally:
-            sending.gives_up.set()
+            sending.cancelled.set()
 
     def close(self) -> None:
-        self._store = None  # it stops listening
+        self._store = None  # stops listening
         self._files.close()
 
 
 class _Sending:
-    """Sends ``files`` in a thread of its own, which must not keep the process alive."""
+    """Sends ``files`` in its own thread, which does not keep the process alive."""
 
-    def __init__(self, files: Sequence[Path], store: Store, what: Receive) -> None:
+    def __init__(self, files: Sequence[Path], store: Store, transfer: Receive) -> None:
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.done.add_done_callback(_mark_seen)
-        self.gives_up = threading.Event()
-        self._arguments = files, store, what
+        self.cancelled = threading.Event()
+        self._arguments = files, store, transfer
         threading.Thread(target=self._run, name="sdp-gloo", daemon=True).start()
 
     def _run(self) -> None:
-        files, store, what = self._arguments
+        files, store, transfer = self._arguments
         error: EngineError | None = None
         try:
-            send(files, store, what, self.gives_up)
-        except (OSError, RuntimeError) as found:  # torch's DistError is a RuntimeError
-            error = EngineError(f"weights could not be sent by gloo: {found}")
-            error.__cause__ = found
+            send(files, store, transfer, self.cancelled)
+        except (OSError, RuntimeError) as cause:  # torch's DistError is a RuntimeError
+            error = EngineError(f"weights could not be sent by gloo: {cause}")
+            error.__cause__ = cause
         settle(self.done, error)
 
 
 def _mark_seen(done: asyncio.Future[None]) -> None:
-    """Nobody may wait for it any more: then the server's own error is raised."""
+    """Retrieve the exception: if the server's own error is raised instead, nobody awaits it."""
     if not done.cancelled():
         done.exception()
 
 
-def send(files: Sequence[Path], store: Store, what: Receive, gives_up: threading.Event) -> None:
-    """Broadcast ``files`` to the workers that join under ``what.key``, as soon as all are there.
+def send(
+    files: Sequence[Path], store: Store, transfer: Receive, cancelled: threading.Event
+) -> None:
+    """Broadcast ``files`` to the workers of ``transfer.key``, as soon as all have joined.
 
-    Nothing is sent if ``gives_up`` is set before they are.
+    Nothing is sent if ``cancelled`` is set before that.
     """
-    prefixed = PrefixStore(what.key, store)
-    while not prefixed.check([f"worker-{worker}" for worker in range(what.num_workers)]):
-        if gives_up.wait(_STEP_S):
+    prefixed = PrefixStore(transfer.key, store)
+    while not prefixed.check([f"worker-{worker}" for worker in range(transfer.num_workers)]):
+        if cancelled.wait(_STEP_S):
             return
-    group = _join(prefixed, 0, what, what.host)
+    group = _join(prefixed, 0, transfer, transfer.host)
     for file in files:
         content = torch.from_numpy(np.memmap(file, dtype=np.uint8, mode="c"))
         _broadcast(group, torch.tensor([content.numel()]))
@@ -151,17 +152,19 @@ def send(files: Sequence[Path], store: Store, what: Receive, gives_up: threading
     _broadcast(group, torch.tensor([0]))
 
 
-def receive(what: Receive, worker: int) -> Iterator[tuple[str, Tensor]]:
-    """The weights that the trainer broadcasts, file by file; in worker number ``worker``.
+def receive(transfer: Receive, worker: int) -> Iterator[tuple[str, Tensor]]:
+    """Receive the weights that the trainer broadcasts, as worker number ``worker``.
 
     Raises:
-        RuntimeError: if the trainer is not there, or goes away.
+        RuntimeError: if the trainer cannot be reached, or disconnects.
     """
-    limit = timedelta(seconds=what.timeout_s)
-    store = TCPStore(what.host, what.port, is_master=False, wait_for_workers=False, timeout=limit)
-    prefixed = PrefixStore(what.key, store)
+    limit = timedelta(seconds=transfer.timeout_s)
+    store = TCPStore(
+        transfer.host, transfer.port, is_master=False, wait_for_workers=False, timeout=limit
+    )
+    prefixed = PrefixStore(transfer.key, store)
     prefixed.set(f"worker-{worker}", "here")
-    group = _join(prefixed, worker + 1, what, address_towards(what.host, what.port))
+    group = _join(prefixed, worker + 1, transfer, address_towards(transfer.host, transfer.port))
     while True:
         size = torch.zeros(1, dtype=torch.int64)
         _broadcast(group, size)
@@ -173,10 +176,10 @@ def receive(what: Receive, worker: int) -> Iterator[tuple[str, Tensor]]:
 
 
 def address_towards(host: str, port: int) -> str:
-    """The address of this host that packets to ``host`` leave from. Sends none.
+    """This host's source address for packets to ``host``. Sends none.
 
     Raises:
-        EngineError: if none do.
+        EngineError: if there is no route.
     """
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
@@ -184,15 +187,15 @@ def address_towards(host: str, port: int) -> str:
             probe.connect(address)
             return str(probe.getsockname()[0])
     except OSError as error:
-        raise EngineError(f"there is no way from this host to {host}: {error}.") from error
+        raise EngineError(f"there is no route from this host to {host}: {error}.") from error
 
 
-def _join(store: Store, rank: int, what: Receive, address: str) -> Any:
+def _join(store: Store, rank: int, transfer: Receive, address: str) -> Any:
     kind: Any = ProcessGroupGloo  # its options are not in torch's stubs
     options = kind._Options()
     options._devices = [kind.create_device(hostname=address)]
-    options._timeout = timedelta(seconds=what.timeout_s)
-    return kind(store, rank, what.num_workers + 1, options)
+    options._timeout = timedelta(seconds=transfer.timeout_s)
+    return kind(store, rank, transfer.num_workers + 1, options)
 
 
 def _broadcast(group: Any, tensor: Tensor) -> None:

@@ -1,6 +1,6 @@
-"""Weights from one module into another of the same process, checked before the first byte moves.
+"""Copies weights into a module of the same process, after checks.
 
-No threads and no versions: whoever calls holds the target still.
+No threads and no versions: the caller ensures that nobody uses the module meanwhile.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sdp_lightning.errors import EngineError
 
-_SHOWN = 5  # names listed in an error
+_SHOWN = 5  # names that an error lists
 
 
 def check_weights(source: Sequence[tuple[str, Tensor]], model: nn.Module, *, full: bool) -> None:
@@ -21,13 +21,13 @@ def check_weights(source: Sequence[tuple[str, Tensor]], model: nn.Module, *, ful
 
     Args:
         source: names and tensors as in ``model.state_dict()``. Of names that share one tensor (a
-            tied ``lm_head``) any may be absent, and those present must agree. Those on the meta
-            device have no values yet to be looked at.
+            tied ``lm_head``) any may be absent, and those present must agree. The values of tensors
+            on the meta device are not known yet and not compared.
         model: the target.
-        full: every tensor of the model must be there.
+        full: whether ``source`` must have every tensor of the model.
 
     Raises:
-        EngineError: naming what is unknown, doubled, misshapen, contradictory or missing.
+        EngineError: naming unknown, duplicate, misshapen, contradictory or missing weights.
     """
     target = model.state_dict()
     names = [name for name, _ in source]
@@ -46,11 +46,11 @@ def check_weights(source: Sequence[tuple[str, Tensor]], model: nn.Module, *, ful
                 f"{name} has shape {tuple(tensor.shape)}, but the engine's model holds "
                 f"{tuple(target[name].shape)}. Trainer and engine must load the same model."
             )
-        place = _place(target[name])
-        if place in seen and not _agree(seen[place][1], tensor):
-            raise _contradiction(seen[place][0], name)
-        seen[place] = (name, tensor)
-    missing = [name for name, tensor in target.items() if _place(tensor) not in seen]
+        memory = target[name].data_ptr()
+        if memory in seen and not _agree(seen[memory][1], tensor):
+            raise _contradiction(seen[memory][0], name)
+        seen[memory] = (name, tensor)
+    missing = [name for name, tensor in target.items() if tensor.data_ptr() not in seen]
     if full and missing:
         raise EngineError(
             f"a reset needs every weight, but {_shorten(missing)} are missing. Send the whole "
@@ -59,34 +59,34 @@ def check_weights(source: Sequence[tuple[str, Tensor]], model: nn.Module, *, ful
 
 
 def copy_weights(source: Iterable[tuple[str, Tensor]], model: nn.Module) -> int:
-    """Copy each tensor of ``source`` into ``model`` in place; when this returns they are there.
+    """Copy each tensor of ``source`` into ``model`` in place; the copies are done on return.
 
     Args:
         source: names and tensors that :func:`check_weights` accepted, of any dtype and device. Each
-            is let go before the next one is asked for, unless it is tied to another.
+            is freed before the next one is requested, unless it is tied to another.
         model: the target, which nobody reads meanwhile.
 
     Returns:
         Bytes sent, a tied tensor counted once.
 
     Raises:
-        EngineError: if tied weights contradict each other whose values could not be checked before.
+        EngineError: if tied weights, which were on the meta device before, contradict each other.
     """
     target = model.state_dict()
-    places = Counter(_place(tensor) for tensor in target.values())
+    num_names = Counter(tensor.data_ptr() for tensor in target.values())
     tied: dict[int, tuple[str, Tensor]] = {}
     devices: set[torch.device] = set()
     num_bytes = 0
     with torch.no_grad():
         for name, tensor in source:
-            place = _place(target[name])
-            if place in tied:
-                if not _agree(tied[place][1], tensor):
-                    raise _contradiction(tied[place][0], name)
+            memory = target[name].data_ptr()
+            if memory in tied:
+                if not _agree(tied[memory][1], tensor):
+                    raise _contradiction(tied[memory][0], name)
                 continue
             target[name].copy_(tensor.detach())
-            if places[place] > 1:
-                tied[place] = name, tensor
+            if num_names[memory] > 1:
+                tied[memory] = name, tensor
             devices.update((target[name].device, tensor.device))
             num_bytes += tensor.numel() * tensor.element_size()
             del tensor
@@ -94,10 +94,6 @@ def copy_weights(source: Iterable[tuple[str, Tensor]], model: nn.Module) -> int:
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # the reader may use another stream
     return num_bytes
-
-
-def _place(tensor: Tensor) -> int:
-    return tensor.data_ptr()
 
 
 def _contradiction(first: str, second: str) -> EngineError:

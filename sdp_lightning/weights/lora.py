@@ -1,4 +1,4 @@
-"""Adapters by path: only a LoRA adapter travels, in PEFT's form, and servers sample with it."""
+"""LoRA adapters by path: only an adapter travels, in PEFT's format; servers sample with it."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _NAME = re.compile(r"^(?P<module>.+)\.lora_(?P<kind>A|B)(?:\.[^.]+)?\.weight$")
 
 
 class LoRATransport:
-    """Writes the adapter's weights as PEFT does; what is not of the adapter goes by files, once.
+    """Writes the adapter's weights as PEFT does; base weights are sent as files, at a start only.
 
     Names are those of a PEFT model's ``state_dict``:
-    ``base_model.model.<module>.lora_A.<adapter>.weight``, and ``...base_layer.weight`` for what the
-    adapter lies on. Rank and target modules are read off them.
+    ``base_model.model.<module>.lora_A.<adapter>.weight``, and ``...base_layer.weight`` for the base
+    weights below the adapter. Rank and target modules are derived from names and shapes.
 
     Args:
         alpha: the adapter's ``lora_alpha``; its output is scaled by ``alpha / rank``.
@@ -52,7 +52,7 @@ class LoRATransport:
                 "use another transport."
             )
         if not shapes and not full:
-            return 0  # a skipped step: the same adapter goes on
+            return 0  # a skipped step: the adapter stays the same
         config = adapter_config(shapes, self._alpha)
         adapter: dict[str, Tensor] = {}
         folder = self._folder(self._number + 1)
@@ -69,7 +69,7 @@ class LoRATransport:
             shutil.rmtree(folder, ignore_errors=True)
             raise
         self._number += 1
-        # vLLM reads a folder again when it likes: the one before may still be sampled with.
+        # vLLM may read a folder again at any time: the previous adapter may still be in use.
         shutil.rmtree(self._folder(self._number - 2), ignore_errors=True)
         return num_bytes + sum(tensor.nbytes for tensor in adapter.values())
 
@@ -87,7 +87,7 @@ class LoRATransport:
 
 
 def _base_of(stream: WeightStream, adapter: dict[str, Tensor]) -> Generator[tuple[str, Tensor]]:
-    """What is not of the adapter, under its plain name; what is goes into ``adapter``."""
+    """Yield the base weights under their plain names; collect the others in ``adapter``."""
     for name, tensor in stream:
         if _NAME.match(name):
             adapter[plain_name(name)] = tensor.detach().cpu().contiguous()
@@ -100,12 +100,12 @@ def _base_name(name: str) -> str:
 
 
 def plain_name(name: str) -> str:
-    """``name`` as PEFT saves it: without the adapter's own."""
-    found = _NAME.match(name)
-    if found is None:
+    """``name`` as PEFT saves it: without the name of the adapter."""
+    match = _NAME.match(name)
+    if match is None:
         raise EngineError(f"{name} is no weight of a LoRA adapter.")
-    module = found["module"] if name.startswith(_PREFIX) else _PREFIX + found["module"]
-    return f"{module}.lora_{found['kind']}.weight"
+    module = match["module"] if name.startswith(_PREFIX) else _PREFIX + match["module"]
+    return f"{module}.lora_{match['kind']}.weight"
 
 
 def adapter_config(adapter: dict[str, Tensor], alpha: float) -> dict[str, object]:
@@ -115,9 +115,9 @@ def adapter_config(adapter: dict[str, Tensor], alpha: float) -> dict[str, object
         EngineError: if there are none, or their ranks differ.
     """
     ranks = {
-        int(tensor.shape[0 if found["kind"] == "A" else 1])
+        int(tensor.shape[0 if match["kind"] == "A" else 1])
         for name, tensor in adapter.items()
-        if (found := _NAME.match(name)) is not None
+        if (match := _NAME.match(name)) is not None
     }
     if len(ranks) != 1:
         raise EngineError(

@@ -1,8 +1,7 @@
-"""The contract between a publish and whatever carries weights to servers.
+"""The contract between a publish and the transports that carry weights to servers.
 
-A transport stages what it is given, in the trainer's process, and then tells each server how to
-get it. It knows no HTTP: what it tells is an instruction, which the servers' backend writes as a
-call.
+A transport stages weights in the trainer's process, and then instructs each server how to get them.
+It knows no HTTP: the servers' backend writes an instruction as a call.
 """
 
 from __future__ import annotations
@@ -19,15 +18,15 @@ TransportName = Literal["files", "gloo", "nccl", "ipc", "lora"]
 
 
 class WeightStream(Iterator[tuple[str, "Tensor"]]):
-    """Weights that come one at a time, and whose names and shapes are known before the first.
+    """A stream of weights whose names and shapes are known in advance.
 
-    What has to be gathered or merged exists only while it is handled, so whoever reads the stream
-    in order needs no room for all of it.
+    Weights that have to be gathered or merged are made one at a time, so a reader never needs
+    memory for all of them.
 
     Args:
-        layout: what will come, in order: the tensors themselves, or, of those that are not made
-            yet, their likes on the meta device.
-        make: the tensor of a name. May be a collective.
+        layout: all names in order, each with its tensor, or with a tensor on the meta device if it
+            is not made yet.
+        make: makes the tensor of a name. May be a collective.
     """
 
     def __init__(self, layout: Mapping[str, Tensor], make: Callable[[str], Tensor]) -> None:
@@ -36,7 +35,7 @@ class WeightStream(Iterator[tuple[str, "Tensor"]]):
 
     @classmethod
     def of(cls, weights: Weights) -> WeightStream:
-        """Of weights that are all there."""
+        """Make a stream of weights that all exist."""
         layout = dict(weights)
         return cls(layout, layout.__getitem__)
 
@@ -47,14 +46,14 @@ class WeightStream(Iterator[tuple[str, "Tensor"]]):
 
 @dataclass(frozen=True)
 class LoadFolder:
-    """Load the safetensors files of a folder that the server can see; others stay as they are."""
+    """Load the safetensors files of a folder that the server sees; other weights stay."""
 
     folder: str
 
 
 @dataclass(frozen=True)
 class LoadAdapter:
-    """Sample with the adapter in ``folder`` (PEFT's form) from now on, under the name ``name``."""
+    """Sample with the adapter in ``folder`` (PEFT's format) from now on, as model ``name``."""
 
     name: str
     folder: str
@@ -62,13 +61,13 @@ class LoadAdapter:
 
 @dataclass(frozen=True)
 class Receive:
-    """Join the trainer's gloo group and load what it broadcasts.
+    """Join the trainer's gloo group and load the weights that it broadcasts.
 
     Attributes:
-        host: where the trainer's store listens, and its ``port``.
-        key: of this transfer, so that a late worker of an earlier one joins nothing.
-        num_workers: of this server; the trainer is rank 0 and worker i rank i + 1.
-        timeout_s: of each step.
+        host, port: address of the trainer's store.
+        key: unique to a transfer, so that a late worker of an earlier one joins nothing.
+        num_workers: workers of this server; the trainer is rank 0 and worker i rank i + 1.
+        timeout_s: timeout of each step, in seconds.
     """
 
     host: str
@@ -91,12 +90,12 @@ Instruction = LoadFolder | LoadAdapter | Receive | EngineTransfer
 
 @dataclass(frozen=True)
 class Target:
-    """A server that gets weights.
+    """A server that receives weights.
 
     Attributes:
-        url: names it.
-        num_workers: processes that hold its weights.
-        tell: has an instruction carried out; an error is raised here.
+        url: URL of the server.
+        num_workers: number of its processes that hold weights.
+        tell: makes the server carry out an instruction; raises its error.
     """
 
     url: str
@@ -108,38 +107,38 @@ class WeightTransport(Protocol):
     """Carries weights from the trainer to servers that sample nothing meanwhile.
 
     ``stage`` is called in the trainer's thread, ``deliver`` in an event loop in another one, for
-    several servers at once. Between a ``stage`` and the next one, what is delivered is the same.
+    several servers at once. All deliveries between two calls of ``stage`` are the same.
     """
 
     @property
     def is_live(self) -> bool:
-        """Whether it sends the trainer's own tensors, which are at rest in a publish only."""
+        """Whether it sends the trainer's own tensors, which change outside a publish."""
         ...
 
     def stage(self, weights: Weights, *, full: bool) -> int:
-        """Take in ``weights``; returns their bytes, a tied tensor counted once.
+        """Stage ``weights``; returns their bytes, a tied tensor counted once.
 
         Args:
             weights: names and tensors; with ``full`` all of them, else the same ones at each call.
-            full: a start, fresh or resumed.
+            full: True at the start of a run, fresh or resumed.
 
         Raises:
-            EngineError: if they cannot be taken in; what was staged before is as it was.
+            EngineError: if they cannot be staged; previously staged weights are unchanged.
         """
         ...
 
     async def deliver(self, target: Target, *, whole: bool) -> None:
-        """Bring ``target`` to what is staged.
+        """Load the staged weights into ``target``.
 
         Args:
-            target: a server.
-            whole: it may hold anything: give it all weights, not only what was staged last.
+            target: the server.
+            whole: its state is unknown, so send all weights, not only those staged last.
 
         Raises:
-            EngineError: if it could not; what the server then holds is not known.
+            EngineError: if the transfer failed; the server's state is then unknown.
         """
         ...
 
     def close(self) -> None:
-        """Let go of everything. Safe to call twice."""
+        """Free all resources. Safe to call twice."""
         ...

@@ -1,7 +1,7 @@
 """Weights from GPU to GPU by vLLM's own transfer engines: NCCL, or CUDA IPC on a shared GPU.
 
-Needs vLLM in the trainer's environment too. CUDA IPC was run on a GPU between two processes, both
-with vLLM's own engines; NCCL, which needs two GPUs, and a whole server on a GPU were not.
+The trainer's environment needs vLLM, too. CUDA IPC was tested on a GPU between two processes with
+vLLM's own engines; NCCL, which needs two GPUs, and a whole server on a GPU were not tested.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ NativeName = Literal["nccl", "ipc"]
 
 
 class NativeTransport:
-    """Sends the very tensors that were staged: they are held until the next update, not copied.
+    """Sends the staged tensors themselves: they are kept until the next update, not copied.
 
-    A group of its own for every server, so that one that dies fails its own transfer only.
+    Every server has its own process group, so a server that dies fails only its own transfer.
 
     Args:
         kind: ``"nccl"`` or ``"ipc"``.
         host: this host's address for the servers.
-        timeout_s: of one transfer.
+        timeout_s: timeout of one transfer, in seconds.
     """
 
     def __init__(self, kind: NativeName, host: str, *, timeout_s: float = 120.0) -> None:
@@ -99,7 +99,7 @@ class NativeTransport:
         loop: asyncio.AbstractEventLoop,
         done: asyncio.Future[None],
     ) -> None:
-        """In a thread of its own. NCCL, CUDA and vLLM raise whatever they like."""
+        """Send in a thread; ``done`` gets any error, as NCCL, CUDA and vLLM may raise anything."""
         failure: SDPError | None = None
         try:
             self._send(target, weights, loop)
@@ -115,7 +115,7 @@ class NativeTransport:
     ) -> None:
         device = next(iter(weights.values())).device
         if device.type == "cuda":
-            torch.cuda.set_device(device)  # of this thread
+            torch.cuda.set_device(device)  # per thread
         if target.url not in self._senders:
             client = _Client(target, loop, self._timeout_s)
             self._senders[target.url] = _open(self._kind, self._host, target.num_workers, client)
@@ -132,7 +132,7 @@ class _Sender:
 
 @dataclass(eq=False)
 class _Client:
-    """vLLM's ``VLLMWeightSyncClient``: four calls, carried out in the engine's event loop."""
+    """Replaces vLLM's ``VLLMWeightSyncClient``: four calls, made in the engine's event loop."""
 
     target: Target
     loop: asyncio.AbstractEventLoop
@@ -146,7 +146,7 @@ class _Client:
 
     def update_weights(self, update_info: Mapping[str, Any]) -> None:
         info = dict(update_info)
-        if (handles := info.pop("ipc_handles", None)) is not None:  # no JSON
+        if (handles := info.pop("ipc_handles", None)) is not None:  # not JSON
             info["ipc_handles_pickled"] = base64.b64encode(pickle.dumps(handles)).decode()
         self._tell(EngineTransfer("update", info))
 

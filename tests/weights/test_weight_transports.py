@@ -72,7 +72,7 @@ def update(
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"transport": "pigeon"}, "one of files, gloo, nccl, ipc, lora, got 'pigeon'"),
+        ({"transport": "pigeon"}, "one of files, gloo, nccl, ipc, lora; got 'pigeon'"),
         ({"transport": "lora"}, "lora_alpha=None and transport='lora'"),
         ({"lora_alpha": 16.0}, r"lora_alpha=16.0 and transport='files'"),
         ({"lora_alpha": 16.0, "transport": "gloo"}, r"lora_alpha=16.0 and transport='gloo'"),
@@ -267,7 +267,7 @@ def test_a_host_that_is_not_this_one_is_no_place_to_listen(tmp_path: Path):
 
 def test_this_host_goes_by_the_address_that_servers_see():
     assert address_towards("127.0.0.1", 80) == "127.0.0.1"
-    with pytest.raises(EngineError, match=r"no way from this host to 256.1.1.1"):
+    with pytest.raises(EngineError, match=r"no route from this host to 256.1.1.1"):
         address_towards("256.1.1.1", 80)
 
 

@@ -165,7 +165,7 @@ def check_devices(trainer: Mapping[str, Any], engine: str, machine: Machine) -> 
         findings.append(Finding("problem", "shared GPUs", text))
     elif shared := sorted(set(mine) & set(theirs)):
         text = (
-            f"trainer and servers both have GPU {_list(shared)}: add gpu_memory_utilization to "
+            f"trainer and servers both use GPU {_list(shared)}: add gpu_memory_utilization to "
             "data.engine, or give the servers GPUs of their own with devices=."
         )
         findings.append(Finding("problem", "shared GPUs", text))

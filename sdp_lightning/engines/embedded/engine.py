@@ -10,11 +10,12 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import torch
 
+from sdp_lightning.config.validation import at_least, one_of
 from sdp_lightning.engines.embedded.decode_loop import DecodeLoop, Job
 from sdp_lightning.engines.embedded.kv_cache import ATTENTION_NAME
 from sdp_lightning.engines.embedded.model_checks import (
@@ -33,7 +34,7 @@ from sdp_lightning.engines.protocol import (
     SegmentSink,
     require_next_version,
 )
-from sdp_lightning.errors import ConfigError, EngineError
+from sdp_lightning.errors import EngineError
 from sdp_lightning.types import FinishReason, FloatArray, IntArray, KVPolicy
 from sdp_lightning.weights.in_process import check_weights, copy_weights
 from sdp_lightning.weights.protocol import WeightStream
@@ -90,13 +91,11 @@ class EmbeddedEngine:
         num_threads: int = 1,
         model_kwargs: dict[str, Any] | None = None,
     ) -> None:
-        for name, value in (("max_slots", max_slots), ("num_threads", num_threads)):
-            if value < 1:
-                raise ConfigError(f"{name} must be at least 1, got {value}.")
-        if max_length is not None and max_length < 2:
-            raise ConfigError(f"max_length must be at least 2, got {max_length}.")
-        if kv_on_update not in ("recompute", "keep"):
-            raise ConfigError(f"kv_on_update must be 'recompute' or 'keep', got {kv_on_update!r}.")
+        at_least("max_slots", max_slots, 1)
+        at_least("num_threads", num_threads, 1)
+        if max_length is not None:
+            at_least("max_length", max_length, 2)
+        one_of("kv_on_update", kv_on_update, get_args(KVPolicy))
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self._source = model

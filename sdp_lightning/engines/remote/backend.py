@@ -1,6 +1,6 @@
-"""What differs between inference servers: pure functions from requests to calls, and back.
+"""The differences between kinds of inference servers: how to write calls and read answers.
 
-No HTTP, no state. A backend is a table of what to send and how to read the answer.
+Pure functions: no HTTP, no state.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Call:
 
     Attributes:
         body: sent as JSON; None sends no body.
-        answer: what comes back.
+        answer: format of the answer.
     """
 
     method: Literal["GET", "POST"]
@@ -34,11 +34,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Span:
-    """Tokens of one completion that one version sampled.
-
-    Attributes:
-        version: as the server says, in text.
-    """
+    """Tokens of one completion that one version sampled; ``version`` is the server's label."""
 
     version: str
     token_ids: tuple[int, ...]
@@ -47,7 +43,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Completion:
-    """What a server sampled for one request. ``"abort"`` is an interruption: ask for the rest."""
+    """The tokens sampled for one request. ``"abort"`` is an interruption: resend for the rest."""
 
     spans: tuple[Span, ...]
     finish_reason: FinishReason
@@ -55,14 +51,14 @@ class Completion:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some tokens of a completion, as a server sends them.
+    """A part of a completion, as a server sends it.
 
     Attributes:
-        token_ids: those that follow the chunk before.
-        logprobs: theirs.
-        finish_reason: in the last chunk, why there are no more.
-        edges: in the last chunk, of a server that knows: which version sampled the tokens from
-            ``start`` to ``end``, counted over all chunks, as ``(version, start, end)``.
+        token_ids: tokens after those of the previous chunk.
+        logprobs: log-probs of these tokens, nats.
+        finish_reason: None in all chunks but the last.
+        edges: ``(version, start, end)`` of each span, counted over all chunks: in the last chunk of
+            a server that reports versions.
     """
 
     token_ids: tuple[int, ...]
@@ -72,11 +68,11 @@ class Chunk:
 
 
 def assemble(chunks: Sequence[Chunk], version: int) -> Completion:
-    """The completion that ``chunks`` are, one that was cut off as an interrupted one.
+    """Join chunks to a completion; without a finish reason it counts as interrupted.
 
     Args:
-        chunks: in order.
-        version: that the request was sent under: of all tokens, if no chunk has edges.
+        chunks: all chunks in order.
+        version: version that the request was sent under; labels all tokens if there are no edges.
 
     Raises:
         EngineError: if tokens, log-probs and edges do not agree.
@@ -102,13 +98,13 @@ def assemble(chunks: Sequence[Chunk], version: int) -> Completion:
 
 @dataclass(frozen=True)
 class ServerInfo:
-    """What a server told about itself.
+    """A server's description of itself.
 
     Attributes:
-        model: the name that it serves.
+        model: name of the served model.
         max_length: tokens of a sequence, prompt included.
-        num_workers: processes that hold its weights.
-        has_spans: whether it says which version sampled which token. If not, a completion is of
+        num_workers: number of processes that hold its weights.
+        has_spans: whether it reports which version sampled which token. If not, a completion has
             the version that it was sent under, and requests must not outlive a weight update.
         streams_deltas: whether a chunk of a streamed answer holds new tokens only.
     """
@@ -124,50 +120,50 @@ class RemoteInfBackend(Protocol):
     """The wire format of one kind of server.
 
     Every ``read_*`` raises ``EngineError``, saying what was expected, if the answer has another
-    form. None of them keeps anything.
+    form. No method keeps state.
     """
 
     @property
     def name(self) -> str:
-        """Of the kind of server."""
+        """Name of the kind of server: ``vllm`` or ``sglang``."""
         ...
 
     def health(self) -> Call:
-        """Answers 200 when the server can serve."""
+        """Call that is answered with status 200 when the server can serve."""
         ...
 
     def remedy(self, call: Call) -> str:
-        """What a server needs that answered ``call`` with an error; empty if nothing is known."""
+        """How to start a server that answered ``call`` with an error; empty if unknown."""
         ...
 
     def describe(self) -> Sequence[Call]:
-        """Asks for what :meth:`read_description` reads."""
+        """Calls whose answers :meth:`read_description` reads."""
         ...
 
     def read_description(self, answers: Sequence[Any]) -> ServerInfo:
-        """What the server serves, from one answer for each call."""
+        """Read the answers to the calls of :meth:`describe`, in order."""
         ...
 
     def fallback(self, info: ServerInfo) -> ServerInfo | None:
-        """The server with fewer abilities, for when it does not know the route of a probe."""
+        """Fewer abilities to try if the server lacks the route of a probe; None: there are none."""
         ...
 
     def probe(self, info: ServerInfo, temperature: float) -> Call:
-        """A one-token request whose answer :meth:`read_probe` reads."""
+        """Call that samples one token, whose answer :meth:`read_probe` reads."""
         ...
 
     def read_probe(self, info: ServerInfo, at_one: Any, at_half: Any) -> None:
-        """Refuse a server whose log-probs are not of the distribution that it samples from.
+        """Refuse a server whose log-probs are not those of the distribution it samples from.
 
         Args:
-            info: of the server.
-            at_one: the answer to a probe at temperature 1.
-            at_half: the same at temperature 0.5.
+            info: the server's description.
+            at_one: answer to a probe at temperature 1.
+            at_half: answer to a probe at temperature 0.5.
         """
         ...
 
     def generate(self, request: GenerationRequest, info: ServerInfo, *, stream: bool) -> Call:
-        """Samples a continuation; with ``stream`` the answer comes in chunks.
+        """Call that samples a continuation; with ``stream`` the answer comes in chunks.
 
         Raises:
             EngineError: if the server cannot give the log-probs that such a request needs.
@@ -175,37 +171,37 @@ class RemoteInfBackend(Protocol):
         ...
 
     def read_completion(self, answer: Any, info: ServerInfo, version: int) -> Completion:
-        """What was sampled, span by span.
+        """Read the answer to :meth:`generate`.
 
         Args:
-            answer: to :meth:`generate`.
-            info: of the server.
-            version: that the request was sent under: the label where the server gives none.
+            answer: a whole answer, not streamed.
+            info: the server's description.
+            version: version that the request was sent under, for a server that reports none.
         """
         ...
 
     def read_chunk(self, answer: Any, info: ServerInfo) -> Chunk:
-        """One chunk of a streamed answer."""
+        """Read one chunk of a streamed answer."""
         ...
 
     def prompt_logprobs(self, token_ids: Sequence[int], info: ServerInfo) -> Call:
-        """Asks for the log-probs of a prompt's own tokens at temperature 1."""
+        """Call that asks for the log-probs of a prompt's own tokens at temperature 1."""
         ...
 
     def read_prompt_logprobs(self, answer: Any, token_ids: Sequence[int]) -> tuple[float, ...]:
-        """Of every token but the first, in nats."""
+        """Log-probs of every token but the first, nats."""
         ...
 
     def pause(self, on_update: OnUpdate, kv_on_update: KVPolicy) -> Call:
-        """Stops sampling: requests return what they have, or are kept for the resume."""
+        """Call that stops sampling: requests return what they have, or wait for ``resume``."""
         ...
 
     def resume(self) -> Call:
-        """Lets requests run again."""
+        """Call that continues sampling."""
         ...
 
     def load(self, instruction: Instruction) -> Call:
-        """Has the server take in weights.
+        """Call that makes the server load weights.
 
         Raises:
             ConfigError: if servers of this kind cannot.
@@ -213,17 +209,17 @@ class RemoteInfBackend(Protocol):
         ...
 
     def set_version(self, label: str) -> Call:
-        """Labels what is sampled from now on."""
+        """Call that sets the version label of tokens sampled from now on."""
         ...
 
     def read_done(self, call: Call, answer: Any) -> None:
-        """Refuse an answer to a pause, resume, load or set version that does not say it is done."""
+        """Refuse an answer to pause, resume, load or set_version that does not confirm it."""
         ...
 
     def get_version(self) -> Call:
-        """Asks for the label."""
+        """Call that asks for the version label."""
         ...
 
     def read_version(self, answer: Any) -> str:
-        """The label."""
+        """Read the version label."""
         ...

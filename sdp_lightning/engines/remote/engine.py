@@ -1,4 +1,4 @@
-"""An engine of inference servers. What it does with them is :class:`~.pool.ServerPool`'s."""
+"""An engine that samples on inference servers; ``server_pool`` does the work."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ from sdp_lightning.errors import ConfigError, EngineError
 from sdp_lightning.types import FinishReason, FloatArray, IntArray, Segment
 from sdp_lightning.weights.protocol import WeightTransport
 
-_MARGIN_S = 5.0  # beyond the deadlines of the calls, which name their server
+_MARGIN_S = 5.0  # added to the timeouts of calls, whose errors name the server
 
 
 class RemoteInfEngine:
-    """Samples on servers; ``pause`` interrupts what is under way there.
+    """Samples on servers that the engines of all ranks share.
 
     Args:
-        servers: ``http://host:port`` of each server, or servers to start and to end with it.
-        backend: the servers' wire format.
+        servers: ``http://host:port`` of each server, or servers that the engine starts and ends.
+        backend: wire format of the servers.
         options: deadlines and policies.
 
     Raises:
-        ConfigError: if there are fewer servers than ``min_replicas``, one of them twice, one on
-            another host without an ``api_key``, or some that are started for another transport.
+        ConfigError: if there are fewer servers than ``min_replicas``, a duplicate, a server on
+            another host without an ``api_key``, or managed servers with another transport.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class RemoteInfEngine:
         if self._managed and (ready := self._managed.config.transport) != self.options.transport:
             raise ConfigError(
                 f"the servers are started for transport={ready!r}, but the engine's is "
-                f"{self.options.transport!r}: give both the same."
+                f"{self.options.transport!r}: they must be the same."
             )
         count = self._managed.config.replicas if self._managed else len(self._urls)
         if count < self.options.min_replicas:
@@ -87,12 +87,12 @@ class RemoteInfEngine:
 
     @property
     def server_config(self) -> ServerConfig | None:
-        """How the servers are started that end with this engine; None: they run already."""
+        """Settings of the servers that this engine starts; None if they run already."""
         return None if self._managed is None else self._managed.config
 
     @property
     def num_serving(self) -> int:
-        """Servers that take requests."""
+        """Number of servers that accept requests now."""
         return 0 if self._pool is None else self._pool.num_serving
 
     @property
@@ -104,11 +104,11 @@ class RemoteInfEngine:
         return [] if self._pool is None else self._pool.serving_urls
 
     def start(self) -> None:
-        """Reach every server, and refuse one whose log-probs would be wrong.
+        """Connect to every server; refuse one whose log-probs would be wrong.
 
         Raises:
-            EngineError: naming the server, what was asked and what to do.
-            ConfigError: if a server cannot do what the options ask of it.
+            EngineError: naming the server, the request and the remedy.
+            ConfigError: if a server does not support the options.
         """
         self._start(())
 
@@ -169,7 +169,7 @@ class RemoteInfEngine:
         self._run_phase(self._running().follow(version, list(urls)), longest)
 
     def resume(self) -> None:
-        options = self.options  # a server that has returned is described and probed, too
+        options = self.options  # includes the handshake of a server that has returned
         longest = 4 * options.answer_timeout_s + 4 * options.control_timeout_s
         self._run_phase(self._running().resume(), longest)
 
@@ -188,8 +188,8 @@ class RemoteInfEngine:
 
     def prompt_logprobs(self, token_ids: IntArray) -> Mapping[str, FloatArray]:
         work = self._running().prompt_logprobs([int(token) for token in token_ids])
-        found = self._http.run(work, self.options.control_timeout_s + _MARGIN_S)
-        return {url: np.asarray(logprobs, dtype=np.float32) for url, logprobs in found.items()}
+        answers = self._http.run(work, self.options.control_timeout_s + _MARGIN_S)
+        return {url: np.asarray(logprobs, dtype=np.float32) for url, logprobs in answers.items()}
 
     def close(self) -> None:
         self._http.close()
@@ -204,7 +204,7 @@ class RemoteInfEngine:
         return self._pool
 
     def _run_phase(self, work: Coroutine[Any, Any, None], longest_s: float) -> None:
-        """Run a phase of a publish. One that fails leaves the engine unusable."""
+        """Run a phase of a publish. If it fails, the engine is unusable."""
         pool = self._running()
         if pool.error is not None:
             work.close()
@@ -218,7 +218,7 @@ class RemoteInfEngine:
     def _on_watch_end(self, watch: Future[None]) -> None:
         if not watch.cancelled() and (error := watch.exception()) is not None:
             pool = self._running()
-            pool.error = EngineError(f"looking after the servers failed: {error!r}")
+            pool.error = EngineError(f"the health checks of the servers failed: {error!r}")
             pool.error.__cause__ = error
 
 
@@ -232,7 +232,7 @@ def _api_key(options: RemoteOptions) -> str | None:
 
 def _check_servers(urls: list[str], options: RemoteOptions) -> None:
     if twice := sorted({url for url in urls if urls.count(url) > 1}):
-        raise ConfigError(f"{', '.join(twice)} is named twice.")
+        raise ConfigError(f"{', '.join(twice)} is named twice: name each server once.")
     far = [url for url in urls if urlsplit(url).hostname not in LOOPBACK_HOSTS]
     if far and _api_key(options) is None:
         raise ConfigError(

@@ -1,7 +1,7 @@
-"""Calls to servers from any thread: one event loop of its own, connections kept alive.
+"""HTTP calls to servers from any thread: an event loop in its own thread, with keep-alive.
 
-Every call has a deadline. A call is sent again once if the server closes its connection before it
-answers, and else not: what may be sent twice is the caller's to know.
+Every call has a timeout. A call is retried only once, if the server closes the connection before it
+answers; further retries are up to the caller, who knows what may be sent twice.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from sdp_lightning.engines.remote.backend import Call
 from sdp_lightning.errors import EngineError
 
 T = TypeVar("T")
-_SHOWN = 300  # characters of an answer in an error
+_SHOWN = 300  # characters of an answer that an error quotes
 _CLOSE_S = 10.0
 _KEEPALIVE_S = 3.0  # below uvicorn's 5 s: a connection is never reused while the server closes it
 
 
 class ServerError(EngineError):
-    """A server did not answer as it should.
+    """A server answered with an error, in an unexpected form, or not at all.
 
     Attributes:
-        status: of the answer; None if there was none: no connection, no answer in time, or one
-            that broke off.
+        status: HTTP status of the answer; None without one: no connection, a timeout, or an
+            answer that broke off.
     """
 
     def __init__(self, message: str, status: int | None = None) -> None:
@@ -40,18 +40,18 @@ class ServerError(EngineError):
 
     @property
     def is_refusal(self) -> bool:
-        """Whether the request itself is at fault: another server would refuse it too."""
+        """Whether the request is at fault, so that another server would refuse it too."""
         return self.status is not None and 400 <= self.status < 500
 
 
 class ServerLost(ServerError):
-    """A server was taken out while a request was out there; the request is not to blame."""
+    """A server was taken out while it worked on a request, which is not at fault."""
 
 
 class HttpClient:
-    """One aiohttp session in an event loop of its own thread.
+    """One aiohttp session in an event loop in its own thread.
 
-    As many connections as calls: a pause must never wait behind the requests that it is to end.
+    The number of connections is not limited: a pause must never wait for the requests that it ends.
 
     Args:
         api_key: sent as a bearer token; None sends none.
@@ -59,13 +59,13 @@ class HttpClient:
 
     def __init__(self, *, api_key: str | None = None) -> None:
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self._lock = threading.Lock()  # what is handed to the loop is there before it winds up
+        self._lock = threading.Lock()  # work is handed over before the shutdown
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._session: aiohttp.ClientSession | None = None
 
     def start(self) -> None:
-        """Start the thread. Does nothing if it runs."""
+        """Start the thread. No-op if it runs."""
         if self._thread is not None:
             return
         loop = asyncio.new_event_loop()
@@ -76,7 +76,7 @@ class HttpClient:
         self.run(self._open(), 10.0)
 
     def run(self, work: Coroutine[Any, Any, T], timeout_s: float) -> T:
-        """Run ``work`` in the client's loop and wait, from another thread.
+        """Run ``work`` in the client's event loop and wait for it, from another thread.
 
         Raises:
             EngineError: if it takes longer than ``timeout_s``, or the client is closed.
@@ -95,10 +95,10 @@ class HttpClient:
             raise
 
     async def bridge(self, work: Coroutine[Any, Any, T]) -> T:
-        """Await ``work``, which runs in the client's loop, from another event loop.
+        """Await ``work``, which runs in the client's event loop, from another event loop.
 
         Raises:
-            EngineError: if the client is closed, also meanwhile.
+            EngineError: if the client is closed before ``work`` ends.
         """
         future = self._hand_over(work)
         try:
@@ -110,14 +110,14 @@ class HttpClient:
             raise
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> Future[None]:
-        """Let ``work`` run in the client's loop until it ends or the client is closed."""
+        """Run ``work`` in the client's event loop until it ends or the client is closed."""
         return self._hand_over(work)
 
     async def request(self, url: str, call: Call, *, timeout_s: float) -> Any:
-        """Send ``call`` to the server at ``url``; in the client's loop.
+        """Send ``call`` to the server at ``url``; await it in the client's event loop.
 
         Returns:
-            The answer's JSON, or None for an empty one; its text if that is what the call expects.
+            The answer's JSON, None if it is empty, or its text if ``call.answer`` is ``"text"``.
 
         Raises:
             ServerError: naming server and path.
@@ -127,10 +127,10 @@ class HttpClient:
         return text if call.answer == "text" else _read_json(_where(url, call), text)
 
     async def stream(self, url: str, call: Call, *, timeout_s: float) -> AsyncGenerator[Any]:
-        """Send ``call``, whose answer is a stream of server-sent events; in the client's loop.
+        """Send ``call``, which is answered by server-sent events; in the client's event loop.
 
         Yields:
-            The JSON of each event, up to the one that says that it was the last.
+            The JSON of each event before the final ``[DONE]``.
 
         Raises:
             ServerError: naming server and path; also if the stream breaks off.
@@ -152,7 +152,7 @@ class HttpClient:
     async def _sent(
         self, url: str, call: Call, timeout_s: float
     ) -> AsyncGenerator[aiohttp.ClientResponse]:
-        """The answer with status 200. What goes wrong while it is read is a ``ServerError`` too."""
+        """Context of an answer with status 200; errors while it is read become ``ServerError``."""
         if self._session is None:
             raise EngineError("the client is closed.")
         where = _where(url, call)
@@ -166,12 +166,12 @@ class HttpClient:
         )
         try:
             try:
-                begun = await send()
+                response = await send()
             except aiohttp.ServerDisconnectedError:
-                # It closed a kept connection just then and has seen nothing, as it may where either
-                # side stands still for seconds; or it has died, and refuses the next connection.
-                begun = await send()
-            async with begun as answer:
+                # The server closed a kept connection at that moment and has seen nothing, which
+                # happens if either side stalls; or it died, and refuses the next connection.
+                response = await send()
+            async with response as answer:
                 if answer.status != 200:
                     text = (await answer.read()).decode(errors="replace")
                     raise ServerError(
@@ -184,7 +184,7 @@ class HttpClient:
             raise ServerError(f"{where}: {type(error).__name__}: {error}") from error
 
     def close(self) -> None:
-        """End the thread; what is under way is cancelled. Safe to call twice."""
+        """End the thread and cancel its work. Safe to call twice."""
         with self._lock:
             loop, self._loop = self._loop, None
             if loop is None or self._thread is None:
@@ -204,7 +204,7 @@ class HttpClient:
         session, self._session = self._session, None
         if session is not None:
             await session.close()
-        await loop.shutdown_default_executor()  # threads that looked up names
+        await loop.shutdown_default_executor()  # its threads resolved host names
         loop.stop()
 
     def _serve(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -227,13 +227,13 @@ def _where(url: str, call: Call) -> str:
 
 
 def _refuse_errors(where: str, event: Any) -> Any:
-    """A stream that has begun with status 200 tells errors in an event."""
-    told = event.get("error") if isinstance(event, dict) else None  # type: ignore[union-attr]
-    if told is None:
+    """Raise the error of an event: a stream that began with status 200 reports errors so."""
+    error = event.get("error") if isinstance(event, dict) else None  # type: ignore[union-attr]
+    if error is None:
         return event  # type: ignore[return-value]
-    code = told.get("code") if isinstance(told, dict) else None  # type: ignore[union-attr]
+    code = error.get("code") if isinstance(error, dict) else None  # type: ignore[union-attr]
     status = code if isinstance(code, int) else None
-    raise ServerError(f"{where} answered an error: {str(told)[:_SHOWN]}", status)  # type: ignore
+    raise ServerError(f"{where} answered an error: {str(error)[:_SHOWN]}", status)  # type: ignore
 
 
 def _read_json(where: str, text: str) -> Any:

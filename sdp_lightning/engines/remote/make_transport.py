@@ -1,4 +1,4 @@
-"""From options to the object that carries weights."""
+"""The factory of weight transports."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from sdp_lightning.weights.protocol import WeightTransport
 
 
 def make_transport(options: RemoteOptions, urls: list[str]) -> WeightTransport:
-    """The transport that ``options`` name, for the servers at ``urls``.
+    """Make the transport that ``options`` name, for the servers at ``urls``.
 
     Raises:
         EngineError: if it cannot be opened.
-        ConfigError: if it needs what is not there.
+        ConfigError: if it does not support this setup.
     """
     folder = None if options.weight_folder is None else Path(options.weight_folder)
     limit = options.control_timeout_s
@@ -46,5 +46,5 @@ def _trainer_host(options: RemoteOptions, urls: list[str]) -> str:
     if options.trainer_host is not None:
         return options.trainer_host
     hosts = [(str(parts.hostname), parts.port or 80) for parts in map(urlsplit, urls)]
-    far = [place for place in hosts if place[0] not in LOOPBACK_HOSTS]
+    far = [address for address in hosts if address[0] not in LOOPBACK_HOSTS]
     return address_towards(*(far or hosts)[0])

@@ -1,10 +1,11 @@
-"""How an engine deals with its servers."""
+"""Settings of an engine of servers."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import get_args
 
+from sdp_lightning.config.validation import at_least, not_negative, one_of, positive
 from sdp_lightning.engines.remote.backend import OnUpdate
 from sdp_lightning.errors import ConfigError
 from sdp_lightning.types import KVPolicy
@@ -13,38 +14,39 @@ from sdp_lightning.weights.protocol import TransportName
 
 @dataclass(frozen=True)
 class RemoteOptions:
-    """How an engine deals with its servers. Times in seconds.
+    """Deadlines and policies of an engine of servers. Times in seconds.
 
     Args:
-        min_replicas: fewer serving servers than this end a publish with an error.
-        request_timeout_s: longest wait for one completion.
-        control_timeout_s: longest wait for a load of weights, and for a probe.
-        answer_timeout_s: longest wait for what is short: a pause, a resume, a version.
+        min_replicas: a publish with fewer serving servers than this is an error.
+        request_timeout_s: timeout of one completion.
+        control_timeout_s: timeout of a load of weights, and of a probe.
+        answer_timeout_s: timeout of short calls: pause, resume, version.
         recover_s: longest wait for servers to come back when none is left to sample on, or too
             few to publish to.
-        max_tries: times a request is sent, each to a server that seemed well, before its error
-            is the rollout's.
-        max_requests: out at once, over all servers; others wait here. Each has a connection, so
-            stay below what ``ulimit -n`` allows.
+        max_tries: number of times a request is sent, each to a healthy server, before its error
+            fails the rollout.
+        max_requests: outstanding requests over all servers; others wait here. Each has a
+            connection, so stay below ``ulimit -n``.
         settle_s: a pause waits until the latest request is this old, so that it has arrived.
         abort_grace_s: requests that have not returned this long after a pause had not arrived
-            before it: they are taken back, with no token, and sent again later.
-        health_interval_s: how often servers are asked whether they live.
-        health_timeout_s: a server that takes longer to say so is taken out.
+            before it: they are cancelled, without a token, and sent again later.
+        health_interval_s: time between two health checks of a server.
+        health_timeout_s: a server that takes longer to answer a health check is taken out.
         on_update: ``"interrupt"``: requests return what they have and are sent again under the new
-            version. ``"keep"``: servers carry them across, and say which version sampled what.
+            version. ``"keep"``: servers keep requests across an update, and report which version
+            sampled which token.
         kv_on_update: ``"recompute"`` clears caches when weights change, ``"keep"`` does not, and
             then log-probs of a prefix that was cached before belong to no single version.
-        stream: take tokens as they are sampled, some at a time: a server that dies takes few
-            of them with it. Costs the client time for every chunk.
+        stream: receive tokens in chunks while they are sampled, so that few are lost when a server
+            dies. Costs the client time for every chunk.
         transport: how weights travel. ``"files"`` in shared memory, or in ``weight_folder``;
             ``"gloo"`` over the network from CPU to CPU; ``"nccl"`` and ``"ipc"`` between GPUs, by
             vLLM's own engines; ``"lora"`` only an adapter, by its path.
-        weight_folder: where files go; None is this host's shared memory. Other hosts must see it
-            under the same name.
-        trainer_host: this host's name for servers that fetch weights from it; None finds out.
-        lora_alpha: of the adapter that ``"lora"`` sends.
-        api_key: bearer token, else that in ``SDP_API_KEY``; servers on other hosts need one.
+        weight_folder: folder of weight files; None is this host's shared memory. Other hosts must
+            see it under the same name.
+        trainer_host: this host's address for servers that fetch weights from it; None detects it.
+        lora_alpha: ``alpha`` of the adapter that ``"lora"`` sends.
+        api_key: bearer token, else the value of ``SDP_API_KEY``; servers on other hosts need one.
     """
 
     min_replicas: int = 1
@@ -68,33 +70,17 @@ class RemoteOptions:
     api_key: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        if self.on_update not in ("interrupt", "keep"):
-            raise ConfigError(f"on_update must be 'interrupt' or 'keep', got {self.on_update!r}.")
-        if min(self.min_replicas, self.max_tries, self.max_requests) < 1:
-            raise ConfigError(
-                "min_replicas, max_tries and max_requests must be at least 1, got "
-                f"{self.min_replicas}, {self.max_tries} and {self.max_requests}."
-            )
-        if self.transport not in get_args(TransportName):
-            raise ConfigError(
-                f"transport must be one of {', '.join(get_args(TransportName))}, got "
-                f"{self.transport!r}."
-            )
+        one_of("on_update", self.on_update, get_args(OnUpdate))
+        one_of("kv_on_update", self.kv_on_update, get_args(KVPolicy))
+        one_of("transport", self.transport, get_args(TransportName))
+        for name in ("min_replicas", "max_tries", "max_requests"):
+            at_least(name, getattr(self, name), 1)
         if (self.lora_alpha is None) == (self.transport == "lora"):
             raise ConfigError(
                 f"lora_alpha={self.lora_alpha} and transport={self.transport!r}: the one goes with "
                 "the other."
             )
-        if self.settle_s < 0:
-            raise ConfigError(f"settle_s must not be negative, got {self.settle_s}.")
-        for name, value in (
-            ("request_timeout_s", self.request_timeout_s),
-            ("control_timeout_s", self.control_timeout_s),
-            ("answer_timeout_s", self.answer_timeout_s),
-            ("recover_s", self.recover_s),
-            ("abort_grace_s", self.abort_grace_s),
-            ("health_interval_s", self.health_interval_s),
-            ("health_timeout_s", self.health_timeout_s),
-        ):
-            if not value > 0:
-                raise ConfigError(f"{name} must be positive, got {value}.")
+        not_negative("settle_s", self.settle_s)
+        for setting in fields(self):
+            if setting.name.endswith("_s") and setting.name != "settle_s":
+                positive(setting.name, getattr(self, setting.name))

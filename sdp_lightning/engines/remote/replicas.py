@@ -1,4 +1,4 @@
-"""The servers behind one engine: which of them serves, and which one a request goes to.
+"""The servers of one engine: which of them serve, and which server a request goes to.
 
 Used in one event loop only. No I/O.
 """
@@ -26,16 +26,16 @@ class Replica:
     """One server.
 
     Attributes:
-        info: what it said of itself; None before it was asked.
-        adapter: that it samples with; None is the model as it is.
+        info: the server's description; None before the handshake.
+        adapter: name of the LoRA adapter that it samples with; None: the model without one.
         serving: whether requests are sent to it.
-        outstanding: requests that are out; a cancelled one is sent elsewhere, or later.
-        num_losses: times it was taken out.
-        num_returns: times it was tried again since it last completed a request.
-        tried_s: when it last was.
-        handshake_done: whether its log-probs were looked at since it was last reached.
-        waits_for_publish: it is reached and paused; the next publish takes it in.
-        why_out: the latest error while it was out, or the one that took it out.
+        outstanding: requests without an answer; a cancelled one is sent elsewhere, or later.
+        num_losses: number of times it was taken out of service.
+        num_returns: number of attempts to bring it back since it last completed a request.
+        tried_s: time of the last such attempt.
+        handshake_done: whether its log-probs were checked since the connection was last lost.
+        waits_for_publish: it is reachable and paused, and the next publish includes it.
+        why_out: the latest error while it did not serve, or the one that took it out.
     """
 
     url: str
@@ -54,17 +54,17 @@ class Replica:
 
     @property
     def serves(self) -> ServerInfo:
-        """What requests are sent to: the adapter, where it has one."""
+        """The description with the name that requests must use: the adapter, if there is one."""
         assert self.info is not None
         return self.info if self.adapter is None else replace(self.info, model=self.adapter)
 
 
 class ReplicaSet:
-    """Routes to the least loaded server; a group goes where its first request went.
+    """Routes to the least loaded server; all requests of a group go to the same server.
 
     Args:
-        urls: one for each server.
-        explain: what is known of a server that is out, beyond the error.
+        urls: URL of each server.
+        explain: gives more details on the server at a URL, for errors.
     """
 
     def __init__(self, urls: list[str], explain: Callable[[str], str] = lambda _: "") -> None:
@@ -78,12 +78,12 @@ class ReplicaSet:
 
     @property
     def serving(self) -> list[Replica]:
-        """Those that take requests."""
+        """Servers that accept requests now."""
         return [replica for replica in self.replicas if replica.serving]
 
     @contextmanager
     def sending(self, replica: Replica, request: asyncio.Future[Completion]) -> Generator[None]:
-        """Count ``request``, which is out at ``replica``."""
+        """Context in which ``request`` counts as outstanding at ``replica``."""
         replica.outstanding.add(request)
         self._last_sent_s = time.monotonic()
         self._idle.clear()
@@ -99,9 +99,9 @@ class ReplicaSet:
         await asyncio.sleep(max(0.0, self._last_sent_s + settle_s - time.monotonic()))
 
     async def drain(self, grace_s: float) -> None:
-        """Wait until no request is out; after ``grace_s`` take back those that still are.
+        """Wait until no request is outstanding; after ``grace_s`` seconds cancel the others.
 
-        Nothing may be sent meanwhile, or it waits for that too.
+        It also waits for requests that are sent meanwhile.
         """
         try:
             async with asyncio.timeout(grace_s):
@@ -116,7 +116,7 @@ class ReplicaSet:
         """Wait until ``count`` servers serve.
 
         Raises:
-            EngineError: if fewer do at the deadline (seconds), with the reason of each.
+            EngineError: if fewer serve after ``timeout_s`` seconds, with the reason for each.
         """
         try:
             async with asyncio.timeout(timeout_s):
@@ -129,10 +129,10 @@ class ReplicaSet:
             raise EngineError(f"{left} for {timeout_s:.1f} s. {self.describe_lost()}") from error
 
     async def choose(self, group_key: str, timeout_s: float) -> Replica:
-        """A serving replica; waits for one to come back.
+        """Choose a serving replica; waits for one to come back.
 
         Raises:
-            EngineError: if none does by the deadline (seconds), with the reason of each.
+            EngineError: if none serves after ``timeout_s`` seconds, with the reason for each.
         """
         if not self.serving:
             await self.wait_for(1, timeout_s)
@@ -147,7 +147,7 @@ class ReplicaSet:
         return home
 
     def take_out(self, replica: Replica, error: Exception, *, phase: str = "serving") -> None:
-        """Send nothing more to ``replica``; wake what waits for its answers."""
+        """Send no more requests to ``replica``; cancel its outstanding ones."""
         replica.why_out = str(error)
         replica.waits_for_publish = False
         if replica.serving:
@@ -160,10 +160,10 @@ class ReplicaSet:
     def bring_in(self, replica: Replica) -> None:
         """Send requests to ``replica`` from now on."""
         replica.serving, replica.waits_for_publish = True, False
-        self._home.clear()  # else groups of before would all stay with those that were left
+        self._home.clear()  # or existing groups would never move to it
         self._came_back.set()
 
     def describe_lost(self) -> str:
-        """Which servers are out, and why."""
-        out = [replica for replica in self.replicas if not replica.serving]
-        return "; ".join(f"{r.url}: {r.why_out} {self._explain(r.url)}".rstrip() for r in out)
+        """URL and reason for each server that does not serve."""
+        lost = [replica for replica in self.replicas if not replica.serving]
+        return "; ".join(f"{r.url}: {r.why_out} {self._explain(r.url)}".rstrip() for r in lost)

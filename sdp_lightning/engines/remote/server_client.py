@@ -1,6 +1,6 @@
-"""What one server is told and asked, in the order that keeps it alive and honest.
+"""Calls to one server, in the order that keeps it alive and its versions right.
 
-No routing and no state: which servers there are is :mod:`sdp_lightning.engines.remote.replicas`'.
+No routing and no state: :mod:`sdp_lightning.engines.remote.replicas` keeps the servers.
 """
 
 from __future__ import annotations
@@ -23,41 +23,41 @@ from sdp_lightning.engines.remote.replicas import Replica
 from sdp_lightning.errors import ConfigError, EngineError
 from sdp_lightning.weights.protocol import Instruction, LoadAdapter, Target, WeightTransport
 
-LOADING = "loading"  # the label of a server that holds no whole set of weights
+LOADING = "loading"  # version label of a server whose weights are incomplete
 _NO_ROUTE = (403, 404, 405)
 
 
 class ServerClient:
-    """Calls in the client's loop. Each has a deadline, and its error names server and path."""
+    """Calls in the client's event loop. Each has a timeout; errors name server and path."""
 
     def __init__(self, http: HttpClient, backend: RemoteInfBackend, options: RemoteOptions) -> None:
         self._http, self._backend, self._options = http, backend, options
 
     @property
     def kind(self) -> str:
-        """Of server."""
+        """Backend name: ``vllm`` or ``sglang``."""
         return self._backend.name
 
     async def check(self, replica: Replica) -> None:
-        """Ask whether it lives."""
+        """Check the health of ``replica``."""
         await self._call(replica, self._backend.health(), self._options.health_timeout_s)
 
     async def handshake(self, replica: Replica, *, resume: bool = True) -> None:
-        """Learn what it serves, and refuse it if it could not be trained on.
+        """Read the server's description; refuse it if its samples could not be trained on.
 
         Args:
-            replica: which is resumed first, for it may have been left paused.
-            resume: whether it is.
+            replica: a server; its ``info`` is set.
+            resume: whether to resume it first, as it may have been left paused.
 
         Raises:
-            ConfigError: if it cannot do what the options ask of it.
+            ConfigError: if the server does not support the options.
         """
         backend, options = self._backend, self._options
         if options.on_update == "keep" and options.transport == "lora":
             raise ConfigError(
                 "vLLM reads the adapter of a request again at every step, from the folder that it "
-                "had when the request came, so that on_update='keep' would sample with old "
-                "adapters under new versions. Use on_update='interrupt' with transport='lora'."
+                "had when the request came, so on_update='keep' would sample with old adapters "
+                "under new versions. Use on_update='interrupt' with transport='lora'."
             )
         if resume:
             await self.resume(replica)
@@ -65,21 +65,21 @@ class ServerClient:
         try:
             await self._probe(replica, info)
         except ServerError as error:
-            less = backend.fallback(info)
-            if less is None or error.status not in _NO_ROUTE:
+            reduced = backend.fallback(info)
+            if reduced is None or error.status not in _NO_ROUTE:
                 raise
-            info = less
+            info = reduced
             await self._probe(replica, info)
         if options.on_update == "keep" and not info.has_spans:
             raise ConfigError(
-                f"{replica.url} is not known to say which version sampled which token, which "
+                f"{replica.url} does not report which version sampled which token, which "
                 "on_update='keep' needs. Use on_update='interrupt', or vLLM 0.32 with "
                 "--enable-scale-out."
             )
         replica.info, replica.handshake_done = info, True
 
     async def describe(self, replica: Replica) -> ServerInfo:
-        """Learn what it serves. It samples nothing."""
+        """Read the server's description, without sampling."""
         limit = self._options.answer_timeout_s
         answers = [await self._call(replica, call, limit) for call in self._backend.describe()]
         replica.info = self._backend.read_description(answers)
@@ -95,24 +95,24 @@ class ServerClient:
         self._backend.read_probe(info, *answers)
 
     async def pause(self, replica: Replica, on_update: OnUpdate | None = None) -> None:
-        """Stop sampling there, in the configured way or as ``on_update`` says."""
+        """Stop sampling on ``replica``, as configured or as ``on_update`` says."""
         call = self._backend.pause(on_update or self._options.on_update, self._options.kv_on_update)
         await self._tell(replica, call)
 
     async def resume(self, replica: Replica) -> None:
-        """Let it sample."""
+        """Continue sampling on ``replica``."""
         await self._tell(replica, self._backend.resume())
 
     async def load(
         self, replica: Replica, transport: WeightTransport, version: int, *, whole: bool
     ) -> None:
-        """Bring it what ``transport`` holds, label it ``version``, and see that it says so.
+        """Load the staged weights, set the version label, and check that it is reported.
 
         Args:
-            replica: which samples nothing meanwhile.
+            replica: a server that samples nothing meanwhile.
             transport: carries the weights.
-            version: what they are.
-            whole: it may hold anything: all weights are sent.
+            version: version of the weights.
+            whole: send all weights, because the server's state is unknown.
         """
 
         async def tell(instruction: Instruction) -> None:
@@ -127,18 +127,18 @@ class ServerClient:
         await self._tell(replica, self._backend.set_version(LOADING))
         await transport.deliver(Target(replica.url, num_workers, tell), whole=whole)
         await self._tell(replica, self._backend.set_version(str(version)))
-        found = await self.get_version(replica)
-        if found != str(version):
-            raise ServerError(f"{replica.url} reports version {found!r} instead of {version}.")
+        reported = await self.get_version(replica)
+        if reported != str(version):
+            raise ServerError(f"{replica.url} reports version {reported!r} instead of {version}.")
 
     async def get_version(self, replica: Replica) -> str:
-        """The version that it says it holds."""
+        """The version label that ``replica`` reports."""
         call = self._backend.get_version()
         answer = await self._call(replica, call, self._options.answer_timeout_s)
         return self._backend.read_version(answer)
 
     async def prompt_logprobs(self, replica: Replica, token_ids: list[int]) -> tuple[float, ...]:
-        """The log-probs that it gives a text's own tokens, but the first."""
+        """Log-probs of a prompt's own tokens but the first, nats at temperature 1."""
         call = self._backend.prompt_logprobs(token_ids, replica.serves)
         answer = await self._call(replica, call, self._options.control_timeout_s)
         return self._backend.read_prompt_logprobs(answer, token_ids)
@@ -146,13 +146,16 @@ class ServerClient:
     async def complete(
         self, replica: Replica, request: GenerationRequest, version: int, chunks: list[Chunk]
     ) -> Completion:
-        """What it samples. An answer of another form is the server's fault: ``ServerError``.
+        """Sample a completion.
 
         Args:
-            replica: where.
-            request: what.
-            version: that it is sent under.
-            chunks: filled while they come, if the answer is streamed.
+            replica: the server to sample on.
+            request: the prompt and how to continue it.
+            version: version that the request is sent under.
+            chunks: receives the chunks of a streamed answer as they arrive.
+
+        Raises:
+            ServerError: also if the answer has an unexpected form.
         """
         backend, info, limit = self._backend, replica.serves, self._options.request_timeout_s
         call = backend.generate(request, info, stream=self._options.stream)
@@ -170,7 +173,7 @@ class ServerClient:
             raise ServerError(f"{replica.url}: {error}") from error
 
     async def _tell(self, replica: Replica, call: Call, timeout_s: float | None = None) -> None:
-        """Have something done, and see that the answer says so."""
+        """Send a call that changes the server; check that the answer confirms it."""
         limit = self._options.answer_timeout_s if timeout_s is None else timeout_s
         self._backend.read_done(call, await self._call(replica, call, limit))
 
@@ -197,7 +200,7 @@ def check_length(request: GenerationRequest, replica: Replica) -> None:
 
 
 def check_versions(completion: Completion, oldest: int, newest: int, replica: Replica) -> None:
-    """Refuse tokens of a version that the server could not have held."""
+    """Refuse tokens whose version is not among ``oldest`` to ``newest``."""
     possible = {str(version) for version in range(oldest, newest + 1)}
     for span in completion.spans:
         if span.version not in possible:

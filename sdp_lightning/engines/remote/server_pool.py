@@ -1,7 +1,7 @@
-"""What an engine does with its servers, in the client's event loop: routing, publishing, repair.
+"""Routing, publishing and recovery for all servers of an engine, in the client's event loop.
 
-A request that a server took down with it is sent to another one, which is safe: what was sampled
-there and not streamed never reached anybody.
+A request that is lost with its server is sent to another one. That is safe: tokens that were not
+streamed never reached anybody.
 """
 
 from __future__ import annotations
@@ -35,17 +35,18 @@ class ServerPool:
     """The servers of one engine. Every coroutine runs in one event loop.
 
     Args:
-        urls: one for each server.
-        control: tells and asks one server.
-        transport: carries weights; None where another rank leads: its engine alone pauses, loads
+        urls: URL of each server.
+        client: sends calls to one server.
+        transport: carries weights; None where another rank leads: its engine alone pauses, updates
             and resumes the servers.
         options: deadlines and policies.
-        explain: what is known of a server that is out, beyond the error.
+        explain: gives more details on the server at a URL, for errors.
 
     Attributes:
-        version: that the servers sample; None before the first publish.
-        publishing: nobody else touches the servers meanwhile; so it is until the first publish.
-        error: why the engine is unusable.
+        version: the version that the servers sample; None before the first publish.
+        publishing: True during a publish, and before the first one: health checks then change
+            nothing at the servers.
+        error: the failure that made the engine unusable.
     """
 
     def __init__(
@@ -65,34 +66,34 @@ class ServerPool:
 
     @property
     def replicas(self) -> list[Replica]:
-        """All of them."""
+        """All servers, serving or not."""
         return self._set.replicas
 
     @property
     def num_serving(self) -> int:
-        """Servers that take requests."""
+        """Number of servers that accept requests now."""
         return len(self._set.serving)
 
     @property
     def serving_urls(self) -> list[str]:
-        """Theirs."""
+        """URLs of the servers that accept requests now."""
         return [replica.url for replica in self._set.serving]
 
     def raise_if_unusable(self) -> None:
-        """``EngineError`` after a publish that failed."""
+        """Raise ``EngineError`` after a failed publish."""
         if self.error is not None:
             raise EngineError(f"the engine is unusable since: {self.error}") from self.error
 
     # Starting, publishing ------------------------------------------------------------------------
 
     async def connect(self) -> None:
-        """Reach every server, and refuse one that could not be trained on."""
+        """Connect to every server; refuse one whose samples could not be trained on."""
 
-        async def one(replica: Replica) -> None:
+        async def work(replica: Replica) -> None:
             try:
                 await self._client.check(replica)
                 if await self._client.get_version(replica) == LOADING:
-                    # Its last load failed: whatever it samples now would kill it.
+                    # Its last load failed: sampling now would kill it, so probe it later.
                     await self._client.describe(replica)
                     replica.handshake_done = False
                 else:
@@ -107,16 +108,16 @@ class ServerPool:
                 ) from error
             self._set.bring_in(replica)
 
-        results = await asyncio.gather(*map(one, self.replicas), return_exceptions=True)
+        results = await asyncio.gather(*map(work, self.replicas), return_exceptions=True)
         for result in results:
             if isinstance(result, BaseException):
                 raise result
 
     async def pause(self) -> None:
-        """Stop sampling everywhere; where another rank leads, only let requests arrive."""
+        """Stop sampling on all servers; where another rank leads, only let requests arrive."""
         options = self._options
         if self.version is not None and self._transport is not None:
-            # Those that failed lately may be on their way back.
+            # Servers that failed recently may be coming back.
             await self._set.wait_for(options.min_replicas, options.recover_s)
         self.publishing = True
         keep = options.on_update == "keep"
@@ -126,37 +127,43 @@ class ServerPool:
             await self._for_each_serving(self._client.pause, "pausing")
 
     async def drain(self) -> None:
-        """Wait for what a pause interrupted; take back what had not arrived before it."""
+        """Wait for interrupted requests; cancel those that had not arrived before the pause."""
         if self._options.on_update != "keep":
             await self._set.drain(self._options.abort_grace_s)
 
     async def follow(self, version: int, urls: list[str]) -> None:
-        """The leading rank has brought the servers at ``urls`` to ``version``."""
+        """Accept that the servers at ``urls``, and no others, now serve ``version``."""
         for replica in self.replicas:
             if replica.url not in urls:
                 self._set.take_out(replica, EngineError("the leading rank took it out."))
             elif not replica.serving:
-                self._set.bring_in(replica)  # the leading rank has met it again
+                self._set.bring_in(replica)  # the leading rank has checked it again
         self.version = version
 
     async def update(self, previous: int | None, version: int) -> None:
-        """Bring every server from ``previous`` to ``version``; None is from anything."""
+        """Bring every server to ``version``.
+
+        Args:
+            previous: version that servers hold; one that reports another gets all weights. None:
+                their state is unknown, so all get all weights.
+            version: version of the staged weights.
+        """
         transport = self._transport
         assert transport is not None
         for replica in self.replicas:
             if replica.waits_for_publish and not replica.serving:
                 await self._take_in(replica)
 
-        async def one(replica: Replica) -> None:
-            found = await self._client.get_version(replica)
-            whole = previous is None or found != str(previous)  # another one: it was restarted
+        async def work(replica: Replica) -> None:
+            held = await self._client.get_version(replica)
+            whole = previous is None or held != str(previous)  # another one: it was restarted
             await self._client.load(replica, transport, version, whole=whole)
 
-        await self._for_each_serving(one, f"publishing version {version}")
+        await self._for_each_serving(work, f"publishing version {version}")
         self.version = version
 
     async def _take_in(self, replica: Replica) -> None:
-        """Let a returning server have part in a publish; it is met once it has been resumed."""
+        """Include a returning server in a publish; ``resume`` does its handshake."""
         try:
             await self._client.pause(replica)
         except EngineError as error:
@@ -165,26 +172,26 @@ class ServerPool:
             self._set.bring_in(replica)
 
     async def resume(self) -> None:
-        """Sample again."""
+        """Continue sampling on all servers."""
 
-        async def one(replica: Replica) -> None:
+        async def work(replica: Replica) -> None:
             await self._client.resume(replica)
             if not replica.handshake_done:
                 await self._client.handshake(replica, resume=False)
 
         if self._transport is not None:
-            await self._for_each_serving(one, "resuming")
+            await self._for_each_serving(work, "resuming")
         self.publishing = False
 
     async def prompt_logprobs(self, token_ids: list[int]) -> dict[str, tuple[float, ...]]:
-        """What every server that serves makes of ``token_ids``, under its URL."""
-        found: dict[str, tuple[float, ...]] = {}
+        """Log-probs of ``token_ids`` but the first on each serving server, keyed by URL."""
+        answers: dict[str, tuple[float, ...]] = {}
 
-        async def one(replica: Replica) -> None:
-            found[replica.url] = await self._client.prompt_logprobs(replica, token_ids)
+        async def work(replica: Replica) -> None:
+            answers[replica.url] = await self._client.prompt_logprobs(replica, token_ids)
 
-        await self._for_each_serving(one, "echoing a text")
-        return found
+        await self._for_each_serving(work, "scoring a prompt")
+        return answers
 
     async def _for_each_serving(
         self, work: Callable[[Replica], Awaitable[None]], phase: str
@@ -205,14 +212,14 @@ class ServerPool:
     # Sampling ------------------------------------------------------------------------------------
 
     async def generate(self, request: GenerationRequest) -> Completion:
-        """Sample on some server; one that fails is taken out, and another one tried."""
+        """Sample on a server; if it fails, take it out and try another one."""
         async with self._slots:
             tries = 0
             while True:
                 try:
                     return await self._try(request)
                 except ServerLost:
-                    continue  # not its own doing; choosing another server has a deadline
+                    continue  # not the fault of this request; choosing a server has a deadline
                 except ServerError as error:
                     tries += 1
                     if error.is_refusal or tries == self._options.max_tries:
@@ -225,7 +232,7 @@ class ServerPool:
         replica = await self._set.choose(request.group_key, self._options.recover_s)
         keep = self._options.on_update == "keep"
         if self.publishing and not keep:
-            return _INTERRUPTED  # it came after the pause: sent again, after the resume
+            return _INTERRUPTED  # it came after the pause: resent after the resume
         check_length(request, replica)
         oldest, num_losses = self.version, replica.num_losses
         chunks: list[Chunk] = []
@@ -237,7 +244,7 @@ class ServerPool:
             if not error.is_refusal and replica.num_losses == num_losses:
                 self._set.take_out(replica, error)
             cut_off = chunks and chunks[-1].finish_reason is None
-            if cut_off and self.version == oldest:  # no server has sampled under another one since
+            if cut_off and self.version == oldest:  # no other version has sampled since
                 return assemble(chunks, oldest)
             raise
         return completion
@@ -245,7 +252,7 @@ class ServerPool:
     async def _complete(
         self, replica: Replica, request: GenerationRequest, version: int, chunks: list[Chunk]
     ) -> Completion:
-        """The completion, or ``ServerError`` as soon as the replica is lost."""
+        """Await the completion; raises ``ServerError`` as soon as the replica is lost."""
         work = self._client.complete(replica, request, version, chunks)
         answer = asyncio.ensure_future(work)
         with self._set.sending(replica, answer):
@@ -257,12 +264,12 @@ class ServerPool:
                     raise
                 if not replica.serving:
                     raise ServerLost(f"{replica.url} was lost: {replica.why_out}") from None
-                return assemble(chunks, version)  # taken back
+                return assemble(chunks, version)  # cancelled by ``drain``
 
     # Health --------------------------------------------------------------------------------------
 
     async def watch(self, replica: Replica) -> None:
-        """Look after one server, for ever."""
+        """Check the health of one server until cancelled; bring it back if it was out."""
         while True:
             await asyncio.sleep(self._options.health_interval_s)
             try:
@@ -270,17 +277,17 @@ class ServerPool:
                 if not replica.serving and not self.publishing and self.version is not None:
                     await self._bring_back(replica, self.version)
             except (EngineError, ConfigError) as error:
-                if not self.publishing:  # a publish has deadlines of its own, and loads take long
+                if not self.publishing:  # a publish has its own deadlines, and loads take long
                     self._set.take_out(replica, error)
 
     async def _bring_back(self, replica: Replica, version: int) -> None:
         """Bring ``replica`` to ``version``, whatever it held, and let it serve.
 
-        If a publish comes between, it waits for the next one, which takes it in. One that completes
-        nothing between two returns is tried less and less often while others are enough.
+        If a publish starts meanwhile, the next publish includes it. A server that completes nothing
+        between two returns is tried less and less often while enough others serve.
         """
         if self._transport is None or replica.waits_for_publish:
-            return  # without a transport, the leading rank does, and says so when it publishes
+            return  # without a transport: the leading rank does, see ``follow``
         rest_s = self._options.health_interval_s * 2 ** min(replica.num_returns, _MOST_DOUBLINGS)
         is_needed = self.num_serving < self._options.min_replicas or not replica.num_returns
         if not is_needed and monotonic() < replica.tried_s + rest_s:
@@ -289,7 +296,7 @@ class ServerPool:
         replica.tried_s = monotonic()
         await self._client.pause(replica, "interrupt")
         replica.handshake_done = False
-        if not self._transport.is_live:  # else what it would be sent now may be changing
+        if not self._transport.is_live:  # a live transport sends tensors that may be changing now
             await self._client.load(replica, self._transport, version, whole=True)
             if not self.publishing and version == self.version:
                 await self._client.handshake(replica)

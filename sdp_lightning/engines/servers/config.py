@@ -1,6 +1,6 @@
-"""How managed vLLM servers are started: their command lines, environments and devices.
+"""Settings of managed vLLM servers: command lines, environments and devices.
 
-Starts nothing; :mod:`sdp_lightning.engines.servers.managed` does.
+:mod:`sdp_lightning.engines.servers.managed` starts them.
 """
 
 from __future__ import annotations
@@ -15,20 +15,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
+from sdp_lightning.config.validation import at_least, one_of, positive
 from sdp_lightning.errors import ConfigError
 from sdp_lightning.weights.protocol import TransportName
 
 _ON_CPU = ("cpu",)
-# A seeded request whose prefill is cut in two kills vLLM 0.32 on a CPU ("CPU Generator does not use
-# offset"); many requests that rebuild their KV cache after an update are cut so.
+# A seeded request whose prefill is split kills vLLM 0.32 on a CPU ("CPU Generator does not use
+# offset"); this happens when many requests rebuild their KV cache after an update.
 _CPU_FLAGS = ("--enforce-eager", "--no-enable-chunked-prefill")
-# An echo beside other requests kills vLLM 0.32 on a CPU if an adapter may lie on the head.
+# A request for prompt log-probs beside other requests kills
+# vLLM 0.32 on a CPU if an adapter may be applied to the head.
 _CPU_LORA_FLAGS = (
     *("--lora-target-modules", "q_proj", "k_proj", "v_proj", "o_proj"),
     *("gate_proj", "up_proj", "down_proj"),
 )
-# Of the trainer's own process: its Python, its rank among the processes that train, how torchrun
-# holds these together, and a key that the server would ask for and the client does not send.
+# Variables of the trainer's process: its Python, its rank, torchrun's rendezvous, and a key that
+# the server would require and the client does not send.
 _NOT_INHERITED = (
     *("PYTHONHOME", "PYTHONSTARTUP", "RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE"),
     *("LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
@@ -39,25 +41,25 @@ _TORCHRUN = "TORCHELASTIC_"
 
 @dataclass(frozen=True)
 class ServerConfig:
-    """How managed vLLM servers are started.
+    """Settings of managed vLLM servers.
 
     Args:
-        model: id or folder.
-        replicas: how many servers.
-        port: of the first one, the others follow; 0 takes free ones.
+        model: model id or folder.
+        replicas: number of servers.
+        port: port of the first server; the others take the next ones. 0 takes free ports.
         python: interpreter of an environment that has vLLM.
-        devices: CUDA devices as nvidia-smi counts them, dealt out evenly to the replicas in order,
-            or ``("cpu",)``. None is the CPU on a machine without NVIDIA GPUs, and else leaves all
-            visible, the trainer's too.
-        gpu_memory_utilization: share of a device's memory; needed where a device is shared.
-        max_model_len: tokens of a sequence; None is what the model allows.
-        dtype: of the weights; None is float32 on a CPU and the checkpoint's on GPUs.
+        devices: CUDA devices as nvidia-smi counts them, distributed evenly over the replicas in
+            order, or ``("cpu",)``. None is the CPU on a machine without NVIDIA GPUs, else all
+            devices, including the trainer's.
+        gpu_memory_utilization: share of a device's memory; required where a device is shared.
+        max_model_len: tokens of a sequence; None is the model's limit.
+        dtype: dtype of the weights; None is float32 on a CPU and the checkpoint's on GPUs.
         cores: CPU cores of each replica (a ``taskset`` list such as ``"0"``); None binds none.
-        transport: how weights will come; the servers are made ready for it.
+        transport: the transport of weights that the servers are started for.
         max_lora_rank: largest rank of an adapter that ``"lora"`` may send; vLLM knows 1, 8 and up.
-        extra_args: passed on to vLLM.
-        log_folder: where each server's output goes; None is a temporary folder.
-        startup_timeout_s: longest wait for a server to be ready.
+        extra_args: further arguments of vLLM's command line.
+        log_folder: folder of the servers' logs; None is a temporary folder.
+        startup_timeout_s: longest wait until a server is ready.
 
     Raises:
         ConfigError: naming the value.
@@ -79,28 +81,21 @@ class ServerConfig:
     startup_timeout_s: float = 600.0
 
     def __post_init__(self) -> None:
-        if self.replicas < 1:
-            raise ConfigError(f"replicas must be at least 1, got {self.replicas}.")
+        at_least("replicas", self.replicas, 1)
+        at_least("max_lora_rank", self.max_lora_rank, 1)
+        one_of("transport", self.transport, get_args(TransportName))
+        positive("startup_timeout_s", self.startup_timeout_s)
         if self.port and not 0 < self.port <= 65536 - self.replicas:
             raise ConfigError(f"port must leave room for {self.replicas} up to 65535: {self.port}.")
         share = self.gpu_memory_utilization
         if share is not None and not 0 < share <= 1:
             raise ConfigError(f"gpu_memory_utilization must be in (0, 1], got {share}.")
-        if not self.startup_timeout_s > 0:
-            raise ConfigError(f"startup_timeout_s must be positive, got {self.startup_timeout_s}.")
         if not self.on_cpu:
             self._check_devices()
         if self.cores is not None and len(self.cores) != self.replicas:
             raise ConfigError(
                 f"cores must name one list a replica: {len(self.cores)} for {self.replicas}."
             )
-        if self.transport not in get_args(TransportName):
-            raise ConfigError(
-                f"transport must be one of {', '.join(get_args(TransportName))}, got "
-                f"{self.transport!r}."
-            )
-        if self.max_lora_rank < 1:
-            raise ConfigError(f"max_lora_rank must be at least 1, got {self.max_lora_rank}.")
 
     @property
     def on_cpu(self) -> bool:
@@ -110,10 +105,10 @@ class ServerConfig:
         return self.devices == _ON_CPU
 
     def check_trainer_devices(self, devices: Sequence[int], *, visible: str | None) -> None:
-        """Refuse a GPU that the trainer has too, unless the servers' share of it is said.
+        """Refuse a GPU that the trainer uses too, unless ``gpu_memory_utilization`` is set.
 
         Args:
-            devices: the trainer's on this host, counted within ``visible``.
+            devices: the trainer's devices on this host, as indices into ``visible``.
             visible: the trainer's ``CUDA_VISIBLE_DEVICES``; None if it is not set.
 
         Raises:
@@ -128,13 +123,13 @@ class ServerConfig:
             trainers = {names[device] for device in devices if device < len(names)}
         if shared := sorted(trainers & set(self.devices)):
             raise ConfigError(
-                f"trainer and vLLM servers both have GPU {', '.join(shared)}: say how much of its "
-                "memory each server may take with gpu_memory_utilization, or give the servers "
-                "devices of their own."
+                f"trainer and vLLM servers both use GPU {', '.join(shared)}: set "
+                "gpu_memory_utilization, the share of its memory for each server, or give the "
+                "servers other devices."
             )
 
     def command(self, index: int, port: int) -> list[str]:
-        """What starts replica ``index``."""
+        """Command line of replica ``index``."""
         bind = ["taskset", "-c", self.cores[index]] if self.cores is not None else []
         options = {
             "--model": self.model,
@@ -160,8 +155,8 @@ class ServerConfig:
         """The environment of replica ``index``.
 
         Args:
-            index: of the replica.
-            path: a folder that holds this package and nothing else, for the worker extension.
+            index: index of the replica.
+            path: a folder that holds only this package, for the worker extension.
         """
         inherited = {
             name: value
@@ -180,7 +175,7 @@ class ServerConfig:
         values.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         if self.transport == "lora":
             values["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "True"
-        if self.transport == "ipc":  # handles of CUDA memory come pickled
+        if self.transport == "ipc":  # handles of CUDA memory are pickled
             values["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
         if devices := self._devices_of(index):
             values["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
@@ -192,17 +187,17 @@ class ServerConfig:
         count = self.replicas if devices is None else len(devices)
         if not count or (count % self.replicas and self.replicas % count):
             raise ConfigError(
-                f"{count} devices cannot be dealt out evenly over {self.replicas} replicas: "
-                "give a multiple of one another."
+                f"{count} devices cannot be distributed evenly over {self.replicas} replicas: "
+                "one number must be a multiple of the other."
             )
         held = Counter(name for i in range(self.replicas) for name in self._devices_of(i))
-        # Those that see all compute on the first one.
+        # Servers that see all devices compute on the first one.
         most = max(held.values()) if held else self.replicas
         if share is None and (devices is None or most > 1):
             raise ConfigError(
                 f"{self.replicas} vLLM servers on {devices or 'all devices'} share a GPU with one "
-                "another or with the trainer: say how much of its memory each may take with "
-                "gpu_memory_utilization, or give them devices of their own."
+                "another or with the trainer: set gpu_memory_utilization, the share of its memory "
+                "for each server, or give them devices of their own."
             )
         if share is not None and most * share > 1 + 1e-9:
             raise ConfigError(

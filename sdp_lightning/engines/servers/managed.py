@@ -1,8 +1,8 @@
 """vLLM servers that this process starts, and that never outlive it.
 
-Each runs in a process group of its own under :mod:`sdp_lightning.engines.servers.process_guard`,
-which ends the whole group when this process ends it, or dies, however it dies. The guard has a
-session of its own, so Ctrl-C reaches the trainer only.
+Each runs in its own process group under :mod:`sdp_lightning.engines.servers.process_guard`, which
+ends the whole group when this process closes it or dies. The guard has its own session, so Ctrl-C
+reaches the trainer only.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ __all__ = ["ManagedServers", "ServerConfig"]
 logger = logging.getLogger(__name__)
 
 _TAIL_LINES, _TAIL_BYTES = 15, 2**16
-_STOP_S = 20.0  # beyond the grace
+_STOP_S = 20.0  # added to the grace
 _PACKAGE = Path(__file__).resolve().parents[2]
-# Loopback is never asked through a proxy.
+# Calls to loopback addresses must not go through a proxy.
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
@@ -47,8 +47,8 @@ class ManagedServers:
     """Starts servers, waits until they are ready, and ends them.
 
     Attributes:
-        config: how they are started.
-        grace_s: how long a server may take to end by itself.
+        config: settings of the servers.
+        grace_s: seconds that a server has to end after SIGTERM.
     """
 
     config: ServerConfig
@@ -57,20 +57,20 @@ class ManagedServers:
 
     @property
     def urls(self) -> list[str]:
-        """One for each server."""
+        """URL of each server."""
         return [server.url for server in self._servers]
 
     @property
     def process_ids(self) -> list[int]:
-        """Of the guards; each has one child, its server."""
+        """Process ids of the guards; each guard has one child, its server."""
         return [server.guard.pid for server in self._servers]
 
     def start(self) -> list[str]:
-        """Start all, wait until each is ready; returns their URLs.
+        """Start all servers, wait until each is ready; returns their URLs.
 
         Raises:
-            EngineError: if one ends or is not ready in time, with the end of its log, or a port is
-                taken. None is left running.
+            EngineError: if a server ends or is not ready in time, with the end of its log, or a
+                port is taken. No server is left running.
         """
         if self._servers:
             return self.urls
@@ -80,7 +80,7 @@ class ManagedServers:
             for index, port in enumerate(_choose_ports(self.config)):
                 log = folder / f"server-{index}.log"
                 self._servers.append(self._launch(index, port, log, package))
-            logger.info("vLLM servers start; their logs are in %s.", folder)
+            logger.info("Starting vLLM servers; their logs are in %s.", folder)
             deadline = time.monotonic() + self.config.startup_timeout_s
             for server in self._servers:
                 self._await_ready(server, deadline)
@@ -94,19 +94,19 @@ class ManagedServers:
         servers, self._servers = self._servers, []
         for server in servers:
             if server.guard.stdin is not None:
-                server.guard.stdin.close()  # the guard's sign to end its group
+                server.guard.stdin.close()  # makes the guard end its group
         for server in servers:
             try:
                 server.guard.wait(self.grace_s + _STOP_S)
             except subprocess.TimeoutExpired:
-                server.guard.kill()  # its death is the server's sign to end
+                server.guard.kill()  # its death ends the server
                 server.guard.wait(5.0)
 
     def explain(self, url: str) -> str:
-        """What is known of the server at ``url``: its exit status if it ended, the end of its log.
+        """The exit status of the server at ``url``, if it ended, and the end of its log.
 
-        The status comes when all processes of the server have ended, moments after it died.
-        Nothing for an URL that is none of these servers'. Raises nothing, waits for nothing.
+        The status is known once all processes of the server have ended. Empty for the URL of
+        another server. Raises nothing, waits for nothing.
         """
         for server in self._servers:
             if server.url == url:
@@ -153,7 +153,7 @@ def _is_healthy(url: str) -> bool:
 
 
 def _describe(status: int) -> str:
-    """An exit status of the guard, which says signals as a shell does."""
+    """An exit status of the guard, in words; like a shell's, it is 128 + the signal."""
     return f"{status} (killed by signal {status - 128})" if status > 128 else str(status)
 
 
@@ -168,7 +168,7 @@ def _end_of(log: Path) -> str:
 
 
 def _package_alone(folder: Path) -> Path:
-    """A folder with this package only: beside an installed one lies all that the trainer has."""
+    """Make a folder with a link to this package, without the trainer's other packages."""
     path = folder / "path"
     path.mkdir(parents=True, exist_ok=True)
     link = path / _PACKAGE.name
@@ -179,12 +179,12 @@ def _package_alone(folder: Path) -> Path:
 
 
 def _choose_ports(config: ServerConfig) -> list[int]:
-    """One for each replica, all different and free now."""
+    """A port for each replica, all different and free now."""
     wanted = [config.port + i if config.port else 0 for i in range(config.replicas)]
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as listeners:
         ports: list[int] = []
         for port in wanted:
-            listener = held.enter_context(socket.socket())
+            listener = listeners.enter_context(socket.socket())
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 listener.bind(("127.0.0.1", port))

@@ -1,7 +1,7 @@
 """Runs a command, and ends all its processes when standard input closes.
 
-``python guard.py GRACE_S COMMAND...``, with the standard library alone. The other end of standard
-input is held by the process that started this one, so it closes also when that one is killed.
+``python process_guard.py GRACE_S COMMAND...``, with the standard library alone. The starter holds
+the other end of standard input, so it also closes when the starter is killed.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ _PR_SET_PDEATHSIG = 1
 
 
 def main(command: list[str], grace_s: float) -> int:
-    """Run ``command`` in a process group of its own; returns its exit status when all is ended.
+    """Run ``command`` in its own process group; returns its exit status when all have ended.
 
     Args:
-        command: and its arguments.
-        grace_s: between SIGTERM and SIGKILL.
+        command: the program and its arguments.
+        grace_s: seconds between SIGTERM and SIGKILL.
     """
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # only the starter, or its death, ends this
@@ -35,34 +35,34 @@ def main(command: list[str], grace_s: float) -> int:
         pass
     _end_group(child, grace_s)
     status = child.wait()
-    return status if status >= 0 else 128 - status  # as a shell says it
+    return status if status >= 0 else 128 - status  # as a shell reports signals
 
 
 def _is_over(starter: int) -> bool:
-    """Whether the starter has closed standard input or died; waits a moment for it."""
+    """Whether the starter has closed standard input or died; waits up to ``_POLL_S``."""
     ready, _, _ = select.select([sys.stdin], [], [], _POLL_S)
     # A process that the starter has forked may hold the other end open.
     return (bool(ready) and not os.read(sys.stdin.fileno(), 4096)) or os.getppid() != starter
 
 
 def _end_group(child: subprocess.Popen[bytes], grace_s: float) -> None:
-    """SIGTERM for all processes of the child's group, SIGKILL for those left after the grace."""
+    """Send SIGTERM to the child's process group, and SIGKILL after the grace."""
     deadline = time.monotonic() + grace_s
     try:
         os.killpg(child.pid, signal.SIGTERM)
         while time.monotonic() < deadline:
-            child.poll()  # a dead child that nobody waits for counts as one of its group
+            child.poll()  # reap it: a zombie would count as a process of the group
             os.killpg(child.pid, 0)
             time.sleep(_POLL_S / 2)
         os.killpg(child.pid, signal.SIGKILL)
     except ProcessLookupError:
-        return  # none is left
+        return  # all have ended
 
 
 def _prepare() -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
-    if sys.platform == "linux":  # should this process be killed itself
+    if sys.platform == "linux":  # in case this process is killed
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 

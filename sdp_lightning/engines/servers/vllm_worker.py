@@ -1,6 +1,6 @@
-"""What runs inside vLLM's workers: ``--worker-extension-cls`` names :class:`WorkerExtension`.
+"""The extension of vLLM's workers: ``--worker-extension-cls`` names :class:`WorkerExtension`.
 
-Imported by vLLM in its own process; nothing here is used in the trainer's.
+vLLM imports it in its own process; the trainer does not use it.
 """
 
 from __future__ import annotations
@@ -16,28 +16,28 @@ class WorkerExtension:
     rank: int
 
     def sdp_hello(self) -> bool:
-        """Says that the extension is here."""
+        """Confirm that the extension is installed."""
         return True
 
     def sdp_load_folder(self, folder: str) -> None:
-        """Load the safetensors files of ``folder`` over the weights that are there."""
+        """Load the safetensors files of ``folder``; other weights stay as they are."""
         self._sdp_reload(weights_path=folder)
 
     def sdp_receive(
         self, host: str, port: int, key: str, num_workers: int, timeout_s: float
     ) -> None:
-        """Load what the trainer broadcasts by gloo; see :mod:`sdp_lightning.weights.gloo`."""
+        """Load weights that the trainer broadcasts; see :mod:`sdp_lightning.weights.gloo`."""
         from sdp_lightning.weights.gloo import receive
         from sdp_lightning.weights.protocol import Receive
 
         parallel = self.vllm_config.parallel_config
         worker = parallel.data_parallel_index * parallel.world_size + self.rank
-        # All of them before the first is loaded: a load that breaks off leaves no model behind.
+        # All are received before the first is loaded: an interrupted load destroys the model.
         weights = list(receive(Receive(host, port, key, num_workers, timeout_s), worker))
         self._sdp_reload(weights_iterator=iter(weights))
 
     def _sdp_reload(self, **source: Any) -> None:
-        """Load; if that fails, leave a model of old and new weights that can be loaded again."""
+        """Load weights; after a failure the model mixes old and new ones, and loads again."""
         try:
             self.model_runner.reload_weights(**source)
         except Exception:
@@ -46,19 +46,19 @@ class WorkerExtension:
         self._sdp_pack_heads()
 
     def _sdp_end_reload(self) -> None:
-        """End what a failed load began: vLLM leaves layers empty, which no later load can fill."""
+        """Finish a failed load: vLLM leaves layers empty, which no later load can fill."""
         from vllm.model_executor.model_loader.reload import layerwise  # type: ignore
 
         model = self.model_runner.get_model()
         for layer in model.modules():
             info: Any = layerwise.get_layerwise_info(layer)
-            if info.can_load():  # without what was kept for it, it gets its old weights back
+            if info.can_load():  # without the tensors kept for it, it gets its old weights back
                 info.loaded_weights.clear()
                 info.load_numel = 0
         layerwise.finalize_layerwise_reload(model, self.vllm_config.model_config)
 
     def _sdp_pack_heads(self) -> None:
-        """Pack every embedding and head again.
+        """Pack the weights of every embedding and head again.
 
         On a CPU vLLM packs the head's weight when a model is loaded, and computes with the packed
         copy; a head that is tied to the embedding keeps the old one when weights are reloaded.

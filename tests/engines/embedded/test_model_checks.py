@@ -81,5 +81,5 @@ def test_bfloat16_logprobs_are_close_to_float32(make_engine):
 
 
 def test_settings_out_of_range_are_refused():
-    with pytest.raises(ConfigError, match="max_slots must be at least 1, got 0"):
+    with pytest.raises(ConfigError, match="max_slots must be an integer of at least 1, got 0"):
         EmbeddedEngine("some/model", max_slots=0)

@@ -212,5 +212,5 @@ def test_a_server_that_does_not_echo_is_taken_out_and_the_last_one_is_an_error(
         assert engine.prompt_logprobs(np.array([7, 20])).keys() == {two[0].url}
         assert engine.num_serving == 1
         two[0].fault(COMPLETIONS, kind)
-        with pytest.raises(EngineError, match=f"echoing a text: .*{said}"):
+        with pytest.raises(EngineError, match=f"scoring a prompt: .*{said}"):
             engine.prompt_logprobs(np.array([7, 20]))

@@ -443,7 +443,9 @@ def test_a_watcher_that_dies_is_an_error_and_not_a_silence(one: Server):
     engine.start()
     while engine._running().error is None:
         one.do()
-    with pytest.raises(EngineError, match=r"looking after the servers failed: Odd\('no health'\)"):
+    with pytest.raises(
+        EngineError, match=r"the health checks of the servers failed: Odd\('no health'\)"
+    ):
         engine.pause()
     engine.close()
     assert_nothing_left()

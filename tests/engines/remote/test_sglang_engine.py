@@ -155,7 +155,7 @@ def test_three_publishes_under_eight_requests_lose_and_double_nothing(one: SGLan
 
 def test_keep_is_refused_when_the_engine_starts(one: SGLangServer):
     with pytest.raises(
-        ConfigError, match=r"is not known to say which version .* on_update='interrupt'"
+        ConfigError, match=r"does not report which version .* on_update='interrupt'"
     ):
         make_engine(one, on_update="keep").start()
     assert_nothing_left()

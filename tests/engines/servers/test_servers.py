@@ -215,7 +215,7 @@ def test_devices_are_dealt_out_and_several_for_one_server_are_tensor_parallel(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"replicas": 0}, "replicas must be at least 1, got 0"),
+        ({"replicas": 0}, "replicas must be an integer of at least 1, got 0"),
         ({"replicas": 2, "devices": ("0",)}, "gpu_memory_utilization"),
         ({"replicas": 2, "devices": ("0", "0")}, "gpu_memory_utilization"),
         ({"gpu_memory_utilization": 1.5}, "1.5"),
@@ -236,8 +236,11 @@ def test_devices_are_dealt_out_and_several_for_one_server_are_tensor_parallel(
         ({"replicas": 2, "cores": ("0",)}, "one list a replica: 1 for 2"),
         ({"port": 65535, "replicas": 2}, "65535"),
         ({"startup_timeout_s": 0}, "startup_timeout_s"),
-        ({"transport": "pigeon"}, "one of files, gloo, nccl, ipc, lora, got 'pigeon'"),
-        ({"transport": "lora", "max_lora_rank": 0}, "max_lora_rank must be at least 1, got 0"),
+        ({"transport": "pigeon"}, "one of files, gloo, nccl, ipc, lora; got 'pigeon'"),
+        (
+            {"transport": "lora", "max_lora_rank": 0},
+            "max_lora_rank must be an integer of at least 1, got 0",
+        ),
     ],
 )
 def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], message: str):
@@ -284,7 +287,7 @@ def test_a_gpu_of_the_trainers_is_no_servers_unless_its_share_is_said(
     if shared is None:
         config.check_trainer_devices(devices, visible=visible)
     else:
-        with pytest.raises(ConfigError, match=f"both have {shared}.*gpu_memory_utilization"):
+        with pytest.raises(ConfigError, match=f"both use {shared}.*gpu_memory_utilization"):
             config.check_trainer_devices(devices, visible=visible)
 
 
