@@ -1,4 +1,4 @@
-"""What one rollout does: workflows write to episodes, and know no engine."""
+"""Workflows: the steps of one rollout. They write to episodes, and know no engine."""
 
 from sdp_lightning.workflows.environment import Environment, StepResult
 from sdp_lightning.workflows.episode import Episode

@@ -1,7 +1,7 @@
-"""The tokens between two turns: never those that were sampled, which stay as they are.
+"""Encodes prompts, and the context between two turns; sampled tokens are never encoded again.
 
-With a chat template they are found by rendering a conversation that has a mark in the assistant's
-place: what follows the mark ends that turn, holds the new messages, and opens the next one.
+With a chat template, the context is the text after a mark in a rendered conversation whose mark
+stands for the assistant's words: it ends that turn, holds the new messages, and opens the next one.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from sdp_lightning.errors import ConfigError, RolloutError
 from sdp_lightning.types import Row, SamplingParams
 from sdp_lightning.workflows.workflow import Tokenizer
 
-PLACE = "{observation}"
+PLACEHOLDER = "{observation}"
 _MARK = "c95bd1b5e8"  # no white space: templates strip it
 
 
@@ -29,9 +29,9 @@ def encode_turn(
 
     Args:
         observation: text, one message, or a list of messages; text is a message of the user.
-        tokenizer: of the policy.
+        tokenizer: tokenizer of the policy.
         turn_format: text with ``{observation}`` in it; None is the tokenizer's chat template.
-        stopped_by: the stop token with which the sampled turn ended: it is not written again.
+        stopped_by: stop token that ended the sampled turn; it is not written again.
 
     Raises:
         RolloutError: if the observation is neither text nor messages.
@@ -39,17 +39,17 @@ def encode_turn(
     """
     messages = as_messages(observation)
     if turn_format is not None:
-        said = "\n".join(message["content"] for message in messages)
-        text = turn_format.replace(PLACE, said)
-        return tokenizer.encode(text, add_special_tokens=False) if text else []
-    text = between_turns(tokenizer, messages)
-    if stopped_by is not None:
-        text = text.removeprefix(tokenizer.decode([stopped_by], skip_special_tokens=False))
+        contents = "\n".join(message["content"] for message in messages)
+        text = turn_format.replace(PLACEHOLDER, contents)
+    else:
+        text = between_turns(tokenizer, messages)
+        if stopped_by is not None:
+            text = text.removeprefix(tokenizer.decode([stopped_by], skip_special_tokens=False))
     return tokenizer.encode(text, add_special_tokens=False) if text else []
 
 
 def between_turns(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> str:
-    """What the chat template writes after an assistant's words, up to the assistant's next ones."""
+    """The text of the chat template between an assistant's words and its next words."""
     conversation = [
         {"role": "user", "content": "?"},
         {"role": "assistant", "content": _MARK},
@@ -63,45 +63,45 @@ def between_turns(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -
         raise ConfigError(
             "the tokenizer's chat template does not show what an assistant said in an earlier "
             "turn, so there is no telling what stands between turns. Set turn_format, such as "
-            f"'\\nuser: {PLACE}\\nassistant: '."
+            f"'\\nuser: {PLACEHOLDER}\\nassistant: '."
         )
     return after
 
 
 def as_messages(observation: Any) -> list[Mapping[str, str]]:
-    """An observation as messages. Raises ``RolloutError`` if it is none."""
+    """The messages of an observation. ``RolloutError`` if it is neither text nor messages."""
     if isinstance(observation, str):
         return [{"role": "user", "content": observation}]
-    found: list[Any] = [observation] if isinstance(observation, Mapping) else observation
-    if not is_conversation(found) or not all("content" in message for message in found):
+    messages: list[Any] = [observation] if isinstance(observation, Mapping) else observation
+    if not is_conversation(messages) or not all("content" in message for message in messages):
         raise RolloutError(
             f"the observation {observation!r} is neither text nor a list of {{'role', 'content'}} "
             "messages."
         )
-    return list(found)
+    return list(messages)
 
 
 def encode_prompt(
     row: Row, tokenizer: Tokenizer, *, key: str, use_chat_template: bool
 ) -> list[int]:
-    """The prompt's tokens. Raises ``RolloutError`` naming what the row lacks."""
+    """The tokens of a row's prompt. ``RolloutError`` if it has no such key."""
     if key not in row:
         raise RolloutError(f"row has no {key!r}; its keys are {sorted(row)}. Set prompt_key.")
     return encode_opening(row[key], tokenizer, use_chat_template=use_chat_template)
 
 
 def encode_opening(prompt: Any, tokenizer: Tokenizer, *, use_chat_template: bool) -> list[int]:
-    """The tokens of a prompt: text, or messages. Raises ``RolloutError`` if it is neither."""
+    """The tokens of a prompt. ``RolloutError`` if it is neither text nor messages."""
     if not isinstance(prompt, str) and not is_conversation(prompt):
         raise RolloutError(
             f"the prompt {prompt!r} is neither text nor a list of {{'role', 'content'}} messages."
         )
     if isinstance(prompt, str) and not use_chat_template:
-        tokens = tokenizer.encode(prompt, add_special_tokens=False)
+        text = prompt
     else:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         text = _render(messages, tokenizer)
-        tokens = tokenizer.encode(text, add_special_tokens=False)
+    tokens = tokenizer.encode(text, add_special_tokens=False)
     if not tokens:
         raise RolloutError(f"the prompt {prompt!r} has no tokens.")
     return tokens
@@ -118,12 +118,16 @@ def _render(messages: Any, tokenizer: Tokenizer) -> str:
 
 
 def is_conversation(prompt: Any) -> bool:
-    """Whether it is a list of messages."""
+    """Whether ``prompt`` is a list of messages."""
     return isinstance(prompt, (list, tuple)) and all(isinstance(m, Mapping) for m in prompt)
 
 
 def with_stops(params: SamplingParams, tokenizer: Tokenizer, stop: Sequence[str]) -> SamplingParams:
-    """``params`` that also stop at the end of text, and at the one token of each text."""
+    """Sampling settings that also stop at the end of text and at the texts of ``stop``.
+
+    Raises:
+        ConfigError: if a text is not exactly one token.
+    """
     stops = dict.fromkeys(params.stop_token_ids)
     if tokenizer.eos_token_id is not None:
         stops[tokenizer.eos_token_id] = None

@@ -1,4 +1,4 @@
-"""What a rollout of several turns talks to: the world's side of a conversation."""
+"""Environments: the other side of a conversation of several turns."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ Observation = str | Sequence[Message]
 
 
 class StepResult(NamedTuple):
-    """What the world answers to one turn; a plain tuple of the three will do.
+    """The answer of an environment to one turn; a plain tuple of the three will do.
 
     Attributes:
-        observation: what the policy reads next; left out of the trajectory when it is done.
-        reward: of this turn; a trajectory's is the sum.
+        observation: text or messages that the policy reads next; ignored when done.
+        reward: reward of this turn; that of a trajectory is the sum.
         done: whether the conversation is over.
     """
 
@@ -33,18 +33,18 @@ class StepResult(NamedTuple):
 
 
 class Environment(ABC):
-    """The world of one rollout. Every sample of a group has its own.
+    """The environment of one rollout. Every sample of a group has its own.
 
     An observation is text, or a list of ``{"role", "content"}`` messages. Methods are plain or
-    async. The calls of plain ones come one after another, each in a thread of its own, so they may
-    block. After a resume the turns that were saved are played again: given the same row and the
-    same completions, it should answer the same. Where it does not, that group's saved tokens are
-    discarded, and it is sampled from scratch.
+    async. Plain ones are called one after another, each in a thread of its own, so they may block.
+    After a resume the saved turns are played again: given the same row and the same completions, it
+    should answer the same. If it does not, the saved tokens of that group are discarded, and it is
+    sampled from scratch.
     """
 
     @abstractmethod
     def reset(self, row: Row) -> Observation | Awaitable[Observation]:
-        """Begin; returns what the policy reads first: the prompt."""
+        """Begin with ``row``; returns the first observation: the prompt."""
 
     @abstractmethod
     def step(
@@ -53,16 +53,16 @@ class Environment(ABC):
         """Answer one turn with a :class:`StepResult`.
 
         Args:
-            completion: what was sampled, stop texts included, special tokens left out. It may have
+            completion: the sampled text, with stop texts and without special tokens. It may have
                 been cut off at the turn's budget.
         """
 
     def close(self) -> Awaitable[None] | None:  # noqa: B027 # most hold nothing
-        """The rollout has ended, also by an error; a ``step`` that hangs may still run."""
+        """Release resources when the rollout has ended; a ``step`` that hangs may still run."""
 
 
 class BoundedEnvironment:
-    """An environment whose every call has a deadline, and whose errors say which call it was."""
+    """An environment with a deadline for every call, whose errors name the call."""
 
     def __init__(self, environment: Environment, *, timeout_s: float) -> None:
         self._environment, self._timeout_s = environment, timeout_s
@@ -77,23 +77,23 @@ class BoundedEnvironment:
         """Play one turn.
 
         Raises:
-            RolloutError: if it raises, is late, or returns something else than a result.
+            RolloutError: if the call raises, is late, or returns no result.
         """
         self._num_steps += 1
         call = f"step() number {self._num_steps}"
-        found = await self._call(self._environment.step, completion, call=call)
-        if not isinstance(found, tuple) or len(found) != 3:
+        result = await self._call(self._environment.step, completion, call=call)
+        if not isinstance(result, tuple) or len(result) != 3:
             raise RolloutError(
-                f"{self._name}.{call} returned {found!r}; it must be a tuple: observation, reward, "
-                "done."
+                f"{self._name}.{call} returned {result!r}; it must be a tuple: observation, "
+                "reward, done."
             )
-        observation, reward, done = found
+        observation, reward, done = result
         if not isinstance(done, bool | np.bool_):
             raise RolloutError(f"{self._name}.{call} returned done={done!r}; it must be a bool.")
         return StepResult(observation, as_reward(reward, f"{self._name}.step"), bool(done))
 
     async def close(self) -> None:
-        """Let go of what the environment holds."""
+        """Close the environment, if it has something to close."""
         if type(self._environment).close is not Environment.close:
             await self._call(self._environment.close, call="close()")
 

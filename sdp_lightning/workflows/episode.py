@@ -1,8 +1,8 @@
 """An open trajectory: workflows write to it, and others may read what is closed already.
 
-Every token is stamped by the engine that sampled it. Interruptions are resent here, to the
-original budget, so a workflow never sees them. Nor does it see a resume: it is run again from its
-start, and its episodes replay what the checkpoint holds of them before they sample anew.
+Every token is stamped by the engine that sampled it. Interrupted requests are resent here, to the
+original budget, so a workflow never sees an interruption. Nor does it see a resume: it runs again
+from its start, and its episodes restore their logs from the checkpoint before they sample anew.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from sdp_lightning.types import (
 from sdp_lightning.workflows.episode_log import (
     CallEnd,
     CallStart,
+    DivergenceError,
     EpisodeTimes,
     Event,
-    ReplayError,
     describe_event,
-    parts_of,
+    log_parts,
 )
 from sdp_lightning.workflows.send_gate import SendGate
 
@@ -46,18 +46,17 @@ class Episode:
     Segments appear in ``parts`` when they close (at a weight update, at the end of a ``generate``),
     under a lock, so a snapshot never holds half a segment.
 
-    Everything is written to a log: contexts, the start and end of each ``generate``, and the
-    segments between them. ``replay`` takes the log of an interrupted run. Then ``add_context`` must
-    bring the next context of that log, and ``generate``, with the settings of its next call, gives
-    that call's segments and end; a call that had no end goes on with what is left of its budget.
-    When all is replayed, the episode is as it was. Anything else raises ``ReplayError``, and
-    ``divergence`` says what.
+    The log holds contexts, the start and end of each ``generate``, and the segments between them.
+    ``restore`` takes the log of an interrupted run. Then ``add_context`` must bring the next
+    context of that log, and ``generate`` the settings of its next call; it restores the segments
+    and end of that call, and a call without an end goes on with the rest of its budget. Anything
+    else raises ``DivergenceError``, and ``divergence`` tells the difference.
 
     Args:
         engine: samples.
-        gate: passed by every send.
-        seed: of this trajectory's random numbers.
-        group_key: shared by the episodes of one group.
+        gate: passed by every request.
+        seed: seed of this trajectory's random numbers.
+        group_key: key that the episodes of one group share.
     """
 
     def __init__(
@@ -67,7 +66,7 @@ class Episode:
         self._seed, self._group_key = seed, group_key
         self._lock = threading.Lock()
         self._log: list[Event] = []
-        self._position = 0  # events from here on are still to be replayed
+        self._position = 0  # events from here on are still to be restored
         self._finish_reason: FinishReason = "stop"
         self._divergence = ""
         self._times = EpisodeTimes(1)
@@ -75,29 +74,29 @@ class Episode:
 
     @property
     def times(self) -> EpisodeTimes:
-        """What it took so far."""
+        """Durations so far."""
         return self._times
 
     @property
     def parts(self) -> tuple[Context | Segment, ...]:
-        """What is closed so far, in order."""
+        """Contexts and closed segments so far, in order."""
         with self._lock:
-            return parts_of(self._log[: self._position])
+            return log_parts(self._log[: self._position])
 
     @property
     def log(self) -> tuple[Event, ...]:
-        """All that happened, and what is still to be replayed."""
+        """All events so far, and those still to be restored."""
         with self._lock:
             return tuple(self._log)
 
     @property
-    def is_replaying(self) -> bool:
-        """Whether some of an earlier run is still to be replayed."""
+    def is_restoring(self) -> bool:
+        """Whether events of an interrupted run are still to be restored."""
         return self._position < len(self._log)
 
     @property
     def divergence(self) -> str:
-        """What was done otherwise than in the run that is replayed; empty if nothing."""
+        """How the workflow diverged from its interrupted run; empty if it did not."""
         return self._divergence
 
     @property
@@ -111,18 +110,18 @@ class Episode:
         sampled = [part.token_ids for part in self.parts if isinstance(part, Segment)]
         return np.concatenate(sampled) if sampled else np.zeros(0, dtype=np.int64)
 
-    def replay(self, log: Sequence[Event]) -> None:
-        """Do again what ``log`` holds. Raises ``RolloutError`` if something was done already."""
+    def restore(self, log: Sequence[Event]) -> None:
+        """Restore the events of ``log``. Raises ``RolloutError`` if there are events already."""
         with self._lock:
             if self._log:
-                raise RolloutError("replay() must come before the first add_context().")
+                raise RolloutError("restore() must come before the first add_context().")
             self._log = list(log)
 
     def add_context(self, token_ids: ArrayLike) -> None:
         """Append tokens that the policy did not choose: a prompt, a tool's output."""
         context = Context(token_ids)
         with self._lock:
-            if not self.is_replaying:
+            if not self.is_restoring:
                 self._write(context)
                 return
             saved = self._log[self._position]
@@ -159,8 +158,8 @@ class Episode:
         """The trajectory, with the very segments that were collected here.
 
         Args:
-            reward: of the whole.
-            truncated: it was ended by a bound, whatever ended its last ``generate``.
+            reward: reward of the whole trajectory.
+            truncated: whether a bound ended it, whatever ended its last ``generate``.
         """
         if self._returned_at is not None:
             self._times += EpisodeTimes(reward_s=time.monotonic() - self._returned_at)
@@ -168,9 +167,9 @@ class Episode:
         return Trajectory(self.parts, reward=reward, finish_reason=reason)
 
     def _begin_call(self, params: SamplingParams) -> FinishReason | None:
-        """Replay this call. How it ended, None if it has not: what is left is to be sampled."""
+        """Restore this call and return how it ended; None if the rest is still to be sampled."""
         with self._lock:
-            if not self.is_replaying:
+            if not self.is_restoring:
                 self._write(CallStart(params))
                 return None
             saved, end = self._log[self._position], self._position + 1
@@ -184,7 +183,7 @@ class Episode:
         self._diverge(f"it generated with {params}", saved)
 
     async def _sample(self, params: SamplingParams, gained: int) -> FinishReason:
-        """Sample what is left of a call that has ``gained`` so many tokens already."""
+        """Sample the rest of a call that has ``gained`` so many tokens already."""
         left, empty = params.max_new_tokens - gained, 0
         while True:
             if gained and self._last_token() in params.stop_token_ids:
@@ -224,7 +223,7 @@ class Episode:
 
     def _diverge(self, done: str, saved: Event) -> NoReturn:
         self._divergence = f"{done} where there had been {describe_event(saved)}"
-        raise ReplayError(f"the workflow does not repeat what was saved of it: {self._divergence}.")
+        raise DivergenceError(f"the workflow does not repeat its saved steps: {self._divergence}.")
 
     def _num_sampled(self) -> int:
         return sum(len(part) for part in self.parts if isinstance(part, Segment))

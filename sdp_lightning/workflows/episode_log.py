@@ -1,4 +1,4 @@
-"""What an episode writes down: calls, contexts and segments, in order, and what they took."""
+"""The log of an episode: calls, contexts and segments in order, and their durations."""
 
 from __future__ import annotations
 
@@ -6,24 +6,19 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from sdp_lightning.errors import RolloutError
-from sdp_lightning.types import (
-    Context,
-    FinishReason,
-    SamplingParams,
-    Segment,
-)
+from sdp_lightning.types import Context, FinishReason, SamplingParams, Segment
 
 
 @dataclass(frozen=True)
 class CallStart:
-    """A ``generate`` began, with these settings."""
+    """Start of a ``generate`` with these settings."""
 
     params: SamplingParams
 
 
 @dataclass(frozen=True)
 class CallEnd:
-    """The ``generate`` before it returned this."""
+    """End of a ``generate``, and what it returned."""
 
     finish_reason: FinishReason
 
@@ -33,13 +28,13 @@ Event = Context | Segment | CallStart | CallEnd
 
 @dataclass(frozen=True)
 class EpisodeTimes:
-    """What trajectories took, in seconds added up; not what was replayed.
+    """Durations in seconds, added up over trajectories; steps before a resume do not count.
 
     Args:
-        num: trajectories.
-        sample_s: in ``generate``: for requests that wait and run.
-        tool_s: between one ``generate`` and the next, for what the workflow does there.
-        reward_s: after the last ``generate``.
+        num: number of trajectories.
+        sample_s: time in ``generate``, for requests that wait and run.
+        tool_s: time of the workflow between one ``generate`` and the next.
+        reward_s: time after the last ``generate``.
     """
 
     num: int = 0
@@ -56,17 +51,17 @@ class EpisodeTimes:
         )
 
 
-def parts_of(log: Iterable[Event]) -> tuple[Context | Segment, ...]:
-    """The tokens of a log."""
+def log_parts(log: Iterable[Event]) -> tuple[Context | Segment, ...]:
+    """Contexts and segments of a log."""
     return tuple(event for event in log if isinstance(event, Context | Segment))
 
 
-class ReplayError(RolloutError):
-    """A workflow that was run again did something else than the run that is replayed."""
+class DivergenceError(RolloutError):
+    """A workflow that runs again after a resume diverged from its interrupted run."""
 
 
 def describe_event(event: Event) -> str:
-    """An event as an error message shows it."""
+    """Text of an event in an error message."""
     if isinstance(event, Context | Segment):
         return f"{type(event).__name__}({event.token_ids.tolist()})"
     return repr(event)

@@ -1,54 +1,54 @@
-"""Rollouts of several turns: the policy speaks, an environment answers, and so on."""
+"""Rollouts of several turns: policy and environment take turns."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 from sdp_lightning.config.import_path import load_object
 from sdp_lightning.errors import ConfigError, RolloutError
-from sdp_lightning.rewards.pool import RewardRejected
 from sdp_lightning.types import Row, SamplingParams, Trajectory
-from sdp_lightning.workflows.chat_template import PLACE, encode_opening, encode_turn, with_stops
+from sdp_lightning.workflows.chat_template import (
+    PLACEHOLDER,
+    encode_opening,
+    encode_turn,
+    with_stops,
+)
 from sdp_lightning.workflows.environment import BoundedEnvironment, Environment
 from sdp_lightning.workflows.episode import Episode
 from sdp_lightning.workflows.workflow import (
-    REWARD_REJECTED,
     RolloutSession,
     RolloutWorkflow,
     Tokenizer,
-    gather_or_cancel,
+    gather_or_reject,
 )
-
-logger = logging.getLogger(__name__)
 
 
 class MultiTurnWorkflow(RolloutWorkflow):
     """Plays ``group_size`` conversations between the policy and environments of one row.
 
-    Tokens in, tokens out: what was sampled in one turn is the history of the next, token for token,
-    and only that is trained on. What stands between is added as context: the observation, with what
-    the chat template, or ``turn_format``, writes around it.
+    Tokens in, tokens out: the tokens sampled in one turn are the history of the next, token for
+    token, and only they are trained on. The text between two turns is added as context: the
+    observation, in the format of the chat template or of ``turn_format``.
 
-    A rollout ends when its environment is done, or truncated: after ``max_turns``, or when the next
-    turn has no room in ``max_total_tokens``. Its reward is the sum of its turns'.
+    A rollout ends when its environment is done. It is truncated after ``max_turns``, or when the
+    next turn does not fit ``max_total_tokens``. Its reward is the sum over its turns.
 
     Args:
-        environment: makes an :class:`Environment`, one for each sample: a class, a function, or
-            where to find one: ``"package.module:name"`` or ``"path/to/file.py:name"``.
-        group_size: conversations a row.
-        sampling: of one turn; the tokenizer's end of text and the tokens of ``stop`` are added to
-            its ``stop_token_ids``.
-        max_turns: of the policy.
-        max_total_tokens: of a whole trajectory, prompt and observations included; None is what the
-            engine allows, which then fails the group.
+        environment: a class or function that makes an :class:`Environment` for each sample, or its
+            import path: ``"package.module:name"`` or ``"path/to/file.py:name"``.
+        group_size: number of conversations for each row.
+        sampling: sampling settings of one turn; the tokenizer's end of text and the tokens of
+            ``stop`` are added to its ``stop_token_ids``.
+        max_turns: number of turns of the policy.
+        max_total_tokens: length of a whole trajectory, prompt and observations included; None is
+            the limit of the engine, which fails the group.
         stop: texts of one token each that end a turn, such as a newline.
-        turn_format: text with ``{observation}`` in it, which stands between two turns; prompts are
-            then plain text, too. None: the tokenizer's chat template, for prompts and turns.
-        step_timeout_s: the longest ``reset`` or ``step`` of an environment; a later one fails its
-            group, with an error naming row and step.
+        turn_format: text between two turns, with ``{observation}`` in it; prompts are then plain
+            text, too. None: the tokenizer's chat template, for prompts and turns.
+        step_timeout_s: seconds after which ``reset`` or ``step`` of an environment fails its group,
+            with an error naming row and step.
 
     Raises:
         ConfigError: if a setting is out of range.
@@ -74,14 +74,14 @@ class MultiTurnWorkflow(RolloutWorkflow):
             raise ConfigError(f"max_total_tokens must be at least 2, got {max_total_tokens}.")
         if not step_timeout_s > 0:
             raise ConfigError(f"step_timeout_s must be positive, got {step_timeout_s}.")
-        if turn_format is not None and PLACE not in turn_format:
-            raise ConfigError(f"turn_format must have {PLACE} in it, got {turn_format!r}.")
-        found: Any = load_object(environment) if isinstance(environment, str) else environment
-        if not callable(found):
+        if turn_format is not None and PLACEHOLDER not in turn_format:
+            raise ConfigError(f"turn_format must have {PLACEHOLDER} in it, got {turn_format!r}.")
+        factory: Any = load_object(environment) if isinstance(environment, str) else environment
+        if not callable(factory):
             raise ConfigError(
-                f"environment must be a class or a function that makes one, got {found!r}."
+                f"environment must be a class or a function that makes one, got {factory!r}."
             )
-        self._make_environment: Any = found
+        self._make_environment: Any = factory
         self._sampling = sampling if sampling is not None else SamplingParams()
         self.group_size, self.max_turns = group_size, max_turns
         self.max_total_tokens = max_total_tokens
@@ -97,12 +97,7 @@ class MultiTurnWorkflow(RolloutWorkflow):
         params = with_stops(self._sampling, session.tokenizer, self.stop)
         episodes = [session.open() for _ in range(self.group_size)]
         rollouts = [self._play(row, session.tokenizer, episode, params) for episode in episodes]
-        try:
-            return await gather_or_cancel(rollouts)
-        except RewardRejected as error:
-            logger.warning("%s; its group is rejected", error)
-            session.reject(REWARD_REJECTED)
-            return None
+        return await gather_or_reject(session, rollouts)
 
     async def _play(
         self, row: Row, tokenizer: Tokenizer, episode: Episode, params: SamplingParams
@@ -159,7 +154,7 @@ class MultiTurnWorkflow(RolloutWorkflow):
         return episode.finish(reward, truncated=True)
 
     def _room(self, num_tokens: int) -> int:
-        """How many more tokens a history of ``num_tokens`` may get."""
+        """Number of tokens that may follow a history of ``num_tokens``."""
         if self.max_total_tokens is None:
             return self._sampling.max_new_tokens
         return self.max_total_tokens - num_tokens

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from sdp_lightning.config.import_path import load_object
 from sdp_lightning.errors import ConfigError
-from sdp_lightning.rewards.pool import RewardPool, RewardRejected
+from sdp_lightning.rewards.pool import RewardPool
 from sdp_lightning.rewards.timeouts import call_reward
 from sdp_lightning.types import Row, SamplingParams, Trajectory
 from sdp_lightning.workflows.chat_template import encode_prompt, with_stops
 from sdp_lightning.workflows.episode import Episode
 from sdp_lightning.workflows.workflow import (
-    REWARD_REJECTED,
     RolloutSession,
     RolloutWorkflow,
     Tokenizer,
-    gather_or_cancel,
+    gather_or_reject,
 )
-
-logger = logging.getLogger(__name__)
-
 
 Reward = Callable[[str, Row], float | Awaitable[float]]
 
@@ -31,19 +26,23 @@ class RLVRWorkflow(RolloutWorkflow):
     """Samples ``group_size`` completions of one prompt and scores each.
 
     Args:
-        reward: ``reward(completion, row) -> float``, plain or async, or where to find one:
+        reward: ``reward(completion, row) -> float``, plain or async, or its import path:
             ``"package.module:name"`` or ``"path/to/file.py:name"``. A plain function runs in a
-            thread of its own, so it may block. A ``RewardPool`` runs it where it can be killed.
-        group_size: samples a prompt.
-        sampling: how; the tokenizer's end of text and the tokens of ``stop`` are added to its
-            ``stop_token_ids``.
-        prompt_key: the row's prompt: text, or a list of ``{"role", "content"}`` messages.
-        use_chat_template: wrap a text prompt as one user message; message lists always are.
+            thread of its own, so it may block. A ``RewardPool`` runs it in a process that can be
+            killed.
+        group_size: number of samples for each prompt.
+        sampling: sampling settings; the tokenizer's end of text and the tokens of ``stop`` are
+            added to its ``stop_token_ids``.
+        prompt_key: key of the prompt in a row: text, or a list of ``{"role", "content"}`` messages.
+        use_chat_template: whether a text prompt becomes a user message; message lists always use
+            the template.
         stop: texts of one token each that end a completion, such as a newline.
-        reward_timeout_s: a reward that takes longer fails its group, with an error naming the row;
-            with ``reward_workers`` it is killed, and counts as 0, with a warning naming the row.
-        reward_workers: processes of a ``RewardPool``, for a reward that may hang, crash or eat
-            memory; 0 calls it here. Pass a ``RewardPool`` as ``reward`` to set more than that.
+        reward_timeout_s: seconds after which a reward fails its group, with an error naming the
+            row; with ``reward_workers`` it is killed and counts as 0, with a warning naming the
+            row.
+        reward_workers: number of processes of a ``RewardPool``, for a reward that may hang, crash
+            or exhaust memory; 0 calls it in this process. For more settings pass a ``RewardPool``
+            as ``reward``.
 
     Raises:
         ConfigError: if a setting is out of range, or worker processes cannot import the reward.
@@ -82,7 +81,7 @@ class RLVRWorkflow(RolloutWorkflow):
 
     @property
     def reward_pool(self) -> RewardPool | None:
-        """Where rewards are called, and counted; None: in this process."""
+        """Pool that calls and counts the rewards; None if they are called in this process."""
         return self._pool
 
     @property
@@ -109,12 +108,7 @@ class RLVRWorkflow(RolloutWorkflow):
         params = with_stops(self._sampling, session.tokenizer, self.stop)
         episodes = [session.open() for _ in range(self.group_size)]
         samples = [self._sample(row, session.tokenizer, e, prompt, params) for e in episodes]
-        try:
-            return await gather_or_cancel(samples)
-        except RewardRejected as error:
-            logger.warning("%s; its group is rejected", error)
-            session.reject(REWARD_REJECTED)
-            return None
+        return await gather_or_reject(session, samples)
 
     async def _sample(
         self,
@@ -136,7 +130,7 @@ class RLVRWorkflow(RolloutWorkflow):
 def _make_pool(
     reward: str | Reward, function: Any, num_workers: int, timeout_s: float
 ) -> RewardPool | None:
-    """The pool that was passed, or one of ``num_workers``, or None for 0."""
+    """The pool that was passed, or a new one of ``num_workers``; None for 0 workers."""
     if isinstance(num_workers, bool) or not isinstance(num_workers, int) or num_workers < 0:
         raise ConfigError(f"reward_workers must be an integer of at least 0, got {num_workers!r}.")
     if isinstance(function, RewardPool):

@@ -15,14 +15,14 @@ from sdp_lightning.distributed.event_loop import call_in, settle
 from sdp_lightning.errors import RolloutTimeout
 from sdp_lightning.types import FinishReason
 
-CANCEL_S = 5.0  # to end a cancelled request: milliseconds, but a busy machine's threads starve
+CANCEL_S = 5.0  # ending a cancelled request takes milliseconds, more on a busy machine
 
 
 class SendGate:
-    """Counts requests that are out, and holds back new ones while it is closed.
+    """Counts outstanding requests, and holds back new ones while it is closed.
 
-    A request that passed before ``close`` returned is counted by ``drain``; one that comes later
-    waits for ``open``. So a request sent under a version is admitted under it.
+    ``drain`` awaits a request that passed before ``close`` returned; a later one waits for
+    ``open``. So a request sent under a version is admitted under it.
     """
 
     def __init__(self) -> None:
@@ -35,13 +35,13 @@ class SendGate:
 
     @property
     def busy_s(self) -> float:
-        """Seconds so far in which at least one request was out."""
+        """Seconds so far with at least one outstanding request."""
         with self._changed:
             return self._busy_s + (time.monotonic() - self._busy_since if self._out else 0.0)
 
     @property
     def num_outstanding(self) -> int:
-        """Requests that are out."""
+        """Number of outstanding requests."""
         return len(self._out)
 
     def close(self) -> None:
@@ -58,13 +58,16 @@ class SendGate:
             settle(future, None)
 
     def drain(self, timeout_s: float) -> int:
-        """Wait until every request that is out has come back; cancel those that do not.
+        """Wait until all outstanding requests have returned; cancel those that are late.
+
+        Args:
+            timeout_s: seconds until requests are cancelled.
 
         Returns:
-            How many were cancelled. Their unfinished tokens are discarded and sampled again.
+            Number of cancelled requests. Their unfinished tokens are discarded and sampled again.
 
         Raises:
-            RolloutTimeout: if one does not even return when it is cancelled.
+            RolloutTimeout: if a cancelled request does not return.
         """
         deadline = time.monotonic() + timeout_s
         with self._changed:
@@ -124,6 +127,6 @@ class SendGate:
 
 
 def is_being_cancelled() -> bool:
-    """Whether the current task was told to end; False if the ``CancelledError`` is another's."""
+    """Whether the current task is being cancelled, rather than one that it awaits."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0

@@ -1,6 +1,7 @@
-"""What training sees of a workflow: groups that teach something, rewards that mind the length.
+"""Group filters and length penalties: they shape the groups of a workflow for training only.
 
-Pieces to put together. Evaluation sees the workflow itself, unshaped.
+A filter drops groups without a learning signal; a penalty lowers rewards by length. Evaluation uses
+the workflow itself, unshaped.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from sdp_lightning.workflows.workflow import RolloutSession, RolloutWorkflow
 
 
 class GroupFilter(ABC):
-    """Says of a group whether it is left out of training."""
+    """Decides whether a group is left out of training."""
 
     @abstractmethod
     def why_not(self, trajectories: Sequence[Trajectory]) -> str:
-        """Why it is left out, as one of a few texts, by which groups are counted; empty: kept."""
+        """Reason why the group is left out, one of a few texts; empty if it is kept."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +58,11 @@ class AllEqual(GroupFilter):
 
 
 class LengthPenalty(ABC):
-    """Something that is added to a trajectory's reward for its length."""
+    """A penalty for length, added to the reward of a trajectory."""
 
     @abstractmethod
     def of(self, trajectory: Trajectory) -> float:
-        """0 or less, by the sampled tokens of ``trajectory``."""
+        """The penalty of ``trajectory``: 0 or less, by its sampled tokens."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ class SoftOverlong(LengthPenalty):
 
 @dataclass(frozen=True)
 class LinearLength(LengthPenalty):
-    """``-per_token`` for each sampled token after the first ``free_tokens``, to ``-at_most``.
+    """A penalty of ``per_token`` for each token after ``free_tokens``, at most ``at_most``.
 
     Raises:
         ConfigError: unless per_token > 0, at_most > 0 and free_tokens >= 0.
@@ -123,7 +124,7 @@ class LinearLength(LengthPenalty):
 
 @dataclass(frozen=True)
 class Truncated(LengthPenalty):
-    """``-penalty`` for a trajectory that was cut off at a bound."""
+    """A fixed penalty for a trajectory that was cut off at a bound."""
 
     penalty: float = 1.0
 
@@ -132,16 +133,16 @@ class Truncated(LengthPenalty):
 
 
 class ShapedWorkflow(RolloutWorkflow):
-    """Another workflow, whose groups are filtered and whose rewards are shaped, for training only.
+    """Filters the groups and shapes the rewards of another workflow, for training only.
 
-    A filtered group is rejected, and its row is not repeated in that epoch: others take its place
-    in the batch, as many as it takes. ``max_rejected_in_a_row`` of the RolloutConfig bounds how
-    many, with an error that names the reason.
+    A filtered group is rejected, and its row is not repeated in that epoch: further rows refill the
+    batch. ``max_rejected_in_a_row`` of the RolloutConfig bounds their number, with an error that
+    names the reason.
 
     Args:
-        workflow: what one rollout does.
-        filters: judge the workflow's own rewards; the first that objects names the reason.
-        penalties: are all added to the rewards, after the filters.
+        workflow: the workflow to shape.
+        filters: filters of the unshaped rewards; the first that objects gives the reason.
+        penalties: penalties that are added to the rewards after the filters.
     """
 
     def __init__(
@@ -169,8 +170,8 @@ class ShapedWorkflow(RolloutWorkflow):
         trajectories = await self.workflow.run(row, session)
         if session.is_evaluation or not trajectories or session.rejection:
             return trajectories
-        for judge in self.filters:
-            if reason := judge.why_not(trajectories):
+        for group_filter in self.filters:
+            if reason := group_filter.why_not(trajectories):
                 session.reject(reason)
                 return None
         return [

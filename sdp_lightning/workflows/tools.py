@@ -21,16 +21,16 @@ A turn without a call is your answer."""
 
 
 class ToolEnvironment(Environment):
-    """Runs the calls of a turn; a turn without one is the answer, which ``reward`` judges.
+    """Runs the tool calls of a turn; a turn without one is the answer, which ``reward`` scores.
 
     A call is ``<tool_call>{"name": ..., "arguments": {...}}</tool_call>``, as Qwen's and Hermes'
-    chat templates write them. A call that fails is told to the policy as ``error: ...``.
+    chat templates write it. The result of a failed call is ``error: ...``.
 
     Args:
-        tools: functions with docstrings, whose names the policy may call.
+        tools: functions with docstrings, which the policy may call by name.
         reward: ``reward(completion, row) -> float`` of the answer.
-        prompt_key: the row's prompt: text or messages. What the tools are is said before it.
-        result_role: whose message a result is; for chat templates.
+        prompt_key: key of the prompt in a row: text or messages; a list of the tools precedes it.
+        result_role: role of the message that holds a result, for chat templates.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class ToolEnvironment(Environment):
         self._row: Row = {}
 
     def reset(self, row: Row) -> list[Message]:
-        """The row's prompt, after a system message that says what may be called."""
+        """A system message that lists the tools, then the prompt of ``row``."""
         self._row = row
         prompt = row[self._prompt_key]
         asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
@@ -57,7 +57,7 @@ class ToolEnvironment(Environment):
         return [{"role": "system", "content": _HOW.format(functions=functions)}, *asked]
 
     def step(self, completion: str) -> StepResult:
-        """The results of its calls, or the reward of an answer."""
+        """The results of the calls in ``completion``, or the reward of an answer."""
         calls = _CALL.findall(completion)
         if not calls:
             return StepResult("", self._reward(completion, self._row), True)

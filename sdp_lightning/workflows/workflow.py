@@ -1,16 +1,20 @@
-"""What a workflow is, and what it gets to work with."""
+"""The base class of workflows, and the session that a workflow works in."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, Protocol
 
+from sdp_lightning.rewards.pool import RewardRejected
 from sdp_lightning.types import Row, SamplingParams, Trajectory
 from sdp_lightning.workflows.episode import Episode
 from sdp_lightning.workflows.episode_log import Event
+
+logger = logging.getLogger(__name__)
 
 
 class Tokenizer(Protocol):
@@ -41,13 +45,13 @@ class Tokenizer(Protocol):
 
 
 class RolloutSession:
-    """What one group gets: a tokenizer, and episodes to write to.
+    """The tokenizer and the episodes of one group.
 
     Args:
-        tokenizer: of the policy.
+        tokenizer: tokenizer of the policy.
         new_episode: makes the episode of the n-th sample.
-        saved: logs of the episodes of an interrupted run, which those of this one replay.
-        is_evaluation: the group is only judged, and never trained on.
+        saved: logs of the episodes of an interrupted run, which its new episodes restore.
+        is_evaluation: whether the group is only judged, and never trained on.
     """
 
     def __init__(
@@ -68,19 +72,19 @@ class RolloutSession:
 
     @property
     def episodes(self) -> tuple[Episode, ...]:
-        """Those opened so far."""
+        """Episodes opened so far."""
         with self._lock:
             return tuple(self._episodes)
 
     @property
     def logs(self) -> list[tuple[Event, ...]]:
-        """Of every episode, also of those that are still to be opened again."""
+        """Log of every episode, those included that are still to be opened again."""
         episodes = self.episodes
         return [*(episode.log for episode in episodes), *self._saved[len(episodes) :]]
 
     @property
     def divergence(self) -> str:
-        """What was done otherwise than in the run that is replayed; empty if nothing."""
+        """How the workflow diverged from its interrupted run; empty if it did not."""
         return next((e.divergence for e in self.episodes if e.divergence), self._divergence)
 
     def open(self) -> Episode:
@@ -89,19 +93,19 @@ class RolloutSession:
             index = len(self._episodes)
             episode = self._new_episode(index)
             if index < len(self._saved):
-                episode.replay(self._saved[index])
+                episode.restore(self._saved[index])
             self._episodes.append(episode)
             return episode
 
     def reject(self, reason: str) -> None:
-        """Train on nothing of this group. Groups are counted by ``reason``: one of a few texts."""
+        """Reject this group. Groups are counted by ``reason``, which is one of a few texts."""
         self.rejection = reason
 
     def end(self) -> None:
-        """The workflow has returned. If it has not repeated all that was saved, that diverges."""
+        """Close the session when the workflow has returned: by then it must have restored all."""
         episodes = self.episodes
-        if len(episodes) < len(self._saved) or any(e.is_replaying for e in episodes):
-            self._divergence = "it ended before it had repeated all that was saved"
+        if len(episodes) < len(self._saved) or any(e.is_restoring for e in episodes):
+            self._divergence = "it ended before it had repeated all saved steps"
 
 
 class RolloutWorkflow(ABC):
@@ -109,38 +113,38 @@ class RolloutWorkflow(ABC):
 
     Holds settings only: the same object serves many groups at once.
 
-    After a resume it is run again for a group that was under way, and what it had sampled is given
-    to it again. So it should do the same things in the same order, given the same row and tokens.
-    If it does not, that group's saved tokens are discarded, and it is sampled from scratch.
+    After a resume it runs again for an interrupted group and is given the tokens sampled before. So
+    it should do the same things in the same order, given the same row and tokens. If it does not,
+    the saved tokens of that group are discarded, and it is sampled from scratch.
     """
 
     @property
     @abstractmethod
     def sampling(self) -> SamplingParams:
-        """How it samples; the trainer scores at the same temperature."""
+        """Sampling settings; the trainer scores at the same temperature."""
 
     @abstractmethod
     async def run(self, row: Row, session: RolloutSession) -> Sequence[Trajectory] | None:
         """Roll out ``row``.
 
         Returns:
-            The group's trajectories, or None (or nothing) to reject the row.
+            Trajectories of the group; None or an empty sequence rejects the row.
 
         Raises:
-            Exception: any; the group is counted failed, others go on.
+            Exception: any; the group is counted as failed, others go on.
         """
 
     @property
     def counts(self) -> Mapping[str, int]:
-        """What it counts over a run, under the same names on every rank; logged by them."""
+        """Counts over a run, logged by their names, which are the same on every rank."""
         return {}
 
     def close(self) -> None:  # noqa: B027 # most hold nothing
-        """A run has ended: let go of processes. The next run may start them again."""
+        """Release processes at the end of a run. The next run may start them again."""
 
 
 def why_rejected(trajectories: Sequence[Trajectory] | None) -> str:
-    """Why there is nothing to train on in what a workflow returned; empty if there is."""
+    """Reason why the return value of a workflow cannot be trained on; empty if it can."""
     if trajectories is None:
         return "the workflow returned None"
     if len(trajectories) == 0:
@@ -150,11 +154,25 @@ def why_rejected(trajectories: Sequence[Trajectory] | None) -> str:
     return ""
 
 
-REWARD_REJECTED = "a reward could not be had"
+async def gather_or_reject(
+    session: RolloutSession, samples: Sequence[Coroutine[Any, Any, Trajectory]]
+) -> list[Trajectory] | None:
+    """The trajectories of all samples; None, with the group rejected, if a reward is missing.
+
+    If a sample fails, the others are cancelled before its error goes on.
+    """
+    try:
+        return await gather_or_cancel(samples)
+    except RewardRejected as error:
+        logger.warning("%s; its group is rejected", error)
+        session.reject("a reward could not be had")
+        return None
 
 
-async def gather_or_cancel(samples: Sequence[Any]) -> list[Trajectory]:
-    """Await all; if one fails, the others are cancelled before its error goes on."""
+async def gather_or_cancel(
+    samples: Sequence[Coroutine[Any, Any, Trajectory]],
+) -> list[Trajectory]:
+    """Await all samples; if one fails, the others are cancelled before its error goes on."""
     tasks = [asyncio.ensure_future(sample) for sample in samples]
     try:
         return list(await asyncio.gather(*tasks))

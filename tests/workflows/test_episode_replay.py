@@ -18,7 +18,7 @@ from sdp_lightning.rollout.executor import WorkflowExecutor
 from sdp_lightning.testing import FakeEngine, tiny_model
 from sdp_lightning.types import FinishReason, Row, SamplingParams, Segment, Trajectory
 from sdp_lightning.workflows.episode import Episode
-from sdp_lightning.workflows.episode_log import Event, ReplayError
+from sdp_lightning.workflows.episode_log import DivergenceError, Event
 from sdp_lightning.workflows.send_gate import SendGate
 from sdp_lightning.workflows.workflow import RolloutSession, RolloutWorkflow
 from support.checkpoints import finished, through_a_file
@@ -363,14 +363,14 @@ def test_an_episode_interrupted_anywhere_ends_as_it_would_have(
     for log in logs:
         again = Alphabet(iter([1, 0]), stop_at, lambda: None)
         other = Episode(again, SendGate())  # type: ignore[arg-type]
-        other.replay(log)
+        other.restore(log)
         assert other.log == log and not other.parts
         assert asyncio.run(follow(other, steps, stop_at)) == seen
         saved = [e for e in log if isinstance(e, Segment)]
         kept = [p for p in other.parts if isinstance(p, Segment)][: len(saved)]
         assert all(a is b for a, b in zip(kept, saved, strict=True)), "with their proximal slots"
         assert len(again.sampled) == len(engine.sampled) - sum(map(len, saved))
-        assert not other.is_replaying and not other.divergence
+        assert not other.is_restoring and not other.divergence
 
 
 class Unreliable(Alphabet):
@@ -401,9 +401,11 @@ def test_a_call_that_raised_is_forgotten_if_it_sampled_nothing_and_else_not_repe
     episode = Episode(engine, SendGate())  # type: ignore[arg-type]
     asyncio.run(try_twice(episode))
     other = Episode(Alphabet(iter([]), 99, lambda: None), SendGate())  # type: ignore[arg-type]
-    other.replay(episode.log)
+    other.restore(episode.log)
     if sampled:
-        with pytest.raises(ReplayError, match=r"generated with .* where there had been CallStart"):
+        with pytest.raises(
+            DivergenceError, match=r"generated with .* where there had been CallStart"
+        ):
             asyncio.run(try_twice(other))
     else:
         asyncio.run(try_twice(other))
@@ -414,4 +416,4 @@ def test_a_replay_begins_before_anything_else() -> None:
     episode = Episode(FakeEngine(), SendGate())
     episode.add_context([1])
     with pytest.raises(RolloutError, match="before the first add_context"):
-        episode.replay(episode.log)
+        episode.restore(episode.log)

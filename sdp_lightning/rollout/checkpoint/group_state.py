@@ -12,7 +12,7 @@ import torch
 from sdp_lightning.rollout.checkpoint.segment_codec import part_from_fields, part_to_fields
 from sdp_lightning.rollout.groups.in_flight import InFlightGroup
 from sdp_lightning.types import SamplingParams, Trajectory, TrajectoryGroup
-from sdp_lightning.workflows.episode_log import CallEnd, CallStart, Event, parts_of
+from sdp_lightning.workflows.episode_log import CallEnd, CallStart, Event, log_parts
 
 
 def group_to_state(group: InFlightGroup) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def group_from_state(state: Mapping[str, Any]) -> TrajectoryGroup:
     return TrajectoryGroup(
         tuple(
             Trajectory(
-                parts_of(_event_from_state(part) for part in t["parts"]),
+                log_parts(_event_from_state(part) for part in t["parts"]),
                 reward=t["reward"],
                 finish_reason=t["finish_reason"],
             )
@@ -58,7 +58,7 @@ def group_from_state(state: Mapping[str, Any]) -> TrajectoryGroup:
 
 
 def logs_from_state(state: Sequence[Sequence[Mapping[str, Any]]]) -> list[list[Event]]:
-    """The logs that :func:`group_to_state` wrote, for episodes to replay."""
+    """The logs that :func:`group_to_state` wrote, for episodes to restore."""
     return [[_event_from_state(event) for event in log] for log in state]
 
 

@@ -10,7 +10,7 @@ from typing import Literal
 from sdp_lightning.prompts.stream import PromptRow
 from sdp_lightning.rollout.groups.telemetry import GroupRecord
 from sdp_lightning.types import Context, Segment, Trajectory, TrajectoryGroup
-from sdp_lightning.workflows.episode_log import EpisodeTimes, parts_of
+from sdp_lightning.workflows.episode_log import EpisodeTimes, log_parts
 from sdp_lightning.workflows.workflow import RolloutSession
 
 Parts = tuple[Context | Segment, ...]
@@ -39,10 +39,10 @@ class InFlightGroup:
 
     @property
     def parts(self) -> list[Parts]:
-        """Parts of each trajectory so far, those still to be replayed included."""
+        """Parts of each trajectory so far, those still to be restored included."""
         if self.finished is not None:
             return [trajectory.parts for trajectory in self.finished.trajectories]
-        return [parts_of(log) for log in self.session.logs]
+        return [log_parts(log) for log in self.session.logs]
 
     @property
     def versions(self) -> tuple[int, int] | None:
