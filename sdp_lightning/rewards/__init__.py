@@ -1,6 +1,6 @@
-"""Verifiers: what a completion is worth. Pure functions of the completion and its dataset row.
+"""Rewards of completions: pure functions of a completion and its dataset row.
 
-``RewardPool`` calls any of them in worker processes that can be killed. ``reasoning`` and
+``RewardPool`` calls them in worker processes that can be killed. ``reasoning_gym`` and
 ``mathematics`` need a library each, and are imported by their own names only.
 """
 

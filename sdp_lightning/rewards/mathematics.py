@@ -3,9 +3,9 @@ r"""Mathematical equality by math-verify, as a reward.
 >>> math_reward(r"So it is $\frac{1}{2}$.", {"answer": "0.5"})
 1.0
 
-Only in a process that can be killed: ``RLVRWorkflow(reward, reward_workers=2)``. math-verify's own
-deadlines are signals, which work in no thread, and without them a power tower such as
-``$9^{9^{9^{9}}}$`` never returns. Here they are off, and the pool's deadline is the one there is.
+Runs only in a process that can be killed: ``RLVRWorkflow(reward, reward_workers=2)``. math-verify's
+own timeouts are signals, which work in no thread, and without them a power tower such as
+``$9^{9^{9^{9}}}$`` never returns. Here they are off, and the pool's timeout applies.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sdp_lightning.config.import_path import require
 from sdp_lightning.errors import RolloutError
 
 require("math_verify", "math-verify", __name__)
-from math_verify import parse, verify  # noqa: E402 # here: its deadline is a start's, not a call's
+from math_verify import parse, verify  # noqa: E402 # here: start_s bounds it, not timeout_s
 
 
 def math_reward(completion: str, row: Mapping[str, Any], *, answer_key: str = "answer") -> float:
@@ -32,9 +32,9 @@ def math_reward(completion: str, row: Mapping[str, Any], *, answer_key: str = "a
     (1.0, 0.0)
 
     Args:
-        completion: what was sampled.
-        row: of the dataset.
-        answer_key: where the answer is: LaTeX, with or without ``$``, or a number.
+        completion: sampled text.
+        row: row of the dataset.
+        answer_key: key of the answer in ``row``: LaTeX, with or without ``$``, or a number.
 
     Raises:
         RolloutError: in a thread, where nothing could stop it; if the row has no answer, or one
@@ -54,13 +54,13 @@ def math_reward(completion: str, row: Mapping[str, Any], *, answer_key: str = "a
 @functools.lru_cache(maxsize=1024)
 def _expected(answer: str) -> list[Any]:
     text = answer if "$" in answer or "\\boxed" in answer else f"${answer}$"
-    found = _read(text)
-    if not found:
+    parsed = _read(text)
+    if not parsed:
         raise RolloutError(f"math-verify finds no mathematics in the row's answer {answer!r}.")
-    return found
+    return parsed
 
 
 def _read(text: str) -> list[Any]:
-    # It warns that it has no deadline then, and of each answer that it cannot read.
+    # math-verify warns that it has no timeout, and of each answer that it cannot read.
     logging.getLogger("math_verify").setLevel(logging.ERROR)
     return parse(text, parsing_timeout=None)  # pyright: ignore[reportArgumentType]

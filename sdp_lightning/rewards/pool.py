@@ -16,8 +16,8 @@ from typing import Any, Literal
 
 from sdp_lightning.config.import_path import load_object
 from sdp_lightning.errors import ConfigError, RolloutError
-from sdp_lightning.rewards.worker_process import Verdict, WorkerSettings
-from sdp_lightning.rewards.worker_threads import Tally, WorkerCrew
+from sdp_lightning.rewards.worker_process import CallOutcome, WorkerSettings
+from sdp_lightning.rewards.worker_threads import Tally, WorkerThreads
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ _SHOWN = 200  # characters of a row or a completion in a warning
 
 
 class RewardRejected(RolloutError):
-    """A reward could not be had, and the pool was told to reject its group."""
+    """A reward is missing, and the pool's policy is to reject its group."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,11 @@ class RewardCounts:
     """How the calls of a pool ended.
 
     Attributes:
-        value: with a number.
-        raised: the reward raised, or returned no finite number.
-        timed_out: killed at the deadline.
-        out_of_memory: needed more than ``memory_bytes``.
-        crashed: the reward ended its process: a segmentation fault, ``os._exit``.
+        value: calls that returned a number.
+        raised: calls in which the reward raised, or returned no finite number.
+        timed_out: calls that were killed at the deadline.
+        out_of_memory: calls that needed more than ``memory_bytes``.
+        crashed: calls that ended their process: a segmentation fault, ``os._exit``.
     """
 
     value: int = 0
@@ -60,27 +60,27 @@ class RewardPool:
     """``await pool(completion, row)``, in one of ``num_workers`` processes with a hard deadline.
 
     A process whose call hangs, crashes or runs out of memory is killed with its children, and
-    replaced at the next call. Processes are started at the first call, import the reward by its
-    place, and run it on their main thread, so it may use signals (math-verify does). They have
-    nothing of the trainer: neither its memory nor its CUDA context. They end with ``close``, with
-    the pool, and with the trainer however that ends (on Linux also in the middle of a call).
-    Any number of event loops may share a pool; a copy has processes of its own.
+    replaced at the next call. Processes start at the first call, import the reward, and run it on
+    their main thread, so it may use signals (math-verify does). They share neither memory nor CUDA
+    context with the trainer. They end with ``close``, with the pool, and with the trainer however
+    it ends (on Linux also in the middle of a call). Any number of event loops may share a pool; a
+    copy and a forked process start processes of their own.
 
     Args:
         reward: ``"package.module:name"``, ``"path/to/file.py:name"`` or a function at the top level
             of a module; plain or async.
-        num_workers: processes, and calls at once; the others wait.
-        timeout_s: longest call, waiting for a process left out.
-        memory_bytes: the most data memory of a process, what the reward imports included; None is
-            no bound. Bounds nothing on macOS.
-        on_kill: what a call is worth that costs its process: ``"zero"``, with a warning that names
+        num_workers: number of processes, which is the number of calls at once.
+        timeout_s: longest call in seconds, without the wait for a process.
+        memory_bytes: largest data memory of a process, with the imports of the reward; None is no
+            bound. macOS enforces none.
+        on_kill: reward of a call that costs its process: ``"zero"``, with a warning that names
             the row; ``"reject"`` its group; or ``"raise"``.
         on_error: the same for a reward that raises, or returns no number.
-        max_killed_in_a_row: processes lost, with no answer between, that are an error.
-        start_s: longest start of a process, with the imports of the reward.
+        max_killed_in_a_row: so many lost processes without an answer between them are an error.
+        start_s: longest start of a process in seconds, with the imports of the reward.
 
     Raises:
-        ConfigError: if a setting is out of range, or the reward has no place to import it from.
+        ConfigError: if a setting is out of range, or the reward cannot be imported elsewhere.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class RewardPool:
         for name, policy in (("on_kill", on_kill), ("on_error", on_error)):
             if policy not in ("zero", "reject", "raise"):
                 raise ConfigError(f"{name} must be zero, reject or raise; got {policy!r}.")
-        spec = importable_place(reward)
+        spec = import_path_of(reward)
         name = spec.rpartition(":")[2]
         self._worker = WorkerSettings(spec, name, memory_bytes, start_s)
         self.num_workers, self.timeout_s = num_workers, timeout_s
@@ -118,15 +118,16 @@ class RewardPool:
     @property
     def counts(self) -> RewardCounts:
         """How all calls ended so far."""
+        self._leave_parent()
         return RewardCounts(**self._tally.snapshot())
 
     async def __call__(self, completion: str, row: Row) -> float:
-        """What ``completion`` is worth.
+        """The reward of ``completion``.
 
         Raises:
             RolloutError: if the reward raised, cannot be loaded, or the pool is closed meanwhile;
-                with ``"raise"`` also if its process was killed.
-            RewardRejected: with ``"reject"``.
+                under the policy ``"raise"`` also if its process was killed.
+            RewardRejected: under the policy ``"reject"``.
         """
         try:
             arguments = pickle.dumps((completion, dict(row)))
@@ -135,20 +136,21 @@ class RewardPool:
                 f"row {_shown(row.get('id', row))} cannot be sent to a worker process: {error}. "
                 "Keep plain values in the rows."
             ) from error
-        verdict = await asyncio.wrap_future(self._open().submit(arguments))
-        if verdict.kind == "value":
-            return verdict.value
-        return self._settle(verdict, completion, row)
+        outcome = await asyncio.wrap_future(self._open().submit(arguments))
+        if outcome.kind == "value":
+            return outcome.value
+        return self._settle(outcome, completion, row)
 
     def close(self) -> None:
         """End all processes, within seconds. The next call starts new ones."""
+        self._leave_parent()
         with self._lock:
-            end, self._crew, self._end = self._end, None, None
+            end, self._threads, self._end = self._end, None, None
         if end is not None:
             end()
 
     def __getstate__(self) -> dict[str, Any]:
-        left_out = ("_crew", "_end", "_tally", "_lock")
+        left_out = ("_threads", "_end", "_tally", "_lock")
         return {key: value for key, value in self.__dict__.items() if key not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -157,91 +159,82 @@ class RewardPool:
 
     def _reset(self) -> None:
         self._tally, self._lock = Tally(), threading.Lock()
-        self._crew: WorkerCrew | None = None
+        self._threads: WorkerThreads | None = None
         self._end: weakref.finalize[[], RewardPool] | None = None
-        _pools.add(self)
+        self._process_id = os.getpid()
 
-    def _open(self) -> WorkerCrew:
+    def _open(self) -> WorkerThreads:
+        self._leave_parent()
         with self._lock:
-            if self._crew is None:
-                self._crew = WorkerCrew(
+            if self._threads is None:
+                self._threads = WorkerThreads(
                     self._worker,
                     num_workers=self.num_workers,
                     timeout_s=self.timeout_s,
                     tally=self._tally,
                 )
-                self._end = weakref.finalize(self, self._crew.close)  # dropped, or at exit
-            return self._crew
+                self._end = weakref.finalize(self, self._threads.close)  # dropped, or at exit
+            return self._threads
 
-    def _settle(self, verdict: Verdict, completion: str, row: Row) -> float:
-        said = f"reward {self._worker.name!r} {verdict.detail}"
-        policy = self.on_error if verdict.kind == "raised" else self.on_kill
+    def _settle(self, outcome: CallOutcome, completion: str, row: Row) -> float:
+        message = f"reward {self._worker.name!r} {outcome.detail}"
+        policy = self.on_error if outcome.kind == "raised" else self.on_kill
         if self._tally.num_killed_in_a_row >= self.max_killed_in_a_row:
             raise RolloutError(
                 f"{self._tally.num_killed_in_a_row} worker processes in a row were lost; in the "
-                f"last one {said}. Try the reward by hand, or raise timeout_s or memory_bytes."
+                f"last one {message}. Try the reward by hand, or raise timeout_s or memory_bytes."
             )
         if policy == "raise":
-            error = RolloutError(f"{said}.")
-            if verdict.traceback:
-                error.add_note(verdict.traceback)
+            error = RolloutError(f"{message}.")
+            if outcome.traceback:
+                error.add_note(outcome.traceback)
             raise error
-        where = f"{said} on row {_shown(row.get('id', row))}, completion {_shown(completion)}"
+        message = f"{message} on row {_shown(row.get('id', row))}, completion {_shown(completion)}"
         if policy == "reject":
-            raise RewardRejected(where)
-        logger.warning("%s; it counts as 0", where)
+            raise RewardRejected(message)
+        logger.warning("%s; it counts as 0", message)
         return 0.0
 
-    def _forget(self) -> None:
-        if self._crew is not None and self._end is not None:
-            self._end.detach()
-            self._crew.forget()
-        self._reset()
+    def _leave_parent(self) -> None:
+        """In a forked child: start over, with processes of its own."""
+        if os.getpid() != self._process_id:
+            end = self._end
+            self._reset()
+            if end is not None:
+                end()
 
 
-_pools: weakref.WeakSet[RewardPool] = weakref.WeakSet()
-
-
-def _forget_all() -> None:
-    for pool in list(_pools):
-        pool._forget()  # pyright: ignore[reportPrivateUsage]
-
-
-if sys.platform != "win32":
-    os.register_at_fork(after_in_child=_forget_all)
-
-
-def importable_place(reward: str | Callable[..., Any]) -> str:
-    """Where another process finds ``reward``, for ``load_object``.
+def import_path_of(reward: str | Callable[..., Any]) -> str:
+    """Path by which another process imports ``reward``, for ``load_object``.
 
     Raises:
-        ConfigError: if it is no function, or nowhere to be found: a lambda, a closure, a method, a
+        ConfigError: if it is no function, or cannot be imported: a lambda, a closure, a method, a
             function of a notebook or of the script that runs.
     """
-    spec = reward if isinstance(reward, str) else _place_of(reward)
-    found = load_object(spec)
-    if not callable(found) or not (isinstance(reward, str) or found is reward):
-        raise ConfigError(_no_place(reward))
-    place, _, name = spec.rpartition(":")
-    return f"{Path(place).expanduser().resolve()}:{name}" if place.endswith(".py") else spec
+    spec = reward if isinstance(reward, str) else _spec_of(reward)
+    loaded = load_object(spec)
+    if not callable(loaded) or not (isinstance(reward, str) or loaded is reward):
+        raise ConfigError(_not_importable(reward))
+    file, _, name = spec.rpartition(":")
+    return f"{Path(file).expanduser().resolve()}:{name}" if file.endswith(".py") else spec
 
 
-def _place_of(reward: Callable[..., Any]) -> str:
+def _spec_of(reward: Callable[..., Any]) -> str:
     # foreign: a callable may have no name
     module = sys.modules.get(str(getattr(reward, "__module__", None)))
     # foreign: a callable may have no name
     name = str(getattr(reward, "__qualname__", "<"))
     if module is None or module.__name__ == "__main__" or "<" in name:
-        raise ConfigError(_no_place(reward))
-    if module.__name__.startswith("_sdp_file_"):  # of load_object
+        raise ConfigError(_not_importable(reward))
+    if module.__name__.startswith("_sdp_file_"):  # a file that load_object loaded
         return f"{module.__file__}:{name}"
     return f"{module.__name__}:{name}"
 
 
-def _no_place(reward: object) -> str:
+def _not_importable(reward: object) -> str:
     return (
         f"worker processes cannot import {reward!r}. Put the function at the top level of a file, "
-        "and pass its place: reward='path/to/file.py:name'."
+        "and pass its path: reward='path/to/file.py:name'."
     )
 
 

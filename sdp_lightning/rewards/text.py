@@ -41,21 +41,21 @@ def exact_match(
     (1.0, 0.0)
 
     Args:
-        completion: what was sampled, stop text included.
-        row: of the dataset.
-        answer_key: where the answer is; it is compared as text.
+        completion: sampled text, stop text included.
+        row: row of the dataset.
+        answer_key: key of the answer in ``row``; the answer is compared as text.
         strip: ignore white space at both ends.
         ignore_case: compare without regard to case.
 
     Raises:
         RolloutError: if the row has no answer.
     """
-    found, expected = completion, str(_answer(row, answer_key))
+    text, expected = completion, str(_answer(row, answer_key))
     if strip:
-        found, expected = found.strip(), expected.strip()
+        text, expected = text.strip(), expected.strip()
     if ignore_case:
-        found, expected = found.casefold(), expected.casefold()
-    return float(found == expected)
+        text, expected = text.casefold(), expected.casefold()
+    return float(text == expected)
 
 
 def numeric_match(
@@ -72,9 +72,9 @@ def numeric_match(
     1.0
 
     Args:
-        completion: what was sampled.
-        row: of the dataset.
-        answer_key: where the answer is: a number, or a text with exactly one number in it.
+        completion: sampled text.
+        row: row of the dataset.
+        answer_key: key of the answer in ``row``: a number, or a text with exactly one number in it.
         which: number of the completion to compare.
         tolerance: the largest difference that counts as equal, absolute; 0 compares exactly.
 
@@ -90,9 +90,9 @@ def numeric_match(
     numbers = find_numbers(completion)
     if not numbers:
         return 0.0
-    found = numbers[0 if which == "first" else -1]
-    near = tolerance > 0 and abs(float(found) - float(expected)) <= tolerance
-    return float(found == expected or near)
+    number = numbers[0 if which == "first" else -1]
+    is_near = tolerance > 0 and abs(float(number) - float(expected)) <= tolerance
+    return float(number == expected or is_near)
 
 
 def find_numbers(text: str) -> list[Decimal]:

@@ -1,4 +1,4 @@
-"""Calls functions of the user, plain or async, with a deadline."""
+"""Calls of user functions, plain or async, with a timeout."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from sdp_lightning.rewards.value import as_reward
 
 
 async def call_reward(function: Callable[..., Any], *args: Any, timeout_s: float) -> float:
-    """``function(*args)`` as a float, by :func:`call_bounded`.
+    """The reward ``function(*args)``, by :func:`call_with_timeout`.
 
     Raises:
         RolloutError: if it takes longer than ``timeout_s``, or returns no finite number.
     """
     # foreign: a callable may have no name
     name = str(getattr(function, "__name__", function))
-    value = await call_bounded(function, *args, timeout_s=timeout_s, what=f"reward {name!r}")
+    value = await call_with_timeout(function, *args, timeout_s=timeout_s, what=f"reward {name!r}")
     return as_reward(value, name)
 
 
-async def call_bounded(
+async def call_with_timeout(
     function: Callable[..., Any], *args: Any, timeout_s: float, what: str
 ) -> Any:
-    """``function(*args)``, awaited if it is async.
+    """The result of ``function(*args)``, awaited if it is async.
 
-    A plain function runs in a daemon thread of its own, so one that blocks stalls nothing else; it
-    cannot be killed, though: past its deadline its result is ignored. ``RewardPool`` kills.
+    A plain function runs in a daemon thread of its own, so one that blocks stalls nothing else. A
+    thread cannot be killed: past the timeout its result is ignored. ``RewardPool`` kills.
 
     Args:
-        function: plain or async.
-        args: its arguments.
-        timeout_s: the longest that it may take.
-        what: the subject of the error's sentence.
+        function: plain or async function.
+        args: arguments of ``function``.
+        timeout_s: longest run in seconds.
+        what: subject of the error message.
 
     Raises:
         RolloutError: if it takes longer than ``timeout_s``. Its own errors pass through.
@@ -64,7 +64,7 @@ async def _in_thread(function: Callable[..., Any], *args: Any) -> Any:
             value = function(*args)
         except Exception as error:  # raised again where the reward is awaited
             failure = error
-        except SystemExit as error:  # it ends this thread alone, and would seem to take for ever
+        except SystemExit as error:  # ends this thread alone: the call would seem to hang
             failure = RolloutError(f"it called sys.exit({error.code!r}).")
         settle(future, (value, failure))  # a pair: a future takes no StopIteration
 

@@ -11,8 +11,8 @@ def as_reward(value: object, name: str) -> float:
     """``value`` as a float.
 
     Args:
-        value: what a reward function returned.
-        name: of the function.
+        value: return value of a reward function.
+        name: name of the function.
 
     Raises:
         RolloutError: if it is no finite number.

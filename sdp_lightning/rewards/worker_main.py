@@ -6,7 +6,7 @@ its bytes. The first one is the setup, in JSON; the others are pickled arguments
 JSON, so nothing that a reward made is unpickled by the trainer. Calls run on the main thread,
 where a reward may use signals.
 
-Imports neither torch nor numpy; what a worker weighs is up to the reward.
+Imports neither torch nor numpy, so a worker takes little memory beside its reward.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from typing import Any
 _HEADER = struct.Struct("!Q")
 _CHUNK = 2**20
 _LONGEST_TEXT = 4000  # characters of an error or a traceback
-_OURS = "sdp_lightning.errors."  # in messages the name alone will do
+_OURS = "sdp_lightning.errors."  # left out of messages
 _PR_SET_PDEATHSIG = 1
 _PARENT_CHECK_S = 1.0
 OUT_OF_MEMORY = b'{"out_of_memory": true}'  # made beforehand, while there is memory
@@ -76,7 +76,7 @@ def main(descriptor: int, parent: int) -> None:
     try:
         _serve(connection)
     except (EOFError, ConnectionError):
-        os.killpg(0, signal.SIGKILL)  # with whatever the reward has left running
+        os.killpg(0, signal.SIGKILL)  # and all that the reward left running
 
 
 def _serve(connection: socket.socket) -> None:
@@ -128,13 +128,13 @@ def _attempt(function: Callable[[], float]) -> bytes:
     except BaseException as error:  # raised by the pool; also SystemExit and KeyboardInterrupt
         message = traceback.format_exception_only(error)[-1].strip().removeprefix(_OURS)
         trace = "".join(traceback.format_exception(error))
-        told = {"error": message[:_LONGEST_TEXT], "traceback": trace[-_LONGEST_TEXT:]}
-        return json.dumps(told).encode()
+        answer = {"error": message[:_LONGEST_TEXT], "traceback": trace[-_LONGEST_TEXT:]}
+        return json.dumps(answer).encode()
     return OUT_OF_MEMORY
 
 
 def _limit_resources(memory_bytes: int | None) -> None:
-    """Memory is bounded, no core files; the kernel's own killer takes this process first."""
+    """Bound memory, write no core files, and be the first that the kernel's OOM killer takes."""
     import resource
 
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -150,7 +150,7 @@ def _limit_resources(memory_bytes: int | None) -> None:
 def _die_with(parent: int) -> None:
     """Be killed when the process (the thread, on Linux) that started this one ends."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # also amid a call into C
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # also during a call into C
         if os.getppid() != parent:
             os._exit(1)
     else:

@@ -1,33 +1,36 @@
 """Threads that each keep one worker process, and the queue of calls that they share.
 
-Knows no policy and no event loop: a call is bytes, its future holds a ``Verdict``.
+A call is bytes and its future holds a ``CallOutcome``. No policy and no event loop.
 """
 
 from __future__ import annotations
 
-import logging
+import os
 import threading
 import time
 from collections import Counter, deque
 from concurrent.futures import Future
 
 from sdp_lightning.errors import RolloutError
-from sdp_lightning.rewards.worker_process import Kind, Verdict, WorkerProcess, WorkerSettings
+from sdp_lightning.rewards.worker_process import (
+    CallOutcome,
+    OutcomeKind,
+    WorkerProcess,
+    WorkerSettings,
+)
 
-logger = logging.getLogger(__name__)
-
-_Job = tuple[bytes, "Future[Verdict]"]
+_Job = tuple[bytes, "Future[CallOutcome]"]
 
 
 class Tally:
-    """How calls ended; it outlives the crews that write to it."""
+    """Counts of outcomes. A pool that is closed and opened again goes on with its tally."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._counts: Counter[Kind] = Counter()
+        self._counts: Counter[OutcomeKind] = Counter()
         self._num_killed_in_a_row = 0
 
-    def add(self, kind: Kind) -> None:
+    def add(self, kind: OutcomeKind) -> None:
         """Count one call."""
         with self._lock:
             self._counts[kind] += 1
@@ -39,16 +42,16 @@ class Tally:
         """Calls since the last one that answered."""
         return self._num_killed_in_a_row
 
-    def snapshot(self) -> Counter[Kind]:
+    def snapshot(self) -> Counter[OutcomeKind]:
         """The counts by kind."""
         with self._lock:
             return self._counts.copy()
 
 
-class WorkerCrew:
+class WorkerThreads:
     """At most ``num_workers`` processes, each started when there is a call for it.
 
-    A process that a call ended is replaced at the next call. Closed for good by ``close``.
+    A process that a call ended is replaced at the next call. ``close`` is final.
     """
 
     def __init__(
@@ -61,15 +64,16 @@ class WorkerCrew:
         self._threads: list[threading.Thread] = []
         self._processes: set[WorkerProcess] = set()
         self._closed = False
+        self._process_id = os.getpid()
 
-    def submit(self, arguments: bytes) -> Future[Verdict]:
+    def submit(self, arguments: bytes) -> Future[CallOutcome]:
         """Queue a call; a cancelled future takes it out again unless it runs already.
 
         Raises:
-            RolloutError: if the crew is closed. The future raises it too, if it is closed later, or
+            RolloutError: if the pool is closed. The future raises it if the pool is closed later, or
                 if the reward cannot be loaded.
         """
-        future: Future[Verdict] = Future()
+        future: Future[CallOutcome] = Future()
         with self._changed:
             if self._closed:
                 raise RolloutError("the reward pool was closed.")
@@ -83,7 +87,15 @@ class WorkerCrew:
         return future
 
     def close(self, timeout_s: float = 10.0) -> None:
-        """Kill all processes, fail all calls, end all threads. Safe to call twice."""
+        """Kill all processes, fail all calls, end all threads. Safe to call twice.
+
+        In a forked child there are no threads, and the processes belong to the parent: they are
+        left alone.
+        """
+        if os.getpid() != self._process_id:
+            for process in self._processes:
+                process.forget()
+            return
         with self._changed:
             self._closed = True
             jobs = list(self._jobs)
@@ -99,11 +111,6 @@ class WorkerCrew:
             if thread is not threading.current_thread():
                 thread.join(max(0.0, deadline - time.monotonic()))
 
-    def forget(self) -> None:
-        """In a forked child: the threads are gone, the processes are the parent's."""
-        for process in self._processes:
-            process.forget()
-
     def _serve(self) -> None:
         process: WorkerProcess | None = None
         while (job := self._next()) is not None:
@@ -115,11 +122,11 @@ class WorkerCrew:
                     self._discard(process)
                     process = None  # should the next one not start
                     process = self._start()
-                verdict = process.call(arguments, self._timeout_s)
+                outcome = process.call(arguments, self._timeout_s)
             except Exception as error:  # raised where the reward is awaited
                 future.set_exception(error)
             else:
-                self._finish(future, verdict)
+                self._finish(future, outcome)
         self._discard(process)
 
     def _next(self) -> _Job | None:
@@ -150,9 +157,9 @@ class WorkerCrew:
                 self._processes.discard(process)
             process.close()
 
-    def _finish(self, future: Future[Verdict], verdict: Verdict) -> None:
-        if self._closed and verdict.kind == "crashed":
+    def _finish(self, future: Future[CallOutcome], outcome: CallOutcome) -> None:
+        if self._closed and outcome.kind == "crashed":
             future.set_exception(RolloutError("the reward pool was closed."))
             return
-        self._tally.add(verdict.kind)
-        future.set_result(verdict)
+        self._tally.add(outcome.kind)
+        future.set_result(outcome)

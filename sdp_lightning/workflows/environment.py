@@ -10,7 +10,7 @@ import numpy as np
 
 from sdp_lightning.errors import RolloutError
 from sdp_lightning.rewards.pool import RewardRejected
-from sdp_lightning.rewards.timeouts import call_bounded
+from sdp_lightning.rewards.timeouts import call_with_timeout
 from sdp_lightning.rewards.value import as_reward
 from sdp_lightning.types import Row
 
@@ -100,7 +100,7 @@ class BoundedEnvironment:
     async def _call(self, function: Callable[..., Any], *args: Any, call: str) -> Any:
         what = f"{self._name}.{call}"
         try:
-            return await call_bounded(function, *args, timeout_s=self._timeout_s, what=what)
+            return await call_with_timeout(function, *args, timeout_s=self._timeout_s, what=what)
         except RewardRejected:
             raise
         except Exception as error:
