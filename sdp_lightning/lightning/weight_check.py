@@ -1,7 +1,7 @@
-"""Do engine and trainer hold the same weights? A text is put to both, after a publish.
+"""Whether engine and trainer hold the same weights: log-probs of one text under both.
 
-An engine may report the new version and yet compute with an old tensor: a packed copy of the head,
-a cache. Rewards then rise for a while, and nobody knows why they stop.
+An engine may report the new version and still compute with an old tensor: a packed copy of the
+head, a cache. Rewards then rise for a while and stop for no visible reason.
 """
 
 from __future__ import annotations
@@ -21,38 +21,43 @@ from sdp_lightning.types import Context, FloatArray, IntArray, Segment, Trajecto
 
 logger = logging.getLogger(__name__)
 
-Ask = Callable[[IntArray], Mapping[str, FloatArray]]
-Score = Callable[[Trajectory], FloatArray]
-_EXPLAINS = 0.5  # of the difference must be gone before a parameter is named
+EngineLogprobs = Callable[[IntArray], Mapping[str, FloatArray]]
+TrainerLogprobs = Callable[[Trajectory], FloatArray]
+_EXPLAINED_SHARE = 0.5  # of the difference must vanish before a parameter is named
 
 
 class WeightCheck:
     """Compares the log-probs of a text under the trainer's weights and under each engine's.
 
-    Keeps a copy of the trained weights on the CPU, as they were when engine and trainer last
-    agreed: with it an error can name the parameter that the engine still has as it was then.
+    Keeps a copy of the trained weights on the CPU from the last time that engine and trainer
+    agreed. With it an error can name the parameter of which the engine still has the old value.
 
     Args:
-        tolerance: nats, of the mean absolute difference. Between bfloat16 kernels it is about 0.03,
-            between float32 ones below 1e-4.
-        num_tokens: of the text, random ones.
-        seed: of the text.
+        tolerance: largest mean absolute difference in nats. Between bfloat16 kernels it is about
+            0.03, between float32 ones below 1e-4.
+        num_tokens: length of the text, which is random tokens.
+        seed: seed of the text.
+
+    Raises:
+        ConfigError: if ``tolerance`` is not positive.
     """
 
     def __init__(self, *, tolerance: float = 0.1, num_tokens: int = 64, seed: int = 0) -> None:
         if not tolerance > 0:
-            raise ConfigError(f"echo_tolerance must be positive, got {tolerance}.")
+            raise ConfigError(f"weight_check_tolerance must be positive, got {tolerance}.")
         self._tolerance, self._num_tokens, self._seed = tolerance, num_tokens, seed
-        self._agreed: dict[str, dict[str, Tensor]] = {}  # by what the engine knows them by
+        self._agreed: dict[str, dict[str, Tensor]] = {}  # by the name that the engine uses
 
-    def check(self, policy: nn.Module, *, num_embeddings: int, score: Score, ask: Ask) -> float:
-        """Returns the largest mean difference of any engine, in nats.
+    def check(
+        self, policy: nn.Module, *, num_embeddings: int, score: TrainerLogprobs, ask: EngineLogprobs
+    ) -> float:
+        """The largest mean difference of any engine, in nats.
 
         Args:
             policy: the trainer's model.
-            num_embeddings: tokens that it knows.
+            num_embeddings: size of its vocabulary.
             score: the trainer's log-probs of a trajectory's one segment.
-            ask: each engine's log-probs of a text's tokens but the first.
+            ask: each engine's log-probs of all tokens of a text but the first.
 
         Raises:
             EngineError: naming the engine, the difference, and the parameter at fault if one is.
@@ -60,15 +65,15 @@ class WeightCheck:
         tokens = np.random.default_rng(self._seed).integers(num_embeddings, size=self._num_tokens)
         blank = np.zeros(tokens.size - 1, dtype=np.float32)
         own = score(Trajectory((Context(tokens[:1]), Segment(0, tokens[1:], blank)), reward=0.0))
-        differences = {name: _mean_difference(found, own) for name, found in ask(tokens).items()}
+        differences = {name: _mean_difference(value, own) for name, value in ask(tokens).items()}
         worst = max(differences, key=lambda name: differences[name])
         if differences[worst] > self._tolerance:
-            found = ask(tokens)[worst]
+            engine_logprobs = ask(tokens)[worst]
             raise EngineError(
                 f"{worst} answers a text of {tokens.size} tokens with log-probs that differ from "
                 f"the trainer's by {differences[worst]:.3g} nats in the mean (allowed is "
                 f"{self._tolerance:g}): it does not compute with the weights that it was sent. "
-                f"{self._find_fault(policy, tokens, found)}"
+                f"{self._find_fault(policy, tokens, engine_logprobs)}"
             )
         trained = {name for name, p in policy.named_parameters() if p.requires_grad}
         if any(isinstance(parameter, DTensor) for parameter in policy.parameters()):
@@ -80,19 +85,19 @@ class WeightCheck:
                 self._agreed.setdefault(merged_name(name), {})[name] = copy
         return differences[worst]
 
-    def _find_fault(self, policy: nn.Module, tokens: IntArray, found: FloatArray) -> str:
-        """Which parameter, put back to what it was at the last agreement, gives ``found``."""
+    def _find_fault(self, policy: nn.Module, tokens: IntArray, observed: FloatArray) -> str:
+        """Name the parameter whose value of the last agreement gives the ``observed`` log-probs."""
         if any(isinstance(parameter, DTensor) for parameter in policy.parameters()):
             return "The weights are sharded: check in one process to learn which is at fault."
         if not self._agreed:
             return "Do trainer and engine load the same model, tokenizer and dtype?"
-        now = _mean_difference(found, _logprobs(policy, {}, tokens))
+        now = _mean_difference(observed, _logprobs(policy, {}, tokens))
         left = {
-            name: _mean_difference(found, _logprobs(policy, old, tokens))
+            name: _mean_difference(observed, _logprobs(policy, old, tokens))
             for name, old in self._agreed.items()
         }
         best = min(left, key=lambda name: left[name])
-        if left[best] < _EXPLAINS * now:
+        if left[best] < _EXPLAINED_SHARE * now:
             return (
                 f"Most at fault: {best}. With its value of the last agreement the difference would "
                 f"be {left[best]:.3g}."

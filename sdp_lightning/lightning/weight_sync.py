@@ -1,4 +1,4 @@
-"""The callback that moves policy versions: publish, commit, purge, and score what must be scored.
+"""The callback that moves policy versions: publish, commit, purge, and score old segments.
 
 It runs in ``on_train_batch_end``, before ModelCheckpoint saves and before the next batch is taken.
 """
@@ -6,6 +6,7 @@ It runs in ``on_train_batch_end``, before ModelCheckpoint saves and before the n
 from __future__ import annotations
 
 import logging
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -37,40 +38,56 @@ class WeightSyncCallback(Callback):
     each training batch the trained ones follow as the next version; then stale groups are purged.
     Before each batch, segments that need their proximal log-probs now are scored.
 
-    Where the time went, what became of groups, and how fast both sides are is logged right after
-    the publish: times are rank 0's; counts those of all ranks, as of when they took the batch.
-    docs/metrics.md has every name.
+    Times, counts of groups and the speed of both sides are logged right after the publish. Times
+    are rank 0's, counts are over all ranks when they took the batch. docs/metrics.md lists all.
 
     Args:
-        echo_every: after the first publishes and every so many, ask the engine for the log-probs of
-            a text and compare them with the trainer's
-            (:class:`~sdp_lightning.lightning.weight_check.WeightCheck`). Keeps a copy of
-            the trained weights on the CPU. None never asks.
-        echo_tolerance: nats that they may differ by in the mean.
-        save_on_stop: let Ctrl-C and SIGTERM end a fit after the step under way and, if the Trainer
+        weight_check_every: compare log-probs of a text under the engine's weights and the trainer's
+            after the first two publishes and every so many
+            (:class:`~sdp_lightning.lightning.weight_check.WeightCheck`). Keeps a copy of the
+            trained weights on the CPU. None never checks.
+        weight_check_tolerance: largest mean difference of these log-probs in nats.
+        save_on_stop: let Ctrl-C and SIGTERM end a fit after the present step and, if the Trainer
             checkpoints, with a checkpoint
             (:class:`~sdp_lightning.lightning.graceful_stop.GracefulStop`).
-        stop_grace_s: the longest that such a step may take; then it is abandoned.
+        stop_grace_s: longest such step in seconds; after it the step is abandoned.
+        echo_every: former name of ``weight_check_every``.
+        echo_tolerance: former name of ``weight_check_tolerance``.
+
+    Raises:
+        ConfigError: if a setting is out of range.
     """
 
     def __init__(
         self,
         *,
-        echo_every: int | None = None,
-        echo_tolerance: float = 0.1,
+        weight_check_every: int | None = None,
+        weight_check_tolerance: float = 0.1,
         save_on_stop: bool = True,
         stop_grace_s: float = 600.0,
+        echo_every: int | None = None,
+        echo_tolerance: float | None = None,
     ) -> None:
-        if echo_every is not None and echo_every < 1:
-            raise ConfigError(f"echo_every must be at least 1, got {echo_every}.")
+        if echo_every is not None:
+            _warn_of_rename("echo_every", "weight_check_every")
+            weight_check_every = echo_every
+        if echo_tolerance is not None:
+            _warn_of_rename("echo_tolerance", "weight_check_tolerance")
+            weight_check_tolerance = echo_tolerance
+        if weight_check_every is not None and weight_check_every < 1:
+            raise ConfigError(f"weight_check_every must be at least 1, got {weight_check_every}.")
         self.version = 0
-        self._echo_every = echo_every
-        self._echo = None if echo_every is None else WeightCheck(tolerance=echo_tolerance)
+        self._check_every = weight_check_every
+        self._weight_check = (
+            None if weight_check_every is None else WeightCheck(tolerance=weight_check_tolerance)
+        )
         self._times: dict[str, float] = {}
         self._learned, self._busy_s = 0, 0.0
         self._warned = False
         self._stop = GracefulStop(grace_s=stop_grace_s) if save_on_stop else None
-        self._start = self._validated = 0  # versions: when the fit began, and the last evaluated
+        self._start = self._validated = (
+            0  # versions at the start of the fit and of the last validation
+        )
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         _parts(trainer, pl_module)
@@ -129,9 +146,8 @@ class WeightSyncCallback(Callback):
         self.version += 1
         data.phase_timer.enter("rest")
         spent, busy_s = data.phase_timer.take_spent(), executor.gate.busy_s
-        paused_s = (
-            report.paused_s if executor.engine.updates_in_flight else 0.0
-        )  # requests stay with it
+        # A request that is in flight over a pause counts as busy.
+        paused_s = report.paused_s if executor.engine.updates_in_flight else 0.0
         self._times = {
             **{f"time/{phase}_s": spent.get(phase, 0.0) for phase in PHASES},
             "time/step_s": sum(spent.values()),
@@ -141,9 +157,9 @@ class WeightSyncCallback(Callback):
             "publish/bytes_per_s": report.bytes_per_s,
         }
         self._busy_s = busy_s
-        if self._echo_every and (self.version == 1 or self.version % self._echo_every == 0):
-            self._times["publish/echo"] = self._check_echo(module, executor)
-        assert data.loader is not None  # which gave this batch
+        if self._check_every and (self.version == 1 or self.version % self._check_every == 0):
+            self._times["publish/echo"] = self._check_weights(module, executor)
+        assert data.loader is not None  # this batch came from it
         self._log(module, data.loader.counts, len(batch))
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -152,7 +168,7 @@ class WeightSyncCallback(Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.enable_validation and self._start < self.version != self._validated:
-            trainer.validating = True  # as Lightning's own loop does, which ends without it
+            trainer.validating = True  # as Lightning's loop does, which skips the last version
             trainer.fit_loop.epoch_loop.val_loop.run()
             trainer.training = True
         if self._stop is not None:
@@ -167,7 +183,7 @@ class WeightSyncCallback(Callback):
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Say which model it is, for ``sdp-lightning export``."""
+        """Name the model in the checkpoint, for ``sdp-lightning export``."""
         if isinstance(pl_module, SegmentWisePPOModule):
             folder = Path(model := pl_module.model_id)
             checkpoint["sdp_model_id"] = str(folder.absolute()) if folder.is_dir() else model
@@ -185,13 +201,13 @@ class WeightSyncCallback(Callback):
                 data.resume(self.version)
             weights = module.named_weights(lora_alpha=_lora_alpha(executor.engine))
             executor.publish(weights, self.version, reset=True)
-            self._check_echo(module, executor)
+            self._check_weights(module, executor)
 
-    def _check_echo(self, module: SegmentWisePPOModule, executor: WorkflowExecutor) -> float:
-        if self._echo is None:
+    def _check_weights(self, module: SegmentWisePPOModule, executor: WorkflowExecutor) -> float:
+        if self._weight_check is None:
             return 0.0
         policy = module.require_policy()
-        return self._echo.check(
+        return self._weight_check.check(
             policy,
             num_embeddings=int(policy.get_input_embeddings().weight.shape[0]),  # type: ignore
             score=lambda trajectory: module.score([trajectory])[0][0],
@@ -228,6 +244,10 @@ class WeightSyncCallback(Callback):
             dropped,
             total,
         )
+
+
+def _warn_of_rename(former: str, present: str) -> None:
+    warnings.warn(f"{former} of WeightSyncCallback is now {present}.", FutureWarning, stacklevel=3)
 
 
 def _lora_alpha(engine: InferenceEngine) -> float | None:

@@ -70,8 +70,8 @@ class WorkerThreads:
         """Queue a call; a cancelled future takes it out again unless it runs already.
 
         Raises:
-            RolloutError: if the pool is closed. The future raises it if the pool is closed later, or
-                if the reward cannot be loaded.
+            RolloutError: if the pool is closed. The future raises it if the pool is closed later,
+                or if the reward cannot be loaded.
         """
         future: Future[CallOutcome] = Future()
         with self._changed:

@@ -1,4 +1,4 @@
-"""The echo check: it passes where engine and trainer agree, and names what is stale where not."""
+"""The weight check: it passes where engine and trainer agree, and names what is stale where not."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from jsonargparse import ArgumentParser
+from lightning.pytorch.callbacks import Callback
 
 import sdp_lightning as sdp
 from sdp_lightning.engines.embedded.model_checks import text_logprobs
@@ -21,7 +23,7 @@ def logprobs_of(model: Any) -> Callable[[IntArray], FloatArray]:
     return lambda tokens: text_logprobs(model, tokens).numpy()
 
 
-def check(echo: WeightCheck, policy: Any, *engines: Any) -> float:
+def check(weights: WeightCheck, policy: Any, *engines: Any) -> float:
     def score(trajectory: sdp.Trajectory) -> FloatArray:
         return logprobs_of(policy)(trajectory.token_ids)
 
@@ -29,7 +31,7 @@ def check(echo: WeightCheck, policy: Any, *engines: Any) -> float:
         return {f"engine{i}": logprobs_of(engine)(tokens) for i, engine in enumerate(engines)}
 
     size = int(policy.get_input_embeddings().weight.shape[0])
-    return echo.check(policy, num_embeddings=size, score=score, ask=ask)
+    return weights.check(policy, num_embeddings=size, score=score, ask=ask)
 
 
 @torch.no_grad()
@@ -47,85 +49,109 @@ def copy_of(model: Any, *, tied: bool = True) -> Any:
 
 
 def test_an_engine_with_the_trainers_weights_passes_at_every_publish():
-    echo, policy = WeightCheck(tolerance=1e-5), tiny_model()
+    weights, policy = WeightCheck(tolerance=1e-5), tiny_model()
     for _ in range(2):
-        assert check(echo, policy, copy_of(policy), copy_of(policy)) < 1e-6
+        assert check(weights, policy, copy_of(policy), copy_of(policy)) < 1e-6
         train(policy)
 
 
 @pytest.mark.fault("corrupted data", "publish")
 def test_a_head_that_kept_the_old_embedding_is_named():
-    echo, policy = WeightCheck(tolerance=1e-3), tiny_model(tie_word_embeddings=True)
+    weights, policy = WeightCheck(tolerance=1e-3), tiny_model(tie_word_embeddings=True)
     engine = copy_of(policy, tied=False)
-    check(echo, policy, engine)
+    check(weights, policy, engine)
     train(policy)
     new = {name: value for name, value in policy.state_dict().items() if name != "lm_head.weight"}
     engine.load_state_dict(new, strict=False)
     with pytest.raises(sdp.EngineError, match=r"engine0 .* Most at fault: lm_head\.weight\. "):
-        check(echo, policy, engine)
+        check(weights, policy, engine)
 
 
 @pytest.mark.fault("corrupted data", "publish")
 def test_of_several_engines_the_one_at_fault_is_named_with_its_parameter():
-    echo, policy = WeightCheck(tolerance=1e-3), tiny_model()
+    weights, policy = WeightCheck(tolerance=1e-3), tiny_model()
     good, bad = copy_of(policy), copy_of(policy)
-    check(echo, policy, good, bad)
+    check(weights, policy, good, bad)
     train(policy)
     good.load_state_dict(policy.state_dict())
     stale = "model.layers.1.mlp.up_proj.weight"
     new = {name: value for name, value in policy.state_dict().items() if name != stale}
     bad.load_state_dict(new, strict=False)
     with pytest.raises(sdp.EngineError, match=rf"engine1 .* Most at fault: {stale}\. "):
-        check(echo, policy, good, bad)
+        check(weights, policy, good, bad)
 
 
 def test_before_any_agreement_the_models_are_questioned():
-    echo, policy = WeightCheck(tolerance=1e-3), tiny_model()
+    weights, policy = WeightCheck(tolerance=1e-3), tiny_model()
     with pytest.raises(sdp.EngineError, match="load the same model, tokenizer and dtype"):
-        check(echo, policy, tiny_model(seed=9))
+        check(weights, policy, tiny_model(seed=9))
 
 
 def test_where_no_parameter_explains_it_none_is_named():
-    echo, policy = WeightCheck(tolerance=1e-3), tiny_model()
-    check(echo, policy, policy)
+    weights, policy = WeightCheck(tolerance=1e-3), tiny_model()
+    check(weights, policy, policy)
     train(policy)
     with pytest.raises(sdp.EngineError, match="No single parameter"):
-        check(echo, policy, tiny_model(seed=9))
+        check(weights, policy, tiny_model(seed=9))
 
 
-def test_an_echo_that_is_not_finite_is_refused():
-    echo, policy = WeightCheck(), tiny_model()
+def test_log_probs_that_are_not_finite_are_refused():
+    weights, policy = WeightCheck(), tiny_model()
     broken = copy_of(policy)
     torch.nn.init.constant_(broken.lm_head.weight, float("nan"))
     with pytest.raises(sdp.EngineError, match="differ from the trainer's by inf"):
-        check(echo, policy, broken)
+        check(weights, policy, broken)
 
 
 def test_frozen_weights_are_not_kept():
-    echo, policy = WeightCheck(), tiny_model(tie_word_embeddings=True)
+    weights, policy = WeightCheck(), tiny_model(tie_word_embeddings=True)
     policy.requires_grad_(False)
     policy.get_parameter("model.layers.0.mlp.up_proj.weight").requires_grad_(True)
-    check(echo, policy, policy)
-    assert list(echo._agreed) == ["model.layers.0.mlp.up_proj.weight"]
+    check(weights, policy, policy)
+    assert list(weights._agreed) == ["model.layers.0.mlp.up_proj.weight"]
 
 
 def test_a_fit_checks_after_the_first_publishes_and_every_nth(model_folder: str) -> None:
     recorder = Recorder()
-    sync = sdp.WeightSyncCallback(echo_every=2, echo_tolerance=1e-4)
+    sync = sdp.WeightSyncCallback(weight_check_every=2, weight_check_tolerance=1e-4)
     trainer = make_trainer(sync, recorder, max_steps=5)
     trainer.fit(make_module(model_folder), make_data(max_head_lag=1))
     checked = [metrics.get("publish/echo") for metrics in recorder.metrics]
     assert checked[0] is not None and 0 <= checked[0] < 1e-4
-    asked: list[int] = []
+    sync = sdp.WeightSyncCallback(weight_check_every=2, weight_check_tolerance=1e9)
+    assert lengths_asked_for(sync, model_folder) == [64] * 4  # at versions 0, 1, 2 and 4
+
+
+def lengths_asked_for(sync: Callback, folder: str) -> list[int]:
+    """Tokens of every text that a fit of 5 steps asks its engine for."""
+    lengths: list[int] = []
 
     def remember(tokens: IntArray) -> FloatArray:
-        asked.append(tokens.size)
+        lengths.append(tokens.size)
         return np.zeros(tokens.size - 1, dtype=np.float32)
 
-    sync = sdp.WeightSyncCallback(echo_every=2, echo_tolerance=1e9)
-    trainer = make_trainer(sync, max_steps=5)
-    trainer.fit(make_module(model_folder), make_data(engine=FakeEngine(prompt_logprobs=remember)))
-    assert asked == [64] * 4  # at versions 0, 1, 2 and 4
+    data = make_data(engine=FakeEngine(prompt_logprobs=remember))
+    make_trainer(sync, max_steps=5).fit(make_module(folder), data)
+    return lengths
+
+
+FORMER_CONFIG = """
+callback:
+  class_path: sdp_lightning.WeightSyncCallback
+  init_args: {echo_every: 2, echo_tolerance: 1.0e+9}
+"""
+
+
+def test_a_config_with_the_former_names_goes_on_and_names_the_new_ones(model_folder: str) -> None:
+    parser = ArgumentParser()
+    parser.add_argument("--callback", type=Callback)
+    config = parser.parse_string(FORMER_CONFIG)
+    with (
+        pytest.warns(FutureWarning, match="echo_every .* is now weight_check_every"),
+        pytest.warns(FutureWarning, match="echo_tolerance .* is now weight_check_tolerance"),
+    ):
+        sync = parser.instantiate(config).callback
+    assert lengths_asked_for(sync, model_folder) == [64] * 4
 
 
 @pytest.mark.fault("corrupted data", "publish")
@@ -133,14 +159,14 @@ def test_a_fit_through_an_engine_with_other_weights_ends_before_the_first_batch(
     model_folder: str,
 ) -> None:
     engine = FakeEngine()
-    trainer = make_trainer(sdp.WeightSyncCallback(echo_every=1), max_steps=1)
+    trainer = make_trainer(sdp.WeightSyncCallback(weight_check_every=1), max_steps=1)
     with pytest.raises(sdp.EngineError, match="fake answers a text of 64 tokens"):
         trainer.fit(make_module(model_folder), make_data(engine=engine))
     assert engine.num_requests == 0
 
 
 def test_settings_out_of_range_are_refused():
-    with pytest.raises(sdp.ConfigError, match="echo_every must be at least 1, got 0"):
-        sdp.WeightSyncCallback(echo_every=0)
-    with pytest.raises(sdp.ConfigError, match="echo_tolerance must be positive"):
-        sdp.WeightSyncCallback(echo_every=1, echo_tolerance=0.0)
+    with pytest.raises(sdp.ConfigError, match="weight_check_every must be at least 1, got 0"):
+        sdp.WeightSyncCallback(weight_check_every=0)
+    with pytest.raises(sdp.ConfigError, match="weight_check_tolerance must be positive"):
+        sdp.WeightSyncCallback(weight_check_every=1, weight_check_tolerance=0.0)

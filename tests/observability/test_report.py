@@ -53,7 +53,7 @@ def fit(tmp_path_factory: pytest.TempPathFactory, model_folder: str) -> Fit:
     data = make_data(val_prompts=make_rows(3), max_head_lag=2)
     board = TensorBoardLogger(folder, name="board", version=0)
     trainer = make_trainer(
-        *(sdp.WeightSyncCallback(echo_every=1), recorder, sdp.RunReport(save_every_s=0.0)),
+        *(sdp.WeightSyncCallback(weight_check_every=1), recorder, sdp.RunReport(save_every_s=0.0)),
         max_steps=6,
         logger=[CSVLogger(folder, name="csv", version=0), board],
         log_every_n_steps=1,

@@ -25,7 +25,7 @@ CASES = [
     ({"ess/token_2": 0.25, "ess/token_4plus": 0.12}, "low_ess", "lag 4+ is 0.12", "max_head_lag"),
     ({"ess/token_1": 0.29}, "low_ess", "lag 1 is 0.29", "max_concurrent"),
     ({"bridge/abs_log_mean_3": 0.4}, "large_bridge", "lag 3 is 0.40", "bridge_exponent=1"),
-    ({"mismatch/abs_log_mean": 0.2}, "engine_mismatch", "0.200 nats", "echo_every"),
+    ({"mismatch/abs_log_mean": 0.2}, "engine_mismatch", "0.200 nats", "weight_check_every"),
     ({"loss/rejected_fraction": 0.5}, "many_rejected", "50% of the tokens", "behavior_weight_cap"),
     ({"loss/clip_fraction": 0.6}, "many_clipped", "60% of the ratios", "lower lr"),
     ({"drift/clamped_share": 0.01}, "clamped", "1.00% of the tokens", "top_p"),

@@ -332,7 +332,7 @@ def test_at_lag_0_the_engine_samples_with_the_trained_adapter(model_folder: str,
     module = make_module(
         model_folder, lora=LORA, lr=3e-2, loss=LossConfig(kl_coefficient=kl), update=TWO
     )
-    sync = sdp.WeightSyncCallback(echo_every=1, echo_tolerance=1e-4)
+    sync = sdp.WeightSyncCallback(weight_check_every=1, weight_check_tolerance=1e-4)
     trainer = make_trainer(compare, sync, recorder, max_steps=8)
     trainer.fit(module, make_data(max_head_lag=0))
     assert len(compare.errors) == 4 and max(compare.errors) < 1e-5

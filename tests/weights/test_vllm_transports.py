@@ -138,7 +138,7 @@ def test_a_fit_of_an_adapter_trains_on_exactly_what_the_server_samples_with_it(
         max_head_lag=0,
     )
     recorder = Recorder()
-    sync = sdp.WeightSyncCallback(echo_every=1, echo_tolerance=1e-3)
+    sync = sdp.WeightSyncCallback(weight_check_every=1, weight_check_tolerance=1e-3)
     module = make_module(model, lora=sdp.LoRAConfig(RANK, ALPHA), lr=1e-2)
     make_trainer(sync, recorder, max_steps=4).fit(module, data)
     assert recorder.engine_versions == list(range(5))
@@ -174,7 +174,7 @@ def test_a_head_that_stays_as_it_was_packed_is_named_by_the_echo_check(
 ) -> None:
     data = make_data(make_workflow(max_new_tokens=6), engine=engine_url(server_url), max_head_lag=0)
     forget, recorder = folder / "forget", Recorder()
-    sync = sdp.WeightSyncCallback(echo_every=1, echo_tolerance=1e-3)
+    sync = sdp.WeightSyncCallback(weight_check_every=1, weight_check_tolerance=1e-3)
     trainer = make_trainer(At({1: forget.touch}), sync, recorder, max_steps=3)
     try:
         with pytest.raises(sdp.EngineError, match=r"Most at fault: lm_head\.weight\."):

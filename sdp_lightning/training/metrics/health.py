@@ -106,9 +106,9 @@ def _mismatch(metrics: MetricRow) -> HealthWarning | None:
         "engine_mismatch",
         f"engine and trainer disagree on the tokens of lag 0 by {value:.3f} nats in the mean (most "
         f"{LARGEST_MISMATCH}), which is no staleness. Compare their dtype, temperature, tokenizer "
-        "and weights; echo_every of WeightSyncCallback checks what was published. A quantized "
-        "engine will differ: keep trust_region='segment' and segment_proximal='scored', a centre "
-        "that the trainer computes.",
+        "and weights; weight_check_every of WeightSyncCallback checks what was published. A "
+        "quantized engine will differ: keep trust_region='segment' and "
+        "segment_proximal='scored', a centre that the trainer computes.",
     )
 
 

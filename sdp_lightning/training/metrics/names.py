@@ -167,7 +167,7 @@ OTHERS: dict[str, tuple[Logged, ...]] = {
             "publish/echo",
             "mean difference of the log-probs of a text, engine against trainer, nats; as of the "
             "last time that it was asked",
-            "`WeightSyncCallback(echo_every=)`",
+            "`WeightSyncCallback(weight_check_every=)`",
         ),
     ),
 }

@@ -143,7 +143,7 @@ def test_the_echo_check_agrees_at_every_publish_of_a_trained_embedding(
     server_url: str, vllm_folder: str
 ) -> None:
     data = make_data(make_workflow(max_new_tokens=6), engine=engine_url(server_url), max_head_lag=0)
-    sync = sdp.WeightSyncCallback(echo_every=1, echo_tolerance=1e-3)
+    sync = sdp.WeightSyncCallback(weight_check_every=1, weight_check_tolerance=1e-3)
     recorder = Recorder()
     make_trainer(sync, recorder, max_steps=3).fit(make_module(vllm_folder), data)
     echoes = [metrics["publish/echo"] for metrics in recorder.metrics]
