@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ UNMEASURED = {
 }
 # What takes longest: another process of pytest-xdist does the rest beside it.
 FIRST = "test_recipes.py"
+THREAD_END_S = 200.0
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -72,3 +74,53 @@ def save_tiny(folder: Path, *, seed: int) -> str:
     tiny_model(seed=seed).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture
+def no_thread_is_left() -> Iterator[None]:
+    """Every thread that the test starts ends."""
+    before = set(threading.enumerate())
+    yield
+    for thread in set(threading.enumerate()) - before:
+        thread.join(THREAD_END_S)  # a thread that calls a reward ends when the reward does
+        assert not thread.is_alive(), thread
+
+
+@pytest.fixture
+def nothing_is_left(no_thread_is_left: None) -> Iterator[None]:
+    """Threads end, and every signal has its handler again. Lightning leaves Ctrl-C ignored."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield
+    after = {number: signal.getsignal(number) for number in numbers}
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    assert after[signal.SIGTERM] == before[signal.SIGTERM]
+    assert after[signal.SIGINT] in (before[signal.SIGINT], signal.SIG_IGN)
+
+
+@pytest.fixture(scope="session")
+def launcher(model_folder: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """The process that ranks are forked from: see ``support/many_ranks_run.py``."""
+    from support.rank_runs import Launcher
+
+    running = Launcher(model_folder, tmp_path_factory.mktemp("ranks"))
+    yield running
+    running.close()
+
+
+@pytest.fixture
+def make_world() -> Iterator[Callable[..., Any]]:
+    """Makes the ranks of ``support/rank_worlds.py``, which are closed at the end."""
+    from support.rank_worlds import World
+
+    worlds: list[World] = []
+
+    def make(*args: Any, **settings: Any) -> World:
+        worlds.append(World(*args, **settings))
+        return worlds[-1]
+
+    yield make
+    for world in worlds:
+        world.close()
+    assert "sdp-failure-detector" not in [thread.name for thread in threading.enumerate()]

@@ -58,7 +58,9 @@ class FailureDetector:
         self._failure: RankFailure | None = None
         self._closed = threading.Event()
         self._wake, self._woken = socket.socketpair()
-        self._thread = threading.Thread(target=self._listen, name="sdp-lifeline", daemon=True)
+        self._thread = threading.Thread(
+            target=self._listen, name="sdp-failure-detector", daemon=True
+        )
         self._thread.start()
 
     @property

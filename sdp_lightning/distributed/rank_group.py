@@ -126,7 +126,7 @@ class RankGroup:
             return
         if isinstance(error, RankError | RuntimeError):
             self._await_cause()
-        cause = self._failure
+        cause = self.failure
         if cause is None:
             self._tell(f"{type(error).__name__}: {error}")
         elif cause.message not in str(error):
@@ -148,7 +148,8 @@ class RankGroup:
             link.close()
 
     @property
-    def _failure(self) -> RankFailure | None:
+    def failure(self) -> RankFailure | None:
+        """The first failure of another rank that this one heard of."""
         return None if self._failure_detector is None else self._failure_detector.failure
 
     def _tell(self, message: str) -> None:
@@ -214,8 +215,8 @@ class RankGroup:
                 raise RankError(f"interrupted while {what}.")
             if gone := [rank for rank, link in links.items() if link.is_gone]:
                 self._await_cause()  # it may have said why before it went
-            if gone or self._failure is not None:
-                failure = self._failure or f"rank {gone[0]} is gone."
+            if gone or self.failure is not None:
+                failure = self.failure or f"rank {gone[0]} is gone."
                 raise RankError(f"{failure} It was waited for while {what}.")
             if time.monotonic() - start > limit_s:
                 message = (
@@ -231,7 +232,7 @@ class RankGroup:
     def _await_cause(self) -> None:
         """The thread that listens may hear of a failure a little later than its effect is felt."""
         deadline = time.monotonic() + _CAUSE_S
-        while self._failure is None and time.monotonic() < deadline:
+        while self.failure is None and time.monotonic() < deadline:
             time.sleep(_LOOK_S)
 
 

@@ -26,7 +26,7 @@ from typing import Any
 
 import pytest
 
-from support.kill_resume_run import NUM_ROWS, STEPS, expected_length, make_rows
+from support.kill_journal import NUM_ROWS, STEPS, expected_length, make_rows
 from support.paths import SUPPORT
 
 DEADLINE_S = 200

@@ -6,21 +6,16 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
-import torch
 from lightning.pytorch.callbacks import Callback
 
 import sdp_lightning as sdp
 from sdp_lightning.engines.embedded import EmbeddedEngine
 from sdp_lightning.engines.protocol import NamedWeights, PublishReport
 from sdp_lightning.testing import FakeEngine
-from support.forked_processes import Ended, forked
-from support.paths import TESTS
 from support.trainers import (
     executor_of,
     make_data,
@@ -30,16 +25,7 @@ from support.trainers import (
     make_workflow,
 )
 
-DEADLINE_S = 200
-
-
-@pytest.fixture(autouse=True)
-def no_thread_is_left() -> Iterator[None]:
-    before = set(threading.enumerate())
-    yield
-    for thread in set(threading.enumerate()) - before:
-        thread.join(DEADLINE_S)  # one that calls a reward ends when the reward does
-        assert not thread.is_alive(), thread
+pytestmark = pytest.mark.usefixtures("no_thread_is_left")
 
 
 def fit(folder: str, data: sdp.RolloutDataModule, *callbacks: Callback, **settings: Any) -> None:
@@ -255,111 +241,3 @@ def test_close_is_idempotent(model_folder: str) -> None:
     with pytest.raises(ZeroDivisionError):
         fit(model_folder, data, CallAt("start", close_twice))
     assert_closed(data, engine)
-
-
-# Signals, in a process of their own ---------------------------------------------------------------
-
-SCRIPT = """
-import sys
-import torch
-torch.set_num_threads(1)
-sys.path.insert(0, {tests!r})
-from support.trainers import make_data, make_module, make_trainer
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-import sdp_lightning as sdp
-from sdp_lightning.testing import FakeEngine
-
-class Mark(Callback):
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        if batch_idx == 2:
-            print("MARK", flush=True)
-
-class Stalls(FakeEngine):
-    async def generate(self, request, sink):
-        if self.version == 2:
-            print("MARK", flush=True)
-            self.manual = True
-        return await super().generate(request, sink)
-
-data = make_data(engine=Stalls()) if {waiting} else make_data()
-callbacks = [sdp.WeightSyncCallback(), ModelCheckpoint({saved!r}, every_n_train_steps=10**6)]
-callbacks += [] if {waiting} else [Mark()]
-trainer = make_trainer(*callbacks, max_steps=10**8, enable_checkpointing=True)
-trainer.fit(make_module({folder!r}), data)
-print("ENDED", flush=True)
-"""
-
-
-CASES = [f"{name} {where}" for name in ("SIGINT", "SIGTERM") for where in ("training", "waiting")]
-
-
-@dataclass(frozen=True)
-class Stopped(Ended):
-    saved: list[Path]
-
-
-@pytest.fixture(scope="module")
-def stopped(model_folder: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Stopped]:
-    """Four runs at once, each sent its signal once it has printed its mark."""
-    folders = {case: tmp_path_factory.mktemp("saved") for case in CASES}
-    scripts = {
-        case: SCRIPT.format(
-            tests=str(TESTS),
-            folder=model_folder,
-            waiting=case.endswith("waiting"),
-            saved=str(folders[case]),
-        )
-        for case in CASES
-    }
-    with forked(scripts, tmp_path_factory.mktemp("errors")) as forks:
-        for case, run in forks.running.items():
-            for line in run.stdout:
-                if line.startswith("MARK"):
-                    os.kill(run.pid, signal.Signals[case.split()[0]])
-                    break
-        ended = forks.wait(DEADLINE_S)
-        numbers = [run.pid for run in forks.running.values()]
-    for number in numbers:
-        with pytest.raises(ProcessLookupError):  # no child is left in its session
-            os.killpg(number, 0)
-    shared = os.listdir("/dev/shm")
-    assert not [name for name in shared if any(str(number) in name for number in numbers)]
-    return {
-        case: Stopped(one.returncode, one.stdout, one.stderr, [*folders[case].iterdir()])
-        for case, one in ended.items()
-    }
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_a_signal_leaves_one_whole_checkpoint_and_says_where(
-    stopped: dict[str, Stopped], case: str
-) -> None:
-    (path,) = stopped[case].saved
-    assert f"go on with ckpt_path='{path}'" in stopped[case].stderr
-    state = torch.load(path, weights_only=True)
-    version = state["callbacks"]["WeightSyncCallback"]["version"]
-    assert version == state["global_step"]
-    assert version >= (2 if case.endswith("waiting") else 3)
-    assert path.name == f"last-stopped-step={version}.ckpt"
-
-
-@pytest.mark.parametrize("where", ["training", "waiting"])
-def test_ctrl_c_ends_a_run_without_a_traceback(stopped: dict[str, Stopped], where: str) -> None:
-    result = stopped[f"SIGINT {where}"]
-    assert result.returncode == 1, result.stderr
-    assert "ENDED" not in result.stdout
-    assert "Detected KeyboardInterrupt" in result.stderr
-    assert "Traceback" not in result.stderr
-    assert "Warning" not in result.stderr
-
-
-@pytest.mark.parametrize("where", ["training", "waiting"])
-def test_sigterm_ends_a_run_and_is_not_reported_as_success(
-    stopped: dict[str, Stopped], where: str
-) -> None:
-    result = stopped[f"SIGTERM {where}"]
-    assert result.returncode == 128 + signal.SIGTERM, result.stderr
-    assert "ENDED" not in result.stdout
-    assert "Received SIGTERM" in result.stderr
-    assert "Traceback" not in result.stderr
-    assert "Warning" not in result.stderr

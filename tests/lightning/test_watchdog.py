@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,8 @@ from support.trainers import make_data, make_module, make_rows, make_trainer
 
 LIMIT_S = 3.0  # far above what a busy machine may stand still
 DEADLINE_S = 200.0
+
+pytestmark = pytest.mark.usefixtures("no_thread_is_left")
 
 SCRIPT = """
 import sys, threading, ctypes
@@ -121,15 +122,6 @@ class Pause:
 
     def __call__(self) -> None:
         self._never.wait(1.3 * LIMIT_S)
-
-
-@pytest.fixture(autouse=True)
-def no_thread_is_left() -> Iterator[None]:
-    before = set(threading.enumerate())
-    yield
-    for thread in set(threading.enumerate()) - before:
-        thread.join(DEADLINE_S)
-        assert not thread.is_alive(), thread
 
 
 def fit(folder: str, data: sdp.RolloutDataModule, *callbacks: Callback, **settings: Any) -> None:
