@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 import threading
-import time
 from typing import Any
 
 import pytest
@@ -123,9 +122,7 @@ def test_a_deadline_names_the_late_rank_what_was_awaited_and_what_was_done_last(
         if ranks.rank != late:
             ranks.all_gather("sorting", 1, timeout_s=0.2)
 
-    start = time.monotonic()
     found = world.run(work)
-    assert time.monotonic() - start < DEADLINE_S / 2
     in_time = [result for rank, result in enumerate(found) if rank != late]
     assert all(isinstance(error, RankError) for error in in_time), found
     assert any(

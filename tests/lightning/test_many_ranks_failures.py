@@ -22,15 +22,16 @@ FAILURES = [
     ("training step", 0, "no such gradient", "rank 0 failed: ValueError: no such gradient"),
     ("kill", 1, "", "rank 1 failed: its process has ended."),
     ("kill", 0, "", "rank 0 failed: its process has ended."),
-    ("rollout hangs", 1, "waited 2.0 s for 2 groups", "rank 1 failed while taking the batch of"),
+    ("rollout hangs", 1, "waited 5.0 s for 2 groups", "rank 1 failed while taking the batch of"),
     ("publish", 1, "no such weight", "rank 1 failed while publishing version 1: EngineError"),
-    ("publish hangs", 1, "it is ended", "waited 3.0 s for rank 1 while publishing version 1;"),
+    ("publish hangs", 1, "it is ended", "waited 8.0 s for rank 1 while publishing version 1;"),
 ]
 
 
 def fail(launcher: Launcher, strategy: str, what: str, rank: int) -> tuple[Any, list[str]]:
     trouble = {"what": what, "rank": rank, "step": 1}
-    settings = {"timeout_s": 2.0, "margin_s": 1.0, "strategy": strategy, "trouble": trouble}
+    limits = {"timeout_s": 5.0, "margin_s": 3.0} if "hangs" in what else {}
+    settings = {"strategy": strategy, "trouble": trouble} | limits
     answer, logs, _ = launcher.launch(2, {"it": {"kind": "rollouts", **settings}})
     return answer, logs
 

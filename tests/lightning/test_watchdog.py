@@ -118,54 +118,65 @@ class Pause:
     """Longer than the watchdog's limit; in-process, so a wrong alarm fails the test."""
 
     def __init__(self) -> None:
+        self.num_taken = 0
         self._never = threading.Event()
 
     def __call__(self) -> None:
         self._never.wait(1.3 * LIMIT_S)
+        self.num_taken += 1
 
 
-def fit(folder: str, data: sdp.RolloutDataModule, *callbacks: Callback, **settings: Any) -> None:
+def fit(
+    folder: str, data: sdp.RolloutDataModule, *callbacks: Callback, **settings: Any
+) -> L.Trainer:
     dog = sdp.Watchdog(LIMIT_S, checkpoint_timeout_s=DEADLINE_S, patience_s=DEADLINE_S)
     trainer = make_trainer(
         sdp.WeightSyncCallback(), dog, *callbacks, **({"max_steps": 2} | settings)
     )
     trainer.fit(make_module(folder), data)
-    assert trainer.state.finished
+    return trainer
 
 
 class SlowReward:
     def __init__(self) -> None:
-        self._pause, self._lock = Pause(), threading.Lock()
+        self.pause = Pause()
 
     def __call__(self, completion: str, row: Any) -> float:
         if row["id"] == "row0":
-            self._pause()
+            self.pause()
         return float(len(completion))
 
 
 @pytest.mark.parametrize("where", ["prompts", "val_prompts"])
 @pytest.mark.fault("slow", "reward")
 def test_a_wait_for_rollouts_or_an_evaluation_is_no_hang(model_folder: str, where: str) -> None:
-    workflow = sdp.RLVRWorkflow(
-        SlowReward(), group_size=2, sampling=sdp.SamplingParams(max_new_tokens=4)
-    )
+    reward = SlowReward()
+    workflow = sdp.RLVRWorkflow(reward, group_size=2, sampling=sdp.SamplingParams(max_new_tokens=4))
     slow, others = make_rows(1), make_rows(9)[1:]
     rows, val = (slow, None) if where == "prompts" else (others, slow)
     data = make_data(workflow, rows=rows, val_prompts=val, engine=FakeEngine())
-    fit(model_folder, data, max_steps=1, num_sanity_val_steps=0)
+    trainer = fit(model_folder, data, max_steps=1, num_sanity_val_steps=0)
+    assert trainer.state.finished and trainer.global_step == 1
+    assert reward.pause.num_taken == 2, "both samples of the row took longer than the limit"
 
 
 class SlowDisk(TorchCheckpointIO):
+    def __init__(self) -> None:
+        self.pause = Pause()
+
     def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        Pause()()
+        self.pause()
         super().save_checkpoint(*args, **kwargs)
 
 
 @pytest.mark.fault("slow", "checkpoint")
 def test_writing_a_checkpoint_is_no_hang(model_folder: str, tmp_path: Path) -> None:
     saver = ModelCheckpoint(tmp_path, every_n_train_steps=1)
-    settings: dict[str, Any] = {"enable_checkpointing": True, "plugins": [SlowDisk()]}
-    fit(model_folder, make_data(engine=FakeEngine()), saver, max_steps=1, **settings)
+    disk = SlowDisk()
+    settings: dict[str, Any] = {"enable_checkpointing": True, "plugins": [disk]}
+    trainer = fit(model_folder, make_data(engine=FakeEngine()), saver, max_steps=1, **settings)
+    assert trainer.state.finished and disk.pause.num_taken >= 1
+    assert len(list(tmp_path.glob("*.ckpt"))) == 1
 
 
 class SlowStep(Callback):

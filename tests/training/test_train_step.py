@@ -36,10 +36,12 @@ def test_many_in_a_row_are_warned_of_once_and_more_are_an_error(
         watch.note(1.0, reward=1.0)
 
 
-def test_without_a_limit_it_never_ends_a_run() -> None:
+def test_without_a_limit_it_warns_and_never_ends_a_run(caplog: pytest.LogCaptureFixture) -> None:
     watch = UniformWatch(None)
-    for _ in range(1000):
-        watch.note(1.0, reward=0.0)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(1000):
+            watch.note(1.0, reward=0.0)
+    assert len(caplog.records) == 1
 
 
 def test_a_fit_whose_rewards_never_differ_ends_with_what_to_do(model_folder: str) -> None:
