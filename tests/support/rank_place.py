@@ -15,9 +15,6 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.tensor import DTensor
 
 import sdp_lightning as sdp
-import sdp_lightning.lightning.module
-import sdp_lightning.lightning.startup
-import sdp_lightning.training.policy.loading
 from sdp_lightning.types import Trajectory
 
 

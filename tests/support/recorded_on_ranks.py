@@ -13,9 +13,8 @@ import transformers.models.llama.modeling_llama  # noqa: F401  (loaded here, onc
 from lightning.pytorch.callbacks import Callback
 
 import sdp_lightning as sdp
-import sdp_lightning.lightning.module
-import sdp_lightning.lightning.startup
 import sdp_lightning.training.policy.loading
+import sdp_lightning.training.update
 from sdp_lightning.training.batch import Batch, collate, split_minibatches
 from sdp_lightning.types import Trajectory
 from support.rank_place import CountingModule, Metrics, Place, make_strategy, weights_of
@@ -52,7 +51,7 @@ def recorded(
         loads.append("") or load(*args)
     )
     if place.size == 1:
-        sdp_lightning.lightning.module.split_minibatches = split_as(ranks)
+        sdp_lightning.training.update.split_minibatches = split_as(ranks)
     update = sdp.UpdateConfig(
         num_minibatches=minibatches, layout=layout, max_tokens_per_microbatch=max_tokens
     )

@@ -23,9 +23,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import distributed
 
 import sdp_lightning as sdp
-import sdp_lightning.lightning.module
 import sdp_lightning.lightning.startup
-import sdp_lightning.training.policy.loading
 from sdp_lightning.distributed.failure_detector import FailureDetector
 from sdp_lightning.distributed.rank_group import RankGroup
 from sdp_lightning.engines.connect import connect_engine
