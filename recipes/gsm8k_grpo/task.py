@@ -87,7 +87,7 @@ def final_number(text: str) -> Decimal | None:
 
 
 def _numbers(text: str) -> list[Decimal]:
-    for space in ("{,}", "\\,", "\\!"):  # how LaTeX parts thousands
+    for space in ("{,}", "\\,", "\\!"):  # thousands separators of LaTeX
         text = text.replace(space, "," if space == "{,}" else "")
     try:
         return find_numbers(text)
@@ -117,7 +117,7 @@ def _make_row(record: Mapping[str, Any], name: str, place: str | Path) -> dict[s
 
 
 def _read_folder(folder: Path, split: str) -> tuple[Path, Iterable[Mapping[str, Any]]]:
-    """Of several files the first kind: JSON lines, then parquet, also in the hub's ``main``."""
+    """The files of the first kind that exists: JSON lines, then parquet; also in ``main``."""
     if not folder.is_dir():
         raise ConfigError(f"{FOLDER_VARIABLE}={folder} is no folder. {REMEDY}")
     for place in (folder, folder / "main"):

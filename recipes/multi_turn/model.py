@@ -1,8 +1,8 @@
 """A Llama of 0.4 M parameters that has seen the game played by players who waste their turns.
 
-The warm start is supervised steps on games in which every digit heeds the answers before it, and
-half of the turns are a letter, which the game does not take. So the model has an idea of the rules,
-and wins about as often as the players that it has seen.
+The warm start trains on games in which every digit follows from the answers before it, and half of
+the turns are a letter, which the game refuses. So the model knows the rules roughly, and wins about
+as often as the players that it has seen.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def warm_start(settings: WarmStart, folder: Path) -> None:
     tokenizer = tiny_tokenizer()
     generator = random.Random(settings.seed)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # what many threads add up differs from machine to machine
+    torch.set_num_threads(1)  # sums over several threads differ from machine to machine
     try:
         with torch.random.fork_rng():
             torch.manual_seed(settings.seed)
@@ -86,7 +86,7 @@ def _guess_loss(
     tokenizer: PreTrainedTokenizerFast,
     games: list[list[tuple[str, bool]]],
 ) -> Tensor:
-    """Cross-entropy of the guesses alone: what the game says is not to be learned."""
+    """Cross-entropy of the guesses alone; the game's answers are not learned."""
     import torch
 
     encoded = [tokenizer("".join(text for text, _ in game))["input_ids"] for game in games]

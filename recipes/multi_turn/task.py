@@ -13,7 +13,7 @@ MAX_GUESSES = 4
 
 
 class UpOrDown(sdp.Environment):
-    r"""Says of each guess where the hidden digit is from there; 1.0 for finding it.
+    r"""Answers each guess with the direction of the hidden digit; reward 1.0 for finding it.
 
     >>> game = UpOrDown()
     >>> game.reset({"secret": 7})
@@ -52,9 +52,9 @@ val_rows = [{"id": f"digit-{digit}", "secret": digit} for digit in range(10)] * 
 
 
 def play(player: random.Random, junk: float) -> list[tuple[str, bool]]:
-    """A game as (text, whether the player wrote it), of a player who heeds every answer.
+    """A game as (text, whether the player wrote it), of a player who uses every answer.
 
-    But for a share ``junk`` of the turns, in which it writes a letter.
+    In a share ``junk`` of the turns the player writes a letter instead of a digit.
     """
     game, secret = UpOrDown(), player.randrange(10)
     parts = [(game.reset({"secret": secret}), False)]

@@ -60,7 +60,7 @@ def warm_start(settings: WarmStart, folder: Path) -> None:
     tokenizer = tiny_tokenizer()
     generator = random.Random(settings.seed)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # what many threads add up differs from machine to machine
+    torch.set_num_threads(1)  # sums over several threads differ from machine to machine
     try:
         with torch.random.fork_rng():
             torch.manual_seed(settings.seed)

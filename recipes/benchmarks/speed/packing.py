@@ -77,7 +77,7 @@ def build(name: str, device: str) -> LlamaForCausalLM:
 
 
 def seconds(model: LlamaForCausalLM, batch: Batch, layout: Layout, max_tokens: int) -> float:
-    """Of the CPU or the GPU, for one pass over all micro-batches."""
+    """Seconds of the CPU or the GPU for one pass over all micro-batches."""
     pieces = batch.microbatches(max_tokens, layout, attention_costs(model))
     parts = [batch.select(rows).to(model.device) for rows in pieces]
     on_cpu = model.device.type == "cpu"

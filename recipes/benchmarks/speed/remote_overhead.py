@@ -32,7 +32,7 @@ PROMPT, NUM_TOKENS = list(range(64)), 64
 
 @dataclass(frozen=True)
 class Load:
-    """What is measured."""
+    """The load: requests in flight, seconds of a reply, rounds of requests."""
 
     in_flight: int
     reply_s: float
@@ -41,7 +41,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Cost:
-    """What it took.
+    """What a load took.
 
     Attributes:
         rate: answers a second.

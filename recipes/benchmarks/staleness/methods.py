@@ -1,4 +1,4 @@
-"""What is compared: settings of the library, by name."""
+"""The methods that are compared: settings of the library, by name."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ class Layout:
 
     @property
     def num_columns(self) -> int:
-        """S."""
+        """S, the columns of a packed group."""
         return self.end(self.max_new_tokens - 1)
 
     def end(self, num_tokens: int) -> int:

@@ -26,7 +26,7 @@ def stage_1(seeds: Iterable[int] = range(3), lags: Sequence[int] = (4, 8, 0)) ->
 
 
 def stage_2(methods: Sequence[str], seeds: Iterable[int] = range(10)) -> Iterator[Cell]:
-    """The best methods and the origin's, all lags, 2, 4, 1 minibatches; what tells most first."""
+    """The best methods and the origin's, all lags and minibatches; the most informative first."""
     seeds = list(seeds)
     old = [((4, 8, 2), minibatches) for minibatches in (2, 4, 1)]
     young = [((1, 0), minibatches) for minibatches in (2, 4, 1)]
@@ -70,7 +70,7 @@ def representative(cell: Cell) -> Cell:
 
 
 class Results:
-    """Lines of JSON in one compressed file, so an interrupted job goes on where it was.
+    """Lines of JSON in one compressed file, so an interrupted job continues.
 
     A line is a run, or what the probe measured of one method. One process at a time may write.
 
@@ -116,7 +116,7 @@ def _is_probe(line: dict[str, Any]) -> bool:
 
 
 def cell_of(line: dict[str, Any]) -> Cell:
-    """The cell of a line of results; a field that it lacks is as usual."""
+    """The cell of a line of results; a missing field has its default."""
     return Cell(**{name: line[name] for name in Cell.__dataclass_fields__ if name in line})
 
 

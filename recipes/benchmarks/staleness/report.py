@@ -25,7 +25,7 @@ MEASURES = {
 
 
 def expanded(lines: Iterable[Line]) -> list[Line]:
-    """Lines for every cell that they stand for."""
+    """The lines, repeated for every cell that a line stands for."""
     found: list[Line] = []
     for line in lines:
         cell = cell_of(line)
@@ -38,12 +38,12 @@ def expanded(lines: Iterable[Line]) -> list[Line]:
 
 
 def exact(lines: Iterable[Line]) -> list[Line]:
-    """Those of an engine that has the trainer's weights."""
+    """Lines of runs whose engine has the trainer's weights exactly."""
     return [line for line in lines if "engine_bits" not in line]
 
 
 def write(lines: Sequence[Line], path: Path, probed: Sequence[Line] = ()) -> None:
-    """All tables, to ``path``."""
+    """Write all tables to ``path``."""
     table = Table(expanded(exact(lines)))
     parts: list[str] = []
     for minibatches, rate in sorted({(p.minibatches, p.rate) for p in table.places}):

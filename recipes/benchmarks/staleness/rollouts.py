@@ -31,7 +31,7 @@ def encode(texts: Sequence[str]) -> Tensor:
 
 
 def decode(token_ids: Sequence[int]) -> str:
-    """The text; special tokens give none."""
+    """The text without special tokens."""
     return "".join(TINY_CHARACTERS[i - FIRST_CHARACTER] for i in token_ids if i >= FIRST_CHARACTER)
 
 
@@ -114,11 +114,11 @@ class History:
         self._weights.append(weights.detach().clone())
 
     def at(self, version: int) -> TinyLlama:
-        """The net of a version, as the trainer has it; until the next call."""
+        """The net of a version as the trainer has it, valid until the next call."""
         return self._with(self._weights[version])
 
     def engine(self, version: int) -> TinyLlama:
-        """The net of a version, as it samples; until the next call."""
+        """The net of a version as the engine has it, valid until the next call."""
         weights = self._weights[version]
         return self._with(
             weights if self._engine_bits is None else rounded(weights, self._engine_bits)
@@ -130,12 +130,12 @@ class History:
 
     @property
     def version(self) -> int:
-        """The newest one."""
+        """The newest version."""
         return len(self._weights) - 1
 
 
 def rounded(values: Tensor, bits: int) -> Tensor:
-    """To the nearest with so many bits of mantissa, the leading one counted."""
+    """The nearest values with ``bits`` bits of mantissa, the leading one included."""
     mantissa, exponent = values.frexp()
     return (mantissa * 2**bits).round().div(2**bits).ldexp(exponent)
 

@@ -1,4 +1,4 @@
-"""From lines of results to means, paired differences and their intervals. Pure."""
+"""Means, paired differences and their intervals, from lines of results. Pure functions."""
 
 from __future__ import annotations
 
@@ -88,12 +88,12 @@ class Table:
 
     @property
     def places(self) -> list[Place]:
-        """All that have a run."""
+        """All places with a run, in the order of the tables."""
         found = {place for place, _ in self._runs}
         return sorted(found, key=lambda p: (p.minibatches, p.rate, p.staleness != "whole", p.lag))
 
     def methods(self, place: Place) -> list[str]:
-        """With a run at ``place``."""
+        """Methods with a run at ``place``."""
         return [method for found, method in self._runs if found == place]
 
     def runs(self, place: Place, method: str) -> dict[int, Line]:
