@@ -16,7 +16,7 @@ class ConfigError(SDPError, ValueError):
 
 
 class EngineError(SDPError):
-    """An inference engine failed, or refuses what it was asked."""
+    """An inference engine failed, or refuses a request."""
 
 
 class RolloutError(SDPError):
@@ -40,7 +40,7 @@ class CheckpointError(SDPError):
 
 
 class RecordingError(SDPError):
-    """A recording of rollouts is missing, damaged, or does not go with what is to be trained."""
+    """A recording of rollouts is missing, damaged, or does not fit the model to train."""
 
 
 _PACKAGE = Path(__file__).parent
@@ -53,7 +53,7 @@ TRACEBACK = "SDP_TRACEBACK"  # environment variable: show the traceback instead
 
 
 def error_text(error: BaseException) -> str:
-    """The message, with the name of the error where the message says little without it.
+    """The message of an error, after the name of its class unless it is one of ours.
 
     >>> error_text(KeyError("gold"))
     "KeyError: 'gold'"
@@ -63,7 +63,7 @@ def error_text(error: BaseException) -> str:
 
 
 def explain(error: BaseException) -> str:
-    """A line for the terminal: the message, its notes, and the place in the user's own code."""
+    """A line for the terminal: the message, its notes, and the position in the user's code."""
     text = str(error) or type(error).__name__
     lines = [text, *vars(error).get("__notes__", [])]
     place = user_place(error)
@@ -73,16 +73,16 @@ def explain(error: BaseException) -> str:
 
 
 def user_place(error: BaseException) -> str | None:
-    """File, line and function, outside of this package and of installed ones, closest to the cause.
+    """File, line and function of the user's code closest to the cause; None if there is none.
 
-    Scripts and notebooks that call ``fit`` are not meant: only what was called from there.
+    Code that this package called counts, not the script or notebook that called ``fit``.
     """
-    places = [frame for cause in _causes(error) for frame in _own_frames(cause)]
-    return places[-1] if places else None
+    frames = [frame for cause in _causes(error) for frame in _own_frames(cause)]
+    return frames[-1] if frames else None
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """The error, then what caused it, and so on."""
+    """The error, then its cause, and so on."""
     seen: set[int] = set()
     current: BaseException | None = error
     while current is not None and id(current) not in seen:
@@ -93,7 +93,7 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 def _own_frames(error: BaseException) -> Iterator[str]:
     frames = traceback.extract_tb(error.__traceback__)
-    inside = False  # whether the package has been entered: what calls it is not the cause
+    inside = False  # whether the package has been entered: its callers are not the cause
     for frame in frames:
         path = Path(frame.filename)
         if path.is_relative_to(_PACKAGE):

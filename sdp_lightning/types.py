@@ -1,8 +1,7 @@
-"""What a rollout is made of: contexts, segments, trajectories, groups.
+"""The data of rollouts: dataset rows, contexts, segments, trajectories, groups.
 
 Frozen data, numpy inside, no torch. Loss mask, versions and lags are derived from the parts, so
-they cannot disagree with them. The one thing that may still be written is a segment's proximal
-slot, and that only once.
+they cannot disagree with them. Only the proximal slot of a segment is written later, and only once.
 """
 
 from __future__ import annotations
@@ -24,24 +23,26 @@ IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float32]
 FinishReason = Literal["stop", "length", "abort"]
 KVPolicy = Literal["recompute", "keep"]
+Row = Mapping[str, Any]  # of the dataset
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How an engine samples.
+    """Sampling settings.
 
     Args:
         max_new_tokens: budget of one ``generate``, over all its interruptions.
-        temperature: logits are divided by it; 0 is greedy (evaluation only: its log-probs are 0).
-        top_p: nucleus; 1 is off.
-        top_k: None is off.
-        stop_token_ids: sampling one of these ends the completion; the token is kept.
-        allow_truncated_sampling: accept ``top_p < 1`` or ``top_k``. The behavior log-probs are then
-            renormalised over the truncated support while the trainer's are not, so the behavior
-            weight carries a bias that no estimator here removes.
+        temperature: divisor of the logits; 0 is greedy (evaluation only: its log-probs are 0).
+        top_p: probability mass of nucleus sampling; 1 is off.
+        top_k: number of tokens to sample from; None is off.
+        stop_token_ids: tokens that end the completion; the sampled one is kept.
+        allow_truncated_sampling: whether to accept ``top_p < 1`` or ``top_k``. The behavior
+            log-probs are then renormalized over the truncated support while the trainer's are not,
+            so the behavior weight carries a bias that no estimator here removes.
 
     Raises:
-        ConfigError: if a value is out of range, or sampling is truncated without leave.
+        ConfigError: if a value is out of range, or sampling is truncated without
+            ``allow_truncated_sampling``.
     """
 
     max_new_tokens: int = 512
@@ -64,15 +65,15 @@ class SamplingParams:
         if (self.top_p < 1 or self.top_k is not None) and not self.allow_truncated_sampling:
             raise ConfigError(
                 f"top_p={self.top_p} and top_k={self.top_k} truncate the sampled distribution: its "
-                "log-probs are renormalised, the trainer's are not. Use top_p=1, top_k=None, or "
+                "log-probs are renormalized, the trainer's are not. Use top_p=1, top_k=None, or "
                 "accept the bias with allow_truncated_sampling=True."
             )
 
 
 class ProximalSlot:
-    """Holds a segment's proximal log-probs: empty, then set once, with the version of the scorer.
+    """The proximal log-probs of a segment and the version that scored them; set at most once.
 
-    Shared by reference: a segment that moves between containers while it is scored loses nothing.
+    Containers share it by reference, so a segment may move while it is scored.
     """
 
     __slots__ = ("_lock", "_value")
@@ -86,21 +87,21 @@ class ProximalSlot:
 
     @property
     def is_set(self) -> bool:
-        """Whether the log-probs are there."""
+        """Whether the segment was scored."""
         return self._value is not None
 
     @property
     def logprobs(self) -> FloatArray | None:
-        """Nats, one a token of the segment, or None while unscored."""
+        """``[n]`` nats, one for each token of the segment; None while unscored."""
         return None if self._value is None else self._value[0]
 
     @property
     def version(self) -> int | None:
-        """The policy version that scored, or None while unscored."""
+        """The policy version that scored; None while unscored."""
         return None if self._value is None else self._value[1]
 
     def set(self, logprobs: ArrayLike, version: int) -> None:
-        """Store the score. Raises ``VersionError`` if it was stored before."""
+        """Store the log-probs. ``VersionError`` if there are some already."""
         value = _read_only(np.array(logprobs, dtype=np.float32))
         with self._lock:
             if self._value is not None:
@@ -137,13 +138,13 @@ class Segment:
     """A run of tokens sampled under one policy version.
 
     Args:
-        version: the version that sampled them, 0 or more.
+        version: policy version that sampled the tokens, 0 or more.
         token_ids: ``[n]`` integers, n >= 1.
-        logprobs: ``[n]`` nats, of the distribution really sampled from; never changed.
-        temperature: of that distribution.
-        kv_on_update: what the engine did with the KV of earlier tokens when weights changed under
-            the request. Under ``"keep"`` the log-probs of a segment after an update belong to no
-            single version.
+        logprobs: ``[n]`` nats under the distribution really sampled from; never changed.
+        temperature: temperature of that distribution.
+        kv_on_update: whether the engine recomputed or kept the KV cache of earlier tokens when
+            weights changed during the request. With ``"keep"`` the log-probs of a segment after an
+            update belong to no single version.
 
     Raises:
         VersionError: if the version is not an integer of 0 or more.
@@ -192,9 +193,9 @@ class Segment:
 
 
 class Displayed:
-    """Data that notebooks and rich show as ``sdp_lightning.view`` draws it.
+    """Base of data that notebooks and rich display by ``sdp_lightning.view``.
 
-    The drawing is looked up by its public name when it is asked for: data needs none to exist.
+    The view is imported only when it is needed.
     """
 
     def _repr_html_(self) -> str:
@@ -211,13 +212,13 @@ class Trajectory(Displayed):
     """One sampled sequence: contexts and segments in order, and its reward.
 
     Args:
-        parts: begins with a :class:`Context`.
-        reward: of the whole sequence, finite.
-        finish_reason: why sampling ended.
+        parts: contexts and segments in order; the first is a :class:`Context`.
+        reward: reward of the whole sequence, finite.
+        finish_reason: reason why sampling ended.
 
     Attributes:
-        head_version: the oldest version among its sampled tokens, None if there are none.
-        tail_version: the newest one.
+        head_version: oldest version among the sampled tokens; None if there are none.
+        tail_version: newest version among them.
     """
 
     parts: tuple[Context | Segment, ...]
@@ -241,7 +242,7 @@ class Trajectory(Displayed):
 
     @property
     def segments(self) -> tuple[Segment, ...]:
-        """The sampled parts, in order."""
+        """Segments in order."""
         return tuple(part for part in self.parts if isinstance(part, Segment))
 
     @property
@@ -251,7 +252,7 @@ class Trajectory(Displayed):
 
     @property
     def num_sampled(self) -> int:
-        """How many tokens the policy chose."""
+        """Number of sampled tokens."""
         return sum(len(segment) for segment in self.segments)
 
     @property
@@ -266,13 +267,13 @@ class TrajectoryGroup(Displayed):
 
     Args:
         trajectories: one or more.
-        row_id: which dataset row they answer.
-        order: place in the order of creation; batches are made of the lowest first.
-        created_version: the policy version when the group was submitted.
+        row_id: id of the dataset row.
+        order: number in the order of creation; the lowest are trained first.
+        created_version: policy version when the group was submitted.
 
     Attributes:
-        head_version: the oldest version among the sampled tokens of every member.
-        tail_version: the newest one.
+        head_version: oldest version among the sampled tokens of all members.
+        tail_version: newest version among them.
     """
 
     trajectories: tuple[Trajectory, ...]
@@ -293,12 +294,12 @@ class TrajectoryGroup(Displayed):
 
     @property
     def segments(self) -> tuple[Segment, ...]:
-        """The sampled parts of every member."""
+        """Segments of all members."""
         return tuple(segment for t in self.trajectories for segment in t.segments)
 
     @property
     def num_sampled(self) -> int:
-        """How many tokens the policy chose, over all members."""
+        """Number of sampled tokens of all members."""
         return sum(t.num_sampled for t in self.trajectories)
 
     @property
@@ -326,6 +327,3 @@ def _token_array(token_ids: ArrayLike | Sequence[int], owner: str) -> IntArray:
 def _read_only(array: NDArray[Any]) -> NDArray[Any]:
     array.flags.writeable = False
     return array
-
-
-Row = Mapping[str, Any]

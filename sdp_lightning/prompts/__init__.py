@@ -1,6 +1,6 @@
-"""Dataset rows that a string names: files, Hugging Face datasets, reasoning-gym.
+"""Dataset rows: a stream of prompts, local files, Hugging Face datasets, reasoning-gym.
 
-Nothing of a library is imported before it is named.
+A library is imported only when a source names it.
 """
 
 from __future__ import annotations

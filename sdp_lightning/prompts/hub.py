@@ -10,18 +10,16 @@ from sdp_lightning.errors import ConfigError
 
 
 def load_hub_rows(name: str, settings: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
-    """``datasets.load_dataset(name, **settings)``, of which one split must be left.
-
-    Rows are read as they are used.
+    """The rows of ``datasets.load_dataset(name, **settings)``, read when they are used.
 
     Raises:
-        ConfigError: if ``datasets`` is not installed, or no split is named.
+        ConfigError: if ``datasets`` is not installed, or ``settings`` select no single split.
     """
     require("datasets", "datasets", f"datasets:{name}")
     import datasets  # pyright: ignore[reportMissingImports]
 
-    found: Any = datasets.load_dataset(name, **settings)
-    if isinstance(found, Mapping):
-        splits = ", ".join(map(str, found))
+    dataset: Any = datasets.load_dataset(name, **settings)
+    if isinstance(dataset, Mapping):
+        splits = ", ".join(map(str, dataset))
         raise ConfigError(f"datasets:{name} has the splits {splits}: add ?split= and one of them.")
-    return found
+    return dataset

@@ -1,4 +1,4 @@
-"""Rows from files: JSONL, a mapping a line, and Parquet."""
+"""Rows of local files: JSONL, with one object on each line, and Parquet."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from sdp_lightning.errors import ConfigError
 
 
 def read_files(pattern: str) -> list[dict[str, Any]]:
-    """All rows of the files, in the order of their names; ``*`` in ``pattern`` stands for many.
+    """All rows of the files, in the order of their names; ``pattern`` may hold a glob's ``*``.
 
-    A row without an ``"id"`` gets one that says where it is: ``train.jsonl:7`` is its line, and
-    ``train.parquet[6]`` its place. Errors of a rollout name it.
+    A row without an ``"id"`` gets one from its position, which errors of a rollout name:
+    ``train.jsonl:7`` is its line, and ``train.parquet[6]`` its index.
 
     Raises:
-        ConfigError: if there is no file, no row, or a line is not one.
+        ConfigError: if there is no file or no row, or a line is not a row.
     """
     path = Path(pattern).expanduser()
     files = sorted(map(Path, glob.glob(str(path)))) if glob.has_magic(pattern) else [path]

@@ -1,39 +1,39 @@
-"""reasoning-gym's tasks as rows: made as they are read, the same for the same settings.
+"""Rows of reasoning-gym's tasks, generated when they are read; equal settings give equal rows.
 
-Importing reasoning-gym takes seconds, so that happens when the rows are made.
+Importing reasoning-gym takes seconds, so it is imported with the first task.
 """
 
 from __future__ import annotations
 
 import difflib
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, overload
 
 from sdp_lightning.config.import_path import require
 from sdp_lightning.errors import ConfigError
+from sdp_lightning.types import Row
 
 ASK = "\nGive the final answer between <answer> and </answer>."
-Row = Mapping[str, Any]
 
 
 class ReasoningGymRows(Sequence[Row]):
     r"""The rows of one task of reasoning-gym.
 
-    Each has ``prompt``, ``answer``, ``id``, and ``metadata``, by which
-    :mod:`sdp_lightning.rewards.reasoning_gym` scores. Row n is made when it is read, from seed and
-    n.
+    Each row has ``prompt``, ``answer``, ``id``, and ``metadata``, which
+    :mod:`sdp_lightning.rewards.reasoning_gym` needs for the score. Row n depends on ``seed`` and n.
 
-    With ``shots`` the prompt is ``Question: ..\nAnswer: ..`` of so many solved tasks, then of the
-    row's own, for models without a chat: score it with ``line_reward``. Without, it is the question
-    and a line that asks for ``<answer>`` tags: score it with ``reward``.
+    With ``shots`` the prompt is ``Question: ..\nAnswer: ..`` for so many solved tasks, then the
+    question of the row, for models without a chat template: score it with ``line_reward``. Without
+    shots it is the question and a line that asks for ``<answer>`` tags: score it with ``reward``.
 
     Args:
-        name: of the task, such as ``chain_sum``.
-        size: how many rows.
-        seed: of the task; another one gives other rows.
-        shots: solved tasks before each question, the same for all rows, and none of them.
-        settings: of the task's configuration in reasoning-gym.
+        name: name of the task, such as ``chain_sum``.
+        size: number of rows.
+        seed: seed of the task; another seed gives other rows.
+        shots: number of solved tasks before each question, the same for all rows and not among
+            them.
+        settings: settings of the task in reasoning-gym.
 
     Raises:
         ConfigError: if reasoning-gym is not installed, or refuses name or settings.
@@ -68,14 +68,14 @@ class ReasoningGymRows(Sequence[Row]):
     @overload
     def __getitem__(self, index: slice) -> list[Row]: ...
     def __getitem__(self, index: int | slice) -> Row | list[Row]:
-        places = range(self.size)[index]
-        if isinstance(places, range):
-            return [self[place] for place in places]
-        task = self._tasks[places]
+        position = range(self.size)[index]
+        if isinstance(position, range):
+            return [self[each] for each in position]
+        task = self._tasks[position]
         question = str(task["question"])
         prompt = f"{self._solved}Question: {question}\nAnswer:" if self.shots else question + ASK
         return {
-            "id": f"{self.name}-{places}",
+            "id": f"{self.name}-{position}",
             "prompt": prompt,
             "question": question,
             "answer": task["answer"],

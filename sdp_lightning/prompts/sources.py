@@ -1,4 +1,4 @@
-"""Dataset rows that a config names: files, Hugging Face datasets, reasoning-gym, Python objects."""
+"""Finds the dataset rows that a config names: files, datasets, reasoning-gym, Python objects."""
 
 from __future__ import annotations
 
@@ -12,39 +12,40 @@ from sdp_lightning.errors import ConfigError
 from sdp_lightning.types import Row
 
 
-def load_rows(source: str | Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
-    """Dataset rows: as they are, or those that a string names, or that the named function returns.
+def load_rows(source: str | Sequence[Row]) -> Sequence[Row]:
+    """Dataset rows, given as such or by a string that names them.
 
-    A string is ``"package.module:name"``, ``"path/to/file.py:name"``, or one of the forms of
-    :func:`find_rows`: ``"rows.jsonl"``, ``"rows.parquet"``,
-    ``"reasoning_gym:task?size=500"``, ``"datasets:name?split=train"``.
+    A string is the import path of the rows, or of a function that returns them
+    (``"package.module:name"``, ``"path/to/file.py:name"``), or one of the forms of
+    :func:`find_rows`: ``"rows.jsonl"``, ``"rows.parquet"``, ``"reasoning_gym:task?size=500"``,
+    ``"datasets:name?split=train"``.
 
     Raises:
-        ConfigError: if they have no length or no order: a generator, a single row, None.
+        ConfigError: if the rows are no sequence: a generator, a single row, None.
     """
-    found: object = source
+    rows: object = source
     if isinstance(source, str):
         rows = find_rows(source)
-        found = load_object(source) if rows is None else rows
-        if callable(found):
-            found = found()
-    if not isinstance(found, Sized) or isinstance(found, (Mapping, str)):
+        if rows is None:
+            named = load_object(source)
+            rows = named() if callable(named) else named
+    if not isinstance(rows, Sized) or isinstance(rows, (Mapping, str)):
         raise ConfigError(
             "prompts must be a sequence of rows, such as a list of mappings or a datasets.Dataset; "
-            f"got {type(found).__name__}. Make a list of it."
+            f"got {type(rows).__name__}. Make a list of it."
         )
-    return cast(Sequence[Mapping[str, Any]], found)
+    return cast(Sequence[Row], rows)
 
 
 def find_rows(source: str) -> Sequence[Row] | None:
-    """The rows that ``source`` names; None if it is not one of these forms.
+    """The rows that ``source`` names; None if it has none of these forms.
 
-    - ``path/to/file.jsonl`` or ``.parquet``; ``*`` stands for many files.
+    - ``path/to/file.jsonl`` or ``.parquet``; a ``*`` matches many files.
     - ``reasoning_gym:chain_sum?size=500&seed=1``: settings of the task follow the ``?``.
     - ``datasets:openai/gsm8k?name=main&split=train``: arguments of ``load_dataset`` follow it.
 
     Raises:
-        ConfigError: if the rows are not there, or not rows.
+        ConfigError: if the rows do not exist or cannot be read.
     """
     scheme, _, rest = source.partition(":")
     if scheme == "reasoning_gym":
@@ -65,7 +66,7 @@ def find_rows(source: str) -> Sequence[Row] | None:
 
 
 def split_settings(text: str) -> tuple[str, dict[str, Any]]:
-    """``name?a=1&b=x`` as the name and its settings, of which JSON values are read as such.
+    """Splits ``name?a=1&b=x`` into the name and its settings; JSON values are parsed.
 
     >>> split_settings("chain_sum?size=500&min_terms=2&mode=easy")
     ('chain_sum', {'size': 500, 'min_terms': 2, 'mode': 'easy'})

@@ -1,4 +1,4 @@
-"""Which row comes next: an order that (seed, epoch) fixes, and a position in it.
+"""The order of prompts, fixed by (seed, epoch), and the position in it.
 
 Not thread-safe: its owner locks.
 """
@@ -6,7 +6,7 @@ Not thread-safe: its owner locks.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +15,12 @@ import numpy as np
 from sdp_lightning.errors import ConfigError, RolloutError
 from sdp_lightning.types import Row
 
-EVALUATION_EPOCH = 2**31  # of rows that are only judged
+EVALUATION_EPOCH = 2**31  # epoch of rows that are only judged
 
 
 @dataclass(frozen=True, eq=False)
 class PromptRow:
-    """One row on its way: the same (epoch, index) is the same work.
+    """A dataset row in an epoch; (epoch, index) identifies it and seeds its tokens.
 
     Attributes:
         row_id: the row's ``"id"``, else its index in the dataset.
@@ -36,15 +36,15 @@ class PromptRow:
 
     @property
     def is_evaluation(self) -> bool:
-        """Whether it is only judged, and never trained on."""
+        """Whether the row is only judged, and never trained on."""
         return self.epoch == EVALUATION_EPOCH
 
 
 class PromptStream:
-    """Cycles through the rows, reshuffled in every epoch, until ``num_epochs`` end them.
+    """Cycles through the rows, reshuffled in every epoch, for ``num_epochs``; None is no end.
 
-    Rows that were given back come first, in the order in which they were given. Of several ranks
-    each takes every ``num_ranks``-th place, over the ends of epochs: no row twice, and none left.
+    Rows that were given back come first, in that order. Each of several ranks takes every
+    ``num_ranks``-th position, across the ends of epochs: no row twice, and none left out.
 
     Raises:
         ConfigError: if there are no rows.
@@ -70,7 +70,7 @@ class PromptStream:
 
     @property
     def is_exhausted(self) -> bool:
-        """Whether no row will ever come again, unless one is given back."""
+        """Whether no row is left, unless one is given back."""
         return (
             not self._returned
             and self._num_epochs is not None
@@ -94,7 +94,7 @@ class PromptStream:
         return row
 
     def read(self, epoch: int, index: int) -> PromptRow:
-        """Row ``index`` as it comes in ``epoch``; the position does not move.
+        """Row ``index`` in ``epoch``; the position does not move.
 
         Raises:
             RolloutError: naming the row, if it could not be read.
@@ -109,12 +109,12 @@ class PromptStream:
             )
         return PromptRow(epoch, index, data)
 
-    def give_back(self, rows: Iterable[PromptRow]) -> None:
-        """Hand these rows out again, before any other."""
-        self._returned.extend((row.epoch, row.index) for row in rows)
+    def give_back(self, row: PromptRow) -> None:
+        """Hand ``row`` out again, before any new row."""
+        self._returned.append((row.epoch, row.index))
 
     def state_dict(self) -> dict[str, Any]:
-        """Position and rows given back, in plain types."""
+        """The position and the rows given back, in plain types."""
         return {
             "epoch": self._epoch,
             "position": self._position,
@@ -125,10 +125,10 @@ class PromptStream:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where ``state`` was taken.
+        """Continue from ``state``.
 
         Raises:
-            ConfigError: if it was taken over another number of rows, or in another order.
+            ConfigError: if the number of rows or their order differs.
         """
         if (state["seed"], state["shuffle"]) != (self._seed, self._shuffle):
             raise ConfigError(
@@ -161,7 +161,7 @@ class PromptStream:
 
 
 def row_order(num_rows: int, epoch: int, *, seed: int, shuffle: bool) -> list[int]:
-    """The rows of an epoch, by their index, in the order in which they come."""
+    """Indices of the rows of an epoch, in order."""
     if not shuffle:
         return list(range(num_rows))
     return [int(index) for index in np.random.default_rng([seed, epoch]).permutation(num_rows)]

@@ -87,7 +87,7 @@ class GroupSource:
 
     def give_back(self, group: InFlightGroup) -> None:
         """Begin the row of a dropped group again, before any new row."""
-        self._prompts.give_back([group.row])
+        self._prompts.give_back(group.row)
 
     def remove(self, is_overdue: Callable[[InFlightGroup], bool]) -> None:
         """Remove the interrupted groups that are overdue."""

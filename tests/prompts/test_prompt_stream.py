@@ -38,7 +38,8 @@ def test_unshuffled_rows_come_as_they_are_until_the_epochs_end() -> None:
 def test_rows_given_back_come_first_also_after_the_end() -> None:
     stream = make_stream(3, shuffle=False, num_epochs=1)
     rows = [row for _ in range(3) if (row := stream.next())]
-    stream.give_back(rows[1:])
+    for row in rows[1:]:
+        stream.give_back(row)
     assert not stream.is_exhausted
     assert indices(stream, 2) == [1, 2] and stream.is_exhausted
 
@@ -46,7 +47,8 @@ def test_rows_given_back_come_first_also_after_the_end() -> None:
 def test_a_stream_goes_on_where_its_state_was_taken() -> None:
     stream = make_stream(5)
     rows = [row for _ in range(7) if (row := stream.next())]
-    stream.give_back(rows[3:5])
+    for row in rows[3:5]:
+        stream.give_back(row)
     state = stream.state_dict()
     expected = indices(stream, 20)
     restored = make_stream(5)
