@@ -1,1 +1,1 @@
-"""The command line: what each command does, and how Lightning reads its settings."""
+"""Command line: one module or folder for each command."""

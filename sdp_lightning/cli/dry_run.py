@@ -1,9 +1,9 @@
-"""``sdp-lightning fit --dry-run``: all parts of a run together, before it is paid for.
+"""``sdp-lightning fit --dry-run``: a small run of all parts of a config, before GPUs are paid for.
 
-Two batches with the tokenizer, rows, workflow, reward, loss and callbacks of the config, and a
-model of the same architecture that is cut down to a few layers of a few units, with random weights.
-On the CPU, in one process, with the embedded engine: it shows nothing of speed, memory, servers and
-GPUs.
+It trains two batches with the tokenizer, rows, workflow, reward, loss and callbacks of the config,
+and a model of the same architecture, cut down to a few layers of a few units with random weights.
+It runs on the CPU, in one process, with the embedded engine, and so shows nothing of speed, memory,
+servers and GPUs.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ _TRAINER: dict[str, Any] = {
     "check_val_every_n_epoch": 1,
     "profiler": None,
 }
-_TELLING = ("RunSummary", "RunReport", "Recorder")
-# What of a configuration grows the model, and what it is cut down to; only what is there is set.
+_REPORTERS = ("RunSummary", "RunReport", "Recorder")
+# Settings of a model's config that determine its size, and their values in a dry run.
 _SMALL = {
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -56,14 +56,14 @@ _SMALL = {
 
 
 def dry_run(arguments: Sequence[str]) -> str:
-    """Run ``fit`` with ``arguments`` cut down; what is to be said of it.
+    """Run ``fit`` cut down; returns a message about it.
 
     Raises:
-        ConfigError: if the command is another one, or a setting is refused.
+        ConfigError: if the command is not ``fit``, or a setting is refused.
         SDPError: if a part of the run fails.
     """
     if arguments[:1] != ["fit"]:
-        raise ConfigError(f"--dry-run is of fit; the command is {arguments[0]!r}.")
+        raise ConfigError(f"--dry-run belongs to fit, not to {arguments[0]!r}.")
     with tempfile.TemporaryDirectory(prefix="sdp-dry-run-") as folder:
 
         class Cut(RolloutCLI):
@@ -76,11 +76,11 @@ def dry_run(arguments: Sequence[str]) -> str:
 
 
 def _cut(config: Any, folder: Path) -> None:
-    """Make the settings those of a small run; ``config`` is jsonargparse's, of ``fit``."""
-    data, update = config.data, config.model["update"]  # .update is a method
+    """Change the settings of ``fit`` (a jsonargparse namespace) to those of a small run."""
+    data, update = config.data, config.model["update"]  # config.model.update is a method
     config.model.model = str(shrink(config.model.model, folder / "model"))
     config.model.model_kwargs = None
-    config.model.trainable = None  # it may name layers that are cut off
+    config.model.trainable = None  # it may name layers that are cut
     for name, value in {**_TRAINER, "default_root_dir": str(folder)}.items():
         config.trainer[name] = value
     config.trainer.callbacks = [c for c in config.trainer.callbacks or () if not _leaves_traces(c)]
@@ -102,14 +102,14 @@ def _cut(config: Any, folder: Path) -> None:
 
 
 def _leaves_traces(callback: Any) -> bool:
-    """Whether a callback of the config writes to its own folder, or to the terminal."""
+    """Whether a callback of the config writes to a folder or to the terminal."""
     module, _, name = str(callback.class_path).rpartition(".")
     kind: Any = load_object(f"{module}:{name}")
-    return name in _TELLING or issubclass(kind, Checkpoint | ProgressBar)
+    return name in _REPORTERS or issubclass(kind, Checkpoint | ProgressBar)
 
 
 def shrink(model: str, folder: Path) -> Path:
-    """A model like ``model`` in ``folder``, with a few units and its own tokenizer.
+    """Write a model like ``model``, with a few units and the same tokenizer, to ``folder``.
 
     Raises:
         ConfigError: if there is no such model, or its architecture cannot be cut down.
@@ -146,22 +146,22 @@ def _cut_down(config: PreTrainedConfig) -> None:
     if isinstance(layers := settings.get("layer_types"), list):
         config.layer_types = layers[: config.num_hidden_layers]
     if isinstance(scaling := settings.get("rope_scaling"), Mapping) and "short_factor" in scaling:
-        config.rope_scaling = None  # a factor for each unit of the large model
+        config.rope_scaling = None  # it has a factor for each unit of the large model
 
 
 def _report(cli: RolloutCLI) -> str:
     trainer, data = cli.trainer, cli.datamodule
     assert isinstance(data, RolloutDataModule)
-    found = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     parts = [
         f"{NUM_BATCHES} batches of {data.rollout.batch_size} groups trained, with "
-        f"{found['train/tokens']:.0f} sampled tokens and a mean reward of "
-        f"{found['train/reward']:.3f} in the last",
-        f"versions 0 to {found['rollout/version']:.0f} published",
+        f"{metrics['train/tokens']:.0f} sampled tokens and a mean reward of "
+        f"{metrics['train/reward']:.3f} in the last",
+        f"versions 0 to {metrics['rollout/version']:.0f} published",
         f"a checkpoint of {trainer.global_step} optimizer steps written",
     ]
-    if "val/reward" in found:
-        parts.insert(2, f"validation rewarded with {found['val/reward']:.3f}")
+    if "val/reward" in metrics:
+        parts.insert(2, f"validation rewarded with {metrics['val/reward']:.3f}")
     return (
         "dry run: " + "; ".join(parts) + ". The model was a tiny random one, so rewards mean "
         "nothing. Not tried: real weights, speed, memory, servers, GPUs (see `doctor --config`)."

@@ -1,7 +1,7 @@
 """The command ``sdp-lightning``.
 
-``--version`` and ``doctor`` answer at once, ``export`` and ``report`` load no Lightning; ``fit``,
-``validate``, ``test`` and ``rollout`` are Lightning's, for this package's module and data module.
+``--version`` and ``doctor`` import neither Lightning nor transformers, ``export`` and ``report`` no
+Lightning; ``fit``, ``validate``, ``test`` and ``rollout`` run a ``LightningCLI``.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ usage: sdp-lightning fit|validate|test|rollout --config FILE [--model.X Y] [--tr
        sdp-lightning doctor [--config FILE] [--gpu-gib N]
        sdp-lightning --version
 
-fit        train: sdp-lightning fit --config recipes/arithmetic_cpu/config.yaml
-           with --dry-run two steps of everything on the CPU, with a tiny random model of the
-           same architecture and the real tokenizer, rows, workflow and reward
-validate   score the prompts in data.val_prompts, with --ckpt_path FILE those weights
-test       the same as validate, under Lightning's test loop
-rollout    only generate, and record it: --num_batches N, --folder DIR, --ckpt_path FILE
-export     write a checkpoint as a Hugging Face folder, for transformers, vLLM and others;
-           a LoRA adapter is merged, or with --adapter written alone, for peft
-report     make the page report.html of a run, from what RunReport (or a CSVLogger) left there
-doctor     what works on this machine, and what to do about what does not; with --config
-           also whether the GPUs, servers, model and rows of that config are there, what
-           memory it takes and how old its tokens will be; --gpu-gib 80 for GPUs to be had
+fit        train a model: sdp-lightning fit --config recipes/arithmetic_cpu/config.yaml
+           --dry-run tries two batches on the CPU, with a tiny random model of the same
+           architecture and the real tokenizer, rows, workflow and reward
+validate   evaluate on data.val_prompts; --ckpt_path FILE evaluates those weights
+test       the same as validate, in Lightning's test loop
+rollout    generate and record, without training: --num_batches N, --folder DIR, --ckpt_path FILE
+export     write a checkpoint as a Hugging Face folder for transformers, vLLM and others;
+           a LoRA adapter is merged, or written alone for peft with --adapter
+report     write report.html of a run from the files of RunReport or a CSVLogger
+doctor     check this machine: packages, GPUs, memory, disk; --config FILE also checks the GPUs,
+           servers, model and rows of that config, and estimates memory and lag; --gpu-gib 80
+           estimates for GPUs with 80 GiB that are not here
 
 sdp-lightning fit --help lists every setting, sdp-lightning fit --config FILE --print_config shows
 them all as one file. trainer.max_steps counts optimizer steps, not batches.
@@ -43,10 +43,10 @@ them all as one file. trainer.max_steps counts optimizer steps, not batches.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status.
+    """Run one command; returns the exit status.
 
     Args:
-        argv: the arguments, ``sys.argv[1:]`` if None.
+        argv: command and arguments; None is ``sys.argv[1:]``.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = arguments[0] if arguments else "--help"
@@ -74,32 +74,38 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def doctor(arguments: Sequence[str]) -> int:
-    """Print the findings; 1 if something needed is missing."""
+    """Print the findings. Status 1: something that is needed is missing."""
     from sdp_lightning.cli.doctor import examine
 
     parser = argparse.ArgumentParser(prog="sdp-lightning doctor", allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE", action="append", default=[])
-    parser.add_argument("--gpu-gib", metavar="N", type=float, help="memory of GPUs to be had")
-    given = parser.parse_args(arguments)
-    findings = examine(given.config, given.gpu_gib)
+    parser.add_argument(
+        "--gpu-gib", metavar="N", type=float, help="estimate for GPUs with N GiB of memory"
+    )
+    options = parser.parse_args(arguments)
+    findings = examine(options.config, options.gpu_gib)
     print("\n".join(map(str, findings)))
     return int(any(finding.state == "problem" for finding in findings))
 
 
 def export(arguments: Sequence[str]) -> int:
-    """Write a model folder from a checkpoint; 2 if it is refused."""
+    """Write a model folder from a checkpoint. Status 2: it is refused."""
     parser = argparse.ArgumentParser(prog="sdp-lightning export", allow_abbrev=False)
     parser.add_argument("checkpoint", metavar="CKPT", help="a .ckpt file, or a folder of shards")
     parser.add_argument("out", metavar="OUT", help="the folder to write")
-    parser.add_argument("--model", help="what was trained: id, folder or file.py:name")
-    parser.add_argument("--dtype", help="float32 or bfloat16; the checkpoint's if not given")
-    parser.add_argument("--adapter", action="store_true", help="only the LoRA adapter, for peft")
-    parser.add_argument("--overwrite", action="store_true", help="replace a model folder")
-    given = parser.parse_args(arguments)
+    parser.add_argument("--model", help="the trained model: id, folder or file.py:name")
+    parser.add_argument("--dtype", help="float32 or bfloat16; default: the checkpoint's")
+    parser.add_argument(
+        "--adapter", action="store_true", help="write the LoRA adapter only, for peft"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace OUT if it is a model folder"
+    )
+    options = parser.parse_args(arguments)
     from sdp_lightning.cli.export import export_checkpoint
 
     try:
-        print(export_checkpoint(**vars(given)))
+        print(export_checkpoint(**vars(options)))
     except ConfigError as error:
         print(f"sdp-lightning: {error}", file=sys.stderr)
         return 2
@@ -107,14 +113,14 @@ def export(arguments: Sequence[str]) -> int:
 
 
 def report(arguments: Sequence[str]) -> int:
-    """Make the page of a run; 2 if there is none."""
+    """Write the page of a run. Status 2: there is no run."""
     parser = argparse.ArgumentParser(prog="sdp-lightning report", allow_abbrev=False)
-    parser.add_argument("folder", metavar="RUN_DIR", help="the run's folder: its logger's")
-    given = parser.parse_args(arguments)
+    parser.add_argument("folder", metavar="RUN_DIR", help="folder of the run: its logger's")
+    options = parser.parse_args(arguments)
     from sdp_lightning.observability.report import write_report
 
     try:
-        print(write_report(given.folder))
+        print(write_report(options.folder))
     except ConfigError as error:
         print(f"sdp-lightning: {error}", file=sys.stderr)
         return 2
@@ -122,9 +128,9 @@ def report(arguments: Sequence[str]) -> int:
 
 
 def run_trainer(arguments: list[str]) -> int:
-    """A command of the Trainer; what goes wrong is one line, not a traceback.
+    """Run a command of the Trainer; errors of this package and the system are printed as one line.
 
-    2: a setting is refused. 1: a run has ended with an error of this package, or of the system.
+    Status 2: a setting is refused. Status 1: the run ended with an error.
     """
     from sdp_lightning.cli.quiet_logs import quiet_logs
     from sdp_lightning.cli.trainer import recorded, run

@@ -1,4 +1,4 @@
-"""Other libraries' chatter, kept off the terminal of the command line."""
+"""Log levels of other libraries for the terminal."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from importlib import import_module
 
 
 def quiet_logs() -> None:
-    """Keep what Lightning and transformers say about themselves off the terminal, not warnings."""
+    """Silence Lightning and transformers below warnings."""
     from transformers.utils import logging as transformers_logging
 
     for name in ("lightning.pytorch", "lightning.fabric"):

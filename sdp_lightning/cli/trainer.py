@@ -33,7 +33,7 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 
 
 class OneLineParser(LightningArgumentParser):
-    """Says what is wrong in one line, with the nearest setting that there is; the usage is long."""
+    """A parser whose errors are one line with the nearest setting, without the long usage."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Exit with status 2."""
@@ -41,24 +41,24 @@ class OneLineParser(LightningArgumentParser):
         sys.exit(2)
 
     def one_line(self, message: str, ex: Exception | None) -> str:
-        """The message in one line, with the nearest setting that there is."""
+        """A message on one line, with the nearest setting."""
         parser: Any = vars(ex).get("subcommand_parser") if ex is not None else None
         text = " ".join(line.strip() for line in str(message).splitlines())
         return text + _nearest(text, parser or self)
 
 
 def _nearest(text: str, parser: Any) -> str:
-    """The setting that a key which is not known looks like, if there is one."""
-    found = re.search(r"(?:does not accept option '|unrecognized arguments: --)([\w.]+)", text)
+    """A hint at the setting nearest to an unknown key; empty if no key is unknown."""
+    match = re.search(r"(?:does not accept option '|unrecognized arguments: --)([\w.]+)", text)
     known = [action.dest for action in parser._actions]
-    if found is None:
+    if match is None:
         return ""
-    near = difflib.get_close_matches(found[1], known, n=1, cutoff=0.75)
+    near = difflib.get_close_matches(match[1], known, n=1, cutoff=0.75)
     return f". Did you mean {near[0]}?" if near else f". See {parser.prog.split(' [')[0]} --help."
 
 
 class RolloutTrainer(Trainer):
-    """A Trainer that can also only generate."""
+    """A Trainer that can also generate without training."""
 
     def rollout(
         self,
@@ -69,15 +69,18 @@ class RolloutTrainer(Trainer):
         ckpt_path: str | None = None,
         weights_only: bool | None = None,
     ) -> None:
-        """Generates batches of the training prompts and records them; trains nothing.
+        """Generates batches from the training prompts and records them, without training.
 
         Args:
-            model: whose weights sample.
-            datamodule: prompts, workflow, engine.
-            num_batches: of data.rollout.batch_size groups each.
-            folder: of the recording; by default recording/ in the folder of the logger.
-            ckpt_path: sample with the weights of this checkpoint.
-            weights_only: load nothing from it but tensors and plain values.
+            model: the policy that samples.
+            datamodule: prompts, workflow and engine.
+            num_batches: number of batches, of data.rollout.batch_size groups each.
+            folder: folder of the recording; by default recording/ in the folder of the logger.
+            ckpt_path: checkpoint whose weights sample.
+            weights_only: load only tensors and plain values from it.
+
+        Raises:
+            ConfigError: if num_batches is below 1.
         """
         if num_batches < 1:
             raise ConfigError(f"num_batches must be at least 1, got {num_batches}.")
@@ -100,8 +103,8 @@ class RolloutTrainer(Trainer):
 class RolloutCLI(LightningCLI):
     """LightningCLI without abbreviated flags, and with weights always published.
 
-    A config without a ``WeightSyncCallback`` gets one: without it nothing would ever be sampled.
-    With ``run=False`` the arguments have no command, and the objects are made but not run.
+    A config without a ``WeightSyncCallback`` gets one: without it nothing is ever sampled. With
+    ``run=False`` the arguments have no command, and the objects are made but not run.
     """
 
     parser_kind: type[LightningArgumentParser] = OneLineParser
@@ -125,19 +128,16 @@ class RolloutCLI(LightningCLI):
         )
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
-        """The one that is asked for: a parser for each would take as long again, and again.
-
-        Those of Lightning, with ``rollout`` for ``predict``.
-        """
+        """The command that was given: each parser takes long to build. ``rollout`` is ours."""
         commands = LightningCLI.subcommands() | {"rollout": {"model", "datamodule"}}
         return {self._command: commands[self._command]}
 
     def parse_arguments(self, parser: Any, args: Any) -> None:
-        """The base class warns if ``sys.argv`` has arguments too; here they are always passed."""
+        """Parse the arguments; the base class would warn if ``sys.argv`` has some, too."""
         self.config = parser.parse_args(args)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Adds the callback in front, so that it acts before those of the config."""
+        """The Trainer, with a ``WeightSyncCallback`` before the callbacks of the config."""
         trainer = super().instantiate_trainer(**kwargs)
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         if not any(isinstance(callback, WeightSyncCallback) for callback in callbacks):
@@ -145,27 +145,27 @@ class RolloutCLI(LightningCLI):
         return trainer
 
     def before_fit(self) -> None:
-        """Let ``--ckpt_path last`` find what an earlier run has left, as Lightning's hook."""
+        """Resolve ``--ckpt_path last`` to the newest checkpoint of all runs; a Lightning hook."""
         settings = self.config_init["fit"]
-        if settings.get("ckpt_path") == "last" and (found := _last_of_all_versions(self.trainer)):
-            settings["ckpt_path"] = str(found)
+        if settings.get("ckpt_path") == "last" and (path := _last_of_all_versions(self.trainer)):
+            settings["ckpt_path"] = str(path)
 
 
 def _last_of_all_versions(trainer: Trainer) -> Path | None:
-    """The newest ``last*.ckpt`` of all runs, where a logger gives each run a folder of its own.
+    """The newest ``last*.ckpt`` of all runs of a logger that gives each run its own folder.
 
-    Lightning looks in the folder of the new run only. None leaves it to that.
+    Lightning looks in the folder of the new run only; None leaves the search to it.
     """
     savers = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
     if trainer.logger is None or any(saver.dirpath for saver in savers):
         return None
     folder = Path(trainer.logger.save_dir or trainer.default_root_dir, str(trainer.logger.name))
-    found = folder.glob("version_*/checkpoints/last*.ckpt")
-    return max(found, key=lambda path: path.stat().st_mtime, default=None)
+    checkpoints = folder.glob("version_*/checkpoints/last*.ckpt")
+    return max(checkpoints, key=lambda path: path.stat().st_mtime, default=None)
 
 
 def recorded(trainer: Trainer) -> str:
-    """What ``rollout`` has recorded, in a line."""
+    """One line about the recording of ``rollout``."""
     (recorder,) = [c for c in trainer.callbacks if isinstance(c, Recorder)]  # type: ignore
     recording = Recording(recorder.written_to)
     groups = [group for batch in recording for group in batch.groups]
@@ -178,9 +178,9 @@ def recorded(trainer: Trainer) -> str:
 
 
 def run(arguments: Sequence[str], kind: type[RolloutCLI] = RolloutCLI) -> RolloutCLI:
-    """Parse ``arguments``, command first, and run it.
+    """Parse ``arguments``, of which the first is the command, and run it.
 
     Raises:
-        SystemExit: if they cannot be parsed, or asked for help.
+        SystemExit: if they cannot be parsed, or ask for help.
     """
     return kind(arguments)

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any, TypeVar, cast
+
 from sdp_lightning.errors import ConfigError
+
+T = TypeVar("T")
 
 
 def at_least(name: str, value: int, least: int) -> None:
@@ -27,3 +33,16 @@ def not_negative(name: str, value: float) -> None:
     """Refuse what is below 0, or NaN."""
     if not value >= 0:
         raise ConfigError(f"{name} must not be negative, got {value}.")
+
+
+def config_from(kind: type[T], values: Mapping[str, Any]) -> T:
+    """A dataclass of settings from values by field name; names of no field are ignored.
+
+    Raises:
+        ConfigError: if a value is refused.
+        TypeError: if a required field is missing, or a value has a type that cannot be compared.
+    """
+    names = {field.name for field in fields(cast(Any, kind))}
+    return kind(
+        **{k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in names}
+    )

@@ -80,6 +80,26 @@ def test_a_quick_command_imports_neither_lightning_nor_transformers(argument: st
     assert done.stdout
 
 
+@pytest.mark.parametrize("module", ["sdp_lightning", "sdp_lightning.cli"])
+@pytest.mark.parametrize(
+    ("arguments", "status", "output"),
+    [
+        (["--version"], 0, f"sdp-lightning {sdp.__version__}\n"),
+        (["fit", "--trainer.max_step=4"], 2, "Did you mean trainer.max_steps?"),
+        (["fitt"], 2, "there is no command 'fitt'. Did you mean fit?"),
+    ],
+    ids=["version", "bad setting of fit", "bad command"],
+)
+def test_python_m_is_the_command_line(
+    module: str, arguments: list[str], status: int, output: str
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", module, *arguments], capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == status
+    assert output in (done.stderr if status else done.stdout)
+
+
 def test_version_is_the_package_s(capsys: pytest.CaptureFixture[str]):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"sdp-lightning {sdp.__version__}\n"

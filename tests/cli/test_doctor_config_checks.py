@@ -20,7 +20,7 @@ from sdp_lightning.cli.doctor.config_checks import (
     check_servers,
     examine_configs,
     merge,
-    trainer_places,
+    trainer_positions,
 )
 from sdp_lightning.cli.doctor.finding import Finding
 from sdp_lightning.cli.doctor.gpus import NvidiaSmiError
@@ -57,7 +57,7 @@ def problems(findings: list[Finding]) -> dict[str, str]:
 def test_the_trainer_s_gpus_are_read_as_lightning_reads_them(
     trainer: dict[str, Any], num_visible: int, places: list[int]
 ) -> None:
-    assert trainer_places(trainer, num_visible) == places
+    assert trainer_positions(trainer, num_visible) == places
 
 
 def test_gpus_that_are_not_there_are_named() -> None:

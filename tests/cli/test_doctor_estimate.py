@@ -188,5 +188,5 @@ def test_versions_that_do_not_go_together_are_named() -> None:
     needs = {"vllm": ["torch==2.14.0", "numpy", "torch==1; extra == 'old'"], "torch": []}
     found = check_together(here.get, needs.get)
     assert [(f.state, f.subject) for f in found] == [("problem", "vllm")]
-    assert found[0].text == "0.33.0 needs torch==2.14.0, and 2.13.0 is here."
+    assert found[0].text == "0.33.0 needs torch==2.14.0, and 2.13.0 is installed."
     assert check_together({**here, "torch": "2.14.0+cpu"}.get, needs.get) == []

@@ -77,7 +77,7 @@ def test_a_recipe_runs_dry_and_leaves_nothing(
 
 def test_only_fit_runs_dry(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["validate", "--dry-run"]) == 2
-    assert "--dry-run is of fit" in capsys.readouterr().err
+    assert "--dry-run belongs to fit" in capsys.readouterr().err
 
 
 def test_a_part_that_fails_fails_the_dry_run(

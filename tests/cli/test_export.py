@@ -401,7 +401,7 @@ def folder_of_files(place: Path) -> Path:
 CHECKPOINTS: dict[str, tuple[Callable[[Path], Path], str]] = {
     "not there": (lambda place: place / "no.ckpt", r"no checkpoint '.*no.ckpt': it is not there"),
     "a folder": (folder_of_files, r"a folder without .metadata"),
-    "cut short": (cut_short, r"was cut short: [\d,]+ bytes"),
+    "cut short": (cut_short, r"is truncated: [\d,]+ bytes"),
     "an object": (broken(lambda: {"state_dict": {}, "x": Path()}), r"more than tensors and plain"),
     "a list": (broken(lambda: [1]), r"no Lightning checkpoint but list"),
     "plain weights": (broken(lambda: {"a.weight": 1}), r"no 'state_dict' among 'a.weight'"),
@@ -493,7 +493,7 @@ def test_a_checkpoint_that_names_no_model_needs_to_be_told(tmp_path: Path):
 
 def test_a_checkpoint_whose_model_is_gone_is_refused(tmp_path: Path):
     checkpoint = save_checkpoint(tmp_path / "a.ckpt", tiny_model(), sdp_model_id="/gone/model")
-    with pytest.raises(sdp.ConfigError, match=r"of '/gone/model', which is not there"):
+    with pytest.raises(sdp.ConfigError, match=r"of '/gone/model', which is missing"):
         export_checkpoint(checkpoint, tmp_path / "out")
 
 
@@ -503,9 +503,9 @@ def test_a_folder_that_is_in_use_is_refused(trained: Path, model_folder: str, tm
             export_checkpoint(checkpoint, out, model=base, overwrite=True)
 
     (tmp_path / "file").write_text("x")
-    refused(tmp_path / "file", "is there and is not a folder")
+    refused(tmp_path / "file", "exists and is not a folder")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
-    refused(tmp_path / "link", "is there and is not a folder")
+    refused(tmp_path / "link", "exists and is not a folder")
     (tmp_path / "work").mkdir()
     (tmp_path / "work" / "thesis.tex").write_text("x")
     refused(tmp_path / "work", r"is not a model folder \(no config.json\)")

@@ -1,4 +1,4 @@
-"""What works on this machine, and what to do about what does not."""
+"""Checks of a machine and of config files, with remedies."""
 
 from sdp_lightning.cli.doctor.finding import Finding
 from sdp_lightning.cli.doctor.machine import examine

@@ -1,7 +1,7 @@
-"""Whether this machine has what config files ask for: GPUs, servers, model, rows.
+"""Checks that this machine has the GPUs, servers, model and rows of config files.
 
-It reads the files and runs nothing but what gives the rows. The settings themselves are checked by
-``fit``; what is set on its command line is not known here.
+Only the files are read and the rows loaded. ``fit`` checks the settings themselves; flags of its
+command line are unknown here.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from sdp_lightning.cli.doctor.estimate import (
     check_engine_memory,
     check_trainer_memory,
     num_shards,
+    part_of,
     size_of_model,
 )
 from sdp_lightning.cli.doctor.finding import Finding
@@ -31,19 +32,19 @@ from sdp_lightning.prompts.sources import load_rows
 
 Tree = dict[str, Any]
 _ANSWER_S = 5.0
-# Loopback is never asked through a proxy.
+# Requests to loopback never go through a proxy.
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 @dataclass(frozen=True)
 class Machine:
-    """The GPUs of a machine, as nvidia-smi counts, and what the trainer's interpreter has.
+    """The GPUs of a machine, by the index of nvidia-smi, and the trainer's interpreter.
 
     Attributes:
-        gpus: all.
-        visible: those that CUDA shows to the trainer, in its order.
-        gpu_gib: memory of the smallest; None where there is none or it is not told.
-        has_vllm: whether vLLM is installed there.
+        gpus: all GPUs.
+        visible: GPUs that CUDA shows to the trainer, in its order.
+        gpu_gib: memory of the smallest; None without GPUs, or if unknown.
+        has_vllm: whether vLLM is installed in the interpreter.
     """
 
     gpus: tuple[int, ...] = ()
@@ -53,10 +54,10 @@ class Machine:
 
     @classmethod
     def look(cls, ask: Ask | None, visible: str | None, *, has_vllm: bool = False) -> Machine:
-        """As nvidia-smi and ``CUDA_VISIBLE_DEVICES`` say; a GPU that has no number is -1."""
+        """The machine by nvidia-smi and ``CUDA_VISIBLE_DEVICES``; a GPU without a number is -1."""
         try:
             gpus = parse_gpus(ask(GPU_QUERY)) if ask is not None else []
-        except NvidiaSmiError:  # the finding is check_gpus's
+        except NvidiaSmiError:  # check_gpus reports it
             gpus = []
         numbers = {name: gpu.index for gpu in gpus for name in (str(gpu.index), gpu.uuid)}
         shown = [gpu.uuid for gpu in gpus] if visible is None else visible.split(",")
@@ -71,11 +72,11 @@ class Machine:
 
 
 def examine_configs(files: Sequence[str], machine: Machine) -> list[Finding]:
-    """What of the things that ``files`` ask for is here, and what they would need.
+    """Findings about config files: what is missing here, and what they would need.
 
     Args:
-        files: of ``fit``, of which a later one overrides an earlier one.
-        machine: its GPUs; their memory may be that of GPUs which are still to be had.
+        files: config files of ``fit``; later ones take precedence.
+        machine: GPUs to judge by; their memory may be that of other GPUs.
     """
     import yaml
 
@@ -88,8 +89,8 @@ def examine_configs(files: Sequence[str], machine: Machine) -> list[Finding]:
         if not isinstance(read, Mapping):
             return [Finding("problem", "config", f"{file} holds no settings.")]
         config = merge(config, cast(Tree, read))
-    trainer, data = _part(config, "trainer"), _part(config, "data")
-    model = _part(config, "model").get("model")
+    trainer, data = part_of(config, "trainer"), part_of(config, "data")
+    model = part_of(config, "model").get("model")
     return [
         *check_devices(trainer, _engine(config), machine),
         *check_servers(_engine(config), machine),
@@ -101,20 +102,20 @@ def examine_configs(files: Sequence[str], machine: Machine) -> list[Finding]:
 
 
 def world_size(trainer: Mapping[str, Any], machine: Machine) -> int:
-    """Processes that train, over all nodes."""
-    places = trainer_places(trainer, len(machine.visible))
+    """Number of training processes on all nodes."""
+    positions = trainer_positions(trainer, len(machine.visible))
     devices = trainer.get("devices", 1)
     on_cpu = int(devices) if str(devices).isdigit() else 1
-    return (len(places) or on_cpu) * int(trainer.get("num_nodes", 1))
+    return (len(positions) or on_cpu) * int(trainer.get("num_nodes", 1))
 
 
 def check_memory(config: Tree, machine: Machine, size: ModelSize | None) -> Iterator[Finding]:
-    """Of trainer and servers, as far as the model's size is known."""
+    """Findings about the memory of trainer and servers, if the model's size is known."""
     if size is None:
         text = "not estimated: the model is not on this machine yet, or is made by a function."
         yield Finding("note", "trainer memory", text)
         return
-    trainer, query = _part(config, "trainer"), launch_query(_engine(config))
+    trainer, query = part_of(config, "trainer"), launch_query(_engine(config))
     share = float(query.get("gpu_memory_utilization", 0))
     gib = machine.gpu_gib
     shards = num_shards(trainer, world_size(trainer, machine))
@@ -123,11 +124,11 @@ def check_memory(config: Tree, machine: Machine, size: ModelSize | None) -> Iter
         if _launches(_engine(config)):
             yield check_engine_memory(config, size, query, gpu_gib=gib)
     except ConfigError:
-        return  # check_division has said it
+        return  # check_division reports it
 
 
 def merge(first: Tree, second: Mapping[str, Any]) -> Tree:
-    """Both, the second where they differ.
+    """Both trees, with the values of the second where they differ.
 
     >>> merge({"a": {"b": 1, "c": 2}}, {"a": {"b": 3}})
     {'a': {'b': 3, 'c': 2}}
@@ -141,20 +142,20 @@ def merge(first: Tree, second: Mapping[str, Any]) -> Tree:
 
 
 def check_devices(trainer: Mapping[str, Any], engine: str, machine: Machine) -> list[Finding]:
-    """GPUs of trainer and servers: that they exist, and that none has two owners unawares."""
-    places = trainer_places(trainer, len(machine.visible))
-    lost = [place for place in places if place >= len(machine.visible)]
-    mine = [machine.visible[place] for place in places if place < len(machine.visible)]
+    """Checks that the GPUs of trainer and servers exist, and that they share none by mistake."""
+    positions = trainer_positions(trainer, len(machine.visible))
+    missing = [position for position in positions if position >= len(machine.visible)]
+    of_trainer = [machine.visible[i] for i in positions if i < len(machine.visible)]
     query, launches = launch_query(engine), _launches(engine)
     names = query.get("devices", "cpu")
-    theirs = [int(name) for name in names.split(",") if name.isdigit()]  # others are ids
-    unknown = [index for index in theirs if index not in machine.gpus]
+    of_servers = [int(name) for name in names.split(",") if name.isdigit()]  # others are ids
+    unknown = [index for index in of_servers if index not in machine.gpus]
     see_all = launches and "devices" not in query and bool(machine.gpus)
     if see_all:
-        theirs = [index for index in machine.visible if index >= 0]
-    findings = [_judge_gpus("trainer", lost, mine, len(machine.visible))]
+        of_servers = [index for index in machine.visible if index >= 0]
+    findings = [_judge_gpus("trainer", missing, of_trainer, len(machine.visible))]
     if launches:
-        findings.append(_judge_gpus("servers", unknown, theirs, len(machine.gpus)))
+        findings.append(_judge_gpus("servers", unknown, of_servers, len(machine.gpus)))
     if "gpu_memory_utilization" in query:
         return findings
     if see_all:
@@ -163,7 +164,7 @@ def check_devices(trainer: Mapping[str, Any], engine: str, machine: Machine) -> 
             "some, or cpu, or add gpu_memory_utilization."
         )
         findings.append(Finding("problem", "shared GPUs", text))
-    elif shared := sorted(set(mine) & set(theirs)):
+    elif shared := sorted(set(of_trainer) & set(of_servers)):
         text = (
             f"trainer and servers both use GPU {_list(shared)}: add gpu_memory_utilization to "
             "data.engine, or give the servers GPUs of their own with devices=."
@@ -172,8 +173,8 @@ def check_devices(trainer: Mapping[str, Any], engine: str, machine: Machine) -> 
     return findings
 
 
-def trainer_places(trainer: Mapping[str, Any], num_visible: int) -> list[int]:
-    """Which of the visible GPUs the Trainer's ``accelerator`` and ``devices`` ask for."""
+def trainer_positions(trainer: Mapping[str, Any], num_visible: int) -> list[int]:
+    """Positions among the visible GPUs that ``accelerator`` and ``devices`` ask for."""
     accelerator, devices = trainer.get("accelerator", "auto"), trainer.get("devices", "auto")
     if accelerator not in ("gpu", "cuda") and not (accelerator == "auto" and num_visible):
         return []
@@ -181,17 +182,17 @@ def trainer_places(trainer: Mapping[str, Any], num_visible: int) -> list[int]:
         return list(range(max(1, num_visible)))
     listed = isinstance(devices, list) or "," in str(devices)
     numbers = [int(number) for number in re.findall(r"\d+", str(devices))]
-    return numbers if listed else [place for number in numbers for place in range(number)]
+    return numbers if listed else [position for number in numbers for position in range(number)]
 
 
 def launch_query(engine: str) -> dict[str, str]:
-    """What follows the ? of ``vllm://launch?...``; of other engines nothing."""
+    """Options of ``vllm://launch?...``; empty for other engines."""
     query = engine.partition("?")[2]
     return {k: v[-1] for k, v in parse_qs(query).items()} if _launches(engine) else {}
 
 
 def check_servers(engine: str, machine: Machine) -> list[Finding]:
-    """That servers that should run answer, and that those to be started have what they run in."""
+    """Checks that running servers answer, and that launched ones have an interpreter with vLLM."""
     _, separator, rest = engine.partition("://")
     if not separator:
         return []
@@ -210,7 +211,7 @@ def check_servers(engine: str, machine: Machine) -> list[Finding]:
 
 
 def check_model(model: object) -> Finding:
-    """That the model is here, or will be fetched."""
+    """Checks that the model is on this machine, or an id of the hub."""
     if not isinstance(model, str):
         return Finding(
             "problem", "model", f"model.model is {model!r}: an id or a folder is needed."
@@ -228,29 +229,29 @@ def check_model(model: object) -> Finding:
     try:
         cached = try_to_load_from_cache(model, "config.json")
     except ValueError as error:
-        return Finding("problem", "model", f"{model} is no folder and no id: {error}")
+        return Finding("problem", "model", f"{model} is neither a folder nor an id: {error}")
     if isinstance(cached, str):
         return Finding("ok", "model", f"{model}, in the hub's cache")
     return Finding("note", "model", f"{model} is fetched from the hub by the first run.")
 
 
 def check_rows(name: str, source: Any) -> Finding:
-    """That the rows can be had: they are loaded."""
+    """Checks the rows by loading them."""
     try:
         return Finding("ok", name, f"{len(load_rows(source))} rows")
     except ConfigError as error:
         return Finding("problem", name, str(error))
 
 
-def _judge_gpus(owner: str, lost: list[int], wanted: list[int], number: int) -> Finding:
-    if lost:
-        seen = f"{number} can be seen" + (", counted from 0" if number else "")
-        return Finding("problem", owner, f"GPU {_list(lost)} is missing: {seen}.")
+def _judge_gpus(owner: str, missing: list[int], wanted: list[int], number: int) -> Finding:
+    if missing:
+        visible = f"{number} can be seen" + (", counted from 0" if number else "")
+        return Finding("problem", owner, f"GPU {_list(missing)} is missing: {visible}.")
     return Finding("ok", owner, f"GPU {_list(wanted)}" if wanted else "no GPU is asked for")
 
 
 def _engine(config: Tree) -> str:
-    return str(_part(config, "data").get("engine", "embedded"))
+    return str(part_of(config, "data").get("engine", "embedded"))
 
 
 def _launches(engine: str) -> bool:
@@ -266,10 +267,5 @@ def _ask(host: str) -> Finding:
         return Finding("problem", "server", text)
 
 
-def _part(config: Tree, name: str) -> Tree:
-    found = config.get(name)
-    return cast(Tree, found) if isinstance(found, dict) else {}
-
-
-def _list(places: Sequence[int]) -> str:
-    return ", ".join(map(str, places))
+def _list(indices: Sequence[int]) -> str:
+    return ", ".join(map(str, indices))

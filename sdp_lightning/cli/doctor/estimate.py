@@ -1,11 +1,10 @@
-"""What a config would need and how old its tokens would be, before GPUs are paid for.
+"""Estimates of the memory and the lag of a config, before GPUs are paid for.
 
-Works on the settings of the files alone: nothing is built, and nothing is asked of a GPU.
+Only the files are read: no model is built, and no GPU is used.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -13,35 +12,36 @@ from typing import Any, TypeVar, cast
 from sdp_lightning.cli.doctor.finding import Finding
 from sdp_lightning.cli.doctor.model_size import BYTES, ModelSize, cache_bytes, trainer_memory
 from sdp_lightning.config import LossConfig, RolloutConfig, UpdateConfig
+from sdp_lightning.config.validation import config_from
 from sdp_lightning.errors import ConfigError
 
 GIB = 2**30
 Tree = Mapping[str, Any]
 T = TypeVar("T")
-_DEFAULT_UTILIZATION = 0.92  # of vLLM, of a GPU that it has to itself
+_DEFAULT_UTILIZATION = 0.92  # vLLM's share of the memory of a GPU
 
 
 def check_division(config: Tree, world_size: int) -> Iterator[Finding]:
-    """That counts can be divided over processes and minibatches, and steps over batches."""
+    """Checks that groups divide over processes and minibatches, and steps over batches."""
     try:
         rollout = _settings(RolloutConfig, config, "data", "rollout")
         update = _settings(UpdateConfig, config, "model", "update")
         _settings(LossConfig, config, "model", "loss")
-        mine = rollout.share(world_size)
+        share = rollout.share(world_size)
     except ConfigError as error:
         yield Finding("problem", "settings", str(error))
         return
-    if mine.batch_size < update.num_minibatches:
+    if share.batch_size < update.num_minibatches:
         text = (
-            f"{mine.batch_size} groups a process cannot fill num_minibatches="
+            f"{share.batch_size} groups a process cannot fill num_minibatches="
             f"{update.num_minibatches}: groups stay whole."
         )
         yield Finding("problem", "batch", text)
     else:
         text = f"{rollout.batch_size} groups a step on {world_size} process(es)"
-        each = f", {mine.batch_size} each, in {update.num_minibatches} minibatch(es)"
+        each = f", {share.batch_size} each, in {update.num_minibatches} minibatch(es)"
         yield Finding("ok", "batch", text + each)
-    steps = _part(config, "trainer").get("max_steps", -1)
+    steps = part_of(config, "trainer").get("max_steps", -1)
     if isinstance(steps, int) and steps > 0 and steps % update.steps_per_batch:
         text = (
             f"max_steps={steps} is no multiple of {update.steps_per_batch} optimizer steps a batch."
@@ -51,7 +51,7 @@ def check_division(config: Tree, world_size: int) -> Iterator[Finding]:
 
 
 def _expected_lag(rollout: RolloutConfig) -> Finding:
-    """By Little's law: with C groups under way and B leaving a step, one is there for C/B steps."""
+    """Expected lag by Little's law: C running groups, B leaving a step, stay for C/B steps."""
     bound = rollout.max_head_lag
     if bound == 0:
         text = "0: trainer and engine take turns. max_head_lag=1 or more lets them overlap."
@@ -68,23 +68,23 @@ def _expected_lag(rollout: RolloutConfig) -> Finding:
 def check_trainer_memory(
     config: Tree, size: ModelSize, *, num_shards: int, gpu_gib: float | None, server_share: float
 ) -> Finding:
-    """What a process that trains holds, against its GPU.
+    """Compares the memory of one training process with that of its GPU.
 
     Args:
         config: the merged files.
-        size: of the model.
-        num_shards: processes that share the weights.
-        gpu_gib: memory of its GPU; None if there is none, or it is not known.
-        server_share: of that memory which a server on the same GPU takes.
+        size: size of the model.
+        num_shards: number of processes that share the weights.
+        gpu_gib: memory of the GPU; None if there is none, or it is unknown.
+        server_share: share of that memory that a server on the same GPU takes.
     """
-    model, trainer = _part(config, "model"), _part(config, "trainer")
+    model, trainer = part_of(config, "model"), part_of(config, "trainer")
     update = _settings(UpdateConfig, config, "model", "update")
     loss = _settings(LossConfig, config, "model", "loss")
-    options = _part(model, "model_kwargs")
+    options = part_of(model, "model_kwargs")
     dtype = str(options.get("dtype", "float32")).removeprefix("torch.")
     dtype = dtype if dtype in BYTES else "float32"
     half = "bf16" in str(trainer.get("precision", "")) or dtype == "bfloat16"
-    found = trainer_memory(
+    memory = trainer_memory(
         size,
         num_trained=size.num_trained(cast("str | None", model.get("trainable"))),
         dtype=dtype,
@@ -95,12 +95,12 @@ def check_trainer_memory(
         computes_in="bfloat16" if half else "float32",
     )
     text = (
-        f"about {found.total / GIB:.1f} GiB a process: weights {found.weights / GIB:.1f}, "
-        f"gradients and moments {found.training / GIB:.1f}, activations of "
-        f"{update.max_tokens_per_microbatch} tokens {found.activations / GIB:.1f}"
+        f"about {memory.total / GIB:.1f} GiB a process: weights {memory.weights / GIB:.1f}, "
+        f"gradients and moments {memory.training / GIB:.1f}, activations of "
+        f"{update.max_tokens_per_microbatch} tokens {memory.activations / GIB:.1f}"
     )
     room = None if gpu_gib is None else gpu_gib * (1 - server_share)
-    if room is None or found.total <= 0.9 * room * GIB:
+    if room is None or memory.total <= 0.9 * room * GIB:
         return Finding("ok", "trainer memory", text + ("." if room is None else f" of {room:.0f}."))
     remedy = "FSDP2, fewer trained layers, gradient_checkpointing, or fewer tokens a micro-batch"
     return Finding("problem", "trainer memory", f"{text}, and there are {room:.0f}. Use {remedy}.")
@@ -109,22 +109,22 @@ def check_trainer_memory(
 def check_engine_memory(
     config: Tree, size: ModelSize, query: Mapping[str, str], *, gpu_gib: float | None
 ) -> Finding:
-    """What a launched server holds, and how many samples it can decode at once.
+    """Memory of a launched server, and the number of samples that it can decode at once.
 
     Args:
         config: the merged files.
-        size: of the model.
-        query: what follows ``vllm://launch?``.
-        gpu_gib: memory of its GPU.
+        size: size of the model.
+        query: options after ``vllm://launch?``.
+        gpu_gib: memory of its GPU; None if unknown.
     """
     rollout = _settings(RolloutConfig, config, "data", "rollout")
-    workflow = _part(_part(_part(config, "data"), "workflow"), "init_args")
+    workflow = part_of(part_of(part_of(config, "data"), "workflow"), "init_args")
     group = int(workflow.get("group_size", 8))
     length = int(query.get("max_model_len", 2048))
     weights = 2 * size.num_parameters
-    one = cache_bytes(size, length)
+    sample = cache_bytes(size, length)
     text = (
-        f"{weights / GIB:.1f} GiB of weights, {one / GIB:.2f} of KV cache for a sample of "
+        f"{weights / GIB:.1f} GiB of weights, {sample / GIB:.2f} of KV cache for a sample of "
         f"{length} tokens"
     )
     if gpu_gib is None:
@@ -133,7 +133,7 @@ def check_engine_memory(
         gpu_gib * GIB * float(query.get("gpu_memory_utilization", _DEFAULT_UTILIZATION)) - weights
     )
     wanted = -(-rollout.concurrency * group // int(query.get("replicas", 1)))
-    fits = int(room // one)
+    fits = int(room // sample)
     if fits < 1:
         return Finding("problem", "engine memory", f"{text}: not one fits into {gpu_gib:.0f} GiB.")
     text += f": {fits} fit, {wanted} are asked for at once"
@@ -143,7 +143,7 @@ def check_engine_memory(
 
 
 def size_of_model(model: object) -> ModelSize | None:
-    """Of a folder, or of an id in the hub's cache; None where neither is at hand."""
+    """Size of a model folder, or of an id in the hub's cache; None if there is neither."""
     if not isinstance(model, str) or model.rpartition(":")[1]:
         return None
     folder = Path(model).expanduser()
@@ -163,23 +163,21 @@ def size_of_model(model: object) -> ModelSize | None:
 
 
 def num_shards(trainer: Tree, world_size: int) -> int:
-    """Over how many processes the strategy spreads the weights."""
+    """Number of processes over which the strategy shards the weights."""
     strategy: Any = trainer.get("strategy", "auto")
-    named: object = _part(trainer, "strategy").get("class_path", strategy)
+    named: object = part_of(trainer, "strategy").get("class_path", strategy)
     return world_size if "ModelParallel" in str(named) else 1
 
 
+def part_of(config: Tree, name: str) -> Tree:
+    """The settings under ``name``; empty if there are none."""
+    part = config.get(name)
+    return cast(Tree, part) if isinstance(part, Mapping) else {}
+
+
 def _settings(kind: type[T], config: Tree, room: str, name: str) -> T:
-    """The dataclass that a part of the files describes; keys that are not its own are left out."""
-    given = _part(_part(config, room), name)
-    fields = {field.name for field in dataclasses.fields(cast(Any, kind))}
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if k in fields}
+    """The dataclass that a part of the files describes."""
     try:
-        return kind(**values)
+        return config_from(kind, part_of(part_of(config, room), name))
     except TypeError as error:
         raise ConfigError(f"{room}.{name}: {error}") from error
-
-
-def _part(config: Tree, name: str) -> Tree:
-    found = config.get(name)
-    return cast(Tree, found) if isinstance(found, Mapping) else {}

@@ -1,4 +1,4 @@
-"""One line of the doctor's report."""
+"""Finding of the doctor."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ class Finding:
 
     Attributes:
         state: ``"problem"`` means that something needed is missing.
-        subject: what was looked at.
-        text: what was found and, unless all is well, what to do.
+        subject: the thing that was checked.
+        text: the result and, unless all is well, the remedy.
     """
 
     state: Literal["ok", "note", "problem"]

@@ -1,7 +1,7 @@
-"""Who has what on the NVIDIA GPUs, as ``nvidia-smi`` says it. Memory in MiB.
+"""Memory and processes of the NVIDIA GPUs, from ``nvidia-smi``. Memory in MiB.
 
-Its answers are parsed by pure functions. It shows only what this container may see, so every value
-but a GPU's index and id may be missing.
+Pure functions parse its output. It shows only what this container may see, so every value but a
+GPU's index and id may be missing.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ DEADLINE_S = 10.0
 GPU_QUERY = "--query-gpu=index,uuid,memory.used,memory.total,mig.mode.current"
 PROCESS_QUERY = "--query-compute-apps=gpu_uuid,pid,process_name,used_memory"
 FORMAT = "--format=csv,noheader,nounits"
-_IDLE_MIB = 1024  # a driver takes some hundred for itself
+_IDLE_MIB = 1024  # a driver takes some hundred MiB for itself
 
 
 class NvidiaSmiError(SDPError):
-    """``nvidia-smi`` gave no answer, or none that could be read."""
+    """``nvidia-smi`` gave no output, or none that can be parsed."""
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU; a value that is not told is None.
+    """One GPU; unknown values are None.
 
     Attributes:
-        index: as nvidia-smi counts, which is how ``devices`` of a server does.
-        uuid: its id.
-        used_mib: memory in use, by whomever.
-        total_mib: memory in all.
+        index: index of nvidia-smi, which ``devices`` of a server uses.
+        uuid: id of the GPU.
+        used_mib: memory in use by all processes.
+        total_mib: memory of the GPU.
         is_split: whether MIG divides it into slices.
     """
 
@@ -46,7 +46,7 @@ class Gpu:
 
     @property
     def free_share(self) -> float | None:
-        """Of all its memory."""
+        """Free share of the memory; None if unknown."""
         if self.used_mib is None or not self.total_mib:
             return None
         return 1 - self.used_mib / self.total_mib
@@ -54,7 +54,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class GpuProcess:
-    """One process on one GPU, or on a slice of it; a value that is not told is None."""
+    """One process on a GPU or a slice of it; unknown values are None."""
 
     gpu_uuid: str
     pid: int | None
@@ -63,35 +63,35 @@ class GpuProcess:
 
     def __str__(self) -> str:
         pid = "?" if self.pid is None else str(self.pid)
-        told = [self.name.rpartition("/")[2]] if self.name[:1] != "[" else []
-        told += [] if self.used_mib is None else [_gib(self.used_mib)]
-        return f"{pid} ({', '.join(told)})" if told else pid
+        known = [self.name.rpartition("/")[2]] if self.name[:1] != "[" else []
+        known += [] if self.used_mib is None else [_gib(self.used_mib)]
+        return f"{pid} ({', '.join(known)})" if known else pid
 
     def is_on(self, gpu: Gpu) -> bool:
-        """A process on a slice names the slice; older drivers write the GPU's id into that."""
+        """Whether the process runs on ``gpu``: the id of a slice may contain that of its GPU."""
         return gpu.uuid in self.gpu_uuid
 
 
 def check_gpus(ask: Ask | None, visible: str | None) -> list[Finding]:
-    """What every GPU's memory is used for.
+    """Findings about the memory of every GPU, and the processes that use it.
 
     Args:
-        ask: asks nvidia-smi; None where there is none, which is no GPU and no finding.
-        visible: ``CUDA_VISIBLE_DEVICES``, None if it is not set.
+        ask: runs nvidia-smi; None where there is none, which gives no findings.
+        visible: ``CUDA_VISIBLE_DEVICES``; None if it is not set.
     """
     if ask is None:
         return []
     try:
         gpus = parse_gpus(ask(GPU_QUERY))
     except NvidiaSmiError as error:
-        text = f"{error} Until it answers, no GPU can be counted on: look at the driver."
+        text = f"{error} Until it does, expect no GPU to work: check the driver."
         return [Finding("note", "nvidia-smi", text)]
     findings = _check_visible(visible)
     processes: list[GpuProcess] = []
     try:
         processes = parse_processes(ask(PROCESS_QUERY))
     except NvidiaSmiError as error:
-        findings.append(Finding("note", "GPU processes", f"not known: {error}"))
+        findings.append(Finding("note", "GPU processes", f"unknown: {error}"))
     for gpu in gpus:
         findings.append(_judge(gpu, [x for x in processes if x.is_on(gpu)]))
     if lost := [x for x in processes if not any(x.is_on(gpu) for gpu in gpus)]:
@@ -101,39 +101,39 @@ def check_gpus(ask: Ask | None, visible: str | None) -> list[Finding]:
 
 
 def parse_gpus(text: str) -> list[Gpu]:
-    """What ``GPU_QUERY`` was answered.
+    """GPUs from the output of ``GPU_QUERY``.
 
     Raises:
-        NvidiaSmiError: if it is something else.
+        NvidiaSmiError: if it cannot be parsed.
     """
-    found: list[Gpu] = []
+    gpus: list[Gpu] = []
     for index, uuid, used, total, mig, *_ in _rows(text, num_fields=5):
         if not index.isdigit():
             raise NvidiaSmiError(f"nvidia-smi answered: {_one_line(text)}")
-        found.append(Gpu(int(index), uuid, _mib(used), _mib(total), mig == "Enabled"))
-    return found
+        gpus.append(Gpu(int(index), uuid, _mib(used), _mib(total), mig == "Enabled"))
+    return gpus
 
 
 def parse_processes(text: str) -> list[GpuProcess]:
-    """What ``PROCESS_QUERY`` was answered; nothing is no process.
+    """Processes from the output of ``PROCESS_QUERY``, which is empty without any.
 
     Raises:
-        NvidiaSmiError: if it is something else.
+        NvidiaSmiError: if it cannot be parsed.
     """
-    found: list[GpuProcess] = []
-    for uuid, pid, *name, used in _rows(text, num_fields=4):
-        found.append(GpuProcess(uuid, _mib(pid), ", ".join(name), _mib(used)))
-    return found
+    return [
+        GpuProcess(uuid, _mib(pid), ", ".join(name), _mib(used))
+        for uuid, pid, *name, used in _rows(text, num_fields=4)
+    ]
 
 
 def ask_nvidia_smi(
     query: str, *, command: Sequence[str] = ("nvidia-smi",), deadline_s: float = DEADLINE_S
 ) -> str:
-    """What it writes.
+    """Output of ``nvidia-smi``.
 
     Raises:
         NvidiaSmiError: if it cannot be run, fails, or takes longer than ``deadline_s``: with a
-            broken driver it may hang, and then not even a kill ends it.
+            broken driver it may hang so that not even a kill ends it.
     """
     try:
         process = subprocess.Popen(
@@ -172,7 +172,7 @@ def _judge(gpu: Gpu, holders: Sequence[GpuProcess]) -> Finding:
 
 
 def _advice(gpu: Gpu) -> str:
-    """For vLLM, which takes a share of the whole memory, and does not start if less is free."""
+    """Advice on sharing the GPU with vLLM, which does not start if its share is not free."""
     share = gpu.free_share
     if share is None:
         return "to share it give vLLM gpu_memory_utilization."
@@ -193,7 +193,7 @@ def _check_visible(visible: str | None) -> list[Finding]:
 
 
 def _rows(text: str, *, num_fields: int) -> Iterator[list[str]]:
-    """Lines of at least so many fields: a process may have a comma in its name."""
+    """Fields of every line, at least ``num_fields``: a process may have a comma in its name."""
     for line in filter(str.strip, text.splitlines()):
         fields = [field.strip() for field in line.split(",")]
         if len(fields) < num_fields:
@@ -206,7 +206,7 @@ def _one_line(text: str) -> str:
 
 
 def _mib(text: str) -> int | None:
-    """None for ``[N/A]``, ``[Not Supported]``, ``[Insufficient Permissions]`` and the like."""
+    """A number; None for ``[N/A]``, ``[Not Supported]``, ``[Insufficient Permissions]`` etc."""
     return int(text) if text.isdigit() else None
 
 
@@ -219,7 +219,7 @@ def _join(processes: Sequence[GpuProcess]) -> str:
 
 
 def _abandon(process: subprocess.Popen[str]) -> None:
-    """Kill it; one that hangs in the driver is not waited for."""
+    """Kill a process, without waiting for one that hangs in the driver."""
     process.kill()
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(1.0)

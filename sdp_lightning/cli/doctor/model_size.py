@@ -1,6 +1,6 @@
-"""How large a model is, read from its folder: no weights are loaded, no model is built.
+"""Size of a model, read from its folder without loading weights.
 
-Counts come from the headers of its safetensors files. Sizes in bytes unless a name says otherwise.
+Counts come from the headers of its safetensors files. Memory in bytes.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 
 @dataclass(frozen=True)
 class ModelSize:
-    """What memory depends on.
+    """Quantities that memory depends on.
 
     Args:
         weights: number of elements of every weight, by its name.
         hidden: units D of a layer's input.
         intermediate: units of a layer's feed-forward part.
         num_layers: L.
-        kv_units: units that a layer keeps of a token, keys and values together.
+        kv_units: units of keys and values that a layer keeps of a token.
         vocabulary: V.
     """
 
@@ -41,7 +41,7 @@ class ModelSize:
 
     @classmethod
     def read(cls, folder: Path) -> ModelSize:
-        """Of a Hugging Face folder.
+        """Read a Hugging Face folder.
 
         Raises:
             ConfigError: if it has no ``config.json`` or no safetensors files that can be read.
@@ -64,23 +64,22 @@ class ModelSize:
 
     @property
     def num_parameters(self) -> int:
-        """Of all weights; tied ones are stored once."""
+        """Number of elements of all weights; tied ones are stored once."""
         return sum(self.weights.values())
 
     def num_trained(self, pattern: str | None) -> int:
-        """Of the weights whose name ``pattern`` finds; None is all."""
-        found = (size for name, size in self.weights.items() if re.search(pattern or "", name))
-        return sum(found)
+        """Number of elements of the weights whose name matches ``pattern``; None is all."""
+        return sum(size for name, size in self.weights.items() if re.search(pattern or "", name))
 
 
 @dataclass(frozen=True)
 class TrainerMemory:
-    """What one process that trains holds, in bytes.
+    """Memory of one training process, in bytes.
 
     Args:
-        weights: and a frozen reference, if there is one.
+        weights: weights, and those of a frozen reference if there is one.
         training: gradients and the moments of AdamW.
-        activations: of one micro-batch, with the logits that exist at once; an estimate.
+        activations: activations of one micro-batch with its logits; an estimate.
     """
 
     weights: int
@@ -89,7 +88,7 @@ class TrainerMemory:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """Sum of the parts."""
         return self.weights + self.training + self.activations
 
 
@@ -104,15 +103,15 @@ def trainer_memory(
     checkpointing: bool,
     computes_in: str,
 ) -> TrainerMemory:
-    """Memory of training.
+    """Estimated memory of one training process.
 
     Args:
-        size: of the model.
-        num_trained: parameters that are trained.
-        dtype: of the weights.
-        num_shards: processes that share them (FSDP2).
+        size: size of the model.
+        num_trained: number of trained parameters.
+        dtype: dtype of the weights.
+        num_shards: number of processes that share the weights (FSDP2).
         has_reference: whether a frozen copy is kept.
-        tokens: of one micro-batch.
+        tokens: number of tokens of one micro-batch.
         checkpointing: whether activations are recomputed.
         computes_in: dtype of the activations.
     """
@@ -130,19 +129,19 @@ def trainer_memory(
 
 
 def cache_bytes(size: ModelSize, tokens: int, *, dtype: str = "bfloat16") -> int:
-    """Keys and values of ``tokens``, on an engine."""
+    """Bytes of keys and values of ``tokens`` tokens on an engine."""
     return tokens * size.num_layers * size.kv_units * BYTES[dtype]
 
 
 def _weights(folder: Path) -> dict[str, int]:
-    """Elements by name, over all files; tied weights count once, as they are stored."""
+    """Number of elements by name over all files; tied weights are stored once."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise FileNotFoundError(f"there is no *.safetensors in {folder}")
-    found: dict[str, int] = {}
+    weights: dict[str, int] = {}
     for path in files:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             header = cast("dict[str, Any]", json.loads(file.read(length)))
-        found |= {n: prod(entry["shape"]) for n, entry in header.items() if n != "__metadata__"}
-    return found
+        weights |= {n: prod(entry["shape"]) for n, entry in header.items() if n != "__metadata__"}
+    return weights

@@ -1,4 +1,4 @@
-"""A checkpoint of training as a Hugging Face folder."""
+"""Export of a training checkpoint as a Hugging Face folder."""
 
 from sdp_lightning.cli.export.checkpoints import MODEL_KEY, open_checkpoint
 from sdp_lightning.cli.export.writing import DTYPES, Export, export_checkpoint

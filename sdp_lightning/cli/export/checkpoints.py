@@ -1,4 +1,4 @@
-"""The policy's weights in what Lightning writes: one file, or a folder of shards."""
+"""Readers of the policy's weights in Lightning's checkpoints: one file, or a folder of shards."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from sdp_lightning.errors import ConfigError
 from sdp_lightning.training.policy.lora import LORA_KEY, is_adapter, merge, parts_of
 
-MODEL_KEY = "sdp_model_id"  # where a checkpoint says which model it trained
+MODEL_KEY = "sdp_model_id"  # key of the id of the trained model in a checkpoint
 _PREFIX = "policy."
 _SHARDED_PREFIX = f"state_dict.{_PREFIX}"
 
@@ -30,48 +30,48 @@ class Checkpoint(Protocol):
 
     @property
     def model_id(self) -> str | None:
-        """The model that was trained, if the checkpoint says so."""
+        """Id of the trained model; None if the checkpoint does not name it."""
         ...
 
     @property
     def lora_alpha(self) -> float | None:
-        """Of the LoRA adapter that was trained, if the checkpoint says so."""
+        """Alpha of the trained LoRA adapter; None without one."""
         ...
 
     @property
     def layout(self) -> Mapping[str, Tensor]:
-        """Every weight's shape and dtype, as a tensor whose values may not be there."""
+        """Shape and dtype of every weight, as tensors that may have no values."""
         ...
 
     def read(
         self, names: Iterable[str], dtype: torch.dtype | None, scratch: Path
     ) -> dict[str, Tensor]:
-        """Weights mapped from a file: of the checkpoint, or a nameless one in ``scratch``.
+        """Weights by name, mapped from the checkpoint or from an unlinked file in ``scratch``.
 
         Args:
-            names: of weights.
-            dtype: what floats are cast to; None keeps them.
-            scratch: a folder with room for them.
+            names: names of weights.
+            dtype: dtype that floats are cast to; None keeps them.
+            scratch: folder with room for the weights.
         """
         ...
 
 
 class PlainCheckpoint:
-    """One file of ``torch.save``; anything but tensors and plain types in it is refused."""
+    """One file of ``torch.save``; other things than tensors and plain types are refused."""
 
     def __init__(self, path: Path) -> None:
         if not zipfile.is_zipfile(path):
             raise ConfigError(
-                f"{path} is no checkpoint, or was cut short: {path.stat().st_size:,} bytes, and no "
+                f"{path} is no checkpoint, or is truncated: {path.stat().st_size:,} bytes, and no "
                 "archive of torch.save."
             )
-        found = _load_plain(path)
-        if not isinstance(found.get("state_dict"), Mapping):
-            some = ", ".join(map(repr, list(found)[:5]))
+        saved = _load_plain(path)
+        if not isinstance(saved.get("state_dict"), Mapping):
+            some = ", ".join(map(repr, list(saved)[:5]))
             raise ConfigError(f"{path} is no Lightning checkpoint: no 'state_dict' among {some}.")
-        self.layout = _policy_of(found["state_dict"], _PREFIX, path)
-        self.model_id = cast("str | None", found.get(MODEL_KEY))
-        self.lora_alpha = _alpha_of(found)
+        self.layout = _policy_of(saved["state_dict"], _PREFIX, path)
+        self.model_id = cast("str | None", saved.get(MODEL_KEY))
+        self.lora_alpha = _alpha_of(saved)
 
     def read(
         self, names: Iterable[str], dtype: torch.dtype | None, scratch: Path
@@ -94,10 +94,10 @@ class ShardedCheckpoint:
             if isinstance(entry, TensorStorageMetadata)
         }
         self.layout = _policy_of(shapes, _SHARDED_PREFIX, path)
-        rest = path / "meta.pt"
-        found = _load_plain(rest) if rest.is_file() else {}
-        self.model_id = cast("str | None", found.get(MODEL_KEY))
-        self.lora_alpha = _alpha_of(found)
+        meta = path / "meta.pt"
+        saved = _load_plain(meta) if meta.is_file() else {}
+        self.model_id = cast("str | None", saved.get(MODEL_KEY))
+        self.lora_alpha = _alpha_of(saved)
 
     def read(
         self, names: Iterable[str], dtype: torch.dtype | None, scratch: Path
@@ -114,10 +114,10 @@ class ShardedCheckpoint:
 
 
 class MergedCheckpoint:
-    """A checkpoint with a LoRA adapter, as if it were of the model with the adapter in its weights.
+    """A checkpoint whose LoRA adapter, if there is one, is merged into the weights.
 
     Raises:
-        ConfigError: if it does not say what the adapter is multiplied with.
+        ConfigError: if the checkpoint has an adapter without its alpha.
     """
 
     def __init__(self, inner: Checkpoint, path: Path) -> None:
@@ -135,11 +135,11 @@ class MergedCheckpoint:
     def read(
         self, names: Iterable[str], dtype: torch.dtype | None, scratch: Path
     ) -> dict[str, Tensor]:
-        """See :class:`Checkpoint`. Weights are merged one at a time."""
+        """Read weights as :class:`Checkpoint` describes; they are merged one at a time."""
         wanted = {name: self._parts[name] for name in names}
         whole = {parts[0]: name for name, parts in wanted.items() if len(parts) == 1}
-        found = self._inner.read(whole, dtype, scratch)
-        result = {whole[name]: tensor for name, tensor in found.items()}
+        unmerged = self._inner.read(whole, dtype, scratch)
+        result = {whole[name]: tensor for name, tensor in unmerged.items()}
         for name, parts in wanted.items():
             if len(parts) > 1:
                 tensors = list(self._inner.read(parts, None, scratch).values())
@@ -149,10 +149,10 @@ class MergedCheckpoint:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint at ``path``, of which nothing large is read yet.
+    """Open the checkpoint at ``path`` without reading weights.
 
     Raises:
-        ConfigError: if it is none, or does not hold a policy's weights.
+        ConfigError: if there is none, or it has no weights of a policy.
     """
     if (path / ".metadata").is_file():
         return ShardedCheckpoint(path)
@@ -166,30 +166,30 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def _policy_of(tensors: Mapping[str, Tensor], prefix: str, path: Path) -> dict[str, Tensor]:
-    found = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-    if not found:
+    weights = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+    if not weights:
         some = ", ".join(list(tensors)[:3]) or "nothing"
         raise ConfigError(
             f"{path} holds no {_PREFIX}* weights but {some}: it is not of SegmentWisePPOModule."
         )
-    return found
+    return weights
 
 
 def _load_plain(path: Path) -> Mapping[Any, Any]:
     try:
-        found: object = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        saved: object = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
         raise ConfigError(
             f"{path} holds more than tensors and plain types, which is not unpickled: "
             f"{str(error).splitlines()[0]}"
         ) from error
-    if not isinstance(found, Mapping):
-        raise ConfigError(f"{path} is no Lightning checkpoint but {type(found).__name__}.")
-    return cast("Mapping[Any, Any]", found)
+    if not isinstance(saved, Mapping):
+        raise ConfigError(f"{path} is no Lightning checkpoint but {type(saved).__name__}.")
+    return cast("Mapping[Any, Any]", saved)
 
 
-def _alpha_of(found: Mapping[Any, Any]) -> float | None:
-    lora: Any = found.get(LORA_KEY)
+def _alpha_of(saved: Mapping[Any, Any]) -> float | None:
+    lora: Any = saved.get(LORA_KEY)
     return None if lora is None else float(lora["alpha"])
 
 
@@ -204,7 +204,7 @@ def _target_dtype(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
 
 
 def _room_for(tensor: Tensor, dtype: torch.dtype | None, folder: Path) -> Tensor:
-    """Of its shape, in a file in ``folder`` that is gone once the result is; not initialised."""
+    """An uninitialized tensor of the same shape in an unlinked file in ``folder``."""
     target, path = _target_dtype(tensor, dtype), folder / "scratch"
     with path.open("wb") as file:  # a full disk raises here; later it would be a SIGBUS
         os.posix_fallocate(file.fileno(), 0, max(1, tensor.numel() * target.itemsize))

@@ -1,8 +1,8 @@
-"""A Hugging Face folder from a checkpoint: config, safetensors, tokenizer, generation config.
+"""Writer of a Hugging Face folder: config, safetensors, tokenizer, generation config.
 
-Reads what Lightning writes of :class:`~sdp_lightning.SegmentWisePPOModule`: one file (one device,
-DDP), or a folder of shards (``ModelParallelStrategy``). One process, no GPU, no Lightning. Weights
-are mapped from files and written file by file, never all in memory.
+The checkpoint is one file (one device, DDP), or a folder of shards (``ModelParallelStrategy``). One
+process writes it, without GPU or Lightning. Weights are mapped from files and written file by file,
+never all in memory.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Export:
-    """What was written."""
+    """Facts about the written folder."""
 
     folder: Path
     model_id: str
@@ -57,7 +57,7 @@ def export_checkpoint(
 ) -> Export:
     """Write the policy of ``checkpoint`` as a folder that transformers and vLLM load.
 
-    A LoRA adapter that was trained is merged into the weights, or alone what is written.
+    A trained LoRA adapter is merged into the weights, or written alone.
 
     The folder appears complete or not at all: until then it is a hidden sibling,
     ``.NAME.PID.part``, which may take twice the size of the weights.
@@ -80,16 +80,16 @@ def export_checkpoint(
     wanted = None if dtype is None else DTYPES[dtype]
     source, target = Path(checkpoint).expanduser(), Path(out).expanduser().absolute()
     trained = open_checkpoint(source)
-    found = MergedCheckpoint(trained, source)
-    base = _base_model(found, model, source)
+    merged = MergedCheckpoint(trained, source)
+    base = _base_model(merged, model, source)
     _check_target(target, source, Path(base), overwrite=overwrite)
     with quiet_transformers():
-        empty = _empty_model(base, wanted or next(iter(found.layout.values())).dtype)
-        _check_weights(found.layout, empty, source, base)
+        empty = _empty_model(base, wanted or next(iter(merged.layout.values())).dtype)
+        _check_weights(merged.layout, empty, source, base)
         if adapter:
             return _export_adapter(trained, source, base, target, wanted)
         with atomic_folder(target) as folder:
-            weights = _untie(found.read(found.layout, wanted, folder), empty, source)
+            weights = _untie(merged.read(merged.layout, wanted, folder), empty, source)
             export = Export(target, base, len(weights), sum(t.nbytes for t in weights.values()))
             _write(empty, weights, base, folder)
     return export
@@ -99,7 +99,7 @@ def export_checkpoint(
 
 
 def _check_weights(layout: Mapping[str, Tensor], model: Any, path: Path, base: str) -> None:
-    """Names and shapes are the model's; of two tied weights one is enough."""
+    """Refuse weights with other names or shapes than the model's; one of two tied is enough."""
     expected: dict[str, Tensor] = model.state_dict()
     absent = set(expected) - set(layout)
     for target, source in model.all_tied_weights_keys.items():
@@ -110,8 +110,8 @@ def _check_weights(layout: Mapping[str, Tensor], model: Any, path: Path, base: s
         if name not in expected:
             wrong.append(f"{name} is not in the model")
         elif tensor.shape != expected[name].shape:
-            theirs, ours = tuple(tensor.shape), tuple(expected[name].shape)
-            wrong.append(f"{name} has shape {theirs}, in the model {ours}")
+            shape, wanted = tuple(tensor.shape), tuple(expected[name].shape)
+            wrong.append(f"{name} has shape {shape}, in the model {wanted}")
     if wrong:
         more = f"; and {len(wrong) - 4} more" if len(wrong) > 4 else ""
         raise ConfigError(
@@ -121,9 +121,9 @@ def _check_weights(layout: Mapping[str, Tensor], model: Any, path: Path, base: s
 
 
 def _check_target(out: Path, *sources: Path, overwrite: bool) -> None:
-    """``out`` is not there, or is empty, or is a model folder to overwrite that is not read."""
+    """Refuse a target that would be lost: neither empty nor a model folder to overwrite."""
     if out.is_symlink() or (out.exists() and not out.is_dir()):
-        raise ConfigError(f"{out} is there and is not a folder. Name another.")
+        raise ConfigError(f"{out} exists and is not a folder. Name another.")
     if not out.exists() or not any(out.iterdir()):
         return
     if not overwrite:
@@ -135,18 +135,18 @@ def _check_target(out: Path, *sources: Path, overwrite: bool) -> None:
             raise ConfigError(f"{out} holds {source}, which is read. Name another folder.")
 
 
-def _base_model(found: Checkpoint, model: str | None, path: Path) -> str:
+def _base_model(checkpoint: Checkpoint, model: str | None, path: Path) -> str:
     if model is not None:
         return resolve_model(model)
-    if found.model_id is None:
+    if checkpoint.model_id is None:
         raise ConfigError(f"{path} does not say which model was trained. Pass it as --model.")
-    if found.model_id[:1] in "/.~" and not Path(found.model_id).expanduser().is_dir():
-        raise ConfigError(f"{path} is of {found.model_id!r}, which is not there. Pass --model.")
-    return found.model_id
+    if checkpoint.model_id[:1] in "/.~" and not Path(checkpoint.model_id).expanduser().is_dir():
+        raise ConfigError(f"{path} is of {checkpoint.model_id!r}, which is missing. Pass --model.")
+    return checkpoint.model_id
 
 
 def _untie(weights: dict[str, Tensor], model: Any, path: Path) -> dict[str, Tensor]:
-    """``weights`` with each tied one once, under the name that transformers keeps."""
+    """Weights with each tied one once, under the name that transformers keeps."""
     for target, source in model.all_tied_weights_keys.items():
         tied = weights.pop(target, None)
         if tied is None:
@@ -163,12 +163,12 @@ def _untie(weights: dict[str, Tensor], model: Any, path: Path) -> dict[str, Tens
 
 
 def _empty_model(base: str, dtype: torch.dtype) -> Any:
-    """The model without memory for its weights."""
+    """The model on the meta device, without memory for its weights."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
         config = AutoConfig.from_pretrained(base)
-        vars(config).pop("quantization_config", None)  # what was trained are plain weights
+        vars(config).pop("quantization_config", None)  # the trained weights are not quantized
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, dtype=dtype)
     except (OSError, ValueError) as error:
@@ -183,7 +183,7 @@ def _write(model: Any, weights: dict[str, Tensor], base: str, folder: Path) -> N
     _let_others_read(folder, like="config.json")
     name = "generation_config.json"
     generation = cached_file(base, name, _raise_exceptions_for_missing_entries=False)
-    if generation is not None:  # as it is: transformers refuses to write some that it reads
+    if generation is not None:  # copied: transformers refuses to write some that it reads
         shutil.copyfile(generation, folder / name)
     try:
         AutoTokenizer.from_pretrained(base).save_pretrained(folder)
@@ -192,14 +192,14 @@ def _write(model: Any, weights: dict[str, Tensor], base: str, folder: Path) -> N
 
 
 def _export_adapter(
-    found: Checkpoint, source: Path, base: str, target: Path, dtype: torch.dtype | None
+    checkpoint: Checkpoint, source: Path, base: str, target: Path, dtype: torch.dtype | None
 ) -> Export:
-    names = [name for name in found.layout if is_adapter(name)]
-    if not names or found.lora_alpha is None:
+    names = [name for name in checkpoint.layout if is_adapter(name)]
+    if not names or checkpoint.lora_alpha is None:
         raise ConfigError(f"{source} holds no LoRA adapter: leave out --adapter.")
     with atomic_folder(target) as folder:
-        weights = found.read(names, dtype, folder)
-        config = adapter_config(weights, found.lora_alpha) | {"base_model_name_or_path": base}
+        weights = checkpoint.read(names, dtype, folder)
+        config = adapter_config(weights, checkpoint.lora_alpha) | {"base_model_name_or_path": base}
         save_file(
             {plain_name(name): tensor for name, tensor in weights.items()},
             folder / "adapter_model.safetensors",
@@ -212,5 +212,5 @@ def _export_adapter(
 
 
 def _let_others_read(folder: Path, *, like: str) -> None:
-    for file in folder.glob("*.safetensors"):  # safetensors lets nobody else read them
+    for file in folder.glob("*.safetensors"):  # safetensors makes them private
         file.chmod((folder / like).stat().st_mode)

@@ -11,12 +11,13 @@ import csv
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from sdp_lightning.config import LossConfig, RolloutConfig, UpdateConfig
 from sdp_lightning.config.atomic_files import atomic_file
+from sdp_lightning.config.validation import config_from
 from sdp_lightning.errors import ConfigError
 
 FOLDER = "report"
@@ -67,16 +68,15 @@ class RunConfigs:
         )
 
 
-Config = TypeVar("Config", RolloutConfig, LossConfig, UpdateConfig)
+T = TypeVar("T")
 
 
-def _config(kind: type[Config], settings: Mapping[str, Any] | None) -> Config | None:
+def _config(kind: type[T], settings: Mapping[str, Any] | None) -> T | None:
     """A config from what was kept of it; None if it is of a release that this one cannot read."""
     if settings is None:
         return None
-    names = {field.name for field in fields(kind)} & settings.keys()
     try:
-        return kind(**{name: settings[name] for name in names})
+        return config_from(kind, settings)
     except ConfigError:
         return None
 

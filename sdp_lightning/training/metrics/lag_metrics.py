@@ -1,4 +1,4 @@
-"""The sums of a training step, held between micro-batches and made those of all ranks."""
+"""Metric that adds up a training step over micro-batches and ranks."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from sdp_lightning.training.metrics.sums import (
 
 
 class LagMetrics(Metric):
-    """What a training step did, of all its tokens and of those of lag 0, 1, 2, 3 and 4 or more.
+    """Statistics of a training step, of all tokens and of those of lag 0, 1, 2, 3 and 4 or more.
 
-    ``compute`` gives float tensors, all 0 where there is no token. A name stands for all tokens;
-    with ``_0``, ``_1``, ``_2``, ``_3`` or ``_4plus`` behind it for those of a lag, as with [k]:
+    ``compute`` gives float tensors, 0 where there is no token. A name stands for all tokens; with
+    the suffix ``_0``, ``_1``, ``_2``, ``_3`` or ``_4plus`` for those of a lag, where marked [k]:
 
     - ``lag/mean``, ``lag/max``, ``lag/tokens``[k only] and their ``lag/share``[k only];
     - ``loss/behavior_weight``, ``loss/clip_fraction``, ``loss/clip_fraction_high``[k] (the ratio
@@ -48,9 +48,9 @@ class LagMetrics(Metric):
       2 on: before, it is 0 by definition.
 
     Percentiles are of histograms with 32 bins a decade from 1e-6 to 100 nats: within 4 %, 0 below
-    and 104 above. What is exponentiated (so not abs logs and k1) is clamped to 20 nats either way:
-    no token makes a sum infinite. ``drift/clamped_share`` and ``ess/clamped_sequences`` count the
-    tokens, and the sequences, that were.
+    and 104 above. Logs are clamped to 20 nats either way before exp (abs logs and k1 are not), so
+    no sum becomes infinite. ``drift/clamped_share`` and ``ess/clamped_sequences`` count the clamped
+    tokens and sequences.
     """
 
     full_state_update = False
@@ -86,13 +86,13 @@ class LagMetrics(Metric):
     def pool(
         self, add_up: Callable[[Tensor], Tensor], other: Tensor, *, rank: int, num_ranks: int
     ) -> Tensor:
-        """Make the states those of all ranks, at once: torchmetrics takes several rounds a state.
+        """Add up the states over all ranks in one reduction; torchmetrics needs several a state.
 
         Args:
-            add_up: the sum of a tensor over ranks.
-            other: [n] float64, to be added up along with them.
-            rank: of this process.
-            num_ranks: how many there are.
+            add_up: sums a tensor over ranks.
+            other: [n] float64, summed along with the states.
+            rank: rank of this process.
+            num_ranks: number of ranks.
 
         Returns:
             [n] the sum of ``other``.
@@ -108,11 +108,11 @@ class LagMetrics(Metric):
         return added[-1]
 
     def compute(self) -> dict[str, Tensor]:
-        """The means, shares and percentiles of everything added, under the names above."""
-        found = statistics(self.sums, self.histograms, self.sequences)
-        found["lag/max"] = self.lag_max[None]
+        """Means, shares and percentiles of everything added, under the names above."""
+        values = statistics(self.sums, self.histograms, self.sequences)
+        values["lag/max"] = self.lag_max[None]
         return {
-            name: found[family.name][place].float()
+            name: values[family.name][index].float()
             for family in FAMILIES
-            for name, place in family.names.items()
+            for name, index in family.names.items()
         }

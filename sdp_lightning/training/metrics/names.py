@@ -1,7 +1,7 @@
-"""Every name under which a run logs, and what it means: docs/metrics.md is made of these tables.
+"""Names of all logged metrics with their meanings: docs/metrics.md is made from these tables.
 
-``FAMILIES`` are the statistics of :class:`~sdp_lightning.training.metrics.LagMetrics`; ``OTHERS``
-the rest.
+``FAMILIES`` has the statistics of :class:`~sdp_lightning.training.metrics.LagMetrics`, ``OTHERS``
+the other metrics.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ LAG_NAMES = (*(str(lag) for lag in range(LAG_BINS - 1)), f"{LAG_BINS - 1}plus")
 
 @dataclass(frozen=True)
 class Family:
-    """One statistic: of all tokens under ``name``, of those of lag k under ``name_k``.
+    """One statistic, logged for all tokens as ``name`` and for those of lag k as ``name_k``.
 
     Args:
-        name: as logged.
-        meaning: in words.
-        first_lag: the first lag that it is also logged for, None if for none.
+        name: logged name.
+        meaning: meaning in words.
+        first_lag: the first lag that it is logged for; None if for none.
         of_all: whether it is logged for all tokens together.
     """
 
@@ -34,7 +34,7 @@ class Family:
 
     @property
     def names(self) -> dict[str, int]:
-        """Every name with its place in a tensor of all tokens, then lag 0, 1, 2, 3, 4+."""
+        """Every name with its index in a tensor of all tokens, then lag 0, 1, 2, 3, 4+."""
         names = {self.name: 0} if self.of_all else {}
         lags = range(LAG_BINS) if self.first_lag is None else range(self.first_lag, LAG_BINS)
         by_lag = {f"{self.name}_{LAG_NAMES[lag]}": 1 + lag for lag in lags}
@@ -75,18 +75,18 @@ FAMILIES = (
 
 
 def all_names() -> list[str]:
-    """Every name that is logged, in the order of the table."""
+    """Logged names of ``FAMILIES``, in their order."""
     return [name for family in FAMILIES for name in family.names]
 
 
 @dataclass(frozen=True)
 class Logged:
-    """One name of its own.
+    """One metric outside the families.
 
     Args:
-        name: as logged.
-        meaning: in words.
-        when: what it needs to be logged; empty if it always is.
+        name: logged name.
+        meaning: meaning in words.
+        when: condition for logging it; empty if it always is.
     """
 
     name: str
@@ -99,7 +99,7 @@ REFERENCE = "a KL term: `loss.kl_coefficient`"
 OTHERS: dict[str, tuple[Logged, ...]] = {
     "Training: means over the optimizer steps of a batch, of all ranks": (
         Logged("train/reward", "mean reward of the batch's trajectories"),
-        Logged("train/loss", "what is minimised"),
+        Logged("train/loss", "the loss that is minimized"),
         Logged("train/kl", "mean estimate of the KL to the reference model, nats", REFERENCE),
         Logged("train/grad_norm", "norm of the gradient before it is clipped"),
         Logged("train/lr", "the learning rate, as it was applied"),
@@ -107,7 +107,7 @@ OTHERS: dict[str, tuple[Logged, ...]] = {
         Logged("train/skipped", "share of steps skipped, as the gradient was not finite"),
         Logged("train/tokens", "sampled tokens in the batch"),
         Logged("train/truncated", "share of trajectories that ended at their token budget"),
-        Logged("train/uniform", "share of groups whose rewards are all equal: they teach nothing"),
+        Logged("train/uniform", "share of groups whose rewards are all equal: no learning signal"),
     ),
     "Evaluation, on the published version": (
         Logged("val/reward", "mean reward of the rollouts of `val_prompts`", "`val_prompts`"),
@@ -174,6 +174,6 @@ OTHERS: dict[str, tuple[Logged, ...]] = {
 
 
 def logged_names() -> dict[str, str]:
-    """Every name that a fit may log, with what it needs to be logged, or nothing."""
+    """Every name that a fit may log, with its condition; empty if it is always logged."""
     others = {entry.name: entry.when for table in OTHERS.values() for entry in table}
     return others | dict.fromkeys(all_names(), "")

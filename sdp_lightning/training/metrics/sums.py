@@ -1,4 +1,4 @@
-"""Sums over tokens by lag, histograms, and the means and percentiles made of them.
+"""Sums and histograms of tokens by lag, with their means and percentiles.
 
 Pure functions. Shapes: B trajectories, T tokens, N of them trained on, L lag bins, C columns.
 Lags are in policy versions, log-probs in nats: b behavior, q segment proximal, x proximal.
@@ -17,17 +17,17 @@ from sdp_lightning.training.batch import Batch
 from sdp_lightning.training.loss import BatchLoss
 from sdp_lightning.training.metrics.names import LAG_BINS
 
-LARGEST_LOG = 20.0  # nats; of what is exponentiated, so that e^40 times any count stays exact
-LOWEST, DECADES, BINS_PER_DECADE = 1e-6, 8, 32  # nats; what lies below counts as none
+LARGEST_LOG = 20.0  # nats; logs are clamped to it before exp, so that sums stay exact
+LOWEST, DECADES, BINS_PER_DECADE = 1e-6, 8, 32  # nats; smaller values count as 0
 NUM_BINS = DECADES * BINS_PER_DECADE + 2
-HISTOGRAMS = ("weight", "drift", "bridge")  # of abs logs
+HISTOGRAMS = ("weight", "drift", "bridge")  # histograms of abs logs
 COLUMNS = (
     *("tokens", "lag", "entropy", "kept", "rejected", "clipped", "clipped_high", "clipped_low"),
     *("weight", "abs_log_weight", "known", "approximated", "bridge"),
     *("abs_drift", "k1", "k3", "chi2", "drift_weight", "drift_weight_squared", "clamped"),
 )
 SEQUENCE_COLUMNS = ("sequences", "weight", "weight_squared", "clamped")
-# Under its name, the mean of a column over the count in another.
+# {metric: (column that is averaged, column of counts)}.
 _MEANS = {
     "lag/mean": ("lag", "tokens"),
     "loss/behavior_weight": ("weight", "kept"),
@@ -50,7 +50,7 @@ _PERCENTILES = {
     "drift/abs_log_p99": ("drift", 99),
     "bridge/abs_log_p95": ("bridge", 95),
 }
-# At lag 0 the policies of engine and trainer are the same: what differs is how they compute.
+# At lag 0 engine and trainer have the same policy and differ in computation only.
 _MISMATCH = ("abs_log_mean", "abs_log_p99", "k1")
 
 
@@ -58,21 +58,21 @@ def token_values(batch: Batch, result: BatchLoss, entropy: Tensor) -> tuple[Tens
     """(bins [N] of the lags, values [N, C] float64 in the order of ``COLUMNS``)."""
     mask = batch.loss_mask
 
-    def of_tokens(values: Tensor) -> Tensor:
+    def trained(values: Tensor) -> Tensor:
         return values.detach()[mask].double()
 
     lags = batch.lags[mask]
     loss, proximal = result.policy, result.proximal
     kept, clipped = loss.kept[mask], loss.clipped[mask]
     known = (lags <= 1) | batch.segment_scored[mask]
-    log_weight, is_high = of_tokens(loss.log_weight), loss.log_ratio.detach()[mask] > 0
-    drift = of_tokens(proximal - batch.behavior_logprobs)
+    log_weight, is_high = trained(loss.log_weight), loss.log_ratio.detach()[mask] > 0
+    drift = trained(proximal - batch.behavior_logprobs)
     bounded = _clamped(drift)
     drift_weight, drift_weight_squared = _weight_and_square(bounded)
     values = {
         "tokens": torch.ones_like(lags),
         "lag": lags,
-        "entropy": of_tokens(entropy),
+        "entropy": trained(entropy),
         "kept": kept,
         "rejected": ~kept,
         "clipped": clipped,
@@ -82,7 +82,7 @@ def token_values(batch: Batch, result: BatchLoss, entropy: Tensor) -> tuple[Tens
         "abs_log_weight": torch.where(kept, log_weight.abs(), 0.0),
         "known": known,
         "approximated": ~known,
-        "bridge": torch.where(known, of_tokens(proximal - result.segment).abs(), 0.0),
+        "bridge": torch.where(known, trained(proximal - result.segment).abs(), 0.0),
         "abs_drift": drift.abs(),
         "k1": kl_of_log_ratio(drift, "k1"),
         "k3": kl_of_log_ratio(bounded, "k3"),
@@ -95,11 +95,11 @@ def token_values(batch: Batch, result: BatchLoss, entropy: Tensor) -> tuple[Tens
 
 
 def histogram_counts(bins: Tensor, values: Tensor) -> Tensor:
-    """[H, L, NUM_BINS] int64 in the order of ``HISTOGRAMS``: how many tokens have which abs log.
+    """[H, L, NUM_BINS] int64 counts of tokens by abs log, in the order of ``HISTOGRAMS``.
 
     Args:
-        bins: [N] of the lags.
-        values: [N, C] as ``token_values`` gives them.
+        bins: [N] lag bins.
+        values: [N, C] columns of :func:`token_values`.
     """
     columns = dict(zip(COLUMNS, values.unbind(1), strict=True))
     counts: dict[str, Tensor] = {
@@ -111,9 +111,9 @@ def histogram_counts(bins: Tensor, values: Tensor) -> Tensor:
 
 
 def sequence_sums(batch: Batch, proximal: Tensor) -> Tensor:
-    """[1 + L, len(SEQUENCE_COLUMNS)] float64: of whole rows, then of their tokens of each lag.
+    """[1 + L, len(SEQUENCE_COLUMNS)] float64: sums over rows, then over their tokens of each lag.
 
-    Rows without such tokens do not count.
+    Rows without such tokens are left out.
     """
     drift = torch.where(batch.loss_mask, (proximal - batch.behavior_logprobs).detach(), 0.0)
     bins = batch.lags.clamp(0, LAG_BINS - 1)
@@ -121,9 +121,9 @@ def sequence_sums(batch: Batch, proximal: Tensor) -> Tensor:
     logs = parts.scatter_add(1, bins, drift.double())
     counts = parts.scatter_add(1, bins, batch.loss_mask.double())
     logs, counts = (torch.cat([p.sum(1, keepdim=True), p], 1) for p in (logs, counts))
-    bounded, there = _clamped(logs), counts > 0
+    bounded, occupied = _clamped(logs), counts > 0
     columns = (torch.ones_like(logs), *_weight_and_square(bounded), bounded != logs)
-    return torch.stack([torch.where(there, column, 0.0).sum(0) for column in columns], 1)
+    return torch.stack([torch.where(occupied, column, 0.0).sum(0) for column in columns], 1)
 
 
 def drift_moments(batch: Batch, proximal: Tensor) -> Tensor:
@@ -134,7 +134,7 @@ def drift_moments(batch: Batch, proximal: Tensor) -> Tensor:
 
 
 def statistics(sums: Tensor, histograms: Tensor, sequences: Tensor) -> dict[str, Tensor]:
-    """Every statistic but the largest lag: [1 + L] of all tokens and of each lag, or [1].
+    """Every statistic but the largest lag: [1 + L] for all tokens and each lag, or [1].
 
     Args:
         sums: [L, C].
@@ -146,7 +146,7 @@ def statistics(sums: Tensor, histograms: Tensor, sequences: Tensor) -> dict[str,
     counts = torch.cat([histograms.sum(1, keepdim=True), histograms], 1)
     of: dict[str, Tensor] = dict(zip(HISTOGRAMS, counts.unbind(), strict=True))
     rows = dict(zip(SEQUENCE_COLUMNS, sequences.unbind(1), strict=True))
-    found = {
+    values = {
         "lag/tokens": total["tokens"],
         "lag/share": _ratio(total["tokens"], total["tokens"][0]),
         **{name: _ratio(total[column], total[count]) for name, (column, count) in _MEANS.items()},
@@ -157,16 +157,16 @@ def statistics(sums: Tensor, histograms: Tensor, sequences: Tensor) -> dict[str,
         "ess/sequence": effective_share(rows["sequences"], rows["weight"], rows["weight_squared"]),
         "ess/clamped_sequences": _ratio(rows["clamped"], rows["sequences"]),
     }
-    return found | {f"mismatch/{name}": found[f"drift/{name}"][1:2] for name in _MISMATCH}
+    return values | {f"mismatch/{name}": values[f"drift/{name}"][1:2] for name in _MISMATCH}
 
 
 def percentile(counts: Tensor, percent: int) -> Tensor:
-    """[M] of histograms [M, NUM_BINS]: the middle, in logs, of the bin that holds the percentile.
+    """[M] percentiles of histograms [M, NUM_BINS]: the middle, in logs, of the bin that has it.
 
     0 for the lowest bin and where there are no counts.
     """
     cumulative = counts.cumsum(1)
-    rank = (percent * cumulative[:, -1:] + 99) // 100  # rounded up, of any number of tokens
+    rank = (percent * cumulative[:, -1:] + 99) // 100  # rounded up
     index = torch.searchsorted(cumulative, rank)[:, 0]
     exponent = math.log10(LOWEST) + (index - 0.5) / BINS_PER_DECADE
     return torch.where(index > 0, 10.0 ** exponent.double(), 0.0)
@@ -182,11 +182,11 @@ def _weight_and_square(bounded: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _counts(sizes: Tensor, where: Tensor, bins: Tensor) -> Tensor:
-    """[L, NUM_BINS]: below the lowest edge, log-spaced bins, above the highest."""
+    """[L, NUM_BINS] counts: below the lowest edge, log-spaced bins, above the highest."""
     decades = (sizes / LOWEST).clamp(1e-9, 1e12).log10()
     index = (decades * BINS_PER_DECADE).floor().long() + 1
-    place = bins * NUM_BINS + index.clamp(0, NUM_BINS - 1)
-    return torch.bincount(place[where], minlength=LAG_BINS * NUM_BINS).view(LAG_BINS, NUM_BINS)
+    slot = bins * NUM_BINS + index.clamp(0, NUM_BINS - 1)
+    return torch.bincount(slot[where], minlength=LAG_BINS * NUM_BINS).view(LAG_BINS, NUM_BINS)
 
 
 def _ratio(value: Tensor, count: Tensor) -> Tensor:

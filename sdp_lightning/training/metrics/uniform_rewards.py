@@ -1,4 +1,4 @@
-"""A watch for rewards that teach nothing: all samples of every prompt have the same one."""
+"""Watch for uniform rewards: all samples of every prompt have the same one."""
 
 from __future__ import annotations
 
@@ -9,28 +9,31 @@ from sdp_lightning.errors import SDPError
 logger = logging.getLogger(__name__)
 
 WARN_AFTER = 10  # batches
-
-
 REMEDY = (
-    "Siblings with equal rewards teach nothing: give partial credit, sample more a prompt, or use "
-    "rows that the model gets right sometimes. If it gets all of them right, it is done."
+    "Siblings with equal rewards give no learning signal: give partial credit, sample more a "
+    "prompt, or use rows that the model solves sometimes. If it solves all of them, it is done."
 )
 
 
 class UniformWatch:
-    """Ends a run in which, batch after batch, no group has two different rewards.
+    """Ends a run in which no group of many batches in a row has two different rewards.
+
+    It warns once, after ``WARN_AFTER`` batches.
 
     Args:
-        limit: batches in a row; None never ends it. Ten in a row are warned of, once.
+        limit: number of batches in a row that ends the run; None never does.
     """
 
     def __init__(self, limit: int | None) -> None:
         self._limit, self._in_a_row, self._warned = limit, 0, False
 
     def note(self, share: float, *, reward: float, rank: int = 0) -> None:
-        """A batch of which this share of groups was uniform, and its mean reward.
+        """Count one batch. All ranks pass the same values; rank 0 warns.
 
-        All ranks note the same; the first one warns.
+        Args:
+            share: share of its groups with uniform rewards.
+            reward: mean reward of the batch.
+            rank: rank of this process.
 
         Raises:
             SDPError: if it is the last of ``limit`` in a row.
