@@ -13,7 +13,7 @@ from sdp_lightning.lightning.phase_timer import PhaseTimer
 from sdp_lightning.testing import FakeEngine
 from sdp_lightning.types import Row
 from sdp_lightning.workflows.episode_log import EpisodeTimes
-from support.rollouts import Samples, rolling, wait_for
+from support.rollouts import Samples, rolling, wait_until
 
 PAUSE_S = 0.02
 
@@ -70,7 +70,7 @@ def test_sampling_and_reward_of_a_trajectory_are_told_apart() -> None:
     )
     engine = FakeEngine(latency_s=2 * PAUSE_S)
     with rolling(engine, workflow, rows=2, num_epochs=1) as executor:
-        wait_for(executor, lambda: executor.stat.pending == 2)
+        wait_until(executor, lambda: executor.stat.pending == 2)
         telemetry = executor.telemetry
         times = telemetry.times
         assert telemetry.timed_groups == 2 and times.num == 4
@@ -96,7 +96,7 @@ class TwoTurns(Samples):
 
 def test_what_a_workflow_does_between_two_requests_is_tool_time() -> None:
     with rolling(FakeEngine(), TwoTurns(), rows=2, num_epochs=1) as executor:
-        wait_for(executor, lambda: executor.stat.pending == 2)
+        wait_until(executor, lambda: executor.stat.pending == 2)
         assert executor.telemetry.times.tool_s >= 2 * PAUSE_S * 0.9
 
 
@@ -104,7 +104,7 @@ def test_an_engine_with_no_request_is_not_busy() -> None:
     with rolling(FakeEngine(manual=True), rows=2, num_epochs=1) as executor:
         engine: Any = executor.engine
         engine.advance(4, awaiting=2)
-        wait_for(executor, lambda: executor.stat.pending == 2)
+        wait_until(executor, lambda: executor.stat.pending == 2)
         busy = executor.gate.busy_s
         time.sleep(PAUSE_S)
         assert executor.gate.busy_s == busy > 0
@@ -113,13 +113,13 @@ def test_an_engine_with_no_request_is_not_busy() -> None:
 def test_the_slowest_groups_are_kept_with_what_became_of_them() -> None:
     """Six batches of two groups; those of version 0 that are left at version 2 are stale."""
     with rolling(FakeEngine(), batch_size=2, max_head_lag=1, rows=16, num_epochs=1) as executor:
-        wait_for(executor, lambda: executor.stat.pending == 4)
+        wait_until(executor, lambda: executor.stat.pending == 4)
         for version, num_begun in enumerate((6, 12, 14, 16, 16, 16), 1):
             if version > 2:
                 assert executor.take()
-                wait_for(executor, lambda: executor.stat.running == 0)  # or it may be overdue
+                wait_until(executor, lambda: executor.stat.running == 0)  # or it may be overdue
             executor.publish([], version)
-            wait_for(executor, lambda num=num_begun: executor.stat.submitted == num)
+            wait_until(executor, lambda num=num_begun: executor.stat.submitted == num)
         slowest = executor.telemetry.slowest
     assert len(slowest) == 10 < executor.telemetry.trained_groups + 4
     assert [r.seconds for r in slowest] == sorted((r.seconds for r in slowest), reverse=True)
