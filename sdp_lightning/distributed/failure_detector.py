@@ -33,7 +33,7 @@ _LONGEST = 4000  # characters of a message
 
 @dataclass(frozen=True)
 class RankFailure:
-    """What became of another rank."""
+    """Rank and error of a process that failed."""
 
     rank: int
     message: str
@@ -43,12 +43,12 @@ class RankFailure:
 
 
 class FailureDetector:
-    """Listens to the ranks at the other ends of ``links`` until ``close``. Rank 0 passes on.
+    """Listens to the ranks at the other ends of ``links`` until ``close``. Rank 0 relays failures.
 
     Args:
-        rank: of this process.
-        links: a connection to rank 0; rank 0's to every other one.
-        grace_s: how long after a failure this process is ended, if ``close`` has not come.
+        rank: rank of this process.
+        links: connection to rank 0; on rank 0 the connections to all others.
+        grace_s: seconds from a failure to the end of this process, unless ``close`` comes first.
     """
 
     def __init__(
@@ -69,11 +69,11 @@ class FailureDetector:
         return self._failure
 
     def tell(self, message: str) -> None:
-        """This rank has failed."""
+        """Tell the others that this rank has failed."""
         self._send([self._rank, message[:_LONGEST]])
 
     def close(self) -> None:
-        """Say goodbye: that this process ends will be no failure. Safe to call twice."""
+        """Leave: from now on the end of this process is no failure. Safe to call twice."""
         if self._closed.is_set():
             return
         self._closed.set()
@@ -104,16 +104,16 @@ class FailureDetector:
             self._await_end(self._failure)
 
     def _hear(self, rank: int) -> None:
-        """The only thing that ``rank`` ever says, or that it can say no more."""
+        """Read the only message that ``rank`` ever sends, or the end of its connection."""
         try:
-            with self._links[rank].makefile("rb") as words:
-                line = words.readline()
+            with self._links[rank].makefile("rb") as stream:
+                line = stream.readline()
         except OSError:  # reset: it ended with something unread
             line = b""
         try:
             message: list[Any] = json.loads(line) if line else [rank, "its process has ended."]
-        except ValueError:  # the thread must outlive it
-            message = [rank, f"it said what nobody understands: {line[:80]!r}."]
+        except ValueError:  # this thread must live on
+            message = [rank, f"its message is not valid: {line[:80]!r}."]
         if message and self._failure is None:
             self._failure = RankFailure(*message)
             if self._rank == 0:
@@ -124,7 +124,7 @@ class FailureDetector:
         if self._closed.wait(self._grace_s):
             return
         logger.critical(
-            "%.0f s after that this process still waits for it, or is busy: it is ended.",
+            "still running %.0f s after the failure: exiting with status 1.",
             self._grace_s,
         )
         faulthandler.dump_traceback()
@@ -132,15 +132,15 @@ class FailureDetector:
 
 
 class Listener:
-    """Rank 0's end: takes one connection from every other rank, and is closed.
+    """Rank 0's end: accepts one connection from every other rank and closes.
 
     Args:
-        host: that the others reach this process by.
+        host: address by which the others reach this process.
     """
 
     def __init__(self, host: str) -> None:
         near, dual = host in LOOPBACK_HOSTS, socket.has_dualstack_ipv6()
-        if near and sys.platform == "linux":  # a tenth faster, and leaves no file
+        if near and sys.platform == "linux":  # 10 % faster, and leaves no file
             self._server = socket.socket(socket.AF_UNIX)
             self._server.bind(f"\0sdp-{secrets.token_hex(8)}")
             self._server.listen()
@@ -152,8 +152,8 @@ class Listener:
         self._token = secrets.token_bytes(_TOKEN_BYTES)
 
     @property
-    def place(self) -> tuple[int | bytes, bytes]:
-        """Port, or name on this machine, and what to say there."""
+    def address(self) -> tuple[int | bytes, bytes]:
+        """Port, or socket name on this machine, and the token that a rank must send."""
         name = self._server.getsockname()
         return name if isinstance(name, bytes) else name[1], self._token
 
@@ -161,7 +161,7 @@ class Listener:
         """A connection for each rank from 1 to ``size - 1``.
 
         Raises:
-            RankError: naming those that did not come in time.
+            RankError: naming the ranks that did not connect within ``timeout_s``.
         """
         links: dict[int, socket.socket] = {}
         deadline = time.monotonic() + timeout_s
@@ -186,10 +186,10 @@ class Listener:
 
 
 def connect(
-    host: str, place: tuple[int | bytes, bytes], rank: int, timeout_s: float
+    host: str, address: tuple[int | bytes, bytes], rank: int, timeout_s: float
 ) -> socket.socket:
-    """A connection of ``rank`` to the :class:`Listener` at ``place``."""
-    port, token = place
+    """A connection of ``rank`` to the :class:`Listener` at ``address``."""
+    port, token = address
     if isinstance(port, bytes):
         link = socket.socket(socket.AF_UNIX)
         link.settimeout(timeout_s)
@@ -214,7 +214,7 @@ def _receive(link: socket.socket, count: int) -> bytes:
 
 
 def _keep_alive(link: socket.socket) -> socket.socket:
-    """The kernel finds out, too, when the other machine is gone."""
+    """Let the kernel notice when the other machine is gone."""
     link.settimeout(None)
     if link.family not in (socket.AF_INET, socket.AF_INET6):
         return link  # on this machine

@@ -1,6 +1,6 @@
-"""Whole values between two processes over one connection, without ever blocking.
+"""Messages between two processes over one connection, without blocking.
 
-Whoever waits does it in :func:`wait_for_any`, between two looks at whatever else may end the wait.
+Callers wait in :func:`wait_for_any`, and check between two calls what else may end the wait.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from collections.abc import Iterable
 from typing import Any
 
 LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
-_HEADER = 8  # bytes: the length of what follows
+_HEADER = 8  # bytes of the length before each message
 _CHUNK = 2**16
 
 
 class Link:
-    """One end of a connection. What is sent and what has come in part waits for the next look.
+    """One end of a connection. It buffers what is not sent and messages that came in part.
 
-    Values are pickled: the other end must be a process of this training.
+    Messages are pickled: the other end must be a process of this training.
 
     Args:
-        connection: taken over, and closed by ``close``.
+        connection: socket that the link takes over; ``close`` closes it.
 
     Attributes:
         is_gone: whether the other end has closed it, or its process has ended.
@@ -35,7 +35,7 @@ class Link:
         self.is_gone = False
         self._connection = connection
         self._unsent, self._received = bytearray(), bytearray()
-        self._chunk = memoryview(bytearray(_CHUNK))  # a new one for each would take longer
+        self._chunk = memoryview(bytearray(_CHUNK))  # allocated once
 
     @property
     def is_sending(self) -> bool:
@@ -43,16 +43,16 @@ class Link:
         return bool(self._unsent) and not self.is_gone
 
     def fileno(self) -> int:
-        """Of the connection, for a selector."""
+        """File descriptor of the connection, for a selector."""
         return self._connection.fileno()
 
     def send(self, data: bytes) -> None:
-        """Send what :func:`pack` made: as much as fits now, the rest with later calls."""
+        """Send a message of :func:`pack`: what fits now, and the rest with later calls."""
         self._unsent += data
         self.push()
 
     def push(self) -> None:
-        """Send what fits now."""
+        """Send as much of the buffer as fits now."""
         try:
             while self._unsent and not self.is_gone:
                 del self._unsent[: self._connection.send(self._unsent)]
@@ -62,7 +62,7 @@ class Link:
             self.is_gone = True
 
     def receive(self) -> list[Any]:
-        """The values that have come whole since the last call, in order."""
+        """Messages that have come whole since the last call, in order."""
         try:
             while not self.is_gone:
                 size = self._connection.recv_into(self._chunk)
@@ -84,20 +84,20 @@ class Link:
         return values
 
     def close(self) -> None:
-        """Safe to call twice."""
+        """Close the connection. Safe to call twice."""
         self.is_gone = True
         self._connection.close()
 
 
 def pack(value: object) -> bytes:
-    """``value``, as :meth:`Link.send` takes it."""
+    """A message for :meth:`Link.send` that holds ``value``."""
     data = pickle.dumps(value)
     return len(data).to_bytes(_HEADER) + data
 
 
 def wait_for_any(links: Iterable[Link], timeout_s: float) -> None:
-    """Until one of them has something to read, or room for what it has to send."""
-    poll = select.poll()  # a selector costs a third of a meeting
+    """Wait until a link can be read, or can send what it still has to send."""
+    poll = select.poll()  # cheaper than a selector, by a third of a collective
     for link in links:
         if link.fileno() >= 0:  # else closed here
             poll.register(link, select.POLLIN | (select.POLLOUT if link.is_sending else 0))

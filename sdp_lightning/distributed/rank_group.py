@@ -1,7 +1,7 @@
-"""What the processes of one training agree on, and what they say when one of them does not come.
+"""Collectives of Python values among the processes of one training, with errors that name a rank.
 
-Values travel over connections of their own to rank 0, never through the collectives that gradients
-use, so that a rank that is late, has failed or has died is named.
+Values travel over separate connections to rank 0, never through the collectives of gradients, so
+an error can name a rank that is late, has failed or has died.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from sdp_lightning.errors import RankError
 
 T = TypeVar("T")
 U = TypeVar("U")
-_LOOK_S = 1e-2  # between two looks at what may end a wait for the others
-_AFTER_S = 10.0  # that others wait longer than rank 0
-_CAUSE_S = 1.0
+_POLL_S = 1e-2  # between two checks of what may end a wait
+_AFTER_S = 10.0  # other ranks wait longer than rank 0, whose error names the late rank
+_CAUSE_S = 1.0  # longest wait for the failure behind an error
 
 
 class RankGroup:
-    """The processes that train together; alone, it asks nobody.
+    """The processes that train together. A group of one exchanges nothing.
 
-    Every method that exchanges values must be called by all ranks, in the same order.
+    Every method that exchanges values is a collective: all ranks call it, in the same order.
 
     Args:
-        links: a connection to rank 0; rank 0's to every other one; none for one process.
-        rank: of this process.
-        size: how many there are.
-        timeout_s: longest wait for the others, unless told otherwise.
-        interrupted: looked at while waiting; True ends the wait with ``RankError``.
+        links: connection to rank 0; on rank 0 the connections to all others.
+        rank: rank of this process.
+        size: number of ranks.
+        timeout_s: default timeout of a collective in seconds.
+        interrupted: polled while waiting; True ends the wait with ``RankError``.
     """
 
     def __init__(
@@ -55,19 +55,19 @@ class RankGroup:
         self._timeout_s, self._interrupted = timeout_s, interrupted
         self._links = {rank: Link(end) for rank, end in sorted((links or {}).items())}
         self._failure_detector: FailureDetector | None = None
-        self._number, self._latest = 0, "nothing yet"  # of meetings
-        self._inbox: dict[tuple[int, int], tuple[str, Any]] = {}  # by rank and meeting
+        self._number, self._latest = 0, "nothing yet"  # of collectives
+        self._inbox: dict[tuple[int, int], tuple[str, Any]] = {}  # by rank and collective
 
     def all_gather(self, what: str, value: T, *, timeout_s: float | None = None) -> list[T]:
         """Every rank's ``value``, in order of rank, on every rank.
 
         Args:
-            what: names the meeting in errors, and must be the same everywhere.
-            value: anything that can be pickled.
-            timeout_s: longest wait; None is the usual one.
+            what: name of the collective in errors, the same on all ranks.
+            value: picklable value of this rank.
+            timeout_s: longest wait in seconds; None is the group's timeout.
 
         Raises:
-            RankError: if a rank does not come in time, is at another meeting, or has failed.
+            RankError: if a rank is late, is at another collective, or has failed.
         """
         if self.size == 1:
             return [value]
@@ -76,7 +76,7 @@ class RankGroup:
     def gather(self, what: str, value: T, *, timeout_s: float | None = None) -> list[T] | None:
         """Every rank's ``value``, in order of rank, on rank 0; None on the others.
 
-        They wait, too, until it has them all. Arguments and errors are those of ``all_gather``.
+        All ranks wait until rank 0 has them all. Arguments and errors are as in ``all_gather``.
         """
         if self.size == 1:
             return [value]
@@ -95,23 +95,23 @@ class RankGroup:
         """Do ``work`` on every rank; if it raises on one, every rank raises.
 
         Returns:
-            What this rank's work returned, and what every rank tells of its own.
+            The result of this rank's ``work``, and ``tell(result)`` of every rank.
 
         Raises:
-            RankError: naming the rank and its error; on that rank the error itself.
+            RankError: naming the rank and its error; that rank raises the error itself.
         """
         try:
             result = work()
         except Exception as error:
             with contextlib.suppress(RankError):
-                told = (f"{type(error).__name__}: {error}", None)
-                self.all_gather(what, told, timeout_s=timeout_s)
+                report = (f"{type(error).__name__}: {error}", None)
+                self.all_gather(what, report, timeout_s=timeout_s)
             raise
-        brought = self.all_gather(what, ("", tell(result)), timeout_s=timeout_s)
-        for rank, (message, _) in enumerate(brought):
+        reports = self.all_gather(what, ("", tell(result)), timeout_s=timeout_s)
+        for rank, (message, _) in enumerate(reports):
             if message:
                 raise RankError(f"rank {rank} failed while {what}: {message}")
-        return result, [value for _, value in brought]
+        return result, [value for _, value in reports]
 
     def broadcast(self, what: str, value: T, *, timeout_s: float | None = None) -> T:
         """Rank 0's ``value``, on every rank."""
@@ -120,7 +120,7 @@ class RankGroup:
     def fail(self, error: BaseException) -> None:
         """Tell the others that this rank has failed: their next wait ends with its error.
 
-        If another one failed before, which may be why this one did, that is noted on ``error``.
+        If another rank failed first, a note on ``error`` says so: it may be the cause.
         """
         if self.size == 1:
             return
@@ -133,15 +133,11 @@ class RankGroup:
             error.add_note(f"Before that, {cause}")
 
     def watch(self, links: Mapping[int, socket]) -> None:
-        """Hear of failures, until ``close``, also while this rank is in none of these methods.
-
-        Args:
-            links: of the :class:`~sdp_lightning.distributed.failure_detector.FailureDetector`.
-        """
+        """Listen for failures on ``links`` until ``close``, also between two collectives."""
         self._failure_detector = FailureDetector(self.rank, links)
 
     def close(self) -> None:
-        """Part from the others: that this process ends is no failure from now on."""
+        """Leave the group: from now on the end of this process is no failure."""
         if self._failure_detector is not None:
             self._failure_detector.close()
         for link in self._links.values():
@@ -159,10 +155,10 @@ class RankGroup:
     def _meet(
         self, what: str, value: T, answer: Callable[[list[T]], U], timeout_s: float | None
     ) -> U:
-        """On every rank, what ``answer`` makes of the values of all on rank 0."""
+        """Send all values to rank 0, and its ``answer(values)`` to every rank."""
         self._number += 1
         limit_s = self._timeout_s if timeout_s is None else timeout_s
-        if self.rank > 0:  # it waits longer than rank 0, whose error names the one that is missing
+        if self.rank > 0:  # waits longer than rank 0, whose error names the late rank
             self._send(what, value)
             [(error, reply)] = self._receive(what, limit_s + _AFTER_S)
             if error:
@@ -171,7 +167,7 @@ class RankGroup:
             try:
                 reply = answer(self._receive_all(what, value, limit_s))
             except RankError as error:
-                self._send(str(error), None)  # one of them may never listen: not waited for
+                self._send(str(error), None)  # not awaited: a rank may never read it
                 raise
             self._send("", reply)
             if any(link.is_sending for link in self._links.values()):
@@ -180,12 +176,12 @@ class RankGroup:
         return reply
 
     def _receive_all(self, what: str, value: T, limit_s: float) -> list[T]:
-        """What all ranks brought to this meeting, rank 0's ``value`` first."""
+        """Values of all ranks at this collective, rank 0's ``value`` first."""
         values = [value]
-        for rank, (place, brought) in enumerate(self._receive(what, limit_s), 1):
-            if place != what:
-                raise RankError(f"rank {rank} is at {place!r} while rank 0 is at {what!r}.")
-            values.append(brought)
+        for rank, (name, received) in enumerate(self._receive(what, limit_s), 1):
+            if name != what:
+                raise RankError(f"rank {rank} is at {name!r} while rank 0 is at {what!r}.")
+            values.append(received)
         return values
 
     def _send(self, text: str, value: object) -> None:
@@ -194,7 +190,7 @@ class RankGroup:
             link.send(data)
 
     def _receive(self, what: str, limit_s: float) -> list[tuple[str, Any]]:
-        """What the other ends say at this meeting; what came too late for an earlier one goes."""
+        """Messages of the linked ranks for this collective. Older ones are dropped."""
 
         def has_come(rank: int) -> bool:
             for number, text, value in self._links[rank].receive():
@@ -202,19 +198,19 @@ class RankGroup:
                     self._inbox[rank, number] = text, value
             return (rank, self._number) in self._inbox
 
-        wait_for_any(self._links.values(), _LOOK_S)  # to look at once is mostly in vain
+        wait_for_any(self._links.values(), _POLL_S)  # a check right away mostly finds nothing
         self._await(has_come, what, limit_s)
         return [self._inbox.pop((rank, self._number)) for rank in self._links]
 
     def _await(self, is_done: Callable[[int], bool], what: str, limit_s: float) -> None:
-        """Until it ``is_done`` with every rank at the other ends."""
+        """Wait until ``is_done`` holds for every linked rank."""
         start, late = time.monotonic(), list(self._links)
         while late := [rank for rank in late if not is_done(rank)]:
             links = {rank: self._links[rank] for rank in late}
             if self._interrupted():
                 raise RankError(f"interrupted while {what}.")
             if gone := [rank for rank, link in links.items() if link.is_gone]:
-                self._await_cause()  # it may have said why before it went
+                self._await_cause()  # it may have sent its error before it went
             if gone or self.failure is not None:
                 failure = self.failure or f"rank {gone[0]} is gone."
                 raise RankError(f"{failure} It was waited for while {what}.")
@@ -223,17 +219,17 @@ class RankGroup:
                     f"waited {limit_s:.1f} s for rank {', '.join(map(str, late))} while {what}; "
                     f"the last that all ranks did together was: {self._latest}."
                 )
-                self._tell(message)  # the late ones may be stuck for good
+                self._tell(message)  # a late rank may be stuck for good
                 raise RankError(message)
-            wait_for_any(links.values(), _LOOK_S)
+            wait_for_any(links.values(), _POLL_S)
             for link in links.values():
                 link.push()
 
     def _await_cause(self) -> None:
-        """The thread that listens may hear of a failure a little later than its effect is felt."""
+        """Wait a moment for the failure: its effects may come before its message."""
         deadline = time.monotonic() + _CAUSE_S
         while self.failure is None and time.monotonic() < deadline:
-            time.sleep(_LOOK_S)
+            time.sleep(_POLL_S)
 
 
 def make_rank_group(
@@ -241,7 +237,7 @@ def make_rank_group(
 ) -> RankGroup:
     """The ranks of the default group of torch.distributed, or this process alone.
 
-    Connections of their own are opened between rank 0 and every other one.
+    Opens two connections between rank 0 and every other rank.
     """
     from torch import distributed
 
@@ -250,10 +246,10 @@ def make_rank_group(
     rank, size = distributed.get_rank(), distributed.get_world_size()
     host = os.environ.get("MASTER_ADDR", "127.0.0.1")
     listeners = [Listener(host) for _ in range(2)] if rank == 0 else []
-    places: list[Any] = [[listener.place for listener in listeners]]
-    distributed.broadcast_object_list(places, src=0)
+    addresses: list[Any] = [[listener.address for listener in listeners]]
+    distributed.broadcast_object_list(addresses, src=0)
     links, lines = [listener.accept(size, timeout_s) for listener in listeners] or [
-        {0: connect(host, place, rank, timeout_s)} for place in places[0]
+        {0: connect(host, address, rank, timeout_s)} for address in addresses[0]
     ]
     ranks = RankGroup(links, rank=rank, size=size, timeout_s=timeout_s, interrupted=interrupted)
     ranks.watch(lines)

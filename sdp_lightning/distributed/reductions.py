@@ -1,4 +1,4 @@
-"""Sums over the ranks that train together; one process has its own only."""
+"""Sums over the ranks that train together. With one process each is its own value."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ class RankSums:
     """Collectives: all ranks call the same ones, in the same order.
 
     Args:
-        device: on which torch.distributed's default group works.
-        rank: of this process.
-        size: how many ranks there are.
-        ranks: through which single numbers go, in a third of the time of a collective and without
-            waiting for the device, and which names a rank that does not come; alone, it is not
-            used.
+        device: device of torch.distributed's default group.
+        rank: rank of this process.
+        size: number of ranks.
+        ranks: exchanges single numbers, in a third of the time of a collective, without waiting for
+            the device, and with errors that name a late rank. A group of one is not used.
     """
 
     device: torch.device
@@ -29,8 +28,8 @@ class RankSums:
     ranks: RankGroup = field(default_factory=RankGroup)
 
     def add_up(self, tensor: Tensor) -> Tensor:
-        """The sum over ranks, in place."""
-        if self.size > 1:  # Lightning's own way is a barrier besides
+        """Sum ``tensor`` over ranks, in place."""
+        if self.size > 1:  # Lightning's own reduction adds a barrier
             distributed.all_reduce(tensor)
         return tensor
 
@@ -43,7 +42,7 @@ class RankSums:
         return [tuple(row) for row in self.add_up(table.to(self.device)).tolist()]
 
     def concatenate(self, values: Tensor) -> Tensor:
-        """[N] the values [n] of every rank, one after another."""
+        """[N] values of all ranks, [n] of each, in order of rank."""
         sizes = [int(size) for (size,) in self.table(values.numel())]
         start = sum(sizes[: self.rank])
         result = values.new_zeros(sum(sizes))

@@ -1,4 +1,4 @@
-"""Checkpoints that are there whole or not at all, and say so when they are not.
+"""Checkpoints that are written whole or not at all, and checked when they are loaded.
 
 Lightning writes a file in the temporary folder and moves it. Where that is another file system the
 move is a copy, and a kill in the middle leaves half a checkpoint under the name of a whole one.
@@ -44,26 +44,26 @@ class AtomicCheckpointIO(CheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """What a checkpoint holds, on the CPU unless ``map_location`` says otherwise.
+        """Load a checkpoint, to the CPU unless ``map_location`` says otherwise.
 
-        The file is read twice: torch does not look at its check sums.
+        The file is read twice: torch does not verify its checksums.
 
         Raises:
-            CheckpointError: if the file is torn or damaged; names the newest whole one beside it.
+            CheckpointError: if the file is incomplete or damaged; it names the newest good one.
             FileNotFoundError: if there is no such file.
         """
-        found = Path(path)
-        if not _is_remote(path) and found.exists() and not _is_whole(found):
-            raise CheckpointError(_why_not(found))
-        where = _to_cpu if map_location is None else map_location
-        return self._plain.load_checkpoint(path, where, weights_only)
+        file = Path(path)
+        if not _is_remote(path) and file.exists() and not _is_whole(file):
+            raise CheckpointError(_why_not(file))
+        target = _to_cpu if map_location is None else map_location
+        return self._plain.load_checkpoint(path, target, weights_only)
 
     def remove_checkpoint(self, path: str | Path) -> None:
         self._plain.remove_checkpoint(path)
 
 
 def use_atomic_checkpoints(trainer: L.Trainer) -> None:
-    """Let the trainer write its checkpoints so, unless the user has chosen another way."""
+    """Give the trainer an :class:`AtomicCheckpointIO`, unless the user chose another plugin."""
     if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
         trainer.strategy.checkpoint_io = AtomicCheckpointIO()
 
@@ -83,7 +83,7 @@ def _why_not(path: Path) -> str:
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether every part of the archive that torch writes is there, unharmed."""
+    """Whether the archive that torch wrote is complete and its checksums are right."""
     if not path.is_file() or not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:

@@ -44,20 +44,20 @@ class RolloutDataModule(L.LightningDataModule):
     """Generates rollouts while the trainer trains, and hands them out as batches.
 
     Needs a :class:`SegmentWisePPOModule` (for model and tokenizer) and a ``WeightSyncCallback``.
-    A second ``fit`` with the same three objects goes on where the prompts were; if they had ended,
-    with all of them again.
+    A second ``fit`` with the same three objects goes on with the next prompts, or begins again with
+    all of them if they had ended.
 
     Args:
-        prompts: rows (mappings), or where to find them: ``"package.module:name"`` or
-            ``"path/to/file.py:name"`` of a sequence, or of a function that returns one.
-        workflow: what one rollout does.
-        engine: what :func:`connect_engine` takes: ``"embedded"``, ``"vllm://host:port"``,
-            ``"vllm://launch"``, or an engine of one's own, which is closed at the end of the run
-            and serves no other.
-        engine_options: passed on to :func:`connect_engine`.
-        rollout: counts are of the whole world.
-        val_prompts: rows of ``validate`` and ``test``; None leaves them out.
-        val_workflow: how they are rolled out; None is ``workflow``.
+        prompts: rows (mappings), or the import path of a sequence of them or of a function that
+            returns one: ``"package.module:name"`` or ``"path/to/file.py:name"``.
+        workflow: workflow of every rollout.
+        engine: argument of :func:`connect_engine`: ``"embedded"``, ``"vllm://host:port"``,
+            ``"vllm://launch"``, or an engine object, which is closed at the end of the run and
+            serves no other.
+        engine_options: further arguments of :func:`connect_engine`.
+        rollout: settings; counts are over all ranks.
+        val_prompts: rows of ``validate`` and ``test``; None leaves validation out.
+        val_workflow: workflow of ``val_prompts``; None is ``workflow``.
 
     Raises:
         ConfigError: if there are no prompts, or settings contradict each other.
@@ -108,7 +108,7 @@ class RolloutDataModule(L.LightningDataModule):
 
     @property
     def is_between_steps(self) -> bool:
-        """Whether weights, version and rollouts belong together: no batch is being trained on."""
+        """Whether weights, version and rollouts are consistent: no batch is being trained on."""
         if self._executor is None:
             return False
         return self.stop.agreed or not any(
@@ -195,9 +195,9 @@ class RolloutDataModule(L.LightningDataModule):
         return batch.batch if isinstance(batch, SealedBatch) else batch
 
     def state_dict(self) -> dict[str, Any]:
-        """What rollouts need to go on: of all ranks on rank 0, which writes it; else nothing.
+        """State of the rollouts: of all ranks on rank 0, which writes it; on the others nothing.
 
-        A collective, as all ranks save.
+        A collective: all ranks save.
         """
         if self._executor is None:
             return self._leftover.checkpoint
@@ -212,7 +212,7 @@ class RolloutDataModule(L.LightningDataModule):
         self.executor.load_state_dict(parts[self._ranks.rank])
 
     def resume(self, version: int) -> None:
-        """Before the first publish of a fit: take up what the last one left at ``version``."""
+        """Load the rollouts that the last fit left at ``version``; before the first publish."""
         self._leftover.resume(self.executor, self._module(), version)
 
     def teardown(self, stage: str) -> None:

@@ -21,13 +21,13 @@ from sdp_lightning.workflows.workflow import RolloutWorkflow
 
 
 class Evaluation:
-    """What rolling out a set of rows gave. Like a sealed batch, Lightning moves it whole.
+    """Rewards of the evaluation rows under one version. Lightning moves the object whole.
 
     Attributes:
-        version: of the policy that was evaluated.
+        version: version of the evaluated policy.
         reward: mean over all trajectories.
-        pass_at_k: share of rows of which a sample has reward 1 or more; None if each has only one.
-        num_trajectories: how many.
+        pass_at_k: share of rows with a sample of reward 1 or more; None with one sample a row.
+        num_trajectories: number of trajectories.
     """
 
     __slots__ = ("num_trajectories", "pass_at_k", "reward", "version")
@@ -42,12 +42,12 @@ class Evaluation:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """What is logged of it."""
-        found = {"reward": self.reward, "version": float(self.version)}
-        return found if self.pass_at_k is None else found | {"pass_at_k": self.pass_at_k}
+        """Metrics to log, by name."""
+        values = {"reward": self.reward, "version": float(self.version)}
+        return values if self.pass_at_k is None else values | {"pass_at_k": self.pass_at_k}
 
     def to(self, device: Any, *, non_blocking: bool = False) -> Evaluation:
-        """Itself: nothing here lives on a device."""
+        """The object itself: it holds no tensors."""
         return self
 
 
@@ -84,7 +84,7 @@ class EvaluationLoader:
         yield Evaluation(version=version, groups=groups)
 
     def _roll_out_mine(self) -> tuple[list[list[float]], int | None]:
-        """Rewards of this rank's rows, and the signal that told to stop."""
+        """Rewards of this rank's rows, and the signal that asked to stop."""
         rows = self._rows[self._ranks.rank :: self._ranks.size]
         try:
             groups = self._executor.evaluate(rows, self._workflow, interrupted=self._is_interrupted)

@@ -1,6 +1,6 @@
-"""How a fit ends that is told to end: between two steps, with a checkpoint.
+"""How a signal ends a fit: between two steps, with a checkpoint.
 
-There weights, version and rollouts belong together; loaders look for the signal there.
+Between two steps weights, version and rollouts belong together; loaders poll for the signal there.
 """
 
 from __future__ import annotations
@@ -40,7 +40,10 @@ class GracefulStop:
     On several ranks they agree where to stop, and SIGTERM is passed on as Lightning does.
 
     Args:
-        grace_s: how long the step may take; then it ends as by a second signal.
+        grace_s: longest present step in seconds; after it the step ends as by a second signal.
+
+    Raises:
+        ConfigError: if ``grace_s`` is not positive.
     """
 
     def __init__(self, *, grace_s: float) -> None:
@@ -55,14 +58,14 @@ class GracefulStop:
         self._is_abandoned = False
 
     def begin(self, trainer: L.Trainer, version: int) -> None:
-        """Handle signals from now on; training begins at ``version``."""
+        """Handle signals from now on. Training begins at ``version``."""
         self._trainer, self._version = trainer, version
         self._is_last = self._is_abandoned = False
         if threading.current_thread() is threading.main_thread():
             self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
 
     def end(self) -> None:
-        """Training has ended by itself; what came too late to stop it ends the run all the same."""
+        """Training has ended by itself. A signal that came too late to stop it ends the run."""
         if self._trainer is None:
             return
         signum = self._data.stop.signum
@@ -71,7 +74,7 @@ class GracefulStop:
         self._restore()
 
     def save(self, version: int) -> None:
-        """Training has ended by an exception: save, if what there is at ``version`` is whole."""
+        """Training has ended by an exception: save if the state at ``version`` is consistent."""
         if self._trainer is None:
             return
         trainer, data = self._trainer, self._data
@@ -82,8 +85,11 @@ class GracefulStop:
                     trainer.save_checkpoint(path)
                 logger.warning("version %d is saved: go on with ckpt_path=%r.", version, str(path))
             except (KeyboardInterrupt, SIGTERMException):
-                logger.warning("told to stop again: %s was not saved.", path)
-            except (OSError, RuntimeError) as error:  # a full disk; what ended the run goes on
+                logger.warning("a second signal: %s was not saved.", path)
+            except (
+                OSError,
+                RuntimeError,
+            ) as error:  # a full disk; the exception that ended the run goes on
                 logger.error("version %d could not be saved in %s: %r", version, path, error)
             except BaseException:
                 self._restore()
@@ -111,7 +117,7 @@ class GracefulStop:
             if callable(previous):
                 previous(signum, frame)
         elif signum == signal.SIGTERM and trainer.strategy.launcher is not None:
-            trainer.strategy.launcher.kill(signum)  # to the ranks that this one has started
+            trainer.strategy.launcher.kill(signum)  # to the ranks that this process started
 
     def _may_save(self, version: int) -> bool:
         trainer, data = self._trainer, self._data
@@ -135,7 +141,7 @@ class GracefulStop:
 
     @contextmanager
     def _second_signal_ends(self) -> Generator[None]:
-        """Lightning ignores Ctrl-C while it ends."""
+        """Let a second signal end the save. Lightning ignores Ctrl-C while it ends."""
         self._is_last = True
         self._cancel_timer()
         before = {number: signal.getsignal(number) for number in self._previous}

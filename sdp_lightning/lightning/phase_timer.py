@@ -1,4 +1,4 @@
-"""What the trainer's thread is doing now, and what it has spent its time on. Seconds."""
+"""The present phase of the trainer's thread, and the seconds that it spent in each."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ PHASES = ("wait", "score", "train", "publish", "evaluate")
 class PhaseTimer:
     """The phase of a run: written by the trainer's thread, read by any.
 
-    Every moment belongs to one phase, ``"rest"`` if to none of ``PHASES``; so what is spent on all
-    of them is all of the time.
+    Every moment belongs to one phase, ``"rest"`` if to none of ``PHASES``, so the phases add up to
+    the whole time.
     """
 
     def __init__(self) -> None:
@@ -20,18 +20,18 @@ class PhaseTimer:
 
     @property
     def now(self) -> tuple[str, float]:
-        """The present phase, and how long it has gone on."""
+        """The present phase and its seconds so far."""
         phase, since = self._now
         return phase, time.monotonic() - since
 
     def enter(self, phase: str) -> None:
-        """From now on it is ``phase``."""
+        """Begin ``phase``."""
         before, since = self._now
         self._now = (phase, now := time.monotonic())
         self._spent[before] = self._spent.get(before, 0.0) + now - since
 
     def take_spent(self) -> dict[str, float]:
-        """Seconds in every phase since this was last called; the present one goes on."""
+        """Seconds in every phase since the last call. The present phase goes on."""
         self.enter(self._now[0])
         spent, self._spent = self._spent, {}
         return spent

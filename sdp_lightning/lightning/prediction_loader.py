@@ -17,11 +17,11 @@ from sdp_lightning.workflows.workflow import RolloutWorkflow
 
 
 class Rollouts:
-    """The groups of one batch that were only generated. Lightning moves it whole.
+    """Groups that are generated and not trained on. Lightning moves the object whole.
 
     Attributes:
-        version: of the policy that sampled them.
-        groups: in the order of their prompts.
+        version: version of the policy that sampled them.
+        groups: groups in the order of their prompts.
         places: (epoch, index) of the dataset row of every group.
     """
 
@@ -33,7 +33,7 @@ class Rollouts:
         self.version, self.groups, self.places = version, tuple(groups), tuple(places)
 
     def to(self, device: Any, *, non_blocking: bool = False) -> Rollouts:
-        """Itself: nothing here lives on a device."""
+        """The object itself: it holds no tensors on a device."""
         return self
 
 
@@ -44,13 +44,13 @@ class GenerationLoader:
     their places.
 
     Args:
-        executor: of this process.
-        rows: the dataset.
-        workflow: what one rollout does.
-        num_batches: how many; the prompts are repeated if they end before, unless ``num_epochs``
-            says how often. None is one pass over them, or ``num_epochs``.
-        trainer: asked for SIGTERM while waiting.
-        ranks: each takes its share of the prompts.
+        executor: executor of this process.
+        rows: dataset.
+        workflow: workflow of every rollout.
+        num_batches: number of batches; prompts repeat if they end before, at most ``num_epochs``
+            times if that is set. None is one pass over them, or ``num_epochs``.
+        trainer: polled for SIGTERM while waiting.
+        ranks: rank group; each rank takes its share of the prompts.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class GenerationLoader:
     def __iter__(self) -> Iterator[Rollouts]:
         require_published(self._executor)
         done: list[TrajectoryGroup] = []
-        rows: dict[int, PromptRow] = {}  # by the number of their group
+        rows: dict[int, PromptRow] = {}  # by order of their group
         rejected = 0
         for number in range(len(self)):
             while len(done) < self._size:
@@ -96,12 +96,12 @@ class GenerationLoader:
                 drawn = self._draw(len(rows), min(missing, self._executor.config.concurrency))
                 if not drawn:
                     break
-                found = self._roll_out(drawn)
+                groups = self._roll_out(drawn)
                 rows |= drawn
-                rejected = 0 if found else rejected + len(drawn)
+                rejected = 0 if groups else rejected + len(drawn)
                 if rejected >= self._executor.config.max_rejected_in_a_row:
                     raise RolloutError(f"{rejected} groups in a row were rejected by the workflow.")
-                done += found
+                done += groups
             batch, done = done[: self._size], done[self._size :]
             if not batch:
                 return

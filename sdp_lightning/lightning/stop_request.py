@@ -16,12 +16,12 @@ from sdp_lightning.rollout.executor import WorkflowExecutor
 
 
 class StopRequest:
-    """Whether the run was told to stop. Waits look at it, which is also their sign of life.
+    """Whether a signal asked the run to stop. Waits poll it, which is also their sign of life.
 
     Attributes:
-        signum: of the signal that told it; None while there was none.
-        agreed: whether all ranks know, each between two steps, and end now.
-        looked_at: when a wait last looked, by ``time.monotonic``.
+        signum: number of the signal; None before any.
+        agreed: whether all ranks know of it, each between two steps, and stop now.
+        looked_at: time of the last poll, by ``time.monotonic``.
     """
 
     def __init__(self) -> None:
@@ -35,7 +35,7 @@ class StopRequest:
         return self.signum is not None
 
     def obey(self, signums: Iterable[int | None]) -> None:
-        """End the run if one rank was told to: ``KeyboardInterrupt`` or ``SIGTERMException``."""
+        """Raise ``KeyboardInterrupt`` or ``SIGTERMException`` if a rank got a signal."""
         for signum in signums:
             if signum is not None:
                 self.agreed = True
@@ -43,12 +43,12 @@ class StopRequest:
 
 
 def raise_as_lightning(signum: int) -> None:
-    """What Lightning raises for Ctrl-C, or for SIGTERM."""
+    """Raise Lightning's exception for Ctrl-C or SIGTERM."""
     raise KeyboardInterrupt if signum == signal.SIGINT else SIGTERMException()
 
 
 def require_published(executor: WorkflowExecutor) -> None:
-    """``ConfigError`` if there is nothing to sample with yet."""
+    """Raise ``ConfigError`` if no weights were published to the engine."""
     if not executor.is_published:
         raise ConfigError(
             "no weights were published to the engine, so it cannot sample: add "
@@ -58,7 +58,7 @@ def require_published(executor: WorkflowExecutor) -> None:
 
 @contextmanager
 def ends_on_sigterm(trainer: L.Trainer) -> Generator[None]:
-    """A wait that SIGTERM cut short ends in Lightning's exception for it."""
+    """Turn the error of a wait that SIGTERM cut short into Lightning's exception."""
     try:
         yield
     except (RolloutTimeout, RankError) as error:
@@ -68,7 +68,7 @@ def ends_on_sigterm(trainer: L.Trainer) -> Generator[None]:
 
 
 def is_time_up(trainer: L.Trainer) -> bool:
-    """Whether ``max_time`` is over, which Lightning asks after a step only."""
+    """Whether ``max_time`` is over. Lightning itself checks it only after a step."""
     timers = [callback for callback in trainer.callbacks if isinstance(callback, Timer)]  # type: ignore
     left = [timer.time_remaining() for timer in timers]
     return any(seconds is not None and seconds <= 0 for seconds in left)

@@ -1,7 +1,4 @@
-"""What the Trainer iterates over: batches of rollouts, and one evaluation.
-
-Both wait for rollouts in the trainer's thread, and end when the process is told to.
-"""
+"""The train loader: it waits in the trainer's thread for batches of rollouts."""
 
 from __future__ import annotations
 
@@ -34,13 +31,13 @@ class RolloutLoader:
     """Pulls one batch a training step from the executor, as soon as it is ready.
 
     Args:
-        executor: where rollouts are.
-        pad_token_id: for the padding of a batch.
-        length: how many batches an epoch has.
-        trainer: asked for SIGTERM while waiting, and told when prompts or time have ended.
-        ranks: that take their batches together: all, or none.
-        stop: looked at before a batch is taken and while it is waited for.
-        phase_timer: told when a batch is waited for.
+        executor: source of the groups.
+        pad_token_id: token that pads a batch.
+        length: batches of an epoch.
+        trainer: polled for SIGTERM while waiting; stopped when prompts or time have ended.
+        ranks: rank group; either all of its ranks take a batch or none.
+        stop: polled before a batch is taken and while waiting for it.
+        phase_timer: timer whose phase is ``"wait"`` while waiting.
 
     Attributes:
         ended: whether all prompts were handed out.
@@ -77,10 +74,10 @@ class RolloutLoader:
             )
         while (groups := self._take()) is not None:
             yield SealedBatch(self._collate(groups))
-        self._trainer.should_stop = True  # else Lightning begins one empty epoch after another
+        self._trainer.should_stop = True  # or Lightning would begin one empty epoch after another
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: the data module has it all. Lightning asks here whether a resume is exact."""
+        """Nothing: the data module saves all. Lightning asks here whether a resume is exact."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Ends a run that hangs: a thread sees it, which no lock of the trainer's can stop."""
+"""Ends a run that hangs: a thread notices it, which no lock of the trainer can stop."""
 
 from __future__ import annotations
 
@@ -34,9 +34,10 @@ class Watchdog(Callback):
     A process that is suspended (SIGSTOP, a debugger) for longer is ended when it goes on.
 
     Args:
-        timeout_s: longer than the longest forward and backward pass, publish, or user callback.
+        timeout_s: seconds without a sign of life. The longest forward and backward pass, publish,
+            or user callback must be shorter.
         checkpoint_timeout_s: the same while a checkpoint is written.
-        patience_s: from the error to the end of the process.
+        patience_s: seconds from the error to the end of the process.
 
     Raises:
         ConfigError: if a time is not positive.
@@ -94,7 +95,7 @@ class Watchdog(Callback):
 
 
 def _is_free(handler: object) -> bool:
-    """Whether nobody else wants the signal: a watch whose run has failed keeps it."""
+    """Whether nobody else handles the signal. A watch whose run failed still holds it."""
     if isinstance(handler, MethodType):
         return isinstance(handler.__self__, _Watch)
     return handler is signal.SIG_DFL
@@ -116,7 +117,7 @@ class _Watch:
             and _is_free(signal.getsignal(signal.SIGUSR2))
         ):
             signal.signal(signal.SIGUSR2, self._raise)
-        self._arm(settings.timeout_s)  # before the thread comes to it: the next call may hang
+        self._arm(settings.timeout_s)  # before the thread runs: the next call may hang
         self._thread = threading.Thread(target=self._run, name="sdp-watchdog", daemon=True)
         self._thread.start()
 
@@ -138,12 +139,12 @@ class _Watch:
             faulthandler.cancel_dump_traceback_later()
 
     def _arm(self, left_s: float) -> None:
-        """End the process should this thread not come back, for want of the interpreter's lock."""
+        """Let the process end if this thread never gets the interpreter's lock again."""
         limit = left_s + self._settings.patience_s + 2 * self._poll_s
         faulthandler.dump_traceback_later(limit, exit=True, file=2)
 
     def _end(self) -> None:
-        logger.critical("nothing moved for %.1f s; the stacks of all threads:", self._idle_s())
+        logger.critical("no sign of life for %.1f s; stacks of all threads:", self._idle_s())
         faulthandler.dump_traceback(file=2, all_threads=True)
         faulthandler.dump_traceback_later(self._settings.patience_s, exit=True, file=2)
         if signal.getsignal(signal.SIGUSR2) == self._raise:

@@ -161,4 +161,4 @@ def test_a_process_that_is_stuck_after_a_failure_is_ended_and_says_why(tmp_path:
     near.close()
     assert stuck.returncode == 1
     assert "rank 0 failed: ValueError: no such letter" in words
-    assert "it is ended" in words and 'File "<string>", line' in words
+    assert "exiting with status 1" in words and 'File "<string>", line' in words

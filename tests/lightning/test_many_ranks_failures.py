@@ -24,7 +24,12 @@ FAILURES = [
     ("kill", 0, "", "rank 0 failed: its process has ended."),
     ("rollout hangs", 1, "waited 5.0 s for 2 groups", "rank 1 failed while taking the batch of"),
     ("publish", 1, "no such weight", "rank 1 failed while publishing version 1: EngineError"),
-    ("publish hangs", 1, "it is ended", "waited 8.0 s for rank 1 while publishing version 1;"),
+    (
+        "publish hangs",
+        1,
+        "exiting with status 1",
+        "waited 8.0 s for rank 1 while publishing version 1;",
+    ),
 ]
 
 
