@@ -157,7 +157,7 @@ def test_a_wait_for_rollouts_or_an_evaluation_is_no_hang(model_folder: str, wher
     data = make_data(workflow, rows=rows, val_prompts=val, engine=FakeEngine())
     trainer = fit(model_folder, data, max_steps=1, num_sanity_val_steps=0)
     assert trainer.state.finished and trainer.global_step == 1
-    assert reward.pause.num_taken == 2, "both samples of the row took longer than the limit"
+    assert reward.pause.num_taken >= 2, "both samples of a row took longer"
 
 
 class SlowDisk(TorchCheckpointIO):
