@@ -19,7 +19,7 @@ from sdp_lightning.rollout.task_runner import AsyncTaskRunner
 from sdp_lightning.testing import FakeEngine
 from sdp_lightning.types import Row, Trajectory
 from sdp_lightning.workflows.workflow import RolloutSession
-from support.episode_replays import SETTINGS, halfway, resume, run_to_the_end
+from support.interrupted_groups import SETTINGS, halfway, resume, run_to_the_end
 from support.rollouts import DEADLINE_S, Samples, make_executor, rolling
 from support.trainers import AwaitIdleRollouts, make_data, make_module, make_rows, make_trainer
 
