@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
-import math
 import shutil
 import warnings
 from dataclasses import dataclass
@@ -20,12 +18,9 @@ import sdp_lightning as sdp
 from sdp_lightning.cli.main import main
 from sdp_lightning.observability.report import write_report
 from sdp_lightning.observability.report.callback import run_folder
-from sdp_lightning.observability.report.charts import Line, area_chart, line_chart, thin
 from sdp_lightning.observability.report.files import RunWriter, read_run
-from sdp_lightning.observability.report.samples import NUM_EXTREME, NUM_RANDOM, SampleKeeper
 from sdp_lightning.testing import FakeEngine
 from sdp_lightning.training.metrics.names import POOL, logged_names
-from sdp_lightning.types import Context, Segment, Trajectory, TrajectoryGroup
 from support.reports import Page, make_step, write_run
 from support.trainers import Recorder, make_data, make_module, make_rows, make_trainer
 
@@ -341,97 +336,3 @@ def test_a_report_before_the_metrics_is_refused(tmp_path: Path, model_folder: st
     )
     with pytest.raises(sdp.ConfigError, match="RunReport must come after WeightSyncCallback"):
         trainer.fit(make_module(model_folder), make_data(engine=FakeEngine()))
-
-
-# Samples --------------------------------------------------------------------------------------
-
-
-def group_of(*rewards: float, row: str = "row", versions: tuple[int, ...] = (0,)) -> Any:
-    parts = (Context([1]), *(Segment(version, [3], [-0.1]) for version in versions))
-    return TrajectoryGroup(tuple(Trajectory(parts, reward=r) for r in rewards), row_id=row)
-
-
-def test_the_best_and_the_worst_are_kept_one_of_a_batch_the_newer_first() -> None:
-    keeper = SampleKeeper()
-    for version in range(6):
-        keeper.see([group_of(1.0, 0.5, row=f"a{version}"), group_of(0.0)], version)
-    keeper.see([group_of(2.0, 0.1, row="top")], 6)
-    assert [s.row_id for s in keeper.best] == ["top", "a5", "a4"]
-    assert [s.trajectory.reward for s in keeper.worst] == [0.0] * NUM_EXTREME
-    assert [s.version for s in keeper.worst] == [5, 4, 3]
-    assert keeper.mixed == []
-
-
-def test_trajectories_of_several_versions_are_kept() -> None:
-    keeper = SampleKeeper()
-    keeper.see([group_of(0.0, versions=(0, 1, 2), row="three"), group_of(1.0)], 2)
-    keeper.see([group_of(0.0, versions=(1, 2), row="two"), group_of(1.0)], 3)
-    assert [s.row_id for s in keeper.mixed] == ["three", "two"]
-
-
-def test_every_batch_has_the_same_chance_to_be_among_the_random_ones() -> None:
-    num_batches, num_runs = 40, 400
-    kept = [0] * num_batches
-    for seed in range(num_runs):
-        keeper = SampleKeeper(seed)
-        for version in range(num_batches):
-            keeper.see([group_of(0.0)], version)
-        assert len(keeper.random) == NUM_RANDOM
-        for sample in keeper.random:
-            kept[sample.version] += 1
-    expected = num_runs * NUM_RANDOM / num_batches  # 60, with a deviation of about 7
-    assert all(abs(count - expected) < 5 * math.sqrt(expected) for count in kept)
-
-
-def test_a_trajectory_is_drawn_once() -> None:
-    keeper, drawn = SampleKeeper(), list[str]()
-
-    def draw(sample: Any) -> str:
-        drawn.append(sample.row_id)
-        return "<p></p>"
-
-    keeper.see([group_of(1.0, 0.0)], 0)
-    first, again = keeper.state(draw), keeper.state(draw)
-    assert first == again and len(drawn) == len(set(map(id, keeper.best + keeper.worst))) + 1
-    assert json.dumps(first)
-
-
-# Charts ---------------------------------------------------------------------------------------
-
-
-def points(count: int) -> list[tuple[float, float]]:
-    return [(float(i), float(i % 7)) for i in range(count)]
-
-
-@pytest.mark.parametrize("count", [1, 2, 160, 161, 5000])
-def test_a_chart_has_at_most_as_many_strips_as_it_can_show(count: int) -> None:
-    for chart in (
-        line_chart([Line("a", points(count))], name="n", x_label="x", y_label="y"),
-        area_chart([Line("a", points(count))], name="n", x_label="x", y_label="y"),
-    ):
-        Page(chart)
-        assert chart.count('class="hit"') == min(count, 160)
-
-
-def test_thinning_keeps_the_mean() -> None:
-    thinned = thin(points(700), 100)
-    assert sum(y for _, y in thinned) / 100 == pytest.approx(sum(y for _, y in points(700)) / 700)
-
-
-def test_a_chart_of_nothing_says_so() -> None:
-    assert "nothing was logged" in line_chart([], name="n", x_label="x", y_label="y")
-    assert "nothing was logged" in area_chart([], name="n", x_label="x", y_label="y")
-
-
-def test_numbers_that_are_not_finite_leave_a_chart_whole() -> None:
-    bad = [(0.0, math.nan), (1.0, math.inf), (2.0, 1.0), (3.0, 2.0)]
-    chart = line_chart([Line("a", bad)], name="n", x_label="x", y_label="y")
-    drawn = chart.split('class="hit"')[0]
-    assert "nan" not in drawn and "inf" not in drawn
-
-
-def test_labels_are_escaped_in_charts() -> None:
-    chart = line_chart(
-        [Line("<b>", points(3)), Line("c", points(3))], name="<i>", x_label="<u>", y_label="<s>"
-    )
-    assert not {"b", "i", "u", "s"} & (Page(chart).tags - {"i"})
