@@ -10,7 +10,7 @@ from sdp_lightning.config.atomic_files import atomic_folder, remove_leftovers
 
 
 def cache_folder() -> Path:
-    """Where this package keeps files: ``$XDG_CACHE_HOME/sdp_lightning``, or under ``~/.cache``."""
+    """The package's cache folder: ``$XDG_CACHE_HOME/sdp_lightning``, or under ``~/.cache``."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdp_lightning"
 
 

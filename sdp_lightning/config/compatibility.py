@@ -9,12 +9,12 @@ from sdp_lightning.errors import ConfigError
 
 
 def check_together(rollout: RolloutConfig, update: UpdateConfig, loss: LossConfig) -> None:
-    """Refuse what can train nothing, or not what it says.
+    """Refuse settings that together train nothing, or something else than they say.
 
     Args:
-        rollout: one process's share.
-        update: of the module.
-        loss: of the module.
+        rollout: one rank's share.
+        update: the module's setting.
+        loss: the module's setting.
 
     Raises:
         ConfigError: naming both settings, and what to set instead.
@@ -35,7 +35,7 @@ def check_together(rollout: RolloutConfig, update: UpdateConfig, loss: LossConfi
 
 
 def check_centre(loss: LossConfig, *, segment_wise: bool) -> None:
-    """Refuse a centre that is only one with the segment-wise mode on.
+    """Refuse a centre that needs the segment-wise mode while it is off.
 
     Raises:
         ConfigError: naming both settings, and what to set instead.

@@ -32,16 +32,16 @@ def load_object(spec: str) -> object:
         ConfigError: if the form is wrong, or the module, file or name does not exist. Errors raised
             by the module itself pass through.
     """
-    place, colon, name = spec.rpartition(":")
-    if not (place and colon and name) or not all(part.isidentifier() for part in name.split(".")):
+    path, colon, name = spec.rpartition(":")
+    if not (path and colon and name) or not all(part.isidentifier() for part in name.split(".")):
         raise ConfigError(f"{spec!r} does not name an object. {OBJECT_FORM}")
-    found: object = _load_file(place) if place.endswith(".py") else _load_module(place, spec)
+    target: object = _load_file(path) if path.endswith(".py") else _load_module(path, spec)
     for part in name.split("."):
         try:
-            found = getattr(found, part)
+            target = getattr(target, part)
         except AttributeError as error:
-            raise ConfigError(f"{place} has no {name!r}.{_near(part, dir(found))}") from error
-    return found
+            raise ConfigError(f"{path} has no {name!r}.{_near(part, dir(target))}") from error
+    return target
 
 
 def _load_file(place: str) -> object:

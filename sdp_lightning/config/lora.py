@@ -1,4 +1,4 @@
-"""Which layers get a LoRA adapter, and of what size."""
+"""Settings of a LoRA adapter."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class LoRAConfig:
     There is no dropout: it would make every log-prob a random number.
 
     Args:
-        rank: of A and B.
-        alpha: what the adapter's output is multiplied with, times rank.
+        rank: rank of A and B.
+        alpha: factor of the adapter's output, times rank.
         target_modules: names of linear layers, such as ``("q_proj", "v_proj")``; None is all but
             the head.
 

@@ -1,4 +1,4 @@
-"""The objective: estimator, bounds on it, and what it is divided by."""
+"""The objective: estimator, bounds and aggregation."""
 
 from __future__ import annotations
 
@@ -6,24 +6,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sdp_lightning.config.loss_rules import check_ranges, contradictions
-from sdp_lightning.config.validation import one_of
+from sdp_lightning.config.validation import check_choices, one_of
 from sdp_lightning.errors import ConfigError
 
 TrustRegion = Literal["segment", "past", "proximal", "behavior"]
-
-_CHOICES = {
-    "rejection_on": ("drift", "weight"),
-    "trust_region": ("segment", "past", "proximal", "behavior"),
-    "surrogate": ("ppo", "cispo", "unclipped"),
-    "ratio_level": ("token", "sequence"),
-    "correction": ("mask", "truncate"),
-    "rejection_level": ("token", "sequence", "geometric"),
-    "aggregation": ("token", "sequence", "constant"),
-    "proximal": ("recompute", "loglinear"),
-    "segment_proximal": ("scored", "loglinear"),
-    "kl_estimator": ("k1", "k2", "k3"),
-    "kl_in": ("loss", "reward"),
-}
 
 
 @dataclass(frozen=True)
@@ -52,20 +38,20 @@ class LossConfig:
         clip_epsilon: the ratio is clipped to ``[1 - clip_epsilon, 1 + clip_epsilon_high]``.
         clip_epsilon_high: None is ``clip_epsilon``.
         dual_clip: caps the loss where the advantage is negative: ``dual_clip * |A|``; None is off.
-        behavior_weight_cap: what lies above it is corrected (see ``correction``); None is off.
-        behavior_weight_floor: what lies below it is corrected; None is off.
-        rejection_on: what cap and floor test: ``"drift"``, exp(x - b), or the ``"weight"`` itself.
+        behavior_weight_cap: values above it are corrected (see ``correction``); None is off.
+        behavior_weight_floor: values below it are corrected; None is off.
+        rejection_on: value under test: the ``"drift"`` exp(x - b), or the ``"weight"``.
         trust_region: the centre: ``"segment"`` (q), ``"past"`` (q, but b at lag 1, where q is x),
             ``"proximal"`` (x) or ``"behavior"`` (b).
         bridge_exponent: only for ``"proximal"``: 1 is decoupled PPO, 0 leaves the bridge out.
         bridge_cap: only for ``"proximal"``: the bridge exp(x - q) is at most this; None is off.
         surrogate: ``"ppo"``: the pessimistic minimum; ``"cispo"``: w r, detached and at most
             1 + clip_epsilon_high, times n, so that every token keeps a gradient; ``"unclipped"``;
-            or where to find a function of one's own, ``"path/to/file.py:name"``, with the arguments
+            or the import path of your own function, ``"path/to/file.py:name"``, with the arguments
             and results of those in :mod:`~sdp_lightning.objective.surrogates`.
         ratio_level: weight and ratio of each ``"token"``, or of the ``"sequence"``: the geometric
             mean over its tokens, clipped as one.
-        correction: what becomes of a token outside cap and floor: weight 0 (``"mask"``; the
+        correction: correction of a token outside cap and floor: weight 0 (``"mask"``; the
             denominator stays) or the weight clamped to them (``"truncate"``).
         rejection_level: cap and floor test each ``"token"``, the product over the ``"sequence"``,
             or its ``"geometric"`` mean; the last two mask the whole sequence.
@@ -82,7 +68,7 @@ class LossConfig:
             ``"loglinear"`` way from b to x.
         kl_coefficient: weight of the KL to the reference policy; 0 is off.
         kl_estimator: ``"k1"``, ``"k2"`` or ``"k3"``.
-        kl_in: whether the KL is a term of the ``"loss"`` or taken off the ``"reward"``.
+        kl_in: whether the KL is a term of the ``"loss"`` or subtracted from the ``"reward"``.
 
     Raises:
         ConfigError: naming the value, or the two settings that contradict each other.
@@ -112,9 +98,9 @@ class LossConfig:
     kl_in: Literal["loss", "reward"] = "loss"
 
     def __post_init__(self) -> None:
-        for name, choices in _CHOICES.items():
-            if name != "surrogate" or not self.has_own_surrogate:
-                one_of(name, getattr(self, name), choices)
+        check_choices(self)
+        if not self.has_own_surrogate:
+            one_of("surrogate", self.surrogate, ("ppo", "cispo", "unclipped"))
         check_ranges(self)
         for reason in contradictions(self):
             raise ConfigError(reason)
@@ -146,7 +132,7 @@ class LossConfig:
 
     @property
     def has_own_surrogate(self) -> bool:
-        """Whether the surrogate is a function that is named by its place."""
+        """Whether the surrogate is the import path of a function."""
         return ":" in self.surrogate
 
     @property

@@ -1,8 +1,9 @@
-"""What settings of the loss contradict each other, and why."""
+"""Ranges of the loss settings, and the settings that contradict each other."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from math import inf
 from typing import TYPE_CHECKING
 
 from sdp_lightning.config.validation import at_least
@@ -14,34 +15,25 @@ if TYPE_CHECKING:
 Rules = Iterator[tuple[bool, str]]
 
 
+_RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
+    "clip_epsilon": (lambda v: 0 < v < 1, "in (0, 1)"),
+    "clip_epsilon_high": (lambda v: v > 0, "positive"),
+    "dual_clip": (lambda v: v > 1, "above 1, or None for off"),
+    "behavior_weight_cap": (lambda v: v > 1, "above 1, or None for off"),
+    "behavior_weight_floor": (lambda v: 0 < v < 1, "in (0, 1), or None for off"),
+    "bridge_exponent": (lambda v: 0 <= v <= 1, "in [0, 1]"),
+    "bridge_cap": (lambda v: v >= 1, "at least 1, or None for off"),
+    "second_moment_cap": (lambda v: 0 < v < inf, "positive and finite, or None for off"),
+    "kl_coefficient": (lambda v: 0 <= v < inf, "finite and 0 or more"),
+}
+
+
 def check_ranges(config: LossConfig) -> None:
     """Raise ``ConfigError`` with the value of the first setting that is out of its range."""
-    if not 0 < config.clip_epsilon < 1:
-        raise ConfigError(f"clip_epsilon must be in (0, 1), got {config.clip_epsilon}.")
-    if config.clip_epsilon_high is not None and not config.clip_epsilon_high > 0:
-        raise ConfigError(f"clip_epsilon_high must be positive, got {config.clip_epsilon_high}.")
-    if config.dual_clip is not None and not config.dual_clip > 1:
-        raise ConfigError(f"dual_clip must be above 1, or None for off, got {config.dual_clip}.")
-    cap, floor = config.behavior_weight_cap, config.behavior_weight_floor
-    if cap is not None and not cap > 1:
-        raise ConfigError(f"behavior_weight_cap must be above 1, or None for off, got {cap}.")
-    if floor is not None and not 0 < floor < 1:
-        raise ConfigError(f"behavior_weight_floor must be in (0, 1), or None for off, got {floor}.")
-    if not 0 <= config.bridge_exponent <= 1:
-        raise ConfigError(f"bridge_exponent must be in [0, 1], got {config.bridge_exponent}.")
-    if config.bridge_cap is not None and not config.bridge_cap >= 1:
-        raise ConfigError(
-            f"bridge_cap must be at least 1, or None for off, got {config.bridge_cap}."
-        )
-    second = config.second_moment_cap
-    if second is not None and not 0 < second < float("inf"):
-        raise ConfigError(
-            f"second_moment_cap must be positive and finite, or None for off, got {second}."
-        )
-    if not 0 <= config.kl_coefficient < float("inf"):
-        raise ConfigError(
-            f"kl_coefficient must be finite and 0 or more, got {config.kl_coefficient}."
-        )
+    for name, (is_within, words) in _RANGES.items():
+        value: float | None = getattr(config, name)
+        if value is not None and not is_within(value):
+            raise ConfigError(f"{name} must be {words}, got {value}.")
     if config.aggregation_length is not None:
         at_least("aggregation_length", config.aggregation_length, 1)
 

@@ -1,4 +1,4 @@
-"""Where a model comes from: an id, a folder, or a function that returns one."""
+"""The model setting: an id, a folder, or the import path of a function that returns one."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from sdp_lightning.errors import ConfigError
 
 
 def resolve_model(model: str | Path) -> str:
-    """An id or path as it is; a ``file.py:name`` or ``package.module:name`` is called for one.
+    """The model's id or path, from the function at ``file.py:name`` if ``model`` names one.
 
     Raises:
-        ConfigError: if it is neither, or a path to no folder.
+        ConfigError: if ``model`` is none of these, or a path to no folder.
     """
     if not isinstance(model, (str, Path)):
         raise ConfigError(
@@ -36,7 +36,7 @@ def resolve_model(model: str | Path) -> str:
 
 @contextlib.contextmanager
 def quiet_transformers() -> Generator[None]:
-    """Keeps progress bars and advice of transformers off the terminal; errors still raise."""
+    """Context without progress bars and advice of transformers; errors still raise."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -1,21 +1,21 @@
-"""How rollouts are generated: counts, staleness, deadlines."""
+"""Settings of rollouts: counts, staleness, deadlines."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from sdp_lightning.config.validation import at_least, one_of
+from sdp_lightning.config.validation import at_least, check_choices
 from sdp_lightning.errors import ConfigError
 
 MissingProximal = Literal["behavior", "loglinear", "decoupled", "drop"]
 OnOverdue = Literal["drop", "wait", "mask"]
-LONGEST_S = 1e9  # of a deadline: threads cannot wait for ever by a number
+LONGEST_S = 1e9  # longest deadline: threads cannot wait for a larger number
 
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    """How rollouts are generated while the trainer trains. Counts: groups, of the whole world.
+    """Settings of the rollouts generated while the trainer trains. Counts: groups, of all ranks.
 
     Args:
         enable_segment_wise_ppo: the switch. True: staleness is bounded, stale groups are purged and
@@ -25,9 +25,9 @@ class RolloutConfig:
         batch_size: groups a training step consumes.
         max_head_lag: the most versions that a trained token may be old; 0 is exactly on-policy.
         max_concurrent: the most groups at once; None: ``(max_head_lag + 1) * batch_size``.
-        missing_proximal: what stands in for a segment proximal whose window has passed:
+        missing_proximal: substitute for a segment proximal whose window has passed:
             ``"behavior"`` (q := b), ``"loglinear"``, ``"decoupled"`` (q := x), or ``"drop"`` it.
-        on_overdue: what happens to a group that is still running when it goes stale: ``"drop"`` it,
+        on_overdue: treatment of a group that still runs when it goes stale: ``"drop"`` it,
             ``"wait"`` for it before a batch is handed out, or ``"mask"`` its stale tokens.
         timeout_s: longest wait for a batch.
         drain_s: longest wait, in a publish, for outstanding requests to come back.
@@ -35,7 +35,7 @@ class RolloutConfig:
         max_rejected_in_a_row: rejected groups, with none accepted between, that count as endless.
         num_epochs: passes over the prompts; None repeats them for ever.
         shuffle: reshuffle the prompts in every epoch, by (seed, epoch).
-        seed: of the order of prompts and of every sampled token.
+        seed: seed of the order of prompts and of every sampled token.
         requeue_dropped: submit the row of a dropped group again.
 
     Raises:
@@ -67,12 +67,7 @@ class RolloutConfig:
             at_least("max_concurrent", self.max_concurrent, 1)
         if self.num_epochs is not None:
             at_least("num_epochs", self.num_epochs, 1)
-        one_of(
-            "missing_proximal",
-            self.missing_proximal,
-            ("behavior", "loglinear", "decoupled", "drop"),
-        )
-        one_of("on_overdue", self.on_overdue, ("drop", "wait", "mask"))
+        check_choices(self)
         for name, value in (("timeout_s", self.timeout_s), ("drain_s", self.drain_s)):
             if not 0 < value <= LONGEST_S:
                 raise ConfigError(

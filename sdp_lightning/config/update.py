@@ -1,4 +1,4 @@
-"""How a batch becomes optimizer steps, and with which optimizer."""
+"""Settings of the optimizer, and of the optimizer steps on a batch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from sdp_lightning.config.validation import at_least, one_of
+from sdp_lightning.config.validation import at_least, check_choices
 from sdp_lightning.errors import ConfigError
 
 
@@ -17,14 +17,14 @@ class OptimizerConfig:
     Args:
         lr: peak learning rate.
         weight_decay: decoupled.
-        betas: of AdamW.
+        betas: AdamW's betas.
         gradient_clip_val: largest L2 norm of the gradient; None is off.
         schedule: after the warm-up: ``"constant"``, or ``"linear"`` or ``"cosine"`` decay to 0.
         warmup_steps: steps of linear warm-up.
-        total_steps: where the decay ends; None is the Trainer's ``max_steps``.
+        total_steps: step at which the decay ends; None is the Trainer's ``max_steps``.
         scale_lr_by_ess: multiply the learning rate of every step with the square root of the
-            effective sample size of its tokens, as a share (``ess/token``); logs what it was
-            multiplied with as ``train/lr_scale``.
+            effective sample size of its tokens, as a share (``ess/token``); the factor is logged
+            as ``train/lr_scale``.
 
     Raises:
         ConfigError: naming the value.
@@ -40,7 +40,7 @@ class OptimizerConfig:
     scale_lr_by_ess: bool = False
 
     def __post_init__(self) -> None:
-        one_of("schedule", self.schedule, ("constant", "linear", "cosine"))
+        check_choices(self)
         at_least("warmup_steps", self.warmup_steps, 0)
         if not self.lr > 0:
             raise ConfigError(f"lr must be positive, got {self.lr}.")
@@ -52,7 +52,7 @@ class OptimizerConfig:
             at_least("total_steps", self.total_steps, 1)
 
     def factor(self, step: int, total: int) -> float:
-        """What the learning rate is multiplied with at optimizer step ``step`` of ``total``."""
+        """Factor of the learning rate at optimizer step ``step`` of ``total``."""
         if step < self.warmup_steps:
             return (step + 1) / (self.warmup_steps + 1)
         if self.schedule == "constant":
@@ -63,10 +63,10 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class UpdateConfig:
-    """How one consumed batch becomes optimizer steps: ``num_minibatches * num_epochs`` of them.
+    """Optimizer steps on one consumed batch: ``num_minibatches * num_epochs`` of them.
 
     Args:
-        num_minibatches: groups are dealt out to this many minibatches, whole.
+        num_minibatches: minibatches that the groups, whole, are divided into.
         num_epochs: passes over the batch.
         max_tokens_per_microbatch: tokens computed at once; bounds memory, does not change the loss.
         layout: ``"padded"`` works with every model; ``"packed"`` lays rows one after another,
@@ -96,19 +96,18 @@ class UpdateConfig:
     max_uniform_in_a_row: int | None = 100
 
     def __post_init__(self) -> None:
+        check_choices(self)
         at_least("max_skipped_in_a_row", self.max_skipped_in_a_row, 1)
         if self.max_uniform_in_a_row is not None:
             at_least("max_uniform_in_a_row", self.max_uniform_in_a_row, 1)
         at_least("num_minibatches", self.num_minibatches, 1)
         at_least("num_epochs", self.num_epochs, 1)
         at_least("max_tokens_per_microbatch", self.max_tokens_per_microbatch, 1)
-        one_of("advantages", self.advantages, ("group", "rloo"))
         if self.advantages == "rloo" and self.scale_advantages_by_std:
             raise ConfigError(
                 "advantages='rloo' is a baseline without bias, which scale_advantages_by_std=True "
                 "would bias. Remove one of the two."
             )
-        one_of("layout", self.layout, ("auto", "padded", "packed", "shared_prefix"))
 
     @property
     def steps_per_batch(self) -> int:

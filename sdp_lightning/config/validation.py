@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from sdp_lightning.errors import ConfigError
 
@@ -12,13 +12,20 @@ T = TypeVar("T")
 
 
 def at_least(name: str, value: int, least: int) -> None:
-    """Refuse what is no integer, or below ``least``."""
+    """Refuse a value that is not an integer, or below ``least``."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ConfigError(f"{name} must be an integer of at least {least}, got {value!r}.")
 
 
+def check_choices(settings: object) -> None:
+    """Refuse a setting that is annotated as ``Literal`` and has none of its values."""
+    for name, hint in get_type_hints(type(settings)).items():
+        if get_origin(hint) is Literal:
+            one_of(name, getattr(settings, name), get_args(hint))
+
+
 def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Refuse what is none of ``choices``."""
+    """Refuse a value that is none of ``choices``."""
     if value not in choices:
         raise ConfigError(f"{name} must be one of {', '.join(choices)}; got {value!r}.")
 

@@ -33,8 +33,8 @@ from sdp_lightning.training.policy.loading import disable_dropout, load, select_
 from sdp_lightning.training.policy.logprob_runner import LogprobRunner
 from sdp_lightning.training.policy.lora import (
     LORA_KEY,
+    adapter_settings,
     check_adapter,
-    describe,
     merged_alpha,
     without_adapter,
 )
@@ -53,8 +53,8 @@ class SegmentWisePPOModule(L.LightningModule):
     The Trainer's ``max_steps`` counts optimizer steps: ``num_minibatches * num_epochs`` a batch.
 
     Args:
-        model: id or path of a transformers causal LM, or where to find a function that returns one:
-            ``"package.module:name"`` or ``"path/to/file.py:name"``.
+        model: id or path of a transformers causal LM, or the import path of a function that returns
+            one: ``"package.module:name"`` or ``"path/to/file.py:name"``.
         loss: the objective.
         optimizer: AdamW and its schedule.
         update: minibatches, epochs, memory.
@@ -92,7 +92,7 @@ class SegmentWisePPOModule(L.LightningModule):
         self._ranks = RankGroup()
         self._runner: LogprobRunner
         self._reference_runner: LogprobRunner
-        self._reference: list[PreTrainedModel] = []  # in a list it is no part of this module
+        self._reference: list[PreTrainedModel] = []  # in a list it is not a submodule
         self._model, self._model_kwargs = model, dict(model_kwargs or {})
         self._metrics, self._warner = LagMetrics(), HealthLog()
         self._policy_update = PolicyUpdate(loss, optimizer, update)
@@ -122,12 +122,12 @@ class SegmentWisePPOModule(L.LightningModule):
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """As of any module, also where no model is yet: where ``ddp_notebook`` brings weights."""
+        """Load weights, and the model first if there is none: ``ddp_notebook`` loads so early."""
         self.configure_model()
         return super().load_state_dict(state_dict, strict, assign)
 
     def _load(self, *, frozen: bool) -> tuple[PreTrainedModel, LogprobRunner]:
-        """The model, sharded if the strategy shards. Frozen, it is a reference."""
+        """The model, sharded if the strategy shards. ``frozen``: a reference policy."""
         sharded = isinstance(mesh := self.device_mesh, DeviceMesh)
         options = self._model_kwargs
         policy, source = load(self.model_id, options, sharded=sharded, lora=self.lora)
@@ -143,13 +143,13 @@ class SegmentWisePPOModule(L.LightningModule):
         if isinstance(mesh, DeviceMesh):
             device, precision = self.trainer.strategy.root_device, self.trainer.precision
             shard(forward, mesh, source, device, precision=str(precision))
-        passes = LogprobRunner(
-            forward,  # no submodule of this one: its weights are the policy's
+        runner = LogprobRunner(
+            forward,  # not a submodule of this module: its weights are the policy's
             self.update,
             over_ranks=lambda *values: self._sums.table(*values),
             precision=self._precision,
         )
-        return policy, passes
+        return policy, runner
 
     def named_weights(
         self, *, changed_only: bool = False, lora_alpha: float | None = None
@@ -157,19 +157,19 @@ class SegmentWisePPOModule(L.LightningModule):
         """Weights for an engine; see :mod:`~sdp_lightning.training.policy.weight_export`.
 
         Args:
-            changed_only: what training has changed, with all else of the same layers.
-            lora_alpha: of an engine that samples with adapters: they come as they are, under
-                PEFT's names. None: they come merged, under the names of the model without them.
+            changed_only: only layers with trained weights.
+            lora_alpha: lora_alpha of an engine that samples with adapters: they are sent unmerged,
+                under PEFT's names. None: they are merged, under the names of the base model.
 
         Raises:
-            ConfigError: if the engine awaits an adapter of another alpha, or there is none.
+            ConfigError: if the engine expects an adapter of another alpha, or there is none.
         """
         alpha = merged_alpha(self.lora, lora_alpha)
         return named_weights(self.require_policy(), changed_only=changed_only, merged_alpha=alpha)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.lora is not None:
-            checkpoint[LORA_KEY] = describe(self.lora)
+            checkpoint[LORA_KEY] = adapter_settings(self.lora)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         check_adapter(checkpoint, self.lora)
@@ -194,15 +194,15 @@ class SegmentWisePPOModule(L.LightningModule):
         self._log_step(batch, self._policy_update.train(batch, self._training_loop()))
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Log the mean reward of rollouts of the published version, and what passed of k."""
+        """Log the mean reward and pass@k of rollouts of the published version."""
         self._log_evaluation("val", batch)
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
-        """As ``validation_step``, under ``test/``."""
+        """Log the same as ``validation_step``, under ``test/``."""
         self._log_evaluation("test", batch)
 
     def predict_step(self, batch: Any, batch_idx: int) -> Any:
-        """The rollouts of the published version, as they are."""
+        """The rollouts of the published version, unchanged."""
         return batch
 
     # Scoring (LogprobScorer) ---------------------------------------------------------------------
@@ -219,7 +219,7 @@ class SegmentWisePPOModule(L.LightningModule):
 
     @property
     def is_collective(self) -> bool:
-        """Whether all ranks must score when one does, if only nothing: each holds a shard."""
+        """Whether all ranks must call ``score`` together, because each holds a shard."""
         return self._num_ranks > 1 and is_sharded(self.require_policy())
 
     # Ranks ---------------------------------------------------------------------------------------
@@ -252,7 +252,7 @@ class SegmentWisePPOModule(L.LightningModule):
         )
 
     def _reference_logprobs(self, batch: Batch) -> Tensor:
-        """[B, T] under the weights at the start: a frozen copy, or those below the adapter."""
+        """[B, T] log-probs under the initial weights: a frozen copy, or the adapter's base."""
         if self.lora is not None:
             with without_adapter(self.require_policy()):
                 return self._runner.logprobs(batch)
@@ -265,15 +265,15 @@ class SegmentWisePPOModule(L.LightningModule):
         mine = torch.stack([value.double().to(self.device) for value in values.values()])
         rank, size = self.global_rank, self._num_ranks
         total = self._metrics.pool(self._sums.add_up, mine, rank=rank, num_ranks=size)
-        found = dict(zip(values, (total / size).float(), strict=True)) | self._metrics.compute()
-        uniform, reward = found["train/uniform"].item(), found["train/reward"].item()
+        metrics = dict(zip(values, (total / size).float(), strict=True)) | self._metrics.compute()
+        uniform, reward = metrics["train/uniform"].item(), metrics["train/reward"].item()
         self._uniform.note(uniform, reward=reward, rank=rank)
-        self.log_dict(found, batch_size=len(batch))
-        bar = {"reward": found["train/reward"], "lag": found["lag/mean"]}
+        self.log_dict(metrics, batch_size=len(batch))
+        bar = {"reward": metrics["train/reward"], "lag": metrics["lag/mean"]}
         self.log_dict(bar, prog_bar=True, logger=False, batch_size=len(batch))
         if rank == 0:
-            known = dict(zip(found, torch.stack([*found.values()]).tolist(), strict=True))
-            self._warner.warn(known, leaves_bridge_out=self.loss.bends_bridge)
+            numbers = dict(zip(metrics, torch.stack([*metrics.values()]).tolist(), strict=True))
+            self._warner.warn(numbers, leaves_bridge_out=self.loss.bends_bridge)
 
     def _log_evaluation(self, stage: str, batch: Any) -> None:
         settings: dict[str, Any] = {"batch_size": batch.num_trajectories, "sync_dist": True}

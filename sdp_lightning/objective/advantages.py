@@ -21,7 +21,7 @@ def group_relative_advantages(
     Args:
         rewards: [B].
         group_ids: [B] integers, in any order; equal ids are siblings.
-        scale_by_std: divide by the deviation.
+        scale_by_std: divide by the standard deviation.
         eps: added to the deviation.
 
     Returns:

@@ -1,4 +1,4 @@
-"""What the sum over tokens is divided by. Pure; B sequences (rows), T tokens.
+"""Denominators of the sum over tokens. Pure functions; B sequences (rows), T tokens.
 
 Everything counts ``loss_mask`` before any rejection, so that rejecting a token scales no other. A
 row without any token counts for nothing.
@@ -44,7 +44,7 @@ def loss_denominator(loss_mask: Tensor, config: LossConfig) -> Tensor:
 def token_shares(
     loss_mask: Tensor, config: LossConfig, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """What a token counts in the numerator: 1, or 1/|o_i| for means of sequences. [B, 1]."""
+    """Factor of a row's tokens in the numerator: 1, or 1/|o_i| for means of sequences. [B, 1]."""
     tokens = loss_mask.sum(-1, keepdim=True)
     if config.aggregation == "sequence":
         return tokens.clamp(min=1).to(dtype).reciprocal()

@@ -25,7 +25,7 @@ def effective_share(count: Tensor, weights: Tensor, squares: Tensor) -> Tensor:
 
 
 def ess_scale(ess: float, *, reference: float = 1.0) -> float:
-    r"""What the learning rate is multiplied with, for a step of such effective sample size.
+    r"""Factor of the learning rate for a step with a given effective sample size.
 
     .. math:: \min(1, \sqrt{\rho / \rho_0})
 
@@ -34,7 +34,7 @@ def ess_scale(ess: float, *, reference: float = 1.0) -> float:
     weights of sequences; the losses here weigh tokens, and so do their weights.
 
     Args:
-        ess: rho, as a share of the sample; 0 is no sample.
+        ess: rho, a share of the sample; 0 means no sample.
         reference: rho_0, the share at which the learning rate is whole.
 
     Returns:

@@ -1,4 +1,4 @@
-r"""How far the trained policy is from a reference. Pure; B trajectories, T tokens, nats.
+r"""KL divergence from a reference policy. Pure functions; B trajectories, T tokens, nats.
 
 Estimates of KL(n || ref) from a sampled token, with d = ref - n:
 

@@ -21,15 +21,15 @@ from sdp_lightning.objective.trust_region import centre_and_log_weight
 
 @dataclass(frozen=True, eq=False)
 class PolicyLoss:
-    """A loss and what became of every token. All but ``loss`` are detached.
+    """A loss and its per-token masks, weights and ratios. All but ``loss`` are detached.
 
     Args:
-        loss: [] to be minimised.
+        loss: [] to be minimized.
         kept: [B, T] bool, tokens that passed mask, cap, floor and behavior mask.
         clipped: [B, T] bool, kept tokens whose ratio is clipped, which leaves them no gradient; for
             CISPO, whose weight is clamped.
-        log_weight: [B, T] log of the weight applied, for every token of the mask, 0 elsewhere.
-        log_ratio: [B, T] log of n over the centre, of every token of the mask, 0 elsewhere.
+        log_weight: [B, T] log of the applied weight for every token of the mask, 0 elsewhere.
+        log_ratio: [B, T] log of n over the centre for every token of the mask, 0 elsewhere.
     """
 
     loss: Tensor
@@ -102,7 +102,7 @@ def segment_wise_ppo_loss(
 
 
 def _mean(value: Tensor, loss_mask: Tensor, config: LossConfig, num_tokens: float | None) -> Tensor:
-    """Minus the share of the mean that this piece has, []."""
+    """This piece's share of the mean, negated. []."""
     shares = token_shares(loss_mask, config, value.dtype)
     count = loss_denominator(loss_mask, config) if num_tokens is None else num_tokens
     count = torch.as_tensor(count, dtype=value.dtype, device=value.device)  # not the default type

@@ -1,7 +1,7 @@
-"""Which tokens are rejected: drift or weight outside its bounds, the behavior mask, and M2PO.
+"""Rejection of tokens: drift or weight outside its bounds, the behavior mask, and M2PO.
 
 Pure functions on detached log-probs of one shape, in nats: b behavior, q segment proximal,
-x proximal. What is masked out must be replaced before it comes here.
+x proximal. Masked values must be replaced before.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def second_moment_bound(log_drift: Tensor, cap: float) -> Tensor:
     Args:
         log_drift: [N] x - b of the tokens of :func:`second_moment_set` in the whole optimizer step,
             of all ranks.
-        cap: of the second moment, positive.
+        cap: largest second moment, positive.
 
     Returns:
         [] the bound, inclusive: 0 if no token fits, inf if there is none to bound.
@@ -63,7 +63,7 @@ def second_moment_bound(log_drift: Tensor, cap: float) -> Tensor:
 def within_second_moment(
     log_drift: Tensor, advantages: Tensor, loss_mask: Tensor, bound: Tensor
 ) -> Tensor:
-    """What is left of ``loss_mask`` under the bound of :func:`second_moment_bound`. [...] bool."""
+    """Tokens of ``loss_mask`` within the bound of :func:`second_moment_bound`. [...] bool."""
     beyond = second_moment_set(log_drift, advantages, loss_mask) & (log_drift.abs() > bound)
     return loss_mask & ~beyond
 
@@ -111,7 +111,7 @@ def correct(
 def outside_region(
     log_ratio: Tensor, advantages: Tensor, config: LossConfig
 ) -> tuple[Tensor, Tensor]:
-    """Where a ratio has left [1 - eps, 1 + eps_high] in the direction of its advantage.
+    """Tokens whose ratio has left [1 - eps, 1 + eps_high] in the direction of the advantage.
 
     Returns:
         (above, below), each [...] bool: A > 0 and above the range, A < 0 and below it.
@@ -133,7 +133,7 @@ def within_bounds(log_value: Tensor, config: LossConfig) -> Tensor:
 
 
 def clamped_to_bounds(log_value: Tensor, config: LossConfig) -> Tensor:
-    """log_value, brought between the logs of floor and cap. [...]."""
+    """``log_value`` clamped between the logs of floor and cap. [...]."""
     floor, cap = config.behavior_weight_floor, config.behavior_weight_cap
     if cap is not None:
         log_value = log_value.clamp(max=math.log(cap))

@@ -1,4 +1,4 @@
-"""Segment proximal log-probs q, and log-probs that stand in for a forward that was not made.
+"""Segment proximal log-probs q, and log-linear substitutes for a forward pass.
 
 Pure functions on detached log-probs of one shape, in nats: b behavior, q segment proximal,
 x proximal, n target.
@@ -32,7 +32,7 @@ def complete_segment_logprobs(
         proximal: [...] x.
         behavior: [...] b.
         lags: [...] integers k, 0 where there is no token to train.
-        missing: what stands in at k >= 2 without a score: ``"behavior"`` takes b, ``"decoupled"``
+        missing: substitute at k >= 2 without a score: ``"behavior"`` takes b, ``"decoupled"``
             takes x, ``"loglinear"`` takes b + (x - b) / k.
 
     Returns:

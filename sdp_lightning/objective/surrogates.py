@@ -1,9 +1,9 @@
-"""What one token adds to the objective, given its weight and its ratio.
+"""Surrogates: the term of one token in the objective, given its weight and its ratio.
 
 Pure functions on [B, T]. Letters: n target, m centre, b behavior; w = exp(m - b), r = exp(n - m).
-Each returns (value, bounded): the value is to be maximised and 0 where the token does not act;
-bounded says where a bound stands in for what was measured. Exponents are masked before exp: what
-overflows at a token that does not act would give nan * 0.
+Each returns (value, bounded): the value, to be maximized, is 0 where a token is rejected or has no
+advantage; bounded says where a bound replaces the measured ratio. Exponents are masked before exp:
+an overflow at a token that does not count would give nan * 0.
 """
 
 from __future__ import annotations
@@ -31,15 +31,16 @@ def surrogate(
     kept: Tensor,
     config: LossConfig,
 ) -> tuple[Tensor, Tensor]:
-    """The surrogate that ``config`` names; ``kept`` is [B, T] bool, the rest as in the module."""
+    """(value, bounded) of the surrogate that ``config`` names; ``kept`` is [B, T] bool."""
     if config.surrogate == "ppo":
         return ppo(log_weight, log_ratio, advantages, kept, config)
     if config.surrogate == "cispo":
         return cispo(target, log_weight + log_ratio, advantages, kept, config)
     if config.surrogate == "unclipped":
         return unclipped(log_weight + log_ratio, advantages, kept)
-    found = _own(config.surrogate)(target, log_weight, log_ratio, advantages, kept, config)
-    return _checked(found, kept, config.surrogate)
+    function = _load_surrogate(config.surrogate)
+    result = function(target, log_weight, log_ratio, advantages, kept, config)
+    return _checked(result, kept, config.surrogate)
 
 
 def ppo(
@@ -128,22 +129,22 @@ def _times_advantage(log_value: Tensor, advantages: Tensor, kept: Tensor) -> Ten
 
 
 @cache
-def _own(place: str) -> Callable[..., object]:
-    """The function that a setting names."""
-    found = load_object(place)
-    if not callable(found):
-        raise ConfigError(f"surrogate={place!r} is no function, but {type(found).__name__}.")
-    return found
+def _load_surrogate(path: str) -> Callable[..., object]:
+    """The user's function at an import path."""
+    function = load_object(path)
+    if not callable(function):
+        raise ConfigError(f"surrogate={path!r} is no function, but {type(function).__name__}.")
+    return function
 
 
-def _checked(found: object, kept: Tensor, place: str) -> tuple[Tensor, Tensor]:
-    """(value, bounded) of a function of somebody else's, 0 and False where a token is not kept."""
-    pair = cast("tuple[object, ...]", found) if isinstance(found, tuple) else ()
+def _checked(result: object, kept: Tensor, path: str) -> tuple[Tensor, Tensor]:
+    """(value, bounded) from a user's function, 0 and False where a token is not kept."""
+    pair = cast("tuple[object, ...]", result) if isinstance(result, tuple) else ()
     shapes = [tuple(part.shape) for part in pair if isinstance(part, Tensor)]
     if len(pair) != 2 or shapes != [tuple(kept.shape)] * 2:
         raise ConfigError(
-            f"surrogate={place!r} must return (value, bounded), two tensors of "
-            f"{tuple(kept.shape)}; it returned {type(found).__name__} with shapes {shapes}."
+            f"surrogate={path!r} must return (value, bounded), two tensors of "
+            f"{tuple(kept.shape)}; it returned {type(result).__name__} with shapes {shapes}."
         )
     value, bounded = cast("tuple[Tensor, Tensor]", pair)
     return torch.where(kept, value, 0.0), bounded.bool() & kept

@@ -19,7 +19,7 @@ _HALVES = (torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class LogitTransform:
-    r"""What some models do to the logits of their head, before any temperature.
+    r"""Function that some models apply to the logits of their head, before any temperature.
 
     .. math:: l \to c \tanh(s l / c), \quad\text{or } s l \text{ without a cap}
 
@@ -57,7 +57,7 @@ def token_logprobs(
         temperature: positive; one number, or [N].
         bias: [V] of the head, if it has one.
         chunk_size: tokens whose logits exist at once.
-        transform: of the logits.
+        transform: applied to the logits.
 
     Returns:
         Log-probs [N] in nats, and the entropy [N] in nats, detached. float32, or float64 where an

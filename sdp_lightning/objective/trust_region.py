@@ -1,7 +1,7 @@
-"""The centre of the trust region, the behavior weight that leads there, and the bridge in between.
+"""Centre of the trust region, behavior weight exp(m - b), and the bridge exp(x - q) in it.
 
 Pure functions on detached log-probs of one shape, in nats: b behavior, q segment proximal,
-x proximal. What is masked out must be replaced before it comes here.
+x proximal. Masked values must be replaced before.
 """
 
 from __future__ import annotations

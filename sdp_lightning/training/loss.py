@@ -1,4 +1,4 @@
-"""The loss of a micro-batch: which log-probs stand for which policy, and what is added up.
+"""The loss of a micro-batch: which log-probs are x and q, and the KL to a reference.
 
 Shapes: B trajectories, T tokens; log-probs in nats.
 """
@@ -31,14 +31,14 @@ from sdp_lightning.training.batch import Batch
 
 @dataclass(frozen=True, eq=False)
 class BatchLoss:
-    """A loss and the log-probs that it was made of.
+    """A loss and the log-probs that it was computed from.
 
     Args:
-        loss: [] to be minimised: the policy's, and the KL's where it is a term of the loss.
-        policy: the policy's part, and what became of every token.
+        loss: [] to be minimized: the policy loss, and the KL term if there is one.
+        policy: the policy loss with its per-token results.
         proximal: [B, T] x.
         segment: [B, T] q.
-        kl: [B, T] the estimate of the KL to the reference, 0 without one; detached.
+        kl: [B, T] estimate of the KL to the reference, 0 without one; detached.
     """
 
     loss: Tensor
@@ -56,14 +56,14 @@ def batch_loss(
     denominator: float,
     share_done: float = 0.0,
 ) -> BatchLoss:
-    """The loss of one micro-batch, as its share of the whole optimizer step's.
+    """The share of one micro-batch in the loss of an optimizer step.
 
     Args:
         target: [B, T] n. Carries the gradient.
-        batch: with advantages, and with what else the module has prepared.
+        batch: the micro-batch, with advantages and what else the update has prepared.
         config: the objective.
-        denominator: of the whole step: :func:`~sdp_lightning.objective.loss_denominator`, added up.
-        share_done: of the batch's optimizer steps, in [0, 1).
+        denominator: sum of :func:`~sdp_lightning.objective.loss_denominator` over the whole step.
+        share_done: share of the batch's optimizer steps already made, in [0, 1).
     """
     assert batch.advantages is not None
     proximal = _proximal(target, batch, config, share_done)
@@ -132,8 +132,8 @@ def batch_advantages(batch: Batch, loss: LossConfig, update: UpdateConfig) -> Te
 
     Args:
         batch: whole groups; with reference log-probs where ``loss`` needs them.
-        loss: says whether the KL to the reference is taken off the reward.
-        update: says what a reward is compared with.
+        loss: says whether the KL to the reference is subtracted from the reward.
+        update: names the estimator of advantages.
     """
     rewards = batch.rewards
     if batch.reference_logprobs is not None and loss.kl_in == "reward":

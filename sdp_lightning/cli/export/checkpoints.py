@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from sdp_lightning.errors import ConfigError
-from sdp_lightning.training.policy.lora import LORA_KEY, is_adapter, merge, parts_of
+from sdp_lightning.training.policy.lora import LORA_KEY, group_by_base_weight, is_adapter, merge
 
 MODEL_KEY = "sdp_model_id"  # key of the id of the trained model in a checkpoint
 _PREFIX = "policy."
@@ -122,7 +122,7 @@ class MergedCheckpoint:
 
     def __init__(self, inner: Checkpoint, path: Path) -> None:
         self._inner, self.model_id = inner, inner.model_id
-        self._parts = parts_of({name: name for name in inner.layout})
+        self._parts = group_by_base_weight({name: name for name in inner.layout})
         count = sum(map(is_adapter, inner.layout))
         if count and inner.lora_alpha is None:
             raise ConfigError(

@@ -1,4 +1,4 @@
-"""From groups of trajectories to tensors, and how to cut those into pieces that fit."""
+"""Batches: groups of trajectories as tensors, and their minibatches and micro-batches."""
 
 from sdp_lightning.training.batch.batch import NO_VERSION, Batch, Layout, SealedBatch
 from sdp_lightning.training.batch.collate import collate, trial_batch

@@ -32,7 +32,7 @@ NO_VERSION = -1  # of tokens that the policy did not choose
 
 @dataclass(frozen=True, eq=False)
 class Batch(Displayed):
-    """What one training step, or a piece of it, sees. Log-probs in nats.
+    """Tensors of one training step, or of a piece of it. Log-probs in nats.
 
     Args:
         version: the policy version that trains, c.
@@ -53,7 +53,7 @@ class Batch(Displayed):
         proximal_logprobs: [B, T] float32, None where the module takes them from its own pass.
         reference_logprobs: [B, T] float32, None without a reference policy.
         rejected: [B, T] bool, tokens that the whole step's second moment rejects; None is no token.
-        missing_proximal: what stands in for the score of an unscored token of lag 2 or more.
+        missing_proximal: substitute for the score of an unscored token of lag 2 or more.
         max_lag: tokens older than this get weight 0, and still count in N; None is no bound.
     """
 
@@ -121,7 +121,7 @@ class Batch(Displayed):
         return self._each(lambda tensor: tensor[index])
 
     def idle(self) -> Batch:
-        """One row with nothing to learn: what a rank computes while others have more to do."""
+        """One row without a token to train: computed while other ranks have more micro-batches."""
         row = self.select([0])
         return dataclasses.replace(row, loss_mask=torch.zeros_like(row.loss_mask))
 
@@ -139,7 +139,7 @@ class Batch(Displayed):
         return share_microbatches(lengths, prefixes, groups, max_tokens, costs)
 
     def cost(self, max_tokens: int, layout: Layout, costs: AttentionCosts) -> float:
-        """Of a pass over all micro-batches in a layout, in tokens through the linear layers."""
+        """Cost of a pass over all micro-batches, in tokens through the linear layers."""
         pieces = self.microbatches(max_tokens, layout, costs)
         lengths: list[int] = self.scored_lengths.tolist()
         if layout == "padded":
@@ -157,7 +157,7 @@ class Batch(Displayed):
 
 
 class SealedBatch:
-    """A batch in an envelope that moves whole.
+    """Wrapper that moves a batch between devices unchanged.
 
     Lightning's half-precision plugins round every float tensor of a batch that they can look into,
     log-probs and advantages too, and refuse frozen dataclasses. They look into dataclasses, dicts
@@ -170,12 +170,12 @@ class SealedBatch:
         self.batch = batch
 
     def to(self, device: torch.device | str | int, *, non_blocking: bool = False) -> SealedBatch:
-        """The same envelope around the batch on another device."""
+        """The same wrapper around the batch on another device."""
         return SealedBatch(self.batch.to(device, non_blocking=non_blocking))
 
 
 def _group_index(group_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids [G], the place of each row's id [B], the first row of each group [G]."""
+    """Ids [G], the index of each row's id [B], the first row of each group [G]."""
     ids, group = torch.unique(group_ids, return_inverse=True)
     rows = torch.arange(group_ids.numel(), device=group_ids.device)
     first = torch.full_like(ids, group_ids.numel()).scatter_reduce(0, group, rows, "amin")

@@ -1,4 +1,4 @@
-"""From groups of trajectories to one batch of tensors."""
+"""Collation of groups of trajectories into one batch of tensors."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def collate(
     pad_token_id: int = 0,
     segment_wise: bool = True,
 ) -> Batch:
-    """Put groups into tensors. Rows keep the order of the groups and of their members.
+    """Collate groups into a batch. Rows keep the order of the groups and of their members.
 
     Args:
-        groups: one or more; ``group_ids`` are their places.
+        groups: one or more; ``group_ids`` are their indices.
         version: the policy version that trains, c.
-        pad_token_id: what ``input_ids`` holds beyond the length of a row.
+        pad_token_id: value of ``input_ids`` beyond the length of a row.
         segment_wise: read the scores of segments; False leaves every token unscored.
 
     Raises:
@@ -91,18 +91,18 @@ class _Rows:
     def write(self, row: int, trajectory: Trajectory, segment_wise: bool) -> None:
         start = 0
         for part in trajectory.parts:
-            place = row, slice(start, start + part.token_ids.size)
-            self.arrays["input_ids"][place] = part.token_ids
+            cells = row, slice(start, start + part.token_ids.size)
+            self.arrays["input_ids"][cells] = part.token_ids
             start += part.token_ids.size
             if not isinstance(part, Segment):
                 continue
             score = part.proximal.logprobs if segment_wise else None
-            self.arrays["loss_mask"][place] = True
-            self.arrays["versions"][place] = part.version
-            self.arrays["behavior_logprobs"][place] = part.logprobs
-            self.arrays["segment_logprobs"][place] = np.nan if score is None else score
-            self.arrays["segment_scored"][place] = score is not None
-            self.arrays["temperatures"][place] = part.temperature
+            self.arrays["loss_mask"][cells] = True
+            self.arrays["versions"][cells] = part.version
+            self.arrays["behavior_logprobs"][cells] = part.logprobs
+            self.arrays["segment_logprobs"][cells] = np.nan if score is None else score
+            self.arrays["segment_scored"][cells] = score is not None
+            self.arrays["temperatures"][cells] = part.temperature
 
 
 def _check(trajectory: Trajectory, group: TrajectoryGroup, version: int) -> None:

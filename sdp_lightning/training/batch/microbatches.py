@@ -1,6 +1,6 @@
-"""How to cut the rows of a batch into pieces: by groups, or by a budget of computed tokens.
+"""Cuts the rows of a batch into pieces: by groups, or by a budget of computed tokens.
 
-Pure bookkeeping on lengths and group ids; a piece is a list of row indices.
+Pure functions of lengths and group ids; a piece is a list of row indices.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from sdp_lightning.errors import ConfigError
 
 @dataclass(frozen=True)
 class AttentionCosts:
-    """What attention costs beside the linear layers, in tokens that go through those.
+    """Costs of attention, in the unit of one token through the linear layers.
 
     Args:
-        pair: of a pair of tokens.
-        span: of each call, whatever its size.
-        by_span: packed rows are attended one by one, and groups that share a prefix too; else all
+        pair: cost of a pair of tokens.
+        span: fixed cost of a call.
+        by_span: packed rows, and groups that share a prefix, are attended one by one; else all
             pairs of a pack are computed.
     """
 
@@ -30,12 +30,12 @@ class AttentionCosts:
     by_span: bool = True
 
     def padded(self, lengths: Sequence[int]) -> float:
-        """Of rows of these lengths, padded to the longest."""
+        """Cost of rows of these lengths, padded to the longest."""
         width = max(lengths)
         return len(lengths) * (width + self.pair * width**2) + self.span
 
     def packed(self, spans: Sequence[int]) -> float:
-        """Of spans of these lengths, one after another."""
+        """Cost of packed spans of these lengths."""
         total = sum(spans)
         if not self.by_span:
             return total + self.pair * total**2 + self.span
@@ -50,13 +50,13 @@ def pad_microbatches(
 ) -> list[list[int]]:
     """Cut rows into as few micro-batches as a budget allows, evenly, each padded to its longest.
 
-    The size of a micro-batch is rows times its longest row, and rows of like length go together. A
-    row that is longer than the budget has one of its own. Even is what they cost.
+    The size of a micro-batch is rows times its longest row; rows of similar length go together. A
+    row longer than the budget is alone. Micro-batches are even in cost.
 
     Args:
         lengths: tokens of each row.
         max_tokens: the budget of computed tokens.
-        costs: of attention.
+        costs: costs of attention.
 
     Returns:
         Lists of row indices that cover every row once. The same input gives the same lists.
@@ -83,14 +83,14 @@ def share_microbatches(
     max_tokens: int,
     costs: AttentionCosts = FREE,
 ) -> list[list[int]]:
-    """As :func:`pad_microbatches`, without padding and with the prefix of a group counted once.
+    """Cut rows as :func:`pad_microbatches` does, without padding, a group's prefix counted once.
 
     Args:
         lengths: tokens of each row.
         prefix_lengths: leading tokens of each row that its group shares.
-        group_ids: of each row. A group stays whole if it fits.
+        group_ids: group of each row. A group stays whole if it fits.
         max_tokens: the budget of computed tokens.
-        costs: of attention.
+        costs: costs of attention.
     """
     _check_budget(max_tokens)
 
@@ -128,7 +128,7 @@ def shared_spans(
 def pack_microbatches(
     lengths: Sequence[int], max_tokens: int, costs: AttentionCosts = FREE
 ) -> list[list[int]]:
-    """As :func:`pad_microbatches`, of rows one after another, where long and short go together.
+    """Cut rows as :func:`pad_microbatches` does, packed, with long and short rows mixed.
 
     Each row, longest first, joins the cheapest micro-batch that has room, of as few as suffice for
     that.

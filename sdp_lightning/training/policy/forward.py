@@ -23,14 +23,14 @@ from sdp_lightning.training.policy.packing import Pack
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# What some model types do to their logits after the head, and the value that leaves them alone.
+# Settings by which some model types change their logits, and the value that changes nothing.
 _LOGIT_TRANSFORMS = {
     "logits_soft_cap": None,
     "lm_head_multiplier": 1.0,
     "output_multiplier": 1.0,
 }
-# Of a call of attention, forward and backward on a CPU, in tokens times D. With it "auto" takes the
-# fastest layout in all cases of recipes/benchmarks/speed/packing.py.
+# Cost of an attention call, forward and backward on a CPU, in tokens times D. With it "auto" takes
+# the fastest layout in all cases of recipes/benchmarks/speed/packing.py.
 _SPAN_COST = 6000.0
 
 
@@ -136,9 +136,9 @@ def check_model(model: PreTrainedModel, layout: Layout) -> None:
     window = getattr(config, "sliding_window", None)
     # foreign: model configurations differ
     if layers != {"full_attention"} or (window is not None and not hasattr(config, "layer_types")):
-        found = f"sliding_window={window}" if layers == {"full_attention"} else sorted(layers)
+        kinds = f"sliding_window={window}" if layers == {"full_attention"} else sorted(layers)
         raise ConfigError(
-            f"model type {kind!r} has layers that are not full attention ({found}): rows cannot "
+            f"model type {kind!r} has layers that are not full attention ({kinds}): rows cannot "
             f"be laid out as {layout!r}. Use layout='padded'."
         )
     attention = config._attn_implementation
@@ -152,7 +152,7 @@ def check_model(model: PreTrainedModel, layout: Layout) -> None:
 
 
 def attention_costs(model: PreTrainedModel) -> AttentionCosts:
-    """What attention costs in this model, where it is now: see :class:`AttentionCosts`."""
+    """Costs of attention in this model on its present device."""
     config: Any = model.config.get_text_config(decoder=True)
     attention: str = config._attn_implementation
     on_cpu = model.device.type == "cpu"
@@ -164,7 +164,7 @@ def attention_costs(model: PreTrainedModel) -> AttentionCosts:
 
 
 def _logit_transform(model: PreTrainedModel) -> LogitTransform:
-    """As Gemma 2 (a cap), Cohere (a factor) and Granite (a divisor) have it."""
+    """Transform of the logits in Gemma 2 (a cap), Cohere (a factor) and Granite (a divisor)."""
     config: Any = model.config.get_text_config(decoder=True)
     # foreign: model configurations differ
     factor: float = getattr(config, "logit_scale", None) or 1.0

@@ -14,7 +14,7 @@ from sdp_lightning.errors import SDPError
 
 
 def clip_gradients(policy: nn.Module, limit: float | None) -> Tensor:
-    """The norm of all gradients, over all ranks, before they are clipped to ``limit``."""
+    """Clips the gradients to ``limit`` and returns their norm before that, over all ranks."""
     parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     norm = nn.utils.clip_grad_norm_(parameters, math.inf if limit is None else limit)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
@@ -26,8 +26,8 @@ class GradientStep:
 
     Args:
         limit: largest norm of the gradient; None is off.
-        max_skipped: so many steps skipped in a row are an error.
-        num_skipped: in a row, by now.
+        max_skipped: number of steps skipped in a row that is an error.
+        num_skipped: steps skipped in a row so far.
     """
 
     limit: float | None
@@ -37,13 +37,13 @@ class GradientStep:
     def __call__(
         self, policy: nn.Module, optimizer: Any, schedule: Any, *, scale: float = 1.0
     ) -> dict[str, Tensor]:
-        """``grad_norm``, ``lr`` as it was applied, and ``skipped``: 0 or 1. All [].
+        """Step, and return ``grad_norm``, the applied ``lr``, and ``skipped`` (0 or 1), each [].
 
         Args:
-            policy: whose gradients are ready.
-            optimizer: of its parameters.
-            schedule: of the optimizer's learning rates; advanced unless the step is skipped.
-            scale: what the learning rates are multiplied with, in this step only.
+            policy: model with gradients.
+            optimizer: optimizer of its parameters.
+            schedule: sets the learning rates; advanced unless the step is skipped.
+            scale: factor of the learning rates in this step only.
 
         Raises:
             SDPError: after ``max_skipped`` skipped steps in a row.

@@ -1,4 +1,4 @@
-"""The trained model: loading, and what of it is trained."""
+"""Loading of the trained model, and selection of its trained parameters."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def load_policy(model_id: str, options: Mapping[str, Any]) -> PreTrainedModel:
 def load(
     model_id: str, options: Mapping[str, Any], *, sharded: bool, lora: LoRAConfig | None = None
 ) -> tuple[PreTrainedModel, Source]:
-    """The model, with an adapter if there is to be one, and what :func:`shard` fills it from.
+    """The model, with its adapter if it has one, and the weights that :func:`shard` fills it with.
 
-    With ``sharded`` it has no weights yet, on the meta device, and only rank 0 reads them.
+    With ``sharded`` the model is on the meta device, and only rank 0 reads the weights.
     """
     if not sharded:
         return _with_adapter(load_policy(model_id, options), lora), None
@@ -64,7 +64,7 @@ def select_trainable(policy: nn.Module, pattern: str | None) -> None:
 
 
 def disable_dropout(policy: nn.Module) -> None:
-    """Dropout off in train mode: it would make every log-prob a random number."""
+    """Turn dropout off in train mode: it would make every log-prob a random number."""
     for module in policy.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

@@ -1,4 +1,4 @@
-"""Forward passes of one policy over a batch: in micro-batches, and as many on every rank."""
+"""Forward passes of one policy over a batch: micro-batches, equally many on every rank."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from sdp_lightning.training.policy.sharding import is_sharded
 logger = logging.getLogger(__name__)
 
 _LAYOUTS: tuple[Layout, ...] = ("padded", "packed", "shared_prefix")
-# Of what another prefix does to log-probs, so much may be rounding. Rows that see each other are
-# off by half of it and more, trained or not; rows that do not are equal on a CPU, in bfloat16 too.
+# Largest error of a layout, as a share of the change that another prefix makes. Rows that attend to
+# each other are off by half of it and more; rows that do not are equal on a CPU, in bfloat16 too.
 _TOLERANCE = 0.1
 
 
@@ -50,8 +50,8 @@ class LogprobRunner:
     Args:
         forward: the policy.
         update: micro-batches and layout.
-        over_ranks: the values of each rank, given this one's.
-        precision: the context in which passes without gradient run.
+        over_ranks: gathers values from every rank, in order of rank.
+        precision: context of passes without gradient.
     """
 
     def __init__(
@@ -71,7 +71,13 @@ class LogprobRunner:
         return SequenceLogprobs(*self._forward(piece.batch, piece.layout))
 
     def cut(self, batch: Batch) -> list[MicroBatch]:
-        """The micro-batches of ``batch``, in the configured layout or the cheapest.
+        """The micro-batches of ``batch``, in its :meth:`layout`."""
+        layout = self.layout(batch)
+        chosen = batch.microbatches(self._update.max_tokens_per_microbatch, layout, self._costs)
+        return [MicroBatch(batch.select(rows), rows, layout) for rows in chosen]
+
+    def layout(self, batch: Batch) -> Layout:
+        """The configured layout, or the cheapest for ``batch``.
 
         Each layout is tried on a few short rows before its first use. A sharded policy's trial is a
         collective.
@@ -79,11 +85,6 @@ class LogprobRunner:
         Raises:
             ConfigError: if the policy cannot be computed in the configured layout.
         """
-        layout = self._layout(batch)
-        chosen = batch.microbatches(self._update.max_tokens_per_microbatch, layout, self._costs)
-        return [MicroBatch(batch.select(rows), rows, layout) for rows in chosen]
-
-    def _layout(self, batch: Batch) -> Layout:
         wanted = self._update.layout
         refusal = self._refusal("padded" if wanted == "auto" else wanted)
         if refusal is not None:
@@ -99,7 +100,7 @@ class LogprobRunner:
         return attention_costs(self._forward.policy)
 
     def _refusal(self, layout: Layout) -> ConfigError | None:
-        """Why the policy cannot be computed in a layout; found out once."""
+        """Why the policy cannot be computed in a layout, or None; tried once."""
         if layout not in self._refusals:
             self._refusals[layout] = self._try(layout)
         refusal = self._refusals[layout]
@@ -116,11 +117,11 @@ class LogprobRunner:
             if layout == "padded":
                 return None
             with torch.no_grad(), self._precision():
-                found, expected = (self._forward(rows, each)[0] for each in (layout, "padded"))
+                actual, expected = (self._forward(rows, each)[0] for each in (layout, "padded"))
         except ConfigError as error:
             return error
         first, other = expected.split(len(rows) // 2)  # after one prefix, and after the other
-        gap = (found - expected).abs().max().item()
+        gap = (actual - expected).abs().max().item()
         if gap < _TOLERANCE * (first - other).abs().max().item():
             return None
         return ConfigError(
@@ -132,7 +133,7 @@ class LogprobRunner:
     def logprobs(self, batch: Batch) -> Tensor:
         """[B, T] float32 under the present weights, without gradient; 0 outside the loss mask.
 
-        A sharded policy's is a collective: the ranks with fewer micro-batches compute idle ones.
+        A collective for a sharded policy: ranks with fewer micro-batches compute idle ones.
         """
         out = torch.zeros_like(batch.behavior_logprobs)  # float32, also under bf16-true
         pieces = self.cut(batch)

@@ -1,4 +1,4 @@
-"""LoRA adapters: put on a model by ``peft``, switched off, and merged one weight at a time.
+"""LoRA adapters: added to a model by ``peft``, switched off, and merged one weight at a time.
 
 ``peft`` puts its layers into the model itself, which stays the class it was. A linear layer
 ``P.weight`` is then called ``P.base_layer.weight``, beside ``P.lora_A.default.weight`` [r, in] and
@@ -49,7 +49,7 @@ def add_adapter(model: Any, config: LoRAConfig) -> None:
 
 @contextmanager
 def without_adapter(model: nn.Module) -> Generator[None]:
-    """``model`` computes as it did before it had an adapter; what is trained stays trained."""
+    """Context in which ``model`` computes without its adapter; trained parameters stay trained."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
@@ -71,15 +71,15 @@ def is_adapter(name: str) -> bool:
 
 
 def merged_name(name: str) -> str:
-    """What the weight that ``name`` is a part of was called before the model had an adapter."""
+    """Name of a weight, or of an adapter's base weight, in the model without adapters."""
     return _ADAPTER.sub("", name).replace(".base_layer.", ".")
 
 
-def parts_of(state: Mapping[str, T]) -> dict[str, list[T]]:
-    """By its name without an adapter: what each weight has, then, if there are any, A and B on it.
+def group_by_base_weight(state: Mapping[str, T]) -> dict[str, list[T]]:
+    """Group a state dict by base weight: ``{name: [W]}``, ``{name: [W, A, B]}`` with an adapter.
 
     Args:
-        state: anything by the names of a ``state_dict``, in its order.
+        state: values by the names of a ``state_dict``, in its order.
     """
     parts: dict[str, list[T]] = {}
     for name, part in state.items():
@@ -88,11 +88,11 @@ def parts_of(state: Mapping[str, T]) -> dict[str, list[T]]:
 
 
 def merge(parts: list[Tensor], alpha: float) -> Tensor:
-    """The weight itself, or a new one of its type that has the adapter in it.
+    """The weight itself, or W + alpha / r * B A in the dtype of W.
 
     Args:
         parts: W, or W [out, in], A [r, in] and B [out, r].
-        alpha: of the adapter.
+        alpha: lora_alpha of the adapter.
     """
     weight, *adapter = parts
     if not adapter:
@@ -104,26 +104,26 @@ def merge(parts: list[Tensor], alpha: float) -> Tensor:
     return product.to(weight.dtype)
 
 
-def describe(config: LoRAConfig) -> dict[str, Any]:
-    """``config`` as a checkpoint holds it: plain types."""
+def adapter_settings(config: LoRAConfig) -> dict[str, Any]:
+    """``config`` as plain types, for a checkpoint."""
     targets = config.target_modules
     return asdict(config) | {"target_modules": None if targets is None else sorted(targets)}
 
 
 def check_adapter(checkpoint: Mapping[str, Any], config: LoRAConfig | None) -> None:
-    """Refuse to go on from a checkpoint with another adapter: its alpha is in no weight.
+    """Refuse to resume from a checkpoint with another adapter: its alpha is in no weight.
 
     Args:
-        checkpoint: Lightning's.
-        config: of the adapter that is trained now; None without one.
+        checkpoint: Lightning's checkpoint.
+        config: adapter that is trained now; None without one.
 
     Raises:
         ConfigError: naming both.
     """
-    found, wanted = checkpoint.get(LORA_KEY), None if config is None else describe(config)
-    if found != wanted:
+    saved, wanted = checkpoint.get(LORA_KEY), None if config is None else adapter_settings(config)
+    if saved != wanted:
         raise ConfigError(
-            f"the checkpoint was written with lora={found}, and this run has lora={wanted}. Set "
+            f"the checkpoint was written with lora={saved}, and this run has lora={wanted}. Set "
             "it as it was; to start from what an adapter has learnt, export it and train that."
         )
 
@@ -145,11 +145,11 @@ def _targets(model: Any, wanted: tuple[str, ...] | None) -> list[str]:
 
 
 def merged_alpha(lora: LoRAConfig | None, engine_alpha: float | None) -> float | None:
-    """With which alpha adapters are merged for an engine; None: they go to it as they are.
+    """The alpha with which adapters are merged for an engine; None: they are sent unmerged.
 
     Args:
-        lora: of the module.
-        engine_alpha: of an engine that samples with adapters; None is one that does not.
+        lora: adapter of the module.
+        engine_alpha: lora_alpha of an engine that samples with adapters; None: it does not.
 
     Raises:
         ConfigError: if the engine awaits an adapter of another alpha, or there is none.

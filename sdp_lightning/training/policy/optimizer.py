@@ -1,4 +1,4 @@
-"""AdamW and its schedule, as the settings say."""
+"""AdamW and its schedule, from the settings."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from sdp_lightning.errors import ConfigError
 def make_optimizer(
     parameters: Iterable[nn.Parameter], config: OptimizerConfig, *, max_steps: int
 ) -> tuple[AdamW, LambdaLR]:
-    """The optimizer of the trained ones among ``parameters``, and its schedule.
+    """The optimizer of the trainable ``parameters``, and its schedule.
 
     Args:
-        parameters: of the model.
+        parameters: parameters of the model.
         config: the settings.
-        max_steps: of the Trainer, where a decay ends unless ``config`` says where.
+        max_steps: the Trainer's ``max_steps``, where a decay ends unless ``config`` sets its end.
 
     Raises:
         ConfigError: if a decay would end before its warm-up.

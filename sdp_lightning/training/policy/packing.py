@@ -20,17 +20,17 @@ from sdp_lightning.training.batch import Batch
 
 @dataclass(frozen=True, eq=False)
 class Pack:
-    """Where the tokens of a batch lie. Every span is the prefix of its group, then its rows' own.
+    """Positions of a batch's tokens in the pack. A span is a group's prefix, then its rows' own.
 
     Args:
-        row: [N] of the batch; for a prefix, the first row of its group.
-        column: [N] in that row.
-        group: [N], the number of the span.
-        block: [N], below ``num_groups`` for a prefix, then one for each row.
-        num_groups: spans, empty ones too.
-        starts: [G + B] packed place of the first token of each block.
+        row: [N] row in the batch; for a prefix, the first row of its group.
+        column: [N] column in that row.
+        group: [N] index of the span.
+        block: [N] block index: below ``num_groups`` for a prefix, then one for each row.
+        num_groups: number of spans, empty ones too.
+        starts: [G + B] packed index of the first token of each block.
         prefixes: [B] length of the prefix of each row's group.
-        groups: [B].
+        groups: [B] span of each row.
     """
 
     row: Tensor
@@ -44,7 +44,7 @@ class Pack:
 
     @classmethod
     def of(cls, batch: Batch, *, shared: bool) -> Pack:
-        """With ``shared`` the prefix of a group is there once; else each row is its own group."""
+        """Pack a batch. ``shared``: a group's prefix comes once; else each row is its own group."""
         used, rows = batch.scored_lengths, torch.arange(len(batch), device=batch.lengths.device)
         if not bool(used.any()):  # nothing to score: one token, for the graph
             used = used.index_fill(0, used.new_zeros(1), 1)
@@ -73,7 +73,7 @@ class Pack:
         )
 
     def place(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """[M] packed places of tokens of the batch."""
+        """[M] packed indices of tokens of the batch."""
         prefix = self.prefixes[rows]
         in_prefix = self.starts[self.groups[rows]] + columns
         in_remainder = self.starts[self.num_groups + rows] + columns - prefix
@@ -84,7 +84,7 @@ class Pack:
         return self._visible(slice(None))
 
     def span_mask(self) -> SpanMask:
-        """The same without what lies outside the spans."""
+        """The same mask, stored only inside the spans."""
         spans: list[_Span] = []
         start = 0
         lengths: list[int] = torch.bincount(self.group).tolist()
@@ -104,7 +104,7 @@ class Pack:
 
 @dataclass(frozen=True, eq=False)
 class _Span:
-    """Packed places, and what is visible among them; None is everything up to oneself."""
+    """Packed indices, and the mask among them; None is causal."""
 
     inside: slice
     visible: Tensor | None
@@ -114,8 +114,8 @@ class SpanMask(Tensor):
     """A mask [1, 1, N, N] of which only the spans on its diagonal exist.
 
     ``scaled_dot_product_attention`` attends span by span when it is given one, so that neither N^2
-    pairs nor their mask are computed. Whatever else would read the mask is an error: a model that
-    computes with its mask cannot come out wrong in silence.
+    pairs nor their mask are computed. Any other function that reads the mask raises: a model that
+    computes with its mask cannot give wrong results in silence.
     """
 
     spans: Sequence[_Span]
@@ -155,7 +155,7 @@ def _attend(
     is_causal: bool = False,
     **options: Any,
 ) -> Tensor:
-    """[1, H, N, D], of ``scaled_dot_product_attention`` within each span."""
+    """[1, H, N, D] ``scaled_dot_product_attention`` within each span."""
     del is_causal  # every span is causal, by itself or by its mask
     parts: list[Tensor] = []
     for span in attn_mask.spans:

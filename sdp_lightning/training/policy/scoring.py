@@ -1,4 +1,4 @@
-"""Between trajectories and the rows of a scored batch. Pure."""
+"""Conversion between trajectories and the rows of a scored batch. Pure functions."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from sdp_lightning.types import FloatArray, Segment, Trajectory, TrajectoryGroup
 def group_by_prompt(
     trajectories: Sequence[Trajectory],
 ) -> tuple[list[TrajectoryGroup], list[int]]:
-    """Trajectories with the same first context go together, so that it is computed once.
+    """Groups trajectories by their first context, so that it is computed once.
 
     Returns:
-        The groups, and for each trajectory its row when the groups are collated.
+        The groups, and the row of each trajectory in their collated batch.
     """
     members: dict[bytes, list[int]] = {}
     for index, trajectory in enumerate(trajectories):
@@ -32,7 +32,7 @@ def group_by_prompt(
 def split_by_segment(
     trajectories: Sequence[Trajectory], logprobs: Tensor
 ) -> list[list[FloatArray]]:
-    """``logprobs`` [B, T] on the CPU, as one ``[n]`` array for each segment of each trajectory."""
+    """Splits ``logprobs`` [B, T] (CPU) into one ``[n]`` array per segment of each trajectory."""
     table = logprobs.float().numpy()
     result: list[list[FloatArray]] = []
     for row, trajectory in enumerate(trajectories):

@@ -29,13 +29,13 @@ def shard(
     *,
     precision: str = "32-true",
 ) -> None:
-    """FSDP2: every decoder layer a unit, the rest one more, over the data-parallel ranks.
+    """Shard with FSDP2 over the data-parallel ranks: each decoder layer a unit, the rest one more.
 
     Args:
-        forward: around the model that :func:`load` has returned with ``sharded``.
-        mesh: of all ranks.
+        forward: wraps the model that :func:`load` has returned with ``sharded``.
+        mesh: device mesh of all ranks.
         source: returned beside it.
-        device: of this rank.
+        device: device of this rank.
         precision: the Trainer's; under ``"bf16-mixed"`` weights are gathered and used in bfloat16,
             each rank keeps its part of them as it was loaded, and gradients are added in float32.
 
@@ -83,7 +83,7 @@ def is_sharded(policy: nn.Module) -> bool:
 
 
 def gradient_sync(model: Any, *, on: bool) -> AbstractContextManager[Any]:
-    """DDP adds gradients up over micro-batches, and reduces them over ranks in the last one."""
+    """Context of a backward pass: under DDP gradients are reduced over ranks only if ``on``."""
     if not on and isinstance(model, DistributedDataParallel):
         return model.no_sync()
     return nullcontext()

@@ -1,4 +1,4 @@
-"""The weights of the policy as engines take them: whole, merged, under the model's own names."""
+"""Export of the policy's weights to engines: whole, merged, under the model's own names."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from sdp_lightning.training.policy.lora import merge, merged_name, parts_of
+from sdp_lightning.training.policy.lora import group_by_base_weight, merge, merged_name
 from sdp_lightning.weights.protocol import WeightStream
 
 
 def named_weights(
     policy: nn.Module, *, changed_only: bool, merged_alpha: float | None = None
 ) -> WeightStream:
-    """What an engine must be given, under the names of the model's ``state_dict``.
+    """Weights for an engine, under the names of the model's ``state_dict``.
 
-    Sharded weights are gathered, and adapters merged into copies, one at a time: all ranks must go
-    through the whole stream.
+    Sharded weights are gathered, and adapters merged into copies, one at a time: all ranks must
+    iterate over the whole stream.
 
     Args:
         policy: the model.
         changed_only: the trained weights, with all else of their layers: servers fuse weights of a
             layer, and a fused one that comes in part is wrong.
-        merged_alpha: of the policy's LoRA adapter, which comes merged, under the names of the model
-            without it; None leaves it as it is, or there is none.
+        merged_alpha: lora_alpha with which the adapter is merged; None: there is no adapter, or it
+            is exported as it is.
     """
     state, trained = (
         policy.state_dict(),
@@ -34,7 +34,7 @@ def named_weights(
     if merged_alpha is None:
         parts = {name: [tensor] for name, tensor in state.items()}
     else:
-        parts, trained = parts_of(state), [merged_name(name) for name in trained]
+        parts, trained = group_by_base_weight(state), [merged_name(name) for name in trained]
     layers = {_layer_of(name) for name in trained}
     layout = {
         name: _like(some)
@@ -47,7 +47,7 @@ def named_weights(
 
 
 def _like(parts: list[Tensor]) -> Tensor:
-    """The weight, if it is there, or one of its shape and type on the meta device."""
+    """The weight, or its shape and dtype on the meta device if it is sharded or has an adapter."""
     if len(parts) == 1 and not isinstance(parts[0], DTensor):
         return parts[0]
     return torch.empty(parts[0].shape, dtype=parts[0].dtype, device="meta")
@@ -58,6 +58,6 @@ def _whole(tensor: Tensor) -> Tensor:
 
 
 def _layer_of(name: str) -> str:
-    """``model.layers.3`` of ``model.layers.3.mlp.up_proj.weight``; another name is its own."""
-    found = re.match(r".*?\.\d+(?=\.)", name)
-    return name if found is None or ".lora_" in name else found[0]
+    """``model.layers.3`` for ``model.layers.3.mlp.up_proj.weight``; other names are unchanged."""
+    layer = re.match(r".*?\.\d+(?=\.)", name)
+    return name if layer is None or ".lora_" in name else layer[0]
