@@ -4,57 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
 
 from sdp_lightning.errors import ConfigError, RolloutError, RolloutTimeout
-from sdp_lightning.rollout.task_runner import AsyncTaskRunner, TaskResult
-
-DEADLINE_S = 60.0
-
-Make = Callable[..., AsyncTaskRunner]
+from sdp_lightning.rollout.task_runner import TaskResult
+from support.rollouts import DEADLINE_S
+from support.task_runners import Make, Meeting, fail, for_ever, give, runners_under_test
 
 
 @pytest.fixture
 def make() -> Iterator[Make]:
-    runners: list[AsyncTaskRunner] = []
-
-    def new(**settings: Any) -> AsyncTaskRunner:
-        runners.append(AsyncTaskRunner(name="runner-under-test", **settings))
-        return runners[-1]
-
-    yield new
-    for runner in runners:
-        runner.close(DEADLINE_S)
-    assert not [t for t in threading.enumerate() if t.name == "runner-under-test"]
-
-
-async def give(value: object) -> object:
-    return value
-
-
-async def fail(message: str = "boom") -> None:
-    raise ValueError(message)
-
-
-async def for_ever() -> None:
-    await asyncio.Event().wait()
-
-
-class Meeting:
-    """Tasks that end only when all of them have started."""
-
-    def __init__(self, size: int) -> None:
-        self.size, self.started = size, 0
-        self.all_here = asyncio.Event()
-
-    async def attend(self) -> None:
-        self.started += 1
-        if self.started == self.size:
-            self.all_here.set()
-        await self.all_here.wait()
+    with runners_under_test() as make_runner:
+        yield make_runner
 
 
 def test_every_task_gives_one_result_of_any_type_and_surplus_stays(make: Make) -> None:
@@ -198,59 +161,6 @@ def test_cancelling_the_last_task_wakes_a_waiter(make: Make) -> None:
         runner.wait(1, DEADLINE_S)
 
 
-@pytest.mark.fault("thread died", "queue")
-def test_a_dead_thread_wakes_every_waiter_with_its_error(make: Make) -> None:
-    runner, waiting, errors = make(), threading.Barrier(4), []
-    release = threading.Event()
-
-    async def die() -> None:
-        await asyncio.to_thread(release.wait, DEADLINE_S)
-        raise SystemExit("the thread is gone")
-
-    runner.submit(for_ever)
-    runner.submit(die)
-
-    def wait() -> None:
-        waiting.wait()
-        try:
-            runner.wait(1, DEADLINE_S)
-        except RolloutError as error:
-            errors.append(str(error))
-
-    threads = [threading.Thread(target=wait) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    waiting.wait()
-    release.set()
-    for thread in threads:
-        thread.join(DEADLINE_S)
-    assert len(errors) == 3 and all("the thread is gone" in error for error in errors)
-    with pytest.raises(RolloutError, match="died"):
-        runner.submit(give, 1)
-
-
-@pytest.mark.fault("exception", "queue")
-def test_an_error_in_on_result_ends_the_runner_and_its_tasks(make: Make) -> None:
-    """Fault: failure reported as success."""
-    cancelled = threading.Event()
-
-    def refuse(result: TaskResult) -> None:
-        raise KeyError("no place for it")
-
-    async def long() -> None:
-        try:
-            await for_ever()
-        finally:
-            cancelled.set()
-
-    runner = make(on_result=refuse)
-    runner.submit(long)
-    runner.submit(give, 1)
-    with pytest.raises(RolloutError, match="no place for it"):
-        runner.wait(1, DEADLINE_S)
-    assert cancelled.wait(DEADLINE_S)
-
-
 def test_results_go_to_on_result_when_there_is_one(make: Make) -> None:
     got, both = [], threading.Event()
 
@@ -268,65 +178,6 @@ def test_results_go_to_on_result_when_there_is_one(make: Make) -> None:
     }
 
 
-@pytest.mark.fault("hang", "teardown")
-def test_closing_cancels_what_is_left_and_wakes_waiters(make: Make) -> None:
-    runner, ended, waiting = make(max_running=1), threading.Event(), threading.Event()
-
-    async def long() -> None:
-        try:
-            waiting.set()
-            await for_ever()
-        finally:
-            ended.set()
-
-    runner.submit(long)
-    runner.submit(give, "never starts")
-    assert waiting.wait(DEADLINE_S)
-    errors: list[str] = []
-
-    def wait() -> None:
-        try:
-            runner.wait(1)
-        except RolloutError as error:
-            errors.append(str(error))
-
-    thread = threading.Thread(target=wait)
-    thread.start()
-    runner.close(DEADLINE_S)
-    thread.join(DEADLINE_S)
-    assert ended.is_set() and errors == ["runner 'runner-under-test' is closed."]
-    runner.close()
-    with pytest.raises(RolloutError, match="is closed"):
-        runner.submit(give, 1)
-
-
-def test_a_task_may_close_its_own_runner(make: Make) -> None:
-    runner = make()
-
-    async def close() -> None:
-        runner.close()
-        await for_ever()
-
-    runner.submit(close)
-    with pytest.raises(RolloutError, match="is closed"):
-        runner.wait(1, DEADLINE_S)
-
-
-@pytest.mark.fault("hang", "teardown")
-def test_a_task_that_blocks_the_loop_makes_close_say_so(make: Make) -> None:
-    runner, release, blocking = make(), threading.Event(), threading.Event()
-
-    async def block() -> None:
-        blocking.set()
-        release.wait(DEADLINE_S)
-
-    runner.submit(block)
-    assert blocking.wait(DEADLINE_S)
-    with pytest.raises(RolloutTimeout, match="a task blocks its event loop"):
-        runner.close(timeout=0)
-    release.set()
-
-
 def test_pending_inputs_are_bounded(make: Make) -> None:
     """Fault: unbounded pending inputs."""
     runner = make(max_pending=2)
@@ -337,15 +188,6 @@ def test_pending_inputs_are_bounded(make: Make) -> None:
         runner.submit(give, 3)
     runner.resume()
     assert runner.wait(2, DEADLINE_S) == [1, 2]
-
-
-def test_no_thread_starts_before_the_first_task(make: Make) -> None:
-    runner = make()
-    assert runner.num_outstanding == 0
-    assert not [t for t in threading.enumerate() if t.name == "runner-under-test"]
-    runner.resume()
-    runner.cancel(0)
-    runner.close()
 
 
 @pytest.mark.parametrize("settings", [{"max_running": 0}, {"max_pending": 0}, {"max_failures": -1}])

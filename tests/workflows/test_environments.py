@@ -1,0 +1,150 @@
+"""Environments that fail, and tools."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+import sdp_lightning as sdp
+from sdp_lightning.errors import ConfigError, RolloutError
+from sdp_lightning.rewards import RewardRejected
+from sdp_lightning.testing import FakeEngine
+from support.conversations import ROWS, Counts, make
+from support.rollouts import DEADLINE_S, rolling, wait_until
+
+
+class Broken(Counts):
+    def step(self, completion: str) -> Any:
+        if self.turn == 1:
+            raise ZeroDivisionError("no digits")
+        return super().step(completion)
+
+
+class BrokenReset(Counts):
+    def reset(self, row: Mapping[str, Any]) -> Any:
+        raise KeyError("board")
+
+
+class NoTuple(Counts):
+    def step(self, completion: str) -> Any:
+        return "well done"
+
+
+class Swapped(Counts):
+    def step(self, completion: str) -> Any:
+        return "", True, 1.0
+
+
+class NotFinite(Counts):
+    def step(self, completion: str) -> Any:
+        return "", float("nan"), True
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        (Broken, r"Broken\.step\(\) number 2 failed: ZeroDivisionError"),
+        (BrokenReset, r"BrokenReset\.reset\(\) failed: KeyError"),
+        (NoTuple, r"number 1 returned 'well done'; it must be a tuple"),
+        (Swapped, r"returned done=1\.0; it must be a bool"),
+        (NotFinite, r"reward 'NotFinite\.step' returned nan"),
+        (lambda: 7, r"must make a sdp_lightning\.Environment; it made 7"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_an_environment_that_fails_is_named_with_row_and_step(
+    environment: Any, message: str
+) -> None:
+    with rolling(FakeEngine(), make(environment), rows=ROWS) as executor:
+        with pytest.raises(RolloutError, match=rf"row 'r\d'.*{message}"):
+            executor.take()
+        assert executor.stat.failed >= 1
+
+
+def test_an_environment_that_hangs_fails_its_group_at_the_deadline_and_others_go_on() -> None:
+    release, closed = threading.Event(), list[str]()
+
+    class Hangs(Counts):
+        def reset(self, row: Mapping[str, Any]) -> Any:
+            self.row = row["id"]
+            return super().reset(row)
+
+        def step(self, completion: str) -> Any:
+            if self.row == "r0" and self.turn == 1:
+                release.wait(DEADLINE_S)
+            return super().step(completion)
+
+        def close(self) -> None:
+            closed.append(self.row)
+
+    workflow = make(Hangs, step_timeout_s=0.3)
+    settings: dict[str, Any] = {"num_epochs": 1, "max_failures": 1, "batch_size": 4}
+    try:
+        with rolling(FakeEngine(), workflow, rows=ROWS[:5], **settings) as executor:
+            batch = executor.take()
+            assert batch is not None and "r0" not in {group.row_id for group in batch}
+            wait_until(executor, lambda: executor.stat.failed == 1)
+            assert sorted(closed) == sorted([f"r{i}" for i in range(5)] * 2), "all were closed"
+    finally:
+        release.set()
+
+
+def test_an_environment_may_reject_its_group() -> None:
+    class Rejects(Counts):
+        def step(self, completion: str) -> Any:
+            raise RewardRejected("no verdict")
+
+    with rolling(FakeEngine(), make(Rejects), rows=ROWS, num_epochs=1) as executor:
+        assert executor.take() is None
+        assert executor.telemetry.rejections == {"a reward could not be had": 10}
+
+
+def add(a: int, b: int) -> int:
+    """The sum."""
+    return a + b
+
+
+def make_tools() -> sdp.ToolEnvironment:
+    return sdp.ToolEnvironment([add], lambda answer, row: float(answer == row["answer"]))
+
+
+def test_tools_are_said_called_and_answered() -> None:
+    tools = make_tools()
+    system, user = tools.reset({"prompt": "1+2?", "answer": "3"})
+    assert "- add(a: int, b: int) -> int: The sum." in system["content"]
+    assert user == {"role": "user", "content": "1+2?"}
+    call = '<tool_call>{"name": "add", "arguments": {"a": 1, "b": %s}}</tool_call>'
+    results, reward, done = tools.step(call % 2 + call % '"x"')
+    assert (reward, done) == (0.0, False)
+    first, second = (message["content"] for message in results)  # type: ignore[call-overload]
+    assert first == "3" and "error: TypeError" in second
+    assert tools.step("3") == ("", 1.0, True)
+    assert tools.step("4") == ("", 0.0, True)
+
+
+@pytest.mark.parametrize(
+    ("call", "told"),
+    [
+        ("add(1, 2)", "is no JSON"),
+        ("[1]", "is no JSON of a name and arguments"),
+        ('{"arguments": {}}', "is no JSON of a name"),
+        ('{"name": "sub", "arguments": {}}', r"there is no 'sub' .*\['add'\]"),
+        ('{"name": "add", "arguments": 3}', "there is no 'add' with such arguments"),
+    ],
+)
+def test_a_call_that_is_wrong_is_told_to_the_policy(call: str, told: str) -> None:
+    import re
+
+    tools = make_tools()
+    tools.reset({"prompt": "1+2?"})
+    (result,), _, _ = tools.step(f"<tool_call>{call}</tool_call>")
+    assert re.search(told, result["content"])  # type: ignore[index]
+
+
+def test_tools_without_names_of_their_own_are_refused() -> None:
+    for tools in ([], [add, add]):
+        with pytest.raises(ConfigError, match="different names"):
+            sdp.ToolEnvironment(tools, lambda answer, row: 0.0)
