@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -131,3 +132,13 @@ def assert_nothing_left() -> None:
 
 def weights(value: float, *names: str) -> list[tuple[str, torch.Tensor]]:
     return [(name, torch.full((2,), value)) for name in names or ("a", "b")]
+
+
+def is_back(engine: RemoteInfEngine, server: Server, count: int = 1) -> None:
+    """Wait until ``count`` servers serve; ``server`` is asked meanwhile, so nothing spins."""
+    deadline = time.monotonic() + 100.0
+    while time.monotonic() < deadline:
+        if engine.num_serving == count:
+            return
+        server.do()
+    raise AssertionError(engine._running()._set.describe_lost())

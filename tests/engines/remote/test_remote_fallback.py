@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -23,22 +22,11 @@ from support.remote_engines import Sending, assert_exact, generate, publish, req
 from support.rollouts import Samples, rolling
 
 
-@pytest.fixture(scope="module")
-def pair() -> Iterator[list[Server]]:
-    with servers(2) as running:
-        yield running
-
-
 @pytest.fixture
 def two(pair: list[Server]) -> list[Server]:
     for server in pair:
         server.do(reset={"no_scale_out": True}, faults=[])
     return pair
-
-
-@pytest.fixture
-def one(two: list[Server]) -> Server:
-    return two[0]
 
 
 def routes(server: Server) -> list[int]:

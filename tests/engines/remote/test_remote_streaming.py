@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -24,24 +23,6 @@ from support.remote_engines import Sending, assert_exact, generate, publish, req
 from support.rollouts import Samples, rolling
 
 CHUNKED = 17  # tokens that have come after two chunks: the first, and sixteen
-
-
-@pytest.fixture(scope="module")
-def pair() -> Iterator[list[Server]]:
-    with servers(2) as running:
-        yield running
-
-
-@pytest.fixture
-def two(pair: list[Server]) -> list[Server]:
-    for server in pair:
-        server.do(reset={}, faults=[])
-    return pair
-
-
-@pytest.fixture
-def one(two: list[Server]) -> Server:
-    return two[0]
 
 
 def stamps(segments: list[Segment]) -> list[tuple[int, int]]:

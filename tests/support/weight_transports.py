@@ -1,0 +1,33 @@
+"""Updates of servers over any transport, and the files of a weight folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from sdp_lightning.engines.remote.engine import RemoteInfEngine
+
+
+def update(
+    engine: RemoteInfEngine,
+    named: list[tuple[str, torch.Tensor]],
+    version: int,
+    *,
+    reset: bool = False,
+) -> Any:
+    engine.pause()
+    report = engine.update_weights(named, version, reset=reset)
+    engine.resume()
+    return report
+
+
+def load(folder: Path) -> dict[str, list[float]]:
+    return {k: v.tolist() for k, v in load_file(folder / "model-00000.safetensors").items()}
+
+
+def names_in(folder: Path) -> list[str]:
+    """Names of the files in ``folder`` other than the lock."""
+    return sorted(path.name for path in folder.iterdir() if path.name != "lock")
