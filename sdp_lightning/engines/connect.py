@@ -52,39 +52,33 @@ def connect_engine(
 
         return EmbeddedEngine(model, **options)
     scheme, separator, rest = url.partition("://")
-    if separator and scheme == "vllm":
-        return _connect_vllm(rest, model=model, options=options)
-    if separator and scheme == "sglang":
-        return _connect_sglang(rest, options=options)
+    if separator and scheme in ("vllm", "sglang"):
+        return _connect_servers(scheme, rest, model=model, options=options)
     raise ConfigError(
         f"engine {url!r} is not known. Known are 'embedded', 'vllm://host:port,...', "
         "'vllm://launch?replicas=1', 'sglang://host:port,...' and any object that is an engine."
     )
 
 
-def _connect_vllm(rest: str, *, model: Any, options: dict[str, Any]) -> SharedServerEngine:
+def _connect_servers(
+    scheme: str, rest: str, *, model: Any, options: dict[str, Any]
+) -> SharedServerEngine:
     from sdp_lightning.engines.remote.engine import RemoteInfEngine
     from sdp_lightning.engines.remote.options import RemoteOptions
+    from sdp_lightning.engines.remote.sglang import SGLangBackend
     from sdp_lightning.engines.remote.vllm import VLLMBackend
     from sdp_lightning.engines.servers.managed import ManagedServers
 
     settings = _from_fields(RemoteOptions, options)
+    if scheme == "sglang":
+        urls = _server_urls(scheme, rest, "; SGLang servers are not started from here")
+        return RemoteInfEngine(urls, SGLangBackend(), options=settings)
     address, _, query = rest.partition("?")
     if address == "launch":
         servers = ManagedServers(_server_config(query, model, settings.transport))
-        return RemoteInfEngine(servers, VLLMBackend(), options=settings)
-    urls = _server_urls("vllm", rest, " or 'vllm://launch?replicas=1'")
-    return RemoteInfEngine(urls, VLLMBackend(), options=settings)
-
-
-def _connect_sglang(rest: str, *, options: dict[str, Any]) -> SharedServerEngine:
-    from sdp_lightning.engines.remote.engine import RemoteInfEngine
-    from sdp_lightning.engines.remote.options import RemoteOptions
-    from sdp_lightning.engines.remote.sglang import SGLangBackend
-
-    urls = _server_urls("sglang", rest, "; SGLang servers are not started from here")
-    settings = _from_fields(RemoteOptions, options)
-    return RemoteInfEngine(urls, SGLangBackend(), options=settings)
+    else:
+        servers = _server_urls(scheme, rest, " or 'vllm://launch?replicas=1'")
+    return RemoteInfEngine(servers, VLLMBackend(), options=settings)
 
 
 def _server_urls(scheme: str, rest: str, otherwise: str) -> list[str]:

@@ -1,7 +1,4 @@
-"""Fakes and tiny models for tests, shipped so that users patch nothing.
-
-``tiny_model`` and ``tiny_tokenizer`` import transformers when called, not before.
-"""
+"""An engine without a model, for tests; shipped so that users patch nothing."""
 
 from __future__ import annotations
 
@@ -34,7 +31,7 @@ class _FakeRequest:
     num_closed: int = 0
 
     def key(self, num_sampled: int) -> tuple[str, int, tuple[int, ...]]:
-        """What the request looks like when it is resent with so many of its tokens."""
+        """Identity of the request when it is resent with ``num_sampled`` of its sampled tokens."""
         before = self.request.token_ids.tolist()
         tokens = (*before, *self.sampled[:num_sampled])
         return self.request.group_key, self.request.seed, tokens
@@ -47,13 +44,13 @@ class FakeEngine:
     ``p % 7 + 3`` and its log-prob ``-(version + 1) / 10``, so a wrong stamp shows in the numbers.
 
     Args:
-        reply: how many tokens a request wants in all, interruptions included.
+        reply: total length of a reply in tokens, over all interruptions.
         manual: nothing is sampled until ``advance`` is called; otherwise each reply takes
             ``latency_s``, in ``chunks`` equal steps.
         updates_in_flight: swap weights under requests; False interrupts them at ``pause``, as a
             server does.
-        latency_s: of a reply, in seconds.
-        chunks: steps of a reply; weights may change between them.
+        latency_s: latency of a reply, in seconds.
+        chunks: number of steps of a reply; weights may change between them.
         prompt_logprobs: log-probs of a prompt's own tokens but the first, in nats; None gives each
             the log-prob of the version.
     """
@@ -92,7 +89,7 @@ class FakeEngine:
 
     @property
     def num_in_flight(self) -> int:
-        """Requests that have neither ended nor been interrupted."""
+        """Number of requests that have neither ended nor been interrupted."""
         return len(self._requests)
 
     def start(self) -> None:
@@ -118,7 +115,7 @@ class FakeEngine:
         finally:
             entry.done.cancel()
             with self._changed:
-                if entry in self._requests:  # cancelled: tokens that are not closed are discarded
+                if entry in self._requests:  # cancelled: tokens of the open segment are discarded
                     self._leave(entry, num_kept=entry.num_closed)
 
     def wait_for_requests(

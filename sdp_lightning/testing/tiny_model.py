@@ -1,4 +1,7 @@
-"""A model and a tokenizer that are made in a moment."""
+"""A tiny model and its tokenizer, made in milliseconds.
+
+Both functions import transformers when called, not before.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ TINY_CHARACTERS = "0123456789abcdefghijklmnopqrstuvwxyz +-*/=:,.?\n"
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a character of :data:`TINY_CHARACTERS`, after pad (0), eos (1) and unknown (2)."""
+    """Character tokenizer of :data:`TINY_CHARACTERS`, after pad (0), eos (1) and unknown (2)."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

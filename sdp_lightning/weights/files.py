@@ -140,13 +140,11 @@ class FileTransport:
         bucket_bytes: size of one file.
     """
 
+    is_live = False
+
     def __init__(self, root: Path | None = None, *, bucket_bytes: int = BUCKET_BYTES) -> None:
         self._files = WeightFolder(root, bucket_bytes=bucket_bytes)
         self._latest: list[Path] = []
-
-    @property
-    def is_live(self) -> bool:
-        return False
 
     def stage(self, weights: Weights, *, full: bool) -> int:
         folder, num_bytes = self._files.write(weights, full=full)

@@ -44,6 +44,8 @@ class GlooTransport:
         root: parent folder of staged weights; None is shared memory.
     """
 
+    is_live = False
+
     def __init__(self, host: str, *, timeout_s: float = 120.0, root: Path | None = None) -> None:
         self._files = WeightFolder(root)
         self._host, self._timeout_s = host, timeout_s
@@ -65,10 +67,6 @@ class GlooTransport:
             wait_for_workers=False,
             master_listen_fd=listener.detach(),
         )
-
-    @property
-    def is_live(self) -> bool:
-        return False
 
     def stage(self, weights: Weights, *, full: bool) -> int:
         try:

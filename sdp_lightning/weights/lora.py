@@ -33,14 +33,12 @@ class LoRATransport:
         root: a folder that servers see under the same name; None is this host's shared memory.
     """
 
+    is_live = False
+
     def __init__(self, alpha: float, *, root: Path | None = None) -> None:
         self._alpha = alpha
         self._files = WeightFolder(root)
         self._number = 0
-
-    @property
-    def is_live(self) -> bool:
-        return False
 
     def stage(self, weights: Weights, *, full: bool) -> int:
         stream = weights if isinstance(weights, WeightStream) else WeightStream.of(weights)

@@ -36,6 +36,8 @@ class NativeTransport:
         timeout_s: timeout of one transfer, in seconds.
     """
 
+    is_live = True
+
     def __init__(self, kind: NativeName, host: str, *, timeout_s: float = 120.0) -> None:
         if kind == "ipc" and distributed.is_initialized() and distributed.get_world_size() > 1:
             raise ConfigError(
@@ -83,10 +85,6 @@ class NativeTransport:
         except SDPError:
             self._senders.pop(target.url, None)
             raise
-
-    @property
-    def is_live(self) -> bool:
-        return True
 
     def close(self) -> None:
         self._senders.clear()

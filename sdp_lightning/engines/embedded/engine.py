@@ -79,6 +79,8 @@ class EmbeddedEngine:
         ConfigError: if a value is out of range.
     """
 
+    updates_in_flight = True
+
     def __init__(
         self,
         model: str | PreTrainedModel,
@@ -113,10 +115,6 @@ class EmbeddedEngine:
     @property
     def version(self) -> int | None:
         return None if self._running is None else self._running.loop.version
-
-    @property
-    def updates_in_flight(self) -> bool:
-        return True
 
     @property
     def num_generated(self) -> int:

@@ -140,7 +140,7 @@ class RemoteInfBackend(Protocol):
         """Calls whose answers :meth:`read_description` reads."""
         ...
 
-    def read_description(self, answers: Sequence[Any]) -> ServerInfo:
+    def read_description(self, replies: Sequence[Any]) -> ServerInfo:
         """Read the answers to the calls of :meth:`describe`, in order."""
         ...
 

@@ -26,15 +26,7 @@ from functools import partial
 from typing import Any
 
 from sdp_lightning.engines.protocol import GenerationRequest
-from sdp_lightning.engines.remote.answers import (
-    FINISH_REASONS,
-    PROBE_TOKENS,
-    check_done,
-    check_temperature,
-    read_edges,
-    reading,
-    unexpected,
-)
+from sdp_lightning.engines.remote import answers
 from sdp_lightning.engines.remote.backend import (
     Call,
     Chunk,
@@ -47,7 +39,7 @@ from sdp_lightning.errors import ConfigError, EngineError
 from sdp_lightning.types import FinishReason, KVPolicy
 from sdp_lightning.weights.protocol import Instruction, LoadFolder
 
-_reading = partial(reading, "SGLang")
+_reading = partial(answers.reading, "SGLang")
 # The field and value with which a route confirms that it is done.
 _DONE: dict[str, tuple[str, object]] = {
     "/pause_generation": ("status", "ok"),
@@ -69,9 +61,7 @@ _PLAIN_SAMPLING = {
 class SGLangBackend:
     """SGLang's ``/generate`` and its routes for reinforcement learning."""
 
-    @property
-    def name(self) -> str:
-        return "sglang"
+    name = "sglang"
 
     def health(self) -> Call:
         return Call("GET", "/server_info")
@@ -82,8 +72,8 @@ class SGLangBackend:
     def describe(self) -> Sequence[Call]:
         return (Call("GET", "/model_info"), Call("GET", "/server_info"))
 
-    def read_description(self, answers: Sequence[Any]) -> ServerInfo:
-        model, server = answers
+    def read_description(self, replies: Sequence[Any]) -> ServerInfo:
+        model, server = replies
         with _reading("/model_info", "model_path", model):
             path = str(model["model_path"])
         wanted = "max_req_input_len and incremental_streaming_output"
@@ -100,11 +90,11 @@ class SGLangBackend:
 
     def probe(self, info: ServerInfo, temperature: float) -> Call:
         sampling = {"max_new_tokens": 1, "temperature": temperature, "ignore_eos": True}
-        return _generate([0, 1], sampling, top_logprobs_num=PROBE_TOKENS)
+        return _generate([0, 1], sampling, top_logprobs_num=answers.PROBE_TOKENS)
 
     def read_probe(self, info: ServerInfo, at_one: Any, at_half: Any) -> None:
         remedy = "Start it without SGLANG_RETURN_ORIGINAL_LOGPROB."
-        check_temperature(_top_logprobs(at_one), _top_logprobs(at_half), remedy=remedy)
+        answers.check_temperature(_top_logprobs(at_one), _top_logprobs(at_half), remedy=remedy)
 
     def generate(self, request: GenerationRequest, info: ServerInfo, *, stream: bool) -> Call:
         params = request.params
@@ -130,7 +120,7 @@ class SGLangBackend:
     def read_completion(self, answer: Any, info: ServerInfo, version: int) -> Completion:
         chunk = _read_tokens(answer)
         if chunk.finish_reason is None:
-            raise unexpected("SGLang", "/generate", "meta_info.finish_reason", answer)
+            raise answers.unexpected("SGLang", "/generate", "meta_info.finish_reason", answer)
         return assemble([chunk], version)
 
     def read_chunk(self, answer: Any, info: ServerInfo) -> Chunk:
@@ -183,7 +173,7 @@ class SGLangBackend:
         return Call("POST", "/update_weight_version", body)
 
     def read_done(self, call: Call, answer: Any) -> None:
-        check_done("SGLang", call.path, answer, *_DONE[call.path])
+        answers.check_done("SGLang", call.path, answer, *_DONE[call.path])
 
     def get_version(self) -> Call:
         return Call("GET", "/model_info")
@@ -209,7 +199,7 @@ def _read_reason(answer: Any) -> FinishReason | None:
         reason = answer["meta_info"]["finish_reason"]
         if reason is None:
             return None
-        finish_reason = FINISH_REASONS[str(reason["type"])]
+        finish_reason = answers.FINISH_REASONS[str(reason["type"])]
     # No stop text is ever sent, so one that "matched" is how SGLang reports logits that are nan.
     if reason.get("status_code") is not None or isinstance(reason.get("matched"), str):
         raise EngineError(f"SGLang ended a request with {reason}.")
@@ -235,7 +225,7 @@ def _read_edges(answer: Any) -> tuple[tuple[str, int, int], ...] | None:
     with _reading("/generate", "meta_info.weight_versions", answer):
         meta = answer["meta_info"]
         if spans := meta.get("weight_versions"):
-            return read_edges(spans)
+            return answers.read_edges(spans)
         if (version := meta.get("weight_version")) is None:
             return None
         return ((str(version), 0, int(meta["completion_tokens"])),)

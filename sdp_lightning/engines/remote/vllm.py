@@ -14,15 +14,7 @@ from functools import partial
 from typing import Any
 
 from sdp_lightning.engines.protocol import GenerationRequest
-from sdp_lightning.engines.remote.answers import (
-    FINISH_REASONS,
-    PROBE_TOKENS,
-    check_done,
-    check_temperature,
-    read_edges,
-    reading,
-    unexpected,
-)
+from sdp_lightning.engines.remote import answers
 from sdp_lightning.engines.remote.backend import (
     Call,
     Chunk,
@@ -42,7 +34,7 @@ from sdp_lightning.weights.protocol import (
 
 TOKENS, COMPLETIONS = "/inference/v1/generate", "/v1/completions"
 STREAM_INTERVAL = 16  # tokens per chunk
-_reading, _unexpected = partial(reading, "vLLM"), partial(unexpected, "vLLM")
+_reading, _unexpected = partial(answers.reading, "vLLM"), partial(answers.unexpected, "vLLM")
 # Sent because /v1/completions otherwise reads them from the model's generation_config.json.
 _PLAIN = {
     **{"min_p": 0.0, "presence_penalty": 0.0, "frequency_penalty": 0.0},
@@ -81,9 +73,7 @@ _DONE: dict[str, tuple[str, object]] = {
 class VLLMBackend:
     """vLLM's ``/inference/v1/generate`` and its routes for reinforcement learning."""
 
-    @property
-    def name(self) -> str:
-        return "vllm"
+    name = "vllm"
 
     def health(self) -> Call:
         return Call("GET", "/health")
@@ -95,8 +85,8 @@ class VLLMBackend:
         models, world = Call("GET", "/v1/models"), Call("GET", "/get_world_size")
         return (models, world, _rpc("sdp_hello"))
 
-    def read_description(self, answers: Sequence[Any]) -> ServerInfo:
-        models, world, _ = answers
+    def read_description(self, replies: Sequence[Any]) -> ServerInfo:
+        models, world, _ = replies
         with _reading("/v1/models", "data[0].id and max_model_len", models):
             served = models["data"][0]
             model, max_length = str(served["id"]), int(served["max_model_len"])
@@ -108,12 +98,14 @@ class VLLMBackend:
 
     def probe(self, info: ServerInfo, temperature: float) -> Call:
         sampling: dict[str, Any] = {"max_tokens": 1, "temperature": temperature, **_PLAIN}
-        sampling |= {"logprobs": PROBE_TOKENS, "top_p": 1.0, "top_k": 0}
+        sampling |= {"logprobs": answers.PROBE_TOKENS, "top_p": 1.0, "top_k": 0}
         return _sample(info, [0, 1], sampling, stream=False)
 
     def read_probe(self, info: ServerInfo, at_one: Any, at_half: Any) -> None:
         remedy = "Start it with --logprobs-mode processed_logprobs."
-        check_temperature(_top_logprobs(info, at_one), _top_logprobs(info, at_half), remedy=remedy)
+        answers.check_temperature(
+            _top_logprobs(info, at_one), _top_logprobs(info, at_half), remedy=remedy
+        )
 
     def generate(self, request: GenerationRequest, info: ServerInfo, *, stream: bool) -> Call:
         params = request.params
@@ -142,9 +134,9 @@ class VLLMBackend:
             choice = answer["choices"][0]
             tokens = tuple(int(token) for token in choice["token_ids"] or ())
             logprobs = _logprobs(choice, info)
-            reason = FINISH_REASONS[choice["finish_reason"]]
+            reason = answers.FINISH_REASONS[choice["finish_reason"]]
             spans = choice["weight_versions"] if info.has_spans and reason else None
-            edges = spans and read_edges(spans)
+            edges = spans and answers.read_edges(spans)
         if info.has_spans and reason and tokens and not edges:
             raise _unexpected(TOKENS, "weight_versions (vLLM 0.32)", answer)
         return Chunk(tokens, logprobs, reason, edges or None)
@@ -191,7 +183,7 @@ class VLLMBackend:
             if not str(answer).startswith("Success"):
                 raise _unexpected(path, "Success", answer)
             return
-        check_done("vLLM", path, answer, *_DONE[path])
+        answers.check_done("vLLM", path, answer, *_DONE[path])
 
     def get_version(self) -> Call:
         return Call("GET", "/weight_info")
