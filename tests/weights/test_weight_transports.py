@@ -207,7 +207,7 @@ def test_a_server_that_says_it_has_what_it_never_fetched_is_not_believed(tmp_pat
 
     transport = GlooTransport("127.0.0.1", timeout_s=0.2, root=tmp_path)
     transport.stage(weights(1.0), full=True)
-    with pytest.raises(EngineError, match=r"http://liar said .* not all sent within 0.2 s"):
+    with pytest.raises(EngineError, match=r"http://liar confirmed .* not all sent within 0.2 s"):
         asyncio.run(transport.deliver(Target("http://liar", 1, tell), whole=True))
     await_no_senders()
     transport.close()
