@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from sdp_lightning.rewards.foreign_code import workers_only
 from sdp_lightning.rewards.text import exact_match, find_numbers, numeric_match
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ __all__ = [
     "exact_match",
     "find_numbers",
     "numeric_match",
+    "workers_only",
 ]
 
 

@@ -2,12 +2,16 @@
 
 A reward is ``reward(completion, row) -> float``. These are 1.0 or 0.0; ``functools.partial`` fixes
 their options. No model, no state.
+
+Every parser here is linear in the length of its text: tags are found by one pass of ``str.find``,
+and nothing that must match follows a repetition without bound, so no match is tried again.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Iterator, Mapping
 from decimal import Decimal, InvalidOperation
 from typing import Any, Literal
 
@@ -18,7 +22,7 @@ _NUMBER = re.compile(
     (?<!\w) (?<!\d\.)                    # x2 is a name, 1.2.3 is a version
     (?P<sign> (?<![\w)\].]) [-+\u2212] )?  # in 3-1 the minus stands between two numbers
     (?P<number>
-        (?: \d{1,3} (?:,\d{3})+ (?![\d]) | \d+ ) (?:\.\d+)?   # 1,234.5 is one number, 1,2 are two
+        (?: \d{1,3} (?:,\d{3}(?!\d))+ | \d+ ) (?:\.\d+)?  # 1,234.5 is one number, 1,2 are two
       | (?<!\.) \.\d+
     )
     (?P<exponent> [eE][-+]?\d+ )?
@@ -87,10 +91,12 @@ def numeric_match(
     if not tolerance >= 0:
         raise ConfigError(f"tolerance must be 0 or more, got {tolerance}.")
     expected = _expected_number(row, answer_key)
-    numbers = find_numbers(completion)
-    if not numbers:
+    numbers = _iter_numbers(completion)
+    number = next(numbers, None)
+    if which == "last":
+        number = next(iter(deque(numbers, maxlen=1)), number)
+    if number is None:
         return 0.0
-    number = numbers[0 if which == "first" else -1]
     is_near = tolerance > 0 and abs(float(number) - float(expected)) <= tolerance
     return float(number == expected or is_near)
 
@@ -104,7 +110,32 @@ def find_numbers(text: str) -> list[Decimal]:
     A fraction such as 1/2 is two numbers, and 50% is 50. A power of ten beyond all bounds
     (1e99999999999999999999) is left out.
     """
-    return [number for match in _NUMBER.finditer(text) if (number := _decimal(match)) is not None]
+    return list(_iter_numbers(text))
+
+
+def between_tags(text: str, opening: str, closing: str) -> list[str]:
+    """The texts between each ``opening`` and the next ``closing``, in order.
+
+    >>> between_tags("<a>1</a> or <a>2</a> or <a>3", "<a>", "</a>")
+    ['1', '2']
+    """
+    found: list[str] = []
+    start = text.find(opening)
+    while start >= 0:
+        start += len(opening)
+        end = text.find(closing, start)
+        if end < 0:
+            break  # nor is there one behind any later opening
+        found.append(text[start:end])
+        start = text.find(opening, end + len(closing))
+    return found
+
+
+def _iter_numbers(text: str) -> Iterator[Decimal]:
+    for match in _NUMBER.finditer(text):
+        number = _decimal(match)
+        if number is not None:
+            yield number
 
 
 def _decimal(match: re.Match[str]) -> Decimal | None:

@@ -83,7 +83,9 @@ def _serve(connection: socket.socket) -> None:
     setup: dict[str, Any] = json.loads(receive(connection))
     sys.path[:] = setup["path"]
     from sdp_lightning.config.import_path import load_object
+    from sdp_lightning.rewards.foreign_code import enter_worker_process
 
+    enter_worker_process()
     _limit_resources(setup["memory_bytes"])
     function: Any = None
 

@@ -45,7 +45,17 @@ def encode_turn(
         text = between_turns(tokenizer, messages)
         if stopped_by is not None:
             text = text.removeprefix(tokenizer.decode([stopped_by], skip_special_tokens=False))
-    return tokenizer.encode(text, add_special_tokens=False) if text else []
+    return tokenizer.encode(encodable(text), add_special_tokens=False) if text else []
+
+
+def encodable(text: str) -> str:
+    r"""``text`` with U+FFFD for each lone surrogate, which tokenizers refuse.
+
+    JSON may hold one (``"\\ud800"``), so an environment that repeats its call may, too.
+    """
+    if text.isascii():
+        return text
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def between_turns(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from sdp_lightning.config.import_path import load_object
 from sdp_lightning.errors import ConfigError, RolloutError
+from sdp_lightning.rewards.foreign_code import refuse_without_workers
 from sdp_lightning.types import Row, SamplingParams, Trajectory
 from sdp_lightning.workflows.chat_template import (
     PLACEHOLDER,
@@ -81,6 +82,7 @@ class MultiTurnWorkflow(RolloutWorkflow):
             raise ConfigError(
                 f"environment must be a class or a function that makes one, got {factory!r}."
             )
+        refuse_without_workers(factory, "give the environment a RewardPool of it")
         self._make_environment: Any = factory
         self._sampling = sampling if sampling is not None else SamplingParams()
         self.group_size, self.max_turns = group_size, max_turns

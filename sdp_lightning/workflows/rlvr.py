@@ -7,6 +7,7 @@ from typing import Any
 
 from sdp_lightning.config.import_path import load_object
 from sdp_lightning.errors import ConfigError
+from sdp_lightning.rewards.foreign_code import refuse_without_workers
 from sdp_lightning.rewards.pool import RewardPool
 from sdp_lightning.rewards.timeouts import call_reward
 from sdp_lightning.types import Row, SamplingParams, Trajectory
@@ -29,7 +30,7 @@ class RLVRWorkflow(RolloutWorkflow):
         reward: ``reward(completion, row) -> float``, plain or async, or its import path:
             ``"package.module:name"`` or ``"path/to/file.py:name"``. A plain function runs in a
             thread of its own, so it may block. A ``RewardPool`` runs it in a process that can be
-            killed.
+            killed; one that is ``workers_only`` (reasoning-gym's, math-verify's) runs nowhere else.
         group_size: number of samples for each prompt.
         sampling: sampling settings; the tokenizer's end of text and the tokens of ``stop`` are
             added to its ``stop_token_ids``.
@@ -45,7 +46,8 @@ class RLVRWorkflow(RolloutWorkflow):
             as ``reward``.
 
     Raises:
-        ConfigError: if a setting is out of range, or worker processes cannot import the reward.
+        ConfigError: if a setting is out of range, worker processes cannot import the reward, or it
+            runs in worker processes only and there are none.
     """
 
     def __init__(
@@ -140,4 +142,7 @@ def _make_pool(
                 f"reward_workers={num_workers}."
             )
         return function
-    return RewardPool(reward, num_workers=num_workers, timeout_s=timeout_s) if num_workers else None
+    if num_workers == 0:
+        refuse_without_workers(function)
+        return None
+    return RewardPool(reward, num_workers=num_workers, timeout_s=timeout_s)

@@ -24,6 +24,7 @@ KINDS = ("process killed", "thread died", "exception", "hang", "slow", "corrupte
 PHASES = {
     "fetch": "reading the next row of the prompts",
     "generate": "sampling, by the engine in the process or by servers",
+    "completion": "reading and scoring what the policy wrote, which may be anything",
     "reward": "calling the reward",
     "queue": "handing finished groups to the trainer, and its wait for them",
     "score": "the proximal log-probs of tokens that were sampled by an older version",
