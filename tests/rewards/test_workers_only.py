@@ -111,7 +111,7 @@ def test_a_config_that_names_it_without_workers_is_refused() -> None:
     config = {"class_path": "sdp_lightning.ShapedWorkflow", "init_args": {"workflow": inner}}
     parsed = parser.parse_object({"workflow": config})
     with pytest.raises(ConfigError, match=REFUSED):
-        parser.instantiate_classes(parsed)
+        parser.instantiate(parsed)
 
 
 def test_other_rewards_need_no_workers() -> None:
