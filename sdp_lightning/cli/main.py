@@ -12,34 +12,12 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import metadata
+from importlib.resources import files
 
 from sdp_lightning.errors import TRACEBACK, ConfigError, RecordingError, SDPError, explain
 
 TRAINER_COMMANDS = ("fit", "validate", "test", "rollout")
-HELP = """\
-usage: sdp-lightning fit|validate|test|rollout --config FILE [--model.X Y] [--trainer.X Y] ...
-       sdp-lightning fit --config FILE --dry-run
-       sdp-lightning export CKPT OUT [--model MODEL] [--dtype DTYPE] [--adapter] [--overwrite]
-       sdp-lightning report RUN_DIR
-       sdp-lightning doctor [--config FILE] [--gpu-gib N]
-       sdp-lightning --version
-
-fit        train a model: sdp-lightning fit --config recipes/arithmetic_cpu/config.yaml
-           --dry-run tries two batches on the CPU, with a tiny random model of the same
-           architecture and the real tokenizer, rows, workflow and reward
-validate   evaluate on data.val_prompts; --ckpt_path FILE evaluates those weights
-test       the same as validate, in Lightning's test loop
-rollout    generate and record, without training: --num_batches N, --folder DIR, --ckpt_path FILE
-export     write a checkpoint as a Hugging Face folder for transformers, vLLM and others;
-           a LoRA adapter is merged, or written alone for peft with --adapter
-report     write report.html of a run from the files of RunReport or a CSVLogger
-doctor     check this machine: packages, GPUs, memory, disk; --config FILE also checks the GPUs,
-           servers, model and rows of that config, and estimates memory and lag; --gpu-gib 80
-           estimates for GPUs with 80 GiB that are not here
-
-sdp-lightning fit --help lists every setting, sdp-lightning fit --config FILE --print_config shows
-them all as one file. trainer.max_steps counts optimizer steps, not batches.
-"""
+HELP = (files("sdp_lightning.cli") / "help.txt").read_text("utf-8")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

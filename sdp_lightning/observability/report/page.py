@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ from sdp_lightning.observability.report.charts import number
 from sdp_lightning.observability.report.files import PAGE, Run, RunConfigs, read_run
 from sdp_lightning.observability.report.markup import card, duration, escape, section, table, value
 from sdp_lightning.observability.report.rollouts import rollouts
-from sdp_lightning.observability.report.style import style_block
 from sdp_lightning.observability.report.time_breakdown import time_breakdown
 from sdp_lightning.training.metrics.names import FAMILIES, OTHERS
 
@@ -58,7 +58,8 @@ def page(run: Run) -> str:
         section("all", "Everything", _settings(run.settings) + _metrics(run.steps)),
         f"<footer>{_footer(run)}</footer>",
     ]
-    style = style_block() + str(run.state.get("style", ""))
+    css = (files("sdp_lightning.observability.report") / "style.css").read_text("utf-8")
+    style = f"<style>\n{css}</style>{run.state.get('style', '')}"
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'

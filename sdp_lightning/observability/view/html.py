@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import html
 from collections.abc import Sequence
+from importlib.resources import files
+from string import Template
 
 import numpy as np
 
@@ -14,22 +16,6 @@ from sdp_lightning.observability.view.palette import DARK, HUES, LIGHT, Theme, h
 from sdp_lightning.observability.view.text import PART, Decoder, token_texts, visible
 from sdp_lightning.observability.view.token_rows import CONTEXT, NAMES, Section, TokenRow
 from sdp_lightning.observability.view.words import count_of, facts_of, legend_of, window_of
-
-_DARK_HOSTS = (  # Jupyter, VS Code, Colab, Material for MkDocs, and pages with data-theme
-    '[data-jp-theme-light="false"]',
-    ".vscode-dark",
-    ".vscode-high-contrast:not(.vscode-high-contrast-light)",
-    "html[theme=dark]",
-    '[data-md-color-scheme="slate"]',
-    '[data-theme="dark"]',
-)
-_LIGHT_HOSTS = (
-    '[data-jp-theme-light="true"]',
-    ".vscode-light",
-    ".vscode-high-contrast-light",
-    '[data-md-color-scheme="default"]',
-    '[data-theme="light"]',
-)
 
 
 def fragment(
@@ -167,65 +153,13 @@ def _variables(theme: Theme) -> str:
 
 
 def _style() -> str:
-    def under(hosts: Sequence[str]) -> str:
-        return ",".join(f"{host} .sdp-view,{host}.sdp-page" for host in hosts)
-
     hues = "".join(
         f".sdp-v{i}{{background:var(--sdp-t{i});text-decoration-color:{hue}}}"
         for i, hue in enumerate(HUES)
     )
-    lines = "".join(
-        f".sdp-u-{style}{{text-decoration-line:underline;text-decoration-style:{style}}}"
-        for style in ("solid", "dashed", "dotted", "double")
-    )
-    return (
-        f".sdp-view,.sdp-page{{{_variables(LIGHT)}color-scheme:light}}"
-        "@media(prefers-color-scheme:dark){"
-        f".sdp-view,.sdp-page{{{_variables(DARK)}color-scheme:dark}}}}"
-        f"{under(_DARK_HOSTS)}{{{_variables(DARK)}color-scheme:dark}}"
-        f"{under(_LIGHT_HOSTS)}{{{_variables(LIGHT)}color-scheme:light}}" + _LAYOUT + hues + lines
-    )
+    css = Template((files("sdp_lightning.observability.view") / "style.css").read_text("utf-8"))
+    light, dark = (_variables(theme) + "color-scheme:" for theme in (LIGHT, DARK))
+    return css.substitute(light=f"{light}light", dark=f"{dark}dark", hues=hues)
 
-
-_LAYOUT = """
-.sdp-page{margin:0;padding:24px;background:var(--sdp-ground)}
-.sdp-view{box-sizing:border-box;max-width:1080px;padding:12px 14px;border:1px solid var(--sdp-line);
-border-radius:8px;background:var(--sdp-ground);color:var(--sdp-text);
-font:14px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;text-align:left}
-.sdp-view *{box-sizing:border-box}
-.sdp-legend{display:flex;flex-wrap:wrap;align-items:center;gap:6px;color:var(--sdp-muted);
-font-size:12px}
-.sdp-chip{padding:1px 8px;border-radius:9px;color:var(--sdp-text);text-decoration-thickness:2px;
-text-underline-offset:2px;text-decoration-skip-ink:none}
-.sdp-chip-context{background:var(--sdp-panel);color:var(--sdp-muted);
-border:1px solid var(--sdp-line)}
-.sdp-title{margin:14px 0 2px;font-weight:600;overflow-wrap:anywhere}
-.sdp-row{display:flex;gap:16px;padding:12px 0;border-top:1px solid var(--sdp-line)}
-.sdp-group{margin-top:10px}
-.sdp-side{flex:0 0 118px;font-variant-numeric:tabular-nums;color:var(--sdp-muted);font-size:12px}
-.sdp-fact b{color:var(--sdp-text);font-size:15px}
-.sdp-small{margin-top:2px}
-.sdp-main{flex:1 1 0;min-width:0}
-.sdp-strip{display:flex;height:5px;margin-bottom:8px;border-radius:3px;overflow:hidden;
-background:var(--sdp-panel)}
-.sdp-strip i{min-width:1px}
-.sdp-text{font:13px/1.85 ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace;
-white-space:pre-wrap;overflow-wrap:anywhere;unicode-bidi:isolate}
-.sdp-context{margin:0 0 6px;padding:4px 10px;border-left:3px solid var(--sdp-line);
-border-radius:0 4px 4px 0;background:var(--sdp-panel);color:var(--sdp-muted);line-height:1.5;
-max-height:16em;overflow:auto}
-.sdp-context[data-kind=tool]{margin-top:6px;border-left-style:double;border-left-width:6px}
-.sdp-context::before{content:attr(data-kind);float:right;margin-left:12px;
-font:11px/1.6 system-ui,sans-serif;color:var(--sdp-muted)}
-.sdp-run{unicode-bidi:isolate;padding:1px 0;border-radius:3px;
-text-decoration-thickness:2px;text-underline-offset:4px;text-decoration-skip-ink:none;-webkit-box-decoration-break:clone;box-decoration-break:clone}
-.sdp-t:hover{outline:2px solid var(--sdp-text);border-radius:2px}
-.sdp-label{display:inline-block;padding:0 3px;font:600 10px/1 system-ui,sans-serif;
-color:var(--sdp-text);vertical-align:super;text-decoration:none}
-.sdp-note{color:var(--sdp-muted);font:italic 12px/1.5 system-ui,sans-serif}
-.sdp-cut{margin:6px 0;padding:2px 10px;border:1px dashed var(--sdp-line);border-width:1px 0}
-@media(max-width:560px){.sdp-row{display:block}.sdp-side{display:flex;flex-wrap:wrap;gap:12px;
-margin-bottom:6px}}
-"""
 
 STYLE = f"<style>{_style()}</style>"
