@@ -11,12 +11,7 @@ import torch
 from rich.console import Console
 
 import sdp_lightning as sdp
-from sdp_lightning.observability.view.palette import (
-    TERMINAL,
-    channels,
-    hue_of,
-    underline_of,
-)
+from sdp_lightning.observability.view.palette import TERMINAL, channels, hue_of, underline_of
 from sdp_lightning.training.batch import collate
 from support.rollouts import CodePoints, make_segment
 from support.view_pages import Page, page_of, text_segment, text_trajectory

@@ -12,11 +12,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from sdp_lightning.errors import RolloutError, VersionError
-from sdp_lightning.training.batch import (
-    Batch,
-    SealedBatch,
-    collate,
-)
+from sdp_lightning.training.batch import Batch, SealedBatch, collate
 from sdp_lightning.types import Context, Segment, Trajectory, TrajectoryGroup
 
 torch.set_num_threads(1)
