@@ -9,7 +9,9 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import pytest
 import torch
+from hypothesis import settings, strategies as st
 from torch import Tensor
 
 from sdp_lightning.config import LossConfig
@@ -19,6 +21,9 @@ from sdp_lightning.objective import PolicyLoss, segment_wise_ppo_loss
 Loss = Callable[..., PolicyLoss]
 FREE = LossConfig(clip_epsilon=0.999, clip_epsilon_high=1e9, behavior_weight_cap=None)
 CENTRES = ("segment", "proximal", "behavior", "past")
+untimed = settings(deadline=None, max_examples=50)
+few = settings(deadline=None, max_examples=15)  # of a seed, for each of many configs
+SEEDS = st.integers(0, 2**32 - 1)
 
 _WEIGHED = LossConfig(trust_region="proximal", rejection_on="weight", behavior_weight_cap=1.5)
 _BEHAVIOR = LossConfig(trust_region="behavior", behavior_weight_cap=None)
@@ -78,6 +83,7 @@ ESTIMATORS = {
     "GRPO": _but(_BEHAVIOR, aggregation="sequence"),
     "Dr. GRPO": LossConfig(aggregation="constant", aggregation_length=10),
 }  # fmt: skip
+each_estimator = pytest.mark.parametrize("config", ESTIMATORS.values(), ids=ESTIMATORS)
 
 
 _CHOICES: dict[str, tuple[object, ...]] = {

@@ -12,6 +12,7 @@ from sdp_lightning.training.batch import Batch, Layout, collate
 from sdp_lightning.types import Context, Segment, Trajectory, TrajectoryGroup
 
 LAYOUTS: tuple[Layout, ...] = ("padded", "packed", "shared_prefix")
+TOKENS = torch.tensor([[5, 9, 12, 7, 20, 3]])
 
 
 def random_batch(seed: int, sizes: tuple[int, ...] = (3, 1, 4)) -> Batch:
@@ -79,3 +80,9 @@ def build(kind: str, **settings: Any) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return AutoModelForCausalLM.from_config(config)
+
+
+def logits(model: Any) -> Tensor:
+    """[1, T, V] logits of ``TOKENS``."""
+    with torch.no_grad():
+        return model(TOKENS).logits
