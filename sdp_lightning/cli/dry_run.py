@@ -17,7 +17,7 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
-from sdp_lightning.cli.trainer import RolloutCLI, run
+from sdp_lightning.cli.trainer import RolloutCLI
 from sdp_lightning.config.import_path import load_object
 from sdp_lightning.config.model_source import quiet_transformers, resolve_model
 from sdp_lightning.errors import ConfigError
@@ -70,7 +70,7 @@ def dry_run(arguments: Sequence[str]) -> str:
             def before_instantiate_classes(self) -> None:
                 _cut(self.config["fit"], Path(folder))
 
-        cli = run(arguments, Cut)
+        cli = Cut(arguments)
         cli.trainer.save_checkpoint(Path(folder) / "dry-run.ckpt")
         return _report(cli)
 

@@ -34,20 +34,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command == "--version":
         print(f"sdp-lightning {metadata.version('sdp-lightning')}")
         return 0
-    if command == "doctor":
-        return doctor(arguments[1:])
-    if command == "export":
-        return export(arguments[1:])
-    if command == "report":
-        return report(arguments[1:])
     if command in TRAINER_COMMANDS:
         return run_trainer(arguments)
-    commands = (*TRAINER_COMMANDS, "export", "report", "doctor", "--version")
-    near = difflib.get_close_matches(command, commands, n=1)
+    others = {"export": export, "report": report, "doctor": doctor}
+    if command in others:
+        return others[command](arguments[1:])
+    near = difflib.get_close_matches(command, (*TRAINER_COMMANDS, *others, "--version"), n=1)
     hint = f" Did you mean {near[0]}?" if near else ""
-    print(
-        f"sdp-lightning: there is no command {command!r}.{hint}\n\n{HELP}", end="", file=sys.stderr
-    )
+    return refuse(f"there is no command {command!r}.{hint}\n\n{HELP.rstrip()}")
+
+
+def refuse(reason: object) -> int:
+    """Print why a command is refused; returns its exit status."""
+    print(f"sdp-lightning: {reason}", file=sys.stderr)
     return 2
 
 
@@ -85,8 +84,7 @@ def export(arguments: Sequence[str]) -> int:
     try:
         print(export_checkpoint(**vars(options)))
     except ConfigError as error:
-        print(f"sdp-lightning: {error}", file=sys.stderr)
-        return 2
+        return refuse(error)
     return 0
 
 
@@ -100,8 +98,7 @@ def report(arguments: Sequence[str]) -> int:
     try:
         print(write_report(options.folder))
     except ConfigError as error:
-        print(f"sdp-lightning: {error}", file=sys.stderr)
-        return 2
+        return refuse(error)
     return 0
 
 
@@ -111,7 +108,7 @@ def run_trainer(arguments: list[str]) -> int:
     Status 2: a setting is refused. Status 1: the run ended with an error.
     """
     from sdp_lightning.cli.quiet_logs import quiet_logs
-    from sdp_lightning.cli.trainer import recorded, run
+    from sdp_lightning.cli.trainer import RolloutCLI, recorded
 
     quiet_logs()
     try:
@@ -120,12 +117,12 @@ def run_trainer(arguments: list[str]) -> int:
 
             print(dry_run([argument for argument in arguments if argument != "--dry-run"]))
             return 0
-        trainer = run(arguments).trainer
+        trainer = RolloutCLI(arguments).trainer
         if arguments[0] == "rollout" and trainer.is_global_zero:
             print(recorded(trainer))
     except (SDPError, OSError) as error:
         if os.environ.get(TRACEBACK):
             raise
-        print(f"sdp-lightning: {explain(error)}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError | RecordingError) else 1
+        refused = refuse(explain(error))
+        return refused if isinstance(error, ConfigError | RecordingError) else 1
     return 0

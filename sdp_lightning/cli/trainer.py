@@ -175,12 +175,3 @@ def recorded(trainer: Trainer) -> str:
         f"{count_sampled_tokens(groups):,} sampled tokens, mean reward "
         f"{sum(rewards) / len(rewards):.3f}; recorded in {recording.folder}"
     )
-
-
-def run(arguments: Sequence[str], kind: type[RolloutCLI] = RolloutCLI) -> RolloutCLI:
-    """Parse ``arguments``, of which the first is the command, and run it.
-
-    Raises:
-        SystemExit: if they cannot be parsed, or ask for help.
-    """
-    return kind(arguments)

@@ -14,12 +14,24 @@ from sdp_lightning.observability.view.palette import (
     LIGHT,
     TERMINAL,
     channels,
-    contrast,
     hue_of,
     underline_of,
 )
 
-WCAG_AA = 4.5
+WCAG_AA = 4.5  # for text
+
+
+def contrast(first: str, second: str) -> float:
+    """Contrast of two colors, 1 to 21, as WCAG 2 defines it."""
+    low, high = sorted((luminance(first), luminance(second)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def luminance(color: str) -> float:
+    """Relative luminance of ``#rrggbb``, 0 to 1."""
+    parts = [part / 255 for part in channels(color)]
+    red, green, blue = (p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
 def themes_in_style() -> list[dict[str, str]]:

@@ -158,15 +158,13 @@ def check_devices(trainer: Mapping[str, Any], engine: str, machine: Machine) -> 
         findings.append(_judge_gpus("servers", unknown, of_servers, len(machine.gpus)))
     if "gpu_memory_utilization" in query:
         return findings
-    if see_all:
+    shared = sorted(set(of_trainer) & set(of_servers))
+    if see_all or shared:
         text = (
             "data.engine names no devices=, so its servers would see the trainer's GPUs: name "
             "some, or cpu, or add gpu_memory_utilization."
-        )
-        findings.append(Finding("problem", "shared GPUs", text))
-    elif shared := sorted(set(of_trainer) & set(of_servers)):
-        text = (
-            f"trainer and servers both use GPU {_list(shared)}: add gpu_memory_utilization to "
+            if see_all
+            else f"trainer and servers both use GPU {_list(shared)}: add gpu_memory_utilization to "
             "data.engine, or give the servers GPUs of their own with devices=."
         )
         findings.append(Finding("problem", "shared GPUs", text))
@@ -213,9 +211,8 @@ def check_servers(engine: str, machine: Machine) -> list[Finding]:
 def check_model(model: object) -> Finding:
     """Checks that the model is on this machine, or an id of the hub."""
     if not isinstance(model, str):
-        return Finding(
-            "problem", "model", f"model.model is {model!r}: an id or a folder is needed."
-        )
+        text = f"model.model is {model!r}: an id or a folder is needed."
+        return Finding("problem", "model", text)
     file, colon, _ = model.rpartition(":")
     path = Path(file if colon else model).expanduser()
     if (colon and file.endswith(".py")) or model[:1] in "/.~":

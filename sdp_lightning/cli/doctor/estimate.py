@@ -43,10 +43,8 @@ def check_division(config: Tree, world_size: int) -> Iterator[Finding]:
         yield Finding("ok", "batch", text + each)
     steps = part_of(config, "trainer").get("max_steps", -1)
     if isinstance(steps, int) and steps > 0 and steps % update.steps_per_batch:
-        text = (
-            f"max_steps={steps} is no multiple of {update.steps_per_batch} optimizer steps a batch."
-        )
-        yield Finding("problem", "max_steps", text)
+        text = f"is no multiple of {update.steps_per_batch} optimizer steps a batch."
+        yield Finding("problem", "max_steps", f"max_steps={steps} {text}")
     yield _expected_lag(rollout)
 
 
@@ -129,9 +127,8 @@ def check_engine_memory(
     )
     if gpu_gib is None:
         return Finding("ok", "engine memory", text + ".")
-    room = (
-        gpu_gib * GIB * float(query.get("gpu_memory_utilization", _DEFAULT_UTILIZATION)) - weights
-    )
+    utilization = float(query.get("gpu_memory_utilization", _DEFAULT_UTILIZATION))
+    room = gpu_gib * GIB * utilization - weights
     wanted = -(-rollout.concurrency * group // int(query.get("replicas", 1)))
     fits = int(room // sample)
     if fits < 1:

@@ -86,7 +86,13 @@ def check_gpus(ask: Ask | None, visible: str | None) -> list[Finding]:
     except NvidiaSmiError as error:
         text = f"{error} Until it does, expect no GPU to work: check the driver."
         return [Finding("note", "nvidia-smi", text)]
-    findings = _check_visible(visible)
+    findings: list[Finding] = []
+    if visible is not None:
+        text = (
+            f"CUDA_VISIBLE_DEVICES is {visible!r}: trainer.devices counts within it, `devices` of "
+            "a server and this list as nvidia-smi does."
+        )
+        findings.append(Finding("note", "visible GPUs", text))
     processes: list[GpuProcess] = []
     try:
         processes = parse_processes(ask(PROCESS_QUERY))
@@ -159,16 +165,16 @@ def ask_nvidia_smi(
 def _judge(gpu: Gpu, holders: Sequence[GpuProcess]) -> Finding:
     text = f"{_gib(gpu.used_mib)} of {_gib(gpu.total_mib)} used"
     subject = f"GPU {gpu.index} memory"
-    if gpu.is_split:
-        held = f" by pids {_join(holders)}" if holders else ""
-        slices = "it is split by MIG: give `devices` the ids of slices that `nvidia-smi -L` lists."
-        return Finding("note", subject, f"{text}{held}; {slices}")
     if holders:
-        return Finding("note", subject, f"{text} by pids {_join(holders)}; {_advice(gpu)}")
-    if gpu.used_mib is not None and gpu.used_mib >= _IDLE_MIB:
-        unseen = "by processes that are not shown here (another user's or container's)"
-        return Finding("note", subject, f"{text} {unseen}; {_advice(gpu)}")
-    return Finding("ok", subject, text)
+        text += f" by pids {_join(holders)}"
+    if gpu.is_split:
+        slices = "it is split by MIG: give `devices` the ids of slices that `nvidia-smi -L` lists."
+        return Finding("note", subject, f"{text}; {slices}")
+    if not holders and (gpu.used_mib or 0) < _IDLE_MIB:
+        return Finding("ok", subject, text)
+    if not holders:
+        text += " by processes that are not shown here (another user's or container's)"
+    return Finding("note", subject, f"{text}; {_advice(gpu)}")
 
 
 def _advice(gpu: Gpu) -> str:
@@ -180,16 +186,6 @@ def _advice(gpu: Gpu) -> str:
         return "it is full: end them, or use another."
     hundredths = int(share * 100 + 1e-9)
     return f"to share it give vLLM gpu_memory_utilization below {hundredths / 100:.2f}."
-
-
-def _check_visible(visible: str | None) -> list[Finding]:
-    if visible is None:
-        return []
-    text = (
-        f"is {visible!r}: trainer.devices counts within it, `devices` of a server and this list as "
-        "nvidia-smi does."
-    )
-    return [Finding("note", "visible GPUs", f"CUDA_VISIBLE_DEVICES {text}")]
 
 
 def _rows(text: str, *, num_fields: int) -> Iterator[list[str]]:

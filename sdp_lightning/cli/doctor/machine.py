@@ -142,14 +142,11 @@ def check_torch(installed: Installed, *, has_nvidia_smi: bool) -> list[Finding]:
             memory = f"{properties.total_memory / GIB:.0f} GiB"
             findings.append(Finding("ok", f"GPU {index}", f"{properties.name}, {memory}"))
     elif has_nvidia_smi:
-        findings.append(
-            Finding(
-                "note",
-                "GPU",
-                f"torch {torch.__version__} does not use this machine's NVIDIA GPU: install a CUDA "
-                "build that fits its driver (nvidia-smi names the newest CUDA it supports).",
-            )
+        text = (
+            f"torch {torch.__version__} does not use this machine's NVIDIA GPU: install a CUDA "
+            "build that fits its driver (nvidia-smi names the newest CUDA it supports)."
         )
+        findings.append(Finding("note", "GPU", text))
     else:
         findings.append(Finding("note", "GPU", "none: models of some 100 M parameters train here."))
     return findings

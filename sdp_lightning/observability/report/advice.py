@@ -28,6 +28,12 @@ MUCH = 0.15  # share of the time, for a phase that is neither waiting nor traini
 DROPS = 0.05  # share of the groups
 UNIFORM = 0.7  # share of the groups
 FLAT = 20  # batches with the same reward
+REMEDIES = {
+    "publishing weights": "Use another transport, train fewer layers, or take larger batches.",
+    "scoring": "segment_proximal='loglinear' or trust_region='behavior' need no scoring.",
+    "evaluating": "Validate less often (val_check_interval), or on fewer rows.",
+    REST: "Look at checkpoints, loggers and callbacks: they run between two steps.",
+}
 
 
 @dataclass(frozen=True)
@@ -75,19 +81,17 @@ def _bottleneck(
     wait, floor = breakdown.wait_share, breakdown.floor_share
     lag_bound = None if configs.rollout is None else configs.rollout.max_head_lag
     if lag_bound == 0 and floor < LOW_FLOOR:
-        yield Advice(
-            "in_turn",
-            "bad",
+        text = (
             f"Sampling and training take turns: max_head_lag=0 allows no overlap, and steps take "
-            f"{1 / floor:.1f} times the floor. Set max_head_lag to 1 or 2.",
+            f"{1 / floor:.1f} times the floor. Set max_head_lag to 1 or 2."
         )
+        yield Advice("in_turn", "bad", text)
     elif wait > LONG_WAIT:
-        yield Advice(
-            "trainer_waits",
-            "bad",
+        text = (
             f"The trainer waits {wait:.0%} of the time for rollouts, and the engine samples "
-            f"{breakdown.sampling_share:.0%} of it. {_faster_rollouts(rows, configs.rollout)}",
+            f"{breakdown.sampling_share:.0%} of it. {_faster_rollouts(rows, configs.rollout)}"
         )
+        yield Advice("trainer_waits", "bad", text)
     elif wait < SHORT_WAIT:
         text = (
             f"The trainer is the bottleneck: it waits {wait:.0%} of the time, and "
@@ -97,27 +101,24 @@ def _bottleneck(
         yield Advice("trainer_bound", "hint", text)
         lag = mean(rows, "lag/mean")
         if lag_bound and lag > 0.7 * lag_bound:
-            yield Advice(
-                "old_tokens",
-                "hint",
+            text = (
                 f"Tokens are {lag:.1f} versions old in the mean, of at most {lag_bound}, while "
                 "the trainer hardly waits: lower max_head_lag or max_concurrent, and they get "
-                "fresher at the same speed.",
+                "fresher at the same speed."
             )
+            yield Advice("old_tokens", "hint", text)
     if floor >= 0.9:
-        yield Advice(
-            "near_floor",
-            "good",
+        text = (
             f"Sampling and training overlap: steps are at {floor:.0%} of the floor that the "
-            "slower of the two sets.",
+            "slower of the two sets."
         )
+        yield Advice("near_floor", "good", text)
     elif lag_bound != 0 and floor < LOW_FLOOR:
-        yield Advice(
-            "gaps",
-            "bad",
+        text = (
             f"Steps reach {floor:.0%} of the floor: neither side is busy all the time. Larger "
-            "max_head_lag or max_concurrent, or rollouts of more equal lengths, close the gaps.",
+            "max_head_lag or max_concurrent, or rollouts of more equal lengths, close the gaps."
         )
+        yield Advice("gaps", "bad", text)
 
 
 def _faster_rollouts(rows: Sequence[MetricRow], rollout: RolloutConfig | None) -> str:
@@ -151,15 +152,7 @@ def _faster_training(configs: RunConfigs) -> str:
 
 
 def _overheads(breakdown: TimeBreakdown) -> Iterator[Advice]:
-    for label, remedy in (
-        (
-            "publishing weights",
-            "Use another transport, train fewer layers, or take larger batches.",
-        ),
-        ("scoring", "segment_proximal='loglinear' or trust_region='behavior' need no scoring."),
-        ("evaluating", "Validate less often (val_check_interval), or on fewer rows."),
-        (REST, "Look at checkpoints, loggers and callbacks: they run between two steps."),
-    ):
+    for label, remedy in REMEDIES.items():
         if breakdown.share(label) > MUCH:
             phase = "in no phase" if label == REST else label
             text = f"{breakdown.share(label):.0%} of the time is {phase}. {remedy}"
@@ -172,15 +165,14 @@ def _rollouts(rows: Sequence[MetricRow], rollout: RolloutConfig | None) -> Itera
     stale, overdue = last.get("rollout/dropped_stale", 0), last.get("rollout/dropped_overdue", 0)
     ended = consumed + stale + overdue
     if ended and (stale + overdue) / ended > DROPS:
-        yield Advice(
-            "many_dropped",
-            "bad",
+        text = (
             f"{(stale + overdue) / ended:.0%} of the groups were dropped as too old ({stale:.0f} "
             f"while they waited, {overdue:.0f} while they ran). Dropped ones had "
             f"{last.get('rollout/dropped_length', 0):.0f} tokens in the mean, trained ones "
             f"{last.get('rollout/trained_length', 0):.0f}: training is biased against long "
-            "rollouts. Raise max_head_lag, lower max_concurrent, or use on_overdue='wait'.",
+            "rollouts. Raise max_head_lag, lower max_concurrent, or use on_overdue='wait'."
         )
+        yield Advice("many_dropped", "bad", text)
     for name, why in (("rejected", "the workflow returned nothing"), ("failed", "it raised")):
         count = last.get(f"rollout/{name}", 0)
         if count and count > DROPS * (consumed + count):
@@ -191,30 +183,27 @@ def _rollouts(rows: Sequence[MetricRow], rollout: RolloutConfig | None) -> Itera
 def _learning(rows: Sequence[MetricRow]) -> Iterator[Advice]:
     rewards = values_of(rows, "train/reward")
     if len(rewards) >= FLAT and max(rewards[-FLAT:]) == min(rewards[-FLAT:]):
-        yield Advice(
-            "flat_reward",
-            "bad",
+        text = (
             f"The reward was {rewards[-1]:.3g} in each of the last {FLAT} batches: if rewards "
-            "agree within groups, too, nothing is learned. Look at the trajectories below.",
+            "agree within groups, too, nothing is learned. Look at the trajectories below."
         )
+        yield Advice("flat_reward", "bad", text)
     uniform = mean(rows[len(rows) // 2 :], "train/uniform")
     if uniform > UNIFORM:
-        yield Advice(
-            "uniform",
-            "bad",
+        text = (
             f"In {uniform:.0%} of the groups all rewards are equal, and such a group has no "
             "learning signal: drop them (ShapedWorkflow with AllEqual), give partial credit, or "
-            "use rows that are neither too hard nor solved.",
+            "use rows that are neither too hard nor solved."
         )
+        yield Advice("uniform", "bad", text)
     skipped = mean(rows, "train/skipped")
     if skipped > 0:
         text = f"{skipped:.1%} of the optimizer steps were skipped: the gradient was not finite."
         yield Advice("skipped", "bad", text)
     truncated = mean(rows[len(rows) // 2 :], "train/truncated")
     if truncated > 0.3:
-        yield Advice(
-            "truncated",
-            "hint",
+        text = (
             f"{truncated:.0%} of the trajectories end at their token budget: raise max_new_tokens "
-            "if their rewards need the end.",
+            "if their rewards need the end."
         )
+        yield Advice("truncated", "hint", text)

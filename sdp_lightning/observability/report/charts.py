@@ -14,6 +14,7 @@ from itertools import pairwise
 Point = tuple[float, float]
 HEIGHT = 260
 WIDTH, WIDE = 560, 1120  # a chart in a column, and across the page
+X = "policy version"
 LEFT, RIGHT, TOP, BOTTOM = 56, 14, 12, 44
 MOST_POINTS = 160
 
@@ -61,8 +62,8 @@ def line_chart(
     lines: Sequence[Line],
     *,
     name: str,
-    x_label: str,
     y_label: str,
+    x_label: str = X,
     y_range: tuple[float | None, float | None] = (None, None),
     width: int = WIDTH,
 ) -> str:
@@ -71,8 +72,8 @@ def line_chart(
     Args:
         lines: series, thinned to ``MOST_POINTS`` points each.
         name: title for screen readers.
-        x_label: label of the x axis.
         y_label: label of the y axis.
+        x_label: label of the x axis.
         y_range: fixed ends of the y axis; None fits the data.
         width: width in pixels; a page may scale it.
     """
@@ -91,15 +92,15 @@ def line_chart(
 
 
 def area_chart(
-    layers: Sequence[Line], *, name: str, x_label: str, y_label: str, percent: bool = True
+    layers: Sequence[Line], *, name: str, y_label: str, x_label: str = X, percent: bool = True
 ) -> str:
     """Chart of layers on top of each other, the first at the bottom; all have the same x.
 
     Args:
         layers: series of one length, thinned to ``MOST_POINTS`` points.
         name: title for screen readers.
-        x_label: label of the x axis.
         y_label: label of the y axis.
+        x_label: label of the x axis.
         percent: whether the layers are shares of 1.
     """
     layers = [Line(s.label, thin(s.points), s.color) for s in layers if s.points]
@@ -125,13 +126,8 @@ def area_chart(
         x: [f"{layer.label}: {form(layer.points[i][1])}" for layer in reversed(layers)]
         for i, x in enumerate(xs)
     }
-    return _figure(
-        *(frame, drawn, hover, layers),
-        name=name,
-        x_label=x_label,
-        y_label=y_label,
-        y_form=percentage if percent else number,
-    )
+    labels = {"name": name, "x_label": x_label, "y_label": y_label}
+    return _figure(frame, drawn, hover, layers, **labels, y_form=form)
 
 
 def thin(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
@@ -224,17 +220,16 @@ def _figure(
     name: str,
     x_label: str,
     y_label: str,
-    y_form: Callable[[float], str] | None = None,
+    y_form: Callable[[float], str] = number,
 ) -> str:
     """Axes around the drawing, strips to hover over, and the legend."""
     bottom, right = HEIGHT - BOTTOM, frame.right
-    form = number if y_form is None else y_form
     parts = [f'<svg class="chart" viewBox="0 0 {frame.width} {HEIGHT}" role="img">']
     parts.append(f"<title>{html.escape(name)}</title>")
     for value in ticks(*frame.y_range, 4):
         y = frame.y(value)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" class="end">{form(value)}</text>')
+        parts.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" class="end">{y_form(value)}</text>')
     for value in ticks(*frame.x_range, 7):
         if value == round(value):
             x = frame.x(value)

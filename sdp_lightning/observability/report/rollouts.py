@@ -8,7 +8,6 @@ from typing import Any
 from sdp_lightning.observability.report.charts import Line, line_chart
 from sdp_lightning.observability.report.files import Run
 from sdp_lightning.observability.report.markup import card, duration, escape, section, table, value
-from sdp_lightning.observability.report.sections import X
 from sdp_lightning.observability.report.series import points
 from sdp_lightning.training.metrics.names import MetricRow
 
@@ -18,30 +17,20 @@ def rollouts(run: Run) -> str:
     rows = run.steps
     if not points(rows, "rollout/running"):
         return ""
-    speed = line_chart(
-        [
-            Line("sampled", points(rows, "speed/generated_tokens_per_s"), 1),
-            Line("trained on", points(rows, "speed/train_tokens_per_s"), 0),
-        ],
-        name="Tokens per second",
-        x_label=X,
-        y_label="tokens/s",
-        y_range=(0.0, None),
-    )
-    groups = line_chart(
-        [
-            Line("running", points(rows, "rollout/running"), 1),
-            Line("ready", points(rows, "rollout/pending"), 0),
-        ],
-        name="Groups on their way",
-        x_label=X,
-        y_label="groups",
-        y_range=(0.0, None),
-    )
+    sampled = Line("sampled", points(rows, "speed/generated_tokens_per_s"), 1)
+    trained = Line("trained on", points(rows, "speed/train_tokens_per_s"), 0)
+    running = Line("running", points(rows, "rollout/running"), 1)
+    ready = Line("ready", points(rows, "rollout/pending"), 0)
+    speed = _chart([sampled, trained], "Tokens per second", "tokens/s")
+    groups = _chart([running, ready], "Groups on their way", "groups")
     body = card("Speed", speed) + card("Groups under way", groups, "right after each publish")
     body += card("Lost groups", _losses(rows, run.state))
     body += card("Slowest groups", _slowest(run.state), "of the groups that ended, on rank 0")
     return section("rollouts", "Rollouts", f'<div class="grid2">{body}</div>')
+
+
+def _chart(lines: Sequence[Line], name: str, y_label: str) -> str:
+    return line_chart(lines, name=name, y_label=y_label, y_range=(0.0, None))
 
 
 def _losses(rows: Sequence[MetricRow], state: Mapping[str, Any]) -> str:
@@ -65,29 +54,14 @@ def _losses(rows: Sequence[MetricRow], state: Mapping[str, Any]) -> str:
             f'<p class="sub">A trained group has {trained:,.0f} sampled tokens in the mean, a '
             f"dropped one {dropped:,.0f}.</p>"
         )
-    reasons = state.get("rejections", {})
-    body += "".join(
-        f'<p class="sub">{count} x rejected because {escape(why)}</p>'
-        for why, count in reasons.items()
-    )
-    chart = line_chart(
-        [
-            Line(label, points(rows, f"rollout/{name}"), i, ("line", "dashed")[i % 2])
-            for i, (name, label) in enumerate(
-                {
-                    "dropped_stale": "stale",
-                    "dropped_overdue": "overdue",
-                    "rejected": "rejected",
-                    "failed": "failed",
-                }.items()
-            )
-            if last.get(f"rollout/{name}")
-        ],
-        name="Lost groups so far",
-        x_label=X,
-        y_label="groups so far",
-        y_range=(0.0, None),
-    )
+    for why, count in state.get("rejections", {}).items():
+        body += f'<p class="sub">{count} x rejected because {escape(why)}</p>'
+    lines = [
+        Line(name.removeprefix("dropped_"), points(rows, f"rollout/{name}"), i, style)
+        for i, (name, style) in enumerate(zip(names, ("line", "dashed") * 2, strict=False))
+        if last.get(f"rollout/{name}")
+    ]
+    chart = _chart(lines, "Lost groups so far", "groups so far")
     return body + ("" if "empty" in chart else chart)
 
 

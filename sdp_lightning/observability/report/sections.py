@@ -9,7 +9,15 @@ from collections.abc import Mapping, Sequence
 
 from sdp_lightning.observability.report.charts import WIDE, Line, area_chart, line_chart, number
 from sdp_lightning.observability.report.files import VERSION, Run
-from sdp_lightning.observability.report.markup import card, duration, escape, section, table, value
+from sdp_lightning.observability.report.markup import (
+    Cell,
+    card,
+    duration,
+    escape,
+    section,
+    table,
+    value,
+)
 from sdp_lightning.observability.report.series import (
     CLIPPED,
     WINDOW,
@@ -29,7 +37,6 @@ from sdp_lightning.observability.report.time_breakdown import (
 )
 from sdp_lightning.training.metrics.names import LAG_NAMES, MetricRow
 
-X = "policy version"
 LAG_COLORS = dict(zip(LAG_NAMES, (2, 0, 4, 1, 3), strict=True))
 PHASE_COLORS = {
     "wait for samples": 1,
@@ -46,29 +53,31 @@ PHASE_COLORS = {
 def cards(run: Run, breakdown: TimeBreakdown | None) -> str:
     """Cards with the most important numbers."""
     rows = run.steps
-    shown: list[tuple[str, str]] = []
+    boxes: list[str] = []
+
+    def show(key: str, number: float, text: str, label: str) -> None:
+        shown = f"<b>{value(key, number, text)}</b><span>{escape(label)}</span>"
+        boxes.append(f'<div class="card">{shown}</div>')
+
     if rewards := moving(points(rows, "train/reward")):
         first, last = rewards[min(WINDOW, len(rewards)) - 1][1], rewards[-1][1]
-        text = value("reward.last", last, f"{last:.3f}")
-        shown.append((text, f"reward, from {first:.3f} (means of {WINDOW} batches)"))
+        label = f"reward, from {first:.3f} (means of {WINDOW} batches)"
+        show("reward.last", last, f"{last:.3f}", label)
     if evaluated := points(run.evaluations, "val/reward", "val/version"):
         version, reward = evaluated[-1]
-        text = value("val.last", reward, f"{reward:.3f}")
-        shown.append((text, f"validation reward at version {version:.0f}"))
+        show("val.last", reward, f"{reward:.3f}", f"validation reward at version {version:.0f}")
     if breakdown is not None:
-        step = breakdown.total_s / breakdown.num_steps
-        shown.append((value("step.mean", step, duration(step)), "a step"))
-        wait = breakdown.wait_share
-        shown.append((value("wait.share", wait, f"{wait:.0%}"), "of the time the trainer waits"))
-        floor = breakdown.floor_share
-        shown.append((value("floor.share", floor, f"{floor:.0%}"), "of the floor is reached"))
+        step = breakdown.step_s
+        wait, floor = breakdown.wait_share, breakdown.floor_share
+        show("step.mean", step, duration(step), "a step")
+        show("wait.share", wait, f"{wait:.0%}", "of the time the trainer waits")
+        show("floor.share", floor, f"{floor:.0%}", "of the floor is reached")
     if (lag := window_mean(rows, "lag/mean")) is not None:
-        shown.append((value("lag.mean", lag, f"{lag:.2f}"), "mean lag lately, in versions"))
+        show("lag.mean", lag, f"{lag:.2f}", "mean lag lately, in versions")
     for side, label in (("generated", "tokens/s sampled"), ("train", "tokens/s trained on")):
         if (speed := window_mean(rows, f"speed/{side}_tokens_per_s")) is not None:
-            shown.append((value(f"speed.{side}", speed, f"{speed:,.0f}"), f"{label}, lately"))
-    boxes = "".join(f'<div class="card"><b>{b}</b><span>{escape(s)}</span></div>' for b, s in shown)
-    return f'<div class="cards">{boxes}</div>'
+            show(f"speed.{side}", speed, f"{speed:,.0f}", f"{label}, lately")
+    return f'<div class="cards">{"".join(boxes)}</div>'
 
 
 def rewards(run: Run) -> str:
@@ -83,7 +92,6 @@ def rewards(run: Run) -> str:
         ],
         name="Reward of batches and of evaluations",
         width=WIDE,
-        x_label=X,
         y_label="reward",
     )
     return section("reward", "Reward", f'<div class="card">{chart}</div>')
@@ -99,25 +107,20 @@ def times(run: Run, breakdown: TimeBreakdown | None) -> str:
         f'title="{escape(label)} {breakdown.share(label):.1%}"></i>'
         for label in present
     )
+
+    def row(label: str, share: float, seconds: float, key: str = "") -> list[Cell]:
+        return [
+            ("", key + escape(label)),
+            ("n", value(f"phase.{label}", share, f"{share:.1%}")),
+            ("n", duration(seconds / breakdown.num_steps)),
+            ("n", duration(seconds)),
+        ]
+
     rows = [
-        [
-            ("", f'<i class="key c{PHASE_COLORS[label]}"></i>{escape(label)}'),
-            ("n", value(f"phase.{label}", breakdown.share(label), f"{breakdown.share(label):.1%}")),
-            ("n", escape(duration(seconds / breakdown.num_steps))),
-            ("n", escape(duration(seconds))),
-        ]
-        for label, seconds in present.items()
+        row(label, breakdown.share(label), s, f'<i class="key c{PHASE_COLORS[label]}"></i>')
+        for label, s in present.items()
     ]
-    total = sum(breakdown.share(label) for label in breakdown.phases)
-    step = breakdown.total_s / breakdown.num_steps
-    rows.append(
-        [
-            ("", "all"),
-            ("n", value("phase.all", total, f"{total:.1%}")),
-            ("n", escape(duration(step))),
-            ("n", escape(duration(breakdown.total_s))),
-        ]
-    )
+    rows.append(row("all", sum(map(breakdown.share, breakdown.phases)), breakdown.total_s))
     body = table(["", "#share", "#a step", "#in all"], rows, last_is_sum=True)
     left = card("The trainer's time", f'<div class="bar">{bar}</div>{body}', _waits(run.steps[-1]))
     right = card("Over the run", _phase_chart(run.steps), "seconds of each step")
@@ -149,14 +152,12 @@ def _phase_chart(rows: Sequence[MetricRow]) -> str:
         for label, color in PHASE_COLORS.items()
         if any(step.share(label) > 1e-4 for _, step in known)
     ]
-    return area_chart(
-        layers, name="Seconds of each phase", x_label=X, y_label="seconds", percent=False
-    )
+    return area_chart(layers, name="Seconds of each phase", y_label="seconds", percent=False)
 
 
 def _floor(breakdown: TimeBreakdown) -> str:
     training = breakdown.phases["scoring"] + breakdown.phases["forward and backward"]
-    steps, step = breakdown.num_steps, breakdown.total_s / breakdown.num_steps
+    steps, step = breakdown.num_steps, breakdown.step_s
     sampled = max(0.0, breakdown.sampling_s - breakdown.phases["evaluating"])
     floor = breakdown.floor_s / steps
     return (
@@ -179,7 +180,6 @@ def lags(run: Run) -> str:
     shares = area_chart(
         [Line(lag_label(lag), points(rows, f"lag/share_{lag}"), LAG_COLORS[lag]) for lag in used],
         name="Share of tokens by lag",
-        x_label=X,
         y_label="share of tokens",
     )
     parts = [card("How old tokens are", shares, "share of the tokens of a batch by their lag")]
@@ -197,28 +197,25 @@ def lags(run: Run) -> str:
         ]
         if any(line.points for line in lines):
             y_range = (None if high else 0.0, high)
-            chart = line_chart(lines, name=title, x_label=X, y_label=label, y_range=y_range)
+            chart = line_chart(lines, name=title, y_label=label, y_range=y_range)
             parts.append(card(title, chart, sub))
     body = f'<div class="grid2">{"".join(parts)}</div>'
     return section("lag", "Staleness", body + card("Over all batches", _lag_table(rows, used)))
 
 
 def _lag_table(rows: Sequence[MetricRow], used: Mapping[str, float]) -> str:
-    lines: list[list[tuple[str, str]]] = []
+    lines: list[list[Cell]] = []
     for lag, count in used.items():
         share = count / sum(used.values())
-        cells = [
-            ("", escape(lag_label(lag))),
-            ("n", value(f"lag.{lag}.share", share, f"{share:.1%}")),
-        ]
+        part = value(f"lag.{lag}.share", share, f"{share:.1%}")
+        cells = [("", escape(lag_label(lag))), ("n", part)]
         for name in (
             *("ess/token", CLIPPED, "loss/rejected_fraction"),
             *("weight/abs_log_mean", "drift/abs_log_mean", "bridge/abs_log_mean"),
         ):
             mean = lag_mean(rows, name, lag)
-            cells.append(
-                ("n", "" if mean is None else value(f"lag.{lag}.{name}", mean, number(mean)))
-            )
+            text = "" if mean is None else value(f"lag.{lag}.{name}", mean, number(mean))
+            cells.append(("n", text))
         lines.append(cells)
     head = ["", "#tokens", "#ESS", "#clipped", "#rejected", "#log weight", "#drift", "#bridge"]
     return table(head, lines)

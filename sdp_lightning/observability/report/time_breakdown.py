@@ -51,6 +51,11 @@ class TimeBreakdown:
         return self.phases.get(label, 0.0) / self.total_s
 
     @property
+    def step_s(self) -> float:
+        """Mean time of a step."""
+        return self.total_s / self.num_steps
+
+    @property
     def wait_share(self) -> float:
         """Share of the time that the trainer waited for batches."""
         return self.wait_s / self.total_s

@@ -71,19 +71,3 @@ def channels(color: str) -> tuple[int, int, int]:
     """Red, green and blue of ``#rrggbb``, 0 to 255."""
     red, green, blue = (int(color[at : at + 2], 16) for at in (1, 3, 5))
     return red, green, blue
-
-
-def contrast(first: str, second: str) -> float:
-    """Contrast of two colors, 1 to 21, as WCAG 2 defines it; level AA needs 4.5 for text.
-
-    >>> round(contrast("#000000", "#ffffff"))
-    21
-    """
-    low, high = sorted((_luminance(first), _luminance(second)))
-    return (high + 0.05) / (low + 0.05)
-
-
-def _luminance(color: str) -> float:
-    parts = [part / 255 for part in channels(color)]
-    red, green, blue = (p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts)
-    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
