@@ -36,7 +36,7 @@ class RankError(SDPError):
 
 
 class CheckpointError(SDPError):
-    """A checkpoint is torn or damaged."""
+    """A checkpoint is torn, damaged, or could not be read or written."""
 
 
 class RecordingError(SDPError):

@@ -14,7 +14,14 @@ from collections.abc import Sequence
 from importlib import metadata
 from importlib.resources import files
 
-from sdp_lightning.errors import TRACEBACK, ConfigError, RecordingError, SDPError, explain
+from sdp_lightning.errors import (
+    TRACEBACK,
+    CheckpointError,
+    ConfigError,
+    RecordingError,
+    SDPError,
+    explain,
+)
 
 TRAINER_COMMANDS = ("fit", "validate", "test", "rollout")
 HELP = (files("sdp_lightning.cli") / "help.txt").read_text("utf-8")
@@ -83,7 +90,7 @@ def export(arguments: Sequence[str]) -> int:
 
     try:
         print(export_checkpoint(**vars(options)))
-    except ConfigError as error:
+    except (CheckpointError, ConfigError) as error:
         return refuse(error)
     return 0
 

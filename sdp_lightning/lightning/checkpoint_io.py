@@ -6,9 +6,11 @@ move is a copy, and a kill in the middle leaves half a checkpoint under the name
 
 from __future__ import annotations
 
-import zipfile
+import errno
+import pickle
+import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -16,11 +18,14 @@ from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from sdp_lightning.config.atomic_files import atomic_file, remove_leftovers
-from sdp_lightning.errors import CheckpointError
+from sdp_lightning.errors import CheckpointError, error_text
+from sdp_lightning.lightning.checkpoint_digest import DigestWriter, remedy_beside, require_whole
+
+_FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota of this user is used up"}
 
 
 class AtomicCheckpointIO(CheckpointIO):
-    """Writes beside the target, then puts the file in its place in one step.
+    """Writes beside the target, with a digest, then puts the file in its place in one step.
 
     A process that is killed leaves the checkpoint that was there before, and a hidden file
     ``.NAME.PID.part``, which the next save under that name removes. Paths with a protocol
@@ -33,30 +38,56 @@ class AtomicCheckpointIO(CheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
     ) -> None:
+        """Write ``checkpoint``, whose digest is in the file.
+
+        Raises:
+            CheckpointError: if the disk does not take it; says how many bytes it needs and how many
+                are free. What was there before is untouched.
+        """
         if storage_options is not None or _is_remote(path):
             self._plain.save_checkpoint(checkpoint, path, storage_options)
             return
-        target = Path(path)
-        remove_leftovers(target)
-        with atomic_file(target, durable=True) as file:
-            torch.save(checkpoint, file)
+        target, num_bytes = Path(path), 0
+        try:
+            remove_leftovers(target)
+            with atomic_file(target, durable=True) as file:
+                with DigestWriter(file) as writer:
+                    torch.save(checkpoint, cast(Any, writer))
+                num_bytes = writer.num_bytes
+                writer.finish()
+        except OSError as error:
+            raise CheckpointError(_why_not_written(target, num_bytes, error)) from error
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
         """Load a checkpoint, to the CPU unless ``map_location`` says otherwise.
 
-        The file is read twice: torch does not verify its checksums.
+        The file is read twice: before torch reads it, all of it is compared with its digest.
 
         Raises:
-            CheckpointError: if the file is incomplete or damaged; it names the newest good one.
+            CheckpointError: if the file is torn or damaged, or cannot be loaded for any other
+                reason; says why, and names the newest whole one beside it.
             FileNotFoundError: if there is no such file.
         """
         file = Path(path)
-        if not _is_remote(path) and file.exists() and not _is_whole(file):
-            raise CheckpointError(_why_not(file))
+        if not _is_remote(path) and file.exists():
+            _refuse_folder(file)
+            require_whole(file)
         target = _to_cpu if map_location is None else map_location
-        return self._plain.load_checkpoint(path, target, weights_only)
+        try:
+            return self._plain.load_checkpoint(path, target, weights_only)
+        except FileNotFoundError:
+            raise
+        except pickle.UnpicklingError as error:
+            raise CheckpointError(
+                f"cannot load the checkpoint {str(path)!r}, which is whole: {error}"
+            ) from error
+        except Exception as error:  # whatever torch raises
+            raise CheckpointError(
+                f"cannot load the checkpoint {str(path)!r}: {error_text(error)}. "
+                f"{remedy_beside(file)}"
+            ) from error
 
     def remove_checkpoint(self, path: str | Path) -> None:
         self._plain.remove_checkpoint(path)
@@ -68,26 +99,32 @@ def use_atomic_checkpoints(trainer: L.Trainer) -> None:
         trainer.strategy.checkpoint_io = AtomicCheckpointIO()
 
 
-def _why_not(path: Path) -> str:
+def _refuse_folder(path: Path) -> None:
+    if not path.is_dir():
+        return
     if (path / "meta.pt").is_file():
-        return (
+        raise CheckpointError(
             f"the checkpoint {str(path)!r} is a folder of shards, which only ModelParallelStrategy "
             "can go on from, on any number of devices: use it again, or begin anew from what "
             "`sdp-lightning export` makes of the folder."
         )
-    beside = sorted(path.parent.glob("*.ckpt"), key=lambda found: -found.stat().st_mtime)
-    whole = next((found for found in beside if found != path and _is_whole(found)), None)
-    kind = "is a folder, but no sharded checkpoint" if path.is_dir() else "is torn or damaged"
-    remedy = "There is no whole one beside it." if whole is None else f"Use {str(whole)!r}."
-    return f"cannot load the checkpoint {str(path)!r}: it {kind}. {remedy}"
+    raise CheckpointError(
+        f"cannot load the checkpoint {str(path)!r}: it is a folder, but no sharded checkpoint. "
+        f"{remedy_beside(path)}"
+    )
 
 
-def _is_whole(path: Path) -> bool:
-    """Whether the archive that torch wrote is complete and its checksums are right."""
-    if not path.is_file() or not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return archive.testzip() is None
+def _why_not_written(target: Path, num_bytes: int, error: OSError) -> str:
+    reason = _FULL.get(error.errno or 0) or str(error)
+    room = ""
+    if num_bytes and target.parent.is_dir():
+        free = shutil.disk_usage(target.parent).free
+        room = f" It needs {num_bytes:,} bytes, and the disk has {free:,} free."
+    return (
+        f"the checkpoint {str(target)!r} was not written: {reason}.{room} If it was there before, "
+        "it is untouched. Make room, keep fewer checkpoints (ModelCheckpoint(save_top_k=...)), or "
+        "save on another disk."
+    )
 
 
 def _to_cpu(storage: Any, location: str) -> Any:

@@ -19,7 +19,7 @@ import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from sdp_lightning.errors import ConfigError
+from sdp_lightning.errors import CheckpointError, ConfigError
 from sdp_lightning.lightning.datamodule import RolloutDataModule
 from sdp_lightning.lightning.stop_request import raise_as_lightning
 
@@ -86,10 +86,7 @@ class GracefulStop:
                 logger.warning("version %d is saved: go on with ckpt_path=%r.", version, str(path))
             except (KeyboardInterrupt, SIGTERMException):
                 logger.warning("a second signal: %s was not saved.", path)
-            except (
-                OSError,
-                RuntimeError,
-            ) as error:  # a full disk; the exception that ended the run goes on
+            except (CheckpointError, OSError, RuntimeError) as error:  # the first error goes on
                 logger.error("version %d could not be saved in %s: %r", version, path, error)
             except BaseException:
                 self._restore()

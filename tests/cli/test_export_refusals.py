@@ -57,7 +57,10 @@ def folder_of_files(place: Path) -> Path:
 CHECKPOINTS: dict[str, tuple[Callable[[Path], Path], str]] = {
     "not there": (lambda place: place / "no.ckpt", r"no checkpoint '.*no.ckpt': it is not there"),
     "a folder": (folder_of_files, r"a folder without .metadata"),
-    "cut short": (cut_short, r"is truncated: [\d,]+ bytes"),
+    "cut short": (
+        cut_short,
+        r"torn or damaged: it is cut short.*: [\d,]+ bytes\. There is no whole",
+    ),
     "an object": (broken(lambda: {"state_dict": {}, "x": Path()}), r"more than tensors and plain"),
     "a list": (broken(lambda: [1]), r"no Lightning checkpoint but list"),
     "plain weights": (broken(lambda: {"a.weight": 1}), r"no 'state_dict' among 'a.weight'"),

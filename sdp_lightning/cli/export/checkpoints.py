@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import pickle
 import warnings
-import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -13,11 +12,11 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from sdp_lightning.errors import ConfigError
+from sdp_lightning.cli.export.shard_reader import ShardReader
+from sdp_lightning.errors import CheckpointError, ConfigError, error_text
+from sdp_lightning.lightning.checkpoint_digest import require_whole
 from sdp_lightning.training.policy.lora import LORA_KEY, group_by_base_weight, is_adapter, merge
 
 MODEL_KEY = "sdp_model_id"  # key of the id of the trained model in a checkpoint
@@ -57,14 +56,12 @@ class Checkpoint(Protocol):
 
 
 class PlainCheckpoint:
-    """One file of ``torch.save``; other things than tensors and plain types are refused."""
+    """One file of ``torch.save``; other things than tensors and plain types are refused.
+
+    All of it is read first, to be compared with its digest.
+    """
 
     def __init__(self, path: Path) -> None:
-        if not zipfile.is_zipfile(path):
-            raise ConfigError(
-                f"{path} is no checkpoint, or is truncated: {path.stat().st_size:,} bytes, and no "
-                "archive of torch.save."
-            )
         saved = _load_plain(path)
         if not isinstance(saved.get("state_dict"), Mapping):
             some = ", ".join(map(repr, list(saved)[:5]))
@@ -82,18 +79,13 @@ class PlainCheckpoint:
 class ShardedCheckpoint:
     """A folder of torch.distributed.checkpoint, with Lightning's ``meta.pt``.
 
-    torch reads its ``.metadata`` with pickle, which can run code: open only those you trust.
+    Nothing in it is run (:class:`ShardReader`). torch writes shards without a digest: a flipped
+    bit in a weight is not seen.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        metadata = FileSystemReader(path).read_metadata().state_dict_metadata
-        shapes = {
-            name: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
-            for name, entry in metadata.items()
-            if isinstance(entry, TensorStorageMetadata)
-        }
-        self.layout = _policy_of(shapes, _SHARDED_PREFIX, path)
+        self.layout = _policy_of(ShardReader(path).layout(), _SHARDED_PREFIX, path)
         meta = path / "meta.pt"
         saved = _load_plain(meta) if meta.is_file() else {}
         self.model_id = cast("str | None", saved.get(MODEL_KEY))
@@ -106,10 +98,14 @@ class ShardedCheckpoint:
         flat: dict[str, Any] = {f"{_SHARDED_PREFIX}{name}": t for name, t in tensors.items()}
         try:
             with warnings.catch_warnings(action="ignore", category=UserWarning):
-                load(flat, checkpoint_id=self._path, no_dist=True)  # warns of no_dist itself
+                # warns of no_dist itself
+                load(flat, storage_reader=ShardReader(self._path), no_dist=True)
         except CheckpointException as error:
             first = next(iter(error.failures.values()), (error,))[0]
             raise ConfigError(f"cannot read all shards of {self._path}: {first}.") from error
+        except Exception as error:  # what torch raises for damaged files
+            what = error_text(error)
+            raise CheckpointError(f"cannot read all shards of {self._path}: {what}.") from error
         return tensors
 
 
@@ -149,10 +145,11 @@ class MergedCheckpoint:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Open the checkpoint at ``path`` without reading weights.
+    """Open the checkpoint at ``path``; no weights stay in memory.
 
     Raises:
         ConfigError: if there is none, or it has no weights of a policy.
+        CheckpointError: if it is torn or damaged.
     """
     if (path / ".metadata").is_file():
         return ShardedCheckpoint(path)
@@ -176,6 +173,7 @@ def _policy_of(tensors: Mapping[str, Tensor], prefix: str, path: Path) -> dict[s
 
 
 def _load_plain(path: Path) -> Mapping[Any, Any]:
+    require_whole(path)
     try:
         saved: object = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
@@ -183,6 +181,8 @@ def _load_plain(path: Path) -> Mapping[Any, Any]:
             f"{path} holds more than tensors and plain types, which is not unpickled: "
             f"{str(error).splitlines()[0]}"
         ) from error
+    except Exception as error:  # what torch raises for a damaged file
+        raise CheckpointError(f"cannot load the checkpoint {path}: {error_text(error)}.") from error
     if not isinstance(saved, Mapping):
         raise ConfigError(f"{path} is no Lightning checkpoint but {type(saved).__name__}.")
     return cast("Mapping[Any, Any]", saved)

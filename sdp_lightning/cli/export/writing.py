@@ -74,6 +74,7 @@ def export_checkpoint(
     Raises:
         ConfigError: if there is no such checkpoint or model, its weights are not those of the
             model, or ``out`` may not be written.
+        CheckpointError: if the checkpoint is torn or damaged.
     """
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"dtype={dtype!r} is none of {', '.join(DTYPES)}.")
