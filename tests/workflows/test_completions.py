@@ -28,7 +28,7 @@ from support.paths import ROOT
 gsm8k_reward: Any = load_object(f"{ROOT}/recipes/gsm8k_grpo/task.py:reward")
 gsm8k = sys.modules[gsm8k_reward.__module__]
 ROW = {"answer": "72", "prompt": "1+2?"}
-FLAT, SLOPE = 4_000, 40  # operations; a step of 40 a character is far from quadratic at 4,000
+FLAT, SLOPE = 4_000, 40  # operations; 8,000 characters read quadratically are 64,000,000
 MESSAGES = 33  # of one turn: 32 calls, and a word on the others
 TOKENIZER: Any = tiny_tokenizer()
 TOKENIZER.chat_template = (
