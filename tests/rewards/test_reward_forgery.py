@@ -127,7 +127,7 @@ def test_neither_the_reward_nor_its_children_hold_the_trainers_connection(one: R
 @linux
 @pytest.mark.parametrize("end", ["return", "leave", "kill the group", "loop"])
 @pytest.mark.parametrize("num", [1, 20])
-@pytest.mark.fault("process killed", "reward", only="^(leave|kill)")
+@pytest.mark.fault("process killed", "reward")
 def test_children_in_sessions_of_their_own_end_with_the_worker(
     tmp_path: Path, end: str, num: int
 ) -> None:
