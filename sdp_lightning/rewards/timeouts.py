@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import threading
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Awaitable, Callable
+from typing import Any, NoReturn
 
-from sdp_lightning.distributed.event_loop import settle
 from sdp_lightning.errors import RolloutError
+from sdp_lightning.rewards.call_threads import THREADS
 from sdp_lightning.rewards.value import as_reward
 
 
@@ -30,8 +29,9 @@ async def call_with_timeout(
 ) -> Any:
     """The result of ``function(*args)``, awaited if it is async.
 
-    A plain function runs in a daemon thread of its own, so one that blocks stalls nothing else. A
-    thread cannot be killed: past the timeout its result is ignored. ``RewardPool`` kills.
+    A plain function runs in one of a bounded number of daemon threads, so one that blocks stalls
+    nothing else. Calls beyond that number wait, and their wait is not counted. A thread cannot be
+    killed: past the timeout its result is ignored. ``RewardPool`` kills.
 
     Args:
         function: plain or async function.
@@ -40,36 +40,53 @@ async def call_with_timeout(
         what: subject of the error message.
 
     Raises:
-        RolloutError: if it takes longer than ``timeout_s``. Its own errors pass through.
+        RolloutError: if it takes longer than ``timeout_s``, or raises what is no ``Exception``
+            (``SystemExit``, ``KeyboardInterrupt``). Its own errors pass through.
     """
-    deadline = asyncio.timeout(timeout_s)
+    deadline = asyncio.timeout(None)
+    loop = asyncio.get_running_loop()
+
+    def start() -> None:
+        deadline.reschedule(loop.time() + timeout_s)
+
     try:
         async with deadline:
             if inspect.iscoroutinefunction(function):
-                return await function(*args)
-            return await _in_thread(function, *args)
+                start()
+                return await _awaited(function(*args), what)
+            return await _in_thread(function, args, start, what)
     except TimeoutError as error:
         if not deadline.expired():
             raise
         raise RolloutError(f"{what} took longer than {timeout_s} s.") from error
 
 
-async def _in_thread(function: Callable[..., Any], *args: Any) -> Any:
-    future: asyncio.Future[tuple[Any, Exception | None]]
-    future = asyncio.get_running_loop().create_future()
-
-    def work() -> None:
-        value, failure = None, None
-        try:
-            value = function(*args)
-        except Exception as error:  # raised again where the reward is awaited
-            failure = error
-        except SystemExit as error:  # ends this thread alone: the call would seem to hang
-            failure = RolloutError(f"it called sys.exit({error.code!r}).")
-        settle(future, (value, failure))  # a pair: a future takes no StopIteration
-
-    threading.Thread(target=work, name="sdp-call", daemon=True).start()
-    value, failure = await future
-    if failure is not None:
+async def _in_thread(
+    function: Callable[..., Any], args: tuple[Any, ...], start: Callable[[], None], what: str
+) -> Any:
+    call = THREADS.submit(function, *args)
+    try:
+        await call.started
+        start()
+        value, failure = await call.finished
+    finally:
+        THREADS.give_up(call)  # does nothing if it has ended
+    if isinstance(failure, Exception):
         raise failure
-    return await value if inspect.isawaitable(value) else value
+    if failure is not None:  # it would end another thread than its own, or cancel the waiter
+        _raise_as_error(failure, what)
+    return await _awaited(value, what) if inspect.isawaitable(value) else value
+
+
+async def _awaited(value: Awaitable[Any], what: str) -> Any:
+    try:
+        return await value
+    except (SystemExit, KeyboardInterrupt) as error:  # either would end the event loop
+        _raise_as_error(error, what)
+
+
+def _raise_as_error(error: BaseException, what: str) -> NoReturn:
+    how = (
+        f"called sys.exit({error.code!r})" if isinstance(error, SystemExit) else f"raised {error!r}"
+    )
+    raise RolloutError(f"{what} {how}.") from error

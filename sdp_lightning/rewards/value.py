@@ -20,8 +20,16 @@ def as_reward(value: object, name: str) -> float:
     try:
         reward = float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError) as error:
-        shown = repr(value)[:_LONGEST]
-        raise RolloutError(f"reward {name!r} returned {shown}; it must be a number.") from error
+        raise RolloutError(
+            f"reward {name!r} returned {_shown(value)}; it must be a number."
+        ) from error
     if reward != reward or reward in (float("inf"), float("-inf")):
         raise RolloutError(f"reward {name!r} returned {reward}; it must be finite.")
     return reward
+
+
+def _shown(value: object) -> str:
+    try:
+        return repr(value)[:_LONGEST]
+    except ValueError:  # an integer of more digits than Python writes
+        return f"a value of {type(value)} that cannot be written out"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import signal
 import socket
@@ -12,15 +13,20 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from sdp_lightning.errors import RolloutError
-from sdp_lightning.rewards import worker_main
+from sdp_lightning.rewards import worker_channel, worker_main
 
 OutcomeKind = Literal["value", "raised", "timed_out", "out_of_memory", "crashed"]
 
-_KILL_S = 5.0  # a killed process is gone by then, unless the kernel holds it
+_KILL_S = 5.0  # a worker that is told to end has killed all that is its own by then
 _EXIT_S = 1.0  # from the end of the connection to the exit status
+_ROOT = str(Path(worker_main.__file__).parents[2])
+_START = (
+    "import sys; sys.path.insert(0, sys.argv[1]); from sdp_lightning.rewards.worker_main import "
+    "main; main(int(sys.argv[2]), int(sys.argv[3]))"
+)
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,10 @@ class WorkerSettings:
     start_s: float
 
 
+class LostBetweenCallsError(Exception):
+    """The worker ended before it began with the call, which may be made in another one."""
+
+
 class WorkerProcess:
     """A process that answers one call at a time, until one call ends it.
 
@@ -68,21 +78,33 @@ class WorkerProcess:
         self._settings = settings
         self._connection, worker_end = socket.socketpair()
         with worker_end:
-            arguments = [str(worker_end.fileno()), str(os.getpid())]
+            arguments = [_ROOT, str(worker_end.fileno()), str(os.getpid())]
             self._process = subprocess.Popen(
-                [sys.executable, "-P", str(Path(worker_main.__file__)), *arguments],
+                [sys.executable, "-P", "-c", _START, *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=2,  # prints of a reward stay out of the trainer's stdout
                 pass_fds=[worker_end.fileno()],
-                process_group=0,  # killed with its children; Ctrl-C is for the trainer
+                process_group=0,  # Ctrl-C is for the trainer
             )
         self._is_killed = False
+        self._num_calls = 0
 
-    def load(self) -> None:
-        """Load the reward. ``RolloutError`` if it takes too long, raises, or ends the process."""
+    def load(self) -> list[str]:
+        """Load the reward.
+
+        Returns:
+            What this system cannot enforce, in sentences.
+
+        Raises:
+            RolloutError: if it takes too long, raises, or ends the process.
+        """
         settings = self._settings
         setup = asdict(settings) | {"path": [str(path) for path in sys.path]}
-        outcome = self.call(json.dumps(setup).encode(), settings.start_s)
+        notes: list[str] = []
+        try:
+            outcome = self._exchange(json.dumps(setup).encode(), settings.start_s, notes)
+        except LostBetweenCallsError:
+            outcome = CallOutcome("crashed", detail="ended its process")
         if outcome.kind != "value":
             self.close()
             raise RolloutError(
@@ -90,52 +112,82 @@ class WorkerProcess:
                 f"(start_s={settings.start_s}, memory_bytes={settings.memory_bytes}).\n"
                 f"{outcome.traceback}".rstrip()
             )
+        return notes
 
     @property
     def is_alive(self) -> bool:
         """Whether the process can be called."""
         return not self._is_killed and self._process.poll() is None
 
+    @property
+    def has_ended_itself(self) -> bool:
+        """Whether the process ended without being killed: between two calls."""
+        return not self._is_killed and self._process.poll() is not None
+
     def call(self, arguments: bytes, timeout_s: float) -> CallOutcome:
-        """Send ``arguments`` and wait for the answer. Without one the process is killed."""
-        deadline = time.monotonic() + timeout_s
+        """Send ``arguments`` and wait for the answer. Without one the process is killed.
+
+        Raises:
+            LostBetweenCallsError: if the process ended before this call.
+        """
+        return self._exchange(arguments, timeout_s, None)
+
+    def _exchange(self, data: bytes, timeout_s: float, notes: list[str] | None) -> CallOutcome:
+        wait = worker_channel.until(self._connection, time.monotonic() + timeout_s)
+        self._num_calls += 1
+        tag = worker_channel.number_tag(self._num_calls)
         try:
-            worker_main.send(self._connection, arguments, deadline)
-            answer: dict[str, Any] = json.loads(worker_main.receive(self._connection, deadline))
+            if notes is not None:
+                notes += json.loads(worker_channel.receive(self._connection, wait=wait)[1])
+            worker_channel.send(self._connection, tag, data, wait)
+            _, answer = worker_channel.receive(self._connection, tag, wait=wait)
+            outcome = self._outcome_of(answer)
         except TimeoutError:
             outcome = CallOutcome("timed_out", detail=f"took longer than {timeout_s} s")
         except (EOFError, OSError):
             outcome = CallOutcome("crashed", detail=self._how_it_ended())
-        except ValueError:
-            outcome = CallOutcome("crashed", detail="wrote into the connection of its process")
-        else:
-            if "value" in answer:
-                return CallOutcome("value", answer["value"])
-            if "error" in answer:
-                return CallOutcome("raised", 0.0, f"raised {answer['error']}", answer["traceback"])
-            limit = self._settings.memory_bytes
-            outcome = CallOutcome(
-                "out_of_memory", detail=f"ran out of memory (memory_bytes={limit})"
-            )
-        self.close()
+        except (ValueError, RecursionError, worker_channel.ForgedError):
+            outcome = CallOutcome("crashed", detail=worker_channel.WROTE)
+        if outcome.kind not in ("value", "raised"):
+            self.close()
         return outcome
+
+    def _outcome_of(self, data: bytes) -> CallOutcome:
+        """The outcome that an answer tells. ``ValueError`` or ``RecursionError`` if it is none."""
+        kind, body = data[:1], data[1:]
+        if kind == worker_main.ENDED:
+            return CallOutcome("crashed", detail=body.decode())
+        match json.loads(body):
+            case {"value": float(value)} if math.isfinite(value):
+                return CallOutcome("value", value)
+            case {"error": str(error), "traceback": str(traceback)}:
+                return CallOutcome("raised", 0.0, f"raised {error}", traceback)
+            case {"out_of_memory": True}:
+                limit = self._settings.memory_bytes
+                detail = f"ran out of memory (memory_bytes={limit})"
+                return CallOutcome("out_of_memory", detail=detail)
+            case answer:
+                raise ValueError(f"no answer: {str(answer)[:100]}")
 
     def kill(self) -> None:
         """End the process and its children at once; a call in another thread ends with them."""
         if self._is_killed:
-            return  # the process id may belong to another process by now
+            return
         self._is_killed = True
         with contextlib.suppress(OSError):
-            self._connection.shutdown(socket.SHUT_RDWR)
-        with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS: of a dead group
-            os.killpg(self._process.pid, signal.SIGKILL)
+            self._connection.shutdown(socket.SHUT_RDWR)  # it kills all that is its own, and ends
 
     def close(self) -> None:
         """Kill the process and reap it. Call this in the thread that made it."""
         self.kill()
         self._connection.close()
-        with contextlib.suppress(subprocess.TimeoutExpired):
+        try:
             self._process.wait(_KILL_S)
+        except subprocess.TimeoutExpired:
+            with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS: of a dead group
+                os.killpg(self._process.pid, signal.SIGKILL)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(_KILL_S)
 
     def forget(self) -> None:
         """In a forked child: drop the parent's process without waiting for it or killing it."""
@@ -147,6 +199,9 @@ class WorkerProcess:
             status = self._process.wait(_EXIT_S)
         except subprocess.TimeoutExpired:
             return "closed the connection of its process"
+        if status == worker_main.LOST_BETWEEN_CALLS:
+            self.close()
+            raise LostBetweenCallsError
         if status >= 0:
             return f"ended its process with exit status {status}"
         return f"died of {signal.Signals(-status).name}"

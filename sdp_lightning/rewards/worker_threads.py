@@ -5,6 +5,7 @@ A call is bytes and its future holds a ``CallOutcome``. No policy and no event l
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -14,11 +15,15 @@ from concurrent.futures import Future
 from sdp_lightning.errors import RolloutError
 from sdp_lightning.rewards.worker_process import (
     CallOutcome,
+    LostBetweenCallsError,
     OutcomeKind,
     WorkerProcess,
     WorkerSettings,
 )
 
+logger = logging.getLogger(__name__)
+
+_MOST_LOST = 3  # processes that end before a call, of one call
 _Job = tuple[bytes, "Future[CallOutcome]"]
 
 
@@ -63,6 +68,7 @@ class WorkerThreads:
         self._jobs: deque[_Job] = deque()
         self._threads: list[threading.Thread] = []
         self._processes: set[WorkerProcess] = set()
+        self._notes: set[str] = set()  # said already
         self._closed = False
         self._process_id = os.getpid()
 
@@ -118,16 +124,39 @@ class WorkerThreads:
             if not future.set_running_or_notify_cancel():
                 continue
             try:
-                if process is None or not process.is_alive:
-                    self._discard(process)
-                    process = None  # should the next one not start
-                    process = self._start()
-                outcome = process.call(arguments, self._timeout_s)
+                process, outcome = self._call(process, arguments)
             except Exception as error:  # raised where the reward is awaited
                 future.set_exception(error)
             else:
                 self._finish(future, outcome)
         self._discard(process)
+
+    def _call(
+        self, process: WorkerProcess | None, arguments: bytes
+    ) -> tuple[WorkerProcess, CallOutcome]:
+        """The outcome, and the process that was called: another one if the last is lost."""
+        num_lost = 0
+        while True:
+            if process is None or not process.is_alive:
+                if process is not None and process.has_ended_itself:
+                    self._warn_of_loss()
+                self._discard(process)
+                process = self._start()
+            try:
+                return process, process.call(arguments, self._timeout_s)
+            except LostBetweenCallsError:
+                num_lost += 1
+                if num_lost == _MOST_LOST:
+                    detail = f"ended {num_lost} processes before they were called"
+                    return process, CallOutcome("crashed", detail=detail)
+                self._warn_of_loss()
+
+    def _warn_of_loss(self) -> None:
+        logger.warning(
+            "a worker process of reward %r ended, or was written into, after its last answer; "
+            "another one takes the next call",
+            self._settings.name,
+        )
 
     def _next(self) -> _Job | None:
         with self._changed:
@@ -143,12 +172,18 @@ class WorkerThreads:
             if self._closed:
                 process.kill()
         try:
-            process.load()
+            notes = process.load()
         except RolloutError as error:
             self._discard(process)
             if self._closed:
                 raise RolloutError("the reward pool was closed.") from error
             raise
+        for note in notes:
+            with self._changed:
+                is_new = note not in self._notes
+                self._notes.add(note)
+            if is_new:
+                logger.warning("reward workers: %s", note)
         return process
 
     def _discard(self, process: WorkerProcess | None) -> None:

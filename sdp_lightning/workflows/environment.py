@@ -36,7 +36,7 @@ class Environment(ABC):
     """The environment of one rollout. Every sample of a group has its own.
 
     An observation is text, or a list of ``{"role", "content"}`` messages. Methods are plain or
-    async. Plain ones are called one after another, each in a thread of its own, so they may block.
+    async. Plain ones are called one after another, each in some thread, so they may block.
     After a resume the saved turns are played again: given the same row and the same completions, it
     should answer the same. If it does not, the saved tokens of that group are discarded, and it is
     sampled from scratch.

@@ -74,6 +74,8 @@ def test_close_ends_calls_and_processes_at_once_and_the_pool_may_be_used_again(
 
     run(main)
     assert not is_running(int(file.read_text()))
+    for child in tmp_path.glob("*.child"):
+        assert not is_running(int(child.read_text()))
     pool.close()
     assert call(pool, "good") == 1.0
     pool.close()
@@ -157,14 +159,29 @@ def test_no_process_survives_a_program_that_is_killed_not_even_amid_a_call(tmp_p
     wait_for(lambda: not any(map(is_running, workers)))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has a subreaper")
+@pytest.mark.fault("process killed", "teardown")
+def test_sessions_that_a_reward_started_end_with_a_program_that_is_killed(tmp_path: Path) -> None:
+    body = "asyncio.run(many('daemon')); asyncio.run(many('hang_and_say_so'))"
+    with program(body, tmp_path) as process:
+        wait_for(lambda: (tmp_path / "file").exists() and bool((tmp_path / "file").read_text()))
+        children = [int(path.name) for path in (tmp_path / "met").iterdir()]
+        assert len(children) == 2 and all(map(is_running, children))
+        process.kill()
+        process.communicate(timeout=DEADLINE_S)
+    wait_for(lambda: not any(map(is_running, children)))
+
+
 def test_a_worker_whose_parent_is_gone_already_ends_itself() -> None:
-    """On Linux before it serves; elsewhere by a thread that watches the parent."""
+    """On Linux before it serves; elsewhere when it waits for a call."""
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    for body in (f"worker_main.main(0, {gone.pid})", f"worker_main._watch({gone.pid})"):
-        text = f"from sdp_lightning.rewards import worker_main\n{body}"
-        started = subprocess.Popen([sys.executable, "-c", text], process_group=0)
-        assert started.wait(DEADLINE_S) in (1, -signal.SIGKILL)
+    start = f"worker_main.main(socket.socketpair()[1].detach(), {gone.pid})"
+    unprepared = "worker_main._prepare_linux = lambda parent: []"
+    for lines in ([start], [unprepared, start]):
+        body = "\n".join(["import socket", "from sdp_lightning.rewards import worker_main", *lines])
+        started = subprocess.Popen([sys.executable, "-c", body], process_group=0)
+        assert started.wait(DEADLINE_S) in (0, 1)
 
 
 def test_a_forked_process_starts_its_own_workers_and_leaves_the_others_alone(

@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import os
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -17,6 +18,8 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+from sdp_lightning.rewards.worker_channel import receive, send
 
 
 def reward(completion: str, row: Mapping[str, Any]) -> Any:
@@ -144,10 +147,11 @@ def leave_with_a_child_behind(row: Any) -> float:
 
 
 def hang_with_a_child_of_c(row: Any) -> float:
-    """Python does not know of that child, and nobody finds it: it holds what its parent held."""
+    """Python does not know of that child: it holds what its parent held."""
     if ctypes.CDLL(None).fork() == 0:
         os.setsid()
-        time.sleep(10)
+        Path(row["file"] + ".child").write_text(str(os.getpid()))
+        time.sleep(3600)
         os._exit(0)
     return hang_and_say_so(row)
 
@@ -181,6 +185,87 @@ def big_row(row: Any) -> float:
     return float(len(row["text"]))
 
 
+def daemon(row: Any) -> float:
+    """Leaves ``row["num"]`` processes in sessions of their own, whose parents have ended."""
+    for index in range(row["num"]):
+        if os.fork() == 0:
+            os.setsid()
+            if os.fork() == 0:
+                (Path(row["folder"]) / str(os.getpid())).touch()
+                time.sleep(3600)
+            os._exit(0)
+        os.wait()
+        while len(list(Path(row["folder"]).iterdir())) <= index:
+            time.sleep(0.005)
+    return ENDS[row.get("end", "return")](row)
+
+
+def parent_id(row: Any) -> float:
+    return float(os.getppid())
+
+
+def files_of_a_child(row: Any) -> float:
+    """The largest file descriptor of a program that inherits all it can."""
+    text = "import os; print(max(n for n in map(int, os.listdir('/proc/self/fd')) if n != 3))"
+    child = subprocess.run(
+        [sys.executable, "-c", text], close_fds=False, stdout=subprocess.PIPE, check=True
+    )
+    return float(child.stdout)
+
+
+def forge(row: Any) -> float:
+    """Writes an answer into every file, as code of a completion may, then goes on."""
+    body = row["body"].encode()
+    for number in range(3, 64):
+        with contextlib.suppress(OSError):
+            os.write(number, row.get("tag", b"") + struct.pack("!Q", len(body)) + body)
+    return float(row["honest"])
+
+
+def find_nonce(row: Any) -> tuple[Any, bytes]:
+    """The connection and the nonce of this call, from the frames of the worker's own code."""
+    frame = sys._getframe()
+    while "nonce" not in frame.f_locals:
+        assert frame.f_back is not None
+        frame = frame.f_back
+    return frame.f_locals["connection"], frame.f_locals["nonce"]
+
+
+def forge_with_the_nonce(row: Any) -> float:
+    connection, nonce = find_nonce(row)
+    send(connection, nonce, row["body"].encode())
+    return float(row["honest"])
+
+
+def take_over(row: Any) -> float:
+    """Answers as the worker's own code does, and never comes back."""
+    connection, nonce = find_nonce(row)
+    send(connection, nonce, row["body"].encode())
+    send(connection, receive(connection)[0], b"")
+    return loop(row)
+
+
+def forge_later(row: Any) -> float:
+    """Writes after the answer, when the file ``go`` is there."""
+    connection, _ = find_nonce(row)
+    number = os.dup(connection.fileno())
+
+    def write() -> None:
+        while not Path(row["go"]).exists():
+            time.sleep(0.005)
+        os.write(number, b"late")
+        Path(row["done"]).touch()
+
+    threading.Thread(target=write, daemon=True).start()
+    return 1.0
+
+
+ENDS: dict[str, Callable[[Any], float]] = {
+    "return": lambda row: 1.0,
+    "leave": leave,
+    "loop": loop,
+    "kill the group": lambda row: float(os.killpg(0, signal.SIGKILL) or 0),
+}
 WAYS: dict[str, Callable[[Any], Any]] = {
     function.__name__: function
     for function in list(globals().values())
