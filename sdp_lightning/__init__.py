@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         CheckpointError as CheckpointError,
         ConfigError as ConfigError,
         EngineError as EngineError,
+        HangError as HangError,
         RankError as RankError,
         RecordingError as RecordingError,
         RolloutError as RolloutError,

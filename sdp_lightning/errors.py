@@ -35,6 +35,10 @@ class RankError(SDPError):
     """Another process of this training failed, is late, or is gone."""
 
 
+class HangError(SDPError):
+    """The trainer's thread showed no sign of life; the Watchdog raises it there."""
+
+
 class CheckpointError(SDPError):
     """A checkpoint is torn, damaged, or could not be read or written."""
 

@@ -50,7 +50,7 @@ PROMISED = {
     "segment_wise_ppo_loss",
 }
 ERRORS = (
-    *("CheckpointError", "ConfigError", "EngineError", "RankError", "RecordingError"),
+    *("CheckpointError", "ConfigError", "EngineError", "HangError", "RankError", "RecordingError"),
     *("RolloutError", "RolloutTimeout", "VersionError"),
 )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import lightning as L
@@ -19,9 +20,11 @@ from sdp_lightning.config.compatibility import check_together
 from sdp_lightning.distributed.rank_group import RankGroup
 from sdp_lightning.engines.protocol import InferenceEngine
 from sdp_lightning.errors import ConfigError
+from sdp_lightning.lightning.ending import guard_surroundings
 from sdp_lightning.lightning.evaluation_loader import EvaluationLoader
 from sdp_lightning.lightning.leftover import Leftover
 from sdp_lightning.lightning.module import SegmentWisePPOModule
+from sdp_lightning.lightning.observer import say_set_aside
 from sdp_lightning.lightning.phase_timer import PhaseTimer
 from sdp_lightning.lightning.prediction_loader import GenerationLoader
 from sdp_lightning.lightning.startup import (
@@ -125,6 +128,8 @@ class RolloutDataModule(L.LightningDataModule):
                 "name (engine='embedded', engine='vllm://...'), which starts one for every run."
             )
         self.stop = StopRequest()
+        if self.trainer is not None:
+            guard_surroundings(self.trainer)
         module = self._module()
         config = self.rollout.share(1 if self.trainer is None else self.trainer.world_size)
         check_together(config, module.update, module.loss)
@@ -221,35 +226,45 @@ class RolloutDataModule(L.LightningDataModule):
     def on_exception(self, exception: BaseException) -> None:
         if isinstance(exception, SIGTERMException) and exception.code is None:
             exception.code = 128 + signal.SIGTERM  # Lightning's own would exit with 0, as success
-        self._ranks.fail(exception)
-        self.close()
+        try:
+            self._ranks.fail(exception)
+        except Exception as error:
+            say_set_aside("telling the other ranks", error, "the cause, in their messages")
+        try:
+            self.close()
+        except Exception as error:
+            say_set_aside("closing the run", error, "nothing; the run's own error follows")
 
     def close(self) -> None:
-        """End rollouts and engine. Safe to call twice."""
+        """End rollouts and engine, each also if another cannot be. Safe to call twice."""
         is_consistent = self.is_between_steps
         executor, self._executor = self._executor, None
         engine, self._engine = self._engine, None
         loader, self.loader = self.loader, None
-        self._ranks.close()
-        try:
-            if executor is not None:
-                executor.close()
-                if loader is not None:
-                    self._leftover.keep(
-                        executor,
-                        self._module(),
-                        num_ranks=self._ranks.size,
-                        is_resumable=is_consistent and executor.is_published and not loader.ended,
-                    )
-        finally:
-            for workflow in (self.workflow, self.val_workflow):
-                workflow.close()
+        threads, self._trainer_threads = self._trainer_threads, None
+        with ExitStack() as closing:  # the last one first
+            if threads is not None:
+                closing.callback(torch.set_num_threads, threads)
             if engine is not None:
                 self._engine_spent = not isinstance(self._engine_source, str)
-                engine.close()
-            if self._trainer_threads is not None:
-                torch.set_num_threads(self._trainer_threads)
-                self._trainer_threads = None
+                closing.callback(engine.close)
+            for workflow in (self.val_workflow, self.workflow):
+                closing.callback(workflow.close)
+            if executor is not None:
+                closing.callback(self._end_rollouts, executor, loader, is_consistent)
+            closing.callback(self._ranks.close)
+
+    def _end_rollouts(
+        self, executor: WorkflowExecutor, loader: RolloutLoader | None, is_consistent: bool
+    ) -> None:
+        executor.close()
+        if loader is not None:
+            self._leftover.keep(
+                executor,
+                self._module(),
+                num_ranks=self._ranks.size,
+                is_resumable=is_consistent and executor.is_published and not loader.ended,
+            )
 
     def _module(self) -> SegmentWisePPOModule:
         module = None if self.trainer is None else self.trainer.lightning_module

@@ -12,22 +12,22 @@ from types import CodeType, FrameType, MethodType
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback
 
-from sdp_lightning.errors import ConfigError, SDPError
+from sdp_lightning.errors import ConfigError, HangError
 from sdp_lightning.lightning.datamodule import RolloutDataModule
+from sdp_lightning.lightning.observer import Observer
 
 logger = logging.getLogger(__name__)
 
 _ENTRIES = tuple(f.__code__ for f in (L.Trainer.fit, L.Trainer.validate, L.Trainer.test))
 
 
-class Watchdog(Callback):
+class Watchdog(Observer):
     """Ends a run of which the trainer's thread hangs, for instance in a collective or a deadlock.
 
     Signs of life are the hooks of steps, microbatches and validation batches, and every look of a
     wait for rollouts or ranks, which have deadlines of their own. After ``timeout_s`` without one
-    the stacks of all threads are written to stderr, and an ``SDPError`` is raised in that thread,
+    the stacks of all threads are written to stderr, and a ``HangError`` is raised in that thread,
     so that the run can end in order. If it does not within ``patience_s``, the stacks are written
     again and the process exits with status 1, also if the interpreter's lock is held for good.
 
@@ -42,6 +42,8 @@ class Watchdog(Callback):
     Raises:
         ConfigError: if a time is not positive.
     """
+
+    lost = "the end of this run if it hangs"
 
     def __init__(
         self,
@@ -87,6 +89,11 @@ class Watchdog(Callback):
         if self._watch is not None:  # it sees by itself when the Trainer has returned
             self._watch.seen = time.monotonic()
             self._watch = None
+
+    def let_go(self) -> None:
+        watch, self._watch = self._watch, None
+        if watch is not None:
+            watch.close()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if self._watch is not None:
@@ -153,7 +160,7 @@ class _Watch:
             pass
 
     def _raise(self, signum: int, frame: FrameType | None) -> None:
-        raise SDPError(
+        raise HangError(
             f"the trainer's thread showed no sign of life for {self._limit_s():g} s, and the "
             "Watchdog ends the run; where it hung is in this traceback, and in the stacks on "
             "stderr. If it was only slow, raise the Watchdog's timeout_s."

@@ -10,8 +10,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 
+from sdp_lightning.lightning.observer import Observer
 from sdp_lightning.observability.progress.callback import (
     ProgressLine as ProgressLine,  # configs name it here, too
 )
@@ -47,7 +48,7 @@ SPEEDS = {
 }
 
 
-class RunSummary(Callback):
+class RunSummary(Observer):
     """Prints a summary of the fit when it ends, and writes a plot of its reward.
 
     Place it after ``WeightSyncCallback``, whose metrics it reads.
@@ -60,6 +61,8 @@ class RunSummary(Callback):
     Attributes:
         rows: the metrics of every batch of the last fit.
     """
+
+    lost = "the summary of the run"
 
     def __init__(
         self, window: int = 5, plot: str | None = "reward.png", console: Console | None = None
@@ -76,6 +79,9 @@ class RunSummary(Callback):
     ) -> None:
         if trainer.is_global_zero:
             self.rows.append({k: float(value) for k, value in trainer.callback_metrics.items()})
+
+    def let_go(self) -> None:
+        self.rows = []
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         folder = Path(trainer.log_dir or trainer.default_root_dir)  # a collective

@@ -42,7 +42,7 @@ def test_every_sampled_token_is_in_the_color_of_its_version_and_says_what_is_kno
 def test_a_group_shows_its_members_with_advantages_and_the_tool_apart_from_the_prompt() -> None:
     one = text_trajectory("2+2=", (0, "call"), "4\n", (1, "4"), reward=1.0)
     two = text_trajectory("2+2=", (0, "5"), reward=0.0, finish_reason="length")
-    page = page_of(sdp.TrajectoryGroup((one, two), row_id="sum"))
+    page = page_of(sdp.TrajectoryGroup((one, two), row_id="sum"), update=sdp.UpdateConfig())
     kinds = [attrs.get("data-kind") for _, attrs in page.tags if "data-kind" in attrs]
     assert kinds == ["prompt", "tool", "prompt"]
     side = page.text("sdp-side")
@@ -65,12 +65,29 @@ def test_a_group_shows_the_advantages_of_the_run_s_own_estimator(
     members = tuple(text_trajectory("?", (0, "a"), reward=r) for r in (1.0, 0.0, 0.0))
     page = page_of(sdp.TrajectoryGroup(members), update=sdp.UpdateConfig(**update))
     assert all(f"{value} advantage" in page.text("sdp-side") for value in shown)
+    assert "advantages" not in page.text("sdp-note")
+
+
+def test_without_the_run_s_settings_a_group_shows_no_advantages_and_says_how() -> None:
+    group = sdp.TrajectoryGroup(
+        tuple(text_trajectory("?", (0, "a"), reward=reward) for reward in (1.0, 0.0))
+    )
+    note = "advantages not shown: pass update=, the run's UpdateConfig"
+    for data in (group, [group]):
+        page = page_of(data)
+        assert "advantage" not in page.text("sdp-side")
+        assert page.text("sdp-note") == note
+    output = io.StringIO()
+    Console(file=output, width=80).print(group)
+    assert note in output.getvalue()
 
 
 def test_a_group_shows_no_advantages_where_a_kl_goes_into_the_reward() -> None:
     members = tuple(text_trajectory("?", (0, "a"), reward=reward) for reward in (1.0, 0.0))
     loss = sdp.LossConfig(kl_coefficient=0.1, kl_in="reward", kl_estimator="k1")
-    assert "advantage" not in page_of(sdp.TrajectoryGroup(members), loss=loss).text("sdp-side")
+    page = page_of(sdp.TrajectoryGroup(members), loss=loss, update=sdp.UpdateConfig())
+    assert "advantage" not in page.text("sdp-side")
+    assert "takes a KL off the reward" in page.text("sdp-note")
 
 
 def test_a_scored_token_of_lag_one_has_weight_one_around_past() -> None:
@@ -84,7 +101,7 @@ def test_a_scored_token_of_lag_one_has_weight_one_around_past() -> None:
 
 def test_a_group_of_one_has_no_advantage() -> None:
     page = page_of(sdp.TrajectoryGroup((text_trajectory("?", (0, "a")),)))
-    assert "advantage" not in page.text("sdp-side")
+    assert "advantage" not in page.text("sdp-side") + page.text("sdp-note")
 
 
 def test_a_batch_shows_proximals_weights_and_the_advantages_that_the_module_set() -> None:
@@ -106,7 +123,7 @@ def test_a_batch_shows_proximals_weights_and_the_advantages_that_the_module_set(
     assert "weight 1.3499" in page_of(batch).titles()[2], "at lag 1 q is x"
     past = page_of(batch, loss=sdp.LossConfig(trust_region="past")).titles()[2]
     assert "weight 1.0000" in past and "segment -0.2000" in past
-    assert "+1.50 advantage" in page.text("sdp-side")
+    assert "+1.50 advantage" in page.text("sdp-side") and not page.text("sdp-note")
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import ProgressBar
 
 from sdp_lightning.errors import ConfigError
 from sdp_lightning.lightning.datamodule import RolloutDataModule
+from sdp_lightning.lightning.observer import Observer, guarded
 from sdp_lightning.observability.progress.screens import LogScreen, Screen, find_screen
 from sdp_lightning.training.metrics.names import MetricRow
 
@@ -29,12 +30,14 @@ DOING = {
 }
 
 
-class ProgressLine(ProgressBar):
+class ProgressLine(Observer, ProgressBar):
     """Progress line with step, version, reward, lag, groups, speeds and the trainer's phase.
 
     It is rewritten on a terminal and in a notebook, else one line a step. Without a
     ``RolloutDataModule`` no phases are shown.
     """
+
+    lost = "the progress line from here on"
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,6 +59,7 @@ class ProgressLine(ProgressBar):
     def disable(self) -> None:
         self._enabled = False
 
+    @guarded
     def print(self, *args: Any, **kwargs: Any) -> None:
         with self._lock:
             self._screen.end()
@@ -98,6 +102,12 @@ class ProgressLine(ProgressBar):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._stop_ticking()
 
+    def let_go(self) -> None:
+        stopped, self._stopped = self._stopped, None
+        if stopped is not None:
+            stopped.set()
+        self._screen = LogScreen()
+
     def _parts(self) -> list[str]:
         trainer, elapsed = self.trainer, time.monotonic() - self._started
         return progress_parts(self._row, trainer.global_step, trainer.max_steps, elapsed)
@@ -125,6 +135,7 @@ class ProgressLine(ProgressBar):
             self._stopped = None
         self._end()
 
+    @guarded
     def _tick(self, stopped: threading.Event) -> None:
         while not stopped.wait(TICK_S):
             doing = activity_text(self.trainer)

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback
 
 from sdp_lightning.errors import ConfigError, RecordingError
+from sdp_lightning.lightning.observer import Observer
 from sdp_lightning.lightning.prediction_loader import Rollouts
 from sdp_lightning.observability.recording import (
     RecordedBatch,
@@ -22,7 +22,7 @@ from sdp_lightning.observability.recording import (
 from sdp_lightning.observability.run_parts import run_parts
 
 
-class Recorder(Callback):
+class Recorder(Observer):
     """Records every group that is trained on, as Parquet, one row a trajectory.
 
     The columns are those of :mod:`sdp_lightning.observability.recording.table`.
@@ -42,6 +42,8 @@ class Recorder(Callback):
     Raises:
         ConfigError: without pyarrow, or if ``rows_per_file`` is below 1.
     """
+
+    lost = "the batches since its last file, and all later ones"
 
     def __init__(self, folder: str | Path | None = None, *, rows_per_file: int = 1024) -> None:
         import_pyarrow()
@@ -124,8 +126,12 @@ class Recorder(Callback):
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        if not isinstance(exception, RecordingError):
-            self._flush()
+        self._flush()
+
+    def let_go(self) -> None:
+        self._taken = None
+        if self._writer is not None:
+            self._writer.discard()
 
     def _flush(self) -> None:
         if self._writer is not None:

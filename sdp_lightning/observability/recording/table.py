@@ -8,7 +8,7 @@ column              meaning
 ``rank``            process that trained on it
 ``group``           index of its group in the batch of that process
 ``member``          index in the group
-``row_id``          id of the dataset row, as text
+``row_id``          id of the dataset row, as text; a lone surrogate as its escape
 ``epoch``           pass over the dataset
 ``row_index``       index of the row in the dataset
 ``order``           number of the group in the order of creation
@@ -41,6 +41,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from sdp_lightning.config.storable_text import storable
 from sdp_lightning.errors import ConfigError, RecordingError, RolloutError, VersionError
 from sdp_lightning.rollout.checkpoint.segment_codec import part_from_fields, part_to_fields
 from sdp_lightning.types import Context, Segment, Trajectory, TrajectoryGroup
@@ -126,7 +127,7 @@ def rows_of(batch: RecordedBatch, rank: int) -> Iterator[dict[str, Any]]:
                 "rank": rank,
                 "group": number,
                 "member": member,
-                "row_id": group.row_id,
+                "row_id": storable(group.row_id),
                 "epoch": epoch,
                 "row_index": index,
                 "order": group.order,

@@ -66,6 +66,10 @@ class RecordingWriter:
         if sum(b.num_trajectories for b in self._batches) >= self._rows_per_file:
             self.flush()
 
+    def discard(self) -> None:
+        """Drop the batches that are not in a file yet."""
+        self._batches = []
+
     def flush(self) -> None:
         """Write the batches that are not in a file yet.
 

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from sdp_lightning.errors import ConfigError
 from sdp_lightning.lightning.datamodule import RolloutDataModule
 from sdp_lightning.lightning.module import SegmentWisePPOModule
+from sdp_lightning.lightning.observer import Observer, describe
 from sdp_lightning.lightning.weight_sync import WeightSyncCallback
 from sdp_lightning.observability.report.files import RunWriter
 from sdp_lightning.observability.report.page import write_report
@@ -30,7 +30,7 @@ MOST_TOKENS = 600  # of a trajectory on the page
 MOST_SHARE = 0.01  # of a run's time, for saving samples
 
 
-class RunReport(Callback):
+class RunReport(Observer):
     """Writes ``report.html`` in the run's folder: one self-contained page.
 
     Place it after ``WeightSyncCallback``, whose metrics it reads. The folder is the first logger's,
@@ -49,6 +49,8 @@ class RunReport(Callback):
         ConfigError: if ``save_every_s`` is negative, or when a fit starts, if the callback comes
             before ``WeightSyncCallback`` or the fit has another module or data module.
     """
+
+    lost = "the run's report from here on"
 
     def __init__(self, save_every_s: float = 10.0) -> None:
         if not save_every_s >= 0:
@@ -108,7 +110,12 @@ class RunReport(Callback):
     ) -> None:
         name = type(exception).__name__
         is_signal = isinstance(exception, KeyboardInterrupt) or name == "SIGTERMException"
-        self._end(pl_module, "stopped by a signal" if is_signal else f"failed: {exception}")
+        self._end(
+            pl_module, "stopped by a signal" if is_signal else f"failed: {describe(exception)}"
+        )
+
+    def let_go(self) -> None:
+        self._writer = None
 
     def _end(self, pl_module: LightningModule, status: str) -> None:
         if self._writer is None:

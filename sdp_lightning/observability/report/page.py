@@ -36,7 +36,7 @@ def write_report(folder: str | Path) -> Path:
     path = run.folder / PAGE
     document = page(run)
     with atomic_file(path) as file:
-        file.write(document.encode())
+        file.write(document.encode("utf-8", "backslashreplace"))
     return path
 
 

@@ -15,7 +15,12 @@ from sdp_lightning.errors import ConfigError
 from sdp_lightning.observability.view.html import STYLE, fragment, page
 from sdp_lightning.observability.view.terminal import renderable
 from sdp_lightning.observability.view.text import Decoder
-from sdp_lightning.observability.view.token_rows import Section, Viewable, sections_of
+from sdp_lightning.observability.view.token_rows import (
+    Section,
+    Viewable,
+    advantage_note,
+    sections_of,
+)
 from sdp_lightning.observability.view.words import count_of
 
 if TYPE_CHECKING:
@@ -33,7 +38,7 @@ class View:
     sections: tuple[Section, ...]
     tokenizer: Decoder | None
     max_tokens: int
-    num_hidden: int
+    notes: tuple[str, ...]
 
     def fragment(self) -> str:
         """HTML without scripts or style, for a page that has :data:`STYLE` once."""
@@ -41,7 +46,7 @@ class View:
             self.sections,
             tokenizer=self.tokenizer,
             max_tokens=self.max_tokens,
-            num_hidden=self.num_hidden,
+            notes=self.notes,
         )
 
     def html(self) -> str:
@@ -51,7 +56,7 @@ class View:
     def save(self, path: str | Path, *, title: str = "Trajectories") -> Path:
         """Write a self-contained page of HTML; returns its path."""
         target = Path(path)
-        target.write_text(page(self.fragment(), title), encoding="utf-8")
+        target.write_text(page(self.fragment(), title), encoding="utf-8", errors="backslashreplace")
         return target
 
     def rich(self) -> RenderableType:
@@ -60,7 +65,7 @@ class View:
             self.sections,
             tokenizer=self.tokenizer,
             max_tokens=self.max_tokens,
-            num_hidden=self.num_hidden,
+            notes=self.notes,
         )
 
     def show(self, console: Console | None = None) -> None:
@@ -86,7 +91,7 @@ def view(
     tokenizer: Decoder | None = None,
     version: int | None = None,
     loss: LossConfig = LossConfig(),
-    update: UpdateConfig = UpdateConfig(),
+    update: UpdateConfig | None = None,
     max_tokens: int = 400,
     max_rows: int = 8,
 ) -> View:
@@ -102,7 +107,8 @@ def view(
         version: policy version of the trainer, for lags. A batch has its own.
         loss: the run's objective, which defines the weights. Advantages of a group are left out if
             it takes a KL off the reward.
-        update: defines the advantages of a group. A batch has its own.
+        update: the run's update (``module.update``), which defines the advantages of a group; None
+            leaves them out, with a note. A batch has its own.
         max_tokens: tokens of one trajectory to show; more are cut from its middle, with a note.
         max_rows: trajectories to show; a note counts the others.
 
@@ -121,7 +127,9 @@ def view(
         raise ConfigError("there are no trajectories to show.")
     if tokenizer is None and _default_tokenizer:
         tokenizer = _default_tokenizer[0]
-    return View(tuple(sections), tokenizer, max_tokens, num_hidden)
+    hidden = count_of(num_hidden, "more trajectory", "more trajectories") + " not shown"
+    notes = (hidden if num_hidden else "", advantage_note(data, loss=loss, update=update))
+    return View(tuple(sections), tokenizer, max_tokens, tuple(note for note in notes if note))
 
 
 def set_view_tokenizer(tokenizer: Decoder | None) -> None:

@@ -15,11 +15,15 @@ import numpy as np
 from sdp_lightning.observability.view.palette import DARK, HUES, LIGHT, Theme, hue_of, underline_of
 from sdp_lightning.observability.view.text import PART, Decoder, token_texts, visible
 from sdp_lightning.observability.view.token_rows import CONTEXT, NAMES, Section, TokenRow
-from sdp_lightning.observability.view.words import count_of, facts_of, legend_of, window_of
+from sdp_lightning.observability.view.words import facts_of, legend_of, window_of
 
 
 def fragment(
-    sections: Sequence[Section], *, tokenizer: Decoder | None, max_tokens: int, num_hidden: int = 0
+    sections: Sequence[Section],
+    *,
+    tokenizer: Decoder | None,
+    max_tokens: int,
+    notes: Sequence[str] = (),
 ) -> str:
     """One ``<div class="sdp-view">``; it needs :data:`STYLE` on the page.
 
@@ -27,7 +31,7 @@ def fragment(
         sections: rows to show.
         tokenizer: decodes the tokens; None shows token ids.
         max_tokens: tokens of a row to show; more are cut from its middle, with a note.
-        num_hidden: number of trajectories that are not in ``sections``, for a note.
+        notes: notes below the rows, about what is not shown.
     """
     parts = ['<div class="sdp-view">', _legend(sections)]
     for section in sections:
@@ -36,9 +40,7 @@ def fragment(
             parts.append(f'<div class="sdp-title">{_escaped(visible(section.title))}</div>')
         parts += [_row(row, tokenizer, max_tokens) for row in section.rows]
         parts.append("</section>")
-    if num_hidden:
-        more = count_of(num_hidden, "more trajectory", "more trajectories")
-        parts.append(f'<div class="sdp-note">{more} not shown</div>')
+    parts += [f'<div class="sdp-note">{_escaped(note)}</div>' for note in notes]
     return "".join([*parts, "</div>"])
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from sdp_lightning.observability.view.palette import TERMINAL, hue_of
 from sdp_lightning.observability.view.text import Decoder, token_texts, visible
 from sdp_lightning.observability.view.token_rows import CONTEXT, Section, TokenRow
-from sdp_lightning.observability.view.words import count_of, facts_of, legend_of, window_of
+from sdp_lightning.observability.view.words import facts_of, legend_of, window_of
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -17,7 +17,11 @@ if TYPE_CHECKING:
 
 
 def renderable(
-    sections: Sequence[Section], *, tokenizer: Decoder | None, max_tokens: int, num_hidden: int = 0
+    sections: Sequence[Section],
+    *,
+    tokenizer: Decoder | None,
+    max_tokens: int,
+    notes: Sequence[str] = (),
 ) -> RenderableType:
     """A renderable for a rich console; arguments as for :func:`~.html.fragment`."""
     from rich.console import Group
@@ -30,9 +34,7 @@ def renderable(
             parts.append(Text(f"\n{visible(section.title)}", style="bold"))
         for row in section.rows:
             parts += [_facts(row), Padding(_tokens(row, tokenizer, max_tokens), (0, 0, 1, 2))]
-    if num_hidden:
-        more = count_of(num_hidden, "more trajectory", "more trajectories")
-        parts.append(Text(f"{more} not shown", style="italic"))
+    parts += [Text(note, style="italic") for note in notes]
     return Group(*parts)
 
 

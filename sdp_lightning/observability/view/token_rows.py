@@ -78,7 +78,12 @@ class Section:
 
 
 def sections_of(
-    data: Viewable, *, version: int | None, loss: LossConfig, update: UpdateConfig, most_rows: int
+    data: Viewable,
+    *,
+    version: int | None,
+    loss: LossConfig,
+    update: UpdateConfig | None,
+    most_rows: int,
 ) -> tuple[list[Section], int]:
     """Sections to draw, and the number of trajectories that they leave out.
 
@@ -86,7 +91,7 @@ def sections_of(
         data: a trajectory, a group, groups, or a batch.
         version: policy version that trains on it, for lags; a batch has its own.
         loss: defines the weights.
-        update: defines the advantages of a group's members.
+        update: defines the advantages of a group's members; None leaves them unknown.
         most_rows: trajectories to show at most.
     """
     if isinstance(data, Batch):
@@ -108,15 +113,33 @@ def sections_of(
     return sections, total - sum(len(section.rows) for section in sections)
 
 
-def _group_advantages(
-    group: TrajectoryGroup, loss: LossConfig, update: UpdateConfig
-) -> list[float]:
-    """Advantages of a group's members; NaN for a single one, and where a KL goes into the reward.
+def advantage_note(data: Viewable, *, loss: LossConfig, update: UpdateConfig | None) -> str:
+    """Says why the advantages of ``data`` are not shown; empty if they are, or if it has none."""
+    if isinstance(data, Batch | Trajectory):
+        return ""
+    groups = [data] if isinstance(data, TrajectoryGroup) else data
+    if all(len(group.trajectories) < 2 for group in groups):
+        return ""
+    if _takes_kl_off_reward(loss):
+        return "advantages not shown: this loss takes a KL off the reward, which a group lacks"
+    return (
+        "" if update is not None else "advantages not shown: pass update=, the run's UpdateConfig"
+    )
 
-    That KL needs log-probs of the reference policy, which a group does not have.
+
+def _takes_kl_off_reward(loss: LossConfig) -> bool:
+    return loss.needs_reference and loss.kl_in == "reward"
+
+
+def _group_advantages(
+    group: TrajectoryGroup, loss: LossConfig, update: UpdateConfig | None
+) -> list[float]:
+    """Advantages of a group's members; NaN where they are unknown, and for a single member.
+
+    A KL in the reward needs log-probs of the reference policy, which a group does not have.
     """
     rewards = torch.tensor([t.reward for t in group.trajectories], dtype=torch.float64)
-    if len(rewards) < 2 or (loss.needs_reference and loss.kl_in == "reward"):
+    if update is None or len(rewards) < 2 or _takes_kl_off_reward(loss):
         return [float("nan")] * len(rewards)
     return row_advantages(rewards, torch.zeros(len(rewards)), update).tolist()
 

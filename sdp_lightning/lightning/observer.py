@@ -1,0 +1,97 @@
+"""Observers: callbacks that show a run, and can neither end it nor hide why it ended.
+
+An observer that raises is named in one warning and set aside: the run goes on without it.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+
+from sdp_lightning.config.storable_text import storable
+from sdp_lightning.errors import HangError, SDPError
+
+logger = logging.getLogger(__name__)
+
+# Hooks before the first step, in which an observer may still refuse a run by an SDPError.
+STARTS = frozenset({"setup", "on_fit_start", "on_train_start", "on_predict_start"})
+HOOKS = frozenset(n for n in vars(Callback) if n.startswith("on_") or n in ("setup", "teardown"))
+
+
+def guarded(method: Callable[..., None]) -> Callable[..., None]:
+    """A method of an :class:`Observer` whose errors set it aside, and that then does nothing.
+
+    ``Exception`` only: a signal, or the Watchdog, that ends the run meanwhile passes through.
+    """
+
+    @functools.wraps(method)
+    def call(self: Observer, *args: Any, **kwargs: Any) -> None:
+        name = method.__name__
+        if self.is_set_aside and name != "setup":
+            return
+        try:
+            method(self, *args, **kwargs)
+        except HangError:
+            raise
+        except Exception as error:
+            if name in STARTS and isinstance(error, SDPError):
+                raise
+            self.set_aside(error)
+
+    return call
+
+
+class Observer(Callback, ABC):
+    """A callback that shows or keeps what a run does.
+
+    Every hook that a subclass defines is :func:`guarded`, so an observer needs no ``try`` of its
+    own. Before the first step an ``SDPError`` still refuses the run.
+
+    Attributes:
+        lost: what the run lacks without this observer, for the warning.
+    """
+
+    lost: ClassVar[str]
+    is_set_aside = False
+
+    def __init_subclass__(cls, **settings: Any) -> None:
+        super().__init_subclass__(**settings)
+        for name in HOOKS & vars(cls).keys():
+            setattr(cls, name, guarded(vars(cls)[name]))
+
+    @abstractmethod
+    def let_go(self) -> None:
+        """Give up threads and files: the observer is set aside until the next run."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Observe again: a new run begins."""
+        super().setup(trainer, pl_module, stage)
+        self.is_set_aside = False
+
+    def set_aside(self, error: Exception) -> None:
+        """Say once that the observer failed, and take no more part in the run."""
+        if self.is_set_aside:
+            return
+        self.is_set_aside = True
+        say_set_aside(type(self).__name__, error, self.lost)
+        self.let_go()
+
+
+def say_set_aside(name: str, error: Exception, lost: str) -> None:
+    """Warn that an observer failed, with what is lost by that."""
+    logger.warning("%s failed and is set aside: %s. Lost: %s.", name, describe(error), lost)
+
+
+def describe(error: BaseException) -> str:
+    """Kind and message of an error, as text that every log can hold."""
+    try:
+        message = str(error)
+    except Exception as unprintable:
+        message = f"(its message cannot be made: {type(unprintable).__name__})"
+    return storable(f"{type(error).__name__}: {message}")
