@@ -11,11 +11,9 @@ from typing import Any
 
 from sdp_lightning.engines.protocol import InferenceEngine
 from sdp_lightning.prompts.stream import PromptRow, PromptStream, derive_seed
-from sdp_lightning.rollout.checkpoint.group_state import (
-    group_from_state,
-    group_to_state,
-    logs_from_state,
-)
+from sdp_lightning.rollout.checkpoint.group_state import read_groups
+from sdp_lightning.rollout.checkpoint.packed_groups import pack_groups
+from sdp_lightning.rollout.checkpoint.saved_group import SavedGroup, save_group
 from sdp_lightning.rollout.groups.in_flight import InFlightGroup
 from sdp_lightning.types import TrajectoryGroup
 from sdp_lightning.workflows.episode import Episode
@@ -96,11 +94,12 @@ class GroupSource:
     def state_dict(self, groups: Sequence[InFlightGroup]) -> dict[str, Any]:
         """The position in the prompts, all ``groups``, and those not submitted again yet."""
         running = [*self._interrupted, *(g for g in groups if g.finished is None)]
+        running.sort(key=lambda group: group.order)
         return {
             "prompts": self._prompts.state_dict(),
             "next_order": self._next_order,
-            "pending": [group_to_state(g) for g in groups if g.finished is not None],
-            "running": [group_to_state(g) for g in sorted(running, key=lambda g: g.order)],
+            "pending": pack_groups([save_group(g) for g in groups if g.finished is not None]),
+            "running": pack_groups([save_group(g) for g in running]),
         }
 
     def load_state_dict(
@@ -110,19 +109,21 @@ class GroupSource:
 
         Raises:
             ConfigError: if the prompts differ from those of ``state``.
+            CheckpointError: if the parts of ``state`` do not fit each other.
             RolloutError: if the row of an interrupted group cannot be read.
         """
         self._prompts.load_state_dict(state["prompts"])
         self._next_order = int(state["next_order"])
-        for saved in state["running"]:
-            row = self._prompts.read(int(saved["epoch"]), int(saved["index"]))
-            session = self.new_session(row, logs_from_state(saved["logs"]))
-            order, created = int(saved["order"]), int(saved["created_version"])
-            self._interrupted.append(InFlightGroup(order, row, created, session))
-        return [self._restore(saved) for saved in state["pending"]]
+        for saved in read_groups(state["running"], finished=False):
+            row = self._prompts.read(saved.epoch, saved.index)
+            session = self.new_session(row, saved.logs)
+            self._interrupted.append(
+                InFlightGroup(saved.order, row, saved.created_version, session)
+            )
+        return [self._restore(saved) for saved in read_groups(state["pending"], finished=True)]
 
-    def _restore(self, saved: Mapping[str, Any]) -> tuple[InFlightGroup, TrajectoryGroup]:
-        group = group_from_state(saved)
-        row = PromptRow(int(saved["epoch"]), int(saved["index"]), {"id": group.row_id})
+    def _restore(self, saved: SavedGroup) -> tuple[InFlightGroup, TrajectoryGroup]:
+        group = saved.finished()
+        row = PromptRow(saved.epoch, saved.index, {"id": saved.row_id})
         session = self.new_session(row)
         return InFlightGroup(group.order, row, group.created_version, session), group

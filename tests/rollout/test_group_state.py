@@ -11,7 +11,7 @@ import torch
 
 from sdp_lightning.errors import ConfigError
 from sdp_lightning.testing import FakeEngine
-from support.checkpoints import content, finished, through_a_file
+from support.checkpoints import content, finished, pending_in, running_in, through_a_file
 from support.rollouts import (
     Samples,
     VersionScorer,
@@ -79,10 +79,10 @@ def test_groups_in_the_trainers_hands_are_saved_as_pending() -> None:
         wait_until(executor, lambda: executor.stat.pending == 8)
         taken = [g.row_id for g in executor.take() or []]
         state = executor.state_dict()
-        assert [saved["row_id"] for saved in state["pending"]][:2] == taken
+        assert [saved["row_id"] for saved in pending_in(state)][:2] == taken
         executor.publish([], 1)
         state = executor.state_dict()
-        assert not set(taken) & {saved["row_id"] for saved in state["pending"]}
+        assert not set(taken) & {saved["row_id"] for saved in pending_in(state)}
 
 
 @pytest.mark.parametrize("batch_size", [2, 1], ids=["the same batch size", "another one"])
@@ -151,5 +151,5 @@ def test_a_state_holds_plain_types_and_tensors_only(tmp_path: Path) -> None:
             engine.advance(9, only=0, awaiting=8)
         wait_until(executor, lambda: executor.stat.pending == 3)
         state = executor.state_dict()
-        assert len(state["pending"]) == 3 and len(state["running"]) >= 5
+        assert len(pending_in(state)) == 3 and len(running_in(state)) >= 5
         check(state)

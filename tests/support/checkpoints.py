@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
+from sdp_lightning.rollout.checkpoint.group_state import groups_as_dicts
 from sdp_lightning.rollout.executor import WorkflowExecutor
 from sdp_lightning.types import TrajectoryGroup
 
@@ -36,3 +38,11 @@ def content(group: TrajectoryGroup) -> list[Any]:
 
 def finished(executor: WorkflowExecutor) -> list[TrajectoryGroup]:
     return [g.finished for g in executor.registry.snapshot() if g.finished is not None]
+
+
+def pending_in(state: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return groups_as_dicts(state["pending"], finished=True)
+
+
+def running_in(state: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return groups_as_dicts(state["running"], finished=False)

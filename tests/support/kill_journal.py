@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import Callback
 import sdp_lightning as sdp
 from sdp_lightning.types import Context, Row, SamplingParams, Segment, Trajectory
 from sdp_lightning.workflows.workflow import RolloutSession
+from support.checkpoints import pending_in, running_in
 from support.trainers import executor_of
 
 STEPS, NUM_ROWS, BATCH_SIZE = 8, 60, 2  # groups a rank
@@ -140,5 +141,5 @@ def live_rows(state: Mapping[str, Any], num_ranks: int) -> list[str]:
     place = stream["position"] if stream["epoch"] == 0 else NUM_ROWS
     order = list(range(place, NUM_ROWS, num_ranks))
     waiting = [index for _, index in stream["returned"]] + order
-    groups = [*state["pending"], *state["running"]]
+    groups = [*pending_in(state), *running_in(state)]
     return [f"row{i}" for i in waiting] + [group["row_id"] for group in groups]

@@ -26,6 +26,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 import sdp_lightning as sdp
 from sdp_lightning.engines.protocol import NamedWeights, PublishReport
 from sdp_lightning.testing import FakeEngine
+from support.checkpoints import running_in
 from support.kill_journal import BATCH_SIZE, NUM_ROWS, STEPS, Journal, Turns, make_rows
 from support.trainers import executor_of, make_module, make_trainer
 
@@ -47,7 +48,7 @@ def came_back(checkpoint: Path | None, rank: int) -> dict[str, int]:
     if checkpoint is None:
         return {"saved": 0, "halves": 0}
     state = torch.load(checkpoint, weights_only=True)["RolloutDataModule"]["ranks"][rank]
-    logs = [log for group in state["running"] for log in group["logs"]]
+    logs = [log for group in running_in(state) for log in group["logs"]]
     return {
         "saved": sum("version" in event for log in logs for event in log),
         "halves": sum(bool(log) and "version" in log[-1] for log in logs),

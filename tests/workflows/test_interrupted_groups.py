@@ -16,7 +16,7 @@ from sdp_lightning.rollout.executor import WorkflowExecutor
 from sdp_lightning.testing import FakeEngine, tiny_model
 from sdp_lightning.types import Row, SamplingParams, Trajectory
 from sdp_lightning.workflows.workflow import RolloutSession, RolloutWorkflow
-from support.checkpoints import finished, through_a_file
+from support.checkpoints import finished, running_in, through_a_file
 from support.interrupted_groups import SETTINGS, halfway, resume, run_to_the_end
 from support.rollouts import (
     DEADLINE_S,
@@ -57,7 +57,7 @@ def test_what_was_under_way_is_scored_before_its_workflow_has_repeated_it() -> N
         resume(executor, state)
         report = executor.recompute(VersionScorer())
         assert (report.num_segments, report.num_tokens) == (4, 8)
-        again = executor.state_dict()["running"]
+        again = running_in(executor.state_dict())
         assert [len(g["logs"][0]) for g in again] == [4] * 4, "and saved again, with its scores"
         assert all(g["logs"][0][-1]["proximal_version"] == 2 for g in again)
 
@@ -245,7 +245,7 @@ def test_groups_that_wait_for_capacity_go_stale_as_others_do() -> None:
         executor.publish([], 3)
         assert executor.stat.dropped == 0
         executor.publish([], 4)
-        assert executor.stat.dropped == 4 and executor.state_dict()["running"] == []
+        assert executor.stat.dropped == 4 and running_in(executor.state_dict()) == []
         assert executor.take() is None
 
 
@@ -283,7 +283,7 @@ def test_the_embedded_engine_goes_on_as_if_nothing_had_happened() -> None:
             assert np.array_equal(found.token_ids, wanted.token_ids)
             for a, b in zip(found.segments, wanted.segments, strict=True):
                 np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4)
-        saved = sum(len(e["token_ids"]) for g in state["running"] for e in g["logs"][0][2:])
+        saved = sum(len(e["token_ids"]) for g in running_in(state) for e in g["logs"][0][2:])
         assert engine.num_generated == 4 * 200 - saved, "only what was missing"
     finally:
         executor.close()

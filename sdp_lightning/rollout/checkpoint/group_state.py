@@ -1,4 +1,9 @@
-"""Groups in a checkpoint, finished or not: tensors, numbers, strings, lists and dicts only."""
+"""Groups in a checkpoint, finished or not: tensors, numbers, strings, lists and dicts only.
+
+:func:`~sdp_lightning.rollout.checkpoint.packed_groups.pack_groups` writes them. Here is the form of
+earlier versions, a dict for each group with tensors of its own, which is still read, and in which
+groups are dealt out to another number of ranks.
+"""
 
 from __future__ import annotations
 
@@ -9,57 +14,70 @@ from typing import Any
 import numpy as np
 import torch
 
+from sdp_lightning.rollout.checkpoint.packed_groups import unpack_groups
+from sdp_lightning.rollout.checkpoint.saved_group import SavedGroup
 from sdp_lightning.rollout.checkpoint.segment_codec import part_from_fields, part_to_fields
-from sdp_lightning.rollout.groups.in_flight import InFlightGroup
-from sdp_lightning.types import SamplingParams, Trajectory, TrajectoryGroup
-from sdp_lightning.workflows.episode_log import CallEnd, CallStart, Event, log_parts
+from sdp_lightning.types import SamplingParams
+from sdp_lightning.workflows.episode_log import CallEnd, CallStart, Event
+
+GroupStates = Mapping[str, Any] | Sequence[Mapping[str, Any]]  # packed, or a dict for each
 
 
-def group_to_state(group: InFlightGroup) -> dict[str, Any]:
-    """The state of a group: trajectories if it is finished, else the logs of its episodes."""
-    identity = {
-        "epoch": group.row.epoch,
-        "index": group.row.index,
-        "row_id": group.row.row_id,
+def read_groups(state: GroupStates, *, finished: bool) -> list[SavedGroup]:
+    """The groups of a checkpoint, in either form.
+
+    Raises:
+        CheckpointError: if the parts of the packed form do not fit each other.
+        VersionError: if a version makes no sense in the form of earlier versions.
+        RolloutError: if tokens or log-probs make no sense.
+    """
+    if isinstance(state, Mapping):
+        return unpack_groups(state, finished=finished)
+    return [group_from_dict(group) for group in state]
+
+
+def groups_as_dicts(state: GroupStates, *, finished: bool) -> list[Mapping[str, Any]]:
+    """The groups of a checkpoint, a dict for each; raises as :func:`read_groups` does."""
+    if not isinstance(state, Mapping):
+        return list(state)
+    return [group_to_dict(group) for group in unpack_groups(state, finished=finished)]
+
+
+def group_to_dict(group: SavedGroup) -> dict[str, Any]:
+    """The trajectories of a finished group, the logs of one that is under way."""
+    place = {
+        "epoch": group.epoch,
+        "index": group.index,
+        "row_id": group.row_id,
         "order": group.order,
         "created_version": group.created_version,
     }
-    if group.finished is None:
-        return identity | {
-            "logs": [[_event_to_state(e) for e in log] for log in group.session.logs]
-        }
-    return identity | {
+    logs = [[_event_to_state(event) for event in log] for log in group.logs]
+    if group.results is None:
+        return place | {"logs": logs}
+    return place | {
         "trajectories": [
-            {
-                "reward": t.reward,
-                "finish_reason": t.finish_reason,
-                "parts": [_event_to_state(part) for part in t.parts],
-            }
-            for t in group.finished.trajectories
+            {"reward": reward, "finish_reason": reason, "parts": parts}
+            for parts, (reward, reason) in zip(logs, group.results, strict=True)
         ],
     }
 
 
-def group_from_state(state: Mapping[str, Any]) -> TrajectoryGroup:
-    """The finished group that :func:`group_to_state` wrote, with the proximals it had."""
-    return TrajectoryGroup(
-        tuple(
-            Trajectory(
-                log_parts(_event_from_state(part) for part in t["parts"]),
-                reward=t["reward"],
-                finish_reason=t["finish_reason"],
-            )
-            for t in state["trajectories"]
-        ),
+def group_from_dict(state: Mapping[str, Any]) -> SavedGroup:
+    """The group that :func:`group_to_dict` wrote."""
+    trajectories = state.get("trajectories")
+    logs = state["logs"] if trajectories is None else [t["parts"] for t in trajectories]
+    return SavedGroup(
+        epoch=int(state["epoch"]),
+        index=int(state["index"]),
         row_id=state["row_id"],
-        order=state["order"],
-        created_version=state["created_version"],
+        order=int(state["order"]),
+        created_version=int(state["created_version"]),
+        logs=[[_event_from_state(event) for event in log] for log in logs],
+        results=None
+        if trajectories is None
+        else [(t["reward"], t["finish_reason"]) for t in trajectories],
     )
-
-
-def logs_from_state(state: Sequence[Sequence[Mapping[str, Any]]]) -> list[list[Event]]:
-    """The logs that :func:`group_to_state` wrote, for episodes to restore."""
-    return [[_event_from_state(event) for event in log] for log in state]
 
 
 def _event_to_state(event: Event) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sdp_lightning.prompts.stream import row_order
+from sdp_lightning.rollout.checkpoint.group_state import groups_as_dicts
 
 
 def reshard(parts: Sequence[Mapping[str, Any]], num_ranks: int) -> list[dict[str, Any]]:
@@ -27,7 +28,7 @@ def reshard(parts: Sequence[Mapping[str, Any]], num_ranks: int) -> list[dict[str
         (int(group["created_version"]), int(group["order"]), rank, kind, group)
         for rank, part in enumerate(parts)
         for kind in ("pending", "running")
-        for group in part[kind]
+        for group in groups_as_dicts(part[kind], finished=kind == "pending")
     ]
     groups.sort(key=lambda group: group[:3])
     return [
