@@ -285,7 +285,7 @@ def test_a_full_disk_is_named_and_what_was_saved_before_is_untouched(
     }
     assert run(config) == 1
     error = capsys.readouterr().err.strip()
-    assert "No space left on device" in error and "was not written" in error, error
+    assert "the disk is full" in error and "was not written" in error, error
     assert "Traceback" not in error
     assert earlier.read_bytes() == b"an earlier run"
     assert not list((full_disk / "new").iterdir()), "no part of one"

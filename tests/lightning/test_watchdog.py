@@ -93,7 +93,7 @@ def test_a_run_that_is_asked_ends_in_order_with_an_error_that_says_why(
     ended: dict[str, Ended],
 ) -> None:
     """Before its patience is over: the error is what ended it."""
-    assert "SDPError: the trainer's thread showed no sign of life for 3 s" in ended["sleep"].stderr
+    assert "HangError: the trainer's thread showed no sign of life for 3 s" in ended["sleep"].stderr
     assert "no sign of life for 3." in ended["sleep"].stderr
 
 
