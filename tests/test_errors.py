@@ -56,5 +56,5 @@ def raise_through_main(monkeypatch: pytest.MonkeyPatch) -> int:
     def fail(arguments: list[str]) -> None:
         raise RolloutError("it failed.")
 
-    monkeypatch.setattr(trainer_cli, "run", fail)
+    monkeypatch.setattr(trainer_cli, "RolloutCLI", fail)
     return main(["fit"])

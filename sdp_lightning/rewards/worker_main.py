@@ -118,7 +118,7 @@ class Keeper:
                 return  # all descendants were children of this process at last
             for process in _descendants(os.getpid()):
                 _kill(process)
-            self._sleep(0.05)
+            self._wait_for_child(0.05)
 
     def _call(self, data: bytes) -> bytes:
         nonce, last = os.urandom(TAG), os.urandom(TAG)
@@ -126,7 +126,7 @@ class Keeper:
         _, answer = receive(self._reward, nonce, wait=self._wait, longest=LONGEST_ANSWER)
         send(self._reward, last, b"", self._wait)
         receive(self._reward, last, wait=self._wait, longest=0)
-        if _is_readable(self._reward):
+        if _has_bytes(self._reward):
             raise ForgedError("bytes after the answer")
         return answer
 
@@ -161,7 +161,7 @@ class Keeper:
             raise _TrainerGone
         return ready
 
-    def _sleep(self, seconds: float) -> None:
+    def _wait_for_child(self, seconds: float) -> None:
         """Wait for the end of a child, or ``seconds``."""
         select.select([self._wake], [], [], seconds)
         self._drain()
@@ -182,7 +182,7 @@ class Keeper:
         deadline = time.monotonic() + _EXIT_S
         self._reap()
         while self._status is None and time.monotonic() < deadline:
-            self._sleep(deadline - time.monotonic())
+            self._wait_for_child(deadline - time.monotonic())
             self._reap()
         if self._status is None:
             return "closed the connection of its process"
@@ -239,10 +239,12 @@ def _on_term(*_: object) -> None:
     raise _TrainerGone
 
 
-def _is_readable(connection: socket.socket) -> bool:
-    poll = select.poll()
-    poll.register(connection, select.POLLIN)
-    return bool(poll.poll(0))
+def _has_bytes(connection: socket.socket) -> bool:
+    """Whether something was written that nobody has read; the end of the connection is nothing."""
+    try:
+        return bool(connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+    except (BlockingIOError, ConnectionError):
+        return False
 
 
 def _kill(process: int) -> None:

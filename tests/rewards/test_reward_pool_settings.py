@@ -55,21 +55,21 @@ def test_settings_are_validated(settings: dict[str, Any], message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("body", "message"),
+    ("body", "start_s", "message"),
     [
-        ("raise ImportError('no wheel')", r"raised ImportError: no wheel while .* loaded it"),
-        ("os._exit(5)", "ended its process with exit status 5 while"),
-        ("time.sleep(3600)", "took longer than 1.0 s while"),
+        ("raise ImportError('no wheel')", 60.0, r"raised ImportError: no wheel while .* loaded it"),
+        ("os._exit(5)", 60.0, "ended its process with exit status 5 while"),
+        ("time.sleep(3600)", 5.0, "took longer than 5.0 s while"),
     ],
     ids=["raises", "exits", "hangs"],
 )
 def test_a_reward_that_only_the_workers_cannot_load_is_an_error_and_not_a_zero(
-    tmp_path: Path, body: str, message: str
+    tmp_path: Path, body: str, start_s: float, message: str
 ) -> None:
     file = tmp_path / "picky.py"
     text = f"import os, sys, time\nif 'pytest' not in sys.modules:\n    {body}\n"
     file.write_text(text + "def reward(completion, row):\n    return 1.0\n")
-    with closing(RewardPool(f"{file}:reward", num_workers=1, start_s=1.0)) as pool:
+    with closing(RewardPool(f"{file}:reward", num_workers=1, start_s=start_s)) as pool:
         for _ in range(2):
             with pytest.raises(RolloutError, match=message):
                 call(pool, "any")
