@@ -227,7 +227,7 @@ class DecodeLoop:
         return True
 
     def _await_step(self) -> None:
-        """With the lock held: wait until no step runs. No-op in the decode thread itself."""
+        """Wait until no step runs; the caller holds the lock. The decode thread does not wait."""
         if self._thread is threading.current_thread():
             return
         if not self._changed.wait_for(lambda: not self._stepping, STEP_DEADLINE_S):
