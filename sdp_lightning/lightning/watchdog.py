@@ -112,7 +112,7 @@ class _Watch:
     """The thread of one run, made in the thread that it watches."""
 
     def __init__(self, settings: Watchdog, trainer: L.Trainer) -> None:
-        self.seen = time.monotonic()
+        self.seen, self._saving_at, self._saved_at = time.monotonic(), 0.0, 0.0
         self._settings, self._trainer = settings, trainer
         self._watched = threading.get_ident()
         self._poll_s = min(1.0, settings.timeout_s / 4)
@@ -172,13 +172,17 @@ class _Watch:
         return closed or (self._has_entry and not self._is_in(*_ENTRIES))
 
     def _limit_s(self) -> float:
-        saving = self._is_in(L.Trainer.save_checkpoint.__code__)
-        return self._settings.checkpoint_timeout_s if saving else self._settings.timeout_s
+        """Seconds that the watched thread has; a checkpoint that was written is a sign of life."""
+        if self._is_in(L.Trainer.save_checkpoint.__code__):
+            self._saving_at = time.monotonic()
+            return self._settings.checkpoint_timeout_s
+        self._saved_at = self._saving_at
+        return self._settings.timeout_s
 
     def _idle_s(self) -> float:
         data: Any = self._trainer.datamodule  # type: ignore[attr-defined]
         looked_at = data.stop.looked_at if isinstance(data, RolloutDataModule) else 0.0
-        return time.monotonic() - max(self.seen, looked_at)
+        return time.monotonic() - max(self.seen, looked_at, self._saved_at)
 
     def _is_in(self, *codes: CodeType) -> bool:
         """Whether the watched thread is within one of these functions."""

@@ -117,12 +117,12 @@ def test_one_that_holds_the_interpreters_lock_cannot_be_asked_and_is_ended(
 class Pause:
     """Longer than the watchdog's limit; in-process, so a wrong alarm fails the test."""
 
-    def __init__(self) -> None:
+    def __init__(self, limits: float = 1.3) -> None:
         self.num_taken = 0
-        self._never = threading.Event()
+        self._limits, self._never = limits, threading.Event()
 
     def __call__(self) -> None:
-        self._never.wait(1.3 * LIMIT_S)
+        self._never.wait(self._limits * LIMIT_S)
         self.num_taken += 1
 
 
@@ -169,12 +169,21 @@ class SlowDisk(TorchCheckpointIO):
         super().save_checkpoint(*args, **kwargs)
 
 
+class LooksAfterwards(Callback):
+    """Shows no sign of life for longer than the watchdog waits between two looks."""
+
+    def on_train_epoch_end(self, *_: Any) -> None:
+        Pause(0.4)()
+
+
 @pytest.mark.fault("slow", "checkpoint")
 def test_writing_a_checkpoint_is_no_hang(model_folder: str, tmp_path: Path) -> None:
+    """Fault: the time of the writing counts again once it has ended."""
     saver = ModelCheckpoint(tmp_path, every_n_train_steps=1)
-    disk = SlowDisk()
+    disk, last = SlowDisk(), LooksAfterwards()
     settings: dict[str, Any] = {"enable_checkpointing": True, "plugins": [disk]}
-    trainer = fit(model_folder, make_data(engine=FakeEngine()), saver, max_steps=1, **settings)
+    data = make_data(engine=FakeEngine())
+    trainer = fit(model_folder, data, saver, last, max_steps=1, **settings)
     assert trainer.state.finished and disk.pause.num_taken >= 1
     assert len(list(tmp_path.glob("*.ckpt"))) == 1
 
