@@ -187,8 +187,13 @@ class PauseWhileTraining(Callback):
 
 
 def test_a_publish_cuts_the_completion_that_is_being_decoded(model_folder: str) -> None:
-    data = make_data(make_workflow(max_new_tokens=80), batch_size=1, max_head_lag=4, num_epochs=1)
-    data._engine_options["max_slots"] = 2
+    data = make_data(
+        make_workflow(max_new_tokens=80),
+        batch_size=1,
+        max_head_lag=4,
+        num_epochs=1,
+        engine_options={"device": "cpu", "max_slots": 2},
+    )
     _, recorder = fit(model_folder, PauseWhileTraining(), max_steps=10, data=data, lr=1e-2)
     seen = assert_exact(recorder, Judge(model_folder))
     assert seen["spanning"] >= 1
