@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
+from functools import cache
 from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from sdp_lightning.errors import ConfigError
@@ -19,9 +20,14 @@ def at_least(name: str, value: int, least: int) -> None:
 
 def check_choices(settings: object) -> None:
     """Refuse a setting that is annotated as ``Literal`` and has none of its values."""
-    for name, hint in get_type_hints(type(settings)).items():
-        if get_origin(hint) is Literal:
-            one_of(name, getattr(settings, name), get_args(hint))
+    for name, choices in _choices(type(settings)).items():
+        one_of(name, getattr(settings, name), choices)
+
+
+@cache
+def _choices(kind: type) -> dict[str, tuple[str, ...]]:
+    hints = get_type_hints(kind).items()
+    return {name: get_args(hint) for name, hint in hints if get_origin(hint) is Literal}
 
 
 def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -6,6 +6,7 @@ import gzip
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +65,17 @@ def representative(cell: Cell) -> Cell:
     rounds = cell.engine_bits is not None
     if rounds and (cell.lag == 0 or METHODS[cell.method].loss.trust_region == "past"):
         return cell
-    kind = METHODS[cell.method].kind(cell.lag)
-    first = next(name for name, method in METHODS.items() if method.kind(cell.lag) == kind)
-    return replace(cell, method=first, staleness=cell.staleness if cell.lag else "whole")
+    return replace(
+        cell,
+        method=_first_of_kind(cell.method, cell.lag),
+        staleness=cell.staleness if cell.lag else "whole",
+    )
+
+
+@cache  # the tables ask for it 80,000 times
+def _first_of_kind(method: str, lag: int) -> str:
+    kind = METHODS[method].kind(lag)
+    return next(name for name, other in METHODS.items() if other.kind(lag) == kind)
 
 
 class Results:
