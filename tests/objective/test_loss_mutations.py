@@ -22,7 +22,7 @@ MODULES = (
     *("precision", "aggregation", "segment_proximal", "trust_region", "rejection", "surrogates"),
     "loss",
 )
-LOSS, CENTRE = "loss.segment_wise_ppo_loss", "trust_region.centre_and_log_weight"
+LOSS, CENTRE = "loss._policy_loss", "trust_region.centre_and_log_weight"
 MUTATIONS = [
     # swap min and max
     Mutation("surrogates.ppo", "(A < 0) & (B > C)", "(A < 0) & (B < C)"),
