@@ -6,6 +6,7 @@ they cannot disagree with them. Only the proximal slot of a segment is written l
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -56,8 +57,8 @@ class SamplingParams:
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         if self.max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}.")
-        if self.temperature < 0:
-            raise ConfigError(f"temperature must be 0 (greedy) or more, got {self.temperature}.")
+        if self.temperature != 0 and not 1e-6 <= self.temperature < math.inf:
+            raise ConfigError(f"temperature must be 0 or in [1e-6, inf), got {self.temperature}.")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p must be in (0, 1], got {self.top_p}.")
         if self.top_k is not None and self.top_k < 1:

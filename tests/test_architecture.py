@@ -38,7 +38,7 @@ LIBRARIES = {
 # These rooms see only the protocol, never an engine that exists.
 PROTOCOL_ONLY = ("workflows", "rollout")
 
-MAX_LINES, MAX_FUNCTION, MAX_PARAMETERS = 350, 60, 8
+MAX_LINES, MAX_FUNCTION, MAX_PARAMETERS = 350, 55, 8
 WIDER = {"segment_wise_ppo_loss": 9}  # six tensors of the same tokens, in a public form
 
 PRINTING = {"cli", "observability"}

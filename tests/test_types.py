@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 import threading
 from typing import Any
@@ -65,6 +66,9 @@ def test_malformed_data_is_refused_with_the_value(
     [
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
         ({"temperature": -0.1}, "temperature must be 0"),
+        ({"temperature": math.inf}, "temperature must be 0 .* got inf"),
+        ({"temperature": math.nan}, "temperature must be 0 .* got nan"),
+        ({"temperature": 1e-40}, "temperature must be 0 .* got 1e-40"),  # 1 / it is inf in float32
         ({"top_p": 0.0}, "top_p must be in"),
         ({"top_k": 0}, "top_k must be at least 1"),
         ({"top_p": 0.9}, "allow_truncated_sampling=True"),

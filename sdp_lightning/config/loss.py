@@ -26,7 +26,7 @@ class LossConfig:
     | DAPO's clip-higher | `clip_epsilon_high=0.28` |
     | TIS | `trust_region="proximal", correction="truncate", rejection_on="weight"` |
     | IcePop | `trust_region="proximal", rejection_on="weight"`, cap and floor |
-    | MIS | the same with `rejection_level="sequence"` or `"geometric"` |
+    | a mask of sequences | the same with `rejection_level="sequence"` or `"geometric"`; see there |
     | GSPO | around behavior, `ratio_level`, `aggregation`: `"sequence"`; epsilons ~ 1e-4 |
     | CISPO | `surrogate="cispo", trust_region="behavior"` |
     | M2PO | `surrogate="unclipped", trust_region="behavior", second_moment_cap=0.04` |
@@ -54,7 +54,8 @@ class LossConfig:
         correction: correction of a token outside cap and floor: weight 0 (``"mask"``; the
             denominator stays) or the weight clamped to them (``"truncate"``).
         rejection_level: cap and floor test each ``"token"``, the product over the ``"sequence"``,
-            or its ``"geometric"`` mean; the last two mask the whole sequence.
+            or its ``"geometric"`` mean; the last two mask the whole sequence. A kept token keeps
+            its own weight: this is not Seq-MIS, which weighs all of a row by the product.
         second_moment_cap: the mean of (x - b)^2 over the tokens that have moved in the direction
             of their advantage is at most this; the farthest are masked. None is off.
         behavior_mask: masks tokens that, at the start of the step, have left the clip range around
@@ -67,8 +68,11 @@ class LossConfig:
         segment_proximal: q for lags above 1: ``"scored"`` by the trainer at its time, or on the
             ``"loglinear"`` way from b to x.
         kl_coefficient: weight of the KL to the reference policy; 0 is off.
-        kl_estimator: ``"k1"``, ``"k2"`` or ``"k3"``.
+        kl_estimator: ``"k1"``, ``"k2"``, ``"k3"``, or ``"weighted_k3"``: exp(n - b) times k3, whose
+            gradient is that of the KL; see :mod:`~sdp_lightning.objective.kl`.
         kl_in: whether the KL is a term of the ``"loss"`` or subtracted from the ``"reward"``.
+        kl_tokens: tokens that the term of the loss sums over: those that are ``"kept"``, or
+            ``"all"``. The denominator stays, and the reward's KL is over all.
 
     Raises:
         ConfigError: naming the value, or the two settings that contradict each other.
@@ -94,8 +98,9 @@ class LossConfig:
     proximal: Literal["recompute", "loglinear"] = "recompute"
     segment_proximal: Literal["scored", "loglinear"] = "scored"
     kl_coefficient: float = 0.0
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    kl_estimator: Literal["k1", "k2", "k3", "weighted_k3"] = "k3"
     kl_in: Literal["loss", "reward"] = "loss"
+    kl_tokens: Literal["kept", "all"] = "kept"
 
     def __post_init__(self) -> None:
         check_choices(self)

@@ -180,6 +180,16 @@ def _other_rules(config: LossConfig) -> Rules:
         "kl_estimator='k1' with kl_in='loss': the gradient of k1 has mean 0 on policy, whatever "
         "the KL is. Use kl_in='reward', or kl_estimator='k2' or 'k3'.",
     )
+    yield (
+        config.kl_in == "reward" and config.kl_estimator == "weighted_k3",
+        "kl_estimator='weighted_k3' weighs tokens by exp(n - b), and kl_in='reward' takes the KL "
+        "of b itself, where that is 1. Use kl_estimator='k3'.",
+    )
+    yield (
+        config.kl_in == "reward" and config.kl_tokens == "all",
+        "kl_tokens='all' is read by a term of the loss; kl_in='reward' always takes all tokens. "
+        "Remove one of the two.",
+    )
 
 
 def contradictions(config: LossConfig) -> Iterator[str]:

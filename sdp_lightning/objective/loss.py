@@ -84,8 +84,20 @@ def segment_wise_ppo_loss(
     tensors = (target_logprobs, proximal_logprobs, segment_logprobs, behavior_logprobs, advantages)
     _check(tensors, loss_mask, num_tokens, lags)
     target, *others = map(at_least_float32, tensors)
-    proximal, segment, behavior, advantage = (tensor.detach() for tensor in others)
+    *policies, advantage = (tensor.detach() for tensor in others)
+    return _policy_loss((target, *policies), advantage, loss_mask, config, num_tokens, lags)
 
+
+def _policy_loss(
+    policies: tuple[Tensor, ...],
+    advantage: Tensor,
+    loss_mask: Tensor,
+    config: LossConfig,
+    num_tokens: float | None,
+    lags: Tensor | None,
+) -> PolicyLoss:
+    """The loss of n, x, q and b, all but n detached, in the precision of the result."""
+    target, proximal, segment, behavior = policies
     centre, log_weight = centre_and_log_weight(proximal, segment, behavior, config, lags)
     log_ratio = target - centre
     if config.ratio_level == "sequence":

@@ -3,7 +3,9 @@
 Pure functions on [B, T]. Letters: n target, m centre, b behavior; w = exp(m - b), r = exp(n - m).
 Each returns (value, bounded): the value, to be maximized, is 0 where a token is rejected or has no
 advantage; bounded says where a bound replaces the measured ratio. Exponents are masked before exp:
-an overflow at a token that does not count would give nan * 0.
+an overflow at a token that does not count would give nan * 0. For one that counts, exp(log w r)
+goes on as its tangent above 20 nats (:func:`~sdp_lightning.objective.precision.bounded_log`): where
+A < 0 nothing else bounds r without a dual clip, and a rejection on the drift bounds no weight.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from sdp_lightning.config import LossConfig
 from sdp_lightning.config.import_path import load_object
 from sdp_lightning.errors import ConfigError
 from sdp_lightning.objective.aggregation import sequence_mean
+from sdp_lightning.objective.precision import bounded_log
 from sdp_lightning.objective.rejection import outside_region
 
 
@@ -123,9 +126,10 @@ def of_sequences(log_weight: Tensor, log_ratio: Tensor, loss_mask: Tensor) -> tu
 
 
 def _times_advantage(log_value: Tensor, advantages: Tensor, kept: Tensor) -> Tensor:
-    """exp(log_value) * A where a token is kept and has an advantage, else 0."""
+    """exp(log_value), bounded, * A where a token is kept and has an advantage, else 0."""
     acting = kept & (advantages != 0)
-    return torch.where(acting, log_value, 0.0).exp() * torch.where(acting, advantages, 0.0)
+    weighted = bounded_log(torch.where(acting, log_value, 0.0)).exp()
+    return weighted * torch.where(acting, advantages, 0.0)
 
 
 @cache

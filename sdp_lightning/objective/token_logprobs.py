@@ -7,6 +7,7 @@ float64 inputs), under autocast too: half-precision logits would move log-probs 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -14,7 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sdp_lightning.errors import ConfigError
+
 _HALVES = (torch.bfloat16, torch.float16)
+_LOWEST = -1e4  # nats; in float64 e^-1e4 is 0, too
 
 
 @dataclass(frozen=True)
@@ -24,12 +28,23 @@ class LogitTransform:
     .. math:: l \to c \tanh(s l / c), \quad\text{or } s l \text{ without a cap}
 
     Args:
-        scale: s.
+        scale: s, positive.
         softcap: c, positive; None is no cap.
+
+    Raises:
+        ConfigError: if a number is not positive and finite.
     """
 
     scale: float = 1.0
     softcap: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("scale", self.scale), ("softcap", self.softcap)):
+            if value is not None and not 0 < value < math.inf:
+                cure = "; None is no cap" if name == "softcap" else ""
+                raise ConfigError(
+                    f"{name} of logits must be positive and finite, got {value}{cure}."
+                )
 
 
 PLAIN = LogitTransform()
@@ -54,32 +69,23 @@ def token_logprobs(
         hidden: [N, D].
         weight: [V, D] of the language-model head.
         targets: [N] token ids.
-        temperature: positive; one number, or [N].
+        temperature: positive; one number, or [N]. Its inverse is finite, too.
         bias: [V] of the head, if it has one.
         chunk_size: tokens whose logits exist at once.
         transform: applied to the logits.
 
     Returns:
-        Log-probs [N] in nats, and the entropy [N] in nats, detached. float32, or float64 where an
-        input is.
+        Log-probs [N] in nats, and the entropy -sum p log p [N] in nats, detached, 0 or more. A
+        logit of -inf is a token of probability 0. float32, or float64 where an input is.
 
     Raises:
-        ValueError: if shapes do not fit, or a number is not positive.
+        ValueError: if shapes do not fit, or a number is not positive and finite.
     """
     _check(hidden, weight, targets, chunk_size)
-    if isinstance(temperature, Tensor):
-        if temperature.shape != targets.shape:
-            raise ValueError(
-                f"temperature must be a number or {tuple(targets.shape)}, got "
-                f"{tuple(temperature.shape)}."
-            )
-    elif not temperature > 0:
-        raise ValueError(f"temperature must be positive, got {temperature}.")
     dtype = torch.promote_types(
         torch.promote_types(hidden.dtype, weight.dtype), torch.float32
     )  # of logits and results
-    scale = torch.as_tensor(temperature, dtype=dtype, device=hidden.device).detach()
-    scale = scale.expand(targets.shape[0]).reciprocal()
+    scale = _inverse(temperature, targets, dtype).to(hidden.device)
     if transform.softcap is None:
         scale = scale * transform.scale
     head_trained = weight.requires_grad or (bias is not None and bias.requires_grad)
@@ -121,10 +127,11 @@ class _TokenLogprobs(torch.autograd.Function):
                 index = targets[rows, None]
                 logprobs[rows] = logits.gather(-1, index).squeeze(-1) - log_z
                 normalizer[rows] = log_z
-                probs = (logits - log_z[:, None]).exp_()
-                entropy[rows] = log_z - torch.linalg.vecdot(probs, logits)
+                bend = _bend(logits, scale[rows], transform) if eager else None
+                log_probs = logits.sub_(log_z[:, None])
+                probs = log_probs.exp()
+                entropy[rows] = _entropy(log_probs, probs)
                 if eager:
-                    bend = _bend(logits, scale[rows], transform)
                     d_logits = _logit_slope(probs, index, scale[rows], bend)
                     slope[rows] = _product(d_logits, head)
         ctx.options = options
@@ -188,6 +195,18 @@ def _bend(logits: Tensor, scale: Tensor, transform: LogitTransform) -> Tensor | 
     return tanh.square_().neg_().add_(1).mul_(transform.scale)
 
 
+def _entropy(log_probs: Tensor, probs: Tensor) -> Tensor:
+    """[chunk] -sum p log p; overwrites ``log_probs``.
+
+    Log-probs near a normalizer of 1,000 are 3e-5 off, all of a row by the same: dividing by what
+    the probabilities add up to takes that out again.
+    """
+    log_probs.clamp_(min=_LOWEST)  # 0 * -inf
+    total = probs.sum(-1)
+    entropy = total.log() - torch.linalg.vecdot(probs, log_probs) / total
+    return entropy.clamp_(min=0)
+
+
 def _logit_slope(probs: Tensor, index: Tensor, factor: Tensor, bend: Tensor | None) -> Tensor:
     """(one-hot - probs) * factor * bend, [chunk, V]; overwrites ``probs``."""
     slope = probs.neg_()
@@ -226,3 +245,22 @@ def _check(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_size: int) -> 
         raise ValueError(f"hidden, weight, targets must agree on N and D; got {shapes}.")
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
+
+
+def _inverse(temperature: float | Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
+    """[N] 1 / temperature, detached."""
+    if isinstance(temperature, Tensor) and temperature.shape != targets.shape:
+        raise ValueError(
+            f"temperature must be a number or {tuple(targets.shape)}, got "
+            f"{tuple(temperature.shape)}."
+        )
+    values = torch.as_tensor(temperature, dtype=dtype).detach()
+    inverse = values.reciprocal()
+    fits = (inverse > 0) & inverse.isfinite()
+    if not fits.all():
+        place = f" for token {int(fits.logical_not().nonzero()[0])}" if fits.dim() else ""
+        raise ValueError(
+            f"temperature must be positive, got {values[~fits][0].item():g}{place}; it and its "
+            "inverse must be finite."
+        )
+    return inverse.expand(targets.shape[0]).contiguous()

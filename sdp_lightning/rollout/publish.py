@@ -58,23 +58,36 @@ def publish(
         commit()
         phases.resume_servers()
     else:
-        ranks.run_on_all_ranks(f"closing the gates for version {version}", phases.close_gate)
-        paused = time.monotonic()
-        ranks.run_on_all_ranks(f"pausing for version {version}", phases.pause_servers)
-        ranks.run_on_all_ranks(f"draining for version {version}", phases.drain)
-        report, serving = ranks.run_on_all_ranks(
-            f"transferring version {version}",
-            lambda: phases.transfer(weights, reset=reset),
-            lambda _: list(shared.server_urls),
+        report, paused = _to_shared_servers(
+            phases, shared, ranks, version, lambda: phases.transfer(weights, reset=reset), commit
         )
-        ranks.run_on_all_ranks(f"verifying version {version}", lambda: phases.verify(serving[0]))
-        commit()
-        ranks.run_on_all_ranks(f"resuming at version {version}", phases.resume_servers)
         if not phases.leads:
             engine.resume()
     resumed = time.monotonic()
     gate.open()
     return replace(report, paused_s=resumed - paused, exposed_s=time.monotonic() - start)
+
+
+def _to_shared_servers(
+    phases: _Publish,
+    servers: SharedServerEngine,
+    ranks: RankGroup,
+    version: int,
+    transfer: Callable[[], PublishReport],
+    commit: Callable[[], None],
+) -> tuple[PublishReport, float]:
+    """Every phase on all ranks, one after another; the report, and when the servers were paused."""
+    ranks.run_on_all_ranks(f"closing the gates for version {version}", phases.close_gate)
+    paused = time.monotonic()
+    ranks.run_on_all_ranks(f"pausing for version {version}", phases.pause_servers)
+    ranks.run_on_all_ranks(f"draining for version {version}", phases.drain)
+    report, serving = ranks.run_on_all_ranks(
+        f"transferring version {version}", transfer, lambda _: list(servers.server_urls)
+    )
+    ranks.run_on_all_ranks(f"verifying version {version}", lambda: phases.verify(serving[0]))
+    commit()
+    ranks.run_on_all_ranks(f"resuming at version {version}", phases.resume_servers)
+    return report, paused
 
 
 class _Publish:

@@ -38,7 +38,8 @@ class BatchLoss:
         policy: the policy loss with its per-token results.
         proximal: [B, T] x.
         segment: [B, T] q.
-        kl: [B, T] estimate of the KL to the reference, 0 without one; detached.
+        kl: [B, T] estimate of the KL to the reference, of rejected tokens too; 0 without one;
+            detached.
     """
 
     loss: Tensor
@@ -81,11 +82,22 @@ def batch_loss(
     )
     loss, kl = policy.loss, torch.zeros_like(proximal)
     if batch.reference_logprobs is not None:
-        kl = kl_estimate(target, batch.reference_logprobs, batch.loss_mask, config.kl_estimator)
+        kl = _kl(target.detach(), batch, batch.loss_mask, config)
         if config.kl_in == "loss":
-            total = (kl * token_shares(batch.loss_mask, config, kl.dtype)).sum()
+            mask = policy.kept if config.kl_tokens == "kept" else batch.loss_mask
+            shares = token_shares(batch.loss_mask, config, kl.dtype)
+            total = (_kl(target, batch, mask, config) * shares).sum()
             loss = loss + config.kl_coefficient * total / max(denominator, 1.0)
-    return BatchLoss(loss, policy, proximal, segment, kl.detach())
+    return BatchLoss(loss, policy, proximal, segment, kl)
+
+
+def _kl(target: Tensor, batch: Batch, mask: Tensor, config: LossConfig) -> Tensor:
+    """[B, T] estimates of the KL to the reference, 0 outside ``mask``."""
+    assert batch.reference_logprobs is not None
+    behavior = batch.behavior_logprobs
+    return kl_estimate(
+        target, batch.reference_logprobs, mask, config.kl_estimator, behavior=behavior
+    )
 
 
 def reject_by_second_moment(batch: Batch, cap: float, sums: RankSums) -> Batch:

@@ -45,6 +45,7 @@ from sdp_lightning.errors import ConfigError, SDPError
         (LossConfig, {"segment_proximal": "zero"}, "segment_proximal"),
         (LossConfig, {"kl_estimator": "k4"}, "kl_estimator"),
         (LossConfig, {"kl_in": "both"}, "kl_in"),
+        (LossConfig, {"kl_tokens": "some"}, "kl_tokens must be one of kept, all; got 'some'"),
         (LossConfig, {"kl_coefficient": -0.1}, "kl_coefficient must be .* got -0.1"),
         (LossConfig, {"kl_coefficient": float("inf")}, "kl_coefficient must be finite"),
         (LossConfig, {"second_moment_cap": 0.0}, "second_moment_cap must be positive"),
@@ -141,6 +142,16 @@ GSPO = {"ratio_level": "sequence"}
             ("kl_estimator='k1'", "kl_in='loss'"),
             "mean 0",
         ),
+        (
+            {"kl_estimator": "weighted_k3", "kl_in": "reward"},
+            ("kl_estimator='weighted_k3'", "kl_in='reward'"),
+            "of b itself",
+        ),
+        (
+            {"kl_tokens": "all", "kl_in": "reward"},
+            ("kl_tokens='all'", "kl_in='reward'"),
+            "always takes all",
+        ),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else None,
 )
@@ -169,11 +180,15 @@ def test_settings_that_contradict_each_other_are_refused_with_the_two_and_the_re
         pytest.param(MASKED | {"surrogate": "unclipped", "clip_epsilon_high": 0.3}, id="no clip"),
         pytest.param(GSPO | {"aggregation": "sequence"}, id="GSPO"),
         pytest.param(GSPO | {"trust_region": "behavior", "dual_clip": 2.0}, id="GSPO, dual clip"),
-        pytest.param({"rejection_level": "geometric"}, id="MIS"),
+        pytest.param({"rejection_level": "geometric"}, id="sequence mask"),
         pytest.param({"aggregation": "constant", "aggregation_length": 9}, id="Dr. GRPO"),
         pytest.param({"segment_proximal": "loglinear", "proximal": "loglinear"}, id="loglinear"),
         pytest.param({"kl_coefficient": 0.1, "kl_estimator": "k1", "kl_in": "reward"}, id="k1"),
         pytest.param({"kl_estimator": "k1"}, id="k1 of weight 0"),
+        pytest.param(
+            {"kl_coefficient": 0.1, "kl_estimator": "weighted_k3", "kl_tokens": "all"},
+            id="DeepSeek-V3.2's KL",
+        ),
     ],
 )
 def test_published_combinations_are_accepted(settings: dict[str, Any]) -> None:

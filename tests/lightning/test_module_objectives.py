@@ -33,7 +33,7 @@ CONFIGS = {
         "rejection_on": "weight",
         "behavior_weight_cap": 1.05,
     },
-    "mis": {
+    "sequence mask": {
         "trust_region": "proximal",
         "rejection_on": "weight",
         "rejection_level": "sequence",
@@ -159,13 +159,18 @@ def two_steps(model_folder: str, config: sdp.LossConfig, **update: Any) -> Any:
     return model, recorder, second, policy, ref
 
 
-@pytest.mark.parametrize("estimator", ["k2", "k3"])
+@pytest.mark.parametrize("estimator", ["k2", "k3", "weighted_k3"])
 @pytest.mark.parametrize("aggregation", ["token", "sequence"])
 def test_a_kl_in_the_loss_pulls_towards_the_weights_of_the_start(
     model_folder: str, estimator: Any, aggregation: Any
 ) -> None:
+    tokens: Any = "all" if estimator == "k2" else "kept"
     config = sdp.LossConfig(
-        kl_coefficient=0.7, kl_estimator=estimator, aggregation=aggregation, clip_epsilon=0.1
+        kl_coefficient=0.7,
+        kl_estimator=estimator,
+        kl_tokens=tokens,
+        aggregation=aggregation,
+        clip_epsilon=0.1,
     )
     model, recorder, batch, policy, ref = two_steps(
         model_folder, config, max_tokens_per_microbatch=40
@@ -173,9 +178,15 @@ def test_a_kl_in_the_loss_pulls_towards_the_weights_of_the_start(
     loss, n = loss_by_hand(policy, batch, config)
     d = torch.where(batch.loss_mask, ref - n, 0.0)
     kl = d.square() / 2 if estimator == "k2" else d.exp() - 1 - d
+    if estimator == "weighted_k3":
+        kl = (n - batch.behavior_logprobs).exp() * kl  # the gradient of the weight is followed
     assert recorder.metrics["train/kl"] == pytest.approx(
         float(kl.detach().sum() / batch.loss_mask.sum()), rel=1e-4
     )
+    kept = batch.loss_mask & ((n - batch.behavior_logprobs).exp() <= config.behavior_weight_cap)
+    assert 0 < int(kept.sum()) < int(batch.loss_mask.sum())
+    if tokens == "kept":
+        kl = torch.where(kept, kl, 0.0)
     if aggregation == "sequence":
         mean = (kl.sum(1) / batch.loss_mask.sum(1)).mean()
     else:

@@ -11,7 +11,7 @@ from hypothesis import given, settings, strategies as st
 from sdp_lightning.objective.kl import kl_estimate, kl_penalised_rewards
 
 untimed = settings(deadline=None)
-ESTIMATORS = ("k1", "k2", "k3")
+ESTIMATORS = ("k1", "k2", "k3")  # of tokens that are not weighted
 MASK = torch.tensor([[False, True, True], [False, True, False]])
 
 
@@ -26,27 +26,28 @@ def test_worked_out_by_hand() -> None:
     assert k3[0, 2] == pytest.approx(2.718281828 - 2)
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("estimator", [*ESTIMATORS, "weighted_k3"])
 @pytest.mark.parametrize("junk", [float("nan"), float("inf"), -float("inf"), -1e4])
 def test_junk_outside_the_mask_reaches_neither_value_nor_gradient(
     estimator: Any, junk: float
 ) -> None:
     target = torch.where(MASK, torch.full((2, 3), -1.0), junk).requires_grad_()
     reference = torch.where(MASK, torch.full((2, 3), -1.5), -junk)
-    kl = kl_estimate(target, reference, MASK, estimator)
+    behavior = torch.where(MASK, torch.full((2, 3), -0.9), -junk)
+    kl = kl_estimate(target, reference, MASK, estimator, behavior=behavior)
     kl.sum().backward()
     assert kl.isfinite().all() and target.grad is not None and target.grad.isfinite().all()
     assert not kl[~MASK].any() and not target.grad[~MASK].any() and kl[MASK].all()
 
 
 @untimed
-@given(logits=st.lists(st.tuples(*[st.floats(-2, 2)] * 2), min_size=2, max_size=6))
-def test_means_over_the_policys_tokens_are_the_kl_and_gradients_those_of_the_docstring(
-    logits: list[tuple[float, float]],
+@given(logits=st.lists(st.tuples(*[st.floats(-2, 2)] * 3), min_size=2, max_size=6))
+def test_means_over_the_sampled_tokens_are_the_kl_and_gradients_those_of_the_docstring(
+    logits: list[tuple[float, float, float]],
 ) -> None:
-    free = torch.tensor([a for a, _ in logits], dtype=torch.float64).requires_grad_()
-    n = free.log_softmax(0)
-    ref = torch.tensor([b for _, b in logits], dtype=torch.float64).log_softmax(0)
+    free, other, third = torch.tensor(logits, dtype=torch.float64).unbind(1)
+    n = free.requires_grad_().log_softmax(0)
+    ref, b = other.log_softmax(0), third.log_softmax(0)
     p = n.detach().exp()
     exact = float((p * (n.detach() - ref)).sum())
     whole = torch.ones(1, len(logits), dtype=torch.bool)
@@ -63,6 +64,10 @@ def test_means_over_the_policys_tokens_are_the_kl_and_gradients_those_of_the_doc
     assert torch.allclose(slope["k2"], forward, atol=1e-9)
     assert torch.allclose(slope["k3"], reverse, atol=1e-9)
     assert slope["k1"].abs().max() < 1e-9
+    weighted = kl_estimate(n[None], ref[None], whole, "weighted_k3", behavior=b[None])[0]
+    mean_of_b = (b.exp() * weighted).sum()  # tokens are the behavior policy's
+    assert float(mean_of_b.detach()) == pytest.approx(exact, abs=1e-9)
+    assert torch.allclose(torch.autograd.grad(mean_of_b, free)[0], forward, atol=1e-9)
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)

@@ -18,8 +18,11 @@ from support.mutated_modules import Mutation, load
 
 torch.set_num_threads(1)
 # In the order of their imports.
-MODULES = ("aggregation", "segment_proximal", "trust_region", "rejection", "surrogates", "loss")
-LOSS, CENTRE = "loss.segment_wise_ppo_loss", "trust_region.centre_and_log_weight"
+MODULES = (
+    *("precision", "aggregation", "segment_proximal", "trust_region", "rejection", "surrogates"),
+    "loss",
+)
+LOSS, CENTRE = "loss._policy_loss", "trust_region.centre_and_log_weight"
 MUTATIONS = [
     # swap min and max
     Mutation("surrogates.ppo", "(A < 0) & (B > C)", "(A < 0) & (B < C)"),
@@ -68,9 +71,7 @@ MUTATIONS = [
     Mutation("segment_proximal.loglinear_proximal", "A.detach()", "A"),
     Mutation("segment_proximal.loglinear_segment", "A.detach()", "A"),
     # mask after exp
-    Mutation("surrogates._times_advantage",
-             "torch.where(A, B, 0.0).exp() * torch.where(A, C, 0.0)",
-             "torch.where(A, B.exp() * C, 0.0)"),
+    Mutation("surrogates._times_advantage", "torch.where(A, log_value, 0.0)", "log_value"),
     Mutation("surrogates._times_advantage", "A & (B != 0)", "A"),
     Mutation("surrogates.cispo", "A * torch.where(B, target, 0.0)", "A * target"),
     Mutation("aggregation.sequence_sum", "torch.where(loss_mask, values, 0.0)",
@@ -78,6 +79,13 @@ MUTATIONS = [
     Mutation(LOSS, "torch.where(loss_mask, A, 0.0)", "A * loss_mask", 0),
     Mutation(LOSS, "torch.where(loss_mask, A, 0.0)", "A", 1),
     Mutation(LOSS, "A & B", "B"),
+    # the bound of every exponent
+    Mutation("surrogates._times_advantage", "bounded_log(A)", "A"),
+    Mutation("precision.bounded_log", "torch.where(A, B, C)", "torch.where(A, C, B)"),
+    Mutation("precision.bounded_log", "torch.where(A, B, C)", "C.clamp(max=LARGEST_LOG)"),
+    Mutation("precision.bounded_log", "A.log1p()", "A"),
+    Mutation("precision.bounded_log", "A.clamp(min=0)", "A"),
+    Mutation("precision.bounded_log", "A - LARGEST_LOG", "A"),
     # reverse the cap
     Mutation("rejection.within_bounds", "A <= math.log(B)", "A >= math.log(B)"),
     Mutation("rejection.within_bounds", "A <= math.log(B)", "A < math.log(B)"),
@@ -133,6 +141,7 @@ def check(mutant: Mutant) -> None:
         check_case(mutant, near, config)
     check_bounds(mutant)
     check_overflow(mutant)
+    check_large(mutant)
     check_policies(mutant)
     check_second_moment(mutant)
 
@@ -173,13 +182,24 @@ def check_bounds(mutant: Mutant) -> None:
 
 def check_overflow(mutant: Mutant) -> None:
     """Where a token does not act, what overflows there reaches nothing."""
-    far = torch.full((1, 2), -2000.0, dtype=torch.float64)
     near = torch.full((1, 2), -0.1, dtype=torch.float64)
+    far, nowhere = torch.full_like(near, -2000.0), torch.full_like(near, -math.inf)
     mask = torch.ones(1, 2, dtype=torch.bool)
     rejected = Case(near, near, far / 2, far, torch.tensor([[1.0, -1.0]]), mask)
-    idle = Case(near, near, far / 2, far, torch.zeros(1, 2), mask)
+    idle = Case(near, near, nowhere, nowhere, torch.zeros(1, 2), mask)
     for case, config in ((rejected, LossConfig()), (idle, FREE)):
         assert not case.gradient(config, function=mutant.loss).any()
+
+
+def check_large(mutant: Mutant) -> None:
+    """A bad token whose ratio is e^50 counts as e^20 (1 + 30), with the slope e^20."""
+    b = torch.full((1, 2), -60.0, dtype=torch.float64)
+    n = torch.tensor([[-10.0, -41.0]], dtype=torch.float64)
+    case = Case(n, b, b, b, torch.full_like(b, -1.0), b < 0)
+    slopes = torch.tensor([[20.0, 19.0]], dtype=torch.float64).exp()
+    loss = case.loss(LossConfig(), function=mutant.loss).loss.item()
+    assert loss == pytest.approx(float(31 * slopes[0, 0] + slopes[0, 1]) / 2)
+    assert torch.allclose(case.gradient(LossConfig(), function=mutant.loss), slopes / 2)
 
 
 def check_policies(mutant: Mutant) -> None:
@@ -231,11 +251,7 @@ KINDS: dict[str, tuple[tuple[Mutation, ...], Callable[[LossConfig], bool]]] = {
     "swap a ratio": ((Mutation(LOSS, "A - B", "B - A", 0),), lambda _: False),
     "mask after exp": (
         (
-            Mutation(
-                "surrogates._times_advantage",
-                "torch.where(A, B, 0.0).exp() * torch.where(A, C, 0.0)",
-                "torch.where(A, B.exp() * C, 0.0)",
-            ),
+            Mutation("surrogates._times_advantage", "torch.where(A, log_value, 0.0)", "log_value"),
             # CISPO follows no exponential; what it masks is what it multiplies with.
             Mutation("surrogates.cispo", "A * torch.where(B, target, 0.0)", "A * target"),
         ),

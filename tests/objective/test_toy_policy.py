@@ -245,7 +245,15 @@ def test_here_a_clamp_has_less_bias_than_a_mask_at_the_same_cap(lag: int) -> Non
 def test_every_bounded_estimator_has_a_bias_and_less_variance_at_a_large_lag() -> None:
     toy = Toy.at_lag(8)
     free = spread(toy, UNBOUND)
-    for name in ("segment", "behavior", "TIS", "CISPO", "behavior mask", "unclipped", "MIS"):
+    for name in (
+        "segment",
+        "behavior",
+        "TIS",
+        "CISPO",
+        "behavior mask",
+        "unclipped",
+        "sequence mask",
+    ):
         config = ESTIMATORS[name]
         assert bias(toy, config) > 1e-3, name
         assert spread(toy, config) < free, name

@@ -17,6 +17,7 @@ from support.mutated_modules import Mutation, load
 GROUP, OTHERS = "advantages.group_relative_advantages", "advantages.leave_one_out_advantages"
 DEVIATIONS, SHARE = "advantages._deviations", "advantages.uniform_share"
 KL, PENALTY = "kl.kl_of_log_ratio", "kl.kl_penalised_rewards"
+ESTIMATE = "kl.kl_estimate"
 MUTATIONS = [
     # swap min and max
     Mutation(DEVIATIONS, 'A.scatter_reduce(B, C, D, "amax", include_self=E)',
@@ -41,17 +42,31 @@ MUTATIONS = [
     Mutation(DEVIATIONS, "rewards.detach()", "rewards"),
     Mutation(SHARE, "A == 0", "A != 0"),
     # the KL
-    Mutation("kl.kl_estimate", "reference - target", "target - reference"),
+    Mutation(ESTIMATE, "reference - target", "target - reference"),
     Mutation(KL, "return -A", "return A"),
     Mutation(KL, "A.square() / 2", "A.square()"),
     Mutation(KL, "A.square() / 2", "A.abs() / 2"),
     Mutation(KL, "A.expm1() - A", "(-A).expm1() - A"),
     Mutation(KL, "A.expm1() - A", "A.expm1() + A"),
     Mutation(KL, "A.expm1() - A", "A.exp() - A"),
-    Mutation("kl.kl_estimate", "reference.detach()", "reference"),
+    Mutation(ESTIMATE, "reference.detach()", "reference"),
+    # its bounds, and its weight
+    Mutation(ESTIMATE, "A.clamp(max=LARGEST_LOG_RATIO)", "A", 0),
+    Mutation(ESTIMATE, "A.clamp(max=LARGEST_LOG_RATIO)", "A", 1),
+    Mutation(ESTIMATE, "A + math.expm1(B) * C", "A"),
+    Mutation(ESTIMATE, "A + math.expm1(B) * C", "A + math.exp(B) * C"),
+    Mutation(ESTIMATE, "A.relu()", "A"),
+    Mutation(ESTIMATE, "A.relu()", "A.clamp(min=0)"),
+    Mutation(ESTIMATE, "A.detach() - behavior.detach()", "behavior.detach() - A.detach()"),
+    Mutation(ESTIMATE, "target.detach()", "target"),
+    Mutation(ESTIMATE, "behavior.detach()", "behavior"),
+    Mutation(ESTIMATE, "A.detach() + (B - B.detach())", "A + (B - B.detach())"),
+    Mutation(ESTIMATE, "A.detach() + (B - B.detach())", "A.detach() + B"),
+    Mutation(ESTIMATE, "weight * A", "A"),
     # mask after exp
-    Mutation("kl.kl_estimate", "torch.where(loss_mask, A, 0.0)", "A * loss_mask"),
-    Mutation("kl.kl_estimate", "torch.where(loss_mask, A, 0.0)", "A"),
+    Mutation(ESTIMATE, "torch.where(loss_mask, A, 0.0)", "A * loss_mask", 0),
+    Mutation(ESTIMATE, "torch.where(loss_mask, A, 0.0)", "A", 0),
+    Mutation(ESTIMATE, "torch.where(loss_mask, A, 0.0)", "A", 1),
     # of a trajectory: the sum, not the mean, and less, not more
     Mutation(PENALTY, "A - coefficient * B", "A + coefficient * B"),
     Mutation(PENALTY, "A - coefficient * B", "A - B"),
@@ -87,27 +102,48 @@ def check_advantages(module: ModuleType) -> None:
 
 def check_kl(module: ModuleType) -> None:
     """Raise AssertionError unless values and gradients are those of numbers, one by one."""
-    target = torch.tensor([[-1.0, -3.0, math.nan], [-0.5, math.inf, -2.0]], dtype=torch.float64)
-    reference = torch.tensor([[-1.5, -2.0, 0.0], [-0.75, 0.0, -0.5]], dtype=torch.float64)
+    target = torch.tensor(
+        [[-1.0, -3.0, math.nan, -9.0], [-0.5, math.inf, -2.0, -7.0]], dtype=torch.float64
+    )
+    reference = torch.tensor(
+        [[-1.5, -2.0, 0.0, -1.0], [-0.75, 0.0, -0.5, -1.0]], dtype=torch.float64
+    )
+    sampler = torch.tensor(
+        [[-1.2, -2.0, 0.0, -9.5], [-8.0, math.nan, -1.5, -7.0]], dtype=torch.float64
+    )
     mask = target.isfinite()
+
+    def k3(d: float) -> float:
+        near = min(d, 6.0)
+        return math.exp(near) - 1 - near + math.expm1(6) * (d - near)
+
     values = {
         "k1": (lambda d: -d, lambda d: 1.0),
         "k2": (lambda d: d * d / 2, lambda d: -d),
-        "k3": (lambda d: math.exp(d) - 1 - d, lambda d: 1 - math.exp(d)),
+        "k3": (k3, lambda d: 1 - math.exp(min(d, 6.0))),
+        "weighted_k3": (k3, lambda d: -d),
     }
     for name, (value, slope) in values.items():
-        policy, other = target.clone().requires_grad_(), reference.clone().requires_grad_()
-        found = module.kl_estimate(policy, other, mask, name)
+        policy, other, own = (
+            tensor.clone().requires_grad_() for tensor in (target, reference, sampler)
+        )
+        found = module.kl_estimate(policy, other, mask, name, behavior=own)
         found.sum().backward()
-        assert policy.grad is not None and other.grad is None
+        assert policy.grad is not None and other.grad is own.grad is None
         total = [0.0, 0.0]
-        for row, column in torch.cartesian_prod(torch.arange(2), torch.arange(3)).tolist():
+        for row, column in torch.cartesian_prod(torch.arange(2), torch.arange(4)).tolist():
             d = float(reference[row, column] - target[row, column])
+            move = float(target[row, column] - sampler[row, column])
+            weight = min(math.exp(move), math.exp(6)) if name == "weighted_k3" else 1.0
             inside = bool(mask[row, column])
-            expected = value(d) if inside else 0.0
+            expected = weight * value(d) if inside else 0.0
             total[row] += expected
             assert float(found[row, column].detach()) == pytest.approx(expected)
-            assert float(policy.grad[row, column]) == pytest.approx(slope(d) if inside else 0.0)
+            assert float(policy.grad[row, column]) == pytest.approx(
+                weight * slope(d) if inside else 0.0
+            )
+        if name == "weighted_k3":
+            continue
         penalised = module.kl_penalised_rewards(
             torch.tensor([1.0, 0.0]), policy, reference, mask, coefficient=0.3, estimator=name
         )

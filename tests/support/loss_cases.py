@@ -57,7 +57,7 @@ ESTIMATORS = {
     "origin, no clip": LossConfig(
         surrogate="unclipped", trust_region="proximal", bridge_exponent=0.0
     ),
-    "MIS": _but(_WEIGHED, rejection_level="sequence", behavior_weight_floor=0.3),
+    "sequence mask": _but(_WEIGHED, rejection_level="sequence", behavior_weight_floor=0.3),
     "geometric": _but(
         LossConfig(), rejection_level="geometric", behavior_weight_cap=1.15,
         behavior_weight_floor=0.85,

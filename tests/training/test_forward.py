@@ -41,7 +41,7 @@ def test_all_layouts_equal_a_forward_row_by_row(
     assert not result.entropy.requires_grad
     wanted = gradients(model, expected)
     for name, grad in gradients(model, result.logprobs).items():
-        torch.testing.assert_close(grad, wanted[name], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(grad, wanted[name], rtol=1e-5, atol=5e-5)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -208,6 +208,9 @@ def test_models_that_cap_or_scale_their_logits_score_as_their_own_forward_does(
 
 
 REFUSED = [
+    ("gemma2", {"final_logit_softcapping": 0.0}, "padded", "gemma2.*softcap.* positive.*got 0.0"),
+    ("granite", {"logits_scaling": 0.0}, "padded", "granite.*logits_scaling=0.0.*scale of logits"),
+    ("cohere", {"logit_scale": 0.0}, "padded", "cohere.*logit_scale=0.0.*got 0.0"),
     ("falcon_h1", {"lm_head_multiplier": 0.5}, "padded", r"falcon_h1.*lm_head_multiplier=0\.5"),
     ("mistral", {"sliding_window": 4}, "shared_prefix", "mistral.*sliding_window=4.*'padded'"),
     ("gemma3_text", {}, "shared_prefix", "gemma3_text.*sliding_attention"),

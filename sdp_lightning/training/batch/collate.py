@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -114,10 +115,10 @@ def _check(trajectory: Trajectory, group: TrajectoryGroup, version: int) -> None
             raise VersionError(
                 f"{name} has tokens of version {segment.version}, but the trainer is at {version}."
             )
-        if not segment.temperature > 0:
+        if not 0 < segment.temperature < math.inf:
             raise RolloutError(
                 f"{name} was sampled at temperature {segment.temperature}: greedy tokens have no "
-                "log-probs to train with. Sample at a positive temperature."
+                "log-probs to train with. Sample at a positive, finite temperature."
             )
         scorer = segment.proximal.version
         if scorer is not None and scorer != segment.version + 1:

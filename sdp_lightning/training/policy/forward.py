@@ -9,6 +9,7 @@ Shapes: B rows, T tokens, N packed tokens, M sampled tokens, D hidden units.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -128,6 +129,7 @@ def check_model(model: PreTrainedModel, layout: Layout) -> None:
                 f"model type {kind!r} has {name}={value}: its logits are not those of its head, "
                 "and scoring them as such would be wrong. Use a model without it."
             )
+    _logit_transform(model)
     if layout == "padded":
         return
     # foreign: model configurations differ
@@ -167,11 +169,19 @@ def _logit_transform(model: PreTrainedModel) -> LogitTransform:
     """Transform of the logits in Gemma 2 (a cap), Cohere (a factor) and Granite (a divisor)."""
     config: Any = model.config.get_text_config(decoder=True)
     # foreign: model configurations differ
-    factor: float = getattr(config, "logit_scale", None) or 1.0
+    factor: float | None = getattr(config, "logit_scale", None)
     # foreign: model configurations differ
-    divisor: float = getattr(config, "logits_scaling", None) or 1.0
+    divisor: float | None = getattr(config, "logits_scaling", None)
     # foreign: model configurations differ
-    return LogitTransform(factor / divisor, getattr(config, "final_logit_softcapping", None))
+    softcap: float | None = getattr(config, "final_logit_softcapping", None)
+    scale = (1.0 if factor is None else factor) / (1.0 if divisor is None else divisor or math.nan)
+    try:
+        return LogitTransform(scale, softcap)
+    except ConfigError as error:
+        raise ConfigError(
+            f"model type {config.model_type!r} has logit_scale={factor}, logits_scaling={divisor}, "
+            f"final_logit_softcapping={softcap}: {error}"
+        ) from None
 
 
 def _padded_hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
