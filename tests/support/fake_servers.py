@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import signal
@@ -38,21 +39,24 @@ QUICK: dict[str, Any] = {
 class Server:
     """A fake vLLM in a process of its own."""
 
+    script = "fake_vllm.py"
+
     def __init__(self, *arguments: str) -> None:
         self.arguments, self.port = arguments, 0
         self.start()
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        scheme = "https" if "--certificate" in self.arguments else "http"
+        return f"{scheme}://127.0.0.1:{self.port}"
 
     @property
     def host(self) -> str:
         return f"127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        script = SUPPORT / "fake_vllm.py"
-        command = [sys.executable, str(script), "--port", str(self.port), *self.arguments]
+        script = str(SUPPORT / self.script)
+        command = [sys.executable, script, "--port", str(self.port), *self.arguments]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -75,6 +79,19 @@ class Server:
     def fault(self, path: str, kind: str, times: int = 10**9, *, after: int = 0) -> None:
         """``after`` so many chunks, of a fault in a stream."""
         self.do(faults=[{"path": path, "kind": kind, "times": times, "after": after}])
+
+    def answer(
+        self, path: str, body: bytes = b"", status: int = 200, times: int = 10**9, **headers: str
+    ) -> None:
+        """Answer ``path`` with ``body``; ``Retry_After=`` names a header."""
+        fault = {"path": path, "kind": "answer", "times": times, "status": status}
+        fault["headers"] = {name.replace("_", "-"): value for name, value in headers.items()}
+        self.do(faults=[fault | {"body": base64.b64encode(body).decode()}])
+
+    def alter(self, path: str, values: dict[str, Any]) -> None:
+        """Give the true answer with other ``values``, each at its path."""
+        fault = {"path": path, "kind": "alter", "values": values}
+        self.do(faults=[fault])
 
     def signal(self, number: int) -> None:
         self.process.send_signal(number)

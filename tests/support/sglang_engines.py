@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,22 +14,12 @@ from sdp_lightning.engines.remote.engine import RemoteInfEngine
 from sdp_lightning.engines.remote.options import RemoteOptions
 from sdp_lightning.engines.remote.sglang import SGLangBackend
 from support.fake_servers import QUICK, Server, assert_nothing_left
-from support.paths import SUPPORT
 
 
 class SGLangServer(Server):
     """A fake SGLang in a process of its own."""
 
-    def start(self) -> None:
-        script = SUPPORT / "fake_sglang.py"
-        command = [sys.executable, str(script), "--port", str(self.port), *self.arguments]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline().split()
-        assert line and line[0] == "ready", "the fake server did not start"
-        self.port = int(line[1])
+    script = "fake_sglang.py"
 
     def post(self, path: str, body: Any) -> Any:
         """As another client would."""

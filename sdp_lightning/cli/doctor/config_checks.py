@@ -27,6 +27,7 @@ from sdp_lightning.cli.doctor.estimate import (
 from sdp_lightning.cli.doctor.finding import Finding
 from sdp_lightning.cli.doctor.gpus import GPU_QUERY, Ask, NvidiaSmiError, parse_gpus
 from sdp_lightning.cli.doctor.model_size import ModelSize
+from sdp_lightning.engines.remote.addresses import redacted, server_url
 from sdp_lightning.errors import ConfigError
 from sdp_lightning.prompts.sources import load_rows
 
@@ -191,7 +192,7 @@ def launch_query(engine: str) -> dict[str, str]:
 
 def check_servers(engine: str, machine: Machine) -> list[Finding]:
     """Checks that running servers answer, and that launched ones have an interpreter with vLLM."""
-    _, separator, rest = engine.partition("://")
+    scheme, separator, rest = engine.partition("://")
     if not separator:
         return []
     if _launches(engine):
@@ -205,7 +206,8 @@ def check_servers(engine: str, machine: Machine) -> list[Finding]:
             else f"{python} is not there: make that environment, or change python= in data.engine."
         )
         return [Finding("problem", "servers", text)]
-    return [_ask(host) for host in rest.rstrip("/").split(",") if host]
+    web = "https" if scheme in ("vllms", "sglangs") else "http"
+    return [_ask(f"{web}://{host}") for host in rest.rstrip("/").split(",") if host]
 
 
 def check_model(model: object) -> Finding:
@@ -255,9 +257,10 @@ def _launches(engine: str) -> bool:
     return engine.partition("?")[0] == "vllm://launch"
 
 
-def _ask(host: str) -> Finding:
+def _ask(address: str) -> Finding:
+    host = redacted(address).partition("://")[2]
     try:
-        with _DIRECT.open(f"http://{host}/health", timeout=_ANSWER_S) as answer:
+        with _DIRECT.open(f"{server_url(address)}/health", timeout=_ANSWER_S) as answer:
             return Finding("ok", "server", f"{host} answers {answer.status}")
     except (OSError, ValueError) as error:  # HTTP errors and timeouts are OSErrors
         text = f"{host} does not answer: {error}. Start it, or let data.engine launch one."

@@ -38,7 +38,7 @@ def await_serving(engine: RemoteInfEngine, server: Server, count: int) -> None:
 
 # Faults -------------------------------------------------------------------------------------------
 
-KINDS = ["500", "hang", "disconnect", "garbage", "odd", "truncated"]
+KINDS = ["500", "hang", "disconnect", "deep", "odd", "truncated"]
 
 
 CONNECT = ["/server_info", "/model_info", GENERATE, "/continue_generation"]
@@ -122,7 +122,7 @@ def test_a_fault_in_a_publish_to_the_only_server_is_a_named_error(
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.fault("exception", "generate", only="^(500|disconnect)$")
 @pytest.mark.fault("hang", "generate", only="^hang$")
-@pytest.mark.fault("corrupted data", "generate", only="^(garbage|odd|bytes|truncated)$")
+@pytest.mark.fault("corrupted data", "generate", only="^(garbage|odd|deep|truncated)$")
 def test_a_fault_while_generating_is_sent_again(one: SGLangServer, kind: str):
     with connected(one, **limits(kind, recover_s=30.0)) as engine:
         publish(engine, 0, reset=True)
