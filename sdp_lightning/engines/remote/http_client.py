@@ -21,6 +21,7 @@ from sdp_lightning.engines.remote.backend import Call
 from sdp_lightning.engines.remote.responses import (
     MAX_BYTES,
     ServerError,
+    printable,
     read_events,
     read_refusal,
     read_whole,
@@ -166,7 +167,8 @@ class HttpClient:
                 raise ServerError(f"{where} did not answer within {timeout_s:.1f} s.") from error
             except (aiohttp.ClientError, OSError) as error:
                 remedy = f" {_CA_REMEDY}" if isinstance(error, aiohttp.ClientSSLError) else ""
-                raise ServerError(f"{where}: {type(error).__name__}: {error}{remedy}") from error
+                cause = f"{type(error).__name__}: {printable(str(error))}"
+                raise ServerError(f"{where}: {cause}{remedy}") from error
 
     def close(self) -> None:
         """End the thread and cancel its work. Safe to call twice."""

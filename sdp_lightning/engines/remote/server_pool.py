@@ -232,9 +232,8 @@ class ServerPool:
                     continue  # not the fault of this request; choosing a server has a deadline
                 except ServerError as error:
                     tries += error.retry_after_s is None
-                    others = [r for r in self._set.serving if r not in refusals]
-                    doubted = error.is_refusal and others and len(refusals) < 2
-                    if not doubted and (error.is_refusal or tries == self._options.max_tries):
+                    asked_all = len(refusals) > 1 or refusals.keys() >= {*self._set.serving}
+                    if (error.is_refusal and asked_all) or tries == self._options.max_tries:
                         raise
                 else:
                     for replica, error in refusals.items() if completion.spans else ():
@@ -251,8 +250,7 @@ class ServerPool:
         if self._interrupted.is_set():
             return _INTERRUPTED  # it came after the pause: resent after the resume
         check_length(request, replica)
-        oldest, num_losses = self.version, replica.num_losses
-        chunks: list[Chunk] = []
+        oldest, num_losses, chunks = self.version, replica.num_losses, list[Chunk]()
         try:
             completion = await self._complete(replica, request, oldest, chunks)
             newest = self.version if self._options.on_update == "keep" else oldest

@@ -168,7 +168,7 @@ def test_http_that_cannot_be_is_an_error_of_its_server(asker: Asker, kind: str):
     answer, message = RAW[kind]
     with pytest.raises(ServerError, match=f"^{asker.url}.*({message})") as caught:
         asker.complete(answer)
-    assert not caught.value.is_refusal
+    assert not caught.value.is_refusal and str(caught.value).isprintable()
 
 
 def test_no_cookie_is_kept_and_no_other_host_is_asked(asker: Asker):
