@@ -16,8 +16,9 @@ from typing import Any
 
 from aiohttp import web
 
-from support.fake_vllm import VOCABULARY, FakeVLLM, Running, read_first_values
+from support.fake_vllm import VOCABULARY, FakeVLLM
 from support.server_faults import make_parser, serve
+from support.vllm_forms import Running, read_first_values
 
 HEALTH_CHECK_TIMEOUT_S = 20.0  # SGLang's own
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from itertools import product
-from typing import Any
 
 import pytest
 
@@ -14,24 +13,12 @@ from support.fake_servers import (
     assert_nothing_left,
     connected,
     is_back,
+    limits,
     make_engine,
 )
 from support.remote_engines import Sending, generate, publish, request
 
 KINDS = ["500", "hang", "disconnect", "garbage", "odd", "deep", "truncated"]
-
-
-SHORT: dict[str, Any] = {
-    "health_timeout_s": 1.0,
-    "answer_timeout_s": 1.0,
-    "control_timeout_s": 1.0,
-    "request_timeout_s": 1.0,
-}
-
-
-def limits(kind: str, *, recover_s: float = 1.0) -> dict[str, Any]:
-    """Deadlines that are short only where one is to pass, so that a slow machine passes none."""
-    return (SHORT if kind == "hang" else {}) | {"recover_s": recover_s, "max_tries": 3}
 
 
 # Every phase, every fault -------------------------------------------------------------------------

@@ -94,14 +94,6 @@ def test_a_stream_that_broke_off_is_an_interruption_under_the_version_it_was_sen
 
 
 @pytest.mark.parametrize(
-    "chunks",
-    [
-        [Chunk((5,), (-1.0,)), Chunk((6,), (-1.0,), "length", (("1", 0, 1),))],
-        [Chunk((5,), (-1.0,)), Chunk((6,), (-1.0,), "length", (("1", 1, 2),))],
-        [Chunk((5,), (-1.0,), "length", (("1", 0, 2),))],
-    ],
-)
-@pytest.mark.parametrize(
     ("tokens", "logprobs"),
     [
         ((5, 6), (-1.0,)),
@@ -117,6 +109,14 @@ def test_a_chunk_of_another_backend_is_held_to_the_same(tokens: Any, logprobs: A
         Chunk(tokens, logprobs)
 
 
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        [Chunk((5,), (-1.0,)), Chunk((6,), (-1.0,), "length", (("1", 0, 1),))],
+        [Chunk((5,), (-1.0,)), Chunk((6,), (-1.0,), "length", (("1", 1, 2),))],
+        [Chunk((5,), (-1.0,), "length", (("1", 0, 2),))],
+    ],
+)
 def test_chunks_whose_versions_are_of_other_tokens_are_refused(chunks: list[Chunk]):
     with pytest.raises(EngineError, match="they must agree"):
         assemble(chunks, 1)
