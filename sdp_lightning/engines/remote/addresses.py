@@ -14,12 +14,16 @@ from sdp_lightning.errors import ConfigError
 def redacted(address: str) -> str:
     """``address`` without credentials or a query, for errors.
 
-    >>> redacted("vllm://user:secret@host:8000?key=secret")
-    'vllm://***@host:8000?***'
+    >>> redacted("vllm://user:secret@host:8000"), redacted("vllm://host:8000?key=secret")
+    ('vllm://***@host:8000', 'vllm://host:8000?***')
     """
-    scheme, separator, rest = address.rpartition("://")
-    rest, query, _ = rest.partition("?")
+    scheme, separator, rest = address.partition("://")
+    if not separator:
+        scheme, rest = "", address
     _, credentials, host = rest.rpartition("@")
+    host, query, _ = host.replace("#", "?").partition("?")
+    if credentials and ("?" in rest or "#" in rest):
+        host = ""  # any part may be of the secret
     shown = f"{scheme}{separator}{'***@' if credentials else ''}{host}{'?***' if query else ''}"
     return "".join(c if c.isprintable() else "?" for c in shown)
 

@@ -27,7 +27,7 @@ def reading(server: str, path: str, expected: str, answer: Any) -> Generator[Non
     try:
         yield
     except _MALFORMED as error:
-        raise unexpected(server, path, f"{expected} ({error!r})", answer) from error
+        raise unexpected(server, path, f"{expected} ({describe(error)})", answer) from error
 
 
 def unexpected(server: str, path: str, expected: str, answer: Any) -> EngineError:

@@ -17,6 +17,7 @@ from sdp_lightning.weights.protocol import Instruction
 OnUpdate = Literal["interrupt", "keep"]
 _ROUNDING = 1e-3  # nats above 0 that a log-prob may have
 _LARGEST = 3.4e38  # below the largest float32
+_MAX_TOKENS = 2**31  # token ids, where the vocabulary is not known
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Chunk:
     """A part of a completion, as a server sends it.
 
     Attributes:
-        token_ids: tokens after those of the previous chunk, integers of 0 or more.
+        token_ids: tokens after those of the previous chunk, integers from 0 to 2**31 - 1.
         logprobs: log-probs of these tokens, nats: finite, and 0 or less but for rounding.
         finish_reason: None in all chunks but the last.
         edges: ``(version, start, end)`` of each span, counted over all chunks: in the last chunk of
@@ -77,8 +78,11 @@ class Chunk:
             )
         if not self.token_ids:
             return
-        if not set(map(type, self.token_ids)) <= {int} or min(self.token_ids) < 0:
-            raise EngineError("the server answered tokens that are not integers of 0 or more.")
+        integers = set(map(type, self.token_ids)) <= {int}
+        if not integers or min(self.token_ids) < 0 or max(self.token_ids) >= _MAX_TOKENS:
+            raise EngineError(
+                f"the server answered tokens that are not integers from 0 to {_MAX_TOKENS - 1}."
+            )
         check_logprobs(self.logprobs)
 
 

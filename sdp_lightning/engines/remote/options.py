@@ -51,7 +51,7 @@ class RemoteOptions:
         ca_file: PEM file of the certificate authorities that are believed at ``https`` addresses;
             None: those of the system.
         vocab_size: number of token ids of the model; a server that samples another one is set
-            aside. None: a fit takes its model's; else any integer of 0 or more is accepted.
+            aside. None: a fit takes its model's; else any of 31 bits is accepted.
     """
 
     min_replicas: int = 1

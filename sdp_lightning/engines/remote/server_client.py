@@ -39,7 +39,7 @@ class ServerClient:
     """Calls in the client's event loop. Each has a timeout; errors name server and path.
 
     Attributes:
-        vocab_size: number of token ids of the model; None: unknown, and any integer is taken.
+        vocab_size: number of token ids of the model; None: it is not known.
     """
 
     def __init__(self, http: HttpClient, backend: RemoteInfBackend, options: RemoteOptions) -> None:

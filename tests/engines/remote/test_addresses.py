@@ -97,6 +97,24 @@ def test_launched_servers_speak_no_https():
         connect_engine("vllms://launch?replicas=2", model="m")
 
 
+@pytest.mark.parametrize(
+    "address",
+    [
+        "user:hunter2@localhost:80",
+        "http://user:a://hunter2@localhost:80",
+        "http://user:hunter2?@localhost:80",
+        "http://user:hunter2#@localhost:80",
+        "http://localhost:80?key=a@hunter2",
+        "http://localhost:80#hunter2",
+    ],
+)
+def test_no_way_to_write_a_secret_shows_it(address: str):
+    assert "hunter2" not in redacted(address)
+    with pytest.raises(ConfigError) as caught:
+        make(address, api_key="k")
+    assert "hunter2" not in str(caught.value)
+
+
 def test_what_is_shown_of_an_address_has_no_escapes():
     assert redacted("vllm://a:b@h:1\x1b[2J") == "vllm://***@h:1?[2J"
     assert redacted("embeded") == "embeded"
