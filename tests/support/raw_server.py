@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import pytest
+
 from sdp_lightning.engines.remote.backend import Chunk, Completion
 from sdp_lightning.engines.remote.http_client import HttpClient
 from sdp_lightning.engines.remote.options import RemoteOptions
@@ -94,8 +96,9 @@ class Asker:
         return self._http.run(client.get_version(Replica(self.url, INFO)), 30.0)
 
 
-@contextmanager
-def asking() -> Iterator[Asker]:
+@pytest.fixture(scope="module")
+def asker() -> Iterator[Asker]:
+    """Asks a server that answers with given bytes."""
     client = HttpClient()
     client.start()
     try:

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 
 from sdp_lightning.engines.remote.responses import ServerError, describe, printable
-from support.raw_server import Asker, http
+from support.raw_server import Asker, asker, http
 from support.vllm_answers import completion, recorded_token, span
+
+__all__ = ["asker"]  # a fixture
 
 GOOD = json.dumps(completion()).encode()
 
@@ -69,9 +71,9 @@ ODD: dict[str, tuple[Any, str]] = {
     "nothing": (b"", "without choices"),
     "a list": ([completion()], "without choices"),
     "an error": ({"error": {"message": "boom"}}, "boom"),
-    "a token beyond int64": (token(10**30), "token 10{30}, but the model's vocabulary has 256"),
+    "a token beyond int64": (token(10**30), "not integers from 0 to 2147483647"),
     "a token of another vocabulary": (token(256), "token 256, but the model's vocabulary has 256"),
-    "a token below 0": (token(-1), "not integers of 0 or more"),
+    "a token below 0": (token(-1), "not integers from 0 to"),
     "a token that is true": (token(True), "not all tokens are integers"),
     "a token that is 3.0": (token(3.0), "not all tokens are integers"),
     "a token that is a text": (token("3"), "not all tokens are integers"),

@@ -7,8 +7,10 @@ import pytest
 from sdp_lightning.engines.remote.responses import MAX_RETRY_S, retry_after_s
 from sdp_lightning.errors import EngineError
 from support.fake_servers import GENERATE, Server, connected
-from support.raw_server import Asker, http
+from support.raw_server import Asker, asker, http
 from support.remote_engines import Sending, generate, publish, request
+
+__all__ = ["asker"]  # a fixture
 
 LATER = {"Retry_After": "3600"}
 

@@ -16,7 +16,9 @@ from sdp_lightning.engines.remote.responses import ServerError, parse_json
 from sdp_lightning.errors import EngineError
 from support import sglang_answers as sglang, vllm_answers as vllm
 from support.fuzzed_answers import mutated
-from support.raw_server import Asker, http
+from support.raw_server import Asker, asker, http
+
+__all__ = ["asker"]  # a fixture
 
 PLAIN = replace(vllm.INFO, has_spans=False)
 ECHO = [None, {"2": {"logprob": -3.5, "rank": 6}}, {"3": {"logprob": -4, "rank": 1}}]
@@ -110,7 +112,7 @@ def check_read(value: Any) -> None:
 
 def check_tokens(token_ids: tuple[int, ...], logprobs: tuple[float, ...]) -> None:
     assert len(token_ids) == len(logprobs)
-    assert all(type(token) is int and token >= 0 for token in token_ids)
+    assert all(type(token) is int and 0 <= token < 2**31 for token in token_ids)
     assert all(-3.5e38 < logprob <= 1e-3 for logprob in logprobs)
 
 

@@ -100,6 +100,7 @@ def test_a_stream_that_broke_off_is_an_interruption_under_the_version_it_was_sen
         ((True,), (-1.0,)),
         ((5.0,), (-1.0,)),
         ((-5,), (-1.0,)),
+        ((2**31,), (-1.0,)),
         ((5,), (float("nan"),)),
         ((5,), (0.01,)),
     ],
