@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import tracemalloc
 import zlib
 from typing import Any
 
@@ -171,6 +172,16 @@ def test_http_that_cannot_be_is_an_error_of_its_server(asker: Asker, kind: str):
     with pytest.raises(ServerError, match=f"^{asker.url}.*({message})") as caught:
         asker.complete(answer)
     assert not caught.value.is_refusal and str(caught.value).isprintable()
+
+
+def test_a_bomb_is_never_unpacked_whole(asker: Asker):
+    tracemalloc.start()
+    try:
+        with pytest.raises(ServerError, match="more than"):
+            asker.complete(RAW["a bomb"][0])
+        assert tracemalloc.get_traced_memory()[1] < 2**23  # of 32 MiB
+    finally:
+        tracemalloc.stop()
 
 
 def test_no_cookie_is_kept_and_no_other_host_is_asked(asker: Asker):
