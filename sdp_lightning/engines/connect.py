@@ -27,8 +27,8 @@ def connect_engine(
         url: ``"embedded"`` samples in this process; ``"vllm://h1:8000,h2:8000"`` on running
             servers; ``"vllm://launch?replicas=2&max_model_len=512"`` starts servers, with the
             fields of :class:`~sdp_lightning.engines.servers.managed.ServerConfig`, and ends them
-            with the run; ``"sglang://h1:30000"`` samples on running SGLang servers; an engine
-            object is returned unchanged.
+            with the run; ``"sglang://h1:30000"`` samples on running SGLang servers; ``"vllms://"``
+            and ``"sglangs://"`` speak https; an engine object is returned unchanged.
         model: the model of ``"embedded"`` or of a launched server: a Hugging Face id or a folder;
             for ``"embedded"`` also a module, which is copied.
         **options: settings of ``EmbeddedEngine``, or of
@@ -52,10 +52,12 @@ def connect_engine(
 
         return EmbeddedEngine(model, **options)
     scheme, separator, rest = url.partition("://")
-    if separator and scheme in ("vllm", "sglang"):
+    if separator and scheme in ("vllm", "vllms", "sglang", "sglangs"):
         return _connect_servers(scheme, rest, model=model, options=options)
+    from sdp_lightning.engines.remote.addresses import redacted
+
     raise ConfigError(
-        f"engine {url!r} is not known. Known are 'embedded', 'vllm://host:port,...', "
+        f"engine {redacted(url)!r} is not known. Known are 'embedded', 'vllm://host:port,...', "
         "'vllm://launch?replicas=1', 'sglang://host:port,...' and any object that is an engine."
     )
 
@@ -70,11 +72,11 @@ def _connect_servers(
     from sdp_lightning.engines.servers.managed import ManagedServers
 
     settings = _from_fields(RemoteOptions, options)
-    if scheme == "sglang":
+    if scheme.startswith("sglang"):
         urls = _server_urls(scheme, rest, "; SGLang servers are not started from here")
         return RemoteInfEngine(urls, SGLangBackend(), options=settings)
     address, _, query = rest.partition("?")
-    if address == "launch":
+    if address == "launch" and scheme == "vllm":
         servers = ManagedServers(_server_config(query, model, settings.transport))
     else:
         servers = _server_urls(scheme, rest, " or 'vllm://launch?replicas=1'")
@@ -83,13 +85,18 @@ def _connect_servers(
 
 def _server_urls(scheme: str, rest: str, otherwise: str) -> list[str]:
     """``http://host:port`` of each server in ``rest``; an error ends with ``otherwise``."""
+    from sdp_lightning.engines.remote.addresses import redacted, server_url
+
+    prefix = "https://" if scheme.endswith("s") else "http://"
+    if "@" in rest:
+        server_url(f"{scheme}://{rest}")  # its error does not show them
     hosts = [host for host in rest.rstrip("/").split(",") if host]
     if not hosts or "?" in rest or not all(h.rpartition(":")[2].isdigit() for h in hosts):
         raise ConfigError(
-            f"'{scheme}://{rest}' does not name servers. Write '{scheme}://host:port,host:port'"
-            f"{otherwise}."
+            f"{redacted(f'{scheme}://{rest}')!r} does not name servers. Write "
+            f"'{scheme}://host:port,host:port'{otherwise}."
         )
-    return [f"http://{host}" for host in hosts]
+    return [server_url(prefix + host) for host in hosts]
 
 
 def _server_config(query: str, model: Any, transport: TransportName) -> ServerConfig:

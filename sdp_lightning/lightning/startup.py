@@ -80,6 +80,12 @@ def start_engine(engine: InferenceEngine, ranks: RankGroup) -> None:
     ranks.run_on_all_ranks("joining the servers of rank 0", join)
 
 
+def tell_vocabulary(engine: InferenceEngine, num_tokens: int) -> None:
+    """Let servers' answers be held to the model's vocabulary of ``num_tokens``."""
+    if isinstance(engine, RemoteInfEngine):
+        engine.use_vocabulary(num_tokens)
+
+
 def leave_cores(engine: InferenceEngine) -> int | None:
     """Leave an embedded engine its cores: on shared ones two OpenMP pools spin against each other.
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
+from transformers import PreTrainedModel
 
 from sdp_lightning.engines.protocol import InferenceEngine, SharedServerEngine
 from sdp_lightning.errors import ConfigError, VersionError
@@ -20,6 +21,7 @@ from sdp_lightning.lightning.datamodule import RolloutDataModule
 from sdp_lightning.lightning.graceful_stop import GracefulStop
 from sdp_lightning.lightning.module import SegmentWisePPOModule
 from sdp_lightning.lightning.phase_timer import PHASES
+from sdp_lightning.lightning.startup import tell_vocabulary
 from sdp_lightning.lightning.weight_check import WeightCheck
 from sdp_lightning.rollout.executor import WorkflowExecutor
 from sdp_lightning.rollout.groups.telemetry import RolloutCounts
@@ -199,6 +201,7 @@ class WeightSyncCallback(Callback):
         if not executor.is_published:
             if trainer.state.fn == "fit":
                 data.resume(self.version)
+            tell_vocabulary(executor.engine, _num_embeddings(module.require_policy()))
             weights = module.named_weights(lora_alpha=_lora_alpha(executor.engine))
             executor.publish(weights, self.version, reset=True)
             self._check_weights(module, executor)
@@ -209,7 +212,7 @@ class WeightSyncCallback(Callback):
         policy = module.require_policy()
         return self._weight_check.check(
             policy,
-            num_embeddings=int(policy.get_input_embeddings().weight.shape[0]),  # type: ignore
+            num_embeddings=_num_embeddings(policy),
             score=lambda trajectory: module.score([trajectory])[0][0],
             ask=executor.engine.prompt_logprobs,
         )
@@ -248,6 +251,10 @@ class WeightSyncCallback(Callback):
 
 def _warn_of_rename(former: str, present: str) -> None:
     warnings.warn(f"{former} of WeightSyncCallback is now {present}.", FutureWarning, stacklevel=3)
+
+
+def _num_embeddings(policy: PreTrainedModel) -> int:
+    return int(policy.get_input_embeddings().weight.shape[0])  # type: ignore
 
 
 def _lora_alpha(engine: InferenceEngine) -> float | None:

@@ -26,6 +26,7 @@ from sdp_lightning.cli.doctor.finding import Finding
 from sdp_lightning.cli.doctor.gpus import NvidiaSmiError
 from sdp_lightning.cli.main import main
 from support.paths import ROOT
+from support.raw_server import raw_server
 
 EIGHT = Machine(tuple(range(8)), tuple(range(8)), has_vllm=True)
 GPU = {"accelerator": "gpu", "devices": 1}
@@ -153,6 +154,29 @@ def test_servers_that_should_run_are_asked(host: str) -> None:
     well, ill = check_servers(f"vllm://{host},127.0.0.1:1", Machine())
     assert (well.state, well.text) == ("ok", f"{host} answers 200")
     assert ill.state == "problem" and "127.0.0.1:1 does not answer" in ill.text
+
+
+@pytest.mark.parametrize(
+    ("engine", "said"),
+    [
+        ("vllm://user:hunter2@127.0.0.1:1", "***@127.0.0.1:1 has a name and a password in it"),
+        ("vllms://127.0.0.1:1", "127.0.0.1:1 does not answer"),
+        ("vllm://127.0.0.1:0", "is not the address of a server"),
+    ],
+)
+def test_an_address_that_cannot_be_asked_is_a_problem_without_its_secret(
+    engine: str, said: str
+) -> None:
+    [found] = check_servers(engine, Machine())
+    assert found.state == "problem" and said in found.text
+    assert "hunter2" not in found.text
+
+
+def test_a_server_that_speaks_no_http_is_a_problem() -> None:
+    with raw_server() as server:
+        server.answer = b"SSH-2.0\r\n"
+        [found] = check_servers(server.url.replace("http", "vllm"), Machine())
+    assert found.state == "problem" and "does not answer" in found.text
 
 
 def test_servers_to_be_started_need_their_interpreter(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import signal
@@ -13,10 +14,11 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+from sdp_lightning.engines.remote.backend import RemoteInfBackend
 from sdp_lightning.engines.remote.engine import RemoteInfEngine
 from sdp_lightning.engines.remote.options import RemoteOptions
 from sdp_lightning.engines.remote.vllm import VLLMBackend
@@ -33,10 +35,27 @@ QUICK: dict[str, Any] = {
     "settle_s": 0.01,
     "abort_grace_s": 0.2,
 }
+SHORT: dict[str, Any] = {
+    "health_timeout_s": 1.0,
+    "answer_timeout_s": 1.0,
+    "control_timeout_s": 1.0,
+    "request_timeout_s": 1.0,
+}
+
+
+def limits(kind: str, *, recover_s: float = 1.0) -> dict[str, Any]:
+    """Deadlines that are short only where one is to pass, so that a slow machine passes none."""
+    return (SHORT if kind == "hang" else {}) | {"recover_s": recover_s, "max_tries": 3}
+
+
+S = TypeVar("S", bound="Server")
 
 
 class Server:
     """A fake vLLM in a process of its own."""
+
+    script = "fake_vllm.py"
+    backend: type[RemoteInfBackend] = VLLMBackend
 
     def __init__(self, *arguments: str) -> None:
         self.arguments, self.port = arguments, 0
@@ -44,15 +63,16 @@ class Server:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        scheme = "https" if "--certificate" in self.arguments else "http"
+        return f"{scheme}://127.0.0.1:{self.port}"
 
     @property
     def host(self) -> str:
         return f"127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        script = SUPPORT / "fake_vllm.py"
-        command = [sys.executable, str(script), "--port", str(self.port), *self.arguments]
+        script = str(SUPPORT / self.script)
+        command = [sys.executable, script, "--port", str(self.port), *self.arguments]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -76,6 +96,19 @@ class Server:
         """``after`` so many chunks, of a fault in a stream."""
         self.do(faults=[{"path": path, "kind": kind, "times": times, "after": after}])
 
+    def answer(
+        self, path: str, body: bytes = b"", status: int = 200, times: int = 10**9, **headers: str
+    ) -> None:
+        """Answer ``path`` with ``body``; ``Retry_After=`` names a header."""
+        fault = {"path": path, "kind": "answer", "times": times, "status": status}
+        fault["headers"] = {name.replace("_", "-"): value for name, value in headers.items()}
+        self.do(faults=[fault | {"body": base64.b64encode(body).decode()}])
+
+    def alter(self, path: str, values: dict[str, Any]) -> None:
+        """Give the true answer with other ``values``, each at its path."""
+        fault = {"path": path, "kind": "alter", "values": values}
+        self.do(faults=[fault])
+
     def signal(self, number: int) -> None:
         self.process.send_signal(number)
 
@@ -98,8 +131,8 @@ class Server:
 
 
 @contextmanager
-def servers(count: int, *arguments: str) -> Iterator[list[Server]]:
-    running = [Server(*arguments) for _ in range(count)]
+def servers(count: int, *arguments: str, kind: type[S] = Server) -> Iterator[list[S]]:
+    running = [kind(*arguments) for _ in range(count)]
     try:
         yield running
     finally:
@@ -109,7 +142,8 @@ def servers(count: int, *arguments: str) -> Iterator[list[Server]]:
 
 def make_engine(*running: Server, **options: Any) -> RemoteInfEngine:
     settings = RemoteOptions(**(QUICK | options))
-    return RemoteInfEngine([server.url for server in running], VLLMBackend(), options=settings)
+    backend = running[0].backend()
+    return RemoteInfEngine([server.url for server in running], backend, options=settings)
 
 
 @contextmanager
@@ -141,4 +175,4 @@ def is_back(engine: RemoteInfEngine, server: Server, count: int = 1) -> None:
         if engine.num_serving == count:
             return
         server.do()
-    raise AssertionError(engine._running()._set.describe_lost())
+    raise AssertionError(f"{engine.num_serving} servers serve, and not {count}")

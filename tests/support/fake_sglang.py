@@ -8,17 +8,17 @@ for them, and a load that failed half-way kills what is sampled next.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from aiohttp import web
 
-from support.fake_vllm import VOCABULARY, FakeVLLM, Running, read_first_values
+from support.fake_vllm import VOCABULARY, FakeVLLM
+from support.server_faults import make_parser, serve
+from support.vllm_forms import Running, read_first_values
 
 HEALTH_CHECK_TIMEOUT_S = 20.0  # SGLang's own
 
@@ -263,26 +263,10 @@ def not_done(message: str) -> web.Response:
     return web.json_response(answer, status=400)
 
 
-async def serve(options: argparse.Namespace) -> None:
-    fake = FakeSGLang(options)
-    runner = web.AppRunner(fake.app(), handler_cancellation=True, access_log=None)
-    await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", options.port)
-    await site.start()
-    print("ready", runner.addresses[0][1], flush=True)
-    await asyncio.to_thread(sys.stdin.buffer.read)  # the parent's death ends it
-    await runner.cleanup()
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--port", type=int, default=0)
-    parser.add_argument("--held", action="store_true", help="sample nothing until a step")
-    parser.add_argument("--reply-s", type=float, default=0.0, help="before the first token")
-    parser.add_argument("--raw-logprobs", action="store_true")
+    parser = make_parser(__doc__)
     parser.add_argument("--incremental", action="store_true", help="stream only what is new")
-    parser.add_argument("--api-key", default="")
-    asyncio.run(serve(parser.parse_args()))
+    asyncio.run(serve(FakeSGLang(parser.parse_args())))
 
 
 if __name__ == "__main__":

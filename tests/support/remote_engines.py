@@ -12,9 +12,8 @@ import pytest
 from sdp_lightning.engines.protocol import GenerationRequest, InferenceEngine
 from sdp_lightning.engines.remote.engine import RemoteInfEngine
 from sdp_lightning.types import SamplingParams, Segment, TrajectoryGroup
-from support.fake_servers import (
-    weights,
-)
+from support.fake_servers import Server, assert_nothing_left, weights
+from support.rollouts import Samples, rolling
 
 
 def request(tokens: int = 3, budget: int = 4, key: str = "") -> GenerationRequest:
@@ -29,6 +28,31 @@ def publish(engine: RemoteInfEngine, version: int, *, reset: bool = False) -> No
     engine.pause()
     engine.update_weights(weights(float(version)), version, reset=reset)
     engine.resume()
+
+
+def publish_thrice(
+    engine: RemoteInfEngine, server: Server, *, budget: int, step: int
+) -> list[TrajectoryGroup]:
+    """Eight requests for ``budget`` tokens, and three publishes, each after ``step`` tokens more.
+
+    Every token is the one of its place and version; nothing of the engine is left.
+    """
+    server.do(held=True)
+    engine.start()
+    workflow = Samples(max_new_tokens=budget)
+    with rolling(engine, workflow, batch_size=8, max_head_lag=4, max_concurrent=8) as executor:
+        for version in (1, 2, 3):
+            server.do(wait={"running": 8})
+            server.do(step=step, wait={"stalled": True})
+            executor.publish(weights(float(version)), version)
+        server.do(held=False)
+        batch = executor.take()
+        assert batch is not None
+        groups = list(batch)
+        assert_exact(groups, budget)
+        executor.pause()
+    assert_nothing_left()
+    return groups
 
 
 class Sending:

@@ -1,37 +1,23 @@
-"""Fake SGLang processes, and engines on them."""
+"""Fake SGLang processes; engines on them are made as those on vLLM's are."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 
-from sdp_lightning.engines.remote.engine import RemoteInfEngine
-from sdp_lightning.engines.remote.options import RemoteOptions
 from sdp_lightning.engines.remote.sglang import SGLangBackend
-from support.fake_servers import QUICK, Server, assert_nothing_left
-from support.paths import SUPPORT
+from support.fake_servers import Server, servers
 
 
 class SGLangServer(Server):
     """A fake SGLang in a process of its own."""
 
-    def start(self) -> None:
-        script = SUPPORT / "fake_sglang.py"
-        command = [sys.executable, str(script), "--port", str(self.port), *self.arguments]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline().split()
-        assert line and line[0] == "ready", "the fake server did not start"
-        self.port = int(line[1])
+    script = "fake_sglang.py"
+    backend = SGLangBackend
 
     def post(self, path: str, body: Any) -> Any:
         """As another client would."""
@@ -41,46 +27,7 @@ class SGLangServer(Server):
             return json.loads(answer.read())
 
 
-@contextmanager
-def servers(count: int, *arguments: str) -> Iterator[list[SGLangServer]]:
-    running = [SGLangServer(*arguments) for _ in range(count)]
-    try:
-        yield running
-    finally:
-        for server in running:
-            server.stop()
-
-
 @pytest.fixture(scope="module")
 def pair() -> Iterator[list[SGLangServer]]:
-    with servers(2) as running:
+    with servers(2, kind=SGLangServer) as running:
         yield running
-
-
-@pytest.fixture
-def two(pair: list[SGLangServer]) -> list[SGLangServer]:
-    for server in pair:
-        server.do(reset={}, faults=[])
-    return pair
-
-
-@pytest.fixture
-def one(two: list[SGLangServer]) -> SGLangServer:
-    return two[0]
-
-
-def make_engine(*running: Server, **options: Any) -> RemoteInfEngine:
-    settings = RemoteOptions(**(QUICK | options))
-    return RemoteInfEngine([server.url for server in running], SGLangBackend(), options=settings)
-
-
-@contextmanager
-def connected(*running: Server, **options: Any) -> Iterator[RemoteInfEngine]:
-    """A started engine; closed at the end, and nothing of it is left."""
-    engine = make_engine(*running, **options)
-    try:
-        engine.start()
-        yield engine
-    finally:
-        engine.close()
-    assert_nothing_left()

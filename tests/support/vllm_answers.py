@@ -48,6 +48,36 @@ COMPLETION: dict[str, Any] = {
 }
 
 
+TEXT: dict[str, Any] = {
+    **{"id": "cmpl-8969e6d2806df74e", "object": "text_completion", "created": 1795403497},
+    "model": "policy",
+    "choices": [
+        {
+            "index": 0,
+            "text": "//0",
+            "logprobs": {
+                "text_offset": [0, 1, 2],
+                "token_logprobs": [-1.0715653896331787, -1.405820608139038, -2.549502372741699],
+                "tokens": ["/", "/", "0"],
+                "top_logprobs": [
+                    {"/": -1.0715653896331787},
+                    {"/": -1.405820608139038},
+                    {"0": -2.549502372741699, "/": -1.369066834449768},
+                ],
+            },
+            "finish_reason": "length",
+            "stop_reason": None,
+            "token_ids": [43, 43, 3],
+            "prompt_logprobs": None,
+            "prompt_token_ids": [1, 2, 3, 4, 5, 6],
+            "routed_experts": None,
+        }
+    ],
+    **{"service_tier": None, "system_fingerprint": "vllm-0.32.0-c23c3b3d", "metrics": None},
+    "usage": {"prompt_tokens": 6, "total_tokens": 9, "completion_tokens": 3},
+}
+
+
 def completion(**changes: Any) -> dict[str, Any]:
     answer = copy.deepcopy(COMPLETION)
     answer["choices"][0] |= changes

@@ -12,6 +12,7 @@ import sys
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, cast
 from urllib.parse import parse_qs
@@ -27,13 +28,12 @@ from sdp_lightning.cli.doctor.estimate import (
 from sdp_lightning.cli.doctor.finding import Finding
 from sdp_lightning.cli.doctor.gpus import GPU_QUERY, Ask, NvidiaSmiError, parse_gpus
 from sdp_lightning.cli.doctor.model_size import ModelSize
+from sdp_lightning.engines.remote.addresses import redacted, server_url, tls_context
 from sdp_lightning.errors import ConfigError
 from sdp_lightning.prompts.sources import load_rows
 
 Tree = dict[str, Any]
 _ANSWER_S = 5.0
-# Requests to loopback never go through a proxy.
-_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def examine_configs(files: Sequence[str], machine: Machine) -> list[Finding]:
     model = part_of(config, "model").get("model")
     return [
         *check_devices(trainer, _engine(config), machine),
-        *check_servers(_engine(config), machine),
+        *check_servers(_engine(config), machine, part_of(data, "engine_options").get("ca_file")),
         check_model(model),
         *(check_rows(name, data[name]) for name in ("prompts", "val_prompts") if data.get(name)),
         *check_division(config, world_size(trainer, machine)),
@@ -189,9 +189,12 @@ def launch_query(engine: str) -> dict[str, str]:
     return {k: v[-1] for k, v in parse_qs(query).items()} if _launches(engine) else {}
 
 
-def check_servers(engine: str, machine: Machine) -> list[Finding]:
-    """Checks that running servers answer, and that launched ones have an interpreter with vLLM."""
-    _, separator, rest = engine.partition("://")
+def check_servers(engine: str, machine: Machine, ca_file: str | None = None) -> list[Finding]:
+    """Checks that running servers answer, and that launched ones have an interpreter with vLLM.
+
+    ``ca_file`` has the certificates that are believed; None: the system's.
+    """
+    scheme, separator, rest = engine.partition("://")
     if not separator:
         return []
     if _launches(engine):
@@ -205,7 +208,8 @@ def check_servers(engine: str, machine: Machine) -> list[Finding]:
             else f"{python} is not there: make that environment, or change python= in data.engine."
         )
         return [Finding("problem", "servers", text)]
-    return [_ask(host) for host in rest.rstrip("/").split(",") if host]
+    web = "https" if scheme in ("vllms", "sglangs") else "http"
+    return [_ask(f"{web}://{host}", ca_file) for host in rest.rstrip("/").split(",") if host]
 
 
 def check_model(model: object) -> Finding:
@@ -255,11 +259,18 @@ def _launches(engine: str) -> bool:
     return engine.partition("?")[0] == "vllm://launch"
 
 
-def _ask(host: str) -> Finding:
+def _ask(address: str, ca_file: str | None) -> Finding:
+    host = redacted(address).partition("://")[2]
     try:
-        with _DIRECT.open(f"http://{host}/health", timeout=_ANSWER_S) as answer:
+        url = server_url(address)
+        tls = urllib.request.HTTPSHandler(context=tls_context(ca_file, [url]))
+        # Requests to loopback never go through a proxy.
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), tls)
+        with opener.open(f"{url}/health", timeout=_ANSWER_S) as answer:
             return Finding("ok", "server", f"{host} answers {answer.status}")
-    except (OSError, ValueError) as error:  # HTTP errors and timeouts are OSErrors
+    except ConfigError as error:
+        return Finding("problem", "server", str(error))
+    except (OSError, ValueError, HTTPException) as error:  # statuses and timeouts are OSErrors
         text = f"{host} does not answer: {error}. Start it, or let data.engine launch one."
         return Finding("problem", "server", text)
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from sdp_lightning.engines.remote.responses import describe
 from sdp_lightning.errors import EngineError
 from sdp_lightning.types import FinishReason
 
@@ -14,6 +15,8 @@ FINISH_REASONS: Mapping[str | None, FinishReason | None] = {
     **{"stop": "stop", "length": "length", "abort": "abort"},
     None: None,
 }
+MAX_LENGTH = 2**31  # tokens of a sequence that a server may say it takes
+MAX_WORKERS = 2**12  # processes that a server may say it has
 # Raised where JSON has another form than expected.
 _MALFORMED = (KeyError, IndexError, TypeError, ValueError, OverflowError, AttributeError)
 
@@ -24,12 +27,12 @@ def reading(server: str, path: str, expected: str, answer: Any) -> Generator[Non
     try:
         yield
     except _MALFORMED as error:
-        raise unexpected(server, path, expected, answer) from error
+        raise unexpected(server, path, f"{expected} ({describe(error)})", answer) from error
 
 
 def unexpected(server: str, path: str, expected: str, answer: Any) -> EngineError:
     """The error for an answer that lacks what is ``expected``."""
-    return EngineError(f"{server} answered {path} without {expected}: {str(answer)[:300]}")
+    return EngineError(f"{server} answered {path} without {expected}: {describe(answer)}")
 
 
 def check_done(server: str, path: str, answer: Any, field: str, value: object) -> None:
@@ -60,4 +63,37 @@ def check_temperature(
 
 def read_edges(spans: Any) -> tuple[tuple[str, int, int], ...]:
     """``(version, start, end)`` of each span of tokens that one version sampled."""
-    return tuple((str(span["version"]), int(span["start"]), int(span["end"])) for span in spans)
+    return tuple((text(s["version"]), integer(s["start"]), integer(s["end"])) for s in spans)
+
+
+# Values of JSON: each raises ``TypeError`` or ``ValueError`` for one of another type or range. ----
+
+
+def text(value: Any) -> str:
+    """The string that ``value`` is."""
+    if not isinstance(value, str):
+        raise TypeError(f"{describe(value)} is no string")
+    return value
+
+
+def integer(value: Any, least: int = 0, most: int = MAX_LENGTH) -> int:
+    """The integer that ``value`` is; true is none, nor is 3.0."""
+    if type(value) is not int or not least <= value <= most:
+        raise ValueError(f"{describe(value)} is no integer from {least} to {most}")
+    return value
+
+
+def tokens(values: Any) -> tuple[int, ...]:
+    """The token ids that ``values`` are; none if there are no values."""
+    found = tuple(values or ())
+    if not set(map(type, found)) <= {int}:
+        raise TypeError("not all tokens are integers")
+    return found
+
+
+def numbers(values: Iterable[Any]) -> tuple[float, ...]:
+    """The numbers that ``values`` are, as floats; true is none, nor is "3"."""
+    found = tuple(values)
+    if not set(map(type, found)) <= {int, float}:
+        raise TypeError("not all log-probs are numbers")
+    return tuple(map(float, found))

@@ -15,6 +15,9 @@ from sdp_lightning.types import FinishReason, KVPolicy
 from sdp_lightning.weights.protocol import Instruction
 
 OnUpdate = Literal["interrupt", "keep"]
+_ROUNDING = 1e-3  # nats above 0 that a log-prob may have
+_LARGEST = 3.4e38  # below the largest float32
+_MAX_TOKENS = 2**31  # token ids, where the vocabulary is not known
 
 
 @dataclass(frozen=True)
@@ -54,8 +57,8 @@ class Chunk:
     """A part of a completion, as a server sends it.
 
     Attributes:
-        token_ids: tokens after those of the previous chunk.
-        logprobs: log-probs of these tokens, nats.
+        token_ids: tokens after those of the previous chunk, integers from 0 to 2**31 - 1.
+        logprobs: log-probs of these tokens, nats: finite, and 0 or less but for rounding.
         finish_reason: None in all chunks but the last.
         edges: ``(version, start, end)`` of each span, counted over all chunks: in the last chunk of
             a server that reports versions.
@@ -66,6 +69,29 @@ class Chunk:
     finish_reason: FinishReason | None = None
     edges: tuple[tuple[str, int, int], ...] | None = None
 
+    def __post_init__(self) -> None:
+        """Raise ``EngineError`` if these are not tokens with one log-prob each."""
+        if len(self.token_ids) != len(self.logprobs):
+            raise EngineError(
+                f"the server answered {len(self.token_ids)} tokens, {len(self.logprobs)} log-probs "
+                "and they must agree."
+            )
+        if not self.token_ids:
+            return
+        integers = set(map(type, self.token_ids)) <= {int}
+        if not integers or min(self.token_ids) < 0 or max(self.token_ids) >= _MAX_TOKENS:
+            raise EngineError(
+                f"the server answered tokens that are not integers from 0 to {_MAX_TOKENS - 1}."
+            )
+        check_logprobs(self.logprobs)
+
+
+def check_logprobs(logprobs: Sequence[float]) -> None:
+    """Raise ``EngineError`` unless all are log-probs: finite as float32, and at most 0."""
+    odd = [value for value in logprobs if not -_LARGEST <= value <= _ROUNDING]
+    if odd:
+        raise EngineError(f"the server answered {odd[0]} as the log-prob of a token.")
+
 
 def assemble(chunks: Sequence[Chunk], version: int) -> Completion:
     """Join chunks to a completion; without a finish reason it counts as interrupted.
@@ -75,7 +101,7 @@ def assemble(chunks: Sequence[Chunk], version: int) -> Completion:
         version: version that the request was sent under; labels all tokens if there are no edges.
 
     Raises:
-        EngineError: if tokens, log-probs and edges do not agree.
+        EngineError: if tokens and edges do not agree.
     """
     tokens = tuple(token for chunk in chunks for token in chunk.token_ids)
     logprobs = tuple(logprob for chunk in chunks for logprob in chunk.logprobs)
@@ -83,10 +109,10 @@ def assemble(chunks: Sequence[Chunk], version: int) -> Completion:
     edges = ((str(version), 0, len(tokens)),) if last.edges is None else last.edges
     cuts = [0, *(end for _, _, end in edges)]
     whole = cuts[:-1] == [start for _, start, _ in edges] and cuts == sorted(cuts)
-    if len(tokens) != len(logprobs) or cuts[-1] != len(tokens) or not whole:
+    if cuts[-1] != len(tokens) or not whole:
         raise EngineError(
-            f"the server answered {len(tokens)} tokens, {len(logprobs)} log-probs and the versions "
-            f"{list(edges)}: they must agree."
+            f"the server answered {len(tokens)} tokens and the versions {list(edges[:8])}: they "
+            "must agree."
         )
     spans = tuple(
         Span(label, tokens[start:end], logprobs[start:end])

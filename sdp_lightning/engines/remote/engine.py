@@ -19,6 +19,7 @@ from sdp_lightning.engines.protocol import (
     SegmentSink,
     require_next_version,
 )
+from sdp_lightning.engines.remote.addresses import check_api_key, server_url, tls_context
 from sdp_lightning.engines.remote.backend import RemoteInfBackend
 from sdp_lightning.engines.remote.http_client import HttpClient
 from sdp_lightning.engines.remote.make_transport import make_transport
@@ -37,13 +38,15 @@ class RemoteInfEngine:
     """Samples on servers that the engines of all ranks share.
 
     Args:
-        servers: ``http://host:port`` of each server, or servers that the engine starts and ends.
+        servers: ``http://host:port`` or ``https://host:port`` of each server, or servers that the
+            engine starts and ends.
         backend: wire format of the servers.
         options: deadlines and policies.
 
     Raises:
-        ConfigError: if there are fewer servers than ``min_replicas``, a duplicate, a server on
-            another host without an ``api_key``, or managed servers with another transport.
+        ConfigError: if there are fewer servers than ``min_replicas``, a duplicate, an address or
+            key that cannot be, a server on another host without an ``api_key``, or managed servers
+            with another transport.
     """
 
     def __init__(
@@ -55,7 +58,7 @@ class RemoteInfEngine:
     ) -> None:
         self.options = options or RemoteOptions()
         self._managed = servers if isinstance(servers, ManagedServers) else None
-        self._urls = [] if self._managed else [str(url).rstrip("/") for url in servers]  # type: ignore
+        self._urls = [] if self._managed else [server_url(str(url)) for url in servers]  # type: ignore
         _check_servers(self._urls, self.options)
         if self._managed and (ready := self._managed.config.transport) != self.options.transport:
             raise ConfigError(
@@ -67,8 +70,9 @@ class RemoteInfEngine:
             raise ConfigError(
                 f"{count} servers are fewer than min_replicas={self.options.min_replicas}."
             )
-        self._backend = backend
-        self._http = HttpClient(api_key=_api_key(self.options))
+        tls = tls_context(self.options.ca_file, self._urls)
+        self._http = HttpClient(api_key=_api_key(self.options), tls=tls)
+        self._client = ServerClient(self._http, backend, self.options)
         self._transport: WeightTransport | None = None
         self._pool: ServerPool | None = None
         self._num_generated = 0
@@ -99,6 +103,11 @@ class RemoteInfEngine:
     def lora_alpha(self) -> float | None:
         return self.options.lora_alpha
 
+    def use_vocabulary(self, num_tokens: int) -> None:
+        """Refuse tokens of ``num_tokens`` or more from now on, unless ``vocab_size`` is set."""
+        if self.options.vocab_size is None:
+            self._client.vocab_size = num_tokens
+
     @property
     def server_urls(self) -> Sequence[str]:
         return [] if self._pool is None else self._pool.serving_urls
@@ -128,9 +137,10 @@ class RemoteInfEngine:
             self._http.start()
             if not joined_urls:
                 self._transport = make_transport(options, self._urls)
-            client = ServerClient(self._http, self._backend, options)
             explain = _nothing if self._managed is None else self._managed.explain
-            self._pool = pool = ServerPool(self._urls, client, self._transport, options, explain)
+            self._pool = pool = ServerPool(
+                self._urls, self._client, self._transport, options, explain
+            )
             longest = options.health_timeout_s + 3 * options.answer_timeout_s
             self._http.run(pool.connect(), longest + 4 * options.control_timeout_s + _MARGIN_S)
             for replica in pool.replicas:
@@ -227,7 +237,12 @@ def _nothing(url: str) -> str:
 
 
 def _api_key(options: RemoteOptions) -> str | None:
-    return options.api_key or os.environ.get("SDP_API_KEY")
+    if options.api_key:
+        return options.api_key
+    key = os.environ.get("SDP_API_KEY")
+    if key:
+        check_api_key("SDP_API_KEY", key)
+    return key
 
 
 def _check_servers(urls: list[str], options: RemoteOptions) -> None:

@@ -7,7 +7,7 @@ answers; further retries are up to the caller, who knows what may be sent twice.
 from __future__ import annotations
 
 import asyncio
-import json
+import ssl
 import threading
 from collections.abc import AsyncGenerator, Coroutine
 from concurrent.futures import CancelledError, Future, TimeoutError as FutureTimeout
@@ -18,34 +18,21 @@ from typing import Any, TypeVar
 import aiohttp
 
 from sdp_lightning.engines.remote.backend import Call
+from sdp_lightning.engines.remote.responses import (
+    MAX_BYTES,
+    ServerError,
+    printable,
+    read_events,
+    read_refusal,
+    read_whole,
+    reading_answer,
+)
 from sdp_lightning.errors import EngineError
 
 T = TypeVar("T")
-_SHOWN = 300  # characters of an answer that an error quotes
 _CLOSE_S = 10.0
 _KEEPALIVE_S = 3.0  # below uvicorn's 5 s: a connection is never reused while the server closes it
-
-
-class ServerError(EngineError):
-    """A server answered with an error, in an unexpected form, or not at all.
-
-    Attributes:
-        status: HTTP status of the answer; None without one: no connection, a timeout, or an
-            answer that broke off.
-    """
-
-    def __init__(self, message: str, status: int | None = None) -> None:
-        super().__init__(message)
-        self.status = status
-
-    @property
-    def is_refusal(self) -> bool:
-        """Whether the request is at fault, so that another server would refuse it too."""
-        return self.status is not None and 400 <= self.status < 500
-
-
-class ServerLost(ServerError):
-    """A server was taken out while it worked on a request, which is not at fault."""
+_CA_REMEDY = "Name the certificate of its authority as ca_file, if it is not one of the system's."
 
 
 class HttpClient:
@@ -53,11 +40,15 @@ class HttpClient:
 
     The number of connections is not limited: a pause must never wait for the requests that it ends.
 
+    Nothing that a server sends is kept or followed: no cookies, no redirects.
+
     Args:
         api_key: sent as a bearer token; None sends none.
+        tls: whose certificates are believed at ``https`` addresses; None: the system's.
     """
 
-    def __init__(self, *, api_key: str | None = None) -> None:
+    def __init__(self, *, api_key: str | None = None, tls: ssl.SSLContext | None = None) -> None:
+        self._tls = tls
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._lock = threading.Lock()  # work is handed over before the shutdown
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -113,40 +104,36 @@ class HttpClient:
         """Run ``work`` in the client's event loop until it ends or the client is closed."""
         return self._hand_over(work)
 
-    async def request(self, url: str, call: Call, *, timeout_s: float) -> Any:
+    async def request(
+        self, url: str, call: Call, *, timeout_s: float, max_bytes: int = MAX_BYTES
+    ) -> Any:
         """Send ``call`` to the server at ``url``; await it in the client's event loop.
 
         Returns:
             The answer's JSON, None if it is empty, or its text if ``call.answer`` is ``"text"``.
 
         Raises:
-            ServerError: naming server and path.
+            ServerError: naming server and path; also if the answer has more than ``max_bytes``.
         """
         async with self._sent(url, call, timeout_s) as answer:
-            text = (await answer.read()).decode(errors="replace")
-        return text if call.answer == "text" else _read_json(_where(url, call), text)
+            as_text = call.answer == "text"
+            return await read_whole(_where(url, call), answer, max_bytes, as_text=as_text)
 
-    async def stream(self, url: str, call: Call, *, timeout_s: float) -> AsyncGenerator[Any]:
+    async def stream(
+        self, url: str, call: Call, *, timeout_s: float, max_bytes: int
+    ) -> AsyncGenerator[Any]:
         """Send ``call``, which is answered by server-sent events; in the client's event loop.
 
         Yields:
             The JSON of each event before the final ``[DONE]``.
 
         Raises:
-            ServerError: naming server and path; also if the stream breaks off.
+            ServerError: naming server and path; also if the stream breaks off, or all of it has
+                more than ``max_bytes``.
         """
-        where = _where(url, call)
         async with self._sent(url, call, timeout_s) as answer:
-            rest = b""
-            async for data in answer.content.iter_any():
-                *events, rest = (rest + data).split(b"\n")
-                for event in events:
-                    text = event.strip().removeprefix(b"data:").strip().decode(errors="replace")
-                    if text == "[DONE]":
-                        return
-                    if text:
-                        yield _refuse_errors(where, _read_json(where, text))
-        raise ServerError(f"{where} broke off its answer.")
+            async for event in read_events(_where(url, call), answer, max_bytes):
+                yield event
 
     @asynccontextmanager
     async def _sent(
@@ -164,24 +151,24 @@ class HttpClient:
             timeout=aiohttp.ClientTimeout(total=timeout_s),
             allow_redirects=False,
         )
-        try:
+        with reading_answer(where):
             try:
-                response = await send()
-            except aiohttp.ServerDisconnectedError:
-                # The server closed a kept connection at that moment and has seen nothing, which
-                # happens if either side stalls; or it died, and refuses the next connection.
-                response = await send()
-            async with response as answer:
-                if answer.status != 200:
-                    text = (await answer.read()).decode(errors="replace")
-                    raise ServerError(
-                        f"{where} answered {answer.status}: {text[:_SHOWN]}", answer.status
-                    )
-                yield answer
-        except TimeoutError as error:
-            raise ServerError(f"{where} did not answer within {timeout_s:.1f} s.") from error
-        except (aiohttp.ClientError, OSError) as error:
-            raise ServerError(f"{where}: {type(error).__name__}: {error}") from error
+                try:
+                    response = await send()
+                except aiohttp.ServerDisconnectedError:
+                    # The server closed a kept connection at that moment and has seen nothing, which
+                    # happens if either side stalls; or it died, and refuses the next connection.
+                    response = await send()
+                async with response as answer:
+                    if answer.status != 200:
+                        raise await read_refusal(where, answer)
+                    yield answer
+            except TimeoutError as error:
+                raise ServerError(f"{where} did not answer within {timeout_s:.1f} s.") from error
+            except (aiohttp.ClientError, OSError) as error:
+                remedy = f" {_CA_REMEDY}" if isinstance(error, aiohttp.ClientSSLError) else ""
+                cause = f"{type(error).__name__}: {printable(str(error))}"
+                raise ServerError(f"{where}: {cause}{remedy}") from error
 
     def close(self) -> None:
         """End the thread and cancel its work. Safe to call twice."""
@@ -193,8 +180,15 @@ class HttpClient:
         self._thread.join(_CLOSE_S)
 
     async def _open(self) -> None:
-        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_S)
-        self._session = aiohttp.ClientSession(connector=connector, headers=self._headers)
+        connector = aiohttp.TCPConnector(
+            limit=0, keepalive_timeout=_KEEPALIVE_S, ssl=self._tls or True
+        )
+        self._session = aiohttp.ClientSession(
+            connector=connector,
+            headers={"Accept-Encoding": "identity", **self._headers},
+            cookie_jar=aiohttp.DummyCookieJar(),
+            auto_decompress=False,
+        )
 
     async def _wind_up(self, loop: asyncio.AbstractEventLoop) -> None:
         others = [t for t in asyncio.all_tasks() if t is not asyncio.current_task()]
@@ -224,20 +218,3 @@ class HttpClient:
 
 def _where(url: str, call: Call) -> str:
     return f"{url}{call.path.partition('?')[0]}"
-
-
-def _refuse_errors(where: str, event: Any) -> Any:
-    """Raise the error of an event: a stream that began with status 200 reports errors so."""
-    error = event.get("error") if isinstance(event, dict) else None  # type: ignore[union-attr]
-    if error is None:
-        return event  # type: ignore[return-value]
-    code = error.get("code") if isinstance(error, dict) else None  # type: ignore[union-attr]
-    status = code if isinstance(code, int) else None
-    raise ServerError(f"{where} answered an error: {str(error)[:_SHOWN]}", status)  # type: ignore
-
-
-def _read_json(where: str, text: str) -> Any:
-    try:
-        return json.loads(text) if text else None
-    except ValueError as error:
-        raise ServerError(f"{where} answered no JSON: {text[:_SHOWN]!r}") from error

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 from typing import get_args
 
 from sdp_lightning.config.validation import at_least, not_negative, one_of, positive
+from sdp_lightning.engines.remote.addresses import check_api_key
 from sdp_lightning.engines.remote.backend import OnUpdate
 from sdp_lightning.errors import ConfigError
 from sdp_lightning.types import KVPolicy
@@ -47,6 +48,10 @@ class RemoteOptions:
         trainer_host: this host's address for servers that fetch weights from it; None detects it.
         lora_alpha: ``alpha`` of the adapter that ``"lora"`` sends.
         api_key: bearer token, else the value of ``SDP_API_KEY``; servers on other hosts need one.
+        ca_file: PEM file of the certificate authorities that are believed at ``https`` addresses;
+            None: those of the system.
+        vocab_size: number of token ids of the model; a server that samples another one is set
+            aside. None: a fit takes its model's; else any of 31 bits is accepted.
     """
 
     min_replicas: int = 1
@@ -68,6 +73,8 @@ class RemoteOptions:
     trainer_host: str | None = None
     lora_alpha: float | None = None
     api_key: str | None = field(default=None, repr=False)
+    ca_file: str | None = None
+    vocab_size: int | None = None
 
     def __post_init__(self) -> None:
         one_of("on_update", self.on_update, get_args(OnUpdate))
@@ -75,6 +82,10 @@ class RemoteOptions:
         one_of("transport", self.transport, get_args(TransportName))
         for name in ("min_replicas", "max_tries", "max_requests"):
             at_least(name, getattr(self, name), 1)
+        if self.vocab_size is not None:
+            at_least("vocab_size", self.vocab_size, 1)
+        if self.api_key is not None:
+            check_api_key("api_key", self.api_key)
         if (self.lora_alpha is None) == (self.transport == "lora"):
             raise ConfigError(
                 f"lora_alpha={self.lora_alpha} and transport={self.transport!r}: the one goes with "

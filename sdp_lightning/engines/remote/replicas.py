@@ -6,11 +6,11 @@ Used in one event loop only. No I/O.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Generator
 from dataclasses import dataclass, field, replace
 
 from sdp_lightning.engines.remote.backend import Completion, ServerInfo
@@ -35,6 +35,7 @@ class Replica:
         tried_s: time of the last such attempt.
         handshake_done: whether its log-probs were checked since the connection was last lost.
         waits_for_publish: it is reachable and paused, and the next publish includes it.
+        busy_until_s: time until which it has asked to be left alone; ``why_busy`` is its answer.
         why_out: the latest error while it did not serve, or the one that took it out.
     """
 
@@ -50,6 +51,8 @@ class Replica:
     tried_s: float = 0.0
     handshake_done: bool = True
     waits_for_publish: bool = False
+    busy_until_s: float = 0.0
+    why_busy: str = ""
     why_out: str = "it was never reached"
 
     @property
@@ -81,7 +84,7 @@ class ReplicaSet:
         """Servers that accept requests now."""
         return [replica for replica in self.replicas if replica.serving]
 
-    @contextmanager
+    @contextlib.contextmanager
     def sending(self, replica: Replica, request: asyncio.Future[Completion]) -> Generator[None]:
         """Context in which ``request`` counts as outstanding at ``replica``."""
         replica.outstanding.add(request)
@@ -112,6 +115,25 @@ class ReplicaSet:
                     request.cancel()
             await self._idle.wait()
 
+    async def rest(self, deadline: float, interrupted: asyncio.Event) -> None:
+        """Wait while all serving servers are busy, or until ``interrupted``.
+
+        Raises:
+            EngineError: if all want more time than there is until ``deadline``.
+        """
+        while self.serving and not interrupted.is_set():
+            first = min(self.serving, key=lambda replica: replica.busy_until_s)
+            rest_s = first.busy_until_s - time.monotonic()
+            if rest_s <= 0:
+                return
+            if first.busy_until_s > deadline:
+                raise EngineError(
+                    "every server wants more time (Retry-After) than is left of request_timeout_s: "
+                    f"{first.why_busy}"
+                )
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(interrupted.wait(), rest_s)
+
     async def wait_for(self, count: int, timeout_s: float) -> None:
         """Wait until ``count`` servers serve.
 
@@ -128,17 +150,23 @@ class ReplicaSet:
             left = f"{num_left} servers have been left" if num_left else "no server has been left"
             raise EngineError(f"{left} for {timeout_s:.1f} s. {self.describe_lost()}") from error
 
-    async def choose(self, group_key: str, timeout_s: float) -> Replica:
-        """Choose a serving replica; waits for one to come back.
+    async def choose(
+        self, group_key: str, timeout_s: float, avoid: Collection[Replica] = ()
+    ) -> Replica:
+        """Choose a serving replica, one that is neither busy nor to ``avoid`` if there is one.
+
+        Waits for one to come back if none serves.
 
         Raises:
             EngineError: if none serves after ``timeout_s`` seconds, with the reason for each.
         """
         if not self.serving:
             await self.wait_for(1, timeout_s)
+        now_s = time.monotonic()
+        allowed = [r for r in self.serving if r not in avoid and r.busy_until_s <= now_s]
         home = self._home.get(group_key)
-        if home is None or not home.serving:
-            home = min(self.serving, key=lambda replica: len(replica.outstanding))
+        if home is None or home not in (allowed or self.serving):
+            home = min(allowed or self.serving, key=lambda replica: len(replica.outstanding))
         if group_key:
             self._home[group_key] = home
             self._home.move_to_end(group_key)
@@ -156,6 +184,10 @@ class ReplicaSet:
             replica.num_losses += 1
             for request in replica.outstanding:
                 request.cancel()
+
+    def leave_alone(self, replica: Replica, error: Exception, rest_s: float) -> None:
+        """Send no requests to ``replica``, which serves, for ``rest_s`` seconds."""
+        replica.busy_until_s, replica.why_busy = time.monotonic() + rest_s, str(error)
 
     def bring_in(self, replica: Replica) -> None:
         """Send requests to ``replica`` from now on."""

@@ -5,7 +5,11 @@ No routing and no state: :mod:`sdp_lightning.engines.remote.replicas` keeps the 
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable, Sequence
 from contextlib import aclosing
+from time import monotonic
+from typing import Any, TypeVar
 
 from sdp_lightning.engines.protocol import GenerationRequest
 from sdp_lightning.engines.remote.backend import (
@@ -17,20 +21,29 @@ from sdp_lightning.engines.remote.backend import (
     ServerInfo,
     assemble,
 )
-from sdp_lightning.engines.remote.http_client import HttpClient, ServerError
+from sdp_lightning.engines.remote.http_client import HttpClient
 from sdp_lightning.engines.remote.options import RemoteOptions
 from sdp_lightning.engines.remote.replicas import Replica
+from sdp_lightning.engines.remote.responses import MAX_BYTES, ServerError, describe, reading_answer
 from sdp_lightning.errors import ConfigError, EngineError
 from sdp_lightning.weights.protocol import Instruction, LoadAdapter, Target, WeightTransport
 
+T = TypeVar("T")
 LOADING = "loading"  # version label of a server whose weights are incomplete
 _NO_ROUTE = (403, 404, 405)
+_TOKEN_BYTES = 2048  # most that an answer needs for a token, with its log-prob, text and framing
+_PROMPT_TOKEN_BYTES = 32  # for a token of the prompt, which some answers repeat
 
 
 class ServerClient:
-    """Calls in the client's event loop. Each has a timeout; errors name server and path."""
+    """Calls in the client's event loop. Each has a timeout; errors name server and path.
+
+    Attributes:
+        vocab_size: number of token ids of the model; None: it is not known.
+    """
 
     def __init__(self, http: HttpClient, backend: RemoteInfBackend, options: RemoteOptions) -> None:
+        self.vocab_size = options.vocab_size
         self._http, self._backend, self._options = http, backend, options
 
     @property
@@ -40,7 +53,7 @@ class ServerClient:
 
     async def check(self, replica: Replica) -> None:
         """Check the health of ``replica``."""
-        await self._call(replica, self._backend.health(), self._options.health_timeout_s)
+        await self._ask(replica, self._backend.health(), self._options.health_timeout_s, _as_it_is)
 
     async def handshake(self, replica: Replica, *, resume: bool = True) -> None:
         """Read the server's description; refuse it if its samples could not be trained on.
@@ -80,19 +93,18 @@ class ServerClient:
 
     async def describe(self, replica: Replica) -> ServerInfo:
         """Read the server's description, without sampling."""
-        limit = self._options.answer_timeout_s
-        answers = [await self._call(replica, call, limit) for call in self._backend.describe()]
-        replica.info = self._backend.read_description(answers)
+        limit, calls = self._options.answer_timeout_s, self._backend.describe()
+        answers = [await self._ask(replica, call, limit, _as_it_is) for call in calls]
+        with reading_answer(replica.url):
+            replica.info = self._backend.read_description(answers)
         return replica.info
 
     async def _probe(self, replica: Replica, info: ServerInfo) -> None:
-        answers = [
-            await self._call(
-                replica, self._backend.probe(info, temperature), self._options.control_timeout_s
-            )
-            for temperature in (1.0, 0.5)
-        ]
-        self._backend.read_probe(info, *answers)
+        limit = self._options.control_timeout_s
+        calls = [self._backend.probe(info, temperature) for temperature in (1.0, 0.5)]
+        at_one, at_half = [await self._ask(replica, call, limit, _as_it_is) for call in calls]
+        with reading_answer(replica.url):
+            self._backend.read_probe(info, at_one, at_half)
 
     async def pause(self, replica: Replica, on_update: OnUpdate | None = None) -> None:
         """Stop sampling on ``replica``, as configured or as ``on_update`` says."""
@@ -129,19 +141,25 @@ class ServerClient:
         await self._tell(replica, self._backend.set_version(str(version)))
         reported = await self.get_version(replica)
         if reported != str(version):
-            raise ServerError(f"{replica.url} reports version {reported!r} instead of {version}.")
+            raise ServerError(
+                f"{replica.url} reports version {describe(reported)} instead of {version}."
+            )
 
     async def get_version(self, replica: Replica) -> str:
         """The version label that ``replica`` reports."""
-        call = self._backend.get_version()
-        answer = await self._call(replica, call, self._options.answer_timeout_s)
-        return self._backend.read_version(answer)
+        call, limit = self._backend.get_version(), self._options.answer_timeout_s
+        return await self._ask(replica, call, limit, self._backend.read_version)
 
     async def prompt_logprobs(self, replica: Replica, token_ids: list[int]) -> tuple[float, ...]:
         """Log-probs of a prompt's own tokens but the first, nats at temperature 1."""
+
+        def read(answer: Any) -> tuple[float, ...]:
+            return self._backend.read_prompt_logprobs(answer, token_ids)
+
         call = self._backend.prompt_logprobs(token_ids, replica.serves)
-        answer = await self._call(replica, call, self._options.control_timeout_s)
-        return self._backend.read_prompt_logprobs(answer, token_ids)
+        max_bytes = MAX_BYTES + len(token_ids) * _TOKEN_BYTES
+        limit = self._options.control_timeout_s
+        return await self._ask(replica, call, limit, read, max_bytes=max_bytes)
 
     async def complete(
         self, replica: Replica, request: GenerationRequest, version: int, chunks: list[Chunk]
@@ -155,36 +173,89 @@ class ServerClient:
             chunks: receives the chunks of a streamed answer as they arrive.
 
         Raises:
-            ServerError: also if the answer has an unexpected form.
+            ServerError: also if the answer has an unexpected form, or says what cannot be.
         """
         backend, info, limit = self._backend, replica.serves, self._options.request_timeout_s
         call = backend.generate(request, info, stream=self._options.stream)
-        try:
-            if not self._options.stream:
-                answer = await self._call(replica, call, limit)
-                return backend.read_completion(answer, info, version)
-            async with aclosing(self._http.stream(replica.url, call, timeout_s=limit)) as stream:
+        budget = request.params.max_new_tokens
+        max_bytes = MAX_BYTES + budget * _TOKEN_BYTES + request.token_ids.size * _PROMPT_TOKEN_BYTES
+        if not self._options.stream:
+            answer = await self._send(replica, call, limit, max_bytes)
+            with reading_answer(replica.url):
+                completion = backend.read_completion(answer, info, version)
+                for span in completion.spans:
+                    self._check_tokens(span.token_ids)
+        else:
+            answers = self._http.stream(replica.url, call, timeout_s=limit, max_bytes=max_bytes)
+            async with aclosing(answers) as stream:
                 async for data in stream:
-                    chunks.append(backend.read_chunk(data, info))
-            return assemble(chunks, version)
-        except ServerError:
-            raise
-        except EngineError as error:
-            raise ServerError(f"{replica.url}: {error}") from error
+                    with reading_answer(replica.url):
+                        chunk = backend.read_chunk(data, info)
+                        self._check_tokens(chunk.token_ids)
+                        budget -= len(chunk.token_ids)
+                        if budget < 0 or (chunks and chunks[-1].finish_reason is not None):
+                            chunks.clear()  # none of it is believed
+                            raise EngineError("the server goes on after the end of a completion.")
+                        chunks.append(chunk)
+            completion = assemble_valid(chunks, version, replica)
+        check_budget(completion, request, replica)
+        return completion
+
+    def _check_tokens(self, token_ids: Sequence[int]) -> None:
+        if token_ids and self.vocab_size is not None and max(token_ids) >= self.vocab_size:
+            raise EngineError(
+                f"the server answered token {max(token_ids)}, but the model's vocabulary has "
+                f"{self.vocab_size}: it serves another model."
+            )
 
     async def _tell(self, replica: Replica, call: Call, timeout_s: float | None = None) -> None:
         """Send a call that changes the server; check that the answer confirms it."""
-        limit = self._options.answer_timeout_s if timeout_s is None else timeout_s
-        self._backend.read_done(call, await self._call(replica, call, limit))
 
-    async def _call(self, replica: Replica, call: Call, timeout_s: float) -> object:
+        def read(answer: Any) -> None:
+            self._backend.read_done(call, answer)
+
+        limit = self._options.answer_timeout_s if timeout_s is None else timeout_s
+        await self._ask(replica, call, limit, read)
+
+    async def _ask(
+        self,
+        replica: Replica,
+        call: Call,
+        timeout_s: float,
+        read: Callable[[Any], T],
+        *,
+        max_bytes: int = MAX_BYTES,
+    ) -> T:
+        """Send ``call`` and read the answer; ask again when a server says that it is busy."""
+        deadline = monotonic() + timeout_s
+        while True:
+            try:
+                answer = await self._send(
+                    replica, call, max(0.01, deadline - monotonic()), max_bytes
+                )
+            except ServerError as error:
+                if error.retry_after_s is None or monotonic() + error.retry_after_s >= deadline:
+                    raise
+                await asyncio.sleep(error.retry_after_s)
+            else:
+                with reading_answer(replica.url):
+                    return read(answer)
+
+    async def _send(self, replica: Replica, call: Call, timeout_s: float, max_bytes: int) -> Any:
         try:
-            return await self._http.request(replica.url, call, timeout_s=timeout_s)
+            return await self._http.request(
+                replica.url, call, timeout_s=timeout_s, max_bytes=max_bytes
+            )
         except ServerError as error:
             remedy = self._backend.remedy(call)
-            if error.status is None or not remedy:
+            if error.status is None or error.wants_key or not remedy:
                 raise
-            raise ServerError(f"{error} {remedy}", error.status) from error
+            text = f"{error} {remedy}"
+            raise ServerError(text, error.status, error.retry_after_s) from error
+
+
+def _as_it_is(answer: Any) -> Any:
+    return answer
 
 
 def check_length(request: GenerationRequest, replica: Replica) -> None:
@@ -199,12 +270,35 @@ def check_length(request: GenerationRequest, replica: Replica) -> None:
         )
 
 
+def assemble_valid(chunks: Sequence[Chunk], version: int, replica: Replica) -> Completion:
+    """Join chunks of ``replica``, whose error it is if they do not fit together."""
+    with reading_answer(replica.url):
+        return assemble(chunks, version)
+
+
+def check_progress(completion: Completion, replica: Replica) -> None:
+    """Refuse an interruption without a token: outside a publish it would be followed by others."""
+    if completion.finish_reason == "abort" and not completion.spans:
+        raise ServerError(f"{replica.url} ended a request without a token outside a publish.")
+
+
+def check_budget(completion: Completion, request: GenerationRequest, replica: Replica) -> None:
+    """Refuse more tokens than asked, fewer that end by length, and none that end at a stop."""
+    found = sum(len(span.token_ids) for span in completion.spans)
+    asked, reason = request.params.max_new_tokens, completion.finish_reason
+    least = {"length": asked, "stop": 1}.get(reason, 0)
+    if not least <= found <= asked:
+        raise ServerError(
+            f"{replica.url} answered {found} tokens that end by {reason!r}, of {asked} asked for."
+        )
+
+
 def check_versions(completion: Completion, oldest: int, newest: int, replica: Replica) -> None:
     """Refuse tokens whose version is not among ``oldest`` to ``newest``."""
     possible = {str(version) for version in range(oldest, newest + 1)}
     for span in completion.spans:
         if span.version not in possible:
             raise ServerError(
-                f"{replica.url} sampled under version {span.version!r} and not under {oldest} to "
-                f"{newest}: it was restarted, or another client updates it."
+                f"{replica.url} sampled under version {describe(span.version)} and not under "
+                f"{oldest} to {newest}: it was restarted, or another client updates it."
             )

@@ -12,14 +12,16 @@ from collections.abc import Awaitable, Callable
 from time import monotonic
 
 from sdp_lightning.engines.protocol import GenerationRequest
-from sdp_lightning.engines.remote.backend import Chunk, Completion, assemble
-from sdp_lightning.engines.remote.http_client import ServerError, ServerLost
+from sdp_lightning.engines.remote.backend import Chunk, Completion
 from sdp_lightning.engines.remote.options import RemoteOptions
 from sdp_lightning.engines.remote.replicas import Replica, ReplicaSet
+from sdp_lightning.engines.remote.responses import ServerError, ServerLost
 from sdp_lightning.engines.remote.server_client import (
     LOADING,
     ServerClient,
+    assemble_valid,
     check_length,
+    check_progress,
     check_versions,
 )
 from sdp_lightning.errors import ConfigError, EngineError
@@ -63,6 +65,7 @@ class ServerPool:
         self._set = ReplicaSet(urls, explain)
         self._client, self._transport, self._options = client, transport, options
         self._slots = asyncio.Semaphore(options.max_requests)
+        self._interrupted = asyncio.Event()  # set while a publish takes requests back
 
     @property
     def replicas(self) -> list[Replica]:
@@ -120,8 +123,8 @@ class ServerPool:
             # Servers that failed recently may be coming back.
             await self._set.wait_for(options.min_replicas, options.recover_s)
         self.publishing = True
-        keep = options.on_update == "keep"
-        if not keep:
+        if options.on_update != "keep":
+            self._interrupted.set()
             await self._set.settle(options.settle_s)
         if self._transport is not None:
             await self._for_each_serving(self._client.pause, "pausing")
@@ -182,6 +185,7 @@ class ServerPool:
         if self._transport is not None:
             await self._for_each_serving(work, "resuming")
         self.publishing = False
+        self._interrupted.clear()
 
     async def prompt_logprobs(self, token_ids: list[int]) -> dict[str, tuple[float, ...]]:
         """Log-probs of ``token_ids`` but the first on each serving server, keyed by URL."""
@@ -212,41 +216,60 @@ class ServerPool:
     # Sampling ------------------------------------------------------------------------------------
 
     async def generate(self, request: GenerationRequest) -> Completion:
-        """Sample on a server; if it fails, take it out and try another one."""
+        """Sample on a server; if it fails, take it out and try another one.
+
+        A server that is busy is asked again when it says, within ``request_timeout_s``. What one
+        server refuses is asked of another one before it is taken for the request's fault.
+        """
         async with self._slots:
-            tries = 0
+            tries, refusals = 0, dict[Replica, ServerError]()
+            deadline = monotonic() + self._options.request_timeout_s
             while True:
+                await self._set.rest(deadline, self._interrupted)
                 try:
-                    return await self._try(request)
+                    completion = await self._try(request, refusals)
                 except ServerLost:
                     continue  # not the fault of this request; choosing a server has a deadline
                 except ServerError as error:
-                    tries += 1
-                    if error.is_refusal or tries == self._options.max_tries:
+                    tries += error.retry_after_s is None
+                    asked_all = len(refusals) > 1 or refusals.keys() >= {*self._set.serving}
+                    if (error.is_refusal and asked_all) or tries == self._options.max_tries:
                         raise
+                else:
+                    for replica, error in refusals.items() if completion.spans else ():
+                        self._set.take_out(replica, error)  # another one accepts it
+                    return completion
 
-    async def _try(self, request: GenerationRequest) -> Completion:
+    async def _try(
+        self, request: GenerationRequest, refusals: dict[Replica, ServerError]
+    ) -> Completion:
         self.raise_if_unusable()
         if self.version is None:
             raise EngineError("nothing was published yet: publish with reset=True first.")
-        replica = await self._set.choose(request.group_key, self._options.recover_s)
-        keep = self._options.on_update == "keep"
-        if self.publishing and not keep:
+        replica = await self._set.choose(request.group_key, self._options.recover_s, refusals)
+        if self._interrupted.is_set():
             return _INTERRUPTED  # it came after the pause: resent after the resume
         check_length(request, replica)
-        oldest, num_losses = self.version, replica.num_losses
-        chunks: list[Chunk] = []
+        oldest, num_losses, chunks = self.version, replica.num_losses, list[Chunk]()
         try:
             completion = await self._complete(replica, request, oldest, chunks)
-            check_versions(completion, oldest, self.version if keep else oldest, replica)
+            newest = self.version if self._options.on_update == "keep" else oldest
+            check_versions(completion, oldest, newest, replica)
+            if self._transport is not None and not self.publishing:
+                check_progress(completion, replica)  # else another rank may have paused it
             replica.num_returns = 0
         except ServerError as error:
-            if not error.is_refusal and replica.num_losses == num_losses:
+            if error.is_refusal:
+                refusals[replica] = error
+            elif error.retry_after_s is not None:
+                self._set.leave_alone(replica, error, error.retry_after_s)
+            elif replica.num_losses == num_losses:
                 self._set.take_out(replica, error)
             cut_off = chunks and chunks[-1].finish_reason is None
-            if cut_off and self.version == oldest:  # no other version has sampled since
-                return assemble(chunks, oldest)
-            raise
+            if not cut_off or self.version != oldest:  # another version may have sampled since
+                raise
+            completion = assemble_valid(chunks, oldest, replica)
+            check_versions(completion, oldest, oldest, replica)
         return completion
 
     async def _complete(
@@ -264,7 +287,7 @@ class ServerPool:
                     raise
                 if not replica.serving:
                     raise ServerLost(f"{replica.url} was lost: {replica.why_out}") from None
-                return assemble(chunks, version)  # cancelled by ``drain``
+                return assemble_valid(chunks, version, replica)  # cancelled by ``drain``
 
     # Health --------------------------------------------------------------------------------------
 

@@ -34,7 +34,9 @@ from sdp_lightning.engines.remote.backend import (
     OnUpdate,
     ServerInfo,
     assemble,
+    check_logprobs,
 )
+from sdp_lightning.engines.remote.responses import describe
 from sdp_lightning.errors import ConfigError, EngineError
 from sdp_lightning.types import FinishReason, KVPolicy
 from sdp_lightning.weights.protocol import Instruction, LoadFolder
@@ -75,14 +77,14 @@ class SGLangBackend:
     def read_description(self, replies: Sequence[Any]) -> ServerInfo:
         model, server = replies
         with _reading("/model_info", "model_path", model):
-            path = str(model["model_path"])
+            path = answers.text(model["model_path"])
         wanted = "max_req_input_len and incremental_streaming_output"
         with _reading("/server_info", wanted, server):
             return ServerInfo(
                 path,
-                int(server["max_req_input_len"]),  # 4 less than prompt and answer may have together
+                answers.integer(server["max_req_input_len"], 1),  # 4 less than with the answer
                 has_spans=False,
-                streams_deltas=bool(server["incremental_streaming_output"]),
+                streams_deltas=server["incremental_streaming_output"] is True,
             )
 
     def fallback(self, info: ServerInfo) -> ServerInfo | None:
@@ -137,12 +139,13 @@ class SGLangBackend:
     def read_prompt_logprobs(self, answer: Any, token_ids: Sequence[int]) -> tuple[float, ...]:
         with _reading("/generate", "meta_info.input_token_logprobs", answer):
             entries = answer["meta_info"]["input_token_logprobs"]
-            answered = [int(entry[1]) for entry in entries]
-            logprobs = tuple(float(entry[0]) for entry in entries[1:])
+            answered = [answers.integer(entry[1]) for entry in entries]
+            logprobs = answers.numbers(entry[0] for entry in entries[1:])
         # SGLang writes 0 for the last id of the vocabulary.
         same = all(a in (sent, 0) for a, sent in zip(answered, token_ids, strict=False))
         if len(answered) != len(token_ids) or not same:
             raise EngineError(f"SGLang echoed {answered} for {list(token_ids)}.")
+        check_logprobs(logprobs)
         return logprobs
 
     def pause(self, on_update: OnUpdate, kv_on_update: KVPolicy) -> Call:
@@ -180,7 +183,7 @@ class SGLangBackend:
 
     def read_version(self, answer: Any) -> str:
         with _reading("/model_info", "weight_version", answer):
-            return str(answer["weight_version"])
+            return answers.text(answer["weight_version"])
 
 
 def _generate(tokens: list[int], sampling: dict[str, Any], **options: Any) -> Call:
@@ -199,23 +202,25 @@ def _read_reason(answer: Any) -> FinishReason | None:
         reason = answer["meta_info"]["finish_reason"]
         if reason is None:
             return None
-        finish_reason = answers.FINISH_REASONS[str(reason["type"])]
-    # No stop text is ever sent, so one that "matched" is how SGLang reports logits that are nan.
-    if reason.get("status_code") is not None or isinstance(reason.get("matched"), str):
-        raise EngineError(f"SGLang ended a request with {reason}.")
+        finish_reason = answers.FINISH_REASONS[answers.text(reason["type"])]
+        # No stop text is ever sent: one that "matched" is how SGLang reports logits that are nan.
+        failed = reason.get("status_code") is not None or isinstance(reason.get("matched"), str)
+    if failed:
+        raise EngineError(f"SGLang ended a request with {describe(reason)}.")
     return finish_reason
 
 
 def _read_tokens(answer: Any) -> Chunk:
     reason = _read_reason(answer)
     with _reading("/generate", "output_ids and meta_info.output_token_logprobs", answer):
-        tokens = tuple(int(token) for token in answer["output_ids"])
+        tokens = answers.tokens(answer["output_ids"])
         entries = answer["meta_info"]["output_token_logprobs"]
-        logprobs = tuple(float(entry[0]) for entry in entries)
-        named = tuple(int(entry[1]) for entry in entries)
+        logprobs = answers.numbers(entry[0] for entry in entries)
+        named = tuple(entry[1] for entry in entries)
     if tokens != named:
         raise EngineError(
-            f"SGLang answered the tokens {tokens} with log-probs of {named}: they must agree."
+            f"SGLang answered the tokens {describe(tokens)} with log-probs of {describe(named)}: "
+            "they must agree."
         )
     return Chunk(tokens, logprobs, reason, _read_edges(answer))
 
@@ -228,10 +233,11 @@ def _read_edges(answer: Any) -> tuple[tuple[str, int, int], ...] | None:
             return answers.read_edges(spans)
         if (version := meta.get("weight_version")) is None:
             return None
-        return ((str(version), 0, int(meta["completion_tokens"])),)
+        return ((answers.text(version), 0, answers.integer(meta["completion_tokens"])),)
 
 
 def _top_logprobs(answer: Any) -> dict[int, float]:
     with _reading("/generate", "meta_info.output_top_logprobs", answer):
         entries = answer["meta_info"]["output_top_logprobs"][0]
-        return {int(entry[1]): float(entry[0]) for entry in entries}
+        values = answers.numbers(entry[0] for entry in entries)
+        return {answers.integer(e[1]): value for e, value in zip(entries, values, strict=True)}

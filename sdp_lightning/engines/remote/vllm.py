@@ -22,6 +22,7 @@ from sdp_lightning.engines.remote.backend import (
     OnUpdate,
     ServerInfo,
     assemble,
+    check_logprobs,
 )
 from sdp_lightning.types import KVPolicy
 from sdp_lightning.weights.protocol import (
@@ -89,9 +90,11 @@ class VLLMBackend:
         models, world, _ = replies
         with _reading("/v1/models", "data[0].id and max_model_len", models):
             served = models["data"][0]
-            model, max_length = str(served["id"]), int(served["max_model_len"])
+            model = answers.text(served["id"])
+            max_length = answers.integer(served["max_model_len"], 1)
         with _reading("/get_world_size", "world_size", world):
-            return ServerInfo(model, max_length, num_workers=int(world["world_size"]))
+            num_workers = answers.integer(world["world_size"], 1, answers.MAX_WORKERS)
+        return ServerInfo(model, max_length, num_workers)
 
     def fallback(self, info: ServerInfo) -> ServerInfo | None:
         return replace(info, has_spans=False) if info.has_spans else None
@@ -132,7 +135,7 @@ class VLLMBackend:
     def read_chunk(self, answer: Any, info: ServerInfo) -> Chunk:
         with _reading(_route(info), "choices[0] with weight_versions (vLLM 0.32)", answer):
             choice = answer["choices"][0]
-            tokens = tuple(int(token) for token in choice["token_ids"] or ())
+            tokens = answers.tokens(choice["token_ids"])
             logprobs = _logprobs(choice, info)
             reason = answers.FINISH_REASONS[choice["finish_reason"]]
             spans = choice["weight_versions"] if info.has_spans and reason else None
@@ -148,10 +151,10 @@ class VLLMBackend:
     def read_prompt_logprobs(self, answer: Any, token_ids: Sequence[int]) -> tuple[float, ...]:
         with _reading("a prompt", "prompt_logprobs of every token", answer):
             entries = answer.get("prompt_logprobs") or answer["choices"][0]["prompt_logprobs"]
-            return tuple(
-                float(entry[str(token)]["logprob"])
-                for token, entry in zip(token_ids[1:], entries[1:], strict=True)
-            )
+            pairs = zip(token_ids[1:], entries[1:], strict=True)
+            logprobs = answers.numbers(entry[str(token)]["logprob"] for token, entry in pairs)
+        check_logprobs(logprobs)
+        return logprobs
 
     def pause(self, on_update: OnUpdate, kv_on_update: KVPolicy) -> Call:
         mode = "abort" if on_update == "interrupt" else "keep"
@@ -190,7 +193,7 @@ class VLLMBackend:
 
     def read_version(self, answer: Any) -> str:
         with _reading("/weight_info", "weight_version", answer):
-            return str(answer["weight_version"])
+            return answers.text(answer["weight_version"])
 
 
 def _route(info: ServerInfo) -> str:
@@ -219,14 +222,16 @@ def _logprobs(choice: Any, info: ServerInfo) -> tuple[float, ...]:
     if logprobs is None:
         return ()
     if not info.has_spans:
-        return tuple(float(value) for value in logprobs["token_logprobs"])
-    return tuple(float(entry["logprob"]) for entry in logprobs["content"])
+        return answers.numbers(logprobs["token_logprobs"])
+    return answers.numbers(entry["logprob"] for entry in logprobs["content"])
 
 
 def _top_logprobs(info: ServerInfo, answer: Any) -> dict[str, float]:
     with _reading(_route(info), "top_logprobs", answer):
         logprobs = answer["choices"][0]["logprobs"]
         if not info.has_spans:
-            return {token: float(value) for token, value in logprobs["top_logprobs"][0].items()}
+            top = logprobs["top_logprobs"][0]
+            return dict(zip(top, answers.numbers(top.values()), strict=True))
         entries = logprobs["content"][0]["top_logprobs"]
-        return {str(entry["token_id"]): float(entry["logprob"]) for entry in entries}
+        values = answers.numbers(entry["logprob"] for entry in entries)
+        return {str(e["token_id"]): value for e, value in zip(entries, values, strict=True)}

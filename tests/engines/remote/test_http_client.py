@@ -42,12 +42,10 @@ def test_a_watcher_that_dies_is_an_error_and_not_a_silence(one: Server):
 
     engine = RemoteInfEngine([one.url], Backend(), options=RemoteOptions(**QUICK))
     engine.start()
-    while engine._running().error is None:
-        one.do()
-    with pytest.raises(
-        EngineError, match=r"the health checks of the servers failed: Odd\('no health'\)"
-    ):
-        engine.pause()
+    message = r"the health checks of the servers failed: Odd\('no health'\)"
+    with pytest.raises(EngineError, match=message):
+        while True:
+            engine.pause()
     engine.close()
     assert_nothing_left()
 

@@ -14,13 +14,12 @@ from support.fake_servers import (
     COMPLETIONS,
     GENERATE,
     Server,
-    assert_nothing_left,
     connected,
     make_engine,
     weights,
 )
-from support.remote_engines import Sending, assert_exact, generate, publish, request
-from support.rollouts import Samples, rolling
+from support.remote_engines import Sending, assert_exact, generate, publish, publish_thrice, request
+from support.rollouts import rolling
 
 # Versions -----------------------------------------------------------------------------------------
 
@@ -44,25 +43,9 @@ def test_nothing_is_sampled_before_the_first_publish(one: Server):
 
 @pytest.mark.parametrize("mode", ["interrupt", "keep"])
 def test_three_publishes_under_eight_requests_lose_and_double_nothing(one: Server, mode: str):
-    one.do(held=True)
-    engine = make_engine(one, on_update=mode)
-    engine.start()
-    workflow = Samples(max_new_tokens=16)
-    with rolling(engine, workflow, batch_size=8, max_head_lag=4, max_concurrent=8) as executor:
-        for version in (1, 2, 3):
-            one.do(wait={"running": 8})
-            one.do(step=4, wait={"stalled": True})
-            executor.publish(weights(float(version)), version)
-        one.do(held=False)
-        batch = executor.take()
-        assert batch is not None
-        groups = list(batch)
-        assert_exact(groups, 16)
-        stamped = [[s.version for s in g.trajectories[0].segments] for g in groups]
-        assert stamped == [[0, 1, 2, 3]] * 8
-        assert [len(s) for s in groups[0].trajectories[0].segments] == [4, 4, 4, 4]
-        executor.pause()
-    assert_nothing_left()
+    groups = publish_thrice(make_engine(one, on_update=mode), one, budget=16, step=4)
+    stamped = [[(s.version, len(s)) for s in g.trajectories[0].segments] for g in groups]
+    assert stamped == [[(0, 4), (1, 4), (2, 4), (3, 4)]] * 8
     prompts = Counter(tuple(body["token_ids"]) for body in one.do()["seen"])
     assert prompts[(1, 2)] >= 8
     if mode == "interrupt":  # each is resent with what it had, to the original budget

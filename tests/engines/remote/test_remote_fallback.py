@@ -16,9 +16,8 @@ from support.fake_servers import (
     connected,
     make_engine,
     servers,
-    weights,
 )
-from support.remote_engines import Sending, assert_exact, generate, publish, request
+from support.remote_engines import Sending, assert_exact, generate, publish, publish_thrice, request
 from support.rollouts import Samples, rolling
 
 
@@ -70,24 +69,9 @@ def test_a_server_whose_probe_fails_otherwise_does_not_fall_back(one: Server):
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 def test_versions_are_exact_across_publishes_with_requests_in_flight(one: Server, stream: bool):
-    one.do(held=True)
-    engine = make_engine(one, stream=stream)
-    engine.start()
-    workflow = Samples(max_new_tokens=16)
-    with rolling(engine, workflow, batch_size=8, max_head_lag=4, max_concurrent=8) as executor:
-        for version in (1, 2, 3):
-            one.do(wait={"running": 8})
-            one.do(step=4, wait={"stalled": True})
-            executor.publish(weights(float(version)), version)
-        one.do(held=False)
-        batch = executor.take()
-        assert batch is not None
-        groups = list(batch)
-        assert_exact(groups, 16)
-        stamped = [[(s.version, len(s)) for s in g.trajectories[0].segments] for g in groups]
-        assert stamped == [[(0, 4), (1, 4), (2, 4), (3, 4)]] * 8
-        executor.pause()
-    assert_nothing_left()
+    groups = publish_thrice(make_engine(one, stream=stream), one, budget=16, step=4)
+    stamped = [[(s.version, len(s)) for s in g.trajectories[0].segments] for g in groups]
+    assert stamped == [[(0, 4), (1, 4), (2, 4), (3, 4)]] * 8
     prompts = Counter(tuple(body["prompt"]) for body in one.do()["seen"])
     assert prompts[(1, 2, 5, 6, 7, 8)] == 8  # each is sent again with what it had
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from sdp_lightning.engines.remote import server_pool as fleet_module
+from sdp_lightning.engines.remote import engine as engine_module, server_pool as fleet_module
 from sdp_lightning.engines.remote.http_client import ServerError
 from sdp_lightning.engines.remote.replicas import ReplicaSet
 from sdp_lightning.errors import EngineError
@@ -55,18 +55,19 @@ class LiveFiles(FileTransport):
         return True
 
 
+def use_transport(transport: FileTransport, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let engines carry weights by ``transport``."""
+    monkeypatch.setattr(engine_module, "make_transport", lambda options, urls: transport)
+
+
 def test_what_is_at_rest_in_publishes_only_reaches_a_returning_server_in_the_next_one(
-    two: list[Server],
+    two: list[Server], monkeypatch: pytest.MonkeyPatch
 ):
+    use_transport(LiveFiles(), monkeypatch)
     with connected(*two) as engine:
-        pool = engine._running()
-        before, engine._transport = engine._transport, LiveFiles()
-        pool._transport = engine._transport
-        assert before is not None
-        before.close()
         publish(engine, 0, reset=True)
         two[1].restart()
-        replica = pool.replicas[1]
+        replica = engine._running().replicas[1]
         while not replica.waits_for_publish:
             two[0].do()
         assert not replica.serving and two[1].do()["loads"] == []
@@ -80,20 +81,23 @@ class Failing(FileTransport):
     """Raises what no engine does."""
 
     async def deliver(self, target: Target, *, whole: bool) -> None:
-        raise RuntimeError("NCCL error")
+        if not whole:
+            raise RuntimeError("NCCL error")
+        await super().deliver(target, whole=whole)
 
 
 @pytest.mark.fault("exception", "publish")
-def test_whatever_a_transfer_raises_the_engine_is_unusable_after_it(one: Server):
+def test_whatever_a_transfer_raises_the_engine_is_unusable_after_it(
+    one: Server, monkeypatch: pytest.MonkeyPatch
+):
+    use_transport(Failing(), monkeypatch)
     with connected(one) as engine:
         publish(engine, 0, reset=True)
-        engine._running()._transport = Failing()
         engine.pause()
         with pytest.raises(RuntimeError, match="NCCL error"):
             engine.update_weights(weights(1.0), 1)
         with pytest.raises(EngineError, match="unusable since: NCCL error"):
             engine.resume()
-        engine._running()._transport.close()
 
 
 def test_a_server_without_what_it_needs_is_told_what(one: Server):
@@ -178,13 +182,12 @@ class SlowFiles(FileTransport):
         await super().deliver(target, whole=whole)
 
 
-def test_a_publish_leaves_a_server_alone_that_is_still_being_loaded(two: list[Server]):
+def test_a_publish_leaves_a_server_alone_that_is_still_being_loaded(
+    two: list[Server], monkeypatch: pytest.MonkeyPatch
+):
+    slow = SlowFiles()
+    use_transport(slow, monkeypatch)
     with connected(*two) as engine:
-        pool = engine._running()
-        before, slow = engine._transport, SlowFiles()
-        engine._transport = pool._transport = slow
-        assert before is not None
-        before.close()
         publish(engine, 0, reset=True)
         slow.armed = True
         two[1].restart()
@@ -192,7 +195,7 @@ def test_a_publish_leaves_a_server_alone_that_is_still_being_loaded(two: list[Se
         publish(engine, 1)
         assert two[1].do()["loads"] == [] and two[1].do()["version"] == "loading"
         slow.go_on.set()
-        while not pool.replicas[1].waits_for_publish:
+        while not engine._running().replicas[1].waits_for_publish:
             two[0].do()
         publish(engine, 2)
         assert two[1].do()["version"] == "2" and engine.num_serving == 2

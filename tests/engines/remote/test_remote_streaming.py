@@ -19,7 +19,7 @@ from support.fake_servers import (
     servers,
     weights,
 )
-from support.remote_engines import Sending, assert_exact, generate, publish, request
+from support.remote_engines import Sending, assert_exact, generate, publish, publish_thrice, request
 from support.rollouts import Samples, rolling
 
 CHUNKED = 17  # tokens that have come after two chunks: the first, and sixteen
@@ -40,22 +40,9 @@ def lengths(groups: list[TrajectoryGroup]) -> list[list[tuple[int, int]]]:
 
 def sampled(one: Server, mode: str, *, stream: bool) -> list[tuple[Any, ...]]:
     """Eight requests under three publishes: version, tokens and log-probs of every segment."""
-    one.do(reset={"held": True})
+    one.do(reset={})
     engine = make_engine(one, on_update=mode, stream=stream)
-    engine.start()
-    workflow = Samples(max_new_tokens=50)
-    with rolling(engine, workflow, batch_size=8, max_head_lag=4, max_concurrent=8) as executor:
-        for version in (1, 2, 3):
-            one.do(wait={"running": 8})
-            one.do(step=9, wait={"stalled": True})
-            executor.publish(weights(float(version)), version)
-        one.do(held=False)
-        batch = executor.take()
-        assert batch is not None
-        groups = list(batch)
-        assert_exact(groups, 50)
-        executor.pause()
-    assert_nothing_left()
+    groups = publish_thrice(engine, one, budget=50, step=9)
     assert {body.get("stream", False) for body in one.do()["seen"]} == {stream}
     return [
         (s.version, tuple(s.token_ids.tolist()), tuple(s.logprobs.tolist()))

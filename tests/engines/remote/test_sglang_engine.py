@@ -13,13 +13,12 @@ from sdp_lightning.engines.protocol import GenerationRequest
 from sdp_lightning.engines.remote.engine import RemoteInfEngine
 from sdp_lightning.errors import ConfigError, EngineError
 from sdp_lightning.types import SamplingParams
-from support.fake_servers import assert_nothing_left, weights
-from support.remote_engines import Sending, assert_exact, generate, publish, request
-from support.rollouts import Samples, rolling
-from support.sglang_engines import SGLangServer, connected, make_engine, one, pair, servers, two
+from support.fake_servers import assert_nothing_left, connected, make_engine, servers, weights
+from support.remote_engines import Sending, generate, publish, publish_thrice, request
+from support.sglang_engines import SGLangServer, pair
 from support.trainers import Recorder, make_data, make_module, make_trainer, make_workflow
 
-__all__ = ["one", "pair", "two"]  # fixtures
+__all__ = ["pair"]  # the fixture on which "one" and "two" rest
 
 # Versions -----------------------------------------------------------------------------------------
 
@@ -35,25 +34,9 @@ def test_a_request_comes_back_with_the_version_that_sampled_it(one: SGLangServer
 
 
 def test_three_publishes_under_eight_requests_lose_and_double_nothing(one: SGLangServer):
-    one.do(held=True)
-    engine = make_engine(one)
-    engine.start()
-    workflow = Samples(max_new_tokens=16)
-    with rolling(engine, workflow, batch_size=8, max_head_lag=4, max_concurrent=8) as executor:
-        for version in (1, 2, 3):
-            one.do(wait={"running": 8})
-            one.do(step=4, wait={"stalled": True})
-            executor.publish(weights(float(version)), version)
-        one.do(held=False)
-        batch = executor.take()
-        assert batch is not None
-        groups = list(batch)
-        assert_exact(groups, 16)
-        stamped = [[s.version for s in g.trajectories[0].segments] for g in groups]
-        assert stamped == [[0, 1, 2, 3]] * 8
-        assert [len(s) for s in groups[0].trajectories[0].segments] == [4, 4, 4, 4]
-        executor.pause()
-    assert_nothing_left()
+    groups = publish_thrice(make_engine(one), one, budget=16, step=4)
+    stamped = [[(s.version, len(s)) for s in g.trajectories[0].segments] for g in groups]
+    assert stamped == [[(0, 4), (1, 4), (2, 4), (3, 4)]] * 8
     prompts = Counter(tuple(body["input_ids"]) for body in one.do()["seen"])
     assert prompts[(1, 2)] >= 8
     assert prompts[(1, 2, 5, 6, 7, 8)] == 8  # each is sent again with what it had
@@ -150,7 +133,7 @@ def test_a_request_longer_than_the_server_allows_is_refused(one: SGLangServer):
 
 
 def test_a_key_opens_a_server_that_wants_one():
-    with servers(1, "--api-key", "secret") as [server]:
+    with servers(1, "--api-key", "secret", kind=SGLangServer) as [server]:
         with connected(server, api_key="secret") as engine:
             publish(engine, 0, reset=True)
         with pytest.raises(EngineError, match="answered 401"):
@@ -161,7 +144,7 @@ def test_a_key_opens_a_server_that_wants_one():
 @pytest.mark.fault("process killed", "generate")
 def test_what_a_stream_had_when_its_server_died_is_kept():
     with (
-        servers(2, "--held", "--incremental") as [well, ill],
+        servers(2, "--held", "--incremental", kind=SGLangServer) as [well, ill],
         connected(well, ill, stream=True) as engine,
     ):
         publish(engine, 2, reset=True)
@@ -209,7 +192,7 @@ def test_servers_on_other_hosts_need_a_key():
 
 def test_a_fit_trains_through_two_servers(model_folder: str):
     recorder = Recorder()
-    with servers(2) as running:
+    with servers(2, kind=SGLangServer) as running:
         url = "sglang://" + ",".join(server.host for server in running)
         data = make_data(make_workflow(max_new_tokens=5), engine=url, max_head_lag=0)
         trainer = make_trainer(sdp.WeightSyncCallback(), recorder, max_steps=3)

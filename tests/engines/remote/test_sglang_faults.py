@@ -2,43 +2,28 @@
 
 from __future__ import annotations
 
-import time
-from typing import Any
-
 import pytest
 
-from sdp_lightning.engines.remote.engine import RemoteInfEngine
 from sdp_lightning.errors import EngineError
-from support.fake_servers import Server, assert_nothing_left
+from support.fake_servers import (
+    assert_nothing_left,
+    connected,
+    is_back,
+    limits,
+    make_engine,
+    servers,
+)
 from support.remote_engines import Sending, generate, publish, request
-from support.sglang_engines import SGLangServer, connected, make_engine, one, pair, servers, two
+from support.sglang_engines import SGLangServer, pair
 
-__all__ = ["one", "pair", "two"]  # fixtures
+__all__ = ["pair"]  # the fixture on which "one" and "two" rest
 
 GENERATE = "/generate"
 
 
-SHORT: dict[str, Any] = {
-    "health_timeout_s": 1.0,
-    "answer_timeout_s": 1.0,
-    "control_timeout_s": 1.0,
-    "request_timeout_s": 1.0,
-}
-
-
-def await_serving(engine: RemoteInfEngine, server: Server, count: int) -> None:
-    """Wait until ``count`` servers serve; ``server`` is asked meanwhile, so nothing spins."""
-    deadline = time.monotonic() + 100.0
-    while time.monotonic() < deadline:
-        if engine.num_serving == count:
-            return
-        server.do()
-    raise AssertionError(f"{engine.num_serving} servers serve")
-
-
 # Faults -------------------------------------------------------------------------------------------
 
-KINDS = ["500", "hang", "disconnect", "garbage", "odd", "truncated"]
+KINDS = ["500", "hang", "disconnect", "deep", "odd", "truncated"]
 
 
 CONNECT = ["/server_info", "/model_info", GENERATE, "/continue_generation"]
@@ -54,11 +39,6 @@ PHASES = {
 
 
 SPECIAL = [("load", "load"), ("set version", "ignored"), ("verify", "wrong")]
-
-
-def limits(kind: str, *, recover_s: float = 1.0) -> dict[str, Any]:
-    """Deadlines that are short only where one is to pass, so that a slow machine passes none."""
-    return (SHORT if kind == "hang" else {}) | {"recover_s": recover_s, "max_tries": 3}
 
 
 @pytest.mark.parametrize("kind", ["500", "hang", "garbage", "odd"])
@@ -87,7 +67,7 @@ def test_a_fault_in_a_publish_of_two_costs_one_server_which_comes_back(
         publish(engine, 1)
         assert engine.version == 1 and engine.num_serving == 1
         ill.do(faults=[])
-        await_serving(engine, well, 2)
+        is_back(engine, well, 2)
         for server in two:
             state = server.do()
             assert state["version"] == "1" and state["weights"] == {"a": 1.0, "b": 1.0}
@@ -122,7 +102,7 @@ def test_a_fault_in_a_publish_to_the_only_server_is_a_named_error(
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.fault("exception", "generate", only="^(500|disconnect)$")
 @pytest.mark.fault("hang", "generate", only="^hang$")
-@pytest.mark.fault("corrupted data", "generate", only="^(garbage|odd|bytes|truncated)$")
+@pytest.mark.fault("corrupted data", "generate", only="^(garbage|odd|deep|truncated)$")
 def test_a_fault_while_generating_is_sent_again(one: SGLangServer, kind: str):
     with connected(one, **limits(kind, recover_s=30.0)) as engine:
         publish(engine, 0, reset=True)
@@ -144,7 +124,7 @@ def test_a_server_that_restarted_unseen_is_not_believed(one: SGLangServer):
 
 @pytest.mark.fault("process killed", "generate")
 def test_the_requests_of_a_lost_server_go_elsewhere():
-    with servers(2, "--held") as [well, ill], connected(well, ill) as engine:
+    with servers(2, "--held", kind=SGLangServer) as [well, ill], connected(well, ill) as engine:
         publish(engine, 0, reset=True)
         sending = Sending(engine, [request() for _ in range(8)])
         for server in (well, ill):
@@ -155,5 +135,5 @@ def test_the_requests_of_a_lost_server_go_elsewhere():
         assert sending.join() == ["length"] * 8
         assert engine.num_generated == 32 and engine.num_serving == 1
         ill.restart()
-        await_serving(engine, well, 2)
+        is_back(engine, well, 2)
         assert ill.do()["version"] == "0" and ill.do()["weights"] == {"a": 0.0, "b": 0.0}

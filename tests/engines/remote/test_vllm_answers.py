@@ -18,7 +18,16 @@ from sdp_lightning.engines.remote.backend import (
 from sdp_lightning.engines.remote.vllm import STREAM_INTERVAL
 from sdp_lightning.errors import EngineError
 from sdp_lightning.types import SamplingParams
-from support.vllm_answers import BACKEND, COMPLETION, INFO, completion, probed, recorded_token, span
+from support.vllm_answers import (
+    BACKEND,
+    COMPLETION,
+    INFO,
+    TEXT,
+    completion,
+    probed,
+    recorded_token,
+    span,
+)
 
 PLAIN = ServerInfo(model="m", max_length=256, has_spans=False)
 
@@ -85,9 +94,25 @@ def test_a_stream_that_broke_off_is_an_interruption_under_the_version_it_was_sen
 
 
 @pytest.mark.parametrize(
+    ("tokens", "logprobs"),
+    [
+        ((5, 6), (-1.0,)),
+        ((True,), (-1.0,)),
+        ((5.0,), (-1.0,)),
+        ((-5,), (-1.0,)),
+        ((2**31,), (-1.0,)),
+        ((5,), (float("nan"),)),
+        ((5,), (0.01,)),
+    ],
+)
+def test_a_chunk_of_another_backend_is_held_to_the_same(tokens: Any, logprobs: Any):
+    with pytest.raises(EngineError, match="the server answered"):
+        Chunk(tokens, logprobs)
+
+
+@pytest.mark.parametrize(
     "chunks",
     [
-        [Chunk((5, 6), (-1.0,))],
         [Chunk((5,), (-1.0,)), Chunk((6,), (-1.0,), "length", (("1", 0, 1),))],
         [Chunk((5,), (-1.0,)), Chunk((6,), (-1.0,), "length", (("1", 1, 2),))],
         [Chunk((5,), (-1.0,), "length", (("1", 0, 2),))],
@@ -99,35 +124,6 @@ def test_chunks_whose_versions_are_of_other_tokens_are_refused(chunks: list[Chun
 
 
 # Servers without spans ----------------------------------------------------------------------------
-
-TEXT: dict[str, Any] = {
-    **{"id": "cmpl-8969e6d2806df74e", "object": "text_completion", "created": 1795403497},
-    "model": "policy",
-    "choices": [
-        {
-            "index": 0,
-            "text": "//0",
-            "logprobs": {
-                "text_offset": [0, 1, 2],
-                "token_logprobs": [-1.0715653896331787, -1.405820608139038, -2.549502372741699],
-                "tokens": ["/", "/", "0"],
-                "top_logprobs": [
-                    {"/": -1.0715653896331787},
-                    {"/": -1.405820608139038},
-                    {"0": -2.549502372741699, "/": -1.369066834449768},
-                ],
-            },
-            "finish_reason": "length",
-            "stop_reason": None,
-            "token_ids": [43, 43, 3],
-            "prompt_logprobs": None,
-            "prompt_token_ids": [1, 2, 3, 4, 5, 6],
-            "routed_experts": None,
-        }
-    ],
-    **{"service_tier": None, "system_fingerprint": "vllm-0.32.0-c23c3b3d", "metrics": None},
-    "usage": {"prompt_tokens": 6, "total_tokens": 9, "completion_tokens": 3},
-}
 
 
 def text(**changes: Any) -> dict[str, Any]:
