@@ -86,6 +86,14 @@ def receive(
     return head, _read(connection, size, wait)
 
 
+def has_bytes(connection: socket.socket) -> bool:
+    """Whether something was written that nobody has read; the end of the connection is nothing."""
+    try:
+        return bool(connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+    except (BlockingIOError, ConnectionError):
+        return False
+
+
 def _read(connection: socket.socket, size: int, wait: Wait | None) -> bytes:
     data = bytearray()
     while len(data) < size:

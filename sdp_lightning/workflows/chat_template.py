@@ -6,16 +6,31 @@ stands for the assistant's words: it ends that turn, holds the new messages, and
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from sdp_lightning.errors import ConfigError, RolloutError
-from sdp_lightning.types import Row, SamplingParams
+from sdp_lightning.rewards.timeouts import call_aside_if_long
+from sdp_lightning.types import IntArray, Row, SamplingParams
 from sdp_lightning.workflows.workflow import Tokenizer
 
 PLACEHOLDER = "{observation}"
 _MARK = "c95bd1b5e8"  # no white space: templates strip it
+
+
+async def encode_aside(text: Any, encode: Callable[[], list[int]]) -> IntArray:
+    """``[n]`` the tokens that ``encode`` gives; in another thread if ``text`` is long.
+
+    Args:
+        text: the text, messages or other values that ``encode`` works on.
+        encode: one of the functions below, with its arguments.
+    """
+    return await call_aside_if_long(
+        "tokenizing a long text", text, lambda: np.array(encode(), dtype=np.int64)
+    )
 
 
 def encode_turn(

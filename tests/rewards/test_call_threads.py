@@ -11,7 +11,7 @@ import pytest
 
 from sdp_lightning.errors import RolloutError
 from sdp_lightning.rewards import timeouts
-from sdp_lightning.rewards.call_threads import CallThreads
+from sdp_lightning.rewards.call_threads import CallLoad, CallThreads
 from sdp_lightning.rewards.timeouts import call_reward
 from sdp_lightning.workflows.environment import BoundedEnvironment, Environment
 from support.waiting import wait_for
@@ -25,7 +25,7 @@ def threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[CallThreads]:
     four = CallThreads(num_threads=4, max_lost=3)
     monkeypatch.setattr(timeouts, "THREADS", four)
     yield four
-    wait_for(lambda: four.num_alive == 0)
+    wait_for(lambda: four.load == CallLoad())
 
 
 def run(test: Callable[[], Awaitable[Any]]) -> Any:
@@ -41,7 +41,7 @@ def test_many_calls_take_turns_on_few_threads(threads: CallThreads) -> None:
         with lock:
             inside += 1
             most = max(most, inside)
-            assert threads.num_alive <= 4
+            assert threads.load.running <= 4
         with lock:
             inside -= 1
         return float(number)
@@ -84,9 +84,10 @@ def test_the_wait_for_a_thread_is_not_counted_and_a_call_given_up_in_it_is_not_m
         waits = asyncio.ensure_future(call_reward(threading.Event().wait, 0.5, timeout_s=0.001))
         dropped = asyncio.ensure_future(call_reward(made.set, timeout_s=DEADLINE_S))
         done, _ = await asyncio.wait({waits, dropped}, timeout=0.05)
-        assert not done
+        assert not done and threads.load == CallLoad(running=4, waiting=2)
         dropped.cancel()
         await asyncio.wait({dropped})
+        assert threads.load == CallLoad(running=4, waiting=1)
         release.set()
         assert await asyncio.gather(*first) == [1.0] * 4
         with pytest.raises(RolloutError, match=r"took longer than 0.001 s"):
@@ -104,11 +105,11 @@ def test_lost_threads_take_no_place_and_too_many_are_an_error(threads: CallThrea
         for _ in range(3):
             with pytest.raises(RolloutError, match="took longer"):
                 await call_reward(release.wait, timeout_s=0.001)
-        assert threads.num_alive == 3
+        assert threads.load == CallLoad(lost=3)
         with pytest.raises(RolloutError, match=r"3 calls .* have not returned.*reward_workers"):
             await call_reward(len, "any", timeout_s=DEADLINE_S)
         release.set()
-        while threads.num_alive:
+        while threads.load.lost:
             await asyncio.sleep(0.005)
         assert await call_reward(len, "four", timeout_s=DEADLINE_S) == 4.0
 

@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import os
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from sdp_lightning.rewards import worker_reward
 from sdp_lightning.rewards.worker_channel import receive, send
 
 
@@ -29,6 +31,21 @@ def reward(completion: str, row: Mapping[str, Any]) -> Any:
 async def async_reward(completion: str, row: Mapping[str, Any]) -> float:
     await asyncio.sleep(0)
     return float(len(completion))
+
+
+def execute(completion: str, row: Mapping[str, Any]) -> float:
+    """As a reward for code does that runs it in its own process."""
+    with contextlib.suppress(Exception):
+        exec(completion, {"sys": sys, "worker": worker_reward, "name": __name__, "row": row})
+    return float(row["n"])
+
+
+NUM_CALLS = [0]
+
+
+def count(completion: str, row: Mapping[str, Any]) -> float:
+    NUM_CALLS[0] += 1
+    return float(NUM_CALLS[0])
 
 
 def by_row(completion: str, row: Mapping[str, Any]) -> Any:
@@ -173,9 +190,9 @@ def hang_and_say_so(row: Any) -> float:
 
 
 def meet(row: Any) -> float:
-    """Returns when ``row["num"]`` processes are here."""
+    """Returns when the calls of ``row["num"]`` workers are here."""
     folder = Path(row["folder"])
-    (folder / str(os.getpid())).touch()
+    (folder / str(os.getppid())).touch()
     while len(list(folder.iterdir())) < row["num"]:
         time.sleep(0.005)
     return 1.0
@@ -200,8 +217,43 @@ def daemon(row: Any) -> float:
     return ENDS[row.get("end", "return")](row)
 
 
+def daemon_and_hang(row: Any) -> float:
+    return daemon({**row, "end": "hang"})
+
+
 def parent_id(row: Any) -> float:
     return float(os.getppid())
+
+
+def num_interfaces(row: Any) -> float:
+    return float(len(socket.if_nameindex()))
+
+
+def may_write(row: Any) -> float:
+    with contextlib.suppress(OSError):
+        Path(row["file"]).write_text("x")
+        return 1.0
+    return 0.0
+
+
+def may_read(row: Any) -> float:
+    return float(Path(row["file"]).exists())
+
+
+def num_processes(row: Any) -> float:
+    return float(len(list(Path("/proc").glob("[0-9]*"))))
+
+
+def hang_as(row: Any) -> float:
+    """Hangs, and so does a program in a session of its own that has a name."""
+    text = "import time; time.sleep(3600)"
+    subprocess.Popen([sys.executable, "-c", text, row["name"]], start_new_session=True)
+    return loop(row)
+
+
+def num_sockets(row: Any) -> float:
+    links = [os.readlink(p) for p in Path("/proc/self/fd").iterdir() if p.exists()]
+    return float(sum(link.startswith("socket:") for link in links))
 
 
 def files_of_a_child(row: Any) -> float:
@@ -264,6 +316,7 @@ ENDS: dict[str, Callable[[Any], float]] = {
     "return": lambda row: 1.0,
     "leave": leave,
     "loop": loop,
+    "hang": hang_and_say_so,
     "kill the group": lambda row: float(os.killpg(0, signal.SIGKILL) or 0),
 }
 WAYS: dict[str, Callable[[Any], Any]] = {

@@ -28,3 +28,7 @@ def call(pool: RewardPool, completion: str, **row: Any) -> Any:
 def is_running(process: int) -> bool:
     state = subprocess.run(["ps", "-o", "stat=", "-p", str(process)], capture_output=True).stdout
     return bool(state.strip()) and not state.startswith(b"Z")  # nobody may wait for an orphan
+
+
+def parent_of(process: int) -> int:
+    return int(subprocess.check_output(["ps", "-o", "ppid=", "-p", str(process)]))
