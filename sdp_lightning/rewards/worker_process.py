@@ -164,17 +164,21 @@ class WorkerProcess:
         wait = worker_channel.until(self._connection, time.monotonic() + timeout_s)
         self._num_calls += 1
         tag = worker_channel.number_tag(self._num_calls)
-        goes_on = False
+        is_sent = goes_on = False
         try:
             if notes is not None:
                 notes += json.loads(worker_channel.receive(self._connection, wait=wait)[1])
             worker_channel.send(self._connection, tag, data, wait)
+            is_sent = True
             _, answer = worker_channel.receive(self._connection, tag, wait=wait)
             outcome = self._outcome_of(answer)
             ran_out = outcome.kind == "out_of_memory" and self._forks
-            goes_on = ran_out or not answer.startswith((worker_main.ANSWERED, worker_main.ENDED))
+            goes_on = ran_out or not answer.startswith(
+                (worker_channel.ANSWERED, worker_channel.ENDED)
+            )
         except TimeoutError:
             outcome = CallOutcome("timed_out", detail=f"took longer than {timeout_s} s")
+            goes_on = self._forks and is_sent and self._give_up()
         except (EOFError, OSError):
             outcome = CallOutcome("crashed", detail=self._how_it_ended())
         except (ValueError, RecursionError):
@@ -186,10 +190,22 @@ class WorkerProcess:
             self.close()
         return outcome
 
+    def _give_up(self) -> bool:
+        """Have the keeper end the call; whether the worker can take the next one."""
+        wait = worker_channel.until(self._connection, time.monotonic() + _KILL_S)
+        try:
+            worker_channel.send(self._connection, worker_channel.GIVE_UP, b"", wait)
+            while True:
+                tag, answer = worker_channel.receive(self._connection, wait=wait)
+                if tag == worker_channel.GIVE_UP:
+                    return answer == worker_channel.GOES_ON
+        except (EOFError, OSError):  # with TimeoutError
+            return False
+
     def _outcome_of(self, data: bytes) -> CallOutcome:
         """The outcome that an answer tells. ``ValueError`` or ``RecursionError`` if it is none."""
         kind, body = data[:1], data[1:]
-        if kind in (worker_main.ENDED, worker_main.GOES_ON):
+        if kind in (worker_channel.ENDED, worker_channel.GOES_ON):
             return CallOutcome("crashed", detail=body.decode())
         match json.loads(body):
             case {"value": float(value)} if math.isfinite(value):

@@ -86,14 +86,14 @@ def test_a_reward_that_starts_threads_while_it_is_loaded_is_not_forked_and_that_
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a crash costs its worker")
-def test_a_call_that_crashes_or_eats_memory_costs_its_own_process_and_no_worker() -> None:
-    place = f"{FILE}:reward"
-    with closing(RewardPool(place, num_workers=1, memory_bytes=2**28)) as pool:
+def test_a_call_that_hangs_crashes_or_eats_memory_costs_its_own_process_and_no_worker() -> None:
+    settings: dict[str, Any] = {"num_workers": 1, "memory_bytes": 2**28, "timeout_s": 2.0}
+    with closing(RewardPool(f"{FILE}:reward", **settings)) as pool:
         worker = call(pool, "parent_id")
-        for way in ("abort", "read_null", "leave", "close_all_files", "one_big_piece"):
+        for way in ("abort", "read_null", "leave", "one_big_piece", "power_tower", "stop"):
             assert call(pool, way) == 0.0
         assert call(pool, "parent_id") == worker
-        assert pool.counts == RewardCounts(value=2, crashed=4, out_of_memory=1)
+        assert pool.counts == RewardCounts(value=2, crashed=3, out_of_memory=1, timed_out=2)
 
 
 def test_the_process_of_a_call_has_ended_when_it_is_answered() -> None:
