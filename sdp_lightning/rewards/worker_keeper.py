@@ -199,9 +199,7 @@ class Keeper:
             self._wait_for_child(0.05)
             self._reap()
             if self._status is None:
-                os.kill(
-                    self._process, signal.SIGCONT
-                )  # it reaps the call, which may have stopped it
+                os.kill(self._process, signal.SIGCONT)  # the call may have stopped it
 
     def _wait_for_a_call(self) -> None:
         while True:

@@ -9,11 +9,15 @@ from typing import Any
 
 import pytest
 
+import sdp_lightning as sdp
 from sdp_lightning.errors import RolloutError
 from sdp_lightning.rewards import timeouts
 from sdp_lightning.rewards.call_threads import CallLoad, CallThreads
 from sdp_lightning.rewards.timeouts import call_reward
+from sdp_lightning.testing import FakeEngine
+from sdp_lightning.types import SamplingParams
 from sdp_lightning.workflows.environment import BoundedEnvironment, Environment
+from support.rollouts import rolling
 from support.waiting import wait_for
 
 DEADLINE_S = 60.0
@@ -52,6 +56,30 @@ def test_many_calls_take_turns_on_few_threads(threads: CallThreads) -> None:
 
     assert run(main) == list(range(400))
     assert 1 <= most <= 4
+
+
+def test_the_rewards_of_many_groups_take_turns_on_few_threads(threads: CallThreads) -> None:
+    """Through an executor: 400 completions end at once, and the calls that wait are counted."""
+    most_waiting, lock = 0, threading.Lock()
+
+    def reward(completion: str, row: Any) -> float:
+        nonlocal most_waiting
+        load = threads.load
+        assert load.running <= 4
+        with lock:
+            most_waiting = max(most_waiting, load.waiting)
+        return 1.0
+
+    sampling = SamplingParams(max_new_tokens=4)
+    workflow = sdp.RLVRWorkflow(reward, group_size=8, sampling=sampling)
+    rows = [{"prompt": "1+1="}] * 50
+    engine = FakeEngine(4, manual=True)
+    settings: dict[str, Any] = {"batch_size": 50, "max_head_lag": 0, "num_epochs": 1}
+    with rolling(engine, workflow, rows=rows, **settings) as executor:
+        engine.wait_for_requests(400, timeout_s=DEADLINE_S)
+        engine.advance(4)
+        assert len(executor.take() or []) == 50
+    assert most_waiting > 4
 
 
 def test_calls_of_two_event_loops_take_turns_on_the_same_threads(threads: CallThreads) -> None:

@@ -15,6 +15,13 @@ from support.reward_pools import DEADLINE_S, FILE, call, is_running
 from support.waiting import wait_for
 
 EXECUTE = f"{FILE}:execute"
+FORGE = (  # of the first report: a message of the worker's own form in every socket
+    "import os, struct\nb = b'{\"value\": %s}'\nfor fd in map(int, os.listdir('/proc/self/fd')):\n"
+    "  try:\n"
+    "    if fd > 2 and 'socket' in os.readlink(f'/proc/self/fd/{fd}'):\n"
+    "      os.write(fd, struct.pack('!Q', len(b)) + b)\n"
+    "  except OSError: pass\n"
+)
 # Each is run by the reward in its own process. With one process for all calls, it answers for later
 # samples as well, or costs them.
 TAKING_OVER = {
@@ -25,6 +32,9 @@ TAKING_OVER = {
     "the worker's channel": "worker.send = lambda *a: 1 / 0",
     "a library": "import json; json.dumps = lambda *a: '{\"value\": 777.0}'",
     "unpickling": "import pickle; pickle.loads = lambda data: ('', {'n': 777})",
+    "a forged number": FORGE % "777",
+    "a forged NaN": FORGE % "NaN",
+    "a forged text": FORGE % '"text"',
     "the exit": "import os; os._exit = lambda status: None",
     "an exit hook": "import os; os.register_at_fork(before=lambda: os.abort())",
     "a trace": "sys.setprofile(lambda *a: 1 / 0)",
@@ -94,6 +104,41 @@ def test_a_call_that_hangs_crashes_or_eats_memory_costs_its_own_process_and_no_w
             assert call(pool, way) == 0.0
         assert call(pool, "parent_id") == worker
         assert pool.counts == RewardCounts(value=2, crashed=3, out_of_memory=1, timed_out=2)
+
+
+OUTCOMES = {
+    "close stdout": 1.0,
+    "close the streams": 1.0,
+    "exit with 0": "ended its process with exit status 0",
+    "be killed": "died of SIGKILL",
+    "kill the group": "died of SIGKILL",
+    "an alarm": "died of SIGALRM",
+    "ignore SIGTERM": "took longer than",
+    "a huge integer": "returned a value of <class 'int'> that cannot be written out",
+    "a huge error": "raised ValueError: xxx",
+    "a deep recursion": "raised RecursionError",
+    "an error that cannot be shown": "raised support.misbehaving_rewards.Unshowable: <exception",
+}
+
+
+@pytest.fixture(scope="module")
+def ways() -> Iterator[RewardPool]:
+    settings: dict[str, Any] = {"timeout_s": 3.0, "on_error": "zero", "num_workers": 1}
+    with closing(RewardPool(f"{FILE}:reward", **settings)) as pool:
+        yield pool
+
+
+@pytest.mark.parametrize("way", OUTCOMES)
+@pytest.mark.fault("exception", "reward")
+def test_whatever_a_reward_does_it_costs_its_own_sample_and_is_named(
+    ways: RewardPool, way: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    outcome = OUTCOMES[way]
+    assert call(ways, way) == (outcome if isinstance(outcome, float) else 0.0)
+    if isinstance(outcome, str):
+        assert outcome.replace("support.", "") in caplog.text.replace("support.", "")
+        assert len(caplog.text) < 6000
+    assert call(ways, "good") == 1.0
 
 
 def test_the_process_of_a_call_has_ended_when_it_is_answered() -> None:

@@ -15,7 +15,11 @@ from sdp_lightning.cli.doctor import machine
 from sdp_lightning.errors import ConfigError
 from sdp_lightning.rewards import RewardCounts, RewardPool, WorkerLimits
 from sdp_lightning.rewards.sandbox import SANDBOXES, in_sandbox, why_unusable
-from support.reward_pools import DEADLINE_S, FILE, PLACE, call
+from support import probing_rewards
+from support.reward_pools import DEADLINE_S, call
+
+FILE = probing_rewards.__file__
+PLACE = f"{FILE}:reward"
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="the tools are of Linux")
 # Stands in for a tool: writes its command line down, and runs the command after --.

@@ -10,7 +10,6 @@ import contextlib
 import ctypes
 import os
 import signal
-import socket
 import struct
 import subprocess
 import sys
@@ -122,6 +121,19 @@ def unspeakable(row: Any) -> Any:
     return Unspeakable()
 
 
+class Unshowable(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
+def fail(error: Exception) -> float:
+    raise error
+
+
+def recurse(row: Any) -> float:
+    return recurse(row)
+
+
 def divide(row: Any) -> float:
     return 1 / 0
 
@@ -225,32 +237,6 @@ def parent_id(row: Any) -> float:
     return float(os.getppid())
 
 
-def num_interfaces(row: Any) -> float:
-    return float(len(socket.if_nameindex()))
-
-
-def may_write(row: Any) -> float:
-    with contextlib.suppress(OSError):
-        Path(row["file"]).write_text("x")
-        return 1.0
-    return 0.0
-
-
-def may_read(row: Any) -> float:
-    return float(Path(row["file"]).exists())
-
-
-def num_processes(row: Any) -> float:
-    return float(len(list(Path("/proc").glob("[0-9]*"))))
-
-
-def hang_as(row: Any) -> float:
-    """Hangs, and so does a program in a session of its own that has a name."""
-    text = "import time; time.sleep(3600)"
-    subprocess.Popen([sys.executable, "-c", text, row["name"]], start_new_session=True)
-    return loop(row)
-
-
 def num_sockets(row: Any) -> float:
     links = [os.readlink(p) for p in Path("/proc/self/fd").iterdir() if p.exists()]
     return float(sum(link.startswith("socket:") for link in links))
@@ -325,4 +311,17 @@ WAYS: dict[str, Callable[[Any], Any]] = {
     if callable(function) and getattr(function, "__module__", None) == __name__
 }
 WAYS |= {"abort": lambda row: os.abort(), "sys.exit": lambda row: sys.exit(3)}
+WAYS |= {  # plain ones, by what they do
+    "close stdout": lambda row: [os.close(1), 1.0][1],
+    "close the streams": lambda row: [sys.stdout.close(), sys.stderr.close(), 1.0][2],
+    "exit with 0": lambda row: os._exit(0),
+    "be killed": lambda row: os.kill(os.getpid(), signal.SIGKILL),
+    "kill the group": lambda row: os.killpg(0, signal.SIGKILL),
+    "an alarm": lambda row: [signal.alarm(1), time.sleep(60)],
+    "ignore SIGTERM": lambda row: [signal.signal(signal.SIGTERM, signal.SIG_IGN), loop(row)],
+    "a huge integer": lambda row: 10**5000,
+    "a huge error": lambda row: fail(ValueError("x" * 10**8)),
+    "a deep recursion": recurse,
+    "an error that cannot be shown": lambda row: fail(Unshowable()),
+}
 WAYS |= {"good": lambda row: 1.0, "bad": lambda row: 0.0}
