@@ -18,6 +18,7 @@ from sdp_lightning.types import IntArray, Row, SamplingParams
 from sdp_lightning.workflows.workflow import Tokenizer
 
 PLACEHOLDER = "{observation}"
+_LONGEST_SHOWN = 200  # characters of a prompt or an observation in an error
 _MARK = "c95bd1b5e8"  # no white space: templates strip it
 
 
@@ -100,8 +101,8 @@ def as_messages(observation: Any) -> list[Mapping[str, str]]:
     messages: list[Any] = [observation] if isinstance(observation, Mapping) else observation
     if not is_conversation(messages) or not all("content" in message for message in messages):
         raise RolloutError(
-            f"the observation {observation!r} is neither text nor a list of {{'role', 'content'}} "
-            "messages."
+            f"the observation {_shown(observation)} is neither text nor a list of "
+            "{'role', 'content'} messages."
         )
     return list(messages)
 
@@ -119,7 +120,8 @@ def encode_opening(prompt: Any, tokenizer: Tokenizer, *, use_chat_template: bool
     """The tokens of a prompt. ``RolloutError`` if it is neither text nor messages."""
     if not isinstance(prompt, str) and not is_conversation(prompt):
         raise RolloutError(
-            f"the prompt {prompt!r} is neither text nor a list of {{'role', 'content'}} messages."
+            f"the prompt {_shown(prompt)} is neither text nor a list of "
+            "{'role', 'content'} messages."
         )
     if isinstance(prompt, str) and not use_chat_template:
         text = prompt
@@ -128,8 +130,13 @@ def encode_opening(prompt: Any, tokenizer: Tokenizer, *, use_chat_template: bool
         text = _render(messages, tokenizer)
     tokens = tokenizer.encode(text, add_special_tokens=False)
     if not tokens:
-        raise RolloutError(f"the prompt {prompt!r} has no tokens.")
+        raise RolloutError(f"the prompt {_shown(prompt)} has no tokens.")
     return tokens
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
 
 
 def _render(messages: Any, tokenizer: Tokenizer) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from sdp_lightning.rewards import RewardCounts, RewardPool, WorkerLimits
-from support.reward_pools import DEADLINE_S, PLACE, call, is_running, parent_of
+from support.reward_pools import DEADLINE_S, PLACE, call, group_of, is_running, parent_of
 from support.waiting import wait_for
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has /proc and a subreaper")
@@ -187,3 +187,13 @@ def test_the_bound_on_processes_ends_a_call_that_runs_more(
             assert call(pool, "good") == 1.0
             assert pool.counts == RewardCounts(value=1, crashed=1)
         caplog.clear()
+
+
+@linux
+def test_a_fork_bomb_is_found_and_all_of_it_ended(tmp_path: Path) -> None:
+    file = tmp_path / "first"
+    with closing(RewardPool(PLACE, num_workers=1, limits=WorkerLimits(processes=50))) as pool:
+        assert call(pool, "bomb", file=str(file)) == 0.0
+        assert group_of(int(file.read_text())) == []
+        assert call(pool, "good") == 1.0
+        assert pool.counts == RewardCounts(value=1, crashed=1)

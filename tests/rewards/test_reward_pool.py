@@ -6,7 +6,6 @@ import asyncio
 import logging
 import os
 import signal
-import subprocess
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -18,7 +17,17 @@ from sdp_lightning.config.import_path import load_object
 from sdp_lightning.errors import RolloutError
 from sdp_lightning.rewards import RewardCounts, RewardPool, RewardRejected
 from support import misbehaving_rewards
-from support.reward_pools import DEADLINE_S, FILE, PLACE, QUARTER_GIB, ROW, call, is_running, run
+from support.reward_pools import (
+    DEADLINE_S,
+    FILE,
+    PLACE,
+    QUARTER_GIB,
+    ROW,
+    call,
+    group_of,
+    is_running,
+    run,
+)
 from support.waiting import wait_for
 
 
@@ -180,11 +189,6 @@ def test_noise_signals_and_forks_do_no_harm(
     assert [call(one, way), call(one, way), call(one, "parent_id")] == [1.0, 1.0, before]
     output, errors = capfd.readouterr()
     assert output == "" and "Traceback" not in errors
-
-
-def group_of(process: int) -> list[int]:
-    children = subprocess.run(["pgrep", "-g", str(process)], capture_output=True, text=True)
-    return [number for number in map(int, children.stdout.split()) if is_running(number)]
 
 
 @pytest.mark.parametrize("way", ["fork_and_leave_a_loop", "thread"])

@@ -229,6 +229,15 @@ def daemon(row: Any) -> float:
     return ENDS[row.get("end", "return")](row)
 
 
+def bomb(row: Any) -> float:
+    """Doubles its processes, up to 256, as fast as it can; none of them ends."""
+    Path(row["file"]).write_text(str(os.getpid()))
+    for _ in range(8):
+        os.fork()
+    time.sleep(3600)
+    return 1.0
+
+
 def daemon_and_hang(row: Any) -> float:
     return daemon({**row, "end": "hang"})
 

@@ -32,3 +32,9 @@ def is_running(process: int) -> bool:
 
 def parent_of(process: int) -> int:
     return int(subprocess.check_output(["ps", "-o", "ppid=", "-p", str(process)]))
+
+
+def group_of(process: int) -> list[int]:
+    """The processes that run in the process group of ``process``."""
+    children = subprocess.run(["pgrep", "-g", str(process)], capture_output=True, text=True)
+    return [number for number in map(int, children.stdout.split()) if is_running(number)]

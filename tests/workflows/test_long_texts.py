@@ -142,6 +142,24 @@ def test_the_loop_turns_while_a_long_text_is_encoded_and_short_ones_stay_on_it(
     assert trajectories and all(t.reward >= 1.0 for t in trajectories)
 
 
+@pytest.mark.fault("corrupted data", "fetch")
+@pytest.mark.parametrize(
+    ("make", "prompt"),
+    [
+        pytest.param(rlvr, [3] * 10**6, id="a prompt"),
+        pytest.param(lambda: talking("?", [3] * 10**6, turn_format=None), "", id="an observation"),
+    ],
+)
+def test_an_error_shows_the_beginning_of_what_is_long(
+    make: Callable[[], sdp.RolloutWorkflow], prompt: Any
+) -> None:
+    with pytest.raises(
+        RolloutError, match=r"\[3, 3, .*\.\.\. is neither text nor a list"
+    ) as caught:
+        asyncio.run(run_one(make(), {"prompt": prompt}))
+    assert len(str(caught.value)) < 500
+
+
 def run(test: Callable[[], Awaitable[Any]]) -> Any:
     return asyncio.run(asyncio.wait_for(test(), DEADLINE_S))  # type: ignore[arg-type]
 
