@@ -52,7 +52,7 @@ def needs_workers(reward: object) -> bool:
         return any(map(needs_workers, (partial.func, *partial.args, *partial.keywords.values())))
     if isinstance(reward, list | tuple):
         parts: list[object] | tuple[object, ...] = reward
-        return any(map(needs_workers, parts))
+        return any(needs_workers(part) for part in parts if callable(part))  # rows are none
     # foreign: a user's callable
     inner = getattr(reward, "__wrapped__", None)
     if inner is not None and inner is not reward:

@@ -76,8 +76,7 @@ def test_the_rewards_of_many_groups_take_turns_on_few_threads(threads: CallThrea
     engine = FakeEngine(4, manual=True)
     settings: dict[str, Any] = {"batch_size": 50, "max_head_lag": 0, "num_epochs": 1}
     with rolling(engine, workflow, rows=rows, **settings) as executor:
-        engine.wait_for_requests(400, timeout_s=DEADLINE_S)
-        engine.advance(4)
+        engine.advance(4, awaiting=400, timeout_s=DEADLINE_S)
         assert len(executor.take() or []) == 50
     assert most_waiting > 4
 

@@ -117,7 +117,7 @@ OUTCOMES = {
     "a huge integer": "returned a value of <class 'int'> that cannot be written out",
     "a huge error": "raised ValueError: xxx",
     "a deep recursion": "raised RecursionError",
-    "an error that cannot be shown": "raised support.misbehaving_rewards.Unshowable: <exception",
+    "an error that cannot be shown": "Unshowable: <exception str() failed>",
 }
 
 
@@ -136,7 +136,7 @@ def test_whatever_a_reward_does_it_costs_its_own_sample_and_is_named(
     outcome = OUTCOMES[way]
     assert call(ways, way) == (outcome if isinstance(outcome, float) else 0.0)
     if isinstance(outcome, str):
-        assert outcome.replace("support.", "") in caplog.text.replace("support.", "")
+        assert outcome in caplog.text
         assert len(caplog.text) < 6000
     assert call(ways, "good") == 1.0
 

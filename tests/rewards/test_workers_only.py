@@ -114,6 +114,8 @@ def make_evaluating(reward: Any = evaluate) -> sdp.ToolEnvironment:
     return sdp.ToolEnvironment([add], reward)
 
 
+ROWS: list[Any] = [[0] for _ in range(10**5)]
+ROWS.append(ROWS)
 HERE_MODULE = sys.modules[__name__]
 LOCAL = Judge()
 FACTORIES: dict[str, Any] = {
@@ -125,6 +127,9 @@ FACTORIES: dict[str, Any] = {
     "a function": make_evaluating,
     "a partial of a lambda": functools.partial(lambda n: sdp.ToolEnvironment([add], evaluate), 3),
     "a class": Evaluating,
+    "a list of tools": (lambda tools: lambda: sdp.ToolEnvironment(tools, exact_match))(
+        [add, evaluate]
+    ),
 }
 POOL = RewardPool(exact_match)
 ALLOWED: dict[str, Any] = {
@@ -132,6 +137,7 @@ ALLOWED: dict[str, Any] = {
     "a pool made of it": lambda: sdp.ToolEnvironment([add], RewardPool(evaluate)),
     "another reward": lambda: sdp.ToolEnvironment([add], exact_match),
     "a built-in": dict,
+    "many rows": lambda: sdp.ToolEnvironment([add], exact_match, prompt_key=str(len(ROWS))),
 }
 
 
