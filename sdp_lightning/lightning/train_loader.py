@@ -19,6 +19,7 @@ from sdp_lightning.lightning.stop_request import (
     is_time_up,
     require_published,
 )
+from sdp_lightning.rewards.call_threads import THREADS
 from sdp_lightning.rollout.executor import WorkflowExecutor
 from sdp_lightning.rollout.groups.telemetry import RolloutCounts
 from sdp_lightning.training.batch import Batch, SealedBatch, collate
@@ -107,6 +108,7 @@ class RolloutLoader:
             executor.telemetry,
             workflow=executor.workflow.counts,
             generated=self._generated - before,
+            calls=THREADS.load,
         )
         return taken[0] is None, taken[1], counts
 

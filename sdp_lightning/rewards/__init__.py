@@ -13,11 +13,13 @@ from sdp_lightning.rewards.text import exact_match, find_numbers, numeric_match
 
 if TYPE_CHECKING:
     from sdp_lightning.rewards.pool import RewardCounts, RewardPool, RewardRejected
+    from sdp_lightning.rewards.worker_limits import WorkerLimits
 
 __all__ = [
     "RewardCounts",
     "RewardPool",
     "RewardRejected",
+    "WorkerLimits",
     "exact_match",
     "find_numbers",
     "numeric_match",

@@ -12,7 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from sdp_lightning.distributed.event_loop import settle
 from sdp_lightning.errors import RolloutError
@@ -39,6 +39,14 @@ class ThreadCall:
     state: Literal["queued", "running", "ended", "dropped", "lost"] = "queued"
 
 
+class CallLoad(NamedTuple):
+    """How many calls run, wait for a thread, and were given up and have not returned."""
+
+    running: int = 0
+    waiting: int = 0
+    lost: int = 0
+
+
 class CallThreads:
     """At most ``num_threads`` threads that run calls, and ``max_lost`` that were given up.
 
@@ -56,10 +64,11 @@ class CallThreads:
         self._num_running = self._num_lost = 0
 
     @property
-    def num_alive(self) -> int:
-        """Threads that run, with the lost ones."""
+    def load(self) -> CallLoad:
+        """The calls of now; each that runs or is lost has a thread."""
         with self._lock:
-            return self._num_running + self._num_lost
+            waiting = sum(call.state == "queued" for call in self._queue)
+            return CallLoad(self._num_running, waiting, self._num_lost)
 
     def submit(self, function: Callable[..., Any], *args: Any) -> ThreadCall:
         """Begin ``function(*args)``, or queue it. Called in an event loop.

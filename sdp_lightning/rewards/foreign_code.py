@@ -52,7 +52,7 @@ def needs_workers(reward: object) -> bool:
         return any(map(needs_workers, (partial.func, *partial.args, *partial.keywords.values())))
     if isinstance(reward, list | tuple):
         parts: list[object] | tuple[object, ...] = reward
-        return any(map(needs_workers, parts))
+        return any(needs_workers(part) for part in parts if callable(part))  # rows are none
     # foreign: a user's callable
     inner = getattr(reward, "__wrapped__", None)
     if inner is not None and inner is not reward:
@@ -71,6 +71,37 @@ def refuse_without_workers(reward: object, remedy: str = WORKFLOW_REMEDY) -> Non
     """
     if needs_workers(reward):
         raise ConfigError(_refusal(reward, remedy))
+
+
+def refuse_factory_without_workers(factory: object, remedy: str) -> None:
+    """Raise ``ConfigError`` if ``factory`` will make something of what workers alone may run.
+
+    Args:
+        factory: function, class or ``functools.partial`` that makes an environment. Of a function
+            (a lambda, or the ``__init__`` of a class) its code is asked, which is not run: for its
+            closure, its defaults, and the globals and parts of modules that it names.
+        remedy: what to do instead, as the end of a sentence.
+    """
+    refuse_without_workers(factory, remedy)
+    for part in _named_by(factory):
+        refuse_without_workers(part, remedy)
+
+
+def _named_by(factory: object) -> list[object]:
+    while isinstance(factory, functools.partial):
+        factory = factory.func  # pyright: ignore[reportUnknownMemberType]
+    if inspect.isclass(factory):
+        factory = inspect.getattr_static(factory, "__init__")
+    if not inspect.isfunction(factory):
+        return []
+    seen = inspect.getclosurevars(factory)
+    if "RewardPool" in {*seen.globals, *seen.unbound}:  # which may be what it gives to one
+        return []
+    named = [*seen.globals.values(), *seen.nonlocals.values()]
+    named += [*(factory.__defaults__ or ()), *(factory.__kwdefaults__ or {}).values()]
+    modules = [module for module in named if inspect.ismodule(module)]
+    parts = [inspect.getattr_static(m, name, None) for m in modules for name in seen.unbound]
+    return [*named, *parts]
 
 
 def enter_worker_process() -> None:

@@ -12,10 +12,13 @@ import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, Unpack
 
 from sdp_lightning.config.import_path import load_object
 from sdp_lightning.errors import ConfigError, RolloutError
+from sdp_lightning.rewards.sandbox import Sandbox, refuse_unusable
+from sdp_lightning.rewards.timeouts import call_aside_if_long
+from sdp_lightning.rewards.worker_limits import MIB, WorkerLimits
 from sdp_lightning.rewards.worker_process import CallOutcome, WorkerSettings
 from sdp_lightning.rewards.worker_threads import Tally, WorkerThreads
 
@@ -40,7 +43,7 @@ class RewardCounts:
         value: calls that returned a number.
         raised: calls in which the reward raised, or returned no finite number.
         timed_out: calls that were killed at the deadline.
-        out_of_memory: calls that needed more than ``memory_bytes``.
+        out_of_memory: calls that needed more than ``limits.memory_mb``.
         crashed: calls that ended their process: a segmentation fault, ``os._exit``.
     """
 
@@ -56,31 +59,51 @@ class RewardCounts:
         return self.timed_out + self.out_of_memory + self.crashed
 
 
-class RewardPool:
-    """``await pool(completion, row)``, in one of ``num_workers`` processes with a hard deadline.
+class MoreSettings(TypedDict, total=False):
+    """Settings of a :class:`RewardPool` that are rarely changed, by their names.
 
-    A process whose call hangs, crashes or runs out of memory is killed with its children, and
-    replaced at the next call. Processes start at the first call, import the reward, and run it on
-    their main thread, so it may use signals (math-verify does). They share neither memory nor CUDA
-    context with the trainer. They end with ``close``, with the pool, and with the trainer however
-    it ends (on Linux also in the middle of a call). Any number of event loops may share a pool; a
-    copy and a forked process start processes of their own.
+    Attributes:
+        max_killed_in_a_row: so many lost processes without an answer between them are an error;
+            100.
+        start_s: longest start of a process in seconds, with the imports of the reward; 120.
+        memory_bytes: ``limits.memory_mb`` in bytes, as it was set before there were limits.
+    """
+
+    max_killed_in_a_row: int
+    start_s: float
+    memory_bytes: int | None
+
+
+class RewardPool:
+    """``await pool(completion, row)``, in one of ``num_workers`` workers with a hard deadline.
+
+    A worker whose call hangs, crashes or runs out of memory is killed with its children, and
+    replaced at the next call. Workers start at the first call, import the reward once, and fork a
+    process for each call, which runs it on its main thread, so it may use signals. They share
+    neither memory nor CUDA context with the trainer. They end with ``close``, with the pool, and
+    with the trainer however it ends (on Linux also in the middle of a call). Any number of event
+    loops may share a pool; a copy and a forked process start workers of their own.
 
     Args:
         reward: ``"package.module:name"``, ``"path/to/file.py:name"`` or a function at the top level
             of a module; plain or async.
-        num_workers: number of processes, which is the number of calls at once.
-        timeout_s: longest call in seconds, without the wait for a process.
-        memory_bytes: largest data memory of a process, with the imports of the reward; None is no
-            bound. macOS enforces none.
-        on_kill: reward of a call that costs its process: ``"zero"``, with a warning that names
+        num_workers: number of workers, which is the number of calls at once.
+        timeout_s: longest call in seconds, without the wait for a worker.
+        on_kill: reward of a call that costs its worker: ``"zero"``, with a warning that names
             the row; ``"reject"`` its group; or ``"raise"``.
         on_error: the same for a reward that raises, or returns no number.
-        max_killed_in_a_row: so many lost processes without an answer between them are an error.
-        start_s: longest start of a process in seconds, with the imports of the reward.
+        limits: memory, processes and files that a worker may have.
+        sandbox: tool that workers run under: ``"bwrap"`` or ``"nsjail"`` (Linux). No network,
+            files read-only, ``/tmp`` and processes of their own; it is tried at once.
+        fork_calls: whether each call runs in a forked process, so that nothing it changes (a cache,
+            a module, the reward itself) is seen by later calls. A reward that starts threads or
+            CUDA while it is loaded cannot be forked, which is warned of. False runs all calls of a
+            worker in one process.
+        more: ``max_killed_in_a_row``, ``start_s`` and ``memory_bytes``.
 
     Raises:
-        ConfigError: if a setting is out of range, or the reward cannot be imported elsewhere.
+        ConfigError: if a setting is out of range, the reward cannot be imported elsewhere, or the
+            sandbox does not work here.
     """
 
     def __init__(
@@ -89,17 +112,18 @@ class RewardPool:
         *,
         num_workers: int = 2,
         timeout_s: float = 10.0,
-        memory_bytes: int | None = 4 * 2**30,
         on_kill: Policy = "zero",
         on_error: Policy = "raise",
-        max_killed_in_a_row: int = 100,
-        start_s: float = 120.0,
+        limits: WorkerLimits | None = None,
+        sandbox: Sandbox | None = None,
+        fork_calls: bool = True,
+        **more: Unpack[MoreSettings],
     ) -> None:
-        _check_counts(
-            num_workers=num_workers,
-            max_killed_in_a_row=max_killed_in_a_row,
-            memory_bytes=1 if memory_bytes is None else memory_bytes,
-        )
+        if unknown := set(more) - set(MoreSettings.__annotations__):
+            raise TypeError(f"RewardPool has no setting {sorted(unknown)}.")
+        max_killed_in_a_row = more.get("max_killed_in_a_row", 100)
+        start_s = more.get("start_s", 120.0)
+        _check_counts(num_workers=num_workers, max_killed_in_a_row=max_killed_in_a_row)
         for name, seconds in (("timeout_s", timeout_s), ("start_s", start_s)):
             if not 0 < seconds <= _LONGEST_S:
                 raise ConfigError(f"{name} must be positive, and at most 1e9; got {seconds}.")
@@ -107,12 +131,20 @@ class RewardPool:
             if policy not in ("zero", "reject", "raise"):
                 raise ConfigError(f"{name} must be zero, reject or raise; got {policy!r}.")
         spec = import_path_of(reward)
-        name = spec.rpartition(":")[2]
-        self._worker = WorkerSettings(spec, name, memory_bytes, start_s)
+        refuse_unusable(sandbox)
+        self._worker = WorkerSettings(
+            spec,
+            name=spec.rpartition(":")[2],
+            limits=_limits(limits, more),
+            start_s=start_s,
+            sandbox=sandbox,
+            fork_calls=fork_calls,
+        )
         self.num_workers, self.timeout_s = num_workers, timeout_s
         self.on_kill: Policy = on_kill
         self.on_error: Policy = on_error
         self.max_killed_in_a_row = max_killed_in_a_row
+        self.fork_calls, self.sandbox = fork_calls, sandbox
         self._reset()
 
     @property
@@ -130,7 +162,9 @@ class RewardPool:
             RewardRejected: under the policy ``"reject"``.
         """
         try:
-            arguments = pickle.dumps((completion, dict(row)))
+            arguments = await call_aside_if_long(
+                "pickling a row", (completion, row), pickle.dumps, (completion, dict(row))
+            )
         except (pickle.PicklingError, TypeError, AttributeError, RecursionError) as error:
             raise RolloutError(
                 f"row {_shown(row.get('id', row))} cannot be sent to a worker process: {error}. "
@@ -182,7 +216,7 @@ class RewardPool:
         if self._tally.num_killed_in_a_row >= self.max_killed_in_a_row:
             raise RolloutError(
                 f"{self._tally.num_killed_in_a_row} worker processes in a row were lost; in the "
-                f"last one {message}. Try the reward by hand, or raise timeout_s or memory_bytes."
+                f"last one {message}. Try the reward by hand, or raise timeout_s or limits."
             )
         if policy == "raise":
             error = RolloutError(f"{message}.")
@@ -236,6 +270,18 @@ def _not_importable(reward: object) -> str:
         f"worker processes cannot import {reward!r}. Put the function at the top level of a file, "
         "and pass its path: reward='path/to/file.py:name'."
     )
+
+
+def _limits(limits: WorkerLimits | None, more: MoreSettings) -> WorkerLimits:
+    if "memory_bytes" not in more:
+        return limits or WorkerLimits()
+    if limits is not None:
+        raise ConfigError("set limits.memory_mb, and leave out memory_bytes, its former name.")
+    memory_bytes = more["memory_bytes"]
+    if memory_bytes is None:
+        return WorkerLimits(memory_mb=None)
+    _check_counts(memory_bytes=memory_bytes)
+    return WorkerLimits(memory_mb=memory_bytes / MIB)
 
 
 def _check_counts(**counts: int) -> None:

@@ -1,15 +1,63 @@
-"""Calls of user functions, plain or async, with a timeout."""
+"""Calls of user functions, plain or async, with a timeout; long work is done aside of the loop."""
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import inspect
-from collections.abc import Awaitable, Callable
-from typing import Any, NoReturn
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, NoReturn, ParamSpec, TypeVar
 
 from sdp_lightning.errors import RolloutError
 from sdp_lightning.rewards.call_threads import THREADS
 from sdp_lightning.rewards.value import as_reward
+
+LONG = 20_000  # characters or items: about 10 ms of tokenizing, and more than a thread's start
+_LONG_CALL_S = 600.0
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+def is_long(value: object) -> bool:
+    """Whether ``value`` has more than ``LONG`` characters and items; no more are counted."""
+    left, stack = LONG, [value]
+    while stack:
+        part = stack.pop()
+        if isinstance(part, str | bytes | Mapping | list | tuple):
+            left -= len(part)  # pyright: ignore[reportUnknownArgumentType] # any items will do
+        if left < 0:
+            return True
+        if isinstance(part, Mapping):
+            stack += part.values()
+        elif isinstance(part, list | tuple):
+            stack += part
+    return False
+
+
+async def call_aside_if_long(
+    what: str,
+    value: object,
+    function: Callable[Arguments, Result],
+    *args: Arguments.args,
+    **kwargs: Arguments.kwargs,
+) -> Result:
+    """The result of ``function``, in a thread if ``value`` is long: others' rollouts go on.
+
+    Args:
+        what: what is done, as the subject of a sentence.
+        value: what ``function`` works on.
+        function: plain function whose time grows with ``value``.
+        args: arguments of ``function``.
+        kwargs: further arguments.
+
+    Raises:
+        RolloutError: if a thread takes longer than 600 s.
+    """
+    if not is_long(value):
+        return function(*args, **kwargs)
+    call = functools.partial(function, *args, **kwargs)
+    return await call_with_timeout(call, timeout_s=_LONG_CALL_S, what=what)
 
 
 async def call_reward(function: Callable[..., Any], *args: Any, timeout_s: float) -> float:

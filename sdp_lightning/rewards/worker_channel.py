@@ -15,6 +15,11 @@ import time
 from collections.abc import Callable
 
 TAG = 16  # bytes of a tag
+# The tag with which the trainer gives up the call that runs, and of the keeper's answer to that.
+GIVE_UP = b"\xff" * TAG
+# First byte of what the trainer gets for a call. The others tell how the process of the call ended:
+# so does the worker, or it goes on.
+ANSWERED, ENDED, GOES_ON = b"=", b"!", b"~"
 _HEADER = struct.Struct(f"!{TAG}sQ")
 _CHUNK = 2**20
 LONGEST_ANSWER = 2**18  # bytes: an error and its traceback in JSON, and more than that
@@ -84,6 +89,14 @@ def receive(
     if longest is not None and size > longest:
         raise ForgedError(f"a message of {size} bytes")
     return head, _read(connection, size, wait)
+
+
+def has_bytes(connection: socket.socket) -> bool:
+    """Whether something was written that nobody has read; the end of the connection is nothing."""
+    try:
+        return bool(connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+    except (BlockingIOError, ConnectionError):
+        return False
 
 
 def _read(connection: socket.socket, size: int, wait: Wait | None) -> bytes:

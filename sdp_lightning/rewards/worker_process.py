@@ -17,11 +17,14 @@ from typing import Literal
 
 from sdp_lightning.errors import RolloutError
 from sdp_lightning.rewards import worker_channel, worker_main
+from sdp_lightning.rewards.sandbox import Sandbox, in_sandbox
+from sdp_lightning.rewards.worker_limits import WorkerLimits
 
 OutcomeKind = Literal["value", "raised", "timed_out", "out_of_memory", "crashed"]
 
 _KILL_S = 5.0  # a worker that is told to end has killed all that is its own by then
 _EXIT_S = 1.0  # from the end of the connection to the exit status
+_KILLED = ("died of SIGKILL", "ended its process with exit status 137", "ended its process")
 _ROOT = str(Path(worker_main.__file__).parents[2])
 _START = (
     "import sys; sys.path.insert(0, sys.argv[1]); from sdp_lightning.rewards.worker_main import "
@@ -51,14 +54,31 @@ class WorkerSettings:
     Attributes:
         spec: import path of the reward, for ``load_object``.
         name: name of the reward in messages.
-        memory_bytes: largest data memory of the process; None is no bound.
+        limits: what the process and its children may take.
         start_s: longest start in seconds, with loading the reward.
+        sandbox: tool that the process runs under; None runs it as any other.
+        fork_calls: whether each call runs in a process of its own.
     """
 
     spec: str
     name: str
-    memory_bytes: int | None
+    limits: WorkerLimits
     start_s: float
+    sandbox: Sandbox | None = None
+    fork_calls: bool = True
+
+    def command(self, descriptor: int) -> list[str]:
+        """Command line of a worker that serves the socket ``descriptor`` of this process."""
+        python = [sys.executable, "-P", "-c", _START, _ROOT, str(descriptor)]
+        if self.sandbox is None:
+            return [*python, str(os.getpid())]
+        file = self.spec.rpartition(":")[0]
+        files = [_ROOT, *([file, os.path.dirname(file)] if file.endswith(".py") else [])]
+        return in_sandbox(self.sandbox, [*python, "0"], files=files, descriptor=descriptor)
+
+
+class KilledWhileLoadingError(RolloutError):
+    """A worker died of SIGKILL before it had loaded the reward: of the OOM killer, or by hand."""
 
 
 class LostBetweenCallsError(Exception):
@@ -78,15 +98,14 @@ class WorkerProcess:
         self._settings = settings
         self._connection, worker_end = socket.socketpair()
         with worker_end:
-            arguments = [_ROOT, str(worker_end.fileno()), str(os.getpid())]
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-c", _START, *arguments],
+                settings.command(worker_end.fileno()),
                 stdin=subprocess.DEVNULL,
                 stdout=2,  # prints of a reward stay out of the trainer's stdout
                 pass_fds=[worker_end.fileno()],
                 process_group=0,  # Ctrl-C is for the trainer
             )
-        self._is_killed = False
+        self._is_killed = self._forks = False
         self._num_calls = 0
 
     def load(self) -> list[str]:
@@ -97,20 +116,29 @@ class WorkerProcess:
 
         Raises:
             RolloutError: if it takes too long, raises, or ends the process.
+            KilledWhileLoadingError: if the process is killed meanwhile.
         """
         settings = self._settings
         setup = asdict(settings) | {"path": [str(path) for path in sys.path]}
-        notes: list[str] = []
+        notes = settings.limits.unenforced()
         try:
             outcome = self._exchange(json.dumps(setup).encode(), settings.start_s, notes)
         except LostBetweenCallsError:
             outcome = CallOutcome("crashed", detail="ended its process")
         if outcome.kind != "value":
+            is_killed = outcome.detail in _KILLED
             self.close()
-            raise RolloutError(
+            raise (KilledWhileLoadingError if is_killed else RolloutError)(
                 f"reward {settings.spec!r} {outcome.detail} while a worker process loaded it "
-                f"(start_s={settings.start_s}, memory_bytes={settings.memory_bytes}).\n"
+                f"(start_s={settings.start_s}, limits.memory_mb={settings.limits.memory_mb}).\n"
                 f"{outcome.traceback}".rstrip()
+            )
+        self._forks = outcome.value == 1.0
+        if settings.fork_calls and not self._forks:
+            notes.append(
+                "it starts threads or CUDA while it is loaded, and cannot be forked for each call: "
+                "what a call changes in its process, later calls see (fork_calls=False says that "
+                "this is meant)."
             )
         return notes
 
@@ -125,7 +153,7 @@ class WorkerProcess:
         return not self._is_killed and self._process.poll() is not None
 
     def call(self, arguments: bytes, timeout_s: float) -> CallOutcome:
-        """Send ``arguments`` and wait for the answer. Without one the process is killed.
+        """Send ``arguments`` and wait for the answer. Without one in time the worker is killed.
 
         Raises:
             LostBetweenCallsError: if the process ended before this call.
@@ -136,26 +164,48 @@ class WorkerProcess:
         wait = worker_channel.until(self._connection, time.monotonic() + timeout_s)
         self._num_calls += 1
         tag = worker_channel.number_tag(self._num_calls)
+        is_sent = goes_on = False
         try:
             if notes is not None:
                 notes += json.loads(worker_channel.receive(self._connection, wait=wait)[1])
             worker_channel.send(self._connection, tag, data, wait)
+            is_sent = True
             _, answer = worker_channel.receive(self._connection, tag, wait=wait)
             outcome = self._outcome_of(answer)
+            ran_out = outcome.kind == "out_of_memory" and self._forks
+            goes_on = ran_out or not answer.startswith(
+                (worker_channel.ANSWERED, worker_channel.ENDED)
+            )
         except TimeoutError:
             outcome = CallOutcome("timed_out", detail=f"took longer than {timeout_s} s")
+            goes_on = self._forks and is_sent and self._give_up()
         except (EOFError, OSError):
             outcome = CallOutcome("crashed", detail=self._how_it_ended())
-        except (ValueError, RecursionError, worker_channel.ForgedError):
+        except (ValueError, RecursionError):
             outcome = CallOutcome("crashed", detail=worker_channel.WROTE)
-        if outcome.kind not in ("value", "raised"):
+            goes_on = self._forks
+        except worker_channel.ForgedError:
+            outcome = CallOutcome("crashed", detail=worker_channel.WROTE)
+        if outcome.kind not in ("value", "raised") and not goes_on:
             self.close()
         return outcome
+
+    def _give_up(self) -> bool:
+        """Have the keeper end the call; whether the worker can take the next one."""
+        wait = worker_channel.until(self._connection, time.monotonic() + _KILL_S)
+        try:
+            worker_channel.send(self._connection, worker_channel.GIVE_UP, b"", wait)
+            while True:
+                tag, answer = worker_channel.receive(self._connection, wait=wait)
+                if tag == worker_channel.GIVE_UP:
+                    return answer == worker_channel.GOES_ON
+        except (EOFError, OSError):  # with TimeoutError
+            return False
 
     def _outcome_of(self, data: bytes) -> CallOutcome:
         """The outcome that an answer tells. ``ValueError`` or ``RecursionError`` if it is none."""
         kind, body = data[:1], data[1:]
-        if kind == worker_main.ENDED:
+        if kind in (worker_channel.ENDED, worker_channel.GOES_ON):
             return CallOutcome("crashed", detail=body.decode())
         match json.loads(body):
             case {"value": float(value)} if math.isfinite(value):
@@ -163,8 +213,8 @@ class WorkerProcess:
             case {"error": str(error), "traceback": str(traceback)}:
                 return CallOutcome("raised", 0.0, f"raised {error}", traceback)
             case {"out_of_memory": True}:
-                limit = self._settings.memory_bytes
-                detail = f"ran out of memory (memory_bytes={limit})"
+                limit = self._settings.limits.memory_mb
+                detail = f"ran out of memory (limits.memory_mb={limit})"
                 return CallOutcome("out_of_memory", detail=detail)
             case answer:
                 raise ValueError(f"no answer: {str(answer)[:100]}")

@@ -15,6 +15,7 @@ from concurrent.futures import Future
 from sdp_lightning.errors import RolloutError
 from sdp_lightning.rewards.worker_process import (
     CallOutcome,
+    KilledWhileLoadingError,
     LostBetweenCallsError,
     OutcomeKind,
     WorkerProcess,
@@ -165,7 +166,8 @@ class WorkerThreads:
             self._num_idle -= 1
             return None if self._closed else self._jobs.popleft()
 
-    def _start(self) -> WorkerProcess:
+    def _start(self, *, again: bool = False) -> WorkerProcess:
+        """A worker that has loaded the reward; one that is killed meanwhile is started again."""
         process = WorkerProcess(self._settings)
         with self._changed:
             self._processes.add(process)
@@ -177,13 +179,21 @@ class WorkerThreads:
             self._discard(process)
             if self._closed:
                 raise RolloutError("the reward pool was closed.") from error
-            raise
+            if not isinstance(error, KilledWhileLoadingError):
+                raise
+            if again:
+                raise RolloutError(
+                    f"{error} So did the one before: if this machine has no memory left (the "
+                    "kernel's log tells), use fewer workers."
+                ) from error
+            logger.warning("%s Another one is started.", error)
+            return self._start(again=True)
         for note in notes:
             with self._changed:
                 is_new = note not in self._notes
                 self._notes.add(note)
             if is_new:
-                logger.warning("reward workers: %s", note)
+                logger.warning("workers of reward %r: %s", self._settings.name, note)
         return process
 
     def _discard(self, process: WorkerProcess | None) -> None:

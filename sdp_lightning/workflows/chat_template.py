@@ -6,16 +6,32 @@ stands for the assistant's words: it ends that turn, holds the new messages, and
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from sdp_lightning.errors import ConfigError, RolloutError
-from sdp_lightning.types import Row, SamplingParams
+from sdp_lightning.rewards.timeouts import call_aside_if_long
+from sdp_lightning.types import IntArray, Row, SamplingParams
 from sdp_lightning.workflows.workflow import Tokenizer
 
 PLACEHOLDER = "{observation}"
+_LONGEST_SHOWN = 200  # characters of a prompt or an observation in an error
 _MARK = "c95bd1b5e8"  # no white space: templates strip it
+
+
+async def encode_aside(text: Any, encode: Callable[[], list[int]]) -> IntArray:
+    """``[n]`` the tokens that ``encode`` gives; in another thread if ``text`` is long.
+
+    Args:
+        text: the text, messages or other values that ``encode`` works on.
+        encode: one of the functions below, with its arguments.
+    """
+    return await call_aside_if_long(
+        "tokenizing a long text", text, lambda: np.array(encode(), dtype=np.int64)
+    )
 
 
 def encode_turn(
@@ -85,8 +101,8 @@ def as_messages(observation: Any) -> list[Mapping[str, str]]:
     messages: list[Any] = [observation] if isinstance(observation, Mapping) else observation
     if not is_conversation(messages) or not all("content" in message for message in messages):
         raise RolloutError(
-            f"the observation {observation!r} is neither text nor a list of {{'role', 'content'}} "
-            "messages."
+            f"the observation {_shown(observation)} is neither text nor a list of "
+            "{'role', 'content'} messages."
         )
     return list(messages)
 
@@ -104,7 +120,8 @@ def encode_opening(prompt: Any, tokenizer: Tokenizer, *, use_chat_template: bool
     """The tokens of a prompt. ``RolloutError`` if it is neither text nor messages."""
     if not isinstance(prompt, str) and not is_conversation(prompt):
         raise RolloutError(
-            f"the prompt {prompt!r} is neither text nor a list of {{'role', 'content'}} messages."
+            f"the prompt {_shown(prompt)} is neither text nor a list of "
+            "{'role', 'content'} messages."
         )
     if isinstance(prompt, str) and not use_chat_template:
         text = prompt
@@ -113,8 +130,13 @@ def encode_opening(prompt: Any, tokenizer: Tokenizer, *, use_chat_template: bool
         text = _render(messages, tokenizer)
     tokens = tokenizer.encode(text, add_special_tokens=False)
     if not tokens:
-        raise RolloutError(f"the prompt {prompt!r} has no tokens.")
+        raise RolloutError(f"the prompt {_shown(prompt)} has no tokens.")
     return tokens
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
 
 
 def _render(messages: Any, tokenizer: Tokenizer) -> str:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 from sdp_lightning.config.import_path import load_object
 from sdp_lightning.errors import ConfigError, RolloutError
-from sdp_lightning.rewards.foreign_code import refuse_without_workers
+from sdp_lightning.rewards.foreign_code import refuse_factory_without_workers
 from sdp_lightning.types import Row, SamplingParams, Trajectory
 from sdp_lightning.workflows.chat_template import (
     PLACEHOLDER,
+    encode_aside,
     encode_opening,
     encode_turn,
     with_stops,
@@ -52,7 +54,8 @@ class MultiTurnWorkflow(RolloutWorkflow):
             with an error naming row and step.
 
     Raises:
-        ConfigError: if a setting is out of range.
+        ConfigError: if a setting is out of range, or the environment, as far as its code tells,
+            uses a reward that runs in worker processes only.
     """
 
     def __init__(
@@ -82,7 +85,7 @@ class MultiTurnWorkflow(RolloutWorkflow):
             raise ConfigError(
                 f"environment must be a class or a function that makes one, got {factory!r}."
             )
-        refuse_without_workers(factory, "give the environment a RewardPool of it")
+        refuse_factory_without_workers(factory, "give the environment a RewardPool of it")
         self._make_environment: Any = factory
         self._sampling = sampling if sampling is not None else SamplingParams()
         self.group_size, self.max_turns = group_size, max_turns
@@ -113,7 +116,10 @@ class MultiTurnWorkflow(RolloutWorkflow):
         try:
             opening = await world.reset(row)
             uses_template = self.turn_format is None
-            tokens = encode_opening(opening, tokenizer, use_chat_template=uses_template)
+            tokens = await encode_aside(
+                opening,
+                lambda: encode_opening(opening, tokenizer, use_chat_template=uses_template),
+            )
             if self._room(len(tokens)) < 1:
                 raise RolloutError(
                     f"the prompt has {len(tokens)} tokens, which leaves none of "
@@ -143,15 +149,17 @@ class MultiTurnWorkflow(RolloutWorkflow):
                 return episode.finish(reward)
             if turn + 1 < self.max_turns:
                 last = sampled[-1]
-                between = encode_turn(
+                encode = functools.partial(
+                    encode_turn,
                     result.observation,
                     tokenizer,
                     turn_format=self.turn_format,
                     stopped_by=last if last in params.stop_token_ids else None,
                 )
-                if self._room(episode.token_ids.size + len(between)) < 1:
+                between = await encode_aside(result.observation, encode)
+                if self._room(episode.token_ids.size + between.size) < 1:
                     break
-                if between:
+                if between.size:
                     episode.add_context(between)
         return episode.finish(reward, truncated=True)
 

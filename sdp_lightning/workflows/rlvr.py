@@ -10,8 +10,8 @@ from sdp_lightning.errors import ConfigError
 from sdp_lightning.rewards.foreign_code import refuse_without_workers
 from sdp_lightning.rewards.pool import RewardPool
 from sdp_lightning.rewards.timeouts import call_reward
-from sdp_lightning.types import Row, SamplingParams, Trajectory
-from sdp_lightning.workflows.chat_template import encode_prompt, with_stops
+from sdp_lightning.types import IntArray, Row, SamplingParams, Trajectory
+from sdp_lightning.workflows.chat_template import encode_aside, encode_prompt, with_stops
 from sdp_lightning.workflows.episode import Episode
 from sdp_lightning.workflows.workflow import (
     RolloutSession,
@@ -28,9 +28,10 @@ class RLVRWorkflow(RolloutWorkflow):
 
     Args:
         reward: ``reward(completion, row) -> float``, plain or async, or its import path:
-            ``"package.module:name"`` or ``"path/to/file.py:name"``. A plain function runs in a
-            thread of its own, so it may block. A ``RewardPool`` runs it in a process that can be
-            killed; one that is ``workers_only`` (reasoning-gym's, math-verify's) runs nowhere else.
+            ``"package.module:name"`` or ``"path/to/file.py:name"``. A plain function runs in one of
+            256 threads that rewards and environments share, so it may block. A ``RewardPool`` runs
+            it in a process that can be killed; one that is ``workers_only`` (reasoning-gym's,
+            math-verify's) runs nowhere else.
         group_size: number of samples for each prompt.
         sampling: sampling settings; the tokenizer's end of text and the tokens of ``stop`` are
             added to its ``stop_token_ids``.
@@ -104,8 +105,13 @@ class RLVRWorkflow(RolloutWorkflow):
             self._pool.close()
 
     async def run(self, row: Row, session: RolloutSession) -> Sequence[Trajectory] | None:
-        prompt = encode_prompt(
-            row, session.tokenizer, key=self.prompt_key, use_chat_template=self.use_chat_template
+        prompt = await encode_aside(
+            row.get(self.prompt_key),
+            lambda: encode_prompt(
+                *(row, session.tokenizer),
+                key=self.prompt_key,
+                use_chat_template=self.use_chat_template,
+            ),
         )
         params = with_stops(self._sampling, session.tokenizer, self.stop)
         episodes = [session.open() for _ in range(self.group_size)]
@@ -117,7 +123,7 @@ class RLVRWorkflow(RolloutWorkflow):
         row: Row,
         tokenizer: Tokenizer,
         episode: Episode,
-        prompt: list[int],
+        prompt: IntArray,
         params: SamplingParams,
     ) -> Trajectory:
         episode.add_context(prompt)

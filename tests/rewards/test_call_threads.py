@@ -9,11 +9,15 @@ from typing import Any
 
 import pytest
 
+import sdp_lightning as sdp
 from sdp_lightning.errors import RolloutError
 from sdp_lightning.rewards import timeouts
-from sdp_lightning.rewards.call_threads import CallThreads
+from sdp_lightning.rewards.call_threads import CallLoad, CallThreads
 from sdp_lightning.rewards.timeouts import call_reward
+from sdp_lightning.testing import FakeEngine
+from sdp_lightning.types import SamplingParams
 from sdp_lightning.workflows.environment import BoundedEnvironment, Environment
+from support.rollouts import rolling
 from support.waiting import wait_for
 
 DEADLINE_S = 60.0
@@ -25,7 +29,7 @@ def threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[CallThreads]:
     four = CallThreads(num_threads=4, max_lost=3)
     monkeypatch.setattr(timeouts, "THREADS", four)
     yield four
-    wait_for(lambda: four.num_alive == 0)
+    wait_for(lambda: four.load == CallLoad())
 
 
 def run(test: Callable[[], Awaitable[Any]]) -> Any:
@@ -41,7 +45,7 @@ def test_many_calls_take_turns_on_few_threads(threads: CallThreads) -> None:
         with lock:
             inside += 1
             most = max(most, inside)
-            assert threads.num_alive <= 4
+            assert threads.load.running <= 4
         with lock:
             inside -= 1
         return float(number)
@@ -52,6 +56,26 @@ def test_many_calls_take_turns_on_few_threads(threads: CallThreads) -> None:
 
     assert run(main) == list(range(400))
     assert 1 <= most <= 4
+
+
+def test_the_rewards_of_many_groups_take_turns_on_few_threads(threads: CallThreads) -> None:
+    """Through an executor: 400 completions end at once, and the calls that wait are counted."""
+    release = threading.Event()
+
+    def reward(completion: str, row: Any) -> float:
+        assert release.wait(DEADLINE_S)
+        return 1.0
+
+    sampling = SamplingParams(max_new_tokens=4)
+    workflow = sdp.RLVRWorkflow(reward, group_size=8, sampling=sampling)
+    rows = [{"prompt": "1+1="}] * 50
+    engine = FakeEngine(4, manual=True)
+    settings: dict[str, Any] = {"batch_size": 50, "max_head_lag": 0, "num_epochs": 1}
+    with rolling(engine, workflow, rows=rows, **settings) as executor:
+        engine.advance(4, awaiting=400, timeout_s=DEADLINE_S)
+        wait_for(lambda: threads.load == CallLoad(running=4, waiting=396))
+        release.set()
+        assert len(executor.take() or []) == 50
 
 
 def test_calls_of_two_event_loops_take_turns_on_the_same_threads(threads: CallThreads) -> None:
@@ -84,9 +108,10 @@ def test_the_wait_for_a_thread_is_not_counted_and_a_call_given_up_in_it_is_not_m
         waits = asyncio.ensure_future(call_reward(threading.Event().wait, 0.5, timeout_s=0.001))
         dropped = asyncio.ensure_future(call_reward(made.set, timeout_s=DEADLINE_S))
         done, _ = await asyncio.wait({waits, dropped}, timeout=0.05)
-        assert not done
+        assert not done and threads.load == CallLoad(running=4, waiting=2)
         dropped.cancel()
         await asyncio.wait({dropped})
+        assert threads.load == CallLoad(running=4, waiting=1)
         release.set()
         assert await asyncio.gather(*first) == [1.0] * 4
         with pytest.raises(RolloutError, match=r"took longer than 0.001 s"):
@@ -104,11 +129,11 @@ def test_lost_threads_take_no_place_and_too_many_are_an_error(threads: CallThrea
         for _ in range(3):
             with pytest.raises(RolloutError, match="took longer"):
                 await call_reward(release.wait, timeout_s=0.001)
-        assert threads.num_alive == 3
+        assert threads.load == CallLoad(lost=3)
         with pytest.raises(RolloutError, match=r"3 calls .* have not returned.*reward_workers"):
             await call_reward(len, "any", timeout_s=DEADLINE_S)
         release.set()
-        while threads.num_alive:
+        while threads.load.lost:
             await asyncio.sleep(0.005)
         assert await call_reward(len, "four", timeout_s=DEADLINE_S) == 4.0
 

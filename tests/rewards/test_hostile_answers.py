@@ -6,8 +6,9 @@ import asyncio
 import functools
 import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ import pytest
 import sdp_lightning as sdp
 from sdp_lightning.errors import ConfigError, RolloutError
 from sdp_lightning.prompts.sources import load_rows
-from sdp_lightning.rewards import RewardCounts, RewardPool
+from sdp_lightning.rewards import RewardPool
 from sdp_lightning.testing import FakeEngine
+from support import rollouts
 from support.hostile_completions import completion
-from support.rollouts import rolling
+from support.rollouts import CodePoints, rolling
 
 pytest.importorskip("reasoning_gym")
 pytest.importorskip("math_verify")
@@ -78,47 +80,57 @@ def test_no_task_is_judged_without_workers(task: str, name: str) -> None:
         sdp.RLVRWorkflow(f"{MODULE}:{name}")
 
 
+@pytest.fixture(scope="module")
+def freezing() -> Iterator[RewardPool]:
+    """One worker, whose calls are killed after 1.5 s."""
+    with closing(RewardPool(REWARD, num_workers=1, timeout_s=1.5)) as pool:
+        yield pool
+
+
 @pytest.mark.fault("hang", "completion")
 @pytest.mark.fault("process killed", "completion")
 @pytest.mark.parametrize(
-    ("answer", "counts"),
+    ("answer", "lost"),
     [
-        ("9**9**9**9", RewardCounts(value=2, timed_out=1)),
-        ("__import__('time').sleep(1000)", RewardCounts(value=2, timed_out=1)),
-        ("__import__('os')._exit(0)", RewardCounts(value=2, crashed=1)),
-        ("__import__('os').kill(0, 9)", RewardCounts(value=2, crashed=1)),
-        ("exit()", RewardCounts(value=3)),
-        ("(" * 5000, RewardCounts(value=3)),
-        ("1" * 5000, RewardCounts(value=3)),
+        ("9**9**9**9", "timed_out"),
+        ("__import__('time').sleep(1000)", "timed_out"),
+        ("__import__('os')._exit(0)", "crashed"),
+        ("__import__('os').kill(0, 9)", "crashed"),
+        ("exit()", ""),
+        ("(" * 5000, ""),
+        ("1" * 5000, ""),
     ],
 )
 def test_an_answer_that_freezes_or_ends_its_process_is_wrong_and_the_next_is_judged(
-    answer: str, counts: RewardCounts
+    freezing: RewardPool, answer: str, lost: str
 ) -> None:
     """Of binary_matrix, which evaluates the answer as it is."""
-    row = row_of("binary_matrix")
-    with closing(RewardPool(REWARD, num_workers=1, timeout_s=5.0)) as pool:
-        right = f"<answer>{row['answer']}</answer>"
-        assert judge(pool, right, f"<answer>{answer}</answer>", right, row=row) == [1.0, 0.0, 1.0]
-        assert pool.counts == counts
+    row, before = row_of("binary_matrix"), asdict(freezing.counts)
+    right = f"<answer>{row['answer']}</answer>"
+    answers = (right, f"<answer>{answer}</answer>", right)
+    assert judge(freezing, *answers, row=row) == [1.0, 0.0, 1.0]
+    after = asdict(freezing.counts)
+    added = {name: after[name] - before[name] for name in after if after[name] != before[name]}
+    assert added == ({"value": 2, lost: 1} if lost else {"value": 3})
 
 
-def test_a_policy_that_writes_only_power_towers_ends_no_run(tmp_path: Path) -> None:
+def test_a_policy_that_writes_only_power_towers_ends_no_run(
+    freezing: RewardPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each costs its sample a reward of 0, as a timeout does; the trainer goes on."""
-    file = tmp_path / "towers.py"
-    file.write_text(
-        f"import {MODULE} as gym\n"
-        "def reward(completion, row):\n"
-        "    return gym.reward('<answer>9**9**9**9</answer>', row)\n"
-    )
-    workflow = sdp.RLVRWorkflow(
-        f"{file}:reward", group_size=2, reward_workers=2, reward_timeout_s=1.0
-    )
+
+    class Towers(CodePoints):
+        def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+            return "<answer>9**9**9**9</answer>"
+
+    monkeypatch.setattr(rollouts, "CodePoints", Towers)
+    workflow = sdp.RLVRWorkflow(freezing, group_size=1)
+    before = freezing.counts.timed_out
     row = {**row_of("binary_matrix"), "prompt": "1+1="}
-    with closing(workflow), rolling(FakeEngine(), workflow, rows=[row]) as executor:
-        [group, *_] = executor.take() or []
-        assert [t.reward for t in group.trajectories] == [0.0, 0.0]
-        assert workflow.counts["reward_timed_out"] >= 2
+    with rolling(FakeEngine(), workflow, rows=[row], num_epochs=1, batch_size=1) as executor:
+        [group] = executor.take() or []
+        assert [t.reward for t in group.trajectories] == [0.0]
+    assert freezing.counts.timed_out == before + 1
 
 
 # Answers that a verifier cannot read --------------------------------------------------------------
@@ -167,7 +179,7 @@ def test_mathematics_that_cannot_be_read_is_wrong(text: str, math: RewardPool) -
 
 @pytest.fixture(scope="module")
 def math() -> Iterator[RewardPool]:
-    with closing(RewardPool(MATH, num_workers=1, timeout_s=6.0)) as pool:
+    with closing(RewardPool(MATH, num_workers=1, timeout_s=2.0)) as pool:
         yield pool
 
 

@@ -39,16 +39,16 @@ def one() -> Iterator[RewardPool]:
 def test_a_copy_has_its_own_processes_also_when_the_original_has_started(
     one: RewardPool, duplicate: Any
 ) -> None:
-    first = call(one, "process_id")
+    first = call(one, "parent_id")
     with closing(duplicate(one)) as other:
-        second = call(other, "process_id")
+        second = call(other, "parent_id")
         assert other.counts == RewardCounts(value=1)
-    assert second != first and call(one, "process_id") == first
+    assert second != first and call(one, "parent_id") == first
 
 
 def test_event_loops_share_a_pool(one: RewardPool) -> None:
     """``call`` makes a new one each time."""
-    assert call(one, "process_id") == call(one, "process_id")
+    assert call(one, "parent_id") == call(one, "parent_id")
 
 
 @pytest.mark.parametrize("way", ["hang_and_say_so", "hang_with_a_child_of_c"])
@@ -84,7 +84,7 @@ def test_close_ends_calls_and_processes_at_once_and_the_pool_may_be_used_again(
 
 def test_a_pool_that_is_dropped_leaves_no_process() -> None:
     pool = RewardPool(PLACE, num_workers=1)
-    process = int(call(pool, "process_id"))
+    process = int(call(pool, "parent_id"))
     del pool
     wait_for(lambda: not is_running(process))
 
@@ -162,7 +162,7 @@ def test_no_process_survives_a_program_that_is_killed_not_even_amid_a_call(tmp_p
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has a subreaper")
 @pytest.mark.fault("process killed", "teardown")
 def test_sessions_that_a_reward_started_end_with_a_program_that_is_killed(tmp_path: Path) -> None:
-    body = "asyncio.run(many('daemon')); asyncio.run(many('hang_and_say_so'))"
+    body = "asyncio.run(many('daemon_and_hang'))"
     with program(body, tmp_path) as process:
         wait_for(lambda: (tmp_path / "file").exists() and bool((tmp_path / "file").read_text()))
         children = [int(path.name) for path in (tmp_path / "met").iterdir()]
@@ -190,13 +190,13 @@ def test_a_forked_process_starts_its_own_workers_and_leaves_the_others_alone(
     body = """
     import warnings
     warnings.simplefilter("ignore")  # of forks beside threads: what this is about
-    first = call("process_id")
+    first = call("parent_id")
     if (child := os.fork()) == 0:
-        second = call("process_id")
+        second = call("parent_id")
         print("own" if second != first else "shared", flush=True)
         sys.exit(0)  # with what atexit does
     print(os.waitpid(child, 0)[1], flush=True)
-    print("same" if first in asyncio.run(many("process_id", "process_id")) else "lost")
+    print("same" if first in asyncio.run(many("parent_id", "parent_id")) else "lost")
     """
     with program(body, tmp_path) as process:
         output, _ = process.communicate(timeout=DEADLINE_S)

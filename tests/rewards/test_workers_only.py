@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import os
+import sys
 from collections.abc import Callable
 from contextlib import closing
 from typing import Any
@@ -102,6 +103,54 @@ def test_a_workflow_without_workers_is_refused_before_the_run(reward: Any) -> No
     with pytest.raises(ConfigError, match="worker processes only: give the environment"):
         sdp.MultiTurnWorkflow(environment)
     assert not HERE
+
+
+class Evaluating(sdp.ToolEnvironment):
+    def __init__(self) -> None:
+        super().__init__([add], evaluate)
+
+
+def make_evaluating(reward: Any = evaluate) -> sdp.ToolEnvironment:
+    return sdp.ToolEnvironment([add], reward)
+
+
+ROWS: list[Any] = [[0] for _ in range(10**5)]
+ROWS.append(ROWS)
+HERE_MODULE = sys.modules[__name__]
+LOCAL = Judge()
+FACTORIES: dict[str, Any] = {
+    "a lambda": lambda: sdp.ToolEnvironment([add], evaluate),
+    "a lambda with a default": lambda reward=evaluate_loudly: sdp.ToolEnvironment([add], reward),
+    "a keyword default": lambda *, reward=LOCAL: sdp.ToolEnvironment([add], reward),
+    "a part of a module": lambda: sdp.ToolEnvironment([add], HERE_MODULE.evaluate),
+    "a closure": (lambda reward: lambda: sdp.ToolEnvironment([add], reward))(evaluate_later),
+    "a function": make_evaluating,
+    "a partial of a lambda": functools.partial(lambda n: sdp.ToolEnvironment([add], evaluate), 3),
+    "a class": Evaluating,
+    "a list of tools": (lambda tools: lambda: sdp.ToolEnvironment(tools, exact_match))(
+        [add, evaluate]
+    ),
+}
+POOL = RewardPool(exact_match)
+ALLOWED: dict[str, Any] = {
+    "a pool": lambda: sdp.ToolEnvironment([add], POOL),
+    "a pool made of it": lambda: sdp.ToolEnvironment([add], RewardPool(evaluate)),
+    "another reward": lambda: sdp.ToolEnvironment([add], exact_match),
+    "a built-in": dict,
+    "many rows": lambda: sdp.ToolEnvironment([add], exact_match, prompt_key=str(len(ROWS))),
+}
+
+
+@pytest.mark.parametrize("factory", FACTORIES.values(), ids=FACTORIES)
+def test_a_factory_whose_code_names_it_is_refused_when_the_workflow_is_made(factory: Any) -> None:
+    """Nothing is made: an environment may start programs."""
+    with pytest.raises(ConfigError, match=r"worker processes only: give the environment a Rew"):
+        sdp.MultiTurnWorkflow(factory)
+
+
+@pytest.mark.parametrize("factory", ALLOWED.values(), ids=ALLOWED)
+def test_other_factories_are_not(factory: Any) -> None:
+    sdp.MultiTurnWorkflow(factory)
 
 
 def test_a_config_that_names_it_without_workers_is_refused() -> None:

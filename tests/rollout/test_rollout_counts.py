@@ -6,6 +6,7 @@ from dataclasses import fields
 
 import pytest
 
+from sdp_lightning.rewards.call_threads import CallLoad
 from sdp_lightning.rollout.groups.ledger import RolloutStat
 from sdp_lightning.rollout.groups.telemetry import RolloutCounts, RolloutTelemetry
 from sdp_lightning.workflows.episode_log import EpisodeTimes
@@ -25,7 +26,8 @@ def counts_of_rank(rank: int) -> RolloutCounts:
     )
     stat = RolloutStat(running=1, pending=2, dropped=3, rejected=4, failed=5)
     workflow = {"reward_raised": 1 + rank, f"only_{rank}": 7}
-    return RolloutCounts.from_ledger(stat, telemetry, workflow=workflow, generated=100)
+    calls = CallLoad(running=3, waiting=7, lost=1)
+    return RolloutCounts.from_ledger(stat, telemetry, workflow=workflow, generated=100, calls=calls)
 
 
 def test_the_counts_of_ranks_add_up_name_by_name() -> None:
@@ -49,6 +51,9 @@ def test_what_is_logged_are_counts_and_means() -> None:
             "rollout/dropped_stale": 4,  # 2 * (3 dropped - 1 overdue)
             "rollout/dropped_overdue": 2,
             "rollout/diverged": 2,
+            "rollout/calls_running": 6,
+            "rollout/calls_waiting": 14,
+            "rollout/calls_lost": 2,
             "rollout/reward_raised": 2,
             "rollout/only_0": 14,
             "rollout/trained_length": 5.0,  # 10 tokens / 2 groups

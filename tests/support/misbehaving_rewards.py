@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from sdp_lightning.rewards import worker_reward
 from sdp_lightning.rewards.worker_channel import receive, send
 
 
@@ -29,6 +30,21 @@ def reward(completion: str, row: Mapping[str, Any]) -> Any:
 async def async_reward(completion: str, row: Mapping[str, Any]) -> float:
     await asyncio.sleep(0)
     return float(len(completion))
+
+
+def execute(completion: str, row: Mapping[str, Any]) -> float:
+    """As a reward for code does that runs it in its own process."""
+    with contextlib.suppress(Exception):
+        exec(completion, {"sys": sys, "worker": worker_reward, "name": __name__, "row": row})
+    return float(row["n"])
+
+
+NUM_CALLS = [0]
+
+
+def count(completion: str, row: Mapping[str, Any]) -> float:
+    NUM_CALLS[0] += 1
+    return float(NUM_CALLS[0])
 
 
 def by_row(completion: str, row: Mapping[str, Any]) -> Any:
@@ -105,6 +121,19 @@ def unspeakable(row: Any) -> Any:
     return Unspeakable()
 
 
+class Unshowable(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
+def fail(error: Exception) -> float:
+    raise error
+
+
+def recurse(row: Any) -> float:
+    return recurse(row)
+
+
 def divide(row: Any) -> float:
     return 1 / 0
 
@@ -173,9 +202,9 @@ def hang_and_say_so(row: Any) -> float:
 
 
 def meet(row: Any) -> float:
-    """Returns when ``row["num"]`` processes are here."""
+    """Returns when the calls of ``row["num"]`` workers are here."""
     folder = Path(row["folder"])
-    (folder / str(os.getpid())).touch()
+    (folder / str(os.getppid())).touch()
     while len(list(folder.iterdir())) < row["num"]:
         time.sleep(0.005)
     return 1.0
@@ -200,8 +229,26 @@ def daemon(row: Any) -> float:
     return ENDS[row.get("end", "return")](row)
 
 
+def bomb(row: Any) -> float:
+    """Doubles its processes, up to 256, as fast as it can; none of them ends."""
+    Path(row["file"]).write_text(str(os.getpid()))
+    for _ in range(8):
+        os.fork()
+    time.sleep(3600)
+    return 1.0
+
+
+def daemon_and_hang(row: Any) -> float:
+    return daemon({**row, "end": "hang"})
+
+
 def parent_id(row: Any) -> float:
     return float(os.getppid())
+
+
+def num_sockets(row: Any) -> float:
+    links = [os.readlink(p) for p in Path("/proc/self/fd").iterdir() if p.exists()]
+    return float(sum(link.startswith("socket:") for link in links))
 
 
 def files_of_a_child(row: Any) -> float:
@@ -264,6 +311,7 @@ ENDS: dict[str, Callable[[Any], float]] = {
     "return": lambda row: 1.0,
     "leave": leave,
     "loop": loop,
+    "hang": hang_and_say_so,
     "kill the group": lambda row: float(os.killpg(0, signal.SIGKILL) or 0),
 }
 WAYS: dict[str, Callable[[Any], Any]] = {
@@ -272,4 +320,17 @@ WAYS: dict[str, Callable[[Any], Any]] = {
     if callable(function) and getattr(function, "__module__", None) == __name__
 }
 WAYS |= {"abort": lambda row: os.abort(), "sys.exit": lambda row: sys.exit(3)}
+WAYS |= {  # plain ones, by what they do
+    "close stdout": lambda row: [os.close(1), 1.0][1],
+    "close the streams": lambda row: [sys.stdout.close(), sys.stderr.close(), 1.0][2],
+    "exit with 0": lambda row: os._exit(0),
+    "be killed": lambda row: os.kill(os.getpid(), signal.SIGKILL),
+    "kill the group": lambda row: os.killpg(0, signal.SIGKILL),
+    "an alarm": lambda row: [signal.alarm(1), time.sleep(60)],
+    "ignore SIGTERM": lambda row: [signal.signal(signal.SIGTERM, signal.SIG_IGN), loop(row)],
+    "a huge integer": lambda row: 10**5000,
+    "a huge error": lambda row: fail(ValueError("x" * 10**8)),
+    "a deep recursion": recurse,
+    "an error that cannot be shown": lambda row: fail(Unshowable()),
+}
 WAYS |= {"good": lambda row: 1.0, "bad": lambda row: 0.0}

@@ -28,3 +28,13 @@ def call(pool: RewardPool, completion: str, **row: Any) -> Any:
 def is_running(process: int) -> bool:
     state = subprocess.run(["ps", "-o", "stat=", "-p", str(process)], capture_output=True).stdout
     return bool(state.strip()) and not state.startswith(b"Z")  # nobody may wait for an orphan
+
+
+def parent_of(process: int) -> int:
+    return int(subprocess.check_output(["ps", "-o", "ppid=", "-p", str(process)]))
+
+
+def group_of(process: int) -> list[int]:
+    """The processes that run in the process group of ``process``."""
+    children = subprocess.run(["pgrep", "-g", str(process)], capture_output=True, text=True)
+    return [number for number in map(int, children.stdout.split()) if is_running(number)]

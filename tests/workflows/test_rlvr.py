@@ -177,7 +177,7 @@ def test_an_exception_in_a_worker_fails_its_group_as_it_does_here() -> None:
 def test_training_and_evaluation_share_a_pool() -> None:
     workflow = make(BY_ROW, reward_workers=1, group_size=1)
     with closing(workflow), rolling(FakeEngine(), workflow, rows=MISBEHAVING[:1]) as executor:
-        row = MISBEHAVING[0] | {"way": "process_id"}
+        row = MISBEHAVING[0] | {"way": "parent_id"}
         first, second = (executor.evaluate([row], workflow, timeout_s=DEADLINE_S) for _ in "12")
         assert first[0].trajectories[0].reward == second[0].trajectories[0].reward
         assert executor.take() is not None

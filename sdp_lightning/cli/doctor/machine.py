@@ -17,6 +17,7 @@ from sdp_lightning.cli.doctor.config_checks import Machine, examine_configs
 from sdp_lightning.cli.doctor.finding import Finding
 from sdp_lightning.cli.doctor.gpus import Ask, ask_nvidia_smi, check_gpus
 from sdp_lightning.config.build_cache import cache_folder
+from sdp_lightning.rewards.sandbox import SANDBOXES, Sandbox, why_unusable
 
 Installed = Callable[[str], str | None]
 Requires = Callable[[str], list[str] | None]
@@ -56,6 +57,7 @@ def examine(configs: Sequence[str] = (), gpu_gib: float | None = None) -> list[F
         check_memory(available_memory()),
         check_disk(folder),
         check_recipe_model(folder),
+        *map(check_sandbox, SANDBOXES),
         *check_together(installed_version),
         *(examine_configs(configs, _machine(gpus, gpu_gib)) if configs else []),
     ]
@@ -215,3 +217,10 @@ def check_recipe_model(folder: Path) -> Finding:
     if (folder / RECIPE_MODEL).is_dir():
         return Finding("ok", "recipe model", str(folder / RECIPE_MODEL))
     return Finding("note", "recipe model", f"{RECIPE_MODEL} is made by the first `make demo`.")
+
+
+def check_sandbox(sandbox: Sandbox) -> Finding:
+    """Whether reward workers can run in ``sandbox``; only pools that name it need it."""
+    if reason := why_unusable(sandbox):
+        return Finding("note", sandbox, f"RewardPool(sandbox={sandbox!r}) cannot be used: {reason}")
+    return Finding("ok", sandbox, "works: a trial of it ran")

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
+from sdp_lightning.rewards.call_threads import CallLoad
 from sdp_lightning.rollout.groups.ledger import RolloutStat
 from sdp_lightning.workflows.episode_log import EpisodeTimes
 
@@ -96,6 +97,9 @@ class RolloutCounts:
         dropped_overdue: groups that were dropped while they ran.
         diverged: restored groups that were sampled from scratch.
         generated: tokens sampled since the batch before.
+        calls_running: calls of plain rewards and environments, and long texts, that have a thread.
+        calls_waiting: calls that wait for a thread.
+        calls_lost: calls that were given up at their timeout and still hold a thread.
         workflow: counts of the workflow, by its own names.
     """
 
@@ -114,6 +118,9 @@ class RolloutCounts:
     group_s: float = 0.0
     times: EpisodeTimes = field(default_factory=EpisodeTimes)
     generated: int = 0
+    calls_running: int = 0
+    calls_waiting: int = 0
+    calls_lost: int = 0
     workflow: Mapping[str, int] = field(default_factory=dict[str, int])
 
     @classmethod
@@ -124,8 +131,10 @@ class RolloutCounts:
         *,
         workflow: Mapping[str, int],
         generated: int,
+        calls: CallLoad | None = None,
     ) -> RolloutCounts:
-        """The counts of one rank, from its ledger and telemetry."""
+        """The counts of one rank, from its ledger and telemetry, and the threads for calls."""
+        running, waiting, lost = calls or CallLoad()
         return cls(
             running=stat.running,
             pending=stat.pending,
@@ -142,6 +151,9 @@ class RolloutCounts:
             group_s=telemetry.group_s,
             times=telemetry.times,
             generated=generated,
+            calls_running=running,
+            calls_waiting=waiting,
+            calls_lost=lost,
             workflow=dict(workflow),
         )
 
@@ -168,6 +180,9 @@ class RolloutCounts:
             "rollout/dropped_stale": float(self.dropped_stale),
             "rollout/dropped_overdue": float(self.dropped_overdue),
             "rollout/diverged": float(self.diverged),
+            "rollout/calls_running": float(self.calls_running),
+            "rollout/calls_waiting": float(self.calls_waiting),
+            "rollout/calls_lost": float(self.calls_lost),
             **{f"rollout/{name}": float(count) for name, count in self.workflow.items()},
             "rollout/trained_length": trained_length,
             "rollout/dropped_length": self.dropped_tokens / max(1, self.dropped_groups),

@@ -149,6 +149,9 @@ OTHERS: dict[str, tuple[Logged, ...]] = {
         Logged("rollout/rejected", "the workflow returned nothing to train on"),
         Logged("rollout/failed", "the workflow raised"),
         Logged("rollout/diverged", "did not repeat what a checkpoint had of them"),
+        Logged("rollout/calls_running", "calls then of plain rewards and environments, in threads"),
+        Logged("rollout/calls_waiting", "such calls that waited for a thread then"),
+        Logged("rollout/calls_lost", "such calls past their timeout that held a thread then"),
         Logged("rollout/trained_length", "mean sampled tokens of a trained group"),
         Logged("rollout/dropped_length", "the same of a dropped one"),
         Logged(
