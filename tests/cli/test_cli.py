@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import yaml
 
 import sdp_lightning as sdp
 from sdp_lightning.cli.main import main
+from sdp_lightning.observability.recording.files import EndMark
 
 # Lightning calls functions of jsonargparse by their old names; Python shows that to nobody else.
 pytestmark = pytest.mark.filterwarnings(
@@ -294,14 +296,25 @@ def test_rollout_takes_a_config_that_a_fit_has_saved_and_records_beside_its_log(
     assert len(sdp.Recording("runs/version_1/recording")) == 1
 
 
-def test_rollout_refuses_no_batches_and_a_folder_in_use_in_a_line(
-    config: dict[str, Any], capsys: pytest.CaptureFixture[str]
+def fill_disk(*args: Any) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_rollout_refuses_no_batches_and_a_folder_in_use_and_says_what_is_not_whole(
+    config: dict[str, Any],
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ):
     assert run("rollout", config, "--num_batches=0") == 2
     assert "num_batches must be at least 1, got 0" in capsys.readouterr().err
     assert run("rollout", config, "--folder=seen") == 0
     assert run("rollout", config, "--folder=seen") == 2
     assert "Give Recorder another folder" in capsys.readouterr().err
+    monkeypatch.setattr(EndMark, "write", fill_disk)
+    assert run("rollout", config, "--folder=full") == 1
+    assert "1 batches: 2 groups" in capsys.readouterr().out
+    assert "full is not whole: it has 1 steps, versions 0 to 0" in caplog.text
     with pytest.raises(SystemExit):
         run("rollout", config, "--num_batches=many")
     assert "num_batches" in capsys.readouterr().err

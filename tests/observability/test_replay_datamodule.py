@@ -188,6 +188,7 @@ def test_a_run_that_goes_on_goes_on_with_its_recording(model_folder: str, tmp_pa
     start(model_folder, target, steps=6, checkpoint=checkpoint)
     after = sdp.Recording(target)
     assert after.versions == [0, 1, 2], "version 3 has been undone"
+    assert before.is_whole and after.is_whole
     assert [g.row_id for g in after.read(2).groups] == [g.row_id for g in before.read(2).groups]
     with pytest.raises(
         sdp.RecordingError, match="versions 0 to 2, and this run begins at version 0"
@@ -228,7 +229,8 @@ def test_a_run_that_fails_leaves_what_it_had_trained_on(model_folder: str, tmp_p
     trainer = make_trainer(sdp.WeightSyncCallback(), recorder, Fails(), max_steps=8)
     with pytest.raises(RuntimeError, match="an accident"):
         trainer.fit(make_recorded_module(model_folder), datamodule=data)
-    assert sdp.Recording(tmp_path).versions == [0]
+    recording = sdp.Recording(tmp_path)
+    assert recording.versions == [0] and recording.is_whole
 
 
 def test_without_a_folder_the_recording_lies_beside_the_logs(
@@ -254,7 +256,7 @@ def test_predicting_generates_and_records_what_a_replay_can_train_on(
     assert [type(r) for r in found] == [Rollouts] * 3 and {r.version for r in found} == {0}
     rows = [group.row_id for r in found for group in r.groups]
     assert len(set(rows)) == 6
-    assert recorder.written_to == tmp_path / "r"
+    assert recorder.written_to == tmp_path / "r" and sdp.Recording(tmp_path / "r").is_whole
     _, losses, seen = replay(model_folder, tmp_path / "r", steps=6)
     assert [b.version for b in seen.batches] == [0, 1, 2] and len(losses.steps) == 3
     assert [int(b.lags.max()) for b in seen.batches] == [0, 1, 2]

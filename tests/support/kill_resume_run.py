@@ -1,6 +1,6 @@
 """A training run that may be killed at any moment, and the process that such runs are forked from.
 
-Run as a script, it reads orders from its standard input, one JSON object a line, and forks ``size``
+``serve`` reads orders from its standard input, one JSON object a line, and forks ``size``
 ranks for each, which train in ``folder`` from the last checkpoint there. It answers with their
 process ids, and with their exit statuses once they have ended. Itself it runs no tensor operation,
 so a fork finds no thread that it would have to go without.
@@ -262,7 +262,3 @@ def fork_ranks(order: Mapping[str, Any]) -> list[int]:
             run_child(order, rank, port)
         pids.append(pid)
     return pids
-
-
-if __name__ == "__main__":
-    serve()
