@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +12,10 @@ from transformers import AutoModelForCausalLM
 
 from sdp_lightning.cli.main import main
 from support.rank_runs import Launcher, Results, assert_same_weights
+from support.stopped_runs import CODES
 
 STEPS, HALF = 5, 2
 CASE: dict[str, Any] = {"kind": "rollouts", "batch_size": 4, "num_rows": 40}
-
-
-@pytest.fixture(scope="module")
-def launcher(model_folder: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
-    running = Launcher(model_folder, tmp_path_factory.mktemp("sharded"))
-    yield running
-    running.close()
 
 
 @pytest.fixture(scope="module")
@@ -72,23 +66,33 @@ def test_shards_are_exported_with_the_weights_that_were_trained(
         assert torch.equal(exported[name], value), name
 
 
-@pytest.mark.parametrize("strategy", ["fsdp shards", "ddp"])
+@pytest.mark.parametrize(
+    ("strategy", "signum"),
+    [("fsdp shards", signal.SIGTERM), ("ddp", signal.SIGTERM), ("ddp", signal.SIGINT)],
+    ids=str,
+)
+@pytest.mark.fault("process killed", "gather", only="^ddp-")
 def test_ranks_that_are_told_to_stop_save_and_go_on(
-    launcher: Launcher, straight: dict[str, Any], tmp_path: Path, strategy: str
+    launcher: Launcher,
+    straight: dict[str, Any],
+    tmp_path: Path,
+    strategy: str,
+    signum: signal.Signals,
 ) -> None:
     case = {
         **CASE,
         "steps": STEPS,
         "strategy": strategy,
         "save_in": str(tmp_path),
-        "trouble": {"what": "told to stop", "rank": 0, "step": HALF},
+        "trouble": {"what": "told to stop", "rank": 0, "step": HALF, "signum": signum},
     }
     answer, logs, _ = launcher.launch(2, {"it": case})
-    assert answer["late"] == [] and 0 not in answer["codes"], logs
+    assert answer["late"] == [] and answer["codes"] == [CODES[signum]] * 2, logs
     saved = tmp_path / f"last-stopped-step={HALF + 1}.ckpt"
     assert saved.exists(), "\n".join(logs)[-3000:]
     assert f"version {HALF + 1} is saved" in logs[0]
-    assert_goes_on(go_on(launcher, strategy, saved), straight, HALF + 1)
+    if signum == signal.SIGINT or strategy != "ddp":  # else it is the same checkpoint
+        assert_goes_on(go_on(launcher, strategy, saved), straight, HALF + 1)
 
 
 @pytest.mark.parametrize(
