@@ -78,11 +78,13 @@ class Collectives(Callback):
 
 @dataclass(frozen=True)
 class Trouble:
-    """What goes wrong: ``what`` happens on ``rank``, from step ``step`` on."""
+    """What goes wrong: ``what`` happens on ``rank``, from step ``step`` on; ``signum`` tells to
+    stop."""
 
     what: str = ""
     rank: int = 1
     step: int = 1
+    signum: int = signal.SIGTERM
 
 
 class Letters(sdp.RolloutWorkflow):
@@ -135,8 +137,10 @@ class Troublemaker(Callback):
         if self._trouble.what == "kill":
             time.sleep(0.5)
             os.kill(os.getpid(), signal.SIGKILL)
+        if self._trouble.what == "stopped":
+            os.kill(os.getpid(), signal.SIGSTOP)
         if self._trouble.what == "told to stop":
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), self._trouble.signum)
         if self._trouble.what == "server killed":
             os.kill(self._servers[-1]["pid"], signal.SIGKILL)
         if self._trouble.what == "load fails":
@@ -195,7 +199,8 @@ def rollouts(
     Every step is saved in ``save_in``, and the fit goes on from the checkpoint ``resume``.
     """
     sdp_lightning.lightning.startup.MARGIN_S = margin_s
-    FailureDetector.__init__.__kwdefaults__["grace_s"] = 1.0  # type: ignore[index]
+    quick = {"grace_s": 1.0, "look_s": 0.01}
+    FailureDetector.__init__.__kwdefaults__ |= quick  # type: ignore[operator]
     what = Trouble(**trouble or {})
     workflow = Letters(place, what)
     batch_size = rollout.setdefault("batch_size", 4)
