@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from sdp_lightning.testing import tiny_model, tiny_tokenizer
+from support.export_fixtures import trained, untied_folder
 from support.server_fixtures import fresh, one, pair, two
 
-__all__ = ["fresh", "one", "pair", "two"]  # fixtures
+__all__ = ["fresh", "one", "pair", "trained", "two", "untied_folder"]  # fixtures
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # under nohup, or in a script's background
     signal.signal(signal.SIGINT, signal.default_int_handler)  # tests send it to what they start

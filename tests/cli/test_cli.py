@@ -83,23 +83,18 @@ def test_a_quick_command_imports_neither_lightning_nor_transformers(argument: st
 
 
 @pytest.mark.parametrize("module", ["sdp_lightning", "sdp_lightning.cli"])
-@pytest.mark.parametrize(
-    ("arguments", "status", "output"),
-    [
-        (["--version"], 0, f"sdp-lightning {sdp.__version__}\n"),
-        (["fit", "--trainer.max_step=4"], 2, "Did you mean trainer.max_steps?"),
-        (["fitt"], 2, "there is no command 'fitt'. Did you mean fit?"),
-    ],
-    ids=["version", "bad setting of fit", "bad command"],
-)
-def test_python_m_is_the_command_line(
-    module: str, arguments: list[str], status: int, output: str
-) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", module, *arguments], capture_output=True, text=True, timeout=200
-    )
-    assert done.returncode == status
-    assert output in (done.stderr if status else done.stdout)
+def test_python_m_is_the_command_line(module: str) -> None:
+    command = [sys.executable, "-m", module, "fitt"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 2
+    assert "there is no command 'fitt'. Did you mean fit?" in done.stderr
+
+
+def test_a_bad_setting_of_fit_is_refused_with_a_near_one(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as ended:
+        main(["fit", "--trainer.max_step=4"])
+    assert ended.value.code == 2
+    assert "Did you mean trainer.max_steps?" in capsys.readouterr().err
 
 
 def test_version_is_the_package_s(capsys: pytest.CaptureFixture[str]):

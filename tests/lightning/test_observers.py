@@ -20,7 +20,7 @@ from sdp_lightning.observability.progress.screens import LogScreen
 from sdp_lightning.observability.report import callback as report
 from sdp_lightning.observability.report.files import RunWriter
 from sdp_lightning.testing import FakeEngine
-from support.failing_observers import At, DiskFull, fail, nothing, run, set_aside
+from support.failing_observers import At, Avenger, DiskFull, fail, nothing, run, set_aside
 from support.trainers import make_data, make_module, make_rows, make_trainer
 
 pytestmark = pytest.mark.usefixtures("no_thread_is_left")
@@ -80,11 +80,6 @@ def test_row_ids_and_an_error_that_no_file_expects_reach_every_output(
     for group in (g for batch in sdp.Recording(recorder.written_to) for g in batch.groups):
         shown = sdp.view(group).html()
         assert not {"\0", "\x1b", "\u202e"} & set(shown) and len(shown) < 10**6
-
-
-class Avenger(Callback):
-    def on_exception(self, *args: Any) -> None:
-        raise LookupError("an error about an error")
 
 
 def test_a_callback_that_raises_in_on_exception_neither_hides_nor_keeps_open(

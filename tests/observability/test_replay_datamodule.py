@@ -14,6 +14,7 @@ from sdp_lightning.distributed.rank_group import RankGroup
 from sdp_lightning.lightning.prediction_loader import Rollouts
 from sdp_lightning.observability.recording.replay import ReplayLoader
 from sdp_lightning.testing import FakeEngine
+from support.failing_observers import At, Avenger, fail, set_aside
 from support.recordings import Losses, make_recorded_module, record
 from support.steps import StepRecorder
 from support.trainers import make_data, make_rows, make_trainer, make_workflow, weights_of
@@ -117,6 +118,16 @@ def test_a_replay_refuses_what_needs_an_engine(model_folder: str, run: Recorded)
         make_trainer(sdp.Recorder(), max_steps=2).fit(
             make_recorded_module(model_folder), datamodule=data
         )
+
+
+def test_a_callback_that_raises_about_an_error_does_not_hide_that_of_a_replay(
+    model_folder: str, run: Recorded, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = make_trainer(Avenger(), At(fail, batch_idx=1), max_steps=STEPS)
+    with pytest.raises(ValueError, match="the real error") as info:
+        trainer.fit(make_recorded_module(model_folder), sdp.ReplayDataModule(run.folder))
+    assert info.value.__context__ is None
+    assert set_aside(caplog, "on_exception of Avenger") == 1
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -21,15 +21,15 @@ class DiskFull(OSError):
 
 
 class At(Callback):
-    """Calls a function at the start of the third batch."""
+    """Calls a function at the start of a batch, of the third one unless told otherwise."""
 
-    def __init__(self, function: Any) -> None:
-        self._function = function
+    def __init__(self, function: Any, batch_idx: int = 2) -> None:
+        self._function, self._batch_idx = function, batch_idx
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if batch_idx == 2:
+        if batch_idx == self._batch_idx:
             self._function()
 
 
@@ -61,3 +61,10 @@ def run(folder: str, *callbacks: Callback, logger: Any = False, rows: Any = None
 
 def set_aside(caplog: pytest.LogCaptureFixture, name: str) -> int:
     return sum(f"{name} failed and is set aside: " in r.getMessage() for r in caplog.records)
+
+
+class Avenger(Callback):
+    """Raises when it hears of an error."""
+
+    def on_exception(self, *args: Any) -> None:
+        raise LookupError("an error about an error")
