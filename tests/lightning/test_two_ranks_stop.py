@@ -23,9 +23,12 @@ import torch
 torch.set_num_threads(1)
 sys.path.insert(0, {tests!r})
 from support.trainers import make_data, make_module, make_rows, make_trainer
+from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 import sdp_lightning as sdp
 from sdp_lightning.testing import FakeEngine
+
+_ChildProcessObserver.__init__.__defaults__ = (0.01,)  # s between its looks: it misses no end
 
 class Mark(Callback):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):

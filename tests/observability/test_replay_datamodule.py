@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import save_tiny
+from lightning.pytorch.callbacks import Callback
 
 import sdp_lightning as sdp
 from sdp_lightning.distributed.rank_group import RankGroup
@@ -175,12 +176,16 @@ def test_the_mode_and_the_mask_of_the_run_are_those_of_its_replay(
 
 
 def start(
-    folder: str, target: Path | None, *, steps: int, checkpoint: Path | None = None, **trainer: Any
+    folder: str,
+    target: Path | None,
+    *callbacks: Callback,
+    steps: int,
+    checkpoint: Path | None = None,
+    **trainer: Any,
 ) -> Any:
     """One start of a run that is recorded, and its Trainer."""
     made = make_trainer(
-        sdp.WeightSyncCallback(),
-        sdp.Recorder(target, rows_per_file=1000),
+        *(sdp.WeightSyncCallback(), sdp.Recorder(target, rows_per_file=1000), *callbacks),
         max_steps=steps,
         **trainer,
     )
@@ -193,7 +198,10 @@ def test_a_run_that_goes_on_goes_on_with_its_recording(model_folder: str, tmp_pa
     target, checkpoint = tmp_path / "recording", tmp_path / "two.ckpt"
     trainer = start(model_folder, target, steps=4)
     trainer.save_checkpoint(checkpoint)
-    start(model_folder, target, steps=8, checkpoint=checkpoint)
+    whole: list[bool | None] = [sdp.Recording(target).is_whole]
+    look = At(lambda: whole.append(sdp.Recording(target).is_whole))
+    start(model_folder, target, look, steps=8, checkpoint=checkpoint)
+    assert whole == [True, False], "while it goes on, it is not whole"
     before = sdp.Recording(target)
     assert before.versions == [0, 1, 2, 3]
     start(model_folder, target, steps=6, checkpoint=checkpoint)
@@ -210,8 +218,6 @@ def test_a_run_that_goes_on_goes_on_with_its_recording(model_folder: str, tmp_pa
 def test_what_was_trained_on_before_a_checkpoint_is_written_with_it(
     model_folder: str, tmp_path: Path
 ) -> None:
-    from lightning.pytorch.callbacks import Callback
-
     class Look(Callback):
         def __init__(self) -> None:
             self.found: list[int] = []
