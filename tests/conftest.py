@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+import support.quick_lightning  # noqa: F401  (changes Lightning)
 from sdp_lightning.testing import tiny_model, tiny_tokenizer
 from support.export_fixtures import trained, untied_folder
 from support.server_fixtures import fresh, one, pair, two

@@ -140,6 +140,7 @@ if __name__ == "__main__":
 
     import support.kill_resume_run
     import support.metrics_ranks_run
+    import support.quick_lightning
     import support.rollouts_on_ranks
     import support.trainers  # noqa: F401
 
