@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import signal
+import socket
 import tempfile
 import time
 import urllib.request
@@ -40,6 +41,7 @@ from sdp_lightning.training.batch import Batch
 from sdp_lightning.types import Row, Trajectory
 from sdp_lightning.workflows.workflow import RolloutSession
 from support.fake_servers import QUICK
+from support.port_scan import listening_ports, scan
 from support.rank_place import CountingModule, Metrics, Place, make_strategy, weights_of
 from support.trainers import Recorder, executor_of, make_trainer, weigh_letters
 
@@ -125,6 +127,8 @@ class Troublemaker(Callback):
         self, place: Place, trouble: Trouble, servers: Sequence[Mapping[str, Any]]
     ) -> None:
         self._place, self._trouble, self._servers = place, trouble, servers
+        self.scanned: list[int] = []
+        self._strangers: list[socket.socket] = []
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -141,6 +145,9 @@ class Troublemaker(Callback):
             os.kill(os.getpid(), signal.SIGSTOP)
         if self._trouble.what == "told to stop":
             os.kill(os.getpid(), self._trouble.signum)
+        if self._trouble.what == "port scan":
+            self.scanned = listening_ports()
+            self._strangers = scan(self.scanned)  # they stay to the end
         if self._trouble.what == "server killed":
             os.kill(self._servers[-1]["pid"], signal.SIGKILL)
         if self._trouble.what == "load fails":
@@ -233,11 +240,12 @@ def rollouts(
         update=sdp.UpdateConfig(num_minibatches=minibatches, max_tokens_per_microbatch=30),
     )
     seen, metrics, collectives = Steps(), Metrics(), Collectives()
+    troublemaker = Troublemaker(place, what, servers)
     saver = ModelCheckpoint(save_in, "{step}", every_n_train_steps=1, save_top_k=-1)
     page = tempfile.mkdtemp(dir=Path(place.folder).parent)
     trainer = make_trainer(
         sdp.WeightSyncCallback(),
-        Troublemaker(place, what, servers),
+        troublemaker,
         seen,
         metrics,
         collectives,
@@ -265,6 +273,7 @@ def rollouts(
         "exact": seen.exact,
         "servers": seen.servers,
         "page": os.listdir(page),
+        "scanned": troublemaker.scanned,
         "val_rows": val_workflow.seen,
         "val": seen.evaluations,
         "scored": module.num_scored,
