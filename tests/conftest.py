@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 import torch
 
+import support.quick_lightning  # noqa: F401  (changes Lightning)
 from sdp_lightning.testing import tiny_model, tiny_tokenizer
+from support.export_fixtures import trained, untied_folder
 from support.server_fixtures import fresh, one, pair, two
 
-__all__ = ["fresh", "one", "pair", "two"]  # fixtures
+__all__ = ["fresh", "one", "pair", "trained", "two", "untied_folder"]  # fixtures
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # under nohup, or in a script's background
     signal.signal(signal.SIGINT, signal.default_int_handler)  # tests send it to what they start
@@ -108,11 +110,23 @@ def nothing_is_left(no_thread_is_left: None) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def launcher(model_folder: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def fork_server() -> Iterator[Any]:
+    """Starts processes that have the libraries loaded: see ``support/fork_server.py``."""
+    from support.fork_server import ForkServer
+
+    server = ForkServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def launcher(
+    fork_server: Any, model_folder: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Any]:
     """The process that ranks are forked from: see ``support/many_ranks_run.py``."""
     from support.rank_runs import Launcher
 
-    running = Launcher(model_folder, tmp_path_factory.mktemp("ranks"))
+    running = Launcher(fork_server, model_folder, tmp_path_factory.mktemp("ranks"))
     yield running
     running.close()
 

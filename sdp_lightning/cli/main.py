@@ -112,10 +112,11 @@ def report(arguments: Sequence[str]) -> int:
 def run_trainer(arguments: list[str]) -> int:
     """Run a command of the Trainer; errors of this package and the system are printed as one line.
 
-    Status 2: a setting is refused. Status 1: the run ended with an error.
+    Status 2: a setting is refused. Status 1: the run ended with an error, or its recording is not
+    whole.
     """
     from sdp_lightning.cli.quiet_logs import quiet_logs
-    from sdp_lightning.cli.trainer import RolloutCLI, recorded
+    from sdp_lightning.cli.trainer import RolloutCLI, describe, recording_of
 
     quiet_logs()
     try:
@@ -126,7 +127,9 @@ def run_trainer(arguments: list[str]) -> int:
             return 0
         trainer = RolloutCLI(arguments).trainer
         if arguments[0] == "rollout" and trainer.is_global_zero:
-            print(recorded(trainer))
+            recording = recording_of(trainer)
+            print(describe(recording))
+            return int(not recording.is_whole)
     except (SDPError, OSError) as error:
         if os.environ.get(TRACEBACK):
             raise

@@ -164,10 +164,14 @@ def _last_of_all_versions(trainer: Trainer) -> Path | None:
     return max(checkpoints, key=lambda path: path.stat().st_mtime, default=None)
 
 
-def recorded(trainer: Trainer) -> str:
-    """One line about the recording of ``rollout``."""
+def recording_of(trainer: Trainer) -> Recording:
+    """What ``rollout`` has recorded; a recording that is not whole says so."""
     (recorder,) = [c for c in trainer.callbacks if isinstance(c, Recorder)]  # type: ignore
-    recording = Recording(recorder.written_to)
+    return Recording(recorder.written_to)
+
+
+def describe(recording: Recording) -> str:
+    """One line about a recording."""
     groups = [group for batch in recording for group in batch.groups]
     rewards = [t.reward for group in groups for t in group.trajectories]
     return (

@@ -22,10 +22,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from sdp_lightning.distributed.messaging import LOOPBACK_HOSTS
+from sdp_lightning.distributed.stopped_ranks import LOOK_S, StoppedRanks
 from sdp_lightning.errors import RankError
 
 logger = logging.getLogger(__name__)
 
+STOPPED_S = 600.0
 GRACE_S = 10.0  # for the main thread to come back and end the training in order
 _TOKEN_BYTES = 16
 _LONGEST = 4000  # characters of a message
@@ -49,12 +51,21 @@ class FailureDetector:
         rank: rank of this process.
         links: connection to rank 0; on rank 0 the connections to all others.
         grace_s: seconds from a failure to the end of this process, unless ``close`` comes first.
+        stopped_s: seconds that a rank of this machine may be stopped (SIGSTOP) before it is killed.
+        look_s: seconds between two looks at that.
     """
 
     def __init__(
-        self, rank: int, links: Mapping[int, socket.socket], *, grace_s: float = GRACE_S
+        self,
+        rank: int,
+        links: Mapping[int, socket.socket],
+        *,
+        grace_s: float = GRACE_S,
+        stopped_s: float = STOPPED_S,
+        look_s: float = LOOK_S,
     ) -> None:
         self._rank, self._links, self._grace_s = rank, dict(links), grace_s
+        self._stopped_ranks, self._look_s = StoppedRanks(links, stopped_s), look_s
         self._failure: RankFailure | None = None
         self._closed = threading.Event()
         self._wake, self._woken = socket.socketpair()
@@ -71,6 +82,10 @@ class FailureDetector:
     def tell(self, message: str) -> None:
         """Tell the others that this rank has failed."""
         self._send([self._rank, message[:_LONGEST]])
+
+    def kill_stopped(self) -> list[str]:
+        """Kill the ranks that are stopped now and so cannot be told; a sentence about each."""
+        return self._stopped_ranks.kill()
 
     def close(self) -> None:
         """Leave: from now on the end of this process is no failure. Safe to call twice."""
@@ -95,11 +110,15 @@ class FailureDetector:
             for rank, link in self._links.items():
                 selector.register(link, selectors.EVENT_READ, rank)
             selector.register(self._woken, selectors.EVENT_READ)
+            look_s = self._look_s if self._stopped_ranks.can_look else None
             while self._failure is None and not self._closed.is_set():
-                for key, _ in selector.select():
+                for key, _ in selector.select(look_s):
                     if key.data is not None:
                         selector.unregister(key.fileobj)
                         self._hear(key.data)
+                if (found := self._stopped_ranks.look()) is not None:
+                    self._fail(RankFailure(*found))
+                    self.kill_stopped()  # it answers no more, and collectives wait for it
         if self._failure is not None:
             self._await_end(self._failure)
 
@@ -114,10 +133,14 @@ class FailureDetector:
             message: list[Any] = json.loads(line) if line else [rank, "its process has ended."]
         except ValueError:  # this thread must live on
             message = [rank, f"its message is not valid: {line[:80]!r}."]
-        if message and self._failure is None:
-            self._failure = RankFailure(*message)
+        if message:
+            self._fail(RankFailure(*message))
+
+    def _fail(self, failure: RankFailure) -> None:
+        if self._failure is None:
+            self._failure = failure
             if self._rank == 0:
-                self._send(message)
+                self._send([failure.rank, failure.message])
 
     def _await_end(self, failure: RankFailure) -> None:
         logger.error("%s", failure)
@@ -127,6 +150,7 @@ class FailureDetector:
             "still running %.0f s after the failure: exiting with status 1.",
             self._grace_s,
         )
+        self.kill_stopped()
         faulthandler.dump_traceback()
         os._exit(1)
 

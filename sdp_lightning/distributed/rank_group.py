@@ -120,7 +120,8 @@ class RankGroup:
     def fail(self, error: BaseException) -> None:
         """Tell the others that this rank has failed: their next wait ends with its error.
 
-        If another rank failed first, a note on ``error`` says so: it may be the cause.
+        If another rank failed first, a note on ``error`` says so: it may be the cause. A rank that
+        is stopped (SIGSTOP) hears nothing: it is killed, and named in a note.
         """
         if self.size == 1:
             return
@@ -131,10 +132,13 @@ class RankGroup:
             self._tell(f"{type(error).__name__}: {error}")
         elif cause.message not in str(error):
             error.add_note(f"Before that, {cause}")
+        if self._failure_detector is not None:
+            for sentence in self._failure_detector.kill_stopped():
+                error.add_note(sentence)
 
     def watch(self, links: Mapping[int, socket]) -> None:
         """Listen for failures on ``links`` until ``close``, also between two collectives."""
-        self._failure_detector = FailureDetector(self.rank, links)
+        self._failure_detector = FailureDetector(self.rank, links, stopped_s=self._timeout_s)
 
     def close(self) -> None:
         """Leave the group: from now on the end of this process is no failure."""

@@ -20,7 +20,7 @@ from sdp_lightning.config.compatibility import check_together
 from sdp_lightning.distributed.rank_group import RankGroup
 from sdp_lightning.engines.protocol import InferenceEngine
 from sdp_lightning.errors import ConfigError
-from sdp_lightning.lightning.ending import guard_surroundings
+from sdp_lightning.lightning.ending import guard_callbacks
 from sdp_lightning.lightning.evaluation_loader import EvaluationLoader
 from sdp_lightning.lightning.leftover import Leftover
 from sdp_lightning.lightning.module import SegmentWisePPOModule
@@ -129,7 +129,7 @@ class RolloutDataModule(L.LightningDataModule):
             )
         self.stop = StopRequest()
         if self.trainer is not None:
-            guard_surroundings(self.trainer)
+            guard_callbacks(self.trainer)
         module = self._module()
         config = self.rollout.share(1 if self.trainer is None else self.trainer.world_size)
         check_together(config, module.update, module.loss)

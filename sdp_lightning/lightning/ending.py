@@ -19,23 +19,35 @@ LOGGER_METHODS = (
 )
 
 
-def guard_surroundings(trainer: L.Trainer) -> None:
-    """Guard the callbacks and loggers of ``trainer`` for the run that begins.
+def guard_callbacks(trainer: L.Trainer) -> None:
+    """Guard the callbacks of ``trainer`` for the run that begins.
 
-    A callback that raises in ``on_exception`` is named in a warning, and the next one is called. A
-    logger that raises at any time is named once, and gets no more calls in this run. The guards
-    stay on the objects, and the next run replaces them.
+    One that raises in ``on_exception`` is named in a warning, and the next one is called. The guard
+    stays on the callback, and the next run replaces it.
     """
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     for callback in callbacks:
         if not isinstance(callback, Observer):
             own = _own(callback, "on_exception")
             callback.on_exception = _EndingGuard(own, type(callback).__name__)
-    for logger in trainer.loggers:
+
+
+def guard_loggers(trainer: L.Trainer) -> None:
+    """Guard the loggers of ``trainer`` for the run that begins, before Lightning uses them.
+
+    A logger that raises is named once, and gets no more calls in this run; one that cannot even
+    make its ``experiment`` is taken from the Trainer.
+    """
+    for logger in list(trainer.loggers):
         failed: list[Exception] = []
         for name in LOGGER_METHODS:
             guard = _LoggerGuard(_own(logger, name), type(logger).__name__, failed)
             setattr(logger, name, guard)
+        try:
+            getattr(logger, "experiment", None)  # foreign: a Logger need not have one
+        except Exception as error:
+            say_set_aside(type(logger).__name__, error, "what it logs, in all runs of this Trainer")
+            trainer.loggers = [other for other in trainer.loggers if other is not logger]
 
 
 class _EndingGuard:
@@ -51,7 +63,8 @@ class _EndingGuard:
             lost = "what it does when a run fails; the run's own error follows"
             say_set_aside(f"on_exception of {self._name}", error, lost)
         except BaseException:  # a second signal: Lightning calls nobody else
-            trainer.datamodule.close()  # type: ignore[attr-defined]
+            data: Any = trainer.datamodule  # type: ignore[attr-defined]
+            data.teardown(trainer.state.fn)
             raise
 
 

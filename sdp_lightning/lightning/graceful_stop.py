@@ -21,6 +21,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from sdp_lightning.errors import CheckpointError, ConfigError
 from sdp_lightning.lightning.datamodule import RolloutDataModule
+from sdp_lightning.lightning.launched_ranks import outlive_other_ranks
 from sdp_lightning.lightning.stop_request import raise_as_lightning
 
 logger = logging.getLogger(__name__)
@@ -78,6 +79,8 @@ class GracefulStop:
         if self._trainer is None:
             return
         trainer, data = self._trainer, self._data
+        if data.stop.agreed:
+            outlive_other_ranks(trainer)
         if self._may_save(version):
             path = self._path()
             try:

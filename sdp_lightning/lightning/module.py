@@ -13,6 +13,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoTokenizer, PreTrainedModel
@@ -22,6 +23,7 @@ from sdp_lightning.config.model_source import resolve_model
 from sdp_lightning.distributed.rank_group import RankGroup
 from sdp_lightning.distributed.reductions import RankSums
 from sdp_lightning.errors import ConfigError
+from sdp_lightning.lightning.ending import guard_loggers
 from sdp_lightning.lightning.known_warnings import ignore_known_warnings
 from sdp_lightning.lightning.trainer_checks import check_trainer
 from sdp_lightning.training.batch import Batch, collate
@@ -109,6 +111,11 @@ class SegmentWisePPOModule(L.LightningModule):
     def tokenizer(self) -> Any:
         """The model's tokenizer, loaded when it is first read."""
         return AutoTokenizer.from_pretrained(self.model_id)
+
+    def configure_callbacks(self) -> list[Callback]:
+        """None of its own. The first hook of a run: from here on its loggers are guarded."""
+        guard_loggers(self.trainer)
+        return []
 
     def configure_model(self) -> None:
         if self.policy is not None:

@@ -15,20 +15,10 @@ import sdp_lightning as sdp
 from sdp_lightning.cli.export import export_checkpoint
 from sdp_lightning.cli.main import main
 from sdp_lightning.testing import tiny_model, tiny_tokenizer
-from support.exports import TIED, content, fit, load, names_in, save
+from support.exports import TIED, content, fit, load, names_in
+from support.fork_server import ForkServer
 from support.plain_forwards import logits
-
-
-@pytest.fixture(scope="module")
-def untied_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save(tmp_path_factory.mktemp("untied"), tiny_model(tie_word_embeddings=False))
-
-
-@pytest.fixture(scope="module")
-def trained(model_folder: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of ``model_folder``, as a training run leaves it."""
-    return fit(model_folder, tmp_path_factory.mktemp("trained"))[0]
-
+from support.rank_environment import free_port, rank_environment
 
 # Trained by this package ------------------------------------------------------------
 
@@ -126,20 +116,33 @@ if __name__ == "__main__":
 """
 
 
-def train_sharded(base: str, place: Path) -> Path:
+def train_sharded(server: ForkServer, base: str, place: Path) -> Path:
     """The folder that 2 processes write under FSDP2."""
-    script, out = place / "train.py", place / "shards"
-    script.write_text(TRAIN_SHARDED)
-    command = [sys.executable, str(script), base, str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=place)
-    assert done.returncode == 0, done.stderr
+    out, port = place / "shards", free_port()
+    with (place / "errors").open("w") as errors:
+        ranks = [
+            server.start(
+                TRAIN_SHARDED,
+                *(base, str(out)),
+                stderr=errors.fileno(),
+                env=rank_environment(rank, 2, port),
+            )
+            for rank in range(2)
+        ]
+    try:
+        assert [rank.wait(200.0) for rank in ranks] == [0, 0], (place / "errors").read_text()
+    finally:
+        for rank in ranks:
+            rank.kill()
     assert len(list(out.glob("*.distcp"))) == 2
     return out
 
 
-def test_a_sharded_checkpoint_has_the_logits_of_its_weights(model_folder: str, tmp_path: Path):
+def test_a_sharded_checkpoint_has_the_logits_of_its_weights(
+    fork_server: ForkServer, model_folder: str, tmp_path: Path
+):
     """Read the other way, by torch's own converter."""
-    shards = train_sharded(model_folder, tmp_path)
+    shards = train_sharded(fork_server, model_folder, tmp_path)
     dcp_to_torch_save(shards, tmp_path / "all.pt")
     state = torch.load(tmp_path / "all.pt", weights_only=True)["state_dict"]
     reference = tiny_model()

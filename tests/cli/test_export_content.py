@@ -5,8 +5,6 @@ from __future__ import annotations
 import ctypes
 import json
 import re
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -18,18 +16,9 @@ import sdp_lightning as sdp
 from sdp_lightning.cli.export import export_checkpoint
 from sdp_lightning.cli.main import main
 from sdp_lightning.testing import tiny_model, tiny_tokenizer
-from support.exports import TIED, content, fit, load, names_in, save, save_checkpoint
+from support.exports import TIED, content, load, names_in, save, save_checkpoint
+from support.fork_server import ForkServer
 from support.plain_forwards import logits
-
-
-@pytest.fixture(scope="module")
-def untied_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save(tmp_path_factory.mktemp("untied"), tiny_model(tie_word_embeddings=False))
-
-
-@pytest.fixture(scope="module")
-def trained(model_folder: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return fit(model_folder, tmp_path_factory.mktemp("trained"))[0]
 
 
 def test_a_mixture_of_experts_is_written_under_its_names_on_the_hub(tmp_path: Path):
@@ -108,7 +97,7 @@ def test_overwriting_replaces_the_whole_folder(trained: Path, model_folder: str,
 
 @pytest.mark.fault("process killed", "checkpoint")
 def test_an_export_that_is_killed_leaves_the_folder_as_it_was(
-    trained: Path, model_folder: str, tmp_path: Path
+    fork_server: ForkServer, trained: Path, model_folder: str, tmp_path: Path
 ):
     script = (
         "import os, signal, sys, transformers\n"
@@ -119,10 +108,8 @@ def test_an_export_that_is_killed_leaves_the_folder_as_it_was(
     )
     old = Path(save(tmp_path / "old", tiny_model(seed=5)))
     before = content(old)
-    command = [sys.executable, "-c", script, "export", str(trained), str(old)]
-    arguments = ["--model", model_folder, "--overwrite"]
-    done = subprocess.run([*command, *arguments], capture_output=True, timeout=200)
-    assert done.returncode == -9
+    arguments = ["export", str(trained), str(old), "--model", model_folder, "--overwrite"]
+    assert fork_server.start(script, *arguments, stderr=2).wait(200.0) == -9
     assert list(tmp_path.glob(".old.*.part/*.safetensors"))
     assert content(old) == before
 

@@ -15,12 +15,7 @@ import sdp_lightning as sdp
 from sdp_lightning.cli.export import export_checkpoint
 from sdp_lightning.cli.main import main
 from sdp_lightning.testing import tiny_model
-from support.exports import TIED, content, fit, save_checkpoint
-
-
-@pytest.fixture(scope="module")
-def trained(model_folder: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return fit(model_folder, tmp_path_factory.mktemp("trained"))[0]
+from support.exports import TIED, content, save_checkpoint
 
 
 def without(name: str) -> dict[str, torch.Tensor]:

@@ -12,8 +12,6 @@ import os
 import queue
 import random
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -26,8 +24,8 @@ from typing import Any
 
 import pytest
 
+from support.fork_server import ForkServer
 from support.kill_journal import NUM_ROWS, STEPS, expected_length, make_rows
-from support.paths import SUPPORT
 
 DEADLINE_S = 200
 AT_ONCE = 3
@@ -42,29 +40,31 @@ KINDS = [
 class Forks:
     """Orders runs from ``kill_resume_run.py``, and hears of their ends."""
 
-    def __init__(self, tmp: Path) -> None:
-        script = SUPPORT / "kill_resume_run.py"
+    def __init__(self, server: ForkServer, tmp: Path) -> None:
+        orders, writing = os.pipe()
+        reading, answers = os.pipe()
         with (tmp / "stderr").open("w") as stderr:
-            self._process = subprocess.Popen(
-                [sys.executable, str(script)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=stderr,
-                text=True,
-                env=os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(tmp)},
-                start_new_session=True,
+            self._process = server.start(
+                "from support import kill_resume_run; kill_resume_run.serve()",
+                stdin=orders,
+                stdout=answers,
+                stderr=stderr.fileno(),
+                env={"TMPDIR": str(tmp)},
             )
+        for end in (orders, answers):
+            os.close(end)
+        self._orders, self._words = os.fdopen(writing, "w"), os.fdopen(reading)
         self._answers: dict[int, queue.Queue[dict[str, int]]] = {}
         self._lock = threading.Lock()
-        threading.Thread(target=self._listen, daemon=True).start()
+        self._listener = threading.Thread(target=self._listen, daemon=True)
+        self._listener.start()
 
     def begin(self, seed: int, **order: Any) -> list[int]:
         """Start a run; its process id."""
-        assert self._process.stdin is not None
         with self._lock:
             self._answers[seed] = queue.Queue()
-            self._process.stdin.write(json.dumps({"seed": seed, **order}) + "\n")
-            self._process.stdin.flush()
+            self._orders.write(json.dumps({"seed": seed, **order}) + "\n")
+            self._orders.flush()
         return self._answers[seed].get(timeout=DEADLINE_S)["pids"]
 
     def has_ended(self, seed: int) -> bool:
@@ -74,20 +74,22 @@ class Forks:
         return self._answers[seed].get(timeout=DEADLINE_S)["codes"]
 
     def close(self) -> None:
-        os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.communicate()
+        self._process.kill()
+        self._process.wait(DEADLINE_S)
+        self._listener.join()
+        self._orders.close()
+        self._words.close()
 
     def _listen(self) -> None:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
+        for line in self._words:
             answer = json.loads(line)
             if "seed" in answer:
                 self._answers[answer["seed"]].put(answer)
 
 
 @pytest.fixture(scope="module")
-def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
-    forks = Forks(tmp_path_factory.mktemp("forks"))
+def forks(fork_server: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    forks = Forks(fork_server, tmp_path_factory.mktemp("forks"))
     yield forks
     forks.close()
 

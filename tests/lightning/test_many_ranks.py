@@ -60,16 +60,28 @@ MORE: dict[str, dict[str, Any]] = {
 }
 
 
+def learn_alone(launcher: Launcher, cases: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What one process sees of each case."""
+    return launcher.run(1, {name: {"kind": "recorded", **case} for name, case in cases.items()})[0]
+
+
+@pytest.fixture(scope="module")
+def alone(launcher: Launcher) -> dict[str, Any]:
+    return learn_alone(launcher, RECORDED)
+
+
 def compare_recorded(
-    launcher: Launcher, cases: Mapping[str, Mapping[str, Any]], strategy: str
+    launcher: Launcher,
+    cases: Mapping[str, Mapping[str, Any]],
+    strategy: str,
+    alone: Mapping[str, Any],
 ) -> Results:
-    alone = launcher.run(1, {name: {"kind": "recorded", **case} for name, case in cases.items()})
     ranks = launcher.run(
         2,
         {name: {"kind": "recorded", "strategy": strategy, **case} for name, case in cases.items()},
     )
     for name in cases:
-        expected = alone[0][name]
+        expected = alone[name]
         assert len(expected["metrics"]) == 5
         for found in (ranks[0][name], ranks[1][name]):
             assert_same_weights(found, expected)
@@ -83,8 +95,10 @@ def compare_recorded(
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_ranks_learn_what_one_process_learns(launcher: Launcher, strategy: str) -> None:
-    ranks = compare_recorded(launcher, RECORDED, strategy)
+def test_ranks_learn_what_one_process_learns(
+    launcher: Launcher, alone: dict[str, Any], strategy: str
+) -> None:
+    ranks = compare_recorded(launcher, RECORDED, strategy, alone)
     for name in ("padded", "partly trained, checkpointed"):  # one rank has forwards to spare
         assert ranks[0][name]["microbatches"] != ranks[1][name]["microbatches"]
     num_loads = {rank: {case["num_loads"] for case in ranks[rank].values()} for rank in (0, 1)}
@@ -96,7 +110,7 @@ def test_ranks_learn_what_one_process_learns(launcher: Launcher, strategy: str) 
 def test_ranks_learn_what_one_process_learns_in_every_setting(
     launcher: Launcher, strategy: str
 ) -> None:
-    compare_recorded(launcher, MORE, strategy)
+    compare_recorded(launcher, MORE, strategy, learn_alone(launcher, MORE))
 
 
 def test_mixed_precision_rounds_sharded_weights_on_their_way_and_no_log_prob(

@@ -14,7 +14,7 @@ from support.paths import SUPPORT
 from support.rank_runs import LIMIT_S, Launcher, running_in_group
 from support.waiting import wait_for
 
-DIED = {"kill": -9}
+DIED = {"kill": -9, "stopped": -9}
 FAILURES = [
     # what, rank, what the failing one says, what the other one says
     ("reward", 1, "ValueError: no such letter", "rank 1 failed while taking the batch"),
@@ -22,6 +22,8 @@ FAILURES = [
     ("training step", 0, "no such gradient", "rank 0 failed: ValueError: no such gradient"),
     ("kill", 1, "", "rank 1 failed: its process has ended."),
     ("kill", 0, "", "rank 0 failed: its process has ended."),
+    ("stopped", 1, "", "rank 1 failed: it has been stopped (SIGSTOP) for 90 s."),
+    ("stopped", 0, "", "rank 0 failed: it has been stopped (SIGSTOP) for 90 s."),
     ("rollout hangs", 1, "waited 5.0 s for 2 groups", "rank 1 failed while taking the batch of"),
     ("publish", 1, "no such weight", "rank 1 failed while publishing version 1: EngineError"),
     (
@@ -60,7 +62,7 @@ def name_failure(case: tuple[str, int, str, str]) -> str:
 @pytest.mark.fault("exception", "reward", only="^reward,")
 @pytest.mark.fault("exception", "train step", only="^training step,")
 @pytest.mark.fault("process killed", "train step", only="^kill,")
-@pytest.mark.fault("hang", "gather", only="^rollout hangs,")
+@pytest.mark.fault("hang", "gather", only="^(rollout hangs|stopped),")
 @pytest.mark.fault("exception", "publish", only="^publish,")
 @pytest.mark.fault("hang", "publish", only="^publish hangs,")
 def test_a_failure_on_one_rank_ends_all_within_seconds_and_is_named(
@@ -69,12 +71,21 @@ def test_a_failure_on_one_rank_ends_all_within_seconds_and_is_named(
     check_failure(launcher, "ddp", case)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", FAILURES[:-1], ids=name_failure)  # there the others wait in gloo
+SHARDED = FAILURES[:-1]  # there the others wait in gloo
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=() if case[:2] == ("kill", 1) else pytest.mark.slow)
+        for case in SHARDED
+    ],
+    ids=name_failure,
+)
 @pytest.mark.fault("exception", "reward", only="^reward,")
 @pytest.mark.fault("exception", "train step", only="^training step,")
 @pytest.mark.fault("process killed", "train step", only="^kill,")
-@pytest.mark.fault("hang", "gather", only="^rollout hangs,")
+@pytest.mark.fault("hang", "gather", only="^(rollout hangs|stopped),")
 @pytest.mark.fault("exception", "publish", only="^publish,")
 def test_so_does_a_failure_where_weights_are_sharded(
     launcher: Launcher, case: tuple[str, int, str, str]

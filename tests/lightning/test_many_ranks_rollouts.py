@@ -18,7 +18,10 @@ UNEVEN = {
 ROLLOUTS: dict[str, dict[str, Any]] = {
     "on policy": {"num_val": 5, "summary": True},
     "to the end": {"steps": 0, "num_rows": 15, "num_epochs": 1},
-    "rank 1 is late": {"rows": {str(i): {"slow_s": 0.2} for i in range(1, 40, 2)}},
+    "rank 1 is late": {
+        "rows": {str(i): {"slow_s": 0.2} for i in range(1, 40, 2)},
+        "trouble": {"what": "port scan", "rank": 0},
+    },
     "uneven": {
         "max_head_lag": 3,
         "steps": 6,
@@ -111,6 +114,15 @@ def test_ranks_stay_together_whatever_each_has_to_wait_for_and_to_score(both: Re
     late = [rank["rank 1 is late"] for rank in both]
     assert late[0]["digest"] == late[1]["digest"]
     assert [len(step) for rank in late for step in rank["rows"]] == [2] * 8
+
+
+@pytest.mark.fault("corrupted data", "gather")
+def test_strangers_on_every_port_of_rank_0_change_nothing(both: Results) -> None:
+    """They say nothing, HTTP, or nonsense, and stay connected to the end."""
+    first, second = (rank["rank 1 is late"] for rank in both)
+    assert first["scanned"], "the store of torch.distributed at least"
+    assert first["versions"] == second["versions"] == [1, 2, 3, 4]
+    assert first["digest"] == second["digest"]
 
 
 def test_where_weights_are_sharded_all_ranks_score_when_one_does(

@@ -2,68 +2,28 @@
 
 from __future__ import annotations
 
-import errno
 import logging
-import os
 import shutil
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-import lightning as L
 import pytest
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
 
 import sdp_lightning as sdp
 from sdp_lightning.lightning.observer import HOOKS, Observer
+from sdp_lightning.observability.progress import callback as progress
+from sdp_lightning.observability.progress.screens import LogScreen
+from sdp_lightning.observability.report import callback as report
+from sdp_lightning.observability.report.files import RunWriter
 from sdp_lightning.testing import FakeEngine
+from support.failing_observers import At, Avenger, DiskFull, fail, nothing, run, set_aside
 from support.trainers import make_data, make_module, make_rows, make_trainer
 
 pytestmark = pytest.mark.usefixtures("no_thread_is_left")
-
-
-class DiskFull(OSError):
-    def __init__(self) -> None:
-        super().__init__(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-class At(Callback):
-    """Calls a function at the start of the third batch."""
-
-    def __init__(self, function: Any) -> None:
-        self._function = function
-
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        if batch_idx == 2:
-            self._function()
-
-
-def fail() -> None:
-    raise ValueError("the real error, about a completion \ud800")
-
-
-def nothing() -> None:
-    pass
-
-
-def run(folder: str, *callbacks: Callback, logger: Any = False, rows: Any = None) -> L.Trainer:
-    engine = FakeEngine()
-    data = make_data(engine=engine, rows=rows, max_head_lag=1)
-    trainer = make_trainer(
-        sdp.WeightSyncCallback(), *callbacks, logger=logger, max_steps=4, log_every_n_steps=1
-    )
-    try:
-        trainer.fit(make_module(folder), data)
-    finally:
-        with pytest.raises(sdp.EngineError, match="closed"):
-            engine.update_weights([], 99, reset=True)
-    return trainer
-
-
-def set_aside(caplog: pytest.LogCaptureFixture, name: str) -> int:
-    return sum(f"{name} failed and is set aside: " in r.getMessage() for r in caplog.records)
 
 
 def observer_of(name: str, tmp_path: Path) -> Callback:
@@ -92,55 +52,34 @@ def test_a_folder_that_goes_away_neither_ends_nor_hides_a_run(
             run(model_folder, *callbacks, logger=logger)
     else:
         assert run(model_folder, *callbacks, logger=logger).global_step == 4
-    assert set_aside(caplog, name) == (1 if own is nothing or name == "RunReport" else 0)
+    assert set_aside(caplog, name) == 1
 
 
-def test_a_row_id_and_an_error_that_are_no_unicode_reach_page_and_recording(
-    model_folder: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.fault("corrupted data", "observer")
+def test_row_ids_and_an_error_that_no_file_expects_reach_every_output(
+    model_folder: str,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    rows = [row | {"id": f"{row['id']}\ud800"} for row in make_rows()]
-    report, recorder = sdp.RunReport(save_every_s=0), sdp.Recorder(tmp_path / "recording")
+    ids = ["surrogate \ud800", "NUL \0, escape \x1b[31m, line\nfeed, \u202e", "long " + "x" * 10**6]
+    rows = [row | {"id": ids[number % 3]} for number, row in enumerate(make_rows())]
+    page, recorder = sdp.RunReport(save_every_s=0), sdp.Recorder(tmp_path / "recording")
+    logger = CSVLogger(tmp_path, name="", version="run")
+    observers = [page, recorder, sdp.ProgressLine(), sdp.RunSummary()]
     with pytest.raises(ValueError, match="the real error"):
-        logger = CSVLogger(tmp_path, name="", version="run")
-        run(model_folder, report, recorder, At(fail), rows=rows, logger=logger)
-    assert report.path is not None
-    assert r"about a completion \ud800" in report.path.read_text(encoding="utf-8")
-    batch = sdp.Recording(recorder.written_to).read(0)
-    assert all(group.row_id.endswith(r"\ud800") for group in batch.groups)
+        run(model_folder, *observers, At(fail), rows=rows, logger=logger)
     assert not any("set aside" in record.getMessage() for record in caplog.records)
-
-
-class FullLogger(CSVLogger):
-    """Its disk is full from the second save on."""
-
-    saves = 0
-
-    def save(self) -> None:
-        self.saves += 1
-        if self.saves > 1:
-            raise DiskFull
-
-
-@pytest.mark.parametrize("own", [nothing, fail], ids=["healthy", "failing"])
-def test_a_logger_on_a_full_disk_is_named_once_and_set_aside(
-    model_folder: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, own: Any
-) -> None:
-    logger = FullLogger(tmp_path, flush_logs_every_n_steps=1)
-    if own is fail:
-        with pytest.raises(ValueError, match="the real error"):
-            run(model_folder, At(own), logger=logger)
-    else:
-        assert run(model_folder, At(own), logger=logger).global_step == 4
-    assert set_aside(caplog, "FullLogger") == 1 and logger.saves == 2
-    logger.saves = -100
-    run(model_folder, logger=logger)
-    assert logger.saves > -99, "the next run asks it again"
-    assert set_aside(caplog, "FullLogger") == 1
-
-
-class Avenger(Callback):
-    def on_exception(self, *args: Any) -> None:
-        raise LookupError("an error about an error")
+    assert "step 2/4" in capsys.readouterr().out
+    assert page.path is not None
+    text = page.path.read_text(encoding="utf-8")
+    assert r"about a completion \ud800" in text
+    assert not {"\0", "\x1b", "\u202e"} & set(text) and len(text) < 10**6
+    seen = {group.row_id for batch in sdp.Recording(recorder.written_to) for group in batch.groups}
+    assert seen == {ids[0].replace("\ud800", r"\ud800"), *ids[1:]}, "none is cut or changed"
+    for group in (g for batch in sdp.Recording(recorder.written_to) for g in batch.groups):
+        shown = sdp.view(group).html()
+        assert not {"\0", "\x1b", "\u202e"} & set(shown) and len(shown) < 10**6
 
 
 def test_a_callback_that_raises_in_on_exception_neither_hides_nor_keeps_open(
@@ -221,3 +160,52 @@ def test_each_of_our_observers_is_one(kind: type[Callback]) -> None:
     assert issubclass(kind, Observer) and kind.lost
     own = [vars(kind)[name] for name in HOOKS & vars(kind).keys()]
     assert own and all(vars(method)["__wrapped__"] for method in own)
+
+
+class DyingScreen(LogScreen):
+    """Fails in the thread that rewrites the line, and only then lets the engine sample."""
+
+    is_live = True
+
+    def __init__(self, engine: FakeEngine) -> None:
+        self._engine = engine
+
+    def show(self, parts: list[str]) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            self._engine.manual = False
+            self._engine.advance(6, awaiting=None)
+            raise DiskFull
+
+
+@pytest.mark.fault("thread died", "observer")
+def test_a_thread_of_an_observer_that_dies_is_said_and_the_run_goes_on(
+    model_folder: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = FakeEngine(manual=True)
+    monkeypatch.setattr(progress, "find_screen", lambda: DyingScreen(engine))
+    monkeypatch.setattr(progress, "TICK_S", 0.01)
+    monkeypatch.setattr(progress, "PATIENCE_S", 0.0)
+    trainer = make_trainer(
+        sdp.WeightSyncCallback(), sdp.ProgressLine(), max_steps=2, enable_progress_bar=True
+    )
+    trainer.fit(make_module(model_folder), make_data(engine=engine))
+    assert trainer.global_step == 2 and set_aside(caplog, "ProgressLine") == 1
+
+
+@pytest.mark.fault("slow", "observer")
+def test_samples_are_saved_less_often_where_the_disk_is_slow(
+    model_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A save takes 0.5 s by this clock, so the next one is due after 50 s: at the end."""
+    clock, saved = [0.0], list[str]()
+    state = RunWriter.state
+
+    def slow(self: RunWriter, values: Any) -> None:
+        clock[0] += 0.5
+        saved.append(values["status"])
+        state(self, values)
+
+    monkeypatch.setattr(RunWriter, "state", slow)
+    monkeypatch.setattr(report, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    trainer = run(model_folder, sdp.RunReport(save_every_s=0), logger=CSVLogger(tmp_path))
+    assert trainer.global_step == 4 and saved == ["running", "finished"]

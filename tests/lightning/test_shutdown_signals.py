@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from support.fork_server import ForkServer
 from support.forked_processes import Ended, forked
 from support.paths import TESTS
 
@@ -55,7 +56,9 @@ class Stopped(Ended):
 
 
 @pytest.fixture(scope="module")
-def stopped(model_folder: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Stopped]:
+def stopped(
+    fork_server: ForkServer, model_folder: str, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Stopped]:
     """Four runs at once, each sent its signal once it has printed its mark."""
     folders = {case: tmp_path_factory.mktemp("saved") for case in CASES}
     scripts = {
@@ -67,7 +70,7 @@ def stopped(model_folder: str, tmp_path_factory: pytest.TempPathFactory) -> dict
         )
         for case in CASES
     }
-    with forked(scripts, tmp_path_factory.mktemp("errors")) as forks:
+    with forked(fork_server, scripts, tmp_path_factory.mktemp("errors")) as forks:
         for case, run in forks.running.items():
             for line in run.stdout:
                 if line.startswith("MARK"):

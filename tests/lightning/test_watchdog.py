@@ -13,6 +13,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 import sdp_lightning as sdp
 from sdp_lightning.testing import FakeEngine
+from support.fork_server import ForkServer
 from support.forked_processes import Ended, forked
 from support.paths import TESTS
 from support.trainers import make_data, make_module, make_rows, make_trainer
@@ -27,6 +28,7 @@ import sys, threading, ctypes
 import torch
 torch.set_num_threads(1)
 sys.path.insert(0, {tests!r})
+from lightning.pytorch.loggers import CSVLogger
 from support.trainers import make_data, make_module, make_trainer
 import sdp_lightning as sdp
 from sdp_lightning.testing import FakeEngine
@@ -46,32 +48,44 @@ def hold_the_lock():  # a C call that keeps the interpreter's lock
 
 class Hangs(sdp.SegmentWisePPOModule):
     def training_step(self, batch, batch_idx):
-        if batch_idx == 1:
+        if batch_idx == 1 and {how!r} != "log_metrics":
             {how}()
         super().training_step(batch, batch_idx)
 
+class Logger(CSVLogger):
+    def log_metrics(self, metrics, step=None):
+        if {how!r} == "log_metrics" and step:
+            sleep()
+        super().log_metrics(metrics, step)
+
 data = make_data(engine=FakeEngine())
 dog = sdp.Watchdog({limit}, patience_s={patience})
-trainer = make_trainer(sdp.WeightSyncCallback(), dog, max_steps=10**6)
+trainer = make_trainer(
+    sdp.WeightSyncCallback(), dog, max_steps=10**6, logger=Logger({logs!r}), log_every_n_steps=1
+)
 trainer.fit(Hangs({folder!r}), data)
 print("ENDED", flush=True)
 """
 
 
 @pytest.fixture(scope="module")
-def ended(model_folder: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
-    """Three runs at once that hang in a training step, each in its own way."""
+def ended(
+    fork_server: ForkServer, model_folder: str, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Ended]:
+    """Runs at once that hang in a training step, each in its own way, or in a logger."""
+    logs = str(tmp_path_factory.mktemp("logs"))
     scripts = {
         how: SCRIPT.format(
             tests=str(TESTS),
             folder=model_folder,
             how=how,
             limit=LIMIT_S,
-            patience=DEADLINE_S if how == "sleep" else 1.0,
+            patience=DEADLINE_S if how in ("sleep", "log_metrics") else 1.0,
+            logs=logs,
         )
-        for how in ("sleep", "swallow", "hold_the_lock")
+        for how in ("sleep", "swallow", "hold_the_lock", "log_metrics")
     }
-    with forked(scripts, tmp_path_factory.mktemp("errors")) as forks:
+    with forked(fork_server, scripts, tmp_path_factory.mktemp("errors")) as forks:
         return forks.wait(DEADLINE_S)
 
 
@@ -95,6 +109,16 @@ def test_a_run_that_is_asked_ends_in_order_with_an_error_that_says_why(
     """Before its patience is over: the error is what ended it."""
     assert "HangError: the trainer's thread showed no sign of life for 3 s" in ended["sleep"].stderr
     assert "no sign of life for 3." in ended["sleep"].stderr
+
+
+@pytest.mark.fault("hang", "observer")
+def test_a_logger_that_hangs_is_ended_and_is_not_set_aside_as_one_that_fails(
+    ended: dict[str, Ended],
+) -> None:
+    result = ended["log_metrics"]
+    assert result.returncode == 1 and "ENDED" not in result.stdout
+    assert "HangError: the trainer's thread showed no sign of life for 3 s" in result.stderr
+    assert "in log_metrics" in result.stderr and "set aside" not in result.stderr
 
 
 def test_one_that_does_not_end_when_asked_is_ended_all_the_same(

@@ -13,6 +13,7 @@ from support.trainers import make_trainer
 def test_its_batches_are_read() -> None:
     recording = sdp.Recording(OLD_RECORDING)
     assert recording.versions == [0, 1, 2]
+    assert recording.is_whole is None, "nobody knows: it has no end mark"
     assert recording.settings.segment_wise and recording.settings.is_scored
     batches = list(recording)
     rows = [[group.row_id for group in batch.groups] for batch in batches]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +21,8 @@ from sdp_lightning.observability.recording import (
     schema,
     table as tables,
 )
-from support.paths import TESTS
+from sdp_lightning.observability.recording.files import remove_end_marks
+from support.fork_server import ForkServer
 from support.recordings import SETTINGS, assert_same_group, make_batch, write
 
 
@@ -39,6 +42,7 @@ def test_what_is_read_is_what_was_written_bit_by_bit(tmp_path: Path) -> None:
 def test_files_are_bounded_and_appear_whole(tmp_path: Path) -> None:
     write(tmp_path, range(5))
     names = sorted(path.name for path in tmp_path.iterdir())
+    assert names.pop(0) == "_rank0000.end.json"
     assert names == [f"rank0000-run000-part0000{part}.parquet" for part in range(3)]
     rows = [pq.read_metadata(tmp_path / name).num_rows for name in names]
     assert rows == [12, 12, 6], "two batches of 6 trajectories a file"
@@ -62,7 +66,8 @@ def test_one_row_is_one_trajectory_and_every_column_is_documented(tmp_path: Path
     assert row["parts"][1]["proximal_version"] == 2 and row["parts"][3]["proximal"] is None
 
 
-def test_what_a_killed_run_leaves_is_readable(tmp_path: Path) -> None:
+@pytest.mark.fault("process killed", "observer")
+def test_what_a_killed_run_leaves_is_readable(fork_server: ForkServer, tmp_path: Path) -> None:
     """Killed while it writes: whole files stay, the one under way does not count."""
     script = (
         "import os, sys\n"
@@ -78,11 +83,68 @@ def test_what_a_killed_run_leaves_is_readable(tmp_path: Path) -> None:
         "pq.write_table = dies\n"
         "write(folder, range(6))\n"
     )
-    command = [sys.executable, "-c", script, str(tmp_path)]
-    done = subprocess.run(command, cwd=TESTS, timeout=200, capture_output=True)
-    assert done.returncode == -9, done.stderr
+    assert fork_server.start(script, str(tmp_path), stderr=2).wait(200.0) == -9
     assert [path.name[0] for path in sorted(tmp_path.iterdir())].count(".") == 1
-    assert sdp.Recording(tmp_path).versions == [0, 1, 2, 3]
+    recording = sdp.Recording(tmp_path)
+    assert recording.versions == [0, 1, 2, 3] and recording.is_whole is False
+
+
+def test_a_recording_is_whole_until_another_start_goes_on_and_does_not_end(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def is_whole() -> bool | None:
+        return sdp.Recording(tmp_path).is_whole
+
+    write(tmp_path, [0, 1, 2])
+    assert is_whole() is True and not caplog.records
+    remove_end_marks(tmp_path)  # another start begins
+    assert is_whole() is False
+    (said,) = caplog.records
+    assert "is not whole: it has 3 steps, versions 0 to 2. The run was killed" in said.getMessage()
+    write(tmp_path, [3, 4], run=1, is_killed=True)
+    assert is_whole() is False
+    write(tmp_path, [3, 4, 5], run=2)
+    assert is_whole() is True
+    (tmp_path / "rank0000-run002-part00001.parquet").unlink()
+    assert is_whole() is False, "the mark knows of version 5"
+
+
+@pytest.mark.fault("corrupted data", "observer")
+@pytest.mark.parametrize("torn", [b"", b"PAR1", b"PAR1 half a file PAR1"])
+@pytest.mark.parametrize("mark", [b"", b'{"run": 0, "e', b"[]", b'{"run": null, "end": 3}', None])
+def test_what_was_written_by_half_at_the_end_costs_only_itself(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, torn: bytes, mark: bytes | None
+) -> None:
+    write(tmp_path, range(3))
+    (tmp_path / "rank0000-run000-part00001.parquet").write_bytes(torn)
+    if mark is not None:
+        (tmp_path / "_rank0000.end.json").write_bytes(mark)
+    recording = sdp.Recording(tmp_path)
+    assert recording.versions == [0, 1] and recording.is_whole is False
+    assert [batch.version for batch in recording] == [0, 1]
+    (said,) = caplog.records
+    assert "it has 2 steps" in said.getMessage() and "part00001.parquet is d" in said.getMessage()
+    write(tmp_path, [2, 3], run=1)
+    assert sdp.Recording(tmp_path).is_whole is True, "the next start does it again"
+
+
+@pytest.mark.fault("exception", "observer")
+def test_a_disk_that_is_full_at_the_end_leaves_a_recording_that_is_not_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = RecordingWriter(tmp_path, SETTINGS, rank=0, run=0, first_version=0, rows_per_file=1)
+    writer.add(make_batch(0))
+    monkeypatch.setattr(os, "fsync", raise_full)
+    with pytest.raises(sdp.RecordingError, match=r"No space left.*Make room"):
+        writer.close()
+    writer.abandon()
+    monkeypatch.undo()
+    writer.close()
+    assert sdp.Recording(tmp_path).is_whole is False
+
+
+def raise_full(descriptor: int) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def test_a_later_start_replaces_what_it_does_again(tmp_path: Path) -> None:

@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 from conftest import save_tiny
+from lightning.pytorch.callbacks import Callback
 
 import sdp_lightning as sdp
 from sdp_lightning.distributed.rank_group import RankGroup
 from sdp_lightning.lightning.prediction_loader import Rollouts
 from sdp_lightning.observability.recording.replay import ReplayLoader
 from sdp_lightning.testing import FakeEngine
+from support.failing_observers import At, Avenger, fail, set_aside
 from support.recordings import Losses, make_recorded_module, record
 from support.steps import StepRecorder
 from support.trainers import make_data, make_rows, make_trainer, make_workflow, weights_of
@@ -119,6 +121,16 @@ def test_a_replay_refuses_what_needs_an_engine(model_folder: str, run: Recorded)
         )
 
 
+def test_a_callback_that_raises_about_an_error_does_not_hide_that_of_a_replay(
+    model_folder: str, run: Recorded, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = make_trainer(Avenger(), At(fail, batch_idx=1), max_steps=STEPS)
+    with pytest.raises(ValueError, match="the real error") as info:
+        trainer.fit(make_recorded_module(model_folder), sdp.ReplayDataModule(run.folder))
+    assert info.value.__context__ is None
+    assert set_aside(caplog, "on_exception of Avenger") == 1
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_processes_share_the_groups_of_a_batch(run: Recorded, rank: int) -> None:
     recording = sdp.Recording(run.folder)
@@ -164,12 +176,16 @@ def test_the_mode_and_the_mask_of_the_run_are_those_of_its_replay(
 
 
 def start(
-    folder: str, target: Path | None, *, steps: int, checkpoint: Path | None = None, **trainer: Any
+    folder: str,
+    target: Path | None,
+    *callbacks: Callback,
+    steps: int,
+    checkpoint: Path | None = None,
+    **trainer: Any,
 ) -> Any:
     """One start of a run that is recorded, and its Trainer."""
     made = make_trainer(
-        sdp.WeightSyncCallback(),
-        sdp.Recorder(target, rows_per_file=1000),
+        *(sdp.WeightSyncCallback(), sdp.Recorder(target, rows_per_file=1000), *callbacks),
         max_steps=steps,
         **trainer,
     )
@@ -182,12 +198,16 @@ def test_a_run_that_goes_on_goes_on_with_its_recording(model_folder: str, tmp_pa
     target, checkpoint = tmp_path / "recording", tmp_path / "two.ckpt"
     trainer = start(model_folder, target, steps=4)
     trainer.save_checkpoint(checkpoint)
-    start(model_folder, target, steps=8, checkpoint=checkpoint)
+    whole: list[bool | None] = [sdp.Recording(target).is_whole]
+    look = At(lambda: whole.append(sdp.Recording(target).is_whole))
+    start(model_folder, target, look, steps=8, checkpoint=checkpoint)
+    assert whole == [True, False], "while it goes on, it is not whole"
     before = sdp.Recording(target)
     assert before.versions == [0, 1, 2, 3]
     start(model_folder, target, steps=6, checkpoint=checkpoint)
     after = sdp.Recording(target)
     assert after.versions == [0, 1, 2], "version 3 has been undone"
+    assert before.is_whole and after.is_whole
     assert [g.row_id for g in after.read(2).groups] == [g.row_id for g in before.read(2).groups]
     with pytest.raises(
         sdp.RecordingError, match="versions 0 to 2, and this run begins at version 0"
@@ -198,8 +218,6 @@ def test_a_run_that_goes_on_goes_on_with_its_recording(model_folder: str, tmp_pa
 def test_what_was_trained_on_before_a_checkpoint_is_written_with_it(
     model_folder: str, tmp_path: Path
 ) -> None:
-    from lightning.pytorch.callbacks import Callback
-
     class Look(Callback):
         def __init__(self) -> None:
             self.found: list[int] = []
@@ -228,7 +246,8 @@ def test_a_run_that_fails_leaves_what_it_had_trained_on(model_folder: str, tmp_p
     trainer = make_trainer(sdp.WeightSyncCallback(), recorder, Fails(), max_steps=8)
     with pytest.raises(RuntimeError, match="an accident"):
         trainer.fit(make_recorded_module(model_folder), datamodule=data)
-    assert sdp.Recording(tmp_path).versions == [0]
+    recording = sdp.Recording(tmp_path)
+    assert recording.versions == [0] and recording.is_whole
 
 
 def test_without_a_folder_the_recording_lies_beside_the_logs(
@@ -254,7 +273,7 @@ def test_predicting_generates_and_records_what_a_replay_can_train_on(
     assert [type(r) for r in found] == [Rollouts] * 3 and {r.version for r in found} == {0}
     rows = [group.row_id for r in found for group in r.groups]
     assert len(set(rows)) == 6
-    assert recorder.written_to == tmp_path / "r"
+    assert recorder.written_to == tmp_path / "r" and sdp.Recording(tmp_path / "r").is_whole
     _, losses, seen = replay(model_folder, tmp_path / "r", steps=6)
     assert [b.version for b in seen.batches] == [0, 1, 2] and len(losses.steps) == 3
     assert [int(b.lags.max()) for b in seen.batches] == [0, 1, 2]

@@ -18,7 +18,7 @@ import sdp_lightning as sdp
 from sdp_lightning.cli.main import main
 from sdp_lightning.observability.report import write_report
 from sdp_lightning.observability.report.callback import run_folder
-from sdp_lightning.observability.report.files import RunWriter, read_run
+from sdp_lightning.observability.report.files import read_run
 from sdp_lightning.testing import FakeEngine
 from sdp_lightning.training.metrics.names import POOL, logged_names
 from support.reports import Page, make_step, write_run
@@ -181,8 +181,9 @@ def test_the_page_says_what_keeping_it_took(fit: Fit) -> None:
     assert f"took {share:.2%} of the run's time" in page_of(fit.folder).text
 
 
+@pytest.mark.fault("process killed", "observer")
 def test_a_run_that_is_killed_can_be_reported_from_its_files(
-    tmp_path: Path, model_folder: str
+    tmp_path: Path, model_folder: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """What is there after three steps is all that a kill leaves; its last line may be torn."""
     left = tmp_path / "left"
@@ -204,6 +205,9 @@ def test_a_run_that_is_killed_can_be_reported_from_its_files(
     page = Page((left / "report.html").read_text())
     assert page.values["steps"] == 3
     assert "still running, or killed" in page.text
+    torn, whole = (record.getMessage() for record in caplog.records[-2:])
+    assert "steps.jsonl: its last line was written by half" in torn
+    assert "is not whole: it has 3 steps. The run is still running, or killed" in whole
     assert page.samples
     whole = Page((tmp_path / "run" / "report.html").read_text())
     assert whole.values["steps"] == 4 and "finished" in whole.text
@@ -227,29 +231,6 @@ def test_a_run_that_fails_has_its_page_and_says_so(tmp_path: Path, model_folder:
 
 
 # Files ----------------------------------------------------------------------------------------
-
-
-def test_steps_that_a_resume_did_again_count_once(tmp_path: Path) -> None:
-    steps = [make_step(v) for v in (1, 2, 3)] + [make_step(v, train__reward=9) for v in (2, 3, 4)]
-    run = read_run(write_run(tmp_path, steps))
-    assert [row["rollout/version"] for row in run.steps] == [1, 2, 3, 4]
-    assert [row["train/reward"] for row in run.steps] == [0.1, 9, 9, 9]
-
-
-@pytest.mark.parametrize("torn", ["", '{"rollout/version": 3.0, "train/rew', "{"])
-def test_a_line_that_a_kill_has_torn_costs_no_other(tmp_path: Path, torn: str) -> None:
-    folder = write_run(tmp_path, [make_step(v) for v in (1, 2)])
-    with (folder / "report" / "steps.jsonl").open("a") as file:
-        file.write(torn)
-    writer = RunWriter(folder)
-    for version in (3, 4):
-        writer.step(make_step(version))
-    assert [row["rollout/version"] for row in read_run(folder).steps] == [1, 2, 3, 4]
-
-
-def test_a_new_run_in_the_same_folder_replaces_the_old_one(tmp_path: Path) -> None:
-    steps = [make_step(v) for v in (1, 2, 3, 1)]
-    assert len(read_run(write_run(tmp_path, steps)).steps) == 1
 
 
 def test_without_the_callback_the_csv_file_gives_the_page(fit: Fit, tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ PHASES = {
     "train step": "forward, backward and optimizer",
     "gather": "what ranks agree on: batch, end, errors, stopping",
     "publish": "pausing, sending the weights, committing the version",
+    "observer": "callbacks and loggers that show the run, and the files that they keep",
     "checkpoint": "writing one, and exporting it",
     "resume": "reading one, and repeating what was under way",
     "teardown": "closing executor, engine, servers and reward workers",

@@ -1,6 +1,6 @@
 """A training run that may be killed at any moment, and the process that such runs are forked from.
 
-Run as a script, it reads orders from its standard input, one JSON object a line, and forks ``size``
+``serve`` reads orders from its standard input, one JSON object a line, and forks ``size``
 ranks for each, which train in ``folder`` from the last checkpoint there. It answers with their
 process ids, and with their exit statuses once they have ended. Itself it runs no tensor operation,
 so a fork finds no thread that it would have to go without.
@@ -12,7 +12,6 @@ import json
 import os
 import select
 import signal
-import socket
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,6 +27,7 @@ from sdp_lightning.engines.protocol import NamedWeights, PublishReport
 from sdp_lightning.testing import FakeEngine
 from support.checkpoints import running_in
 from support.kill_journal import BATCH_SIZE, NUM_ROWS, STEPS, Journal, Turns, make_rows
+from support.rank_environment import free_port, rank_environment
 from support.trainers import executor_of, make_module, make_trainer
 
 # Loaded here, so that no child has to, and all run the same.
@@ -196,13 +196,7 @@ def run_child(order: Mapping[str, Any], rank: int, port: int) -> None:
     """Train, and leave without a word to the parent's own file descriptors."""
     folder = Path(order["folder"])
     if order["size"] > 1:
-        os.environ |= {
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "WORLD_SIZE": str(order["size"]),
-            "LOCAL_RANK": str(rank),
-            "NODE_RANK": "0",
-        }
+        os.environ |= rank_environment(rank, order["size"], port)
     log = os.open(folder / "log", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -252,9 +246,7 @@ def serve() -> None:
 
 
 def fork_ranks(order: Mapping[str, Any]) -> list[int]:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
+    port = free_port()
     pids: list[int] = []
     for rank in range(order["size"]):
         pid = os.fork()
@@ -262,7 +254,3 @@ def fork_ranks(order: Mapping[str, Any]) -> list[int]:
             run_child(order, rank, port)
         pids.append(pid)
     return pids
-
-
-if __name__ == "__main__":
-    serve()

@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -27,6 +26,7 @@ import peft  # noqa: F401  (loaded here, once)
 import torch
 import transformers.models.llama.modeling_llama  # noqa: F401  (loaded here, once)
 
+from support.rank_environment import free_port, rank_environment
 from support.rank_place import Place
 from support.recorded_on_ranks import recorded
 from support.rollouts_on_ranks import rollouts
@@ -42,13 +42,7 @@ def be_rank(order: Mapping[str, Any], rank: int, port: int) -> None:
     log = os.open(out / f"{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for number in (1, 2):
         os.dup2(log, number)
-    os.environ |= {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": str(order["size"]),
-        "LOCAL_RANK": str(rank),
-        "NODE_RANK": "0",
-    }
+    os.environ |= rank_environment(rank, order["size"], port)
     torch.save(run_cases(order, rank), out / f"{rank}.pt")
 
 
@@ -77,12 +71,6 @@ def fork_rank(order: Mapping[str, Any], rank: int, port: int) -> int:
     finally:
         sys.stderr.flush()
         os._exit(code)
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def obey(order: Mapping[str, Any]) -> dict[str, Any]:

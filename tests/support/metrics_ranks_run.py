@@ -1,14 +1,13 @@
 """Ranks of a gloo group: each adds its rows to ``LagMetrics``, reduces, writes what it computes.
 
-Arguments: the number of ranks, and a folder to meet and to write in. Rank r has every row i of each
-step with i % ranks == r, one micro-batch a row. Ranks are forked, before any tensor operation.
+They meet and write in a folder. Rank r has every row i of each step with i % ranks == r, one
+micro-batch a row. Ranks are forked, before any tensor operation.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -66,7 +65,8 @@ def be_rank(rank: int, size: int, folder: Path) -> None:
     distributed.destroy_process_group()
 
 
-def main(size: int, folder: Path) -> None:
+def main(size: int, place: str) -> None:
+    folder = Path(place)
     torch.set_num_threads(1)
     forked: list[int] = []
     for rank in range(1, size):
@@ -76,7 +76,3 @@ def main(size: int, folder: Path) -> None:
         forked.append(pid)
     be_rank(0, size, folder)
     assert all(os.waitpid(pid, 0)[1] == 0 for pid in forked)
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))

@@ -5,8 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -14,7 +12,7 @@ from typing import Any
 
 import torch
 
-from support.paths import SUPPORT
+from support.fork_server import ForkServer
 
 Results = list[dict[str, Any]]
 
@@ -22,24 +20,22 @@ Results = list[dict[str, Any]]
 class Launcher:
     """Runs cases on ranks; see ``many_ranks_run.py``."""
 
-    def __init__(self, folder: str, out: Path) -> None:
+    def __init__(self, server: ForkServer, folder: str, out: Path) -> None:
         self._folder, self._out, self._numbers = folder, out, itertools.count()
-        script = SUPPORT / "many_ranks_run.py"
-        self._process = subprocess.Popen(
-            [sys.executable, str(script)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
+        orders, writing = os.pipe()
+        reading, answers = os.pipe()
+        source = "from support import many_ranks_run; many_ranks_run.main()"
+        self._process = server.start(source, stdin=orders, stdout=answers, stderr=2)
+        for end in (orders, answers):
+            os.close(end)
+        self._orders, self._answers = os.fdopen(writing, "w"), os.fdopen(reading)
         assert self._say(None) == "ready\n"
 
     def _say(self, order: Mapping[str, Any] | None) -> str:
-        assert self._process.stdin is not None and self._process.stdout is not None
         if order is not None:
-            self._process.stdin.write(json.dumps(order) + "\n")
-            self._process.stdin.flush()
-        return self._process.stdout.readline()
+            self._orders.write(json.dumps(order) + "\n")
+            self._orders.flush()
+        return self._answers.readline()
 
     def launch(self, size: int, cases: Mapping[str, Any]) -> tuple[dict[str, Any], list[str], Path]:
         """How the ranks ended, what they printed, and where their results are."""
@@ -63,10 +59,10 @@ class Launcher:
         return [torch.load(out / f"{rank}.pt") for rank in range(size)]
 
     def close(self) -> None:
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.close()
+        self._process.kill()
         self._process.wait(30.0)
-        self._process.stdout.close()
+        self._orders.close()
+        self._answers.close()
 
 
 def assert_same_weights(found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:

@@ -54,9 +54,16 @@ def make_batch(version: int, num_groups: int = 2) -> RecordedBatch:
 
 
 def write(
-    folder: Path, versions: Sequence[int], *, rank: int = 0, run: int = 0, **settings: Any
+    folder: Path,
+    versions: Sequence[int],
+    *,
+    rank: int = 0,
+    run: int = 0,
+    is_killed: bool = False,
+    **settings: Any,
 ) -> None:
-    """One start of a run that trained on ``versions``, two of them a file."""
+    """One start of a run that trained on ``versions``, two of them a file; it ends, or is killed
+    after its last file."""
     fields = {name: settings.get(name, value) for name, value in vars(SETTINGS).items()}
     writer = RecordingWriter(
         folder,
@@ -69,6 +76,8 @@ def write(
     for version in versions:
         writer.add(make_batch(version))
     writer.flush()
+    if not is_killed:
+        writer.close()
 
 
 def assert_same_group(found: sdp.TrajectoryGroup, expected: sdp.TrajectoryGroup) -> None:

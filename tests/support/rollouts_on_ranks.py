@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import signal
+import socket
 import tempfile
 import time
 import urllib.request
@@ -40,6 +41,7 @@ from sdp_lightning.training.batch import Batch
 from sdp_lightning.types import Row, Trajectory
 from sdp_lightning.workflows.workflow import RolloutSession
 from support.fake_servers import QUICK
+from support.port_scan import listening_ports, scan
 from support.rank_place import CountingModule, Metrics, Place, make_strategy, weights_of
 from support.trainers import Recorder, executor_of, make_trainer, weigh_letters
 
@@ -78,11 +80,13 @@ class Collectives(Callback):
 
 @dataclass(frozen=True)
 class Trouble:
-    """What goes wrong: ``what`` happens on ``rank``, from step ``step`` on."""
+    """What goes wrong: ``what`` happens on ``rank``, from step ``step`` on; ``signum`` tells to
+    stop."""
 
     what: str = ""
     rank: int = 1
     step: int = 1
+    signum: int = signal.SIGTERM
 
 
 class Letters(sdp.RolloutWorkflow):
@@ -123,6 +127,8 @@ class Troublemaker(Callback):
         self, place: Place, trouble: Trouble, servers: Sequence[Mapping[str, Any]]
     ) -> None:
         self._place, self._trouble, self._servers = place, trouble, servers
+        self.scanned: list[int] = []
+        self._strangers: list[socket.socket] = []
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -135,8 +141,13 @@ class Troublemaker(Callback):
         if self._trouble.what == "kill":
             time.sleep(0.5)
             os.kill(os.getpid(), signal.SIGKILL)
+        if self._trouble.what == "stopped":
+            os.kill(os.getpid(), signal.SIGSTOP)
         if self._trouble.what == "told to stop":
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), self._trouble.signum)
+        if self._trouble.what == "port scan":
+            self.scanned = listening_ports()
+            self._strangers = scan(self.scanned)  # they stay to the end
         if self._trouble.what == "server killed":
             os.kill(self._servers[-1]["pid"], signal.SIGKILL)
         if self._trouble.what == "load fails":
@@ -195,7 +206,8 @@ def rollouts(
     Every step is saved in ``save_in``, and the fit goes on from the checkpoint ``resume``.
     """
     sdp_lightning.lightning.startup.MARGIN_S = margin_s
-    FailureDetector.__init__.__kwdefaults__["grace_s"] = 1.0  # type: ignore[index]
+    quick = {"grace_s": 1.0, "look_s": 0.01}
+    FailureDetector.__init__.__kwdefaults__ |= quick  # type: ignore[operator]
     what = Trouble(**trouble or {})
     workflow = Letters(place, what)
     batch_size = rollout.setdefault("batch_size", 4)
@@ -228,11 +240,12 @@ def rollouts(
         update=sdp.UpdateConfig(num_minibatches=minibatches, max_tokens_per_microbatch=30),
     )
     seen, metrics, collectives = Steps(), Metrics(), Collectives()
+    troublemaker = Troublemaker(place, what, servers)
     saver = ModelCheckpoint(save_in, "{step}", every_n_train_steps=1, save_top_k=-1)
     page = tempfile.mkdtemp(dir=Path(place.folder).parent)
     trainer = make_trainer(
         sdp.WeightSyncCallback(),
-        Troublemaker(place, what, servers),
+        troublemaker,
         seen,
         metrics,
         collectives,
@@ -260,6 +273,7 @@ def rollouts(
         "exact": seen.exact,
         "servers": seen.servers,
         "page": os.listdir(page),
+        "scanned": troublemaker.scanned,
         "val_rows": val_workflow.seen,
         "val": seen.evaluations,
         "scored": module.num_scored,

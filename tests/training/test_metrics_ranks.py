@@ -3,40 +3,29 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-from contextlib import suppress
 from typing import Any
 
 import pytest
 
+from support.fork_server import ForkServer
 from support.metrics_oracle import assert_agree, computed, oracle
 from support.metrics_ranks_run import make_steps
-from support.paths import SUPPORT
 
 LIMIT_S = 240.0
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def ranks(
+    fork_server: ForkServer, tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
-    script = SUPPORT / "metrics_ranks_run.py"
-    process = subprocess.Popen(
-        [sys.executable, str(script), "2", str(folder)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    source = "from support import metrics_ranks_run; metrics_ranks_run.main(2, {!r})"
+    with (folder / "errors").open("w") as errors:
+        process = fork_server.start(source.format(str(folder)), stderr=errors.fileno())
     try:
-        _, errors = process.communicate(timeout=LIMIT_S)
-        assert process.returncode == 0, errors
+        assert process.wait(LIMIT_S) == 0, (folder / "errors").read_text()
     finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        process.kill()
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 

@@ -1,7 +1,7 @@
-"""Parquet files of a recording: their names, their metadata, and the run that they are of.
+"""Files of a recording: their names, their metadata, and the run that they are of.
 
 A folder holds ``rank0000-run000-part00000.parquet`` and so on, numbered by process, by start of the
-run, and by file.
+run, and by file; and for each process an end mark, ``_rank0000.end.json``, once its part is whole.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from sdp_lightning.config import MissingProximal
+from sdp_lightning.config.atomic_files import atomic_file
 from sdp_lightning.errors import RecordingError
 from sdp_lightning.observability.recording.table import import_pyarrow
 
@@ -66,6 +67,7 @@ class RecordingFile:
         first_version: policy version at which that start began.
         versions: policy versions whose batches it holds.
         settings: facts about the run.
+        marks_end: whether the start that wrote it writes an end mark; older releases wrote none.
     """
 
     path: Path
@@ -74,20 +76,22 @@ class RecordingFile:
     first_version: int
     versions: tuple[int, ...]
     settings: RecordingSettings
+    marks_end: bool
 
     @classmethod
     def open(cls, path: Path, rank: int, run: int) -> RecordingFile:
         """Read the metadata; rows are not read.
 
         Raises:
-            RecordingError: if the file is damaged, or of another package or format.
+            DamagedFileError: if the file is damaged, for instance written by half.
+            RecordingError: if it is of another package or format.
         """
         pa, pq = import_pyarrow()
         try:
             metadata = pq.read_schema(path).metadata or {}
             facts = json.loads(metadata[KEY]) if KEY in metadata else None
         except (pa.ArrowException, OSError, ValueError) as error:
-            raise damaged(path, error) from error
+            raise DamagedFileError(path, error) from error
         if facts is None:
             raise RecordingError(f"{path} is Parquet, but no recording of this package.")
         if facts["format"] != FORMAT:
@@ -96,7 +100,8 @@ class RecordingFile:
                 f"{FORMAT}: use the version that wrote it, or record again."
             )
         settings = RecordingSettings(**facts["settings"])
-        return cls(path, rank, run, facts["first_version"], tuple(facts["versions"]), settings)
+        versions, marks_end = tuple(facts["versions"]), facts.get("marks_end", False)
+        return cls(path, rank, run, facts["first_version"], versions, settings, marks_end)
 
     def check_same_run(self, other: RecordingFile) -> None:
         """Both files are of runs with the same settings.
@@ -119,13 +124,20 @@ def file_name(rank: int, run: int, part: int) -> str:
     return f"rank{rank:04}-run{run:03}-part{part:05}.parquet"
 
 
-def files_in(folder: Path) -> list[RecordingFile]:
-    """Files of a recording in the order of starts and parts; empty without a folder.
+def files_in(folder: Path) -> tuple[list[RecordingFile], list[DamagedFileError]]:
+    """Files of a recording in the order of starts and parts, and errors about damaged ones.
 
     Raises:
-        RecordingError: if one is damaged, or of another package or format.
+        RecordingError: if a file is of another package or format.
     """
-    return [RecordingFile.open(path, rank, run) for path, (run, _, rank) in _names_in(folder)]
+    files: list[RecordingFile] = []
+    errors: list[DamagedFileError] = []
+    for path, (run, _, rank) in _names_in(folder):
+        try:
+            files.append(RecordingFile.open(path, rank, run))
+        except DamagedFileError as error:
+            errors.append(error)
+    return files, errors
 
 
 def next_run(folder: Path) -> int:
@@ -133,12 +145,47 @@ def next_run(folder: Path) -> int:
     return max((run for _, (run, _, _) in _names_in(folder)), default=-1) + 1
 
 
-def damaged(path: Path, error: Exception) -> RecordingError:
-    """An error that says that a file is damaged, and the remedy."""
-    return RecordingError(
-        f"{path} is damaged ({str(error).splitlines()[0]}). Copy it again, or remove it together "
-        "with those of later versions to use what comes before."
-    )
+@dataclass(frozen=True)
+class EndMark:
+    """A process' part of a recording has every batch that it trained on.
+
+    Args:
+        run: number of the start that wrote the mark when it ended.
+        end: policy version after that of the last batch.
+    """
+
+    run: int
+    end: int
+
+    def write(self, folder: Path, rank: int) -> None:
+        """Replace the mark of ``rank``."""
+        with atomic_file(folder / f"_rank{rank:04}.end.json", durable=True) as file:
+            file.write(json.dumps(asdict(self)).encode())
+
+    @classmethod
+    def read(cls, folder: Path, rank: int) -> EndMark | None:
+        """The mark of ``rank``; None if there is none, or it cannot be read."""
+        try:
+            facts = json.loads((folder / f"_rank{rank:04}.end.json").read_bytes())
+            return cls(int(facts["run"]), int(facts["end"]))
+        except (OSError, ValueError, TypeError, KeyError):
+            return None
+
+
+def remove_end_marks(folder: Path) -> None:
+    """Another start goes on with the recording, which is not whole until that ends, too."""
+    for path in folder.glob("_rank*.end.json"):
+        path.unlink()
+
+
+class DamagedFileError(RecordingError):
+    """A file is damaged: says which, why, and the remedy."""
+
+    def __init__(self, path: Path, error: Exception) -> None:
+        super().__init__(
+            f"{path} is damaged ({str(error).splitlines()[0]}). Copy it again, or remove it "
+            "together with those of later versions to use what comes before."
+        )
 
 
 def _names_in(folder: Path) -> list[tuple[Path, tuple[int, int, int]]]:

@@ -12,7 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from sdp_lightning.errors import RecordingError
-from sdp_lightning.observability.recording.files import RecordingFile, damaged, files_in
+from sdp_lightning.observability.recording.files import (
+    DamagedFileError,
+    EndMark,
+    RecordingFile,
+    files_in,
+)
 from sdp_lightning.observability.recording.table import (
     RecordedBatch,
     batch_of,
@@ -33,17 +38,22 @@ class Recording:
     Attributes:
         settings: facts about the run.
         versions: policy versions that are there, in order, with none missing between.
+        is_whole: whether every batch that the run trained on is there. False, with a warning, if
+            the run still goes on, was killed or set its ``Recorder`` aside, or if files of the end
+            are missing or written by half; None if it is unknown, since an older release wrote it.
 
     Raises:
-        RecordingError: if there is no recording, a file is damaged, or versions are missing.
+        RecordingError: if there is no recording, or versions are missing between others.
         ConfigError: without pyarrow.
     """
 
     def __init__(self, folder: str | Path) -> None:
         import_pyarrow()
         self.folder = Path(folder)
-        files = files_in(self.folder)
+        files, self._damaged = files_in(self.folder)
         if not files:
+            if self._damaged:
+                raise self._damaged[0]
             what = "has no recording in it" if self.folder.is_dir() else "is not there"
             raise RecordingError(
                 f"the folder {str(self.folder)!r} {what}. Add Recorder({str(self.folder)!r}) to "
@@ -54,6 +64,9 @@ class Recording:
         self.settings = files[-1].settings
         self._paths = _paths_by_version(files)
         self.versions = self._find_versions()
+        self.is_whole = self._find_whole(files)
+        if self.is_whole is False:
+            logger.warning("%s", self._what_is_missing())
         self._loaded: dict[int, tuple[Path, list[dict[str, Any]]]] = {}  # the last file by rank
 
     def __len__(self) -> int:
@@ -105,6 +118,7 @@ class Recording:
             raise RecordingError(
                 f"{self.folder} was recorded by {len(ranks)} processes, and the files of rank "
                 f"{', '.join(map(str, absent))} are missing: copy them to the others."
+                f"{self._damage()}"
             )
         common = set.intersection(*(set(self._paths[rank]) for rank in ranks))
         every = set.union(*(set(self._paths[rank]) for rank in ranks))
@@ -116,14 +130,34 @@ class Recording:
             raise RecordingError(
                 f"{self.folder} lacks versions {', '.join(map(str, missing[:8]))}"
                 f"{' and more' if len(missing) > 8 else ''} between {min(every)} and {last}: were "
-                "files removed?"
+                f"files removed?{self._damage()}"
             )
-        if last < max(every):
-            logger.warning(
-                "%s: versions %d to %d are left out, which not every rank has written.",
-                *(self.folder, last + 1, max(every)),
-            )
+        self._left_out = max(every) - last
         return sorted(common)
+
+    def _find_whole(self, files: Sequence[RecordingFile]) -> bool | None:
+        if self._left_out:
+            return False
+        newest = {file.rank: file for file in files}
+        for rank in range(self.settings.num_ranks):
+            mark = EndMark.read(self.folder, rank)
+            if not newest[rank].marks_end:
+                return False if self._damaged else None
+            if mark is None or mark.run < newest[rank].run or mark.end > self.versions[-1] + 1:
+                return False
+        return True
+
+    def _what_is_missing(self) -> str:
+        first, last = self.versions[0], self.versions[-1]
+        left_out = f"; versions {last + 1} to {last + self._left_out} are left out, which not every"
+        return (
+            f"{self.folder} is not whole: it has {len(self)} steps, versions {first} to {last}"
+            f"{left_out + ' rank has written' if self._left_out else ''}. The run was killed, set "
+            f"its Recorder aside, or still goes on.{self._damage()}"
+        )
+
+    def _damage(self) -> str:
+        return "".join(f" {error}" for error in self._damaged)
 
 
 def _rows_in(path: Path) -> list[dict[str, Any]]:
@@ -131,7 +165,7 @@ def _rows_in(path: Path) -> list[dict[str, Any]]:
     try:
         table = pq.ParquetFile(path, page_checksum_verification=True).read()
     except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: text that is no UTF-8
-        raise damaged(path, error) from error
+        raise DamagedFileError(path, error) from error
     if table.schema.names != schema().names:
         raise RecordingError(f"{path} has other columns than a recording has.")
     return to_rows(table)

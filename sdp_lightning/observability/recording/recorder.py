@@ -19,6 +19,7 @@ from sdp_lightning.observability.recording import (
     import_pyarrow,
     next_run,
 )
+from sdp_lightning.observability.recording.files import remove_end_marks
 from sdp_lightning.observability.run_parts import run_parts
 
 
@@ -32,8 +33,9 @@ class Recorder(Observer):
 
     A file is written when there are enough rows, before every checkpoint, and at the end of the
     run, also by an exception; it appears when it is complete. A kill loses the batches since the
-    last file. A run that resumes from a checkpoint may use the same folder: batches that were
-    recorded after the checkpoint are replaced.
+    last file, and leaves a recording that is not whole (``Recording.is_whole``). A run that resumes
+    from a checkpoint may use the same folder: batches that were recorded after the checkpoint are
+    replaced.
 
     Args:
         folder: None is ``recording`` in the folder of the logger, or in ``default_root_dir``.
@@ -115,27 +117,28 @@ class Recorder(Observer):
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Write all batches: a run that resumes from the checkpoint continues after them."""
-        self._flush()
+        if self._writer is not None:
+            self._writer.flush()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._flush()
+        self._close()
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._flush()
+        self._close()
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        self._flush()
+        self._close()
 
     def let_go(self) -> None:
         self._taken = None
         if self._writer is not None:
-            self._writer.discard()
+            self._writer.abandon()
 
-    def _flush(self) -> None:
+    def _close(self) -> None:
         if self._writer is not None:
-            self._writer.flush()
+            self._writer.close()
 
     def _open(self, trainer: L.Trainer, pl_module: L.LightningModule, version: int) -> None:
         module, data = run_parts(trainer, pl_module, self)
@@ -188,4 +191,5 @@ def _next_run(folder: Path, settings: RecordingSettings, version: int) -> int:
             f"{folder} has the recording of versions {first} to {last}, and this run begins at "
             f"version {version}: it does not go on from there. Give Recorder another folder."
         )
+    remove_end_marks(folder)
     return run

@@ -12,6 +12,7 @@ import lightning as L
 from sdp_lightning.config.compatibility import check_centre
 from sdp_lightning.distributed.rank_group import RankGroup, make_rank_group
 from sdp_lightning.errors import ConfigError, RecordingError
+from sdp_lightning.lightning.ending import guard_callbacks
 from sdp_lightning.lightning.module import SegmentWisePPOModule
 from sdp_lightning.lightning.train_loader import make_batch
 from sdp_lightning.lightning.weight_sync import WeightSyncCallback
@@ -53,6 +54,7 @@ class ReplayDataModule(L.LightningDataModule):
     def setup(self, stage: str) -> None:
         if stage != "fit" or self.trainer is None:
             raise ConfigError(f"a recording has batches for Trainer.fit only, not for {stage}.")
+        guard_callbacks(self.trainer)
         module, settings = self._module(), self.recording.settings
         callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
         if any(isinstance(callback, WeightSyncCallback) for callback in callbacks):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from sdp_lightning.errors import RecordingError
 from sdp_lightning.observability.recording.files import (
     FORMAT,
     KEY,
+    EndMark,
     RecordingSettings,
     file_name,
 )
@@ -25,7 +28,7 @@ from sdp_lightning.observability.recording.table import (
 class RecordingWriter:
     """Writes one process' part of one start of a run.
 
-    A kill loses the batches that were added since the last file.
+    A kill loses the batches that were added since the last file, and leaves no end mark.
 
     Args:
         folder: made if it is not there.
@@ -52,7 +55,9 @@ class RecordingWriter:
             "format": FORMAT,
             "first_version": first_version,
             "settings": asdict(settings),
+            "marks_end": True,
         }
+        self._end, self._is_over = first_version, False
         self._batches: list[RecordedBatch] = []
         self._part = 0
 
@@ -66,9 +71,24 @@ class RecordingWriter:
         if sum(b.num_trajectories for b in self._batches) >= self._rows_per_file:
             self.flush()
 
-    def discard(self) -> None:
-        """Drop the batches that are not in a file yet."""
-        self._batches = []
+    def abandon(self) -> None:
+        """Drop the batches that are not in a file yet: the recording remains without end mark."""
+        self._batches, self._is_over = [], True
+
+    def close(self) -> None:
+        """Write what is not in a file yet, and the end mark. Safe to call twice.
+
+        Raises:
+            RecordingError: naming the file and why it could not be written.
+        """
+        if self._is_over:
+            return
+        self.flush()
+        self._is_over = True
+        if self._part or self._run:  # else nothing is recorded
+            mark = EndMark(self._run, self._end)
+            with _explained(self.folder):
+                mark.write(self.folder, self._rank)
 
     def flush(self) -> None:
         """Write the batches that are not in a file yet.
@@ -84,12 +104,18 @@ class RecordingWriter:
         table = pa.Table.from_pylist(rows, schema=schema())
         table = table.replace_schema_metadata({KEY: json.dumps(facts)})
         target = self.folder / file_name(self._rank, self._run, self._part)
-        try:
-            with atomic_file(target, durable=True) as file:
-                pq.write_table(table, file, compression="zstd", write_page_checksum=True)
-        except OSError as error:
-            raise RecordingError(
-                f"{target} could not be written: {error}. Make room, choose another folder, or "
-                "leave out the Recorder."
-            ) from error
+        with _explained(target), atomic_file(target, durable=True) as file:
+            pq.write_table(table, file, compression="zstd", write_page_checksum=True)
+        self._end = self._batches[-1].version + 1
         self._batches, self._part = [], self._part + 1
+
+
+@contextmanager
+def _explained(target: Path) -> Generator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RecordingError(
+            f"{target} could not be written: {error}. Make room, choose another folder, or "
+            "leave out the Recorder."
+        ) from error

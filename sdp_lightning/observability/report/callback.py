@@ -18,10 +18,11 @@ from sdp_lightning.lightning.module import SegmentWisePPOModule
 from sdp_lightning.lightning.observer import Observer
 from sdp_lightning.lightning.weight_sync import WeightSyncCallback
 from sdp_lightning.observability.report.files import RunWriter
-from sdp_lightning.observability.report.page import write_report
+from sdp_lightning.observability.report.page import RUNNING, write_report
 from sdp_lightning.observability.report.samples import Sample, SampleKeeper
 from sdp_lightning.observability.run_parts import run_parts
 from sdp_lightning.observability.view import STYLE as VIEW_STYLE, view
+from sdp_lightning.observability.view.text import visible
 from sdp_lightning.rollout.groups.telemetry import RolloutTelemetry
 
 logger = logging.getLogger(__name__)
@@ -92,7 +93,7 @@ class RunReport(Observer):
             metrics = {n: float(v) for n, v in trainer.callback_metrics.items() if "/" in n}
             self._writer.step({n: v for n, v in metrics.items() if not n.startswith("val/")})
             if start >= self._next_save:
-                self._save(pl_module, "running")
+                self._save(pl_module, RUNNING)
                 took = time.monotonic() - start
                 self._next_save = start + max(self._save_every_s, took / MOST_SHARE)
             self._own_s += time.monotonic() - start
@@ -171,7 +172,7 @@ def _check_order(trainer: Trainer) -> None:
 def _records(telemetry: RolloutTelemetry) -> list[dict[str, Any]]:
     return [
         {
-            "row_id": record.row_id,
+            "row_id": visible(record.row_id),
             "seconds": record.seconds,
             "num_sampled": record.num_sampled,
             "fate": record.fate,

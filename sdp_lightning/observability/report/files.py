@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ from sdp_lightning.config import LossConfig, RolloutConfig, UpdateConfig
 from sdp_lightning.config.atomic_files import atomic_file
 from sdp_lightning.config.validation import config_from
 from sdp_lightning.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 FOLDER = "report"
 PAGE = "report.html"
@@ -150,14 +153,21 @@ def read_run(folder: Path) -> Run:
 def _read_csv(folder: Path) -> Run:
     steps: list[dict[str, float]] = []
     evaluations: list[dict[str, float]] = []
-    with (folder / "metrics.csv").open(encoding="utf-8", newline="") as file:
-        for line in csv.DictReader(file):
-            row = {name: float(value) for name, value in line.items() if value}
-            if "val/version" in row:
-                evaluations.append({k: v for k, v in row.items() if k.startswith("val/")})
-            if VERSION in row:
-                steps.append({k: v for k, v in row.items() if "/" in k and k[:4] != "val/"})
+    for line in csv.DictReader(_whole_lines(folder / "metrics.csv")):
+        row = {name: number for name, text in line.items() if (number := _number(text)) is not None}
+        if "val/version" in row:
+            evaluations.append({k: v for k, v in row.items() if k.startswith("val/")})
+        if VERSION in row:
+            steps.append({k: v for k, v in row.items() if "/" in k and k[:4] != "val/"})
     return Run(folder, steps=_latest(steps, VERSION), evaluations=evaluations)
+
+
+def _number(cell: Any) -> float | None:
+    """The number in a cell of a table; None if there is none."""
+    try:
+        return float(cell)
+    except (ValueError, TypeError):
+        return None
 
 
 def _latest(rows: list[dict[str, float]], key: str) -> list[dict[str, float]]:
@@ -171,18 +181,36 @@ def _latest(rows: list[dict[str, float]], key: str) -> list[dict[str, float]]:
     return kept
 
 
-def _read_lines(path: Path) -> list[dict[str, float]]:
-    """Rows of all complete lines: a kill may have torn one."""
+def _whole_lines(path: Path) -> list[str]:
+    """Lines of a file without the last one if a kill has torn it; empty without a file."""
     if not path.is_file():
         return []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    if lines and not lines[-1].endswith("\n"):
+        logger.warning("%s: its last line was written by half, and is left out.", path)
+        lines.pop()
+    return lines
+
+
+def _read_lines(path: Path) -> list[dict[str, float]]:
+    """Rows of all lines that hold one."""
     rows: list[dict[str, float]] = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in _whole_lines(path):
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except json.JSONDecodeError:
             continue
+        if isinstance(row, dict):
+            rows.append(row)  # pyright: ignore[reportUnknownArgumentType]
     return rows
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    """What the file holds; empty, with a warning, if it was written by half."""
+    if not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8", errors="replace")))
+    except (ValueError, TypeError):
+        logger.warning("%s was written by half, and is left out.", path)
+        return {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -17,6 +18,10 @@ from sdp_lightning.observability.report.rollouts import rollouts
 from sdp_lightning.observability.report.time_breakdown import time_breakdown
 from sdp_lightning.training.metrics.names import FAMILIES, OTHERS
 
+logger = logging.getLogger(__name__)
+
+RUNNING = "running"  # the status until the run ends
+WHY = "still running, or killed, or without its RunReport, which was set aside"
 ICONS = {"bad": "Change", "hint": "Consider", "good": "Good"}
 KINDS = {
     "mixed": "Most versions in one",
@@ -29,10 +34,16 @@ KINDS = {
 def write_report(folder: str | Path) -> Path:
     """Write the page of the run in ``folder`` into that folder; returns its path.
 
+    A run that has not ended is named in a warning, with the number of steps that are there.
+
     Raises:
         ConfigError: if there is no run.
     """
     run = read_run(Path(folder))
+    if run.state.get("status") == RUNNING:
+        logger.warning(
+            "%s is not whole: it has %d steps. The run is %s.", folder, len(run.steps), WHY
+        )
     path = run.folder / PAGE
     document = page(run)
     with atomic_file(path) as file:
@@ -77,8 +88,8 @@ def _headline(run: Run) -> str:
         if key in run.settings:
             words.append(f"{label} {escape(run.settings[key])}")
     status = run.state.get("status", "")
-    if status == "running":
-        status = "still running, or killed"
+    if status == RUNNING:
+        status = WHY
     return " ".join(words) + (f" &middot; {escape(status)}" if status else "")
 
 

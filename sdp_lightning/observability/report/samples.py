@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sdp_lightning.observability.view.text import visible
 from sdp_lightning.types import Trajectory, TrajectoryGroup
 
 NUM_EXTREME, NUM_RANDOM = 3, 6
@@ -18,7 +19,7 @@ class Sample:
 
     Args:
         trajectory: the trajectory that was trained on.
-        row_id: id of the prompt's row.
+        row_id: id of the prompt's row, as it is shown.
         version: policy version of the trainer then.
         mean_reward: mean reward of its group.
         drawn: HTML, once it is drawn.
@@ -66,7 +67,7 @@ class SampleKeeper:
         self._generator.shuffle(members)
 
         def sample(chosen: tuple[TrajectoryGroup, Trajectory]) -> Sample:
-            return Sample(chosen[1], chosen[0].row_id, version, chosen[0].reward)
+            return Sample(chosen[1], visible(chosen[0].row_id), version, chosen[0].reward)
 
         rewards = [trajectory.reward for _, trajectory in members]
         best, worst = rewards.index(max(rewards)), rewards.index(min(rewards))

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from sdp_lightning.config import LossConfig, UpdateConfig
 from sdp_lightning.objective.trust_region import centre_and_log_weight
+from sdp_lightning.observability.view.text import visible
 from sdp_lightning.training.batch import Batch
 from sdp_lightning.training.loss import row_advantages, segment_policy
 from sdp_lightning.types import Segment, Trajectory, TrajectoryGroup
@@ -146,7 +147,7 @@ def _group_advantages(
 
 def _title(group: TrajectoryGroup) -> str:
     count = len(group.trajectories)
-    title = f"row {group.row_id}" if group.row_id else "group"
+    title = f"row {visible(group.row_id)}" if group.row_id else "group"
     return f"{title}, {count} sample{'s' * (count != 1)}, mean reward {group.reward:.3g}"
 
 
