@@ -33,6 +33,7 @@ PHASES = {
     "publish": "pausing, sending the weights, committing the version",
     "checkpoint": "writing one, and exporting it",
     "resume": "reading one, and repeating what was under way",
+    "stranger": "who connects to a port of the run, or looks at its folders, and is none of it",
     "teardown": "closing executor, engine, servers and reward workers",
 }
 QUICKLY = ["--collect-only", "-qq", "-p", "no:cacheprovider", "--assert=plain", "-o", "addopts="]

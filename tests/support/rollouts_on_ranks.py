@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import signal
+import socket
 import tempfile
 import time
 import urllib.request
@@ -40,6 +41,7 @@ from sdp_lightning.training.batch import Batch
 from sdp_lightning.types import Row, Trajectory
 from sdp_lightning.workflows.workflow import RolloutSession
 from support.fake_servers import QUICK
+from support.listening import listening, scan, siblings
 from support.rank_place import CountingModule, Metrics, Place, make_strategy, weights_of
 from support.trainers import Recorder, executor_of, make_trainer, weigh_letters
 
@@ -117,12 +119,13 @@ class Letters(sdp.RolloutWorkflow):
 
 
 class Troublemaker(Callback):
-    """Fails, dies or ruins the last server at the beginning of a step, on one rank."""
+    """Fails, dies, scans ports or ruins the last server at the beginning of a step, on a rank."""
 
     def __init__(
         self, place: Place, trouble: Trouble, servers: Sequence[Mapping[str, Any]]
     ) -> None:
         self._place, self._trouble, self._servers = place, trouble, servers
+        self._silent: list[socket.socket] = []  # a stranger's, open to the end of the run
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -132,6 +135,9 @@ class Troublemaker(Callback):
         if self._trouble.what == "training step":
             time.sleep(0.5)  # the others wait in the first collective of the step by then
             raise ValueError("no such gradient")
+        if self._trouble.what == "port scan":
+            self._silent = scan(listening(*siblings()))
+            assert self._silent, "nothing listens"
         if self._trouble.what == "kill":
             time.sleep(0.5)
             os.kill(os.getpid(), signal.SIGKILL)
@@ -259,6 +265,8 @@ def rollouts(
         "versions": seen.versions,
         "exact": seen.exact,
         "servers": seen.servers,
+        "listening": seen.listening,
+        "MASTER_PORT": int(os.environ["MASTER_PORT"]),
         "page": os.listdir(page),
         "val_rows": val_workflow.seen,
         "val": seen.evaluations,
@@ -269,7 +277,7 @@ def rollouts(
 
 @dataclass(eq=False)
 class Steps(Callback):
-    """Rows, lags, versions and servers of every step, and every evaluation."""
+    """Rows, lags, versions and servers of every step, every evaluation, and open ports."""
 
     rows: list[list[str]] = field(default_factory=list[list[str]])
     lags: list[list[int]] = field(default_factory=list[list[int]])
@@ -277,10 +285,12 @@ class Steps(Callback):
     exact: list[bool] = field(default_factory=list[bool])
     servers: list[list[str]] = field(default_factory=list[list[str]])
     evaluations: list[tuple[float, float]] = field(default_factory=list[tuple[float, float]])
+    listening: set[tuple[str, int]] = field(default_factory=set[tuple[str, int]])
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
+        self.listening = listening()
         recorder = Recorder()
         recorder.on_train_batch_start(trainer, pl_module, batch, batch_idx)
         self.rows.append(recorder.steps[0].row_ids)
