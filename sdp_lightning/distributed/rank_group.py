@@ -249,10 +249,11 @@ def make_rank_group(
     listeners = [listen_at(seen) for _ in range(2)] if rank == 0 else []
     told: list[Any] = [[(listener.host or host, listener.address) for listener in listeners]]
     distributed.broadcast_object_list(told, src=0)
+    places: list[tuple[str, tuple[int | bytes, bytes]]] = told[0]
     links, lines = [listener.accept(size, timeout_s) for listener in listeners] or [
-        {0: connect(*place, rank, timeout_s)} for place in told[0]
+        {0: connect(where, address, rank, timeout_s)} for where, address in places
     ]
-    key = told[0][0][1][1]
+    (_, (_, key)), _ = places
     ranks = RankGroup(
         links, rank=rank, size=size, timeout_s=timeout_s, interrupted=interrupted, key=key
     )

@@ -160,7 +160,7 @@ def _send(files: Sequence[Path], links: Mapping[int, socket.socket], transfer: R
             link.sendall(data)
 
     for file in files:
-        content = memoryview(np.memmap(file, dtype=np.uint8, mode="r"))
+        content = np.memmap(file, dtype=np.uint8, mode="r").data
         send_all(len(content).to_bytes(_SIZE_BYTES))
         for start in range(0, len(content), _CHUNK_BYTES):
             send_all(content[start : start + _CHUNK_BYTES])
@@ -204,7 +204,7 @@ def _read(
 ) -> bytes:
     """The next ``size`` bytes; ``note`` sees them as they come."""
     data = np.empty(size, dtype=np.uint8)
-    rest = memoryview(data)
+    rest = data.data
     while rest:
         count = link.recv_into(rest[:_CHUNK_BYTES])
         if not count:

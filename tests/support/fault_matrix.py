@@ -49,6 +49,7 @@ NOT_APPLICABLE: dict[Cell, str] = {
     ("thread died", "score"): f"Scores are computed in {MAIN}",
     ("thread died", "train step"): f"Steps are made in {MAIN}",
     ("thread died", "checkpoint"): f"Checkpoints are written in {MAIN}",
+    ("thread died", "stranger"): "No thread of the run is a stranger's.",
     ("corrupted data", "teardown"): "Teardown reads no data.",
 }
 NOT_TESTED: dict[Cell, str] = {}
