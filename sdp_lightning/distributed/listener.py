@@ -23,7 +23,10 @@ from sdp_lightning.errors import RankError
 
 logger = getLogger(__name__)
 
-MAX_CANDIDATES = 64  # connections that have not proved themselves; one more drops the oldest
+# Connections that have not proved themselves, beside as many as are awaited; one more drops the
+# oldest, because a process of the run answers at once.
+MAX_CANDIDATES = 64
+_BACKLOG = 1024
 _GREETING_S = 30.0  # for one candidate's whole greeting
 _POLL_S = 2e-2  # between two checks of what may end a wait
 _NONCE_BYTES = _SECRET_BYTES = 32
@@ -54,11 +57,13 @@ class Listener:
         if host in LOOPBACK_HOSTS and sys.platform == "linux" and not needs_port:
             self._server = socket.socket(socket.AF_UNIX)  # 10 % faster, and leaves no file
             self._server.bind(f"\0sdp-{secrets.token_hex(8)}")
-            self._server.listen()
+            self._server.listen(_BACKLOG)
         else:
             both = not host and socket.has_dualstack_ipv6()
             family = socket.AF_INET6 if both or ":" in host else socket.AF_INET
-            self._server = socket.create_server((host, 0), family=family, dualstack_ipv6=both)
+            self._server = socket.create_server(
+                (host, 0), family=family, backlog=_BACKLOG, dualstack_ipv6=both
+            )
         self._server.setblocking(False)
         self.host = host
         self._secret = secrets.token_bytes(_SECRET_BYTES)
@@ -112,7 +117,7 @@ class Listener:
                         if number in links:  # it has connected again
                             links[number].close()
                         links[number] = _keep_alive(key.data.link)
-                crowd = max(0, len(candidates) - MAX_CANDIDATES)
+                crowd = max(0, len(candidates) - MAX_CANDIDATES - size)
                 for place, candidate in enumerate(candidates.copy()):
                     if place < crowd or candidate.is_stranger:
                         num_strangers += 1
@@ -235,7 +240,7 @@ def connect(
     port, secret = address
     where = "this machine" if isinstance(port, bytes) else f"{host}:{port}"
     deadline = time.monotonic() + timeout_s
-    link = _open(host, port, timeout_s)
+    link = _open(host, port, deadline)
     try:
         nonces = _receive(link, _NONCE_BYTES, deadline), secrets.token_bytes(_NONCE_BYTES)
         name = number.to_bytes(_NUMBER_BYTES)
@@ -253,17 +258,23 @@ def connect(
     return _keep_alive(link)
 
 
-def _open(host: str, port: int | bytes, timeout_s: float) -> socket.socket:
+def _open(host: str, port: int | bytes, deadline: float) -> socket.socket:
     if not isinstance(port, bytes):
-        return socket.create_connection((host, port), timeout_s)
+        return socket.create_connection((host, port), max(1e-3, deadline - time.monotonic()))
     link = socket.socket(socket.AF_UNIX)
-    link.settimeout(timeout_s)
-    try:
-        link.connect(port)
-    except OSError:
-        link.close()
-        raise
-    return link
+    link.setblocking(False)
+    while True:
+        try:
+            link.connect(port)
+            return link
+        except BlockingIOError as error:  # strangers fill the queue of those not yet accepted
+            if time.monotonic() > deadline:
+                link.close()
+                raise TimeoutError("the queue of connections is full") from error
+            time.sleep(_POLL_S)
+        except OSError:
+            link.close()
+            raise
 
 
 def _receive(link: socket.socket, count: int, deadline: float) -> bytes:

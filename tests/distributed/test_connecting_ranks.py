@@ -182,10 +182,12 @@ def test_a_stranger_is_not_waited_for_longer_than_for_its_greeting(
 @pytest.mark.fault("process killed", "stranger")
 def test_a_crowd_is_bounded_and_the_newest_is_heard(listener: Listener) -> None:
     """Those that came first have to go, those that reset their connection at once are nothing."""
-    accepted, *_ = beside(lambda: listener.accept(2, DEADLINE_S))
+    size = 4
+    accepted, *_ = beside(lambda: listener.accept(size, DEADLINE_S))
     with ExitStack() as closing:
         crowd = [
-            closing.enter_context(open_as_stranger(listener)) for _ in range(MAX_CANDIDATES + 9)
+            closing.enter_context(open_as_stranger(listener))
+            for _ in range(MAX_CANDIDATES + size + 9)
         ]
         gone = open_as_stranger(listener)
         gone.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, bytes([1, 0, 0, 0, 0, 0, 0, 0]))
@@ -193,8 +195,27 @@ def test_a_crowd_is_bounded_and_the_newest_is_heard(listener: Listener) -> None:
         for link in crowd:
             assert link.recv(32)
         assert crowd[8].recv(1) == b""
-        closing.enter_context(connect(*where_of(listener), 1, DEADLINE_S))
-        closing.enter_context(accepted.result(DEADLINE_S)[1])
+        crowd[-1].setblocking(False)
+        with pytest.raises(BlockingIOError):  # still a candidate
+            crowd[-1].recv(1)
+        for number in range(1, size):
+            closing.enter_context(connect(*where_of(listener), number, DEADLINE_S))
+        for link in accepted.result(DEADLINE_S).values():
+            closing.enter_context(link)
+
+
+def test_a_queue_that_strangers_have_filled_is_waited_for(
+    listener: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listener._server.listen(0)
+    with ExitStack() as closing:
+        closing.enter_context(open_as_stranger(listener))  # as many as the queue takes
+        rank, *_ = beside(lambda: connect(*where_of(listener), 1, DEADLINE_S))
+        if isinstance(listener.address[0], bytes):
+            with pytest.raises(TimeoutError, match="queue of connections is full"):
+                connect(*where_of(listener), 1, 0.0)
+        closing.enter_context(listener.accept(2, DEADLINE_S)[1])
+        closing.enter_context(rank.result(DEADLINE_S))
 
 
 @pytest.mark.parametrize(
