@@ -81,7 +81,7 @@ class WeightFolder:
             part.mkdir(mode=0o700)
             for number, bucket in enumerate(buckets(weights, self._bucket_bytes)):
                 num_bytes += sum(tensor.nbytes for tensor in bucket.values())
-                save_private(bucket, part / f"model-{number:05d}.safetensors")
+                save_file(bucket, part / f"model-{number:05d}.safetensors")
                 bucket.clear()  # before the next one is copied
             if full or num_bytes:
                 self._replace(folder, part, full=full)
@@ -181,12 +181,6 @@ def buckets(weights: Weights, num_bytes: int) -> Iterator[dict[str, Tensor]]:
         size += tensor.nbytes
     if bucket:
         yield bucket
-
-
-def save_private(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write a safetensors file for this user only, in a folder that is."""
-    save_file(tensors, path)
-    path.chmod(0o600)
 
 
 def readable(folders: Iterable[Path]) -> list[Path]:

@@ -9,10 +9,11 @@ from collections.abc import Generator
 from pathlib import Path
 
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
 from sdp_lightning.errors import EngineError
-from sdp_lightning.weights.files import WeightFolder, save_private
+from sdp_lightning.weights.files import WeightFolder
 from sdp_lightning.weights.protocol import LoadAdapter, LoadFolder, Target, Weights, WeightStream
 
 ADAPTER = "sdp-adapter"
@@ -57,7 +58,7 @@ class LoRATransport:
             folder.mkdir(mode=0o700)
             num_bytes = self._files.write(_base_of(stream, adapter), full=True)[1] if full else 0
             adapter |= {plain_name(n): tensor.detach().cpu().contiguous() for n, tensor in stream}
-            save_private(adapter, folder / "adapter_model.safetensors")
+            save_file(adapter, folder / "adapter_model.safetensors")
             (folder / "adapter_config.json").write_text(json.dumps(config))
             (folder / "adapter_config.json").chmod(0o600)
         except (OSError, SafetensorError) as error:
