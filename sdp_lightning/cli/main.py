@@ -117,8 +117,15 @@ def run_trainer(arguments: list[str]) -> int:
     """
     from sdp_lightning.cli.quiet_logs import quiet_logs
     from sdp_lightning.cli.trainer import RolloutCLI, describe, recording_of
+    from sdp_lightning.config.server_keys import hide_keys
 
     quiet_logs()
+    typed = "=".join(arguments)
+    if hide_keys(typed) != typed:
+        return refuse(
+            "everybody on this machine sees the api_key of a command line. Set SDP_API_KEY, or "
+            "write env:NAME or file:PATH in place of the key."
+        )
     try:
         if "--dry-run" in arguments:
             from sdp_lightning.cli.dry_run import dry_run

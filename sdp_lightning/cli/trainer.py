@@ -13,6 +13,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
+from sdp_lightning.config.server_keys import hide_keys, without_keys
 from sdp_lightning.errors import ConfigError
 from sdp_lightning.lightning.datamodule import RolloutDataModule
 from sdp_lightning.lightning.module import SegmentWisePPOModule
@@ -43,8 +44,16 @@ class OneLineParser(LightningArgumentParser):
     def one_line(self, message: str, ex: Exception | None) -> str:
         """A message on one line, with the nearest setting."""
         parser: Any = vars(ex).get("subcommand_parser") if ex is not None else None
-        text = " ".join(line.strip() for line in str(message).splitlines())
+        text = hide_keys(" ".join(line.strip() for line in str(message).splitlines()))
         return text + _nearest(text, parser or self)
+
+    def dump(self, namespace: Any, *args: Any, **settings: Any) -> str:
+        """The config as text, with the name of a variable in place of a server's key."""
+        clean = namespace.clone()
+        for name, value in namespace.items():
+            if "data" in name.split("."):
+                clean[name] = without_keys(value, name.rpartition(".")[2])
+        return super().dump(clean, *args, **settings)
 
 
 def _nearest(text: str, parser: Any) -> str:

@@ -13,12 +13,8 @@ from collections.abc import Callable, Mapping
 from socket import socket
 from typing import Any, TypeVar
 
-from sdp_lightning.distributed.failure_detector import (
-    FailureDetector,
-    Listener,
-    RankFailure,
-    connect,
-)
+from sdp_lightning.distributed.failure_detector import FailureDetector, RankFailure
+from sdp_lightning.distributed.listener import address_of, connect, listen_at
 from sdp_lightning.distributed.messaging import Link, pack, wait_for_any
 from sdp_lightning.errors import RankError
 
@@ -40,6 +36,7 @@ class RankGroup:
         size: number of ranks.
         timeout_s: default timeout of a collective in seconds.
         interrupted: polled while waiting; True ends the wait with ``RankError``.
+        key: secret of the ranks, which signs what they exchange.
     """
 
     def __init__(
@@ -50,10 +47,11 @@ class RankGroup:
         size: int = 1,
         timeout_s: float = 600.0,
         interrupted: Callable[[], bool] = lambda: False,
+        key: bytes = b"",
     ) -> None:
         self.rank, self.size = rank, size
-        self._timeout_s, self._interrupted = timeout_s, interrupted
-        self._links = {rank: Link(end) for rank, end in sorted((links or {}).items())}
+        self._timeout_s, self._interrupted, self._key = timeout_s, interrupted, key
+        self._links = {rank: Link(end, key) for rank, end in sorted((links or {}).items())}
         self._failure_detector: FailureDetector | None = None
         self._number, self._latest = 0, "nothing yet"  # of collectives
         self._inbox: dict[tuple[int, int], tuple[str, Any]] = {}  # by rank and collective
@@ -189,7 +187,7 @@ class RankGroup:
         return values
 
     def _send(self, text: str, value: object) -> None:
-        data = pack((self._number, text, value))
+        data = pack((self._number, text, value), self._key)
         for link in self._links.values():
             link.send(data)
 
@@ -241,7 +239,8 @@ def make_rank_group(
 ) -> RankGroup:
     """The ranks of the default group of torch.distributed, or this process alone.
 
-    Opens two connections between rank 0 and every other rank.
+    Opens two connections between rank 0 and every other rank. Their secrets come from rank 0 by
+    torch.distributed, which has to be kept from strangers by other means.
     """
     from torch import distributed
 
@@ -249,12 +248,18 @@ def make_rank_group(
         return RankGroup(timeout_s=timeout_s)
     rank, size = distributed.get_rank(), distributed.get_world_size()
     host = os.environ.get("MASTER_ADDR", "127.0.0.1")
-    listeners = [Listener(host) for _ in range(2)] if rank == 0 else []
-    addresses: list[Any] = [[listener.address for listener in listeners]]
-    distributed.broadcast_object_list(addresses, src=0)
+    seen = [""] * size
+    distributed.all_gather_object(seen, address_of(host))
+    listeners = [listen_at(seen) for _ in range(2)] if rank == 0 else []
+    told: list[Any] = [[(listener.host or host, listener.address) for listener in listeners]]
+    distributed.broadcast_object_list(told, src=0)
+    places: list[tuple[str, tuple[int | bytes, bytes]]] = told[0]
     links, lines = [listener.accept(size, timeout_s) for listener in listeners] or [
-        {0: connect(host, address, rank, timeout_s)} for address in addresses[0]
+        {0: connect(where, address, rank, timeout_s)} for where, address in places
     ]
-    ranks = RankGroup(links, rank=rank, size=size, timeout_s=timeout_s, interrupted=interrupted)
+    (_, (_, key)), _ = places
+    ranks = RankGroup(
+        links, rank=rank, size=size, timeout_s=timeout_s, interrupted=interrupted, key=key
+    )
     ranks.watch(lines)
     return ranks

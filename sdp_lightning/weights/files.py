@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import os
 import shutil
+import stat
 import tempfile
 import threading
 import uuid
@@ -38,9 +39,10 @@ class WeightFolder:
     another thread or process can read the paths in ``folders`` during one update: a server that
     comes back needs no pause of the trainer. A start replaces everything.
 
-    A file lock shows that the owner lives, also across containers; the kernel releases it however
-    the owner dies. Making a folder removes those of this user that nobody has locked; on a
-    filesystem without locks, none.
+    Folders and files are for this user only, and servers must run as the same. A file lock shows
+    that the owner lives, also across containers; the kernel releases it however the owner dies.
+    Making a folder removes those of this user that nobody has locked; on a filesystem without
+    locks, none.
 
     Args:
         root: parent folder; None is ``/dev/shm`` if it exists, else the temporary folder.
@@ -76,7 +78,7 @@ class WeightFolder:
         num_bytes = 0
         try:
             self._remove_updates()
-            part.mkdir()
+            part.mkdir(mode=0o700)
             for number, bucket in enumerate(buckets(weights, self._bucket_bytes)):
                 num_bytes += sum(tensor.nbytes for tensor in bucket.values())
                 save_file(bucket, part / f"model-{number:05d}.safetensors")
@@ -202,9 +204,9 @@ def readable(folders: Iterable[Path]) -> list[Path]:
 def _make_locked(path: Path) -> int:
     """Make folder ``path``, which appears with its lock; returns the locked file descriptor."""
     hidden = path.with_name(f".{path.name}")
-    hidden.mkdir()
+    hidden.mkdir(mode=0o700)
     try:
-        file = os.open(hidden / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+        file = os.open(hidden / _LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
     except OSError:
         hidden.rmdir()
         raise
@@ -218,12 +220,14 @@ def _remove_orphans(parent: Path) -> None:
     for folder in parent.glob(f"{_PREFIX}*"):
         # A folder that cannot be opened or locked has an owner, or an unknown one.
         with contextlib.suppress(OSError):
-            if folder.stat().st_uid == os.geteuid():
+            # Others may have put a link here, to a folder of this user that is none of weights.
+            found = folder.lstat()
+            if stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid():
                 _remove_unlocked(folder)
 
 
 def _remove_unlocked(folder: Path) -> None:
-    file = os.open(folder / _LOCK, os.O_RDWR)
+    file = os.open(folder / _LOCK, os.O_RDWR | os.O_NOFOLLOW)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         shutil.rmtree(folder, ignore_errors=True)

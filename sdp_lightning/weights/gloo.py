@@ -1,78 +1,63 @@
-"""Weights over the network from CPU to CPU: gloo broadcasts between the trainer and one server.
+"""Weights over the network from CPU to CPU: one keyed connection of each worker of a server.
 
-:class:`GlooTransport` is the trainer's side, :func:`receive` runs in the server's workers. Every
-transfer to every server has its own process group, so a server that dies fails only its own.
+:class:`GlooTransport` is the trainer's side, :func:`receive` runs in the server's workers, which
+connect to the trainer. Every transfer to every server has a port and a secret of its own; nothing
+listens between two transfers. The secret goes to the server with the instruction to receive. A
+worker gets weights only after it has proved that it knows the secret, and a transfer has succeeded
+only when every worker has proved that it received all of it, unchanged. Weights are not encrypted.
+The setting is named after torch's backend from CPU to CPU.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hmac
 import socket
 import threading
-import uuid
-from collections.abc import Iterator, Sequence
-from datetime import timedelta
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 from safetensors.torch import load
 from torch import Tensor
-from torch._C._distributed_c10d import (  # torch.distributed imports them from here
-    BroadcastOptions,
-    PrefixStore,
-    ProcessGroupGloo,
-    Store,
-    TCPStore,
-)
 
 from sdp_lightning.distributed.event_loop import settle
-from sdp_lightning.errors import EngineError
+from sdp_lightning.distributed.listener import Listener, connect
+from sdp_lightning.distributed.messaging import authenticate
+from sdp_lightning.errors import EngineError, RankError
 from sdp_lightning.weights.files import WeightFolder, readable
 from sdp_lightning.weights.protocol import Receive, Target, Weights
 
-_STEP_S = 0.02  # interval at which a sender checks for the workers
+_CHUNK_BYTES = 2**20
+_SIZE_BYTES, _TAG_BYTES = 8, 32
 
 
 class GlooTransport:
-    """Stages weights in a :class:`WeightFolder` of this host, and broadcasts its files.
+    """Stages weights in a :class:`WeightFolder` of this host, and sends its files.
 
     Args:
-        host: this host's name or address for the servers.
+        host: this host's name or address for the servers; it listens there only.
         timeout_s: timeout of each step of a transfer, in seconds.
         root: parent folder of staged weights; None is shared memory.
+
+    Raises:
+        EngineError: if it cannot listen on ``host``.
     """
 
     is_live = False
 
     def __init__(self, host: str, *, timeout_s: float = 120.0, root: Path | None = None) -> None:
-        self._files = WeightFolder(root)
         self._host, self._timeout_s = host, timeout_s
+        self._listen().close()
+        self._files = WeightFolder(root)
         self._latest: list[Path] = []
-        limit = timedelta(seconds=timeout_s)
-        try:
-            listener = socket.create_server((host, 0))  # torch's own listens on every address
-        except OSError as error:
-            self._files.close()
-            raise EngineError(
-                f"cannot listen on {host}, where servers are to fetch weights: {error}. Set "
-                "trainer_host to an address of this host that they reach."
-            ) from error
-        self._store: TCPStore | None = TCPStore(
-            host,
-            int(listener.getsockname()[1]),
-            is_master=True,
-            timeout=limit,
-            wait_for_workers=False,
-            master_listen_fd=listener.detach(),
-        )
+        self._is_closed = False
 
     def stage(self, weights: Weights, *, full: bool) -> int:
         try:
             folder, num_bytes = self._files.write(weights, full=full)
         except EngineError as error:
-            if self._store is None:  # close removed the folder
+            if self._is_closed:  # which removed the folder
                 raise EngineError("the engine was closed while weights were written.") from error
             raise
         self._latest = [folder] if num_bytes else []
@@ -83,12 +68,12 @@ class GlooTransport:
         files = [file for folder in folders for file in sorted(folder.glob("*.safetensors"))]
         if not files:
             return
-        assert self._store is not None, "closed"
-        key, port = uuid.uuid4().hex, self._store.port
-        instruction = Receive(self._host, port, key, target.num_workers, self._timeout_s)
-        sending = _Sending(files, self._store, instruction)
+        listener = self._listen()
+        port, secret = listener.address
+        transfer = Receive(self._host, int(port), secret.hex(), target.num_workers, self._timeout_s)
+        sending = _Sending(files, listener, transfer)
         try:
-            await target.tell(instruction)
+            await target.tell(transfer)
             async with asyncio.timeout(self._timeout_s):
                 await asyncio.shield(sending.done)
         except TimeoutError as error:
@@ -100,26 +85,34 @@ class GlooTransport:
             sending.cancelled.set()
 
     def close(self) -> None:
-        self._store = None  # stops listening
+        self._is_closed = True
         self._files.close()
+
+    def _listen(self) -> Listener:
+        try:
+            return Listener(self._host, needs_port=True)
+        except OSError as error:
+            raise EngineError(
+                f"cannot listen on {self._host}, where servers are to fetch weights: {error}. Set "
+                "trainer_host to an address of this host that they reach."
+            ) from error
 
 
 class _Sending:
     """Sends ``files`` in its own thread, which does not keep the process alive."""
 
-    def __init__(self, files: Sequence[Path], store: Store, transfer: Receive) -> None:
+    def __init__(self, files: Sequence[Path], listener: Listener, transfer: Receive) -> None:
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.done.add_done_callback(_mark_seen)
         self.cancelled = threading.Event()
-        self._arguments = files, store, transfer
+        self._arguments = files, listener, transfer
         threading.Thread(target=self._run, name="sdp-gloo", daemon=True).start()
 
     def _run(self) -> None:
-        files, store, transfer = self._arguments
         error: EngineError | None = None
         try:
-            send(files, store, transfer, self.cancelled)
-        except (OSError, RuntimeError) as cause:  # torch's DistError is a RuntimeError
+            send(*self._arguments, self.cancelled.is_set)
+        except (OSError, EngineError) as cause:
             error = EngineError(f"weights could not be sent by gloo: {cause}")
             error.__cause__ = cause
         settle(self.done, error)
@@ -132,45 +125,97 @@ def _mark_seen(done: asyncio.Future[None]) -> None:
 
 
 def send(
-    files: Sequence[Path], store: Store, transfer: Receive, cancelled: threading.Event
+    files: Sequence[Path], listener: Listener, transfer: Receive, is_cancelled: Callable[[], bool]
 ) -> None:
-    """Broadcast ``files`` to the workers of ``transfer.key``, as soon as all have joined.
+    """Send ``files`` to the workers of ``transfer``, as soon as all have joined.
 
-    Nothing is sent if ``cancelled`` is set before that.
+    Nothing is sent if ``is_cancelled`` becomes true before that.
+
+    Raises:
+        OSError: if a worker disconnects, or takes nothing within the transfer's timeout.
+        EngineError: naming the workers that did not join, or did not prove what they received.
     """
-    prefixed = PrefixStore(transfer.key, store)
-    while not prefixed.check([f"worker-{worker}" for worker in range(transfer.num_workers)]):
-        if cancelled.wait(_STEP_S):
-            return
-    group = _join(prefixed, 0, transfer, transfer.host)
+    # A server may take one timeout to answer its instruction, and another one after that.
+    links, _ = listener.collect(transfer.num_workers + 1, 2 * transfer.timeout_s, is_cancelled)
+    try:
+        missing = [str(n - 1) for n in range(1, transfer.num_workers + 1) if n not in links]
+        if missing and not is_cancelled():
+            raise EngineError(f"worker {', '.join(missing)} did not come for them.")
+        if not missing:
+            _send(files, links, transfer)
+    finally:
+        for link in links.values():
+            link.close()
+
+
+def _send(files: Sequence[Path], links: Mapping[int, socket.socket], transfer: Receive) -> None:
+    key = bytes.fromhex(transfer.key)
+    signature = hmac.new(key, digestmod="sha256")
+    for link in links.values():
+        link.settimeout(transfer.timeout_s)
+
+    def send_all(data: memoryview | bytes) -> None:
+        signature.update(data)
+        for link in links.values():
+            link.sendall(data)
+
     for file in files:
-        content = torch.from_numpy(np.memmap(file, dtype=np.uint8, mode="c"))
-        _broadcast(group, torch.tensor([content.numel()]))
-        _broadcast(group, content)
-    _broadcast(group, torch.tensor([0]))
+        content = np.memmap(file, dtype=np.uint8, mode="r").data
+        send_all(len(content).to_bytes(_SIZE_BYTES))
+        for start in range(0, len(content), _CHUNK_BYTES):
+            send_all(content[start : start + _CHUNK_BYTES])
+    send_all(bytes(_SIZE_BYTES))
+    tag = signature.digest()
+    for link in links.values():
+        link.sendall(tag)
+    for number, link in links.items():
+        proof = _read(link, _TAG_BYTES)
+        if not hmac.compare_digest(proof, _proof_of(key, number, tag)):
+            raise EngineError(f"worker {number - 1} did not prove that it received them unchanged.")
 
 
 def receive(transfer: Receive, worker: int) -> Iterator[tuple[str, Tensor]]:
-    """Receive the weights that the trainer broadcasts, as worker number ``worker``.
+    """Receive the weights that the trainer sends, as worker number ``worker``.
+
+    They are known to be the trainer's only when the iteration has ended: use none before that.
 
     Raises:
-        RuntimeError: if the trainer cannot be reached, or disconnects.
+        EngineError: if the trainer cannot be reached, disconnects, or does not know the transfer's
+            key; or if the weights were changed on the way.
     """
-    limit = timedelta(seconds=transfer.timeout_s)
-    store = TCPStore(
-        transfer.host, transfer.port, is_master=False, wait_for_workers=False, timeout=limit
-    )
-    prefixed = PrefixStore(transfer.key, store)
-    prefixed.set(f"worker-{worker}", "here")
-    group = _join(prefixed, worker + 1, transfer, address_towards(transfer.host, transfer.port))
-    while True:
-        size = torch.zeros(1, dtype=torch.int64)
-        _broadcast(group, size)
-        if not int(size):
-            return
-        content = torch.empty(int(size), dtype=torch.uint8)
-        _broadcast(group, content)
-        yield from load(content.numpy().tobytes()).items()
+    where, key = f"{transfer.host}:{transfer.port}", bytes.fromhex(transfer.key)
+    try:
+        link = connect(transfer.host, (transfer.port, key), worker + 1, transfer.timeout_s)
+        with link:
+            link.settimeout(transfer.timeout_s)
+            signature = hmac.new(key, digestmod="sha256")
+            while size := int.from_bytes(_read(link, _SIZE_BYTES, signature.update)):
+                yield from load(_read(link, size, signature.update)).items()
+            tag = _read(link, _TAG_BYTES)
+            if not hmac.compare_digest(tag, signature.digest()):
+                raise EngineError(f"the weights from {where} were changed on their way.")
+            link.sendall(_proof_of(key, worker + 1, tag))
+    except (OSError, RankError) as error:
+        raise EngineError(f"weights could not be received from {where}: {error}") from error
+
+
+def _read(
+    link: socket.socket, size: int, note: Callable[[memoryview], None] = lambda _: None
+) -> bytes:
+    """The next ``size`` bytes; ``note`` sees them as they come."""
+    data = np.empty(size, dtype=np.uint8)
+    rest = data.data
+    while rest:
+        count = link.recv_into(rest[:_CHUNK_BYTES])
+        if not count:
+            raise ConnectionError("the other end has closed the connection")
+        note(rest[:count])
+        rest = rest[count:]
+    return data.tobytes()
+
+
+def _proof_of(key: bytes, number: int, tag: bytes) -> bytes:
+    return authenticate(key, b"received", number.to_bytes(_SIZE_BYTES), tag)
 
 
 def address_towards(host: str, port: int) -> str:
@@ -186,17 +231,3 @@ def address_towards(host: str, port: int) -> str:
             return str(probe.getsockname()[0])
     except OSError as error:
         raise EngineError(f"there is no route from this host to {host}: {error}.") from error
-
-
-def _join(store: Store, rank: int, transfer: Receive, address: str) -> Any:
-    kind: Any = ProcessGroupGloo  # its options are not in torch's stubs
-    options = kind._Options()
-    options._devices = [kind.create_device(hostname=address)]
-    options._timeout = timedelta(seconds=transfer.timeout_s)
-    return kind(store, rank, transfer.num_workers + 1, options)
-
-
-def _broadcast(group: Any, tensor: Tensor) -> None:
-    options = BroadcastOptions()
-    options.rootRank = 0
-    group.broadcast([tensor], options).wait()

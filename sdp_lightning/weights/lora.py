@@ -55,11 +55,12 @@ class LoRATransport:
         adapter: dict[str, Tensor] = {}
         folder = self._folder(self._number + 1)
         try:
-            folder.mkdir()
+            folder.mkdir(mode=0o700)
             num_bytes = self._files.write(_base_of(stream, adapter), full=True)[1] if full else 0
             adapter |= {plain_name(n): tensor.detach().cpu().contiguous() for n, tensor in stream}
             save_file(adapter, folder / "adapter_model.safetensors")
             (folder / "adapter_config.json").write_text(json.dumps(config))
+            (folder / "adapter_config.json").chmod(0o600)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(folder, ignore_errors=True)
             raise EngineError(f"the adapter cannot be written to {folder}: {error}") from error

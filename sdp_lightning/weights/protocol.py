@@ -7,7 +7,7 @@ It knows no HTTP: the servers' backend writes an instruction as a call.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
@@ -61,18 +61,18 @@ class LoadAdapter:
 
 @dataclass(frozen=True)
 class Receive:
-    """Join the trainer's gloo group and load the weights that it broadcasts.
+    """Connect to the trainer and load the weights that it sends.
 
     Attributes:
-        host, port: address of the trainer's store.
-        key: unique to a transfer, so that a late worker of an earlier one joins nothing.
-        num_workers: workers of this server; the trainer is rank 0 and worker i rank i + 1.
+        host, port: address where the trainer listens.
+        key: secret of this transfer, in hexadecimal: who knows it may have the weights.
+        num_workers: workers of this server.
         timeout_s: timeout of each step, in seconds.
     """
 
     host: str
     port: int
-    key: str
+    key: str = field(repr=False)
     num_workers: int
     timeout_s: float
 

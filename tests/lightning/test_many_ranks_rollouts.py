@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from support.network_page import check, places
 from support.rank_runs import Launcher, Results, assert_same_weights
 
 STRATEGIES = ("ddp", "fsdp")
@@ -16,7 +17,11 @@ UNEVEN = {
     for i in range(1, 80, 2)
 }
 ROLLOUTS: dict[str, dict[str, Any]] = {
-    "on policy": {"num_val": 5, "summary": True},
+    "on policy": {
+        "num_val": 5,
+        "summary": True,
+        "trouble": {"what": "port scan", "rank": 1, "step": 1},
+    },
     "to the end": {"steps": 0, "num_rows": 15, "num_epochs": 1},
     "rank 1 is late": {
         "rows": {str(i): {"slow_s": 0.2} for i in range(1, 40, 2)},
@@ -36,6 +41,7 @@ ROLLOUTS: dict[str, dict[str, Any]] = {
 def alone(launcher: Launcher) -> dict[str, Any]:
     """What one process sees of the first two."""
     cases = {name: {"kind": "rollouts", **ROLLOUTS[name]} for name in ("on policy", "to the end")}
+    # A port scan on the ranks has to change nothing.
     return launcher.run(1, cases)[0]
 
 
@@ -49,6 +55,15 @@ def both(request: pytest.FixtureRequest, launcher: Launcher) -> Results:
     return launcher.run(2, cases)
 
 
+def test_ranks_listen_where_the_page_of_the_network_says(both: Results) -> None:
+    first, second = (rank["to the end"] for rank in both)
+    every = places("backend gloo", "every rank")
+    check(second["listening"], every)
+    named, port = [*every, *places("several processes", "rank 0")], first["MASTER_PORT"]
+    check(first["listening"], named, MASTER_PORT=port)
+
+
+@pytest.mark.fault("corrupted data", "stranger")
 @pytest.mark.parametrize("name", ["on policy", "to the end"])
 def test_rollouts_of_ranks_are_those_of_one_process(
     both: Results, alone: dict[str, Any], name: str

@@ -58,6 +58,7 @@ class FakeWeights(FaultyServer):
 
     async def receive(self, arguments: dict[str, Any]) -> web.Response:
         """As the workers do; a fault "stall" stops one of them after the first tensor."""
+        from sdp_lightning.errors import EngineError
         from sdp_lightning.weights.gloo import receive
         from sdp_lightning.weights.protocol import Receive
 
@@ -76,7 +77,7 @@ class FakeWeights(FaultyServer):
         workers = [asyncio.to_thread(work, number) for number in range(self.num_workers)]
         try:
             loaded = await asyncio.gather(*workers)
-        except RuntimeError as found:
+        except EngineError as found:
             return error(500, f"Worker failed with error '{found}'")
         assert all(one == loaded[0] for one in loaded)
         self.take_in([loaded[0]])

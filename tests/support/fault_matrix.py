@@ -34,6 +34,7 @@ PHASES = {
     "observer": "callbacks and loggers that show the run, and the files that they keep",
     "checkpoint": "writing one, and exporting it",
     "resume": "reading one, and repeating what was under way",
+    "stranger": "who connects to a port of the run, or looks at its folders, and is none of it",
     "teardown": "closing executor, engine, servers and reward workers",
 }
 QUICKLY = ["--collect-only", "-qq", "-p", "no:cacheprovider", "--assert=plain", "-o", "addopts="]
@@ -49,6 +50,7 @@ NOT_APPLICABLE: dict[Cell, str] = {
     ("thread died", "score"): f"Scores are computed in {MAIN}",
     ("thread died", "train step"): f"Steps are made in {MAIN}",
     ("thread died", "checkpoint"): f"Checkpoints are written in {MAIN}",
+    ("thread died", "stranger"): "No thread of the run is a stranger's.",
     ("corrupted data", "teardown"): "Teardown reads no data.",
 }
 NOT_TESTED: dict[Cell, str] = {}

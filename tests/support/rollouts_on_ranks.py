@@ -41,7 +41,7 @@ from sdp_lightning.training.batch import Batch
 from sdp_lightning.types import Row, Trajectory
 from sdp_lightning.workflows.workflow import RolloutSession
 from support.fake_servers import QUICK
-from support.port_scan import listening_ports, scan
+from support.listening import listening, scan, siblings
 from support.rank_place import CountingModule, Metrics, Place, make_strategy, weights_of
 from support.trainers import Recorder, executor_of, make_trainer, weigh_letters
 
@@ -121,14 +121,14 @@ class Letters(sdp.RolloutWorkflow):
 
 
 class Troublemaker(Callback):
-    """Fails, dies or ruins the last server at the beginning of a step, on one rank."""
+    """Fails, dies, scans ports or ruins the last server at the beginning of a step, on a rank."""
 
     def __init__(
         self, place: Place, trouble: Trouble, servers: Sequence[Mapping[str, Any]]
     ) -> None:
         self._place, self._trouble, self._servers = place, trouble, servers
         self.scanned: list[int] = []
-        self._strangers: list[socket.socket] = []
+        self._silent: list[socket.socket] = []  # a stranger's, open to the end of the run
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -138,6 +138,10 @@ class Troublemaker(Callback):
         if self._trouble.what == "training step":
             time.sleep(0.5)  # the others wait in the first collective of the step by then
             raise ValueError("no such gradient")
+        if self._trouble.what == "port scan":
+            places = listening(*siblings())
+            self.scanned = sorted(port for _, port in places)
+            self._silent = scan(places)
         if self._trouble.what == "kill":
             time.sleep(0.5)
             os.kill(os.getpid(), signal.SIGKILL)
@@ -145,9 +149,6 @@ class Troublemaker(Callback):
             os.kill(os.getpid(), signal.SIGSTOP)
         if self._trouble.what == "told to stop":
             os.kill(os.getpid(), self._trouble.signum)
-        if self._trouble.what == "port scan":
-            self.scanned = listening_ports()
-            self._strangers = scan(self.scanned)  # they stay to the end
         if self._trouble.what == "server killed":
             os.kill(self._servers[-1]["pid"], signal.SIGKILL)
         if self._trouble.what == "load fails":
@@ -272,6 +273,8 @@ def rollouts(
         "versions": seen.versions,
         "exact": seen.exact,
         "servers": seen.servers,
+        "listening": seen.listening,
+        "MASTER_PORT": int(os.environ["MASTER_PORT"]),
         "page": os.listdir(page),
         "scanned": troublemaker.scanned,
         "val_rows": val_workflow.seen,
@@ -283,7 +286,7 @@ def rollouts(
 
 @dataclass(eq=False)
 class Steps(Callback):
-    """Rows, lags, versions and servers of every step, and every evaluation."""
+    """Rows, lags, versions and servers of every step, every evaluation, and open ports."""
 
     rows: list[list[str]] = field(default_factory=list[list[str]])
     lags: list[list[int]] = field(default_factory=list[list[int]])
@@ -291,10 +294,12 @@ class Steps(Callback):
     exact: list[bool] = field(default_factory=list[bool])
     servers: list[list[str]] = field(default_factory=list[list[str]])
     evaluations: list[tuple[float, float]] = field(default_factory=list[tuple[float, float]])
+    listening: set[tuple[str, int]] = field(default_factory=set[tuple[str, int]])
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
+        self.listening = listening()
         recorder = Recorder()
         recorder.on_train_batch_start(trainer, pl_module, batch, batch_idx)
         self.rows.append(recorder.steps[0].row_ids)

@@ -10,6 +10,7 @@ import os
 import random
 import resource
 import shutil
+import stat
 import subprocess
 import sys
 import threading
@@ -22,6 +23,7 @@ import torch
 
 from sdp_lightning.errors import EngineError
 from sdp_lightning.weights.files import FileTransport, WeightFolder
+from sdp_lightning.weights.lora import LoRATransport
 from sdp_lightning.weights.protocol import Instruction, LoadFolder, Target
 from support.fake_servers import weights
 from support.weight_transports import load, names_in
@@ -40,6 +42,37 @@ def test_base_and_then_update_are_the_present_weights(tmp_path: Path):
     files.close()
     files.close()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.fault("exception", "stranger")
+def test_folders_and_files_are_for_their_user_only_whatever_the_umask(tmp_path: Path):
+    before = os.umask(0)
+    try:
+        files, adapters = WeightFolder(tmp_path), LoRATransport(2.0, root=tmp_path)
+        files.write(weights(1.0), full=True)
+        files.write(weights(2.0), full=False)
+        pair = [(f"m.lora_{kind}.default.weight", torch.ones(2, 2)) for kind in "AB"]
+        adapters.stage([("base", torch.ones(2)), *pair], full=True)
+    finally:
+        os.umask(before)
+    modes = {path: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.rglob("*")}
+    assert len(modes) == 3 + 3 + 3 + 4  # locks; folders and their files
+    for path, mode in modes.items():
+        assert mode == (0o700 if path.is_dir() else 0o600), f"{path}: {mode:o}"
+    files.close()
+    adapters.close()
+
+
+def test_a_link_that_somebody_put_beside_the_weights_leads_nowhere(tmp_path: Path):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "lock").write_text("kept")
+    (tmp_path / "sdp-weights-1-abc").symlink_to(mine)
+    trap = tmp_path / "sdp-weights-2-abc"
+    trap.mkdir()
+    (trap / "lock").symlink_to(mine / "lock")
+    WeightFolder(tmp_path).close()
+    assert (mine / "lock").read_text() == "kept" and trap.exists()
 
 
 def test_a_new_start_forgets_the_updates_of_the_old_one(tmp_path: Path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 import threading
 from pathlib import Path
 from typing import Any
@@ -213,16 +212,6 @@ def test_a_server_that_says_it_has_what_it_never_fetched_is_not_believed(tmp_pat
     transport.close()
     transport.close()
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_closed_transport_no_longer_listens(tmp_path: Path):
-    transport = GlooTransport("127.0.0.1", root=tmp_path)
-    assert transport._store is not None
-    port = transport._store.port
-    socket.create_connection(("127.0.0.1", port), timeout=30.0).close()
-    transport.close()
-    with pytest.raises(ConnectionRefusedError):
-        socket.create_connection(("127.0.0.1", port), timeout=30.0)
 
 
 def test_a_host_that_is_not_this_one_is_no_place_to_listen(tmp_path: Path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import Future
@@ -11,6 +10,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+from sdp_lightning.config.server_keys import read_key
 from sdp_lightning.distributed.messaging import LOOPBACK_HOSTS
 from sdp_lightning.engines.protocol import (
     GenerationRequest,
@@ -71,7 +71,10 @@ class RemoteInfEngine:
                 f"{count} servers are fewer than min_replicas={self.options.min_replicas}."
             )
         tls = tls_context(self.options.ca_file, self._urls)
-        self._http = HttpClient(api_key=_api_key(self.options), tls=tls)
+        self._key = read_key(self.options.api_key)
+        if self._key is not None:
+            check_api_key("api_key", self._key)
+        self._http = HttpClient(api_key=self._key, tls=tls)
         self._client = ServerClient(self._http, backend, self.options)
         self._transport: WeightTransport | None = None
         self._pool: ServerPool | None = None
@@ -133,7 +136,7 @@ class RemoteInfEngine:
             if joined_urls:
                 self._urls = list(joined_urls)
             elif self._managed is not None:
-                self._urls = self._managed.start()
+                self._urls = self._managed.start(self._key)
             self._http.start()
             if not joined_urls:
                 self._transport = make_transport(options, self._urls)
@@ -236,24 +239,15 @@ def _nothing(url: str) -> str:
     return ""
 
 
-def _api_key(options: RemoteOptions) -> str | None:
-    if options.api_key:
-        return options.api_key
-    key = os.environ.get("SDP_API_KEY")
-    if key:
-        check_api_key("SDP_API_KEY", key)
-    return key
-
-
 def _check_servers(urls: list[str], options: RemoteOptions) -> None:
     if twice := sorted({url for url in urls if urls.count(url) > 1}):
         raise ConfigError(f"{', '.join(twice)} is named twice: name each server once.")
     far = [url for url in urls if urlsplit(url).hostname not in LOOPBACK_HOSTS]
-    if far and _api_key(options) is None:
+    if far and read_key(options.api_key) is None:
         raise ConfigError(
-            f"{', '.join(far)} is on another host. Start it with --api-key and pass api_key, or "
-            "set SDP_API_KEY. vLLM asks for the key where it samples, but not on its routes for "
-            "weights: keep its port within a private network."
+            f"{', '.join(far)} is on another host. Start it with VLLM_API_KEY in its environment, "
+            "and give the key by api_key or SDP_API_KEY. vLLM asks for it where it samples, "
+            "but not on its routes for weights: keep its port within a private network."
         )
     if far and options.transport == "ipc":
         raise ConfigError(

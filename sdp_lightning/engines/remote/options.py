@@ -47,7 +47,8 @@ class RemoteOptions:
             see it under the same name.
         trainer_host: this host's address for servers that fetch weights from it; None detects it.
         lora_alpha: ``alpha`` of the adapter that ``"lora"`` sends.
-        api_key: bearer token, else the value of ``SDP_API_KEY``; servers on other hosts need one.
+        api_key: bearer token: ``env:NAME``, ``file:PATH`` or the key; None is the value of
+            ``SDP_API_KEY``. Servers on other hosts need one; those that a run starts are given it.
         ca_file: PEM file of the certificate authorities that are believed at ``https`` addresses;
             None: those of the system.
         vocab_size: number of token ids of the model; a server that samples another one is set

@@ -87,6 +87,11 @@ class ServerConfig:
         positive("startup_timeout_s", self.startup_timeout_s)
         if self.port and not 0 < self.port <= 65536 - self.replicas:
             raise ConfigError(f"port must leave room for {self.replicas} up to 65535: {self.port}.")
+        if any(argument.startswith("--api-key") for argument in self.extra_args):
+            raise ConfigError(
+                "extra_args would show --api-key to everybody on this machine. Set SDP_API_KEY, or "
+                "api_key to env:NAME or file:PATH: the servers get the key in their environment."
+            )
         share = self.gpu_memory_utilization
         if share is not None and not 0 < share <= 1:
             raise ConfigError(f"gpu_memory_utilization must be in (0, 1], got {share}.")

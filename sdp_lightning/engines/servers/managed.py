@@ -17,6 +17,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -65,8 +66,11 @@ class ManagedServers:
         """Process ids of the guards; each guard has one child, its server."""
         return [server.guard.pid for server in self._servers]
 
-    def start(self) -> list[str]:
+    def start(self, api_key: str | None = None) -> list[str]:
         """Start all servers, wait until each is ready; returns their URLs.
+
+        Args:
+            api_key: key that they shall ask for; it goes into their environment.
 
         Raises:
             EngineError: if a server ends or is not ready in time, with the end of its log, or a
@@ -79,7 +83,10 @@ class ManagedServers:
         try:
             for index, port in enumerate(_choose_ports(self.config)):
                 log = folder / f"server-{index}.log"
-                self._servers.append(self._launch(index, port, log, package))
+                environment = self.config.environment(index, package)
+                if api_key is not None:
+                    environment["VLLM_API_KEY"] = api_key
+                self._servers.append(self._launch(index, port, log, environment))
             logger.info("Starting vLLM servers; their logs are in %s.", folder)
             deadline = time.monotonic() + self.config.startup_timeout_s
             for server in self._servers:
@@ -115,7 +122,7 @@ class ManagedServers:
                 return f"{ended}{_end_of(server.log)}"
         return ""
 
-    def _launch(self, index: int, port: int, log: Path, package: Path) -> _Server:
+    def _launch(self, index: int, port: int, log: Path, environment: Mapping[str, str]) -> _Server:
         guard = [sys.executable, "-I", process_guard.__file__, str(self.grace_s)]
         with log.open("wb") as output:
             process = subprocess.Popen(
@@ -123,7 +130,7 @@ class ManagedServers:
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=self.config.environment(index, package),
+                env=environment,
                 start_new_session=True,
             )
         return _Server(process, f"http://127.0.0.1:{port}", log)

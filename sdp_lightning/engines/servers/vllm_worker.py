@@ -26,7 +26,7 @@ class WorkerExtension:
     def sdp_receive(
         self, host: str, port: int, key: str, num_workers: int, timeout_s: float
     ) -> None:
-        """Load weights that the trainer broadcasts; see :mod:`sdp_lightning.weights.gloo`."""
+        """Load weights that the trainer sends; see :mod:`sdp_lightning.weights.gloo`."""
         from sdp_lightning.weights.gloo import receive
         from sdp_lightning.weights.protocol import Receive
 

@@ -168,6 +168,8 @@ def test_devices_are_dealt_out_and_several_for_one_server_are_tensor_parallel(
         ({"replicas": 2, "cores": ("0",)}, "one list a replica: 1 for 2"),
         ({"port": 65535, "replicas": 2}, "65535"),
         ({"startup_timeout_s": 0}, "startup_timeout_s"),
+        ({"extra_args": ("--api-key", "k")}, "would show --api-key .* Set SDP_API_KEY"),
+        ({"extra_args": ("--api-key=k",)}, "would show --api-key .* Set SDP_API_KEY"),
         ({"transport": "pigeon"}, "one of files, gloo, nccl, ipc, lora; got 'pigeon'"),
         (
             {"transport": "lora", "max_lora_rank": 0},

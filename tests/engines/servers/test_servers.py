@@ -16,13 +16,16 @@ import time
 import urllib.request
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
 from sdp_lightning.engines.servers import managed as server_module
 from sdp_lightning.engines.servers.managed import ManagedServers, ServerConfig
 from sdp_lightning.errors import EngineError
+from support.listening import listening
 from support.managed_servers import fake_python, no_gpu
+from support.network_page import check, places
 from support.paths import ROOT
 from support.real_vllm import assert_gone
 
@@ -56,9 +59,16 @@ def test_two_replicas_get_ports_and_cores_of_their_own(fake_python: str, tmp_pat
 
 
 def test_closing_ends_server_and_children_and_can_be_done_twice(fake_python: str, tmp_path: Path):
+    """Until then it listens where the page of the network says, and only its user sees its key."""
     servers = make_servers(fake_python, tmp_path / "logs")
-    servers.start()
+    [url] = servers.start("sk-do-not-tell")
     pids = [*servers.process_ids, *read_pids(tmp_path / "logs")]
+    sockets = listening(*pids)
+    assert {port for _, port in sockets} == {urlsplit(url).port}
+    check(sockets, places("vllm://launch", "each server"))
+    for pid in pids:
+        assert b"sk-do-not-tell" not in Path(f"/proc/{pid}/cmdline").read_bytes()
+    assert b"VLLM_API_KEY=sk-do-not-tell" in Path(f"/proc/{pids[1]}/environ").read_bytes()
     servers.close()
     servers.close()
     assert_gone(pids)
