@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import sdp_lightning as sdp
 from sdp_lightning.testing import tiny_model
 from sdp_lightning.training.policy.forward import sequence_logprobs
 from sdp_lightning.training.policy.loading import disable_noise, recompute_activations
 from support.odd_models import odd_model, saved
 from support.plain_forwards import gradients, plain, random_batch
-from support.trainers import make_module
+from support.trainers import make_data, make_module, make_trainer
 
 NOISY = {
     "opt": {"dropout": 0.3, "attention_dropout": 0.3, "layerdrop": 0.5},
@@ -88,3 +89,11 @@ def test_a_model_that_checkpoints_in_its_decoder_still_can() -> None:
     decoder.gradient_checkpointing = True
     disable_noise(decoder.train())
     assert [module.training for module in decoder.modules()] == [True, False, False]
+
+
+def test_a_run_of_a_model_with_dropout_has_no_drift(tmp_path: Path) -> None:
+    """Seed-OSS has dropout of 10 % unless its config says otherwise."""
+    folder = saved(odd_model("seed_oss"), tmp_path)
+    module, trainer = make_module(folder), make_trainer(sdp.WeightSyncCallback(), max_steps=2)
+    trainer.fit(module, datamodule=make_data(max_head_lag=0))
+    assert trainer.callback_metrics["drift/abs_log_mean"] < 1e-4
