@@ -100,7 +100,8 @@ def load_causal_lm(model_id: str, *, dtype: Any, options: dict[str, Any]) -> Pre
     # foreign: model configurations differ
     capped = getattr(config, _CAPPED_SCORES, None) is not None
     if capped and "attn_implementation" not in options:
-        model.set_attn_implementation("eager")
+        with quiet_transformers():
+            model.set_attn_implementation("eager")
     return model
 
 

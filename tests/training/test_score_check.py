@@ -91,7 +91,7 @@ def with_dropped_caps() -> Any:
 
 
 CAUSES = [
-    (with_random_layer, "'llama' draws random numbers in eval mode.* nats, so"),
+    (with_random_layer, "'llama' draws random numbers in eval mode.* nats in two passes"),
     (with_batch_norm, "'qwen3' lets rows of a batch see their neighbors.* nats"),
     (with_a_scaled_head, "'qwen3' has other logits than those that its head gives.* nats"),
     (with_dropped_caps, "'gemma2' has other logits under attention 'sdpa'.*'eager'}"),

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from sdp_lightning.config import UpdateConfig
-from sdp_lightning.errors import ConfigError
 from sdp_lightning.training.batch import AttentionCosts, Batch, Layout
 from sdp_lightning.training.policy.forward import (
     LogprobForward,
@@ -20,7 +19,7 @@ from sdp_lightning.training.policy.forward import (
 from sdp_lightning.training.policy.score_check import ScoreCheck
 from sdp_lightning.training.policy.sharding import is_sharded
 
-_LAYOUTS: tuple[Layout, ...] = ("padded", "packed", "shared_prefix")
+_PACKED: tuple[Layout, ...] = ("packed", "shared_prefix")
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +57,8 @@ class LogprobRunner:
     ) -> None:
         self._forward, self._update = forward, update
         self._over_ranks, self._precision = over_ranks, precision
-        self._check = ScoreCheck(forward, over_ranks, precision)
+        others = _PACKED if update.layout == "auto" else tuple({update.layout} - {"padded"})
+        self._check = ScoreCheck(forward, others, over_ranks=over_ranks, precision=precision)
 
     def __call__(self, piece: MicroBatch) -> SequenceLogprobs:
         """One forward pass. Carries the gradient, where that is on."""
@@ -80,25 +80,21 @@ class LogprobRunner:
             ConfigError: if the policy's scores are wrong, or it cannot be computed in the
                 configured layout.
         """
-        wanted = self._update.layout
-        for layout in ("padded", wanted):
-            refusal = None if layout == "auto" else self._refusal(layout, batch)
-            if refusal is not None:
-                raise refusal
+        wanted, limit = self._update.layout, self._update.max_tokens_per_microbatch
+        longest, total = int(batch.lengths.max()), int(batch.lengths.sum())
+        refusals = self._check.refusals(longest=longest, together=min(total, max(longest, limit)))
+        refusal = refusals["padded"] or (None if wanted == "auto" else refusals[wanted])
+        if refusal is not None:
+            raise refusal
         if wanted != "auto":
             return wanted
-        able: list[Layout] = [one for one in _LAYOUTS if self._refusal(one, batch) is None]
-        limit, costs = self._update.max_tokens_per_microbatch, self._costs
+        able: list[Layout] = [layout for layout, refusal in refusals.items() if refusal is None]
+        costs = self._costs
         return min(able, key=lambda layout: batch.cost(limit, layout, costs))
 
     @property
     def _costs(self) -> AttentionCosts:
         return attention_costs(self._forward.policy)
-
-    def _refusal(self, layout: Layout, batch: Batch) -> ConfigError | None:
-        longest, total = int(batch.lengths.max()), int(batch.lengths.sum())
-        together = min(total, max(longest, self._update.max_tokens_per_microbatch))
-        return self._check.refusal(layout, longest=longest, together=together)
 
     def logprobs(self, batch: Batch) -> Tensor:
         """[B, T] float32 under the present weights, without gradient; 0 outside the loss mask.

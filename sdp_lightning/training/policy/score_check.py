@@ -1,15 +1,16 @@
 """Whether a policy's scores are those of its own logits, tried on a few rows before the first step.
 
-The rows are of unlike length, the longest as long as the run's. In the layout ``"padded"`` scores
-are compared with the model's own logits of each row alone, under eager attention; in the others,
-where as many tokens are in one pass as in the run's, with padded ones. A model whose scores are
-wrong is refused, and the refusal says why.
+The rows are of unlike length, the longest as long as the run's. Their scores in the layout
+``"padded"`` are compared with the model's own logits of each row alone, under eager attention, and
+those of the other layouts with padded ones. A model whose scores are wrong is refused, and the
+refusal says why.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Generator
+import re
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from sdp_lightning.config.model_source import quiet_transformers
 from sdp_lightning.errors import ConfigError
 from sdp_lightning.training.batch import Batch, Layout, trial_batch
 from sdp_lightning.training.policy.forward import LogprobForward, check_model
@@ -24,8 +26,11 @@ from sdp_lightning.training.policy.sharding import is_sharded
 
 logger = logging.getLogger(__name__)
 
+Refusals = Mapping[Layout, ConfigError | None]
+
 _SHORTEST, _LONGEST = 32, 2048  # tokens of the longest row of a trial
-_POSITIONS = ("max_position_embeddings", "max_seq_len")  # of configurations
+_POSITIONS = ("max_position_embeddings", "max_seq_len")  # settings of models
+_WINDOW = re.compile("window|local|chunk|sliding|span")  # in names of settings
 # Largest error in nats: of a token in float32; on average where products are rounded to halves.
 _EXACT, _ROUNDED = 1e-3, 0.05
 # Largest error of a layout, as a share of the change that another prefix makes. Rows that attend to
@@ -34,10 +39,11 @@ _SHARE = 0.1
 
 
 class ScoreCheck:
-    """Tries each layout before its first use, and again before rows twice as long as tried.
+    """Tries layouts before their first use, and again before rows twice as long as tried.
 
     Args:
         forward: the policy.
+        layouts: those to try beside ``"padded"``.
         over_ranks: gathers values from every rank, in order of rank.
         precision: context of passes without gradient.
     """
@@ -45,122 +51,142 @@ class ScoreCheck:
     def __init__(
         self,
         forward: LogprobForward,
+        layouts: Sequence[Layout],
+        *,
         over_ranks: Callable[..., list[tuple[float, ...]]],
         precision: Callable[[], AbstractContextManager[object]],
     ) -> None:
-        self._forward, self._over_ranks, self._precision = forward, over_ranks, precision
-        self._tried: dict[Layout, tuple[int, int]] = {}
-        self._refusals: dict[Layout, ConfigError | None] = {}
+        self._forward, self._layouts = forward, layouts
+        self._over_ranks, self._precision = over_ranks, precision
+        self._sharded = is_sharded(forward)
+        self._tried = (0, 0)
+        self._refusals: Refusals = {}
         self._rounds = False  # products, to halves
-        self._sharded: bool | None = None
 
-    def refusal(self, layout: Layout, *, longest: int, together: int) -> ConfigError | None:
-        """Why the policy cannot be scored in a layout, or None; ``"padded"`` is asked for first.
+    def refusals(self, *, longest: int, together: int) -> Refusals:
+        """Why the policy cannot be scored in each layout, or None; without others if none can.
 
         A sharded policy is tried once, on four times as much as any rank has: it is a collective.
 
         Args:
-            layout: how rows are laid out.
             longest: number of tokens of the longest row.
             together: largest number of tokens in one pass.
         """
-        if self._sharded is None:
-            self._sharded = is_sharded(self._forward)
-        if self._sharded and layout in self._tried:
-            return self._refusals[layout]
+        if self._sharded and self._refusals:
+            return self._refusals
         if self._sharded:
             ranks = self._over_ranks(longest, together)
             longest, together = (int(4 * max(values)) for values in zip(*ranks, strict=True))
-        size = self._row_length(longest), 0 if layout == "padded" else _next_power(together)
-        before = self._tried.get(layout, (-1, -1))
-        if size[0] > before[0] or size[1] > before[1]:
-            self._tried[layout] = max(size[0], before[0]), max(size[1], before[1])
-            self._refusals[layout] = self._try(layout, *self._tried[layout])
-        refusal = self._refusals[layout]
-        if refusal is not None:
-            logger.debug("layout %r is not used: %s", layout, refusal)
-        return refusal
+        length, total = self._trial_size(longest, together)
+        if length > self._tried[0] or total > self._tried[1]:
+            self._tried = max(length, self._tried[0]), max(total, self._tried[1])
+            self._refusals = self._try(*self._tried)
+        return self._refusals
 
     @property
     def _config(self) -> Any:
         return self._forward.policy.config.get_text_config(decoder=True)
 
-    def _row_length(self, longest: int) -> int:
-        # foreign: model configurations differ
-        limits = [getattr(self._config, name, None) for name in _POSITIONS]
-        return min(_next_power(longest), _LONGEST, *(n for n in limits if isinstance(n, int)))
+    def _trial_size(self, longest: int, together: int) -> tuple[int, int]:
+        """Tokens of the long row, and of all copies of it in one pass.
 
-    def _try(self, layout: Layout, length: int, together: int) -> ConfigError | None:
-        policy, kind = self._forward.policy, self._config.model_type
-        rows = trial_batch(self._config.vocab_size, length).to(policy.device)
-        try:
-            check_model(policy, layout)
-            with torch.no_grad(), self._precision():
-                if layout == "padded":
-                    return self._compare_with_own_logits(rows)
-                return self._compare_with_padded(rows, layout, together // length)
-        except ConfigError as error:
+        There are copies only where more tokens are in one pass than the model has positions, or
+        than a window has: any whole number with such a name may be one.
+        """
+        settings = self._config.to_dict().items()
+        numbers = {name: value for name, value in settings if type(value) is int and value > 1}
+        positions = min([numbers[name] for name in _POSITIONS if name in numbers], default=_LONGEST)
+        windows = [
+            number
+            for name, number in numbers.items()
+            if _WINDOW.search(name) and not name.endswith("layers")
+        ]
+        length = min(_next_power(longest), _LONGEST, positions)
+        passed = max((limit for limit in (positions, *windows) if limit < together), default=0)
+        return length, min(_next_power(together), passed + length)
+
+    def _try(self, length: int, total: int) -> Refusals:
+        rows = trial_batch(self._config.vocab_size, length).to(self._forward.policy.device)
+        copies = [0] * max(1, total // length) + [1, 2]
+        with torch.no_grad(), self._precision():
+            try:
+                check_model(self._forward.policy, "padded")
+                scores = self._forward(rows, "padded")[0]
+                refusal = self._compare_with_own_logits(rows, scores)
+            except Exception as error:  # a foreign model may raise anything
+                return {"padded": self._refusal_after(error, "padded")}
+            result: dict[Layout, ConfigError | None] = {"padded": refusal}
+            for layout in self._layouts if refusal is None else ():
+                try:
+                    check_model(self._forward.policy, layout)
+                    found = self._forward(rows.select(copies), layout)[0]
+                    result[layout] = self._compare_with_padded(found, scores, copies, layout)
+                except Exception as error:
+                    result[layout] = self._refusal_after(error, layout)
+                if result[layout] is not None:
+                    logger.debug("layout %r is not used: %s", layout, result[layout])
+        return result
+
+    def _refusal_after(self, error: Exception, layout: Layout) -> ConfigError:
+        if isinstance(error, ConfigError):
             return error
-        except Exception as error:  # a foreign model may raise anything
-            remedy = "another model" if layout == "padded" else "layout='padded'"
-            refusal = ConfigError(
-                f"model type {kind!r} cannot be scored in the layout {layout!r} "
-                f"({type(error).__name__}: {error}). Use {remedy}."
-            )
-            refusal.__cause__ = error
-            return refusal
+        remedy = "another model" if layout == "padded" else "layout='padded'"
+        refusal = self._refusal_of(
+            f"cannot be scored in the layout {layout!r} ({type(error).__name__}: {error})", remedy
+        )
+        refusal.__cause__ = error
+        return refusal
 
-    def _compare_with_padded(self, rows: Batch, layout: Layout, times: int) -> ConfigError | None:
-        """``times``: how often the long row comes, one after another."""
-        order = [0] * max(times, 1) + [1, 2]
-        found = self._forward(rows.select(order), layout)[0]
-        expected = self._forward(rows, "padded")[0]
-        change = _largest(expected[1] - expected[2])
-        expected = expected[order]
-        gap = _largest(found - expected)
-        if self._agree(found, expected) and gap < _SHARE * change:
+    def _compare_with_padded(
+        self, found: Tensor, scores: Tensor, copies: list[int], layout: Layout
+    ) -> ConfigError | None:
+        gap, change = _largest(found - scores[copies]), _largest(scores[1] - scores[2])
+        if self._agree(found, scores[copies]) and gap < _SHARE * change:
             return None
-        return ConfigError(
-            f"model type {self._config.model_type!r} does not keep rows apart in the layout "
-            f"{layout!r}: log-probs differ by {gap:.3g} nats from those of padded rows. "
-            "Use layout='padded'."
+        return self._refusal_of(
+            f"does not keep rows apart in the layout {layout!r}: log-probs differ by {gap:.3g} "
+            "nats from those of padded rows",
+            "layout='padded'",
         )
 
-    def _compare_with_own_logits(self, rows: Batch) -> ConfigError | None:
+    def _compare_with_own_logits(self, rows: Batch, scores: Tensor) -> ConfigError | None:
         policy = self._forward.policy
         versions = [parameter._version for parameter in policy.parameters()]
-        scores, again = (self._forward(rows, "padded")[0] for _ in range(2))
-        with eager_attention(policy):
+        with _eager_attention(policy):
             own = self._own_logprobs(rows)
+        without_long = self._forward(rows.select([1, 2]), "padded")[0]
         if not self._sharded and versions != [p._version for p in policy.parameters()]:
-            return self._refusal_of("changes its weights in a forward pass", "Use another model")
-        if not self._agree(again, scores):
-            return self._refusal_of(
-                f"draws random numbers in eval mode: two passes over the same rows differ by "
-                f"{_largest(again - scores):.3g} nats",
-                "Turn off what is random in its code",
-            )
-        if self._agree(scores, own):
+            return self._refusal_of("changes its weights in a forward pass", "another model")
+        if self._agree(scores, own) and self._agree(without_long, scores[1:]):
             return None
-        gap = f"{_largest(scores - own):.3g} nats"
-        if not self._agree(self._own_logprobs(rows), own):
+        return self._cause(rows, scores, own)
+
+    def _cause(self, rows: Batch, scores: Tensor, own: Tensor) -> ConfigError:
+        """Why padded scores are not those of the model's own logits."""
+        again = self._forward(rows, "padded")[0]
+        if not self._agree(again, scores):
+            gap = _largest(again - scores)
             return self._refusal_of(
-                f"has other logits under attention {self._config._attn_implementation!r} than "
-                f"under eager attention: log-probs differ by {gap}",
-                "Use model_kwargs={'attn_implementation': 'eager'}",
+                f"draws random numbers in eval mode: the same rows differ by {gap:.3g} nats in two "
+                "passes",
+                "a model without them",
+            )
+        gap = f"log-probs differ by {_largest(scores - own):.3g} nats"
+        if not self._agree(self._own_logprobs(rows), own):
+            attention = self._config._attn_implementation
+            return self._refusal_of(
+                f"has other logits under attention {attention!r} than under eager attention: {gap}",
+                "model_kwargs={'attn_implementation': 'eager'}",
             )
         alone = torch.zeros_like(scores)
         for row in range(len(rows)):
             alone[row] = self._forward(rows.select([row]), "padded")[0][0]
         if self._agree(alone, own):
             return self._refusal_of(
-                f"lets rows of a batch see their neighbors: log-probs differ by {gap} from those "
-                "of a row alone",
-                "Use another model",
+                f"lets rows of a batch see their neighbors: {gap}", "another model"
             )
         return self._refusal_of(
-            f"has other logits than those that its head gives: log-probs differ by {gap}",
-            "Use another model",
+            f"has other logits than those that its head gives: {gap}", "another model"
         )
 
     def _own_logprobs(self, rows: Batch) -> Tensor:
@@ -177,26 +203,21 @@ class ScoreCheck:
         return bool(gap.max() <= _EXACT)
 
     def _refusal_of(self, fault: str, remedy: str) -> ConfigError:
-        kind = self._config.model_type
-        return ConfigError(f"model type {kind!r} {fault}, so its scores are wrong. {remedy}.")
+        return ConfigError(f"model type {self._config.model_type!r} {fault}. Use {remedy}.")
 
 
 @contextmanager
-def eager_attention(policy: PreTrainedModel) -> Generator[None]:
-    """Context in which ``policy`` runs with eager attention, which leaves nothing out.
-
-    A model that has none keeps its own.
-    """
+def _eager_attention(policy: PreTrainedModel) -> Generator[None]:
+    """Context in which ``policy`` runs with eager attention, which leaves nothing out."""
     config: Any = policy.config.get_text_config(decoder=True)
     own = config._attn_implementation
-    try:
+    with quiet_transformers():  # it warns of models that keep their own attention
         policy.set_attn_implementation("eager")
-    except ValueError as error:
-        logger.debug("model type %r has no eager attention: %s", config.model_type, error)
     try:
         yield
     finally:
-        policy.set_attn_implementation(own)
+        with quiet_transformers():
+            policy.set_attn_implementation(own)
 
 
 def _next_power(number: int) -> int:
