@@ -57,7 +57,7 @@ class LogprobRunner:
     ) -> None:
         self._forward, self._update = forward, update
         self._over_ranks, self._precision = over_ranks, precision
-        others = _PACKED if update.layout == "auto" else tuple({update.layout} - {"padded"})
+        others = [layout for layout in _PACKED if update.layout in ("auto", layout)]
         self._check = ScoreCheck(forward, others, over_ranks=over_ranks, precision=precision)
 
     def __call__(self, piece: MicroBatch) -> SequenceLogprobs:

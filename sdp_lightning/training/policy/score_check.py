@@ -12,6 +12,7 @@ import logging
 import re
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -28,9 +29,9 @@ logger = logging.getLogger(__name__)
 
 Refusals = Mapping[Layout, ConfigError | None]
 
-_SHORTEST, _LONGEST = 32, 2048  # tokens of the longest row of a trial
+_SHORTEST, _LONGEST = 20, 2048  # tokens of the longest row of a trial
 _POSITIONS = ("max_position_embeddings", "max_seq_len")  # settings of models
-_WINDOW = re.compile("window|local|chunk|sliding|span")  # in names of settings
+_WINDOW = re.compile("(window|local|chunk|sliding|span)(?!.*layers)")  # in names of settings
 # Largest error in nats: of a token in float32; on average where products are rounded to halves.
 _EXACT, _ROUNDED = 1e-3, 0.05
 # Largest error of a layout, as a share of the change that another prefix makes. Rows that attend to
@@ -91,19 +92,21 @@ class ScoreCheck:
         """Tokens of the long row, and of all copies of it in one pass.
 
         There are copies only where more tokens are in one pass than the model has positions, or
-        than a window has: any whole number with such a name may be one.
+        than a window has.
         """
-        settings = self._config.to_dict().items()
-        numbers = {name: value for name, value in settings if type(value) is int and value > 1}
-        positions = min([numbers[name] for name in _POSITIONS if name in numbers], default=_LONGEST)
-        windows = [
-            number
-            for name, number in numbers.items()
-            if _WINDOW.search(name) and not name.endswith("layers")
-        ]
+        positions, windows = self._limits
         length = min(_next_power(longest), _LONGEST, positions)
         passed = max((limit for limit in (positions, *windows) if limit < together), default=0)
         return length, min(_next_power(together), passed + length)
+
+    @cached_property
+    def _limits(self) -> tuple[int, list[int]]:
+        """The model's positions, and every number in its settings that may be of a window."""
+        settings = self._config.to_dict().items()
+        numbers = {name: value for name, value in settings if type(value) is int and value > 1}
+        positions = [numbers[name] for name in _POSITIONS if name in numbers]
+        windows = [number for name, number in numbers.items() if _WINDOW.search(name)]
+        return min(positions, default=_LONGEST), windows
 
     def _try(self, length: int, total: int) -> Refusals:
         rows = trial_batch(self._config.vocab_size, length).to(self._forward.policy.device)
