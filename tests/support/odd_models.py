@@ -39,7 +39,8 @@ _MAMBA: dict[str, Any] = {
     "mamba_chunk_size": 16,
 }
 _EXPERTS: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2}
-_SETTINGS: dict[str, dict[str, Any]] = {
+SETTINGS: dict[str, dict[str, Any]] = {
+    "bert": _COMMON | {"intermediate_size": 48},
     "bloom": _COMMON | {"n_layer": 2, "n_head": 4},
     "doge": _GATED,
     "falcon": _COMMON | {"new_decoder_architecture": True, "num_kv_heads": 2, "alibi": False},
@@ -82,12 +83,13 @@ _SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def odd_model(kind: str, **settings: Any) -> Any:
-    """A model of type ``kind``, which is also how the configuration is found, in eval mode."""
+def odd_model(kind: str, *, config: Any = None, **settings: Any) -> Any:
+    """A model of type ``kind`` in eval mode, of ``config`` or of its own configuration here."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    usual = {k: v for k, v in _SETTINGS.get(kind, _GATED).items() if v != _LEFT_OUT}
-    config = AutoConfig.for_model(kind, **usual | settings)
+    if config is None:
+        usual = {k: v for k, v in SETTINGS.get(kind, _GATED).items() if v != _LEFT_OUT}
+        config = AutoConfig.for_model(kind, **usual | settings)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

@@ -8,20 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sdp_lightning.config import UpdateConfig
 from sdp_lightning.errors import ConfigError
 from sdp_lightning.testing import tiny_model
 from sdp_lightning.training.batch import Batch, collate
-from sdp_lightning.training.policy.forward import LogprobForward, own_logprobs, sequence_logprobs
-from sdp_lightning.training.policy.logprob_runner import LogprobRunner
+from sdp_lightning.training.policy.forward import own_logprobs, sequence_logprobs
 from sdp_lightning.types import Context, Segment, Trajectory, TrajectoryGroup
 from support.odd_models import odd_model
-
-
-def runner_of(model: Any, layout: Any = "auto") -> LogprobRunner:
-    return LogprobRunner(
-        LogprobForward(model), UpdateConfig(layout=layout), over_ranks=lambda *_: [(1,)]
-    )
+from support.score_runners import runner_of
 
 
 def siblings(*lengths: int, prompt: int = 20) -> Batch:
@@ -86,6 +79,16 @@ def with_weights_that_move() -> Any:
     return model
 
 
+def with_a_look_ahead() -> Any:
+    model = odd_model("llama")
+    model.model.layers[0].mlp.register_forward_hook(Added(lambda x: x.mean(1, keepdim=True)))
+    return model
+
+
+def an_encoder() -> Any:
+    return odd_model("bert")
+
+
 def with_dropped_caps() -> Any:
     return odd_model("gemma2", attn_logit_softcapping=0.1)  # under transformers' choice, sdpa
 
@@ -94,6 +97,8 @@ CAUSES = [
     (with_random_layer, "'llama' draws random numbers in eval mode.* nats in two passes"),
     (with_batch_norm, "'qwen3' lets rows of a batch see their neighbors.* nats"),
     (with_a_scaled_head, "'qwen3' has other logits than those that its head gives.* nats"),
+    (with_a_look_ahead, "'llama' lets tokens see later ones"),
+    (an_encoder, "'bert' lets tokens see later ones.*is_decoder=True"),
     (with_dropped_caps, "'gemma2' has other logits under attention 'sdpa'.*'eager'}"),
     (with_weights_that_move, "'llama' changes its weights in a forward pass"),
 ]

@@ -60,8 +60,9 @@ def trial_batch(vocab_size: int, length: int = 20) -> Batch:
     """Rows of unlike length, to try a model on: a long and a short one after a prefix, and a copy.
 
     The copy, row 2, is the short row after another prefix. Both prefixes end with the same token,
-    so that only attention makes a difference. Of each row at most 16 tokens are scored, the last
-    ones among them.
+    so that only attention makes a difference. The first five sampled tokens of the long row and the
+    short one are the same, so they differ only if what follows is seen. Of each row at most 13
+    tokens are scored, the last ones among them.
 
     Args:
         vocab_size: token ids are below half of it: some models cut off the logits of the last ones.
@@ -76,7 +77,7 @@ def trial_batch(vocab_size: int, length: int = 20) -> Batch:
 
     first, other = Context(tokens(0, 1, 2, 3)), Context(tokens(4, 5, 6, 3))
     start, middle = segment(*range(7, 12)), Context(tokens(*range(20, 20 + length - 17)))
-    end, short = segment(*range(12, 20)), segment(*range(12, 18))
+    end, short = segment(*range(12, 20)), segment(*range(7, 15))
     rows = [(first, start, middle, end), (first, short), (other, short)]
     long, *shorts = (Trajectory(row) for row in rows)
     return collate([TrajectoryGroup((long, shorts[0])), TrajectoryGroup((shorts[1],))], version=0)

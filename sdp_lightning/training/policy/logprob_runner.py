@@ -57,7 +57,8 @@ class LogprobRunner:
     ) -> None:
         self._forward, self._update = forward, update
         self._over_ranks, self._precision = over_ranks, precision
-        others = [layout for layout in _PACKED if update.layout in ("auto", layout)]
+        wanted = update.layout
+        others: list[Layout] = [each for each in _PACKED if wanted == "auto" or each == wanted]
         self._check = ScoreCheck(forward, others, over_ranks=over_ranks, precision=precision)
 
     def __call__(self, piece: MicroBatch) -> SequenceLogprobs:

@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 Refusals = Mapping[Layout, ConfigError | None]
 
 _SHORTEST, _LONGEST = 20, 2048  # tokens of the longest row of a trial
+_COMMON = slice(4, 9)  # sampled tokens that start rows 0 and 1; see trial_batch()
 _POSITIONS = ("max_position_embeddings", "max_seq_len")  # settings of models
 _WINDOW = re.compile("(window|local|chunk|sliding|span)(?!.*layers)")  # in names of settings
 # Largest error in nats: of a token in float32; on average where products are rounded to halves.
@@ -160,7 +161,8 @@ class ScoreCheck:
         without_long = self._forward(rows.select([1, 2]), "padded")[0]
         if not self._sharded and versions != [p._version for p in policy.parameters()]:
             return self._refusal_of("changes its weights in a forward pass", "another model")
-        if self._agree(scores, own) and self._agree(without_long, scores[1:]):
+        causal = self._agree(own[0, _COMMON], own[1, _COMMON])
+        if causal and self._agree(scores, own) and self._agree(without_long, scores[1:]):
             return None
         return self._cause(rows, scores, own)
 
@@ -173,6 +175,11 @@ class ScoreCheck:
                 f"draws random numbers in eval mode: the same rows differ by {gap:.3g} nats in two "
                 "passes",
                 "a model without them",
+            )
+        if not self._agree(own[0, _COMMON], own[1, _COMMON]):
+            return self._refusal_of(
+                "lets tokens see later ones",
+                "a causal LM; an encoder needs is_decoder=True in its config",
             )
         gap = f"log-probs differ by {_largest(scores - own):.3g} nats"
         if not self._agree(self._own_logprobs(rows), own):
