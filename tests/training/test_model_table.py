@@ -20,5 +20,6 @@ def test_the_page_has_the_row_of(kind: str) -> None:
 def test_the_page_has_every_type_and_at_least_95_score() -> None:
     rows = list(table())
     assert f"transformers {__version__}" in PAGE
-    assert rows == [line for line in PAGE.splitlines() if line.startswith("| `")]
+    lines = [line for line in PAGE.splitlines() if line.startswith("| `")]
+    assert rows == [line for line in lines if line.count("|") == 5]
     assert sum(row.count(f"| {OK} ") > 0 for row in rows) >= 95
