@@ -46,7 +46,7 @@ def hold_the_lock():  # a C call that keeps the interpreter's lock
 
 class Hangs(sdp.SegmentWisePPOModule):
     def training_step(self, batch, batch_idx):
-        if batch_idx == 1:
+        if batch_idx == 0:
             {how}()
         super().training_step(batch, batch_idx)
 

@@ -92,16 +92,17 @@ def _fit(given: Tensor, found: Tensor, kind: str) -> LogitTransform:
     if torch.equal(given, found):
         return LogitTransform()
     low, high = found[:2].double().tolist()
-    linear = math.isclose(high * _SMALL, low * _LARGE, rel_tol=1e-3)
-    if linear or not 0 < low < high:
+    transform, expected = LogitTransform(), given
+    if 0 < low < math.inf and math.isclose(high * _SMALL, low * _LARGE, rel_tol=1e-3):
         transform = LogitTransform(low / _SMALL)
         expected = given * transform.scale
-    else:
+    elif 0 < low < high < math.inf:
         transform = LogitTransform(high * math.atanh(low / high) / _SMALL, high)
         expected = torch.tanh(given * (transform.scale / high)) * high
     if not torch.allclose(found, expected, rtol=_TOLERANCE, atol=_TOLERANCE * _SMALL):
         raise ConfigError(
-            f"model type {kind!r} changes the logits of its head by more than a factor and a cap "
-            "(c tanh(s l / c)), and scoring them as such would be wrong. Use another model."
+            f"model type {kind!r} changes the logits of its head by more than a positive factor "
+            "and a cap (c tanh(s l / c)), and scoring them as such would be wrong. Use another "
+            "model."
         )
     return transform
