@@ -1,14 +1,24 @@
-"""The model setting: an id, a folder, or the import path of a function that returns one."""
+"""The model setting: an id, a folder, or the import path of a function that returns one.
+
+:func:`load_causal_lm` is the one place where weights of a model are read.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from sdp_lightning.config.import_path import OBJECT_FORM, load_object
 from sdp_lightning.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_NUM_NAMED = 4
+_CAPPED_SCORES = "attn_logit_softcapping"  # of configurations; transformers' sdpa leaves it out
 
 
 def resolve_model(model: str | Path) -> str:
@@ -49,3 +59,53 @@ def quiet_transformers() -> Generator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
+
+
+def load_causal_lm(model_id: str, *, dtype: Any, options: dict[str, Any]) -> PreTrainedModel:
+    """The causal LM ``model_id``, each of whose weights comes from its checkpoint.
+
+    A model that caps its attention scores runs with eager attention, unless ``options`` choose
+    another: transformers' own choice, sdpa, would leave the cap out.
+
+    Args:
+        model_id: id or folder.
+        dtype: of the weights, unless ``options`` say otherwise.
+        options: passed to ``from_pretrained``.
+
+    Raises:
+        ConfigError: if the checkpoint lacks weights of the model, or has others; names them. A head
+            that is tied to the embedding is not lacking.
+    """
+    from transformers import AutoModelForCausalLM
+
+    settings = {"dtype": dtype, **options, "output_loading_info": True}
+    with quiet_transformers():
+        loaded: Any = AutoModelForCausalLM.from_pretrained(model_id, **settings)
+    model, report = loaded
+    lacking = [*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])]
+    kind, surplus = type(model).__name__, report["unexpected_keys"]
+    if lacking:
+        raise ConfigError(
+            f"the checkpoint of {model_id!r} lacks weights of {kind}, which would be random: "
+            f"{_some(lacking)}. Base models and reward models have no language-model head, and a "
+            "folder may be half copied: use the whole checkpoint of a causal LM."
+        )
+    if surplus:
+        raise ConfigError(
+            f"the checkpoint of {model_id!r} has weights that {kind} has not, and they would be "
+            f"lost: {_some(surplus)}. If they are not needed, load it with AutoModelForCausalLM "
+            "and train what its save_pretrained() writes."
+        )
+    config: Any = model.config.get_text_config(decoder=True)
+    # foreign: model configurations differ
+    capped = getattr(config, _CAPPED_SCORES, None) is not None
+    if capped and "attn_implementation" not in options:
+        with quiet_transformers():
+            model.set_attn_implementation("eager")
+    return model
+
+
+def _some(names: Iterable[str]) -> str:
+    found = sorted(names)
+    more = f" and {len(found) - _NUM_NAMED} more" if len(found) > _NUM_NAMED else ""
+    return ", ".join(found[:_NUM_NAMED]) + more

@@ -11,6 +11,8 @@ from lightning.pytorch.strategies import DDPStrategy
 _MESSAGES = (
     # Lightning 2.6 calls torch 2.13 in a deprecated way.
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+    # The policy trains in eval mode: see training/policy/loading.py, disable_noise().
+    r"Found \d+ module\(s\) in eval mode at the start of training",
     # Lightning recommends saving the weights from before the step. A resume needs those after it,
     # with the version that was published for them.
     "Using ModelCheckpoint with manual optimization and every_n_train_steps",

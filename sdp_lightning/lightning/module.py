@@ -31,7 +31,13 @@ from sdp_lightning.training.metrics import HealthLog, LagMetrics
 from sdp_lightning.training.metrics.train_step import step_values
 from sdp_lightning.training.metrics.uniform_rewards import UniformWatch
 from sdp_lightning.training.policy.forward import LogprobForward
-from sdp_lightning.training.policy.loading import disable_dropout, load, select_trainable
+from sdp_lightning.training.policy.loading import (
+    disable_noise,
+    load,
+    recompute_activations,
+    refuse_half_precision,
+    select_trainable,
+)
 from sdp_lightning.training.policy.logprob_runner import LogprobRunner
 from sdp_lightning.training.policy.lora import (
     LORA_KEY,
@@ -41,6 +47,7 @@ from sdp_lightning.training.policy.lora import (
     without_adapter,
 )
 from sdp_lightning.training.policy.optimizer import make_optimizer
+from sdp_lightning.training.policy.rotary import rotate_rows_alone
 from sdp_lightning.training.policy.scoring import group_by_prompt, split_by_segment
 from sdp_lightning.training.policy.sharding import gradient_sync, is_sharded, shard
 from sdp_lightning.training.policy.weight_export import named_weights
@@ -63,7 +70,8 @@ class SegmentWisePPOModule(L.LightningModule):
         trainable: regular expression; only parameters whose name it finds are trained. None is all.
         lora: train a LoRA adapter in place of the model's own weights; None trains these.
         gradient_checkpointing: recompute activations in the backward pass.
-        model_kwargs: passed on to ``from_pretrained``; ``dtype`` is float32 unless set.
+        model_kwargs: passed on to ``from_pretrained``. ``dtype`` is float32 unless set, and trained
+            weights must be: ``dtype="bfloat16"`` is for the base model of an adapter.
 
     Raises:
         ConfigError: if settings contradict each other, or ``trainable`` finds no parameter.
@@ -138,15 +146,16 @@ class SegmentWisePPOModule(L.LightningModule):
         sharded = isinstance(mesh := self.device_mesh, DeviceMesh)
         options = self._model_kwargs
         policy, source = load(self.model_id, options, sharded=sharded, lora=self.lora)
-        disable_dropout(policy)
         if frozen:
             policy.requires_grad_(False)
         elif self.lora is None:
             select_trainable(policy, self.trainable)
+        refuse_half_precision(policy)
+        rotate_rows_alone(policy)
         if self.gradient_checkpointing and not frozen:
-            policy.gradient_checkpointing_enable({"use_reentrant": False})
-            policy.disable_input_require_grads()  # frozen layers need no graph
-        forward = LogprobForward(policy.train())
+            recompute_activations(policy)
+        disable_noise(policy)
+        forward = LogprobForward(policy)
         if isinstance(mesh, DeviceMesh):
             device, precision = self.trainer.strategy.root_device, self.trainer.precision
             shard(forward, mesh, source, device, precision=str(precision))
@@ -182,6 +191,13 @@ class SegmentWisePPOModule(L.LightningModule):
         check_adapter(checkpoint, self.lora)
 
     # Training ------------------------------------------------------------------------------------
+
+    def train(self, mode: bool = True) -> SegmentWisePPOModule:
+        """Set the mode of this module; the policy stays as :func:`disable_noise` has it."""
+        super().train(mode)
+        if self.policy is not None:
+            disable_noise(self.policy)
+        return self
 
     def setup(self, stage: str) -> None:
         check_trainer(self.trainer, self.update, stage)

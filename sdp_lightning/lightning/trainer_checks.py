@@ -27,6 +27,13 @@ def check_trainer(trainer: L.Trainer, update: UpdateConfig, stage: str) -> None:
             f"precision={precision!r} needs a scaled loss, which this module does not do; use "
             "'bf16-mixed' or '32-true'."
         )
+    if stage == "fit" and precision == "bf16-true":
+        raise ConfigError(
+            "precision='bf16-true' keeps weights and adapters in bfloat16, which rounds the steps "
+            "of an optimizer away; use 'bf16-mixed', which computes in bfloat16 and steps in "
+            "float32. A base model under an adapter may be in bfloat16: "
+            "model_kwargs={'dtype': 'bfloat16'}."
+        )
     steps, every = trainer.max_steps, update.steps_per_batch
     if stage == "fit" and steps > 0 and steps % every:
         near = [str(n) for n in (steps // every * every, (steps // every + 1) * every) if n]

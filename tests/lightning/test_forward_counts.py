@@ -13,6 +13,7 @@ import sdp_lightning as sdp
 from sdp_lightning.config import LossConfig, UpdateConfig
 from sdp_lightning.training.batch import Batch
 from sdp_lightning.training.policy.forward import LogprobForward
+from sdp_lightning.training.policy.score_check import ScoreCheck
 from sdp_lightning.types import Trajectory
 from support.steps import Batches, make_batch
 from support.trainers import Recorder, make_data, make_module, make_trainer
@@ -20,19 +21,27 @@ from support.trainers import Recorder, make_data, make_module, make_trainer
 
 @pytest.fixture
 def passes(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """Forward passes, with a gradient ("trained") and without ("scored")."""
+    """Forward passes, with a gradient ("trained") and without ("scored"), but those of a check."""
     count: Counter[str] = Counter()
-    forward = LogprobForward.forward
+    forward, refusals = LogprobForward.forward, ScoreCheck.refusals
 
     def counted(self: LogprobForward, batch: Batch, layout: Any) -> Any:
         count["trained" if torch.is_grad_enabled() else "scored"] += 1
         return forward(self, batch, layout)
 
+    def uncounted(self: ScoreCheck, **size: int) -> Any:
+        before = count.copy()
+        found = refusals(self, **size)
+        count.clear()
+        count.update(before)
+        return found
+
     monkeypatch.setattr(LogprobForward, "forward", counted)
+    monkeypatch.setattr(ScoreCheck, "refusals", uncounted)
     return count
 
 
-PADDED: dict[str, Any] = {"layout": "padded"}  # the others are tried once, in passes of their own
+PADDED: dict[str, Any] = {"layout": "padded"}
 UPDATES: dict[str, tuple[dict[str, Any], int, int]] = {
     # settings, passes with a gradient, and without, for a batch that fits into one micro-batch
     "one minibatch and one epoch": ({}, 1, 0),

@@ -149,17 +149,14 @@ def test_the_embedded_engine_samples_with_the_log_probs_of_a_full_forward(
 
 
 @pytest.mark.parametrize("layout", ["auto", "packed"])
-@pytest.mark.parametrize(
-    ("precision", "drift"), [("32-true", 1e-4), ("bf16-mixed", 0.1), ("bf16-true", 0.1)]
-)
+@pytest.mark.parametrize(("precision", "drift"), [("32-true", 1e-4), ("bf16-mixed", 0.1)])
 @pytest.mark.parametrize("max_head_lag", [0, 2])
 def test_a_fit_trains_on_what_was_sampled_by_the_versions_it_says(
     model_folder: str, max_head_lag: int, precision: Any, drift: float, layout: Layout
 ) -> None:
     data = make_data(engine_options=ON_GPU, max_head_lag=max_head_lag)
-    options = {"dtype": torch.bfloat16} if precision == "bf16-true" else {}
     update = sdp.UpdateConfig(num_minibatches=2, layout=layout)
-    module = make_module(model_folder, update=update, model_kwargs=options)
+    module = make_module(model_folder, update=update)
     recorder = Recorder()
     trainer = make_trainer(
         sdp.WeightSyncCallback(),
@@ -189,13 +186,17 @@ def test_a_fit_trains_on_what_was_sampled_by_the_versions_it_says(
                             assert error.max() < 1e-3, version
 
 
-def test_a_fit_of_an_adapter_moves_what_the_engine_samples_with(model_folder: str) -> None:
+@pytest.mark.parametrize(("dtype", "drift"), [("float32", 1e-4), ("bfloat16", 0.1)])
+def test_a_fit_of_an_adapter_moves_what_the_engine_samples_with(
+    model_folder: str, dtype: str, drift: float
+) -> None:
     pytest.importorskip("peft")
-    module = make_module(model_folder, lora=sdp.LoRAConfig(rank=4), lr=0.05)
+    lora, options = sdp.LoRAConfig(rank=4), {"dtype": dtype}
+    module = make_module(model_folder, lora=lora, lr=0.05, model_kwargs=options)
     recorder = Recorder()
     trainer = make_trainer(sdp.WeightSyncCallback(), recorder, max_steps=3, accelerator="gpu")
     trainer.fit(module, make_data(engine_options=ON_GPU, max_head_lag=0))
-    assert all(metrics["drift/abs_log_mean"] < 1e-4 for metrics in recorder.metrics)
+    assert all(metrics["drift/abs_log_mean"] < drift for metrics in recorder.metrics)
     moved = [n for n, w in recorder.weights[0].items() if not w.equal(recorder.weights[3][n])]
     assert moved and not any("lora" in name for name in moved)
 

@@ -11,15 +11,14 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 import sdp_lightning as sdp
-from sdp_lightning.config import UpdateConfig
 from sdp_lightning.errors import ConfigError
 from sdp_lightning.testing import tiny_model
 from sdp_lightning.training.batch import Batch, Layout, collate
-from sdp_lightning.training.policy.forward import LogprobForward, sequence_logprobs
-from sdp_lightning.training.policy.logprob_runner import LogprobRunner
+from sdp_lightning.training.policy.forward import sequence_logprobs
 from sdp_lightning.training.policy.packing import Pack, SpanMask
 from sdp_lightning.types import Context, Segment, Trajectory, TrajectoryGroup
 from support.plain_forwards import LAYOUTS, build, gradients, plain, random_batch
+from support.score_runners import runner_of
 from support.trainers import make_module
 
 torch.set_num_threads(1)
@@ -145,11 +144,6 @@ def test_a_model_that_computes_with_its_mask_is_stopped() -> None:
 # Which layouts a model can do ---------------------------------------------------------------------
 
 
-def passes_of(model: Any, layout: Any) -> LogprobRunner:
-    update = UpdateConfig(layout=layout)
-    return LogprobRunner(LogprobForward(model), update, over_ranks=lambda *_: [(1,)])
-
-
 def uneven() -> Batch:
     """Cheapest packed."""
     rows = [
@@ -173,17 +167,10 @@ def mix_rows(model: Any) -> Spy:
 
 
 def test_auto_takes_the_cheapest_layout() -> None:
-    passes = passes_of(tiny_model(hidden_size=128), "auto")
+    passes = runner_of(tiny_model(hidden_size=128), "auto")
     assert passes.layout(uneven()) == "packed"
     assert passes.layout(random_batch(1, sizes=(8, 8))) == "shared_prefix"
     assert passes.layout(random_batch(1, sizes=(1,))) == "padded"
-
-
-@pytest.mark.parametrize("layout", ["auto", *LAYOUTS])
-def test_a_model_that_no_layout_fits_is_refused_by_name(layout: str) -> None:
-    model = build("falcon_h1", lm_head_multiplier=0.5)
-    with pytest.raises(ConfigError, match=r"'falcon_h1' has lm_head_multiplier=0\.5"):
-        passes_of(model, layout).layout(uneven())
 
 
 @pytest.mark.parametrize("layout", PACKED)
@@ -196,25 +183,26 @@ def test_a_model_that_mixes_rows_is_found_out_whatever_its_weights(
     message = f"'llama' does not keep rows apart in the layout '{layout}': log-probs differ by "
     for _ in range(2):
         with pytest.raises(ConfigError, match=message):
-            passes_of(model, layout).layout(uneven())
-    passes, before = passes_of(model, "auto"), len(spy.calls)
-    with caplog.at_level(logging.DEBUG, "sdp_lightning.training.policy.logprob_runner"):
+            runner_of(model, layout).layout(uneven())
+    passes, before = runner_of(model, "auto"), len(spy.calls)
+    with caplog.at_level(logging.DEBUG, "sdp_lightning.training.policy.score_check"):
         assert passes.layout(uneven()) == passes.layout(uneven()) == "padded"
-    assert len(spy.calls) == before + 4  # each of two layouts was tried once, against padded rows
+    # Once: padded rows, each of three alone, the short ones, and each of two layouts.
+    assert len(spy.calls) == before + 1 + 3 + 1 + 2
     assert {record.levelname for record in caplog.records} == {"DEBUG"}
     assert message in caplog.text
 
 
-def test_a_layout_is_tried_once_and_padding_never() -> None:
+def test_each_layout_is_tried_once_and_padding_always() -> None:
     model = tiny_model()
     spy = Spy(model)
-    for layout, calls in (("padded", 0), ("packed", 2), ("shared_prefix", 2), ("auto", 4)):
+    for layout, calls in (("padded", 5), ("packed", 6), ("shared_prefix", 6), ("auto", 7)):
         spy.calls.clear()
-        passes = passes_of(model, layout)
+        passes = runner_of(model, layout)
         for _ in range(3):
             passes.layout(random_batch(0))
         assert len(spy.calls) == calls
-        assert all(call["input_ids"].numel() < 50 for call in spy.calls)
+        assert all(call["input_ids"].numel() <= 8 * 32 for call in spy.calls)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "autocast"])
@@ -226,7 +214,7 @@ def test_the_trial_refuses_no_model_that_is_right(kind: str, scale: float, preci
         model = model.bfloat16()
     for layout in PACKED:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "autocast"):
-            assert passes_of(model, layout).layout(random_batch(0)) == layout
+            assert runner_of(model, layout).layout(random_batch(0)) == layout
 
 
 def test_explicit_packing_of_windows_is_refused_by_name_where_the_module_runs(

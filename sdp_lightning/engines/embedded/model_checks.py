@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from sdp_lightning.config.model_source import quiet_transformers
+from sdp_lightning.config.model_source import load_causal_lm
 from sdp_lightning.engines.embedded.kv_cache import ATTENTION_NAME
 from sdp_lightning.engines.embedded.scheduler import Scheduler, SequenceState
 from sdp_lightning.engines.protocol import GenerationRequest
@@ -41,11 +41,13 @@ def load_model(
         device: device of the copy.
         dtype: see :class:`~sdp_lightning.engines.embedded.engine.EmbeddedEngine`.
         model_kwargs: passed to ``from_pretrained``.
+
+    Raises:
+        ConfigError: if the checkpoint lacks weights of the model, or has others.
     """
     if isinstance(model, str):
         wanted = dtype or (torch.float32 if device.type == "cpu" else "auto")
-        with quiet_transformers():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=wanted, **model_kwargs)
+        loaded: Any = load_causal_lm(model, dtype=wanted, options=model_kwargs)
     else:
         loaded = copy.deepcopy(model)
         if dtype is not None:

@@ -57,22 +57,31 @@ def collate(
     )
 
 
-def trial_batch(vocab_size: int) -> Batch:
-    """Short rows of unlike length, to try a model on: two after a prefix, and their copies.
+def trial_batch(vocab_size: int, length: int = 20) -> Batch:
+    """Rows of unlike length, to try a model on: a long and a short one after a prefix, and a copy.
 
-    The copies, rows 2 and 3, are the same tokens after another prefix. Both prefixes end with the
-    same token, so that only attention makes a difference.
+    The copy, row 2, is the short row after another prefix. Both prefixes end with the same token,
+    so that only attention makes a difference. The first five sampled tokens of the long row and the
+    short one are the same, so they differ only if what follows is seen. Of each row at most 13
+    tokens are scored, the last ones among them.
+
+    Args:
+        vocab_size: token ids are below half of it: some models cut off the logits of the last ones.
+        length: tokens of the long row, 18 or more.
     """
 
     def tokens(*numbers: int) -> list[int]:
-        return [(7919 * number + 1) % vocab_size for number in numbers]
+        return [(7919 * number + 1) % max(vocab_size // 2, 1) for number in numbers]
 
-    answers = (tokens(*range(7, 12)), tokens(*range(12, 20)))
-    groups: list[TrajectoryGroup] = []
-    for prefix in (tokens(0, 1, 2, 3), tokens(4, 5, 6, 3)):
-        segments = (Segment(0, answer, [-1.0] * len(answer)) for answer in answers)
-        groups.append(TrajectoryGroup(tuple(Trajectory((Context(prefix), s)) for s in segments)))
-    return collate(groups, version=0)
+    def segment(*numbers: int) -> Segment:
+        return Segment(0, tokens(*numbers), [-1.0] * len(numbers))
+
+    first, other = Context(tokens(0, 1, 2, 3)), Context(tokens(4, 5, 6, 3))
+    start, middle = segment(*range(7, 12)), Context(tokens(*range(20, 20 + length - 17)))
+    end, short = segment(*range(12, 20)), segment(*range(7, 15))
+    rows = [(first, start, middle, end), (first, short), (other, short)]
+    long, *shorts = (Trajectory(row) for row in rows)
+    return collate([TrajectoryGroup((long, shorts[0])), TrajectoryGroup((shorts[1],))], version=0)
 
 
 class _Rows:

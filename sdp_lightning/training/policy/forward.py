@@ -1,6 +1,6 @@
 """Log-probs of a batch's sampled tokens under a transformers causal LM.
 
-The decoder runs without its language-model head; the head is applied, in chunks, only where a
+The model runs without its language-model head; the head is applied, in chunks, only where a
 sampled token is scored. Three layouts give the same numbers: ``"padded"`` is [B, T] as collated,
 ``"packed"`` lays rows one after another, ``"shared_prefix"`` does with a group's prompt there once.
 
@@ -9,27 +9,23 @@ Shapes: B rows, T tokens, N packed tokens, M sampled tokens, D hidden units.
 
 from __future__ import annotations
 
-import math
+import inspect
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from sdp_lightning.errors import ConfigError
-from sdp_lightning.objective.token_logprobs import LogitTransform, token_logprobs
+from sdp_lightning.objective.token_logprobs import token_logprobs
 from sdp_lightning.training.batch import AttentionCosts, Batch, Layout
+from sdp_lightning.training.policy.head import HeadInput, run_to_head
 from sdp_lightning.training.policy.packing import Pack
+from sdp_lightning.training.policy.rotary import rotaries_by_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Settings by which some model types change their logits, and the value that changes nothing.
-_LOGIT_TRANSFORMS = {
-    "logits_soft_cap": None,
-    "lm_head_multiplier": 1.0,
-    "output_multiplier": 1.0,
-}
 # Cost of an attention call, forward and backward on a CPU, in tokens times D. With it "auto" takes
 # the fastest layout in all cases of recipes/benchmarks/speed/packing.py.
 _SPAN_COST = 6000.0
@@ -61,31 +57,32 @@ def sequence_logprobs(
     runs over one token, and the result is 0 with a graph to every trained parameter.
 
     Args:
-        model: a decoder with a linear head, ``get_decoder`` and ``get_output_embeddings``.
+        model: a causal LM with a linear head.
         batch: on the model's device.
         layout: all but ``"padded"`` need full attention in every layer.
         chunk_size: tokens whose logits exist at once.
 
     Raises:
-        ConfigError: if the model scales or caps its logits, or cannot attend in this layout; names
-            the model type.
+        ConfigError: if the model does more to its logits than to scale and cap them, or cannot
+            attend in this layout; names the model type.
     """
     check_model(model, layout)
     rows, columns = batch.loss_mask.nonzero(as_tuple=True)
     if layout == "padded":
-        hidden = _padded_hidden(model, batch)[rows, columns - 1]
+        found = _padded_hidden(model, batch)
+        hidden = found.hidden[rows, columns - 1]
     else:
         pack = Pack.of(batch, shared=layout == "shared_prefix")
-        hidden = _packed_hidden(model, batch, pack, layout)[pack.place(rows, columns - 1)]
-    head: Any = model.get_output_embeddings()
+        found = _packed_hidden(model, batch, pack, layout)
+        hidden = found.hidden[0, pack.place(rows, columns - 1)]
     logprobs, entropy = token_logprobs(
         hidden,
-        head.weight,
+        found.weight,
         batch.input_ids[rows, columns],
         batch.temperatures[rows, columns],
-        bias=head.bias,
+        bias=found.bias,
         chunk_size=chunk_size,
-        transform=_logit_transform(model),
+        transform=found.transform,
     )
     empty = logprobs.new_zeros(batch.loss_mask.shape)
     return SequenceLogprobs(
@@ -105,10 +102,42 @@ class LogprobForward(nn.Module):
         super().__init__()
         self.policy = policy
 
-    def forward(self, batch: Batch, layout: Layout) -> tuple[Tensor, Tensor]:
-        """[B, T] log-probs and entropy, as a plain tuple, in which FSDP looks for tensors."""
+    def forward(self, batch: Batch, layout: Layout | Literal["alone"]) -> tuple[Tensor, Tensor]:
+        """[B, T] log-probs and entropy, as a plain tuple, in which FSDP looks for tensors.
+
+        ``"alone"`` is :func:`own_logprobs`, and what its head returned in place of the entropy.
+        """
+        if layout == "alone":
+            return own_logprobs(self.policy, batch)
         result = sequence_logprobs(self.policy, batch, layout=layout)
         return result.logprobs, result.entropy
+
+
+def own_logprobs(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Score the loss-mask tokens by the model's own logits, each row alone and without padding.
+
+    Returns:
+        [B, T] log-probs at each token's temperature, 0 outside the loss mask, and the last row's
+        [1, T', V] as the head returned it.
+    """
+    head: Any = model.get_output_embeddings()
+    kept: list[Tensor] = []
+
+    def keep(module: nn.Module, inputs: object, output: Tensor) -> None:
+        kept[:] = [output]
+
+    selects = "logits_to_keep" in inspect.signature(model.forward).parameters
+    result = torch.zeros_like(batch.temperatures)
+    with head.register_forward_hook(keep):
+        for row, used in enumerate(batch.scored_lengths.tolist()):
+            (columns,) = batch.loss_mask[row].nonzero(as_tuple=True)
+            ids = batch.input_ids[row : row + 1, :used]
+            some: Any = {"logits_to_keep": columns - 1} if selects else {}
+            logits = model(input_ids=ids, use_cache=False, **some).logits[0].float()
+            logits = logits if selects else logits[columns - 1]
+            table = (logits / batch.temperatures[row, columns, None]).log_softmax(-1)
+            result[row, columns] = table.gather(1, batch.input_ids[row, columns, None])[:, 0]
+    return result, kept[-1]
 
 
 def check_model(model: PreTrainedModel, layout: Layout) -> None:
@@ -121,17 +150,13 @@ def check_model(model: PreTrainedModel, layout: Layout) -> None:
     kind = config.model_type
     if model.get_output_embeddings() is None:
         raise ConfigError(f"model type {kind!r} has no language-model head. Load a causal LM.")
-    for name, neutral in _LOGIT_TRANSFORMS.items():
-        # foreign: model configurations differ
-        value = getattr(config, name, neutral)
-        if value is not None and value != neutral:
-            raise ConfigError(
-                f"model type {kind!r} has {name}={value}: its logits are not those of its head, "
-                "and scoring them as such would be wrong. Use a model without it."
-            )
-    _logit_transform(model)
     if layout == "padded":
         return
+    if any(rotaries_by_length(model)):
+        raise ConfigError(
+            f"model type {kind!r} takes its rotary positions from a row's length, and rows that "
+            f"are laid out as {layout!r} have one in common. Use layout='padded'."
+        )
     # foreign: model configurations differ
     layers = set(getattr(config, "layer_types", None) or ["full_attention"])
     # foreign: model configurations differ
@@ -165,52 +190,34 @@ def attention_costs(model: PreTrainedModel) -> AttentionCosts:
     )
 
 
-def _logit_transform(model: PreTrainedModel) -> LogitTransform:
-    """Transform of the logits in Gemma 2 (a cap), Cohere (a factor) and Granite (a divisor)."""
-    config: Any = model.config.get_text_config(decoder=True)
-    # foreign: model configurations differ
-    factor: float | None = getattr(config, "logit_scale", None)
-    # foreign: model configurations differ
-    divisor: float | None = getattr(config, "logits_scaling", None)
-    # foreign: model configurations differ
-    softcap: float | None = getattr(config, "final_logit_softcapping", None)
-    scale = (1.0 if factor is None else factor) / (1.0 if divisor is None else divisor or math.nan)
-    try:
-        return LogitTransform(scale, softcap)
-    except ConfigError as error:
-        raise ConfigError(
-            f"model type {config.model_type!r} has logit_scale={factor}, logits_scaling={divisor}, "
-            f"final_logit_softcapping={softcap}: {error}"
-        ) from None
-
-
-def _padded_hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """[B, T', D] with T' the longest row that has to be computed."""
+def _padded_hidden(model: PreTrainedModel, batch: Batch) -> HeadInput:
+    """Hidden units are [B, T', D] with T' the longest row that has to be computed."""
     used = batch.scored_lengths.clamp(min=1)
     width = int(used.max())
     index = torch.arange(width, device=used.device)
-    return model.get_decoder()(
+    positions = batch.position_ids[:, :width]
+    return run_to_head(
+        model,
         input_ids=batch.input_ids[:, :width],
         attention_mask=(index < used[:, None]).long(),
-        position_ids=batch.position_ids[:, :width],
-        use_cache=False,
-    ).last_hidden_state
+        position_ids=torch.minimum(positions, used[:, None] - 1),  # of padding, the row's last
+    )
 
 
-def _packed_hidden(model: PreTrainedModel, batch: Batch, pack: Pack, layout: Layout) -> Tensor:
-    """[N, D]."""
-    decoder = model.get_decoder()
-    return decoder(
+def _packed_hidden(model: PreTrainedModel, batch: Batch, pack: Pack, layout: Layout) -> HeadInput:
+    """Hidden units are [1, N, D]."""
+    return run_to_head(  # with a cache transformers does not see that positions start again
+        model,
         input_ids=batch.input_ids[pack.row, pack.column][None],
-        attention_mask=_packed_mask(decoder, pack, layout),
+        attention_mask=_packed_mask(model, pack, layout),
         position_ids=batch.position_ids[pack.row, pack.column][None],
-        use_cache=False,  # with a cache transformers does not see that positions start again
-    ).last_hidden_state[0]
+    )
 
 
-def _packed_mask(decoder: Any, pack: Pack, layout: Layout) -> Tensor | None:
+def _packed_mask(model: PreTrainedModel, pack: Pack, layout: Layout) -> Tensor | None:
     """None where transformers keeps rows apart, by positions that start again."""
-    attention = decoder.config._attn_implementation
+    config: Any = model.config.get_text_config(decoder=True)
+    attention = config._attn_implementation
     if attention == "sdpa" and pack.row.device.type == "cpu":
         return pack.span_mask()
     if layout == "packed":
@@ -218,5 +225,5 @@ def _packed_mask(decoder: Any, pack: Pack, layout: Layout) -> Tensor | None:
     mask = pack.dense_mask()[None, None]
     if attention != "eager":
         return mask
-    low = torch.finfo(decoder.dtype).min  # eager attention adds its mask
-    return torch.zeros_like(mask, dtype=decoder.dtype).masked_fill(~mask, low)
+    low = torch.finfo(model.dtype).min  # eager attention adds its mask
+    return torch.zeros_like(mask, dtype=model.dtype).masked_fill(~mask, low)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import distributed, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sdp_lightning.config import LoRAConfig
-from sdp_lightning.config.model_source import quiet_transformers
+from sdp_lightning.config.model_source import load_causal_lm
 from sdp_lightning.errors import ConfigError
 from sdp_lightning.training.policy.lora import add_adapter
 from sdp_lightning.training.policy.sharding import Source
@@ -19,8 +21,7 @@ from sdp_lightning.training.policy.sharding import Source
 
 def load_policy(model_id: str, options: Mapping[str, Any]) -> PreTrainedModel:
     """The causal LM ``model_id``, in float32 unless ``options`` say otherwise."""
-    with quiet_transformers():
-        return AutoModelForCausalLM.from_pretrained(model_id, **{"dtype": torch.float32, **options})
+    return load_causal_lm(model_id, dtype=torch.float32, options=dict(options))
 
 
 def load(
@@ -63,10 +64,61 @@ def select_trainable(policy: nn.Module, pattern: str | None) -> None:
         parameter.requires_grad_(name in names)
 
 
-def disable_dropout(policy: nn.Module) -> None:
-    """Turn dropout off in train mode: it would make every log-prob a random number."""
-    for module in policy.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        elif isinstance(vars(module).get("attention_dropout"), float):
-            vars(module)["attention_dropout"] = 0.0
+def refuse_half_precision(policy: nn.Module) -> None:
+    """Refuse trained weights in half precision, which the steps of AdamW leave as they are.
+
+    bfloat16 has 8 significant bits: a step below 0.2 % of a weight is rounded away. An adapter is
+    in float32 over a base model in bfloat16, so that one can be trained.
+
+    Raises:
+        ConfigError: naming a weight, its type and the remedy.
+    """
+    for name, parameter in policy.named_parameters():
+        if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+            kind = str(parameter.dtype).removeprefix("torch.")
+            raise ConfigError(
+                f"the trained weights are in {kind} ({name}): it rounds the steps of an optimizer "
+                "away. Leave dtype out of model_kwargs, so that weights are in float32, and give "
+                "the Trainer precision='bf16-mixed' to compute in bfloat16; or train an adapter, "
+                "lora=LoRAConfig(), which is in float32 over a base model of any dtype."
+            )
+
+
+def disable_noise(policy: nn.Module) -> None:
+    """Put a policy in eval mode, also while it trains: gradients do not depend on the mode.
+
+    Dropout, jitter and routers that sample would make every log-prob a random number. Whatever a
+    model calls them, they act in train mode only. Layers that recompute their activations do that
+    in train mode only, so they keep it; :func:`recompute_activations` has their forward in eval
+    mode, too.
+    """
+    policy.eval()
+    for layer in _recomputing_layers(policy):
+        layer.training = True
+
+
+def recompute_activations(policy: PreTrainedModel) -> None:
+    """Recompute activations in the backward pass, with every layer's forward in eval mode."""
+    policy.gradient_checkpointing_enable({"use_reentrant": False})
+    policy.disable_input_require_grads()  # frozen layers need no graph
+    for layer in _recomputing_layers(policy):
+        run: Any = layer._gradient_checkpointing_func
+        layer._gradient_checkpointing_func = partial(_checkpoint_in_eval_mode, layer, run)
+
+
+def _recomputing_layers(policy: nn.Module) -> list[Any]:
+    # foreign: modules of transformers have this flag, or do not
+    flagged = [m for m in policy.modules() if getattr(m, "gradient_checkpointing", False)]
+    layers = [module for module in flagged if isinstance(module, GradientCheckpointingLayer)]
+    return layers or flagged  # a model of remote code may checkpoint in its decoder
+
+
+def _checkpoint_in_eval_mode(layer: nn.Module, checkpoint: Any, forward: Any, *args: Any) -> Any:
+    def in_eval_mode(*inputs: Any) -> Any:
+        layer.training = False
+        try:
+            return forward(*inputs)
+        finally:
+            layer.training = True
+
+    return checkpoint(in_eval_mode, *args)

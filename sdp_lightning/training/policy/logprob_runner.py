@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -11,22 +10,16 @@ import torch
 from torch import Tensor
 
 from sdp_lightning.config import UpdateConfig
-from sdp_lightning.errors import ConfigError
-from sdp_lightning.training.batch import AttentionCosts, Batch, Layout, trial_batch
+from sdp_lightning.training.batch import AttentionCosts, Batch, Layout
 from sdp_lightning.training.policy.forward import (
     LogprobForward,
     SequenceLogprobs,
     attention_costs,
-    check_model,
 )
+from sdp_lightning.training.policy.score_check import ScoreCheck
 from sdp_lightning.training.policy.sharding import is_sharded
 
-logger = logging.getLogger(__name__)
-
-_LAYOUTS: tuple[Layout, ...] = ("padded", "packed", "shared_prefix")
-# Largest error of a layout, as a share of the change that another prefix makes. Rows that attend to
-# each other are off by half of it and more; rows that do not are equal on a CPU, in bfloat16 too.
-_TOLERANCE = 0.1
+_PACKED: tuple[Layout, ...] = ("packed", "shared_prefix")
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +57,9 @@ class LogprobRunner:
     ) -> None:
         self._forward, self._update = forward, update
         self._over_ranks, self._precision = over_ranks, precision
-        self._refusals: dict[Layout, ConfigError | None] = {}
+        wanted = update.layout
+        others: list[Layout] = [each for each in _PACKED if wanted == "auto" or each == wanted]
+        self._check = ScoreCheck(forward, others, over_ranks=over_ranks, precision=precision)
 
     def __call__(self, piece: MicroBatch) -> SequenceLogprobs:
         """One forward pass. Carries the gradient, where that is on."""
@@ -79,56 +74,28 @@ class LogprobRunner:
     def layout(self, batch: Batch) -> Layout:
         """The configured layout, or the cheapest for ``batch``.
 
-        Each layout is tried on a few short rows before its first use. A sharded policy's trial is a
-        collective.
+        Each layout is tried on a few rows before its first use, the padded one in any case. A
+        sharded policy's trial is a collective.
 
         Raises:
-            ConfigError: if the policy cannot be computed in the configured layout.
+            ConfigError: if the policy's scores are wrong, or it cannot be computed in the
+                configured layout.
         """
-        wanted = self._update.layout
-        refusal = self._refusal("padded" if wanted == "auto" else wanted)
+        wanted, limit = self._update.layout, self._update.max_tokens_per_microbatch
+        longest, total = int(batch.lengths.max()), int(batch.lengths.sum())
+        refusals = self._check.refusals(longest=longest, together=min(total, max(longest, limit)))
+        refusal = refusals["padded"] or (None if wanted == "auto" else refusals[wanted])
         if refusal is not None:
             raise refusal
         if wanted != "auto":
             return wanted
-        able: list[Layout] = [layout for layout in _LAYOUTS if self._refusal(layout) is None]
-        limit, costs = self._update.max_tokens_per_microbatch, self._costs
+        able: list[Layout] = [layout for layout, refusal in refusals.items() if refusal is None]
+        costs = self._costs
         return min(able, key=lambda layout: batch.cost(limit, layout, costs))
 
     @property
     def _costs(self) -> AttentionCosts:
         return attention_costs(self._forward.policy)
-
-    def _refusal(self, layout: Layout) -> ConfigError | None:
-        """Why the policy cannot be computed in a layout, or None; tried once."""
-        if layout not in self._refusals:
-            self._refusals[layout] = self._try(layout)
-        refusal = self._refusals[layout]
-        if refusal is not None:
-            logger.debug("layout %r is not used: %s", layout, refusal)
-        return refusal
-
-    def _try(self, layout: Layout) -> ConfigError | None:
-        policy = self._forward.policy
-        rows = trial_batch(policy.config.get_text_config(decoder=True).vocab_size)
-        rows = rows.to(policy.device)
-        try:
-            check_model(policy, layout)
-            if layout == "padded":
-                return None
-            with torch.no_grad(), self._precision():
-                actual, expected = (self._forward(rows, each)[0] for each in (layout, "padded"))
-        except ConfigError as error:
-            return error
-        first, other = expected.split(len(rows) // 2)  # after one prefix, and after the other
-        gap = (actual - expected).abs().max().item()
-        if gap < _TOLERANCE * (first - other).abs().max().item():
-            return None
-        return ConfigError(
-            f"model type {policy.config.model_type!r} does not keep rows apart in the layout "
-            f"{layout!r}: log-probs differ by {gap:.3g} nats from those of padded rows. "
-            "Use layout='padded'."
-        )
 
     def logprobs(self, batch: Batch) -> Tensor:
         """[B, T] float32 under the present weights, without gradient; 0 outside the loss mask.
