@@ -20,6 +20,14 @@ _NAME = "api_key"
 _IN_TEXT = re.compile(rf"({_NAME}['\"]?\s*[:=]\s*['\"]?)(?!None|null|{_ENV}|{_FILE})[^'\"\s,}}]+")
 
 
+def key_source(setting: str | None) -> str:
+    """Name in errors of where :func:`read_key` finds a key: ``api_key`` if it is the key itself."""
+    if setting is None:
+        return KEY_VARIABLE
+    is_elsewhere = str(setting).startswith((_ENV, _FILE))
+    return setting if is_elsewhere else _NAME
+
+
 def read_key(setting: str | None) -> str | None:
     """The key that ``setting`` names, else that of ``SDP_API_KEY``; None without either.
 

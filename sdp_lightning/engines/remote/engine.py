@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from sdp_lightning.config.server_keys import read_key
+from sdp_lightning.config.server_keys import key_source, read_key
 from sdp_lightning.distributed.messaging import LOOPBACK_HOSTS
 from sdp_lightning.engines.protocol import (
     GenerationRequest,
@@ -73,7 +73,7 @@ class RemoteInfEngine:
         tls = tls_context(self.options.ca_file, self._urls)
         self._key = read_key(self.options.api_key)
         if self._key is not None:
-            check_api_key("api_key", self._key)
+            check_api_key(key_source(self.options.api_key), self._key)
         self._http = HttpClient(api_key=self._key, tls=tls)
         self._client = ServerClient(self._http, backend, self.options)
         self._transport: WeightTransport | None = None

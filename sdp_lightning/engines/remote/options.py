@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import get_args
 
+from sdp_lightning.config.server_keys import key_source
 from sdp_lightning.config.validation import at_least, not_negative, one_of, positive
 from sdp_lightning.engines.remote.addresses import check_api_key
 from sdp_lightning.engines.remote.backend import OnUpdate
@@ -85,7 +86,7 @@ class RemoteOptions:
             at_least(name, getattr(self, name), 1)
         if self.vocab_size is not None:
             at_least("vocab_size", self.vocab_size, 1)
-        if self.api_key is not None:
+        if self.api_key is not None and key_source(self.api_key) == "api_key":
             check_api_key("api_key", self.api_key)
         if (self.lora_alpha is None) == (self.transport == "lora"):
             raise ConfigError(

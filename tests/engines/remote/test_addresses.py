@@ -135,6 +135,15 @@ def test_a_key_that_no_header_holds_is_refused_and_not_shown(
     assert "hun" not in str(caught.value)
 
 
+def test_a_key_in_a_file_is_checked_and_the_path_may_be_any(tmp_path: Path):
+    path = tmp_path / "a key"
+    path.write_text("hun ter2\n")
+    setting = f"file:{path}"
+    with pytest.raises(ConfigError, match=r"a key has U\+0020 at place 3 of 8") as caught:
+        make("http://localhost:1", api_key=setting)
+    assert "hun" not in str(caught.value)
+
+
 # TLS ----------------------------------------------------------------------------------------------
 
 
