@@ -62,13 +62,21 @@ def error_text(error: BaseException) -> str:
     >>> error_text(KeyError("gold"))
     "KeyError: 'gold'"
     """
-    text = str(error)
+    text = message_of(error)
     return text if isinstance(error, SDPError) and text else f"{type(error).__name__}: {text}"
+
+
+def message_of(error: BaseException) -> str:
+    """``str(error)``, or that it cannot be made: an error may raise when it is printed."""
+    try:
+        return str(error)
+    except BaseException as unprintable:
+        return f"(its message cannot be made: {type(unprintable).__name__})"
 
 
 def explain(error: BaseException) -> str:
     """A line for the terminal: the message, its notes, and the position in the user's code."""
-    text = str(error) or type(error).__name__
+    text = message_of(error) or type(error).__name__
     lines = [text, *vars(error).get("__notes__", [])]
     place = user_place(error)
     if place is not None:

@@ -58,3 +58,14 @@ def raise_through_main(monkeypatch: pytest.MonkeyPatch) -> int:
 
     monkeypatch.setattr(trainer_cli, "RolloutCLI", fail)
     return main(["fit"])
+
+
+class Unprintable(Exception):
+    def __str__(self) -> str:
+        raise KeyboardInterrupt
+
+
+def test_an_error_that_cannot_be_printed_is_still_named() -> None:
+    shown = "(its message cannot be made: KeyboardInterrupt)"
+    assert error_text(Unprintable()) == f"Unprintable: {shown}"
+    assert shown in explain(Unprintable())

@@ -17,7 +17,12 @@ from sdp_lightning.errors import ConfigError
 KEY_VARIABLE = "SDP_API_KEY"
 _ENV, _FILE = "env:", "file:"
 _NAME = "api_key"
-_IN_TEXT = re.compile(rf"({_NAME}['\"]?\s*[:=]\s*['\"]?)(?!None|null|{_ENV}|{_FILE})[^'\"\s,}}]+")
+_END = r"['\"\s,}]|$"
+_IN_TEXT = re.compile(
+    rf"({_NAME}['\"]?\s*[:=]\s*)(?!['\"]?(?:(?:None|null)(?:{_END})|{_ENV}|{_FILE}))"
+    r"(?:(['\"]).*?\2|['\"]?[^'\"\s,}]+)",
+    re.DOTALL,
+)
 
 
 def key_source(setting: str | None) -> str:
@@ -62,8 +67,8 @@ def without_keys(value: Any, name: str = "") -> Any:
     """A copy of ``value``, of the setting ``name``, in which each ``api_key`` names a variable."""
     if isinstance(value, Mapping):
         return {key: without_keys(inner, key) for key, inner in value.items()}  # type: ignore
-    if isinstance(value, list):
-        return [without_keys(inner) for inner in value]  # type: ignore
+    if isinstance(value, list | tuple):
+        return type(value)(without_keys(inner) for inner in value)  # type: ignore
     is_key = name == _NAME and isinstance(value, str) and not value.startswith((_ENV, _FILE))
     return f"{_ENV}{KEY_VARIABLE}" if is_key else value
 
@@ -76,4 +81,4 @@ def hide_keys(text: str) -> str:
     >>> hide_keys("api_key=env:SDP_API_KEY")
     'api_key=env:SDP_API_KEY'
     """
-    return _IN_TEXT.sub(r"\1...", text)
+    return _IN_TEXT.sub(r"\1\2...\2", text)

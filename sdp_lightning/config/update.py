@@ -42,8 +42,12 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         check_choices(self)
         at_least("warmup_steps", self.warmup_steps, 0)
-        if not self.lr > 0:
-            raise ConfigError(f"lr must be positive, got {self.lr}.")
+        if not 0 < self.lr < math.inf:
+            raise ConfigError(f"lr must be positive and finite, got {self.lr}.")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ConfigError(f"weight_decay must be 0 or more, got {self.weight_decay}.")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"betas must be in [0, 1), got {self.betas}.")
         if self.gradient_clip_val is not None and not self.gradient_clip_val > 0:
             raise ConfigError(
                 f"gradient_clip_val must be positive, or None: got {self.gradient_clip_val}."

@@ -15,34 +15,39 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 from sdp_lightning.config.storable_text import storable
-from sdp_lightning.errors import HangError, SDPError
+from sdp_lightning.errors import HangError, SDPError, message_of
 
 logger = logging.getLogger(__name__)
 
 # Hooks before the first step, in which an observer may still refuse a run by an SDPError.
 STARTS = frozenset({"setup", "on_fit_start", "on_train_start", "on_predict_start"})
-HOOKS = frozenset(n for n in vars(Callback) if n.startswith("on_") or n in ("setup", "teardown"))
+_OTHERS = ("setup", "teardown", "state_dict", "load_state_dict")
+HOOKS = frozenset(n for n in vars(Callback) if n.startswith("on_") or n in _OTHERS)
 
 
-def guarded(method: Callable[..., None]) -> Callable[..., None]:
+def guarded(method: Callable[..., Any]) -> Callable[..., Any]:
     """A method of an :class:`Observer` whose errors set it aside, and that then does nothing.
+
+    Its state is then empty.
 
     ``Exception`` only: a signal, or the Watchdog, that ends the run meanwhile passes through.
     """
 
     @functools.wraps(method)
-    def call(self: Observer, *args: Any, **kwargs: Any) -> None:
+    def call(self: Observer, *args: Any, **kwargs: Any) -> Any:
         name = method.__name__
+        nothing: Any = {} if name == "state_dict" else None
         if self.is_set_aside and name != "setup":
-            return
+            return nothing
         try:
-            method(self, *args, **kwargs)
+            return method(self, *args, **kwargs)
         except HangError:
             raise
         except Exception as error:
             if name in STARTS and isinstance(error, SDPError):
                 raise
             self.set_aside(error)
+            return nothing
 
     return call
 
@@ -80,7 +85,10 @@ class Observer(Callback, ABC):
             return
         self.is_set_aside = True
         say_set_aside(type(self).__name__, error, self.lost)
-        self.let_go()
+        try:
+            self.let_go()
+        except Exception as another:
+            say_set_aside(f"{type(self).__name__}.let_go()", another, "what it still holds")
 
 
 def say_set_aside(name: str, error: Exception, lost: str) -> None:
@@ -90,8 +98,4 @@ def say_set_aside(name: str, error: Exception, lost: str) -> None:
 
 def describe(error: BaseException) -> str:
     """Kind and message of an error, as text that every log can hold."""
-    try:
-        message = str(error)
-    except Exception as unprintable:
-        message = f"(its message cannot be made: {type(unprintable).__name__})"
-    return storable(f"{type(error).__name__}: {message}")
+    return storable(f"{type(error).__name__}: {message_of(error)}")

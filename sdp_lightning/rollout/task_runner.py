@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sdp_lightning.distributed.event_loop import call_in
-from sdp_lightning.errors import ConfigError, RolloutError, RolloutTimeout
+from sdp_lightning.errors import ConfigError, RolloutError, RolloutTimeout, error_text
 
 STOP_CHECK_S = 0.2  # how often a wait asks whether it was interrupted
 AsyncFunction = Callable[..., Coroutine[Any, Any, Any]]
@@ -70,6 +70,7 @@ class AsyncTaskRunner:
         self._ids = itertools.count()
         self._inputs: deque[tuple[int, AsyncFunction, tuple[Any, ...]]] = deque()
         self._running: dict[int, asyncio.Task[object]] = {}
+        self._cancelled: set[int] = set()
         self._results: deque[TaskResult] = deque()
         self._changed = threading.Condition()
         self._paused = self._closed = self._ending = False
@@ -209,13 +210,7 @@ class AsyncTaskRunner:
 
     def _on_done(self, task_id: int, task: asyncio.Task[object]) -> None:
         # A callback, not a finally in the task: one cancelled before its first step never runs it.
-        result: TaskResult | None = None
-        if not task.cancelled():
-            error = task.exception()
-            if error is None:
-                result = TaskResult(task_id, value=task.result())
-            elif isinstance(error, Exception):
-                result = TaskResult(task_id, error=error)
+        result = self._result_of(task_id, task)
         with self._changed:
             self._running.pop(task_id, None)
             if result is not None and self._on_result is None:
@@ -225,10 +220,30 @@ class AsyncTaskRunner:
             self._deliver(result, self._on_result)
         self._start_tasks()
 
+    def _result_of(self, task_id: int, task: asyncio.Task[object]) -> TaskResult | None:
+        """The result; None if this runner cancelled the task."""
+        if task_id in self._cancelled or self._ending:
+            self._cancelled.discard(task_id)
+            if task.cancelled():
+                return None
+        if task.cancelled():
+            cause: BaseException | None = asyncio.CancelledError()
+        else:
+            cause = task.exception()
+        if cause is None:
+            return TaskResult(task_id, value=task.result())
+        if isinstance(cause, Exception):
+            return TaskResult(task_id, error=cause)
+        if isinstance(cause, KeyboardInterrupt | SystemExit):
+            return None  # asyncio raises it in the loop, too: the thread dies of it
+        error = RuntimeError(f"ended by {error_text(cause)}")
+        error.__cause__ = cause
+        return TaskResult(task_id, error=error)
+
     def _deliver(self, result: TaskResult, on_result: Callable[[TaskResult], None]) -> None:
         try:
             on_result(result)
-        except Exception as error:  # raised again in every waiter, by raise_if_dead
+        except BaseException as error:  # raised again in every waiter, by raise_if_dead
             self._die(error)
             self._stop()
 
@@ -239,6 +254,7 @@ class AsyncTaskRunner:
     def _cancel_now(self, task_id: int) -> None:
         task = self._running.get(task_id)
         if task is not None:
+            self._cancelled.add(task_id)
             task.cancel()
         else:
             with self._changed:

@@ -65,6 +65,9 @@ def test_every_key_is_left_out_and_nothing_else_is_changed() -> None:
         ("{'api_key': None}", "{'api_key': None}"),
         ('{"api_key": null}', '{"api_key": null}'),
         ("api_key: file:/k, a: b", "api_key: file:/k, a: b"),
+        ("--data.engine_options.api_key=None1", "--data.engine_options.api_key=..."),
+        ("{'api_key': 'a b c', 'n': 1}", "{'api_key': '...', 'n': 1}"),
+        ("{'api_key': 'cut off", "{'api_key': ... off"),
     ],
 )
 def test_a_key_in_a_text_is_hidden(text: str, shown: str) -> None:

@@ -132,6 +132,28 @@ def test_a_new_observer_is_guarded_without_a_try_of_its_own(
     assert fragile.calls == 2, "the next run asks it again"
 
 
+class Clinging(Fragile):
+    """Fails also while it gives up what it holds, and has no state to save."""
+
+    def let_go(self) -> None:
+        super().let_go()
+        raise DiskFull
+
+    def state_dict(self) -> dict[str, Any]:
+        raise DiskFull
+
+
+def test_an_observer_that_cannot_let_go_or_be_saved_ends_no_run(
+    model_folder: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    clinging = Clinging()
+    trainer = run(model_folder, clinging)
+    assert trainer.global_step == 4 and clinging.released == 1
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    assert "Clinging.let_go() failed" in caplog.text
+    assert Clinging().state_dict() == {}
+
+
 class Refusing(Observer):
     lost = "nothing"
 

@@ -51,13 +51,36 @@ def test_a_dead_thread_wakes_every_waiter_with_its_error(make: Make) -> None:
         runner.submit(give, 1)
 
 
+class Panic(BaseException):
+    """As extensions in Rust raise."""
+
+
 @pytest.mark.fault("exception", "queue")
-def test_an_error_in_on_result_ends_the_runner_and_its_tasks(make: Make) -> None:
+@pytest.mark.parametrize("error", [Panic("p"), GeneratorExit(), asyncio.CancelledError()], ids=repr)
+def test_whatever_ends_a_task_is_the_error_of_its_waiter(make: Make, error: BaseException) -> None:
+    """Fault: what is no Exception, and a cancellation nobody asked for, are no result at all."""
+    runner = make()
+
+    async def end() -> None:
+        raise error
+
+    runner.submit(end)
+    with pytest.raises(RolloutError, match=type(error).__name__) as caught:
+        runner.wait(1, DEADLINE_S)
+    cause = caught.value.__cause__
+    assert cause is not None and type(cause.__cause__) is type(error)
+
+
+@pytest.mark.fault("exception", "queue")
+@pytest.mark.parametrize("error", [KeyError("no place"), Panic("no place")], ids=repr)
+def test_an_error_in_on_result_ends_the_runner_and_its_tasks(
+    make: Make, error: BaseException
+) -> None:
     """Fault: failure reported as success."""
     cancelled = threading.Event()
 
     def refuse(result: TaskResult) -> None:
-        raise KeyError("no place for it")
+        raise error
 
     async def long() -> None:
         try:
@@ -68,7 +91,7 @@ def test_an_error_in_on_result_ends_the_runner_and_its_tasks(make: Make) -> None
     runner = make(on_result=refuse)
     runner.submit(long)
     runner.submit(give, 1)
-    with pytest.raises(RolloutError, match="no place for it"):
+    with pytest.raises(RolloutError, match="no place"):
         runner.wait(1, DEADLINE_S)
     assert cancelled.wait(DEADLINE_S)
 
