@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sdp_lightning.config.validation import at_least
+from sdp_lightning.config.validation import at_least, check_types
 from sdp_lightning.errors import ConfigError
 
 
@@ -29,6 +29,7 @@ class LoRAConfig:
     target_modules: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
+        check_types(self)
         at_least("rank", self.rank, 1)
         if not self.alpha > 0:
             raise ConfigError(f"alpha must be positive, got {self.alpha}.")

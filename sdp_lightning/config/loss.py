@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sdp_lightning.config.loss_rules import check_ranges, contradictions
-from sdp_lightning.config.validation import check_choices, one_of
+from sdp_lightning.config.validation import check_types, one_of
 from sdp_lightning.errors import ConfigError
 
 TrustRegion = Literal["segment", "past", "proximal", "behavior"]
@@ -103,7 +103,7 @@ class LossConfig:
     kl_tokens: Literal["kept", "all"] = "kept"
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check_types(self)
         if not self.has_own_surrogate:
             one_of("surrogate", self.surrogate, ("ppo", "cispo", "unclipped"))
         check_ranges(self)

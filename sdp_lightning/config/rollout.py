@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from sdp_lightning.config.validation import at_least, check_choices
+from sdp_lightning.config.validation import at_least, check_types
 from sdp_lightning.errors import ConfigError
 
 MissingProximal = Literal["behavior", "loglinear", "decoupled", "drop"]
@@ -58,6 +58,7 @@ class RolloutConfig:
     requeue_dropped: bool = False
 
     def __post_init__(self) -> None:
+        check_types(self)
         at_least("batch_size", self.batch_size, 1)
         at_least("max_head_lag", self.max_head_lag, 0)
         at_least("max_failures", self.max_failures, 0)
@@ -67,7 +68,6 @@ class RolloutConfig:
             at_least("max_concurrent", self.max_concurrent, 1)
         if self.num_epochs is not None:
             at_least("num_epochs", self.num_epochs, 1)
-        check_choices(self)
         for name, value in (("timeout_s", self.timeout_s), ("drain_s", self.drain_s)):
             if not 0 < value <= LONGEST_S:
                 raise ConfigError(

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from sdp_lightning.config.validation import at_least, check_choices
+from sdp_lightning.config.validation import at_least, check_types
 from sdp_lightning.errors import ConfigError
 
 
@@ -40,7 +40,7 @@ class OptimizerConfig:
     scale_lr_by_ess: bool = False
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check_types(self)
         at_least("warmup_steps", self.warmup_steps, 0)
         if not 0 < self.lr < math.inf:
             raise ConfigError(f"lr must be positive and finite, got {self.lr}.")
@@ -100,7 +100,7 @@ class UpdateConfig:
     max_uniform_in_a_row: int | None = 100
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check_types(self)
         at_least("max_skipped_in_a_row", self.max_skipped_in_a_row, 1)
         if self.max_uniform_in_a_row is not None:
             at_least("max_uniform_in_a_row", self.max_uniform_in_a_row, 1)

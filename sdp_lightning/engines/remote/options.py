@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import get_args
 
 from sdp_lightning.config.server_keys import key_source
-from sdp_lightning.config.validation import at_least, not_negative, one_of, positive
+from sdp_lightning.config.validation import at_least, check_types, not_negative, positive
 from sdp_lightning.engines.remote.addresses import check_api_key
 from sdp_lightning.engines.remote.backend import OnUpdate
 from sdp_lightning.errors import ConfigError
@@ -79,9 +78,7 @@ class RemoteOptions:
     vocab_size: int | None = None
 
     def __post_init__(self) -> None:
-        one_of("on_update", self.on_update, get_args(OnUpdate))
-        one_of("kv_on_update", self.kv_on_update, get_args(KVPolicy))
-        one_of("transport", self.transport, get_args(TransportName))
+        check_types(self)
         for name in ("min_replicas", "max_tries", "max_requests"):
             at_least(name, getattr(self, name), 1)
         if self.vocab_size is not None:

@@ -13,9 +13,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
 
-from sdp_lightning.config.validation import at_least, one_of, positive
+from sdp_lightning.config.validation import at_least, check_types, positive
 from sdp_lightning.errors import ConfigError
 from sdp_lightning.weights.protocol import TransportName
 
@@ -81,9 +80,9 @@ class ServerConfig:
     startup_timeout_s: float = 600.0
 
     def __post_init__(self) -> None:
+        check_types(self)
         at_least("replicas", self.replicas, 1)
         at_least("max_lora_rank", self.max_lora_rank, 1)
-        one_of("transport", self.transport, get_args(TransportName))
         positive("startup_timeout_s", self.startup_timeout_s)
         if self.port and not 0 < self.port <= 65536 - self.replicas:
             raise ConfigError(f"port must leave room for {self.replicas} up to 65535: {self.port}.")
