@@ -24,11 +24,11 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1200)]
 TEXT, NUM_TOKENS = "12+3=", 24
 
 
-def train(base: str, out: Path, kind: str) -> tuple[Path, dict[str, torch.Tensor]]:
+def train(server: Any, base: str, out: Path, kind: str) -> tuple[Path, dict[str, torch.Tensor]]:
     """A checkpoint and the weights that are to be in it."""
     if kind == "shards":
         out.mkdir()
-        launcher = Launcher(base, out)
+        launcher = Launcher(server, base, out)
         case = {"kind": "rollouts", "steps": 4, "strategy": "fsdp shards", "save_in": str(out)}
         ranks = launcher.run(2, {"it": case})
         launcher.close()
@@ -48,10 +48,10 @@ def ask(url: str, path: str, question: dict[str, Any] | None = None) -> Any:
 
 @pytest.mark.parametrize("kind", ["file", "shards"])
 def test_vllm_samples_an_exported_model_with_the_log_probs_of_what_was_trained(
-    kind: str, tmp_path: Path
+    kind: str, fork_server: Any, tmp_path: Path
 ) -> None:
     base = save_model(tmp_path / "base")
-    checkpoint, trained = train(base, tmp_path / "run", kind)
+    checkpoint, trained = train(fork_server, base, tmp_path / "run", kind)
     assert checkpoint.is_dir() == (kind == "shards")
     out = tmp_path / "out"
     assert main(["export", str(checkpoint), str(out)]) == 0
