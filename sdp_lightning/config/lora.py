@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from dataclasses import dataclass
 
 from sdp_lightning.config.validation import at_least, check_types
@@ -29,13 +30,13 @@ class LoRAConfig:
     target_modules: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
+        targets = self.target_modules
+        if targets is not None and (isinstance(targets, str) or not targets):
+            raise ConfigError(
+                f"target_modules={reprlib.repr(targets)} must be a sequence of names, such as "
+                "('q_proj', 'v_proj'), or None for every linear layer but the head."
+            )
         check_types(self)
         at_least("rank", self.rank, 1)
         if not self.alpha > 0:
             raise ConfigError(f"alpha must be positive, got {self.alpha}.")
-        targets = self.target_modules
-        if targets is not None and (isinstance(targets, str) or not targets):
-            raise ConfigError(
-                f"target_modules={targets!r} must be a sequence of names, such as ('q_proj', "
-                "'v_proj'), or None for every linear layer but the head."
-            )

@@ -97,7 +97,7 @@ def test_a_reward_that_starts_threads_while_it_is_loaded_is_not_forked_and_that_
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a crash costs its worker")
 def test_a_call_that_hangs_crashes_or_eats_memory_costs_its_own_process_and_no_worker() -> None:
-    settings: dict[str, Any] = {"num_workers": 1, "memory_bytes": 2**28, "timeout_s": 2.0}
+    settings: dict[str, Any] = {"num_workers": 1, "memory_bytes": 2**28, "timeout_s": 5.0}
     with closing(RewardPool(f"{FILE}:reward", **settings)) as pool:
         worker = call(pool, "parent_id")
         for way in ("abort", "read_null", "leave", "one_big_piece", "power_tower", "stop"):
@@ -123,7 +123,7 @@ OUTCOMES = {
 
 @pytest.fixture(scope="module")
 def ways() -> Iterator[RewardPool]:
-    settings: dict[str, Any] = {"timeout_s": 3.0, "on_error": "zero", "num_workers": 1}
+    settings: dict[str, Any] = {"timeout_s": 5.0, "on_error": "zero", "num_workers": 1}
     with closing(RewardPool(f"{FILE}:reward", **settings)) as pool:
         yield pool
 

@@ -46,12 +46,12 @@ def test_a_call_that_hangs_is_killed_at_its_deadline_and_the_next_is_served(
     way: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Fault: a hung reward (sympy) eats pool workers for good."""
-    with closing(RewardPool(PLACE, num_workers=1, timeout_s=1.0)) as pool:
+    with closing(RewardPool(PLACE, num_workers=1, timeout_s=5.0)) as pool:
         killed = call(pool, "process_id")
         with caplog.at_level(logging.WARNING):
             assert call(pool, way, file=str(tmp_path / "child")) == 0.0
         assert not is_running(int(killed))
-        assert f"'reward' took longer than 1.0 s on row 'r7', completion '{way}'" in caplog.text
+        assert f"'reward' took longer than 5.0 s on row 'r7', completion '{way}'" in caplog.text
         assert call(pool, "process_id") not in (0.0, killed)
         assert pool.counts == RewardCounts(value=2, timed_out=1)
     if way == "hang_with_a_child":

@@ -149,7 +149,7 @@ def test_a_confined_worker_has_no_network_writes_no_file_and_sees_no_process(
 def test_nothing_of_a_confined_worker_is_left_after_a_hang(
     confined: RewardPool, tmp_path: Path
 ) -> None:
-    settings: dict[str, Any] = {"sandbox": confined.sandbox, "num_workers": 1, "timeout_s": 1.5}
+    settings: dict[str, Any] = {"sandbox": confined.sandbox, "num_workers": 1, "timeout_s": 5.0}
     mark = f"sdp-{os.getpid()}-{tmp_path.name}"
     with closing(RewardPool(PLACE, **settings)) as pool:
         assert call(pool, "hang_as", name=mark) == 0.0
