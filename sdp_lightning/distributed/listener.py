@@ -102,28 +102,34 @@ class Listener:
         links: dict[int, socket.socket] = {}
         candidates: list[_Candidate] = []  # the oldest first
         num_strangers = 0
-        with self._server, selectors.DefaultSelector() as selector:
-            selector.register(self._server, selectors.EVENT_READ)
-            while len(links) < size - 1 and not is_cancelled():
-                now = time.monotonic()
-                if now >= deadline:
-                    break
-                for key, _ in selector.select(min(_POLL_S, deadline - now)):
-                    if key.data is None:
-                        candidates += self._welcome(selector)
-                    elif (number := key.data.hear(self._secret)) in range(1, size):
-                        candidates.remove(key.data)
-                        selector.unregister(key.data.link)
-                        if number in links:  # it has connected again
-                            links[number].close()
-                        links[number] = _keep_alive(key.data.link)
-                crowd = max(0, len(candidates) - MAX_CANDIDATES - size)
-                for place, candidate in enumerate(candidates.copy()):
-                    if place < crowd or candidate.is_stranger:
-                        num_strangers += 1
-                        candidates.remove(candidate)
-                        selector.unregister(candidate.link)
-                        candidate.link.close()
+        try:
+            with self._server, selectors.DefaultSelector() as selector:
+                selector.register(self._server, selectors.EVENT_READ)
+                while len(links) < size - 1 and not is_cancelled():
+                    now = time.monotonic()
+                    if now >= deadline:
+                        break
+                    for key, _ in selector.select(min(_POLL_S, deadline - now)):
+                        if key.data is None:
+                            candidates += self._welcome(selector)
+                        elif (number := key.data.hear(self._secret)) in range(1, size):
+                            candidates.remove(key.data)
+                            selector.unregister(key.data.link)
+                            if number in links:  # it has connected again
+                                links[number].close()
+                            links[number] = _keep_alive(key.data.link)
+                    crowd = max(0, len(candidates) - MAX_CANDIDATES - size)
+                    for place, candidate in enumerate(candidates.copy()):
+                        if place < crowd or candidate.is_stranger:
+                            num_strangers += 1
+                            candidates.remove(candidate)
+                            selector.unregister(candidate.link)
+                            candidate.link.close()
+        except BaseException:
+            for link in links.values():
+                link.close()
+            raise
+        finally:
             for candidate in candidates:
                 candidate.link.close()
         if num_strangers:

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from sdp_lightning.distributed.failure_detector import FailureDetector, RankFailure
 from sdp_lightning.distributed.listener import address_of, connect, listen_at
 from sdp_lightning.distributed.messaging import Link, pack, wait_for_any
-from sdp_lightning.errors import RankError
+from sdp_lightning.errors import RankError, message_of
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -102,7 +102,7 @@ class RankGroup:
             result = work()
         except Exception as error:
             with contextlib.suppress(RankError):
-                report = (f"{type(error).__name__}: {error}", None)
+                report = (f"{type(error).__name__}: {message_of(error)}", None)
                 self.all_gather(what, report, timeout_s=timeout_s)
             raise
         reports = self.all_gather(what, ("", tell(result)), timeout_s=timeout_s)
@@ -127,8 +127,8 @@ class RankGroup:
             self._await_cause()
         cause = self.failure
         if cause is None:
-            self._tell(f"{type(error).__name__}: {error}")
-        elif cause.message not in str(error):
+            self._tell(f"{type(error).__name__}: {message_of(error)}")
+        elif cause.message not in message_of(error):
             error.add_note(f"Before that, {cause}")
         if self._failure_detector is not None:
             for sentence in self._failure_detector.kill_stopped():
@@ -254,9 +254,13 @@ def make_rank_group(
     told: list[Any] = [[(listener.host or host, listener.address) for listener in listeners]]
     distributed.broadcast_object_list(told, src=0)
     places: list[tuple[str, tuple[int | bytes, bytes]]] = told[0]
-    links, lines = [listener.accept(size, timeout_s) for listener in listeners] or [
-        {0: connect(where, address, rank, timeout_s)} for where, address in places
-    ]
+    try:
+        links, lines = [listener.accept(size, timeout_s) for listener in listeners] or [
+            {0: connect(where, address, rank, timeout_s)} for where, address in places
+        ]
+    finally:
+        for listener in listeners:
+            listener.close()
     (_, (_, key)), _ = places
     ranks = RankGroup(
         links, rank=rank, size=size, timeout_s=timeout_s, interrupted=interrupted, key=key

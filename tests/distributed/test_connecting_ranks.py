@@ -87,6 +87,27 @@ def test_a_listener_takes_every_rank_and_the_later_connection_of_one_that_comes_
 
 
 @pytest.mark.fault("hang", "gather")
+def test_a_wait_that_an_exception_ends_leaves_no_connection_open(listener: Listener) -> None:
+    """Neither of a rank that has proved itself, nor of a stranger."""
+    stranger, (connecting,) = (
+        open_as_stranger(listener),
+        beside(lambda: connect(*where_of(listener), 1, DEADLINE_S)),
+    )
+
+    def is_cancelled() -> bool:
+        if connecting.done():
+            raise KeyError("of the caller")
+        return False
+
+    with pytest.raises(KeyError, match="of the caller"):
+        listener.collect(3, DEADLINE_S, is_cancelled)
+    with stranger, connecting.result() as rank:
+        for link in (stranger, rank):
+            link.settimeout(DEADLINE_S)
+            while link.recv(4096):  # the nonce, to the stranger
+                pass
+
+
 def test_a_rank_that_does_not_connect_is_named() -> None:
     listener = Listener("127.0.0.1")
     accepted, *_ = beside(lambda: listener.accept(4, 0.3))

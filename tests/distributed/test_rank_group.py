@@ -143,6 +143,29 @@ def test_a_rank_that_others_wait_for_in_vain_hears_of_it(make_world: Make) -> No
     assert "waited 0.1 s for rank 1 while it" in error.__notes__[0]
 
 
+class Unprintable(Exception):
+    def __str__(self) -> str:
+        raise KeyError
+
+
+def test_an_error_that_cannot_be_printed_reaches_the_others_by_its_kind(make_world: Make) -> None:
+    """Fault: what tells the others raises itself, and they wait to their deadline."""
+
+    def fail() -> None:
+        raise Unprintable
+
+    first, second = make_world(2).run(
+        lambda ranks: ranks.run_on_all_ranks("it", lambda: None),
+        lambda ranks: ranks.run_on_all_ranks("it", fail),
+    )
+    assert isinstance(second, Unprintable)
+    assert isinstance(first, RankError) and "rank 1 failed while it: Unprintable: " in str(first)
+    world = make_world(2)
+    world.ranks[1].fail(Unprintable())
+    with pytest.raises(RankError, match="Unprintable: "):
+        world.ranks[0].all_gather("it", 1)
+
+
 @pytest.mark.fault("corrupted data", "gather")
 def test_ranks_at_different_meetings_are_told_apart(make_world: Make) -> None:
     found = make_world(2).run(lambda ranks: ranks.all_gather(f"meeting {ranks.rank}", 1))
