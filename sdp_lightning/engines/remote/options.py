@@ -78,13 +78,13 @@ class RemoteOptions:
     vocab_size: int | None = None
 
     def __post_init__(self) -> None:
+        if self.api_key is not None and key_source(self.api_key) == "api_key":
+            check_api_key("api_key", self.api_key)  # first: other errors show the value
         check_types(self)
         for name in ("min_replicas", "max_tries", "max_requests"):
             at_least(name, getattr(self, name), 1)
         if self.vocab_size is not None:
             at_least("vocab_size", self.vocab_size, 1)
-        if self.api_key is not None and key_source(self.api_key) == "api_key":
-            check_api_key("api_key", self.api_key)
         if (self.lora_alpha is None) == (self.transport == "lora"):
             raise ConfigError(
                 f"lora_alpha={self.lora_alpha} and transport={self.transport!r}: the one goes with "

@@ -135,6 +135,12 @@ def test_a_key_that_no_header_holds_is_refused_and_not_shown(
     assert "hun" not in str(caught.value)
 
 
+def test_a_key_of_another_type_is_refused_and_not_shown():
+    with pytest.raises(ConfigError, match="api_key must be a text, got bytes") as caught:
+        RemoteOptions(api_key=b"hunter2")  # type: ignore[arg-type]
+    assert "hunter2" not in str(caught.value)
+
+
 def test_a_key_in_a_file_is_checked_and_the_path_may_be_any(tmp_path: Path):
     path = tmp_path / "a key"
     path.write_text("hun ter2\n")
