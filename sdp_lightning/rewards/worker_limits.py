@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 
+from sdp_lightning.config.validation import check_types
 from sdp_lightning.errors import ConfigError
 
 MIB = 2**20
@@ -38,16 +39,10 @@ class WorkerLimits:
     file_mb: float | None = None
 
     def __post_init__(self) -> None:
-        for name, kinds in (
-            *(("memory_mb", (int, float)), ("file_mb", (int, float))),
-            *(("processes", (int,)), ("open_files", (int,))),
-        ):
-            value: object = getattr(self, name)
-            if value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < 2**40:
-                form = "a number above 0" if float in kinds else "an integer of at least 1"
-                raise ConfigError(f"{name} must be {form}, or None; got {value!r}.")
+        check_types(self)
+        for name, value in vars(self).items():
+            if value is not None and not 0 < value < 2**40:
+                raise ConfigError(f"{name} must be above 0 and below 2**40, or None; got {value}.")
 
     @property
     def memory_bytes(self) -> int | None:

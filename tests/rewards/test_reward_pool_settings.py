@@ -88,12 +88,12 @@ def test_a_reward_that_only_the_workers_cannot_load_is_an_error_and_not_a_zero(
 @pytest.mark.parametrize(
     ("limit", "form"),
     [
-        ({"memory_mb": 0}, "memory_mb must be a number above 0, or None; got 0"),
-        ({"memory_mb": float("nan")}, "memory_mb must be a number above 0"),
-        ({"file_mb": "1"}, "file_mb must be a number above 0, or None; got '1'"),
-        ({"processes": 0}, "processes must be an integer of at least 1, or None; got 0"),
+        ({"memory_mb": 0}, "memory_mb must be above 0 and below .*, or None; got 0"),
+        ({"memory_mb": float("nan")}, "memory_mb must be above 0 and below .*; got nan"),
+        ({"file_mb": "1"}, "file_mb must be a number or None, got '1'"),
+        ({"processes": 0}, "processes must be above 0 and below .*; got 0"),
         ({"processes": 1.5}, "processes must be an integer"),
-        ({"open_files": True}, "open_files must be an integer of at least 1, or None; got True"),
+        ({"open_files": True}, "open_files must be an integer .* or None, got True"),
     ],
     ids=str,
 )
