@@ -227,7 +227,7 @@ def test_a_run_that_fails_has_its_page_and_says_so(tmp_path: Path, model_folder:
         trainer.fit(make_module(model_folder), make_data(engine=FakeEngine()))
     assert report.path == tmp_path / "report.html"
     page = Page(report.path.read_text())
-    assert "failed: no <more> power" in page.text and page.values["steps"] == 2
+    assert "failed: RuntimeError: no <more> power" in page.text and page.values["steps"] == 2
 
 
 # Files ----------------------------------------------------------------------------------------

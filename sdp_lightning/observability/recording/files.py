@@ -182,9 +182,10 @@ class DamagedFileError(RecordingError):
     """A file is damaged: says which, why, and the remedy."""
 
     def __init__(self, path: Path, error: Exception) -> None:
+        cause = (str(error) or repr(error)).splitlines()[0]
         super().__init__(
-            f"{path} is damaged ({str(error).splitlines()[0]}). Copy it again, or remove it "
-            "together with those of later versions to use what comes before."
+            f"{path} is damaged ({cause}). Copy it again, or remove it together with those of "
+            "later versions to use what comes before."
         )
 
 

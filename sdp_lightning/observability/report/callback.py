@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from sdp_lightning.errors import ConfigError
 from sdp_lightning.lightning.datamodule import RolloutDataModule
 from sdp_lightning.lightning.module import SegmentWisePPOModule
-from sdp_lightning.lightning.observer import Observer
+from sdp_lightning.lightning.observer import Observer, describe
 from sdp_lightning.lightning.weight_sync import WeightSyncCallback
 from sdp_lightning.observability.report.files import RunWriter
 from sdp_lightning.observability.report.page import RUNNING, write_report
@@ -111,7 +111,9 @@ class RunReport(Observer):
     ) -> None:
         name = type(exception).__name__
         is_signal = isinstance(exception, KeyboardInterrupt) or name == "SIGTERMException"
-        self._end(pl_module, "stopped by a signal" if is_signal else f"failed: {exception}")
+        self._end(
+            pl_module, "stopped by a signal" if is_signal else f"failed: {describe(exception)}"
+        )
 
     def let_go(self) -> None:
         self._writer = None
