@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from sdp_lightning.cli.main import main
+from support.cli_configs import small_config
 
 # Lightning calls functions of jsonargparse by their old names; Python shows that to nobody else.
 pytestmark = pytest.mark.filterwarnings(
@@ -211,27 +212,7 @@ TABLE: dict[str, tuple[Change, list[str], int, str]] = {
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_folder: str) -> Tree:
     monkeypatch.chdir(tmp_path)
     Path("task.py").write_text(TASK)
-    return {
-        "trainer": {
-            "max_steps": 2,
-            "accelerator": "cpu",
-            "enable_checkpointing": False,
-            "enable_progress_bar": False,
-        },
-        "model": {"model": model_folder},
-        "data": {
-            "prompts": "task.py:prompts",
-            "workflow": {
-                "class_path": "sdp_lightning.RLVRWorkflow",
-                "init_args": {
-                    "reward": "task.py:reward",
-                    "group_size": 2,
-                    "sampling": {"max_new_tokens": 4},
-                },
-            },
-            "rollout": {"batch_size": 2, "timeout_s": 60.0},
-        },
-    }
+    return small_config(model_folder)
 
 
 def run(config: Tree, *flags: str) -> int:

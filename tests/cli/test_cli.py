@@ -15,18 +15,12 @@ import yaml
 import sdp_lightning as sdp
 from sdp_lightning.cli.main import main
 from sdp_lightning.observability.recording.files import EndMark
+from support.cli_configs import TASK, small_config
 
 # Lightning calls functions of jsonargparse by their old names; Python shows that to nobody else.
 pytestmark = pytest.mark.filterwarnings(
     "ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning"
 )
-
-TASK = """
-prompts = [{"prompt": f"{i}+{i}="} for i in range(8)]
-
-def reward(completion, row):
-    return len(set(completion)) / 10
-"""
 
 
 @pytest.fixture
@@ -34,28 +28,9 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_folder: str) -
     """A config that fits in a second, with files of its own in the working folder."""
     monkeypatch.chdir(tmp_path)
     Path("task.py").write_text(TASK)
-    return {
-        "trainer": {
-            "max_steps": 2,
-            "accelerator": "cpu",
-            "enable_checkpointing": False,
-            "enable_progress_bar": False,
-        },
-        "model": {"model": model_folder},
-        "data": {
-            "prompts": "task.py:prompts",
-            "workflow": {
-                "class_path": "sdp_lightning.RLVRWorkflow",
-                "init_args": {
-                    "reward": "task.py:reward",
-                    "group_size": 2,
-                    "sampling": {"max_new_tokens": 4},
-                },
-            },
-            "engine_options": {"device": "cpu", "max_slots": 8},
-            "rollout": {"batch_size": 2, "timeout_s": 60.0},
-        },
-    }
+    settings = small_config(model_folder)
+    settings["data"]["engine_options"] = {"device": "cpu", "max_slots": 8}
+    return settings
 
 
 def run(command: str, config: dict[str, Any], *flags: str) -> int:

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from sdp_lightning.cli.main import main
+from support.cli_configs import TASK, small_config
 from support.fake_servers import QUICK, servers
 
 # Lightning calls functions of jsonargparse by their old names; Python shows that to nobody else.
@@ -16,12 +17,6 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning"
 )
 KEY = "sk-do-not-tell"
-TASK = """
-prompts = [{"prompt": f"{i}+{i}="} for i in range(8)]
-
-def reward(completion, row):
-    return len(set(completion)) / 10
-"""
 
 
 @pytest.fixture
@@ -30,30 +25,16 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_folder: str) -
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("SDP_API_KEY", raising=False)
     Path("task.py").write_text(TASK)
-    workflow = {"reward": "task.py:reward", "group_size": 2, "sampling": {"max_new_tokens": 4}}
-    return {
-        "trainer": {
-            "max_steps": 1,
-            "accelerator": "cpu",
-            "enable_progress_bar": False,
-            "logger": {
-                "class_path": "lightning.pytorch.loggers.CSVLogger",
-                "init_args": {"save_dir": "runs", "name": None},
-            },
-            "callbacks": [
-                {"class_path": "sdp_lightning.RunReport"},
-                {"class_path": "sdp_lightning.Recorder"},
-            ],
-        },
-        "model": {"model": model_folder},
-        "data": {
-            "prompts": "task.py:prompts",
-            "workflow": {"class_path": "sdp_lightning.RLVRWorkflow", "init_args": workflow},
-            "engine": "vllm://127.0.0.1:1",
-            "engine_options": {**QUICK, "api_key": KEY},
-            "rollout": {"batch_size": 2, "timeout_s": 60.0},
-        },
+    logger = {
+        "class_path": "lightning.pytorch.loggers.CSVLogger",
+        "init_args": {"save_dir": "runs", "name": None},
     }
+    observers = [{"class_path": f"sdp_lightning.{name}"} for name in ("RunReport", "Recorder")]
+    files = {"max_steps": 1, "enable_checkpointing": True, "logger": logger, "callbacks": observers}
+    settings = small_config(model_folder, **files)
+    settings["data"]["engine"] = "vllm://127.0.0.1:1"
+    settings["data"]["engine_options"] = {**QUICK, "api_key": KEY}
+    return settings
 
 
 def fit(config: dict[str, Any], *flags: str) -> int:
