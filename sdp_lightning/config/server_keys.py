@@ -29,7 +29,7 @@ def key_source(setting: str | None) -> str:
     """Name in errors of where :func:`read_key` finds a key: ``api_key`` if it is the key itself."""
     if setting is None:
         return KEY_VARIABLE
-    is_elsewhere = str(setting).startswith((_ENV, _FILE))
+    is_elsewhere = isinstance(setting, str) and setting.startswith((_ENV, _FILE))
     return setting if is_elsewhere else _NAME
 
 

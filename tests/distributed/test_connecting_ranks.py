@@ -86,7 +86,6 @@ def test_a_listener_takes_every_rank_and_the_later_connection_of_one_that_comes_
         link.close()
 
 
-@pytest.mark.fault("hang", "gather")
 def test_a_wait_that_an_exception_ends_leaves_no_connection_open(listener: Listener) -> None:
     """Neither of a rank that has proved itself, nor of a stranger."""
     stranger, (connecting,) = (
@@ -108,6 +107,7 @@ def test_a_wait_that_an_exception_ends_leaves_no_connection_open(listener: Liste
                 pass
 
 
+@pytest.mark.fault("hang", "gather")
 def test_a_rank_that_does_not_connect_is_named() -> None:
     listener = Listener("127.0.0.1")
     accepted, *_ = beside(lambda: listener.accept(4, 0.3))
