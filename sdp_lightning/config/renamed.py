@@ -44,6 +44,7 @@ MOVED_MODULES: Mapping[str, str] = {
     "summary": "observability.summary",
     "viewing": "observability.view",
     "watchdog": "lightning.watchdog",
+    "weights.gloo": "weights.tcp",
     "workflows.base": "workflows.workflow",
     "workflows.gate": "workflows.send_gate",
 }

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Weights = Iterable[tuple[str, "Tensor"]]
-TransportName = Literal["files", "gloo", "nccl", "ipc", "lora"]
+TransportName = Literal["files", "tcp", "nccl", "ipc", "lora"]
 
 
 class WeightStream(Iterator[tuple[str, "Tensor"]]):

@@ -56,7 +56,7 @@ class NativeTransport:
         if on_cpu:
             raise EngineError(
                 f"{on_cpu[0]} is on the CPU, and transport={self._kind!r} moves weights between "
-                "GPUs. Use transport='files' or 'gloo'."
+                "GPUs. Use transport='files' or 'tcp'."
             )
         self._latest = staged
         self._base = staged if full else self._base | staged

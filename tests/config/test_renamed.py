@@ -10,6 +10,7 @@ import pytest
 import sdp_lightning as sdp
 from sdp_lightning.config.import_path import load_object
 from sdp_lightning.config.renamed import MOVED_MODULES
+from sdp_lightning.engines.remote.options import RemoteOptions
 
 
 @pytest.fixture(autouse=True)
@@ -58,3 +59,8 @@ def test_a_reward_is_found_under_its_former_place() -> None:
 def test_what_never_existed_is_still_missing() -> None:
     with pytest.raises(ModuleNotFoundError):
         importlib.import_module("sdp_lightning.callback")
+
+
+def test_a_former_name_of_a_transport_is_accepted() -> None:
+    with pytest.warns(FutureWarning, match=r"transport='gloo' is now 'tcp'"):
+        assert RemoteOptions(transport="gloo").transport == "tcp"  # type: ignore[arg-type]

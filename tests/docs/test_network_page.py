@@ -25,7 +25,7 @@ def test_one_process_with_an_engine_of_its_own_listens_on_nothing(model_folder: 
     check(ports.found - before, places("one process", "trainer"))
 
 
-@pytest.mark.parametrize("transport", ["files", "gloo"])
+@pytest.mark.parametrize("transport", ["files", "tcp"])
 def test_on_servers_that_run_already_it_listens_on_nothing_between_transfers(
     one: Server, transport: str
 ) -> None:

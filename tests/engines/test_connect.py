@@ -61,7 +61,7 @@ def test_servers_on_other_hosts_need_a_key():
         connect_engine("vllm://localhost:8000,far:8000")
     with pytest.raises(ConfigError, match="cannot see weights in this one's shared memory"):
         connect_engine("vllm://localhost:8000,far:8000", api_key="k")
-    engine = connect_engine("vllm://localhost:8000,far:8000", api_key="k", transport="gloo")
+    engine = connect_engine("vllm://localhost:8000,far:8000", api_key="k", transport="tcp")
     assert engine.version is None
 
 

@@ -160,7 +160,7 @@ def connected(*running: Server, **options: Any) -> Iterator[RemoteInfEngine]:
 
 def assert_nothing_left() -> None:
     left = [thread.name for thread in threading.enumerate()]
-    assert not [name for name in left if name.startswith(("sdp-http", "sdp-gloo"))]
+    assert not [name for name in left if name.startswith(("sdp-http", "sdp-tcp"))]
     assert not list(Path("/dev/shm").glob(f"sdp-weights-{os.getpid()}-*"))
 
 

@@ -59,8 +59,8 @@ class FakeWeights(FaultyServer):
     async def receive(self, arguments: dict[str, Any]) -> web.Response:
         """As the workers do; a fault "stall" stops one of them after the first tensor."""
         from sdp_lightning.errors import EngineError
-        from sdp_lightning.weights.gloo import receive
         from sdp_lightning.weights.protocol import Receive
+        from sdp_lightning.weights.tcp import receive
 
         what, loop = Receive(**arguments), asyncio.get_running_loop()
         stalls = self.take_fault("/collective_rpc", "stall")

@@ -15,8 +15,8 @@ import torch
 
 from sdp_lightning.distributed.listener import connect
 from sdp_lightning.errors import EngineError
-from sdp_lightning.weights.gloo import GlooTransport, receive
 from sdp_lightning.weights.protocol import Instruction, Receive, Target
+from sdp_lightning.weights.tcp import TcpTransport, receive
 from support.listening import listening
 from support.network_page import check, places
 
@@ -26,15 +26,15 @@ Tell = Callable[[Receive], Awaitable[None]]
 
 
 @pytest.fixture
-def transport(tmp_path: Path) -> Iterator[GlooTransport]:
-    made = GlooTransport("127.0.0.1", timeout_s=DEADLINE_S, root=tmp_path)
+def transport(tmp_path: Path) -> Iterator[TcpTransport]:
+    made = TcpTransport("127.0.0.1", timeout_s=DEADLINE_S, root=tmp_path)
     made.stage([("secret", SECRET), ("b", torch.ones(3))], full=True)
     yield made
     made.close()
-    assert not [t for t in threading.enumerate() if t.name == "sdp-gloo" and t.join(DEADLINE_S)]
+    assert not [t for t in threading.enumerate() if t.name == "sdp-tcp" and t.join(DEADLINE_S)]
 
 
-def deliver(transport: GlooTransport, num_workers: int, tell: Tell) -> None:
+def deliver(transport: TcpTransport, num_workers: int, tell: Tell) -> None:
     async def told(instruction: Instruction) -> None:
         assert isinstance(instruction, Receive)
         await tell(instruction)
@@ -54,7 +54,7 @@ def as_thief(instruction: Receive, worker: int) -> dict[str, torch.Tensor]:
 @pytest.mark.fault("exception", "stranger")
 @pytest.mark.fault("hang", "stranger")
 def test_a_port_gives_a_stranger_neither_a_place_nor_weights(
-    transport: GlooTransport, caplog: pytest.LogCaptureFixture
+    transport: TcpTransport, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The second worker is late, and one who says nothing stays for the whole transfer."""
 
@@ -74,21 +74,21 @@ def test_a_port_gives_a_stranger_neither_a_place_nor_weights(
 
 
 def test_the_trainer_listens_on_its_own_address_and_only_during_a_transfer(
-    transport: GlooTransport,
+    transport: TcpTransport,
 ) -> None:
     before = listening()
 
     async def tell(instruction: Receive) -> None:
         [place] = listening() - before
         assert place == ("127.0.0.1", instruction.port)
-        check([place], places("gloo", "rank 0", "during a transfer"), trainer_host="127.0.0.1")
+        check([place], places("tcp", "rank 0", "during a transfer"), trainer_host="127.0.0.1")
         await asyncio.to_thread(take, instruction)
 
     deliver(transport, 1, tell)
     assert listening() == before
 
 
-def test_an_instruction_does_not_show_its_key(transport: GlooTransport) -> None:
+def test_an_instruction_does_not_show_its_key(transport: TcpTransport) -> None:
     async def tell(instruction: Receive) -> None:
         assert len(instruction.key) == 64 and instruction.key not in repr(instruction)
         await asyncio.to_thread(take, instruction)
@@ -143,7 +143,7 @@ GREETING = 64  # bytes of the trainer's part
     ids=["proof", "weight", "later"],
 )
 def test_weights_that_are_changed_on_their_way_are_an_error_on_both_sides(
-    transport: GlooTransport, change: int, said: str
+    transport: TcpTransport, change: int, said: str
 ) -> None:
     failed: list[EngineError] = []
 
@@ -156,13 +156,13 @@ def test_weights_that_are_changed_on_their_way_are_an_error_on_both_sides(
         if change < GREETING:  # it has proved itself, and the trainer sends
             raise found.value
 
-    with pytest.raises(EngineError, match=rf"{said}|could not be sent by gloo: "):
+    with pytest.raises(EngineError, match=rf"{said}|could not be sent by TCP: "):
         deliver(transport, 1, tell)
     assert failed
 
 
 def test_a_worker_that_proves_nothing_of_what_it_received_is_not_believed(
-    transport: GlooTransport,
+    transport: TcpTransport,
 ) -> None:
     async def tell(instruction: Receive) -> None:
         key = bytes.fromhex(instruction.key)
@@ -179,7 +179,7 @@ def test_a_worker_that_proves_nothing_of_what_it_received_is_not_believed(
 
 
 def test_a_worker_that_does_not_come_is_named(tmp_path: Path) -> None:
-    transport = GlooTransport("127.0.0.1", timeout_s=0.2, root=tmp_path)
+    transport = TcpTransport("127.0.0.1", timeout_s=0.2, root=tmp_path)
     transport.stage([("a", torch.ones(2))], full=True)
 
     async def tell(instruction: Receive) -> None:
@@ -187,6 +187,6 @@ def test_a_worker_that_does_not_come_is_named(tmp_path: Path) -> None:
         with pytest.raises(EngineError, match="the other end has closed the connection"):
             await asyncio.to_thread(take, patient, 0)
 
-    with pytest.raises(EngineError, match="by gloo: worker 1 did not come for them"):
+    with pytest.raises(EngineError, match="by TCP: worker 1 did not come for them"):
         deliver(transport, 2, tell)
     transport.close()

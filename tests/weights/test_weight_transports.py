@@ -1,4 +1,4 @@
-"""Transports by gloo and between GPUs, to fake vLLM processes: weights arrive, or a named error."""
+"""Transports by TCP and between GPUs, to fake vLLM processes: weights arrive, or a named error."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from sdp_lightning.engines.remote.engine import RemoteInfEngine
 from sdp_lightning.engines.remote.options import RemoteOptions
 from sdp_lightning.engines.remote.vllm import VLLMBackend
 from sdp_lightning.errors import ConfigError, EngineError
-from sdp_lightning.weights.gloo import GlooTransport, address_towards
 from sdp_lightning.weights.protocol import Instruction, Target
+from sdp_lightning.weights.tcp import TcpTransport, address_towards
 from sdp_lightning.weights.vllm_native import NativeTransport
 from support.fake_servers import (
     Server,
@@ -37,10 +37,10 @@ RPC = "/collective_rpc"
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"transport": "pigeon"}, "one of files, gloo, nccl, ipc, lora; got 'pigeon'"),
+        ({"transport": "pigeon"}, "one of files, tcp, nccl, ipc, lora; got 'pigeon'"),
         ({"transport": "lora"}, "lora_alpha=None and transport='lora'"),
         ({"lora_alpha": 16.0}, r"lora_alpha=16.0 and transport='files'"),
-        ({"lora_alpha": 16.0, "transport": "gloo"}, r"lora_alpha=16.0 and transport='gloo'"),
+        ({"lora_alpha": 16.0, "transport": "tcp"}, r"lora_alpha=16.0 and transport='tcp'"),
     ],
 )
 def test_a_transport_and_its_options_go_together(options: dict[str, Any], said: str):
@@ -53,7 +53,7 @@ def test_shared_memory_does_not_reach_another_host():
     far = ["http://10.1.2.3:8000"]
     with pytest.raises(ConfigError, match="cannot see weights in this one's shared memory"):
         RemoteInfEngine(far, VLLMBackend(), options=RemoteOptions(api_key="k"))
-    for options in ({"weight_folder": "/nfs"}, {"transport": "gloo"}):
+    for options in ({"weight_folder": "/nfs"}, {"transport": "tcp"}):
         settings = RemoteOptions(api_key="k", **options)  # type: ignore[arg-type]
         RemoteInfEngine(far, VLLMBackend(), options=settings)
 
@@ -67,19 +67,19 @@ def test_weights_go_where_the_option_says_and_are_removed_there(one: Server, tmp
     assert list(tmp_path.iterdir()) == []
 
 
-# gloo ---------------------------------------------------------------------------------------------
+# TCP ----------------------------------------------------------------------------------------------
 
 
 def await_no_senders() -> None:
     """Wait until no thread sends; one that sends must end soon after its transfer did."""
     for thread in threading.enumerate():
-        if thread.name == "sdp-gloo":
+        if thread.name == "sdp-tcp":
             thread.join(10.0)
             assert not thread.is_alive(), "it still sends"
 
 
-def test_weights_arrive_by_gloo_whole_and_then_in_part(one: Server):
-    with connected(one, transport="gloo") as engine:
+def test_weights_arrive_by_tcp_whole_and_then_in_part(one: Server):
+    with connected(one, transport="tcp") as engine:
         report = update(engine, weights(1.0, "a", "b", "c"), 0, reset=True)
         assert report.num_bytes == 3 * 2 * 4 and report.version == 0
         assert report.bytes_per_s == pytest.approx(24 / report.transfer_s)
@@ -92,8 +92,8 @@ def test_weights_arrive_by_gloo_whole_and_then_in_part(one: Server):
     assert state["received"][RPC] == 3  # it said hello, too
 
 
-def test_a_step_without_weights_sends_nothing_by_gloo(one: Server):
-    with connected(one, transport="gloo") as engine:
+def test_a_step_without_weights_sends_nothing_by_tcp(one: Server):
+    with connected(one, transport="tcp") as engine:
         publish(engine, 0, reset=True)
         assert update(engine, [], 1).num_bytes == 0
         assert one.do()["version"] == "1" and one.do()["received"][RPC] == 2
@@ -102,7 +102,7 @@ def test_a_step_without_weights_sends_nothing_by_gloo(one: Server):
 def test_every_worker_of_two_servers_joins_its_own_transfer(two: list[Server]):
     for server in two:
         server.do(reset={"num_workers": 2})
-    with connected(*two, transport="gloo") as engine:
+    with connected(*two, transport="tcp") as engine:
         update(engine, weights(1.0, "a", "b"), 0, reset=True)
         update(engine, weights(2.0, "b"), 1)
         await_no_senders()
@@ -112,13 +112,13 @@ def test_every_worker_of_two_servers_joins_its_own_transfer(two: list[Server]):
 
 
 def test_the_trainer_goes_by_the_name_that_it_is_given(one: Server):
-    with connected(one, transport="gloo", trainer_host="localhost") as engine:
+    with connected(one, transport="tcp", trainer_host="localhost") as engine:
         publish(engine, 3, reset=True)
         assert one.do()["weights"] == {"a": 3.0, "b": 3.0}
 
 
-def test_a_restarted_server_is_sent_all_weights_by_gloo(one: Server):
-    with connected(one, transport="gloo", health_interval_s=1000.0) as engine:
+def test_a_restarted_server_is_sent_all_weights_by_tcp(one: Server):
+    with connected(one, transport="tcp", health_interval_s=1000.0) as engine:
         update(engine, weights(1.0, "a", "b"), 0, reset=True)
         update(engine, weights(2.0, "b"), 1)
         one.do(reset={})
@@ -127,9 +127,9 @@ def test_a_restarted_server_is_sent_all_weights_by_gloo(one: Server):
         assert [s.version for s in generate(engine, request())] == [2]
 
 
-def test_a_server_that_returns_is_sent_all_weights_by_gloo(two: list[Server]):
+def test_a_server_that_returns_is_sent_all_weights_by_tcp(two: list[Server]):
     well, ill = two
-    with connected(*two, transport="gloo") as engine:
+    with connected(*two, transport="tcp") as engine:
         update(engine, weights(1.0, "a", "b"), 0, reset=True)
         ill.do(reset={}, faults=[{"path": "/health", "kind": "500"}])
         while engine.num_serving == 2:
@@ -143,7 +143,7 @@ def test_a_server_that_returns_is_sent_all_weights_by_gloo(two: list[Server]):
 
 @pytest.mark.fault("exception", "publish")
 def test_a_sender_gives_up_as_soon_as_the_server_refuses(one: Server):
-    with connected(one, transport="gloo", control_timeout_s=1000.0) as engine:
+    with connected(one, transport="tcp", control_timeout_s=1000.0) as engine:
         publish(engine, 0, reset=True)
         one.fault(RPC, "500")
         with pytest.raises(EngineError, match=f"{one.url}{RPC} answered 500"):
@@ -153,7 +153,7 @@ def test_a_sender_gives_up_as_soon_as_the_server_refuses(one: Server):
 
 @pytest.mark.fault("hang", "publish")
 def test_a_server_that_never_joins_is_named_at_the_deadline(one: Server):
-    with connected(one, transport="gloo", control_timeout_s=1.0) as engine:
+    with connected(one, transport="tcp", control_timeout_s=1.0) as engine:
         one.fault(RPC, "hang")
         with pytest.raises(EngineError, match=rf"{one.url}{RPC} did not answer within 1.0 s"):
             publish(engine, 0, reset=True)
@@ -164,7 +164,7 @@ def test_a_server_that_never_joins_is_named_at_the_deadline(one: Server):
 def test_a_server_killed_while_it_receives_is_lost_at_once_and_the_other_goes_on():
     with servers(2) as [well, ill]:
         limits = {"control_timeout_s": 1000.0, "health_interval_s": 1000.0}
-        with connected(well, ill, transport="gloo", **limits) as engine:
+        with connected(well, ill, transport="tcp", **limits) as engine:
             update(engine, weights(1.0, "a", "b"), 0, reset=True)
             ill.fault(RPC, "stall")
             killer = threading.Thread(target=lambda: (ill.wait(receiving=1), ill.kill()))
@@ -178,7 +178,7 @@ def test_a_server_killed_while_it_receives_is_lost_at_once_and_the_other_goes_on
 
 @pytest.mark.fault("hang", "teardown")
 def test_closing_under_a_transfer_leaves_no_sender(one: Server):
-    engine = make_engine(one, transport="gloo", control_timeout_s=1000.0)
+    engine = make_engine(one, transport="tcp", control_timeout_s=1000.0)
     engine.start()
     one.fault(RPC, "hang")
     failed: list[BaseException] = []
@@ -204,7 +204,7 @@ def test_a_server_that_says_it_has_what_it_never_fetched_is_not_believed(tmp_pat
     async def tell(instruction: Instruction) -> None:
         pass
 
-    transport = GlooTransport("127.0.0.1", timeout_s=0.2, root=tmp_path)
+    transport = TcpTransport("127.0.0.1", timeout_s=0.2, root=tmp_path)
     transport.stage(weights(1.0), full=True)
     with pytest.raises(EngineError, match=r"http://liar confirmed .* not all sent within 0.2 s"):
         asyncio.run(transport.deliver(Target("http://liar", 1, tell), whole=True))
@@ -216,7 +216,7 @@ def test_a_server_that_says_it_has_what_it_never_fetched_is_not_believed(tmp_pat
 
 def test_a_host_that_is_not_this_one_is_no_place_to_listen(tmp_path: Path):
     with pytest.raises(EngineError, match=r"cannot listen on 192.0.2.1, .* Set trainer_host"):
-        GlooTransport("192.0.2.1", root=tmp_path)
+        TcpTransport("192.0.2.1", root=tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -241,7 +241,7 @@ class OnGPU(torch.Tensor):
 def test_weights_on_the_cpu_do_not_travel_between_gpus(kind: Any):
     transport = NativeTransport(kind, "127.0.0.1")
     on_gpu = torch.ones(2).as_subclass(OnGPU)
-    with pytest.raises(EngineError, match=f"^b is on the CPU, and transport='{kind}' .* 'gloo'"):
+    with pytest.raises(EngineError, match=f"^b is on the CPU, and transport='{kind}' .* 'tcp'"):
         transport.stage([("a", on_gpu), ("b", torch.ones(2))], full=True)
     transport.close()
     transport.close()

@@ -252,10 +252,10 @@ def _check_servers(urls: list[str], options: RemoteOptions) -> None:
     if far and options.transport == "ipc":
         raise ConfigError(
             f"{', '.join(far)} is on another host, and transport='ipc' shares a GPU's memory: use "
-            "'nccl' or 'gloo'."
+            "'nccl' or 'tcp'."
         )
     if far and options.transport in ("files", "lora") and options.weight_folder is None:
         raise ConfigError(
             f"{', '.join(far)} is on another host and cannot see weights in this one's shared "
-            "memory: use transport='gloo' or 'nccl', or name a weight_folder that all hosts share."
+            "memory: use transport='tcp' or 'nccl', or name a weight_folder that all hosts share."
         )

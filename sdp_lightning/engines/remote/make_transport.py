@@ -29,10 +29,10 @@ def make_transport(options: RemoteOptions, urls: list[str]) -> WeightTransport:
 
             assert options.lora_alpha is not None
             return LoRATransport(options.lora_alpha, root=folder)
-        case "gloo":
-            from sdp_lightning.weights.gloo import GlooTransport
+        case "tcp":
+            from sdp_lightning.weights.tcp import TcpTransport
 
-            return GlooTransport(_trainer_host(options, urls), timeout_s=limit, root=folder)
+            return TcpTransport(_trainer_host(options, urls), timeout_s=limit, root=folder)
         case "nccl" | "ipc":
             from sdp_lightning.weights.vllm_native import NativeTransport
 
@@ -41,7 +41,7 @@ def make_transport(options: RemoteOptions, urls: list[str]) -> WeightTransport:
 
 
 def _trainer_host(options: RemoteOptions, urls: list[str]) -> str:
-    from sdp_lightning.weights.gloo import address_towards
+    from sdp_lightning.weights.tcp import address_towards
 
     if options.trainer_host is not None:
         return options.trainer_host

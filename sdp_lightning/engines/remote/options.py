@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field, fields
 
 from sdp_lightning.config.server_keys import key_source
@@ -41,7 +42,7 @@ class RemoteOptions:
         stream: receive tokens in chunks while they are sampled, so that few are lost when a server
             dies. Costs the client time for every chunk.
         transport: how weights travel. ``"files"`` in shared memory, or in ``weight_folder``;
-            ``"gloo"`` over the network from CPU to CPU; ``"nccl"`` and ``"ipc"`` between GPUs, by
+            ``"tcp"`` over the network from CPU to CPU; ``"nccl"`` and ``"ipc"`` between GPUs, by
             vLLM's own engines; ``"lora"`` only an adapter, by its path.
         weight_folder: folder of weight files; None is this host's shared memory. Other hosts must
             see it under the same name.
@@ -80,6 +81,9 @@ class RemoteOptions:
     def __post_init__(self) -> None:
         if self.api_key is not None and key_source(self.api_key) == "api_key":
             check_api_key("api_key", self.api_key)  # first: other errors show the value
+        if str(self.transport) == "gloo":
+            warnings.warn("transport='gloo' is now 'tcp'.", FutureWarning, stacklevel=3)
+            object.__setattr__(self, "transport", "tcp")
         check_types(self)
         for name in ("min_replicas", "max_tries", "max_requests"):
             at_least(name, getattr(self, name), 1)

@@ -219,7 +219,7 @@ class ServerConfig:
                 return ["--enable-lora", "--max-lora-rank", rank, *modules]
             case "nccl" | "ipc":
                 return ["--weight-transfer-config", json.dumps({"backend": self.transport})]
-            case "files" | "gloo":
+            case "files" | "tcp":
                 return []
 
     def _devices_of(self, index: int) -> list[str]:

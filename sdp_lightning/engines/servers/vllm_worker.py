@@ -26,9 +26,9 @@ class WorkerExtension:
     def sdp_receive(
         self, host: str, port: int, key: str, num_workers: int, timeout_s: float
     ) -> None:
-        """Load weights that the trainer sends; see :mod:`sdp_lightning.weights.gloo`."""
-        from sdp_lightning.weights.gloo import receive
+        """Load weights that the trainer sends; see :mod:`sdp_lightning.weights.tcp`."""
         from sdp_lightning.weights.protocol import Receive
+        from sdp_lightning.weights.tcp import receive
 
         parallel = self.vllm_config.parallel_config
         worker = parallel.data_parallel_index * parallel.world_size + self.rank

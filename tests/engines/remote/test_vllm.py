@@ -57,8 +57,8 @@ def server_url(vllm_folder: str, tmp_path_factory: pytest.TempPathFactory) -> It
         {"on_update": "keep", "temperature": 0.7},
         {"on_update": "interrupt", "stream": True, "temperature": 0.7},
         {"on_update": "keep", "stream": True},
-        {"on_update": "interrupt", "transport": "gloo"},
-        {"on_update": "keep", "transport": "gloo"},
+        {"on_update": "interrupt", "transport": "tcp"},
+        {"on_update": "keep", "transport": "tcp"},
     ],
     ids=lambda options: "-".join(f"{name}-{value}" for name, value in options.items()),
 )

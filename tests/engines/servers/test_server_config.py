@@ -81,7 +81,7 @@ def test_nothing_of_torchrun_reaches_a_server_nor_a_key_that_the_client_does_not
     ("transport", "flags", "variable"),
     [
         ("files", [], None),
-        ("gloo", [], None),
+        ("tcp", [], None),
         ("nccl", ["--weight-transfer-config", '{"backend": "nccl"}'], None),
         (
             "ipc",
@@ -170,7 +170,7 @@ def test_devices_are_dealt_out_and_several_for_one_server_are_tensor_parallel(
         ({"startup_timeout_s": 0}, "startup_timeout_s"),
         ({"extra_args": ("--api-key", "k")}, "would show --api-key .* Set SDP_API_KEY"),
         ({"extra_args": ("--api-key=k",)}, "would show --api-key .* Set SDP_API_KEY"),
-        ({"transport": "pigeon"}, "one of files, gloo, nccl, ipc, lora; got 'pigeon'"),
+        ({"transport": "pigeon"}, "one of files, tcp, nccl, ipc, lora; got 'pigeon'"),
         (
             {"transport": "lora", "max_lora_rank": 0},
             "max_lora_rank must be an integer of at least 1, got 0",
@@ -250,5 +250,5 @@ def test_servers_started_for_another_transport_than_the_engines_are_refused():
     servers = ManagedServers(ServerConfig("m", transport="nccl"))
     with pytest.raises(ConfigError, match=r"started for transport='nccl', but .* is 'files'"):
         RemoteInfEngine(servers, VLLMBackend())
-    with pytest.raises(ConfigError, match=r"started for transport='gloo'"):
-        connect_engine("vllm://launch?transport=gloo", model="m")
+    with pytest.raises(ConfigError, match=r"started for transport='tcp'"):
+        connect_engine("vllm://launch?transport=tcp", model="m")

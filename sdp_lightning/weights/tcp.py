@@ -1,11 +1,10 @@
 """Weights over the network from CPU to CPU: one keyed connection of each worker of a server.
 
-:class:`GlooTransport` is the trainer's side, :func:`receive` runs in the server's workers, which
+:class:`TcpTransport` is the trainer's side, :func:`receive` runs in the server's workers, which
 connect to the trainer. Every transfer to every server has a port and a secret of its own; nothing
 listens between two transfers. The secret goes to the server with the instruction to receive. A
 worker gets weights only after it has proved that it knows the secret, and a transfer has succeeded
 only when every worker has proved that it received all of it, unchanged. Weights are not encrypted.
-The setting is named after torch's backend from CPU to CPU.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ _CHUNK_BYTES = 2**20
 _SIZE_BYTES, _TAG_BYTES = 8, 32
 
 
-class GlooTransport:
+class TcpTransport:
     """Stages weights in a :class:`WeightFolder` of this host, and sends its files.
 
     Args:
@@ -106,14 +105,14 @@ class _Sending:
         self.done.add_done_callback(_mark_seen)
         self.cancelled = threading.Event()
         self._arguments = files, listener, transfer
-        threading.Thread(target=self._run, name="sdp-gloo", daemon=True).start()
+        threading.Thread(target=self._run, name="sdp-tcp", daemon=True).start()
 
     def _run(self) -> None:
         error: EngineError | None = None
         try:
             send(*self._arguments, self.cancelled.is_set)
         except (OSError, EngineError) as cause:
-            error = EngineError(f"weights could not be sent by gloo: {cause}")
+            error = EngineError(f"weights could not be sent by TCP: {cause}")
             error.__cause__ = cause
         settle(self.done, error)
 
