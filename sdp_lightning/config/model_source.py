@@ -90,7 +90,7 @@ class ModelSource:
         own, template = self.tokenizer, self.chat_template
         if own is not None:
             own = _existing_folder(str(own), what="tokenizer", is_path=isinstance(own, Path))
-        template = None if template is None else _template_text(template)
+        template = None if template is None else template_text(template)
         return replace(self, name=name, tokenizer=own, chat_template=template)
 
     @property
@@ -139,7 +139,8 @@ def _existing_folder(name: str, *, what: str, is_path: bool) -> str:
     return str(path) if name[:1] == "~" else name
 
 
-def _template_text(template: str | Path) -> str:
+def template_text(template: str | Path) -> str:
+    """The Jinja text of a chat template. ``ConfigError`` if it is neither text nor a file."""
     if isinstance(template, str) and "{" in template:  # without it Jinja has nothing to say
         return template
     try:
