@@ -135,9 +135,33 @@ def beside_text(model: Any) -> set[str]:
     """Names of the weights that no text passes through: a vision tower's; none in a text model."""
     if not model.config.sub_configs:
         return set()
-    parts = (model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings())
+    decoder = model.get_decoder()
+    parts = (decoder, model.get_input_embeddings(), model.get_output_embeddings())
     text = {id(w) for part in parts if part is not None for w in part.parameters()}
+    text -= {id(w) for layer in _idle_layers(model, decoder) for w in layer.parameters()}
     return {name for name, weight in model.named_parameters() if id(weight) not in text}
+
+
+def _idle_layers(model: Any, decoder: Any) -> list[Any]:
+    """Layers that do not run without images, such as those that attend to them.
+
+    One forward pass over a few tokens tells, where layers are of more than one class.
+    """
+    # foreign: decoders differ
+    layers = list(getattr(decoder, "layers", ()))
+    if len({type(layer) for layer in layers}) < 2 or model.device.type == "meta":
+        return []
+    called: set[int] = set()
+    hooks = [
+        layer.register_forward_pre_hook(lambda module, _: called.add(id(module)))
+        for layer in layers
+    ]
+    try:
+        model(input_ids=model.dummy_inputs["input_ids"][:1].to(model.device), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [layer for layer in layers if id(layer) not in called]
 
 
 def load_causal_lm(
@@ -171,7 +195,7 @@ def load_causal_lm(
         if found is None:
             break
         refusal = refusal or found
-        if lacking != beside_text(model):  # else the checkpoint may be of the text part alone
+        if not lacking >= beside_text(model):  # else it may be the text part alone
             raise refusal
     else:
         assert refusal is not None

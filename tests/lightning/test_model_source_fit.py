@@ -45,7 +45,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
         tokenizer=other_tokenizer(place / "tokenizer"),
         chat_template=place / "chat.jinja",
     )
-    keep, recorder = ModelCheckpoint(place / "run", filename="step", every_n_train_steps=1), Recorder()
+    keep, recorder = (
+        ModelCheckpoint(place / "run", filename="step", every_n_train_steps=1),
+        Recorder(),
+    )
     trainer = make_trainer(
         sdp.WeightSyncCallback(weight_check_every=1, weight_check_tolerance=1e-4),
         keep,
