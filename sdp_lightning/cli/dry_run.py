@@ -145,7 +145,9 @@ def _cut_down(whole: PreTrainedConfig) -> None:
     config: Any = whole.get_text_config(decoder=True)
     for name in whole.sub_configs:
         beside: Any = getattr(whole, name)
-        for depth in _DEPTHS if beside is not None and beside is not config else ():
+        if beside is None or beside is config:
+            continue
+        for depth in _DEPTHS:
             if isinstance(beside.to_dict().get(depth), int):
                 setattr(beside, depth, 1)
     settings = config.to_dict()

@@ -20,8 +20,10 @@ _NUM_NAMED = 4
 _SHOWN = 300  # characters of an error of transformers
 _CAPPED_SCORES = "attn_logit_softcapping"  # of configurations; transformers' sdpa leaves it out
 # Arguments of from_pretrained that say where the files of a model are.
-_PLACES = ("cache_dir", "code_revision", "force_download", "gguf_file", "local_files_only")
-_PLACES += ("proxies", "subfolder", "token")
+_PLACES = (
+    *("cache_dir", "code_revision", "force_download", "gguf_file", "local_files_only"),
+    *("proxies", "subfolder", "token"),
+)
 # Classes of transformers that generate text, the one that loads most of a checkpoint first.
 _AUTO_CLASSES = ("AutoModelForMultimodalLM", "AutoModelForImageTextToText", "AutoModelForCausalLM")
 
@@ -152,10 +154,11 @@ def _idle_layers(model: Any, decoder: Any) -> list[Any]:
     if len({type(layer) for layer in layers}) < 2 or model.device.type == "meta":
         return []
     called: set[int] = set()
-    hooks = [
-        layer.register_forward_pre_hook(lambda module, _: called.add(id(module)))
-        for layer in layers
-    ]
+
+    def note(module: Any, _: object) -> None:
+        called.add(id(module))
+
+    hooks = [layer.register_forward_pre_hook(note) for layer in layers]
     try:
         model(input_ids=model.dummy_inputs["input_ids"][:1].to(model.device), use_cache=False)
     finally:

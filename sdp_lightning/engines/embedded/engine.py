@@ -101,9 +101,12 @@ class EmbeddedEngine:
         one_of("kv_on_update", kv_on_update, get_args(KVPolicy))
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._source, self._model_kwargs = model, dict(model_kwargs or {})
+        self._model_kwargs = dict(model_kwargs or {})
+        self._source: ModelSource | PreTrainedModel
         if isinstance(model, (str, ModelSource)):
             self._source, self._model_kwargs = ModelSource.of(model, self._model_kwargs)
+        else:
+            self._source = model
         self._device = torch.device(device)
         self._dtype = dtype
         self._max_slots = max_slots
