@@ -40,7 +40,7 @@ def _explained(what: str, name: str) -> Generator[None]:
         if "trust_remote_code" in str(error):  # the argument that transformers asks for
             raise ConfigError(
                 f"{what} of {name!r} comes with Python code of its own, which is not run unless "
-                f"you trust it. Read it, then give the module ModelSource({name!r}, "
+                "you trust it. Read it, then give the module ModelSource(..., "
                 "trust_remote_code=True)."
             ) from error
         reason = " ".join(str(error).split())
@@ -81,6 +81,8 @@ def load_tokenizer(source: ModelSource) -> Any:
     options = source.options if source.tokenizer is None else replace(source, revision=None).options
     with _explained("the tokenizer", name):
         tokenizer: Any = AutoTokenizer.from_pretrained(name, **options)
+    if source.tokenizer is not None:
+        _check_vocabulary(tokenizer, source)
     if source.chat_template is not None:
         tokenizer.chat_template = source.chat_template
         try:
@@ -92,6 +94,16 @@ def load_tokenizer(source: ModelSource) -> Any:
         except TemplateError:
             pass  # it refuses this conversation, and may write others
     return tokenizer
+
+
+def _check_vocabulary(tokenizer: Any, source: ModelSource) -> None:
+    size: int = load_config(source).get_text_config(decoder=True).vocab_size
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= size:
+        raise ConfigError(
+            f"the tokenizer {str(source.tokenizer)!r} has ids up to {largest}, and the model "
+            f"{str(source.name)!r} embeds {size} tokens. Use one that it was trained with."
+        )
 
 
 def import_code(source: ModelSource) -> None:

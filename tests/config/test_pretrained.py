@@ -109,6 +109,15 @@ def test_a_folder_without_a_tokenizer_says_so(tmp_path: Path) -> None:
         _ = make_module(str(tmp_path)).tokenizer
 
 
+def test_a_tokenizer_with_more_ids_than_the_model_embeds_is_refused(
+    model_folder: str, tmp_path: Path
+) -> None:
+    tiny_model(vocab_size=20).save_pretrained(tmp_path)
+    module = make_module(ModelSource(str(tmp_path), tokenizer=model_folder))
+    with pytest.raises(sdp.ConfigError, match=r"has ids up to 49, and the model .* embeds 20"):
+        _ = module.tokenizer
+
+
 def test_a_type_that_transformers_lacks_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "unheard_of"}')
     with pytest.raises(sdp.ConfigError, match="unheard_of") as caught:

@@ -64,7 +64,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 def test_rollouts_are_of_the_own_class_tokenizer_and_template(run: Run) -> None:
     policy = run.module.require_policy()
     assert type(policy).__name__ == "OwnLM"
-    tokenizer = AutoTokenizer.from_pretrained(run.source.tokenizer)
+    tokenizer = AutoTokenizer.from_pretrained(run.source.tokenizer, trust_remote_code=True)
+    assert type(run.module.tokenizer) is type(tokenizer)
     asked = {g.trajectories[0].parts[0].token_ids.tobytes() for g in run.recorder.steps[0].groups}
     texts = [f"user:{row['prompt'][0]['content']};ai:" for row in CHAT]
     ids = [torch.tensor(tokenizer.encode(text)).numpy().tobytes() for text in texts]
@@ -75,13 +76,13 @@ def test_rollouts_are_of_the_own_class_tokenizer_and_template(run: Run) -> None:
 def test_an_export_has_all_of_it(run: Run, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert main(["export", str(run.checkpoint), str(out)]) == 0
-    assert {"modeling_own.py", "scale_own.py", "chat_template.jinja"} <= {
-        path.name for path in out.iterdir()
-    }
+    code = {"modeling_own.py", "scale_own.py", "tokenization_own.py"}
+    assert code | {"chat_template.jinja"} <= {path.name for path in out.iterdir()}
     loaded: Any = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
     assert type(loaded).__name__ == "OwnLM"
     assert torch.equal(logits(loaded.eval()), logits(run.module.require_policy()))
-    tokenizer = AutoTokenizer.from_pretrained(out)
+    tokenizer = AutoTokenizer.from_pretrained(out, trust_remote_code=True)
+    assert type(tokenizer).__name__ == "OwnTokenizerFast"
     assert tokenizer.encode("1+2") == run.module.tokenizer.encode("1+2")
     assert tokenizer.chat_template == TEMPLATE
 
@@ -98,7 +99,8 @@ def test_another_model_folder_keeps_the_rest_of_what_the_checkpoint_says(
 ) -> None:
     moved = own_code(tmp_path / "moved")
     export_checkpoint(run.checkpoint, tmp_path / "out", model=moved)
-    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == TEMPLATE
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert tokenizer.chat_template == TEMPLATE
 
 
 def config_file(source: sdp.ModelSource, file: Path, **changes: Any) -> str:
@@ -147,6 +149,9 @@ def test_the_doctor_looks_at_all_of_it(
 
 ASKED: dict[str, Any] = {
     "trainer": lambda folder, run, tmp_path: make_module(folder).configure_model(),
+    "tokenizer": lambda folder, run, tmp_path: (
+        make_module(sdp.ModelSource(folder, tokenizer=run.source.tokenizer)).tokenizer
+    ),
     "engine": lambda folder, run, tmp_path: sdp.EmbeddedEngine(folder, device="cpu").start(),
     "dry run": lambda folder, run, tmp_path: shrink(folder, tmp_path),
     "export": lambda folder, run, tmp_path: export_checkpoint(

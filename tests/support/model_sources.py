@@ -26,6 +26,13 @@ class OwnLM(LlamaForCausalLM):
         output.logits = output.logits * FACTOR
         return output
 """
+_TOKENIZATION = """
+from transformers import PreTrainedTokenizerFast
+
+
+class OwnTokenizerFast(PreTrainedTokenizerFast):
+    pass
+"""
 
 
 def own_code(folder: Path) -> str:
@@ -41,11 +48,16 @@ def own_code(folder: Path) -> str:
 
 
 def other_tokenizer(folder: Path) -> str:
-    """The tiny tokenizer with the ids of its characters in reverse, in a folder of its own."""
+    """The tiny tokenizer with the ids of its characters in reverse, and a class of its own."""
     tiny_tokenizer().save_pretrained(folder)
     saved = json.loads((folder / "tokenizer.json").read_text())
     vocabulary = saved["model"]["vocab"]
     for number, character in enumerate(reversed(TINY_CHARACTERS), 3):
         vocabulary[character] = number
     (folder / "tokenizer.json").write_text(json.dumps(saved))
+    (folder / "tokenization_own.py").write_text(_TOKENIZATION)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    places = {"AutoTokenizer": [None, "tokenization_own.OwnTokenizerFast"]}
+    config |= {"tokenizer_class": "OwnTokenizerFast", "auto_map": places}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return str(folder)
