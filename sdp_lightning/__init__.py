@@ -25,6 +25,9 @@ if TYPE_CHECKING:
         RolloutConfig as RolloutConfig,
         UpdateConfig as UpdateConfig,
     )
+    from sdp_lightning.config.model_source import (
+        ModelSource as ModelSource,
+    )
     from sdp_lightning.engines.connect import (
         connect_engine as connect_engine,
     )

@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from sdp_lightning.cli.trainer import RolloutCLI
 from sdp_lightning.config.import_path import load_object
-from sdp_lightning.config.model_source import quiet_transformers, resolve_model
+from sdp_lightning.config.model_source import ModelSource, quiet_transformers
+from sdp_lightning.config.pretrained import auto_classes, load_config, load_tokenizer
 from sdp_lightning.errors import ConfigError
 from sdp_lightning.lightning.datamodule import RolloutDataModule
 from sdp_lightning.prompts.sources import load_rows
@@ -53,6 +54,7 @@ _SMALL = {
     "num_experts_per_tok": 2,
     "max_window_layers": 2,
 }
+_DEPTHS = ("depth", "num_hidden_layers", "num_layers")
 
 
 def dry_run(arguments: Sequence[str]) -> str:
@@ -78,8 +80,11 @@ def dry_run(arguments: Sequence[str]) -> str:
 def _cut(config: Any, folder: Path) -> None:
     """Change the settings of ``fit`` (a jsonargparse namespace) to those of a small run."""
     data, update = config.data, config.model["update"]  # config.model.update is a method
-    config.model.model = str(shrink(config.model.model, folder / "model"))
-    config.model.model_kwargs = None
+    given = config.model.model
+    given = given if isinstance(given, str | Path) else ModelSource(**vars(given))
+    source, _ = ModelSource.of(given, config.model.model_kwargs or {})
+    config.model.model = str(shrink(source, folder / "model"))
+    config.model.model_kwargs = {"trust_remote_code": source.trust_remote_code}
     config.model.trainable = None  # it may name layers that are cut
     for name, value in {**_TRAINER, "default_root_dir": str(folder)}.items():
         config.trainer[name] = value
@@ -108,24 +113,24 @@ def _leaves_traces(callback: Any) -> bool:
     return name in _REPORTERS or issubclass(kind, Checkpoint | ProgressBar)
 
 
-def shrink(model: str, folder: Path) -> Path:
+def shrink(model: str | ModelSource, folder: Path) -> Path:
     """Write a model like ``model``, with a few units and the same tokenizer, to ``folder``.
 
     Raises:
         ConfigError: if there is no such model, or its architecture cannot be cut down.
     """
-    source = resolve_model(model)
+    source = ModelSource.of(model, {})[0].resolved()
     try:
-        with quiet_transformers():
-            config = AutoConfig.from_pretrained(source)
-            tokenizer = AutoTokenizer.from_pretrained(source)
+        config, tokenizer = load_config(source), load_tokenizer(source)
     except OSError as error:
-        raise ConfigError(f"the model {source!r} cannot be read: {error}") from error
-    _cut_down(config.get_text_config(decoder=True))
+        raise ConfigError(f"the model {str(source.name)!r} cannot be read: {error}") from error
+    _cut_down(config)
     try:
         with quiet_transformers(), torch.random.fork_rng():
             torch.manual_seed(0)
-            small = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            small = auto_classes(config)[0].from_config(
+                config, dtype=torch.float32, trust_remote_code=source.trust_remote_code
+            )
             small.save_pretrained(folder)
     except (ValueError, RuntimeError, TypeError, KeyError) as error:
         raise ConfigError(
@@ -135,7 +140,16 @@ def shrink(model: str, folder: Path) -> Path:
     return folder
 
 
-def _cut_down(config: PreTrainedConfig) -> None:
+def _cut_down(whole: PreTrainedConfig) -> None:
+    """Fewer and smaller layers for text; what is beside it, and not run, has one layer."""
+    config: Any = whole.get_text_config(decoder=True)
+    for name in whole.sub_configs:
+        beside: Any = getattr(whole, name)
+        if beside is None or beside is config:
+            continue
+        for depth in _DEPTHS:
+            if isinstance(beside.to_dict().get(depth), int):
+                setattr(beside, depth, 1)
     settings = config.to_dict()
     multi_head = settings.get("num_key_value_heads") == settings.get("num_attention_heads")
     for name, value in _SMALL.items():

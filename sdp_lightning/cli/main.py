@@ -85,6 +85,9 @@ def export(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--overwrite", action="store_true", help="replace OUT if it is a model folder"
     )
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run the model's own Python files"
+    )
     options = parser.parse_args(arguments)
     from sdp_lightning.cli.export import export_checkpoint
 

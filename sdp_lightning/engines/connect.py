@@ -6,6 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import parse_qsl
 
+from sdp_lightning.config.model_source import ModelSource
 from sdp_lightning.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -19,7 +20,10 @@ T = TypeVar("T")
 
 
 def connect_engine(
-    url: str | InferenceEngine, *, model: str | PreTrainedModel | None = None, **options: Any
+    url: str | InferenceEngine,
+    *,
+    model: str | ModelSource | PreTrainedModel | None = None,
+    **options: Any,
 ) -> InferenceEngine:
     """Make an engine for ``url``, not started yet.
 
@@ -29,8 +33,8 @@ def connect_engine(
             fields of :class:`~sdp_lightning.engines.servers.managed.ServerConfig`, and ends them
             with the run; ``"sglang://h1:30000"`` samples on running SGLang servers; ``"vllms://"``
             and ``"sglangs://"`` speak https; an engine object is returned unchanged.
-        model: the model of ``"embedded"`` or of a launched server: a Hugging Face id or a folder;
-            for ``"embedded"`` also a module, which is copied.
+        model: the model of ``"embedded"`` or of a launched server: a Hugging Face id, a folder or a
+            ``ModelSource``; for ``"embedded"`` also a module, which is copied.
         **options: settings of ``EmbeddedEngine``, or of
             :class:`~sdp_lightning.engines.remote.options.RemoteOptions`.
 
@@ -115,12 +119,16 @@ def _server_config(query: str, model: Any, transport: TransportName) -> ServerCo
                 values[name] = tuple(text.split(","))
             elif kind.startswith("int"):
                 values[name] = int(text)
+            elif kind == "bool":
+                values[name] = {"true": True, "false": False}.get(text.lower(), text)
             else:
                 values[name] = float(text) if kind.startswith("float") else text
         except ValueError as error:
             raise ConfigError(f"vllm://launch: {name}={text!r} is no {kind}.") from error
-    if isinstance(model, str):
-        values.setdefault("model", model)
+    if isinstance(model, (str, ModelSource)) and "model" not in values:
+        source = ModelSource.of(model, {})[0].resolved()
+        known = {"model": source.name, "tokenizer": source.tokenizer, **source.options}
+        values = known | values
     if "model" not in values:
         raise ConfigError("vllm://launch needs a model: an id or a folder.")
     return _from_fields(ServerConfig, values)

@@ -16,10 +16,11 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from sdp_lightning.config import LoRAConfig, LossConfig, OptimizerConfig, UpdateConfig
-from sdp_lightning.config.model_source import resolve_model
+from sdp_lightning.config.model_source import ModelSource
+from sdp_lightning.config.pretrained import load_tokenizer
 from sdp_lightning.distributed.rank_group import RankGroup
 from sdp_lightning.distributed.reductions import RankSums
 from sdp_lightning.errors import ConfigError
@@ -63,7 +64,9 @@ class SegmentWisePPOModule(L.LightningModule):
 
     Args:
         model: id or path of a transformers causal LM, or the import path of a function that returns
-            one: ``"package.module:name"`` or ``"path/to/file.py:name"``.
+            one: ``"package.module:name"`` or ``"path/to/file.py:name"``; or a ``ModelSource``, with
+            a revision, trust in its code, another tokenizer or chat template, which hold for all
+            parts of a run. Of a vision-language model the text part is trained.
         loss: the objective.
         optimizer: AdamW and its schedule.
         update: minibatches, epochs, memory.
@@ -71,7 +74,8 @@ class SegmentWisePPOModule(L.LightningModule):
         lora: train a LoRA adapter in place of the model's own weights; None trains these.
         gradient_checkpointing: recompute activations in the backward pass.
         model_kwargs: passed on to ``from_pretrained``. ``dtype`` is float32 unless set, and trained
-            weights must be: ``dtype="bfloat16"`` is for the base model of an adapter.
+            weights must be: ``dtype="bfloat16"`` is for the base model of an adapter. ``revision``
+            and ``trust_remote_code`` are those of the ``ModelSource``.
 
     Raises:
         ConfigError: if settings contradict each other, or ``trainable`` finds no parameter.
@@ -79,7 +83,7 @@ class SegmentWisePPOModule(L.LightningModule):
 
     def __init__(
         self,
-        model: str | Path,
+        model: str | Path | ModelSource,
         *,
         loss: LossConfig = LossConfig(),
         optimizer: OptimizerConfig = OptimizerConfig(),
@@ -103,7 +107,7 @@ class SegmentWisePPOModule(L.LightningModule):
         self._runner: LogprobRunner
         self._reference_runner: LogprobRunner
         self._reference: list[PreTrainedModel] = []  # in a list it is not a submodule
-        self._model, self._model_kwargs = model, dict(model_kwargs or {})
+        self._source, self._model_kwargs = ModelSource.of(model, model_kwargs or {})
         self._metrics, self._warner = LagMetrics(), HealthLog()
         self._policy_update = PolicyUpdate(loss, optimizer, update)
         self._uniform = UniformWatch(update.max_uniform_in_a_row)
@@ -111,14 +115,19 @@ class SegmentWisePPOModule(L.LightningModule):
     # The model -----------------------------------------------------------------------------------
 
     @cached_property
+    def source(self) -> ModelSource:
+        """What model and tokenizer are read from, for all parts of the run."""
+        return self._source.resolved()
+
+    @property
     def model_id(self) -> str:
         """Id or path of the model."""
-        return resolve_model(self._model)
+        return str(self.source.name)
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The model's tokenizer, loaded when it is first read."""
-        return AutoTokenizer.from_pretrained(self.model_id)
+        """The tokenizer, loaded when it is first read."""
+        return load_tokenizer(self.source)
 
     def configure_callbacks(self) -> list[Callback]:
         """None of its own. The first hook of a run: from here on its loggers are guarded."""
@@ -145,7 +154,7 @@ class SegmentWisePPOModule(L.LightningModule):
         """The model, sharded if the strategy shards. ``frozen``: a reference policy."""
         sharded = isinstance(mesh := self.device_mesh, DeviceMesh)
         options = self._model_kwargs
-        policy, source = load(self.model_id, options, sharded=sharded, lora=self.lora)
+        policy, weights = load(self.source, options, sharded=sharded, lora=self.lora)
         if frozen:
             policy.requires_grad_(False)
         elif self.lora is None:
@@ -158,7 +167,7 @@ class SegmentWisePPOModule(L.LightningModule):
         forward = LogprobForward(policy)
         if isinstance(mesh, DeviceMesh):
             device, precision = self.trainer.strategy.root_device, self.trainer.precision
-            shard(forward, mesh, source, device, precision=str(precision))
+            shard(forward, mesh, weights, device, precision=str(precision))
         runner = LogprobRunner(
             forward,  # not a submodule of this module: its weights are the policy's
             self.update,

@@ -36,7 +36,7 @@ def open_engine(
         ConfigError: if servers that this run starts would be out of reach, or on a GPU that the
             trainer uses.
     """
-    known = {"model": module.model_id} if isinstance(source, str) else {}
+    known = {"model": module.source} if isinstance(source, str) else {}
     settings: dict[str, Any] = {**known, **options}
     if module.lora is not None and settings.get("transport") == "lora":
         settings.setdefault("lora_alpha", module.lora.alpha)

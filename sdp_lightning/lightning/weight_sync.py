@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import warnings
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -187,8 +186,8 @@ class WeightSyncCallback(Callback):
     ) -> None:
         """Name the model in the checkpoint, for ``sdp-lightning export``."""
         if isinstance(pl_module, SegmentWisePPOModule):
-            folder = Path(model := pl_module.model_id)
-            checkpoint["sdp_model_id"] = str(folder.absolute()) if folder.is_dir() else model
+            checkpoint["sdp_model_source"] = saved = pl_module.source.saved()
+            checkpoint["sdp_model_id"] = saved["name"]
 
     def state_dict(self) -> dict[str, Any]:
         return {"version": self.version}

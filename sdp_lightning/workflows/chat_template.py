@@ -55,7 +55,7 @@ def encode_turn(
     """
     messages = as_messages(observation)
     if turn_format is not None:
-        contents = "\n".join(message["content"] for message in messages)
+        contents = "\n".join(map(_text_of, messages))
         text = turn_format.replace(PLACEHOLDER, contents)
     else:
         text = between_turns(tokenizer, messages)
@@ -81,10 +81,7 @@ def between_turns(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -
         {"role": "assistant", "content": _MARK},
         *(dict(message) for message in messages),
     ]
-    rendered = tokenizer.apply_chat_template(
-        conversation, add_generation_prompt=True, tokenize=False
-    )
-    _, mark, after = rendered.partition(_MARK)
+    _, mark, after = _write(conversation, tokenizer).partition(_MARK)
     if not mark:
         raise ConfigError(
             "the tokenizer's chat template does not show what an assistant said in an earlier "
@@ -104,6 +101,7 @@ def as_messages(observation: Any) -> list[Mapping[str, str]]:
             f"the observation {_shown(observation)} is neither text nor a list of "
             "{'role', 'content'} messages."
         )
+    _require_text(messages)
     return list(messages)
 
 
@@ -123,6 +121,8 @@ def encode_opening(prompt: Any, tokenizer: Tokenizer, *, use_chat_template: bool
             f"the prompt {_shown(prompt)} is neither text nor a list of "
             "{'role', 'content'} messages."
         )
+    if not isinstance(prompt, str):
+        _require_text(prompt)
     if isinstance(prompt, str) and not use_chat_template:
         text = prompt
     else:
@@ -141,12 +141,71 @@ def _shown(value: object) -> str:
 
 def _render(messages: Any, tokenizer: Tokenizer) -> str:
     try:
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return _write(messages, tokenizer)
     except ValueError as error:  # what transformers raises where there is no template
         raise RolloutError(
             f"the tokenizer cannot write a chat: {error} Use a model with a chat template "
-            "(an instruct or chat model), or prompts that are text, with use_chat_template=False."
+            "(an instruct or chat model), give the module ModelSource(..., chat_template=...), or "
+            "use prompts that are text, with use_chat_template=False."
         ) from error
+
+
+def _write(messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> str:
+    """The conversation by the chat template.
+
+    Templates of vision-language models may write nothing of a content that is a text, and expect
+    ``[{"type": "text", "text": ...}]``: what leaves texts out is written again with that.
+    """
+    from jinja2 import TemplateError
+
+    rendered = _apply(messages, tokenizer)
+    texts = [m["content"].strip() for m in messages if isinstance(m.get("content"), str)]
+    num_written = sum(text in rendered for text in texts)
+    if num_written == len(texts):
+        return rendered
+    in_parts = [
+        {**m, "content": [{"type": "text", "text": m["content"]}]}
+        if isinstance(m.get("content"), str)
+        else m
+        for m in messages
+    ]
+    try:
+        other = _apply(in_parts, tokenizer)
+    except (TemplateError, TypeError, ValueError):  # the template wants texts
+        return rendered
+    return other if sum(text in other for text in texts) > num_written else rendered
+
+
+def _apply(messages: Any, tokenizer: Tokenizer) -> str:
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+
+
+def _require_text(messages: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse a message that has more than text in it.
+
+    Raises:
+        RolloutError: naming the kind of the part.
+    """
+    for message in messages:
+        content: Any = message.get("content")
+        for part in content if isinstance(content, (list, tuple)) else ():
+            if isinstance(part, Mapping) and "text" in part and part.get("type", "text") == "text":
+                continue
+            kind = type(part).__name__
+            if isinstance(part, Mapping):
+                kind = part.get("type", ", ".join(map(str, part)))
+            raise RolloutError(
+                f"the {message.get('role')}'s message has a part of type {kind!r}, and models are "
+                "trained on text only. Leave it out, or say in words what it shows."
+            )
+
+
+def _text_of(message: Mapping[str, Any]) -> str:
+    """The text of a message, whose content is a text or parts of one."""
+    content: Any = message["content"]
+    if isinstance(content, (list, tuple)):
+        return "".join(part["text"] for part in content)
+    return content
 
 
 def is_conversation(prompt: Any) -> bool:

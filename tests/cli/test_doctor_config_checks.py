@@ -15,7 +15,6 @@ import yaml
 from sdp_lightning.cli.doctor.config_checks import (
     Machine,
     check_devices,
-    check_model,
     check_rows,
     check_servers,
     examine_configs,
@@ -24,7 +23,9 @@ from sdp_lightning.cli.doctor.config_checks import (
 )
 from sdp_lightning.cli.doctor.finding import Finding
 from sdp_lightning.cli.doctor.gpus import NvidiaSmiError
+from sdp_lightning.cli.doctor.source_checks import check_source
 from sdp_lightning.cli.main import main
+from sdp_lightning.config.model_source import ModelSource
 from support.paths import ROOT
 from support.raw_server import raw_server
 
@@ -216,8 +217,8 @@ def test_a_model_is_looked_for_where_it_is_named(
     (snapshot / "refs").mkdir()
     (snapshot / "refs" / "main").write_text("abc")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    assert {name: check_model(name).state for name in states} == states
-    assert check_model(None).state == "problem"
+    found = {name: next(iter(check_source(ModelSource(name)))).state for name in states}
+    assert found == states
 
 
 def test_rows_are_counted_or_their_error_is_the_finding(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from sdp_lightning.cli.doctor.estimate import (
 from sdp_lightning.cli.doctor.finding import Finding
 from sdp_lightning.cli.doctor.machine import check_together
 from sdp_lightning.cli.doctor.model_size import ModelSize, cache_bytes, trainer_memory
+from sdp_lightning.config.model_source import ModelSource
 from sdp_lightning.errors import ConfigError
 
 GIB = 2**30
@@ -56,7 +57,7 @@ def test_a_folder_that_is_no_model_is_named(name: str, tmp_path: Path, model_fol
         (tmp_path / "model.safetensors").write_bytes(b"short")
     with pytest.raises(ConfigError, match=f"the size of {tmp_path} cannot be read"):
         ModelSize.read(tmp_path)
-    assert size_of_model(str(tmp_path)) is None
+    assert size_of_model(ModelSource(str(tmp_path))) is None
 
 
 @pytest.mark.parametrize("kind", MODELS)

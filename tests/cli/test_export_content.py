@@ -102,7 +102,7 @@ def test_an_export_that_is_killed_leaves_the_folder_as_it_was(
     script = (
         "import os, signal, sys, transformers\n"
         "from sdp_lightning.cli.main import main\n"
-        "die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "die = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)\n"
         "transformers.AutoTokenizer.from_pretrained = die  # the weights are written by then\n"
         "main()\n"
     )

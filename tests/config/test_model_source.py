@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForSequenceClassification
 
 import sdp_lightning as sdp
-from sdp_lightning.config.model_source import load_causal_lm
+from sdp_lightning.config.pretrained import load_causal_lm
 from sdp_lightning.testing import tiny_model
 from support.odd_models import odd_model, saved
 from support.trainers import make_module

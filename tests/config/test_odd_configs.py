@@ -14,6 +14,7 @@ from sdp_lightning.config import (
     RolloutConfig,
     UpdateConfig,
 )
+from sdp_lightning.config.model_source import ModelSource
 from sdp_lightning.engines.remote.options import RemoteOptions
 from sdp_lightning.engines.servers.config import ServerConfig
 from sdp_lightning.errors import ConfigError
@@ -22,6 +23,7 @@ ODD = [None, True, 0, -1, 2**63, 0.5, math.inf, math.nan, "", "x", "\ud800", b"x
 ODD += [{}, object(), 1j, "9" * 5000, 10**5000, [[]], lambda: 1]  # 10**5000 has no repr
 KINDS: dict[type, dict[str, Any]] = {
     LossConfig: {},
+    ModelSource: {"name": "m"},
     LoRAConfig: {},
     OptimizerConfig: {},
     RemoteOptions: {},

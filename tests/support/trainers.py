@@ -61,7 +61,9 @@ def make_data(
     )
 
 
-def make_module(folder: str, *, lr: float = 1e-3, **settings: Any) -> sdp.SegmentWisePPOModule:
+def make_module(
+    folder: str | sdp.ModelSource, *, lr: float = 1e-3, **settings: Any
+) -> sdp.SegmentWisePPOModule:
     settings = {"optimizer": sdp.OptimizerConfig(lr=lr)} | settings
     return sdp.SegmentWisePPOModule(folder, **settings)
 

@@ -28,6 +28,8 @@ from sdp_lightning.cli.doctor.estimate import (
 from sdp_lightning.cli.doctor.finding import Finding
 from sdp_lightning.cli.doctor.gpus import GPU_QUERY, Ask, NvidiaSmiError, parse_gpus
 from sdp_lightning.cli.doctor.model_size import ModelSize
+from sdp_lightning.cli.doctor.source_checks import check_source, read_source
+from sdp_lightning.config.model_source import ModelSource
 from sdp_lightning.engines.remote.addresses import redacted, server_url, tls_context
 from sdp_lightning.errors import ConfigError
 from sdp_lightning.prompts.sources import load_rows
@@ -90,14 +92,15 @@ def examine_configs(files: Sequence[str], machine: Machine) -> list[Finding]:
             return [Finding("problem", "config", f"{file} holds no settings.")]
         config = merge(config, cast(Tree, read))
     trainer, data = part_of(config, "trainer"), part_of(config, "data")
-    model = part_of(config, "model").get("model")
+    source = read_source(part_of(config, "model"))
+    size = size_of_model(source) if isinstance(source, ModelSource) else None
     return [
         *check_devices(trainer, _engine(config), machine),
         *check_servers(_engine(config), machine, part_of(data, "engine_options").get("ca_file")),
-        check_model(model),
+        *(check_source(source) if isinstance(source, ModelSource) else [source]),
         *(check_rows(name, data[name]) for name in ("prompts", "val_prompts") if data.get(name)),
         *check_division(config, world_size(trainer, machine)),
-        *check_memory(config, machine, size_of_model(model)),
+        *check_memory(config, machine, size),
     ]
 
 
@@ -210,30 +213,6 @@ def check_servers(engine: str, machine: Machine, ca_file: str | None = None) -> 
         return [Finding("problem", "servers", text)]
     web = "https" if scheme in ("vllms", "sglangs") else "http"
     return [_ask(f"{web}://{host}", ca_file) for host in rest.rstrip("/").split(",") if host]
-
-
-def check_model(model: object) -> Finding:
-    """Checks that the model is on this machine, or an id of the hub."""
-    if not isinstance(model, str):
-        text = f"model.model is {model!r}: an id or a folder is needed."
-        return Finding("problem", "model", text)
-    file, colon, _ = model.rpartition(":")
-    path = Path(file if colon else model).expanduser()
-    if (colon and file.endswith(".py")) or model[:1] in "/.~":
-        here = path.is_file() if colon else path.is_dir()
-        text = model if here else f"there is no {path} (looked for {path.absolute()})."
-        return Finding("ok" if here else "problem", "model", text)
-    if colon or path.is_dir():
-        return Finding("ok", "model", model)
-    from huggingface_hub import try_to_load_from_cache
-
-    try:
-        cached = try_to_load_from_cache(model, "config.json")
-    except ValueError as error:
-        return Finding("problem", "model", f"{model} is neither a folder nor an id: {error}")
-    if isinstance(cached, str):
-        return Finding("ok", "model", f"{model}, in the hub's cache")
-    return Finding("note", "model", f"{model} is fetched from the hub by the first run.")
 
 
 def check_rows(name: str, source: Any) -> Finding:

@@ -6,12 +6,13 @@ Only the files are read: no model is built, and no GPU is used.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from sdp_lightning.cli.doctor.finding import Finding
 from sdp_lightning.cli.doctor.model_size import BYTES, ModelSize, cache_bytes, trainer_memory
+from sdp_lightning.cli.doctor.source_checks import model_folder
 from sdp_lightning.config import LossConfig, RolloutConfig, UpdateConfig
+from sdp_lightning.config.model_source import ModelSource
 from sdp_lightning.config.validation import config_from
 from sdp_lightning.errors import ConfigError
 
@@ -139,22 +140,11 @@ def check_engine_memory(
     return Finding("ok", "engine memory", text + ".")
 
 
-def size_of_model(model: object) -> ModelSize | None:
+def size_of_model(source: ModelSource) -> ModelSize | None:
     """Size of a model folder, or of an id in the hub's cache; None if there is neither."""
-    if not isinstance(model, str) or model.rpartition(":")[1]:
-        return None
-    folder = Path(model).expanduser()
-    if not folder.is_dir() and model[:1] in "/.~":
-        return None
-    if not folder.is_dir():
-        from huggingface_hub import try_to_load_from_cache
-
-        cached = try_to_load_from_cache(model, "config.json")
-        if not isinstance(cached, str):
-            return None
-        folder = Path(cached).parent
+    folder = model_folder(source)
     try:
-        return ModelSize.read(folder)
+        return None if folder is None else ModelSize.read(folder)
     except ConfigError:
         return None
 

@@ -15,11 +15,13 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from sdp_lightning.cli.export.shard_reader import ShardReader
+from sdp_lightning.config.model_source import ModelSource
 from sdp_lightning.errors import CheckpointError, ConfigError, error_text
 from sdp_lightning.lightning.checkpoint_digest import require_whole
 from sdp_lightning.training.policy.lora import LORA_KEY, group_by_base_weight, is_adapter, merge
 
-MODEL_KEY = "sdp_model_id"  # key of the id of the trained model in a checkpoint
+# Keys of a checkpoint: the id of the trained model, and its ModelSource as plain values.
+MODEL_KEY, SOURCE_KEY = "sdp_model_id", "sdp_model_source"
 _PREFIX = "policy."
 _SHARDED_PREFIX = f"state_dict.{_PREFIX}"
 
@@ -28,8 +30,8 @@ class Checkpoint(Protocol):
     """The policy's weights in a checkpoint, by their names in the policy."""
 
     @property
-    def model_id(self) -> str | None:
-        """Id of the trained model; None if the checkpoint does not name it."""
+    def source(self) -> ModelSource | None:
+        """What the trained model was read from; None if the checkpoint does not say."""
         ...
 
     @property
@@ -67,7 +69,7 @@ class PlainCheckpoint:
             some = ", ".join(map(repr, list(saved)[:5]))
             raise ConfigError(f"{path} is no Lightning checkpoint: no 'state_dict' among {some}.")
         self.layout = _policy_of(saved["state_dict"], _PREFIX, path)
-        self.model_id = cast("str | None", saved.get(MODEL_KEY))
+        self.source = _source_of(saved)
         self.lora_alpha = _alpha_of(saved)
 
     def read(
@@ -88,7 +90,7 @@ class ShardedCheckpoint:
         self.layout = _policy_of(ShardReader(path).layout(), _SHARDED_PREFIX, path)
         meta = path / "meta.pt"
         saved = _load_plain(meta) if meta.is_file() else {}
-        self.model_id = cast("str | None", saved.get(MODEL_KEY))
+        self.source = _source_of(saved)
         self.lora_alpha = _alpha_of(saved)
 
     def read(
@@ -117,7 +119,7 @@ class MergedCheckpoint:
     """
 
     def __init__(self, inner: Checkpoint, path: Path) -> None:
-        self._inner, self.model_id = inner, inner.model_id
+        self._inner, self.source = inner, inner.source
         self._parts = group_by_base_weight({name: name for name in inner.layout})
         count = sum(map(is_adapter, inner.layout))
         if count and inner.lora_alpha is None:
@@ -186,6 +188,13 @@ def _load_plain(path: Path) -> Mapping[Any, Any]:
     if not isinstance(saved, Mapping):
         raise ConfigError(f"{path} is no Lightning checkpoint but {type(saved).__name__}.")
     return cast("Mapping[Any, Any]", saved)
+
+
+def _source_of(saved: Mapping[Any, Any]) -> ModelSource | None:
+    if SOURCE_KEY in saved:
+        return ModelSource.restored(saved[SOURCE_KEY])
+    name: str | None = saved.get(MODEL_KEY)
+    return None if name is None else ModelSource(name)
 
 
 def _alpha_of(saved: Mapping[Any, Any]) -> float | None:

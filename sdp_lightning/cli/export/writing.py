@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,20 @@ from torch import Tensor
 
 from sdp_lightning.cli.export.checkpoints import Checkpoint, MergedCheckpoint, open_checkpoint
 from sdp_lightning.config.atomic_files import atomic_folder
-from sdp_lightning.config.model_source import quiet_transformers, resolve_model
+from sdp_lightning.config.model_source import ModelSource, quiet_transformers
+from sdp_lightning.config.pretrained import auto_classes, load_config, load_tokenizer
 from sdp_lightning.errors import ConfigError
 from sdp_lightning.training.policy.lora import is_adapter
 from sdp_lightning.weights.lora import adapter_config, plain_name
 
+# Copied as they are: transformers refuses to write some generation configs that it reads, and needs
+# more packages to read those of a model's images.
+_COPIED = (
+    "generation_config.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -50,10 +59,11 @@ def export_checkpoint(
     checkpoint: str | Path,
     out: str | Path,
     *,
-    model: str | None = None,
+    model: str | ModelSource | None = None,
     dtype: str | None = None,
     adapter: bool = False,
     overwrite: bool = False,
+    trust_remote_code: bool = False,
 ) -> Export:
     """Write the policy of ``checkpoint`` as a folder that transformers and vLLM load.
 
@@ -65,11 +75,13 @@ def export_checkpoint(
     Args:
         checkpoint: a Lightning ``.ckpt`` file, or a folder of shards.
         out: the folder to write.
-        model: id, folder or ``file.py:name`` of the model that was trained, for its config and
-            tokenizer; None is the one that the checkpoint names.
+        model: id, folder, ``file.py:name`` or ``ModelSource`` of the model that was trained, for
+            its config and tokenizer; None is the one that the checkpoint names. Revision, tokenizer
+            and chat template of the run are in the checkpoint, and whether code is trusted.
         dtype: ``"float32"`` or ``"bfloat16"``; None keeps the checkpoint's.
         adapter: write the LoRA adapter only, as ``peft`` does.
         overwrite: replace ``out`` if it is a model folder.
+        trust_remote_code: run the model's own Python files, also if the checkpoint does not say so.
 
     Raises:
         ConfigError: if there is no such checkpoint or model, its weights are not those of the
@@ -82,16 +94,17 @@ def export_checkpoint(
     source, target = Path(checkpoint).expanduser(), Path(out).expanduser().absolute()
     trained = open_checkpoint(source)
     merged = MergedCheckpoint(trained, source)
-    base = _base_model(merged, model, source)
-    _check_target(target, source, Path(base), overwrite=overwrite)
+    base = _base_model(merged, model, source, trusted=trust_remote_code)
+    _check_target(target, source, Path(base.name), overwrite=overwrite)
     with quiet_transformers():
-        empty = _empty_model(base, wanted or next(iter(merged.layout.values())).dtype)
-        _check_weights(merged.layout, empty, source, base)
+        empty = _empty_model(base, merged.layout, wanted, source)
         if adapter:
             return _export_adapter(trained, source, base, target, wanted)
         with atomic_folder(target) as folder:
             weights = _untie(merged.read(merged.layout, wanted, folder), empty, source)
-            export = Export(target, base, len(weights), sum(t.nbytes for t in weights.values()))
+            export = Export(
+                target, str(base.name), len(weights), sum(t.nbytes for t in weights.values())
+            )
             _write(empty, weights, base, folder)
     return export
 
@@ -136,14 +149,21 @@ def _check_target(out: Path, *sources: Path, overwrite: bool) -> None:
             raise ConfigError(f"{out} holds {source}, which is read. Name another folder.")
 
 
-def _base_model(checkpoint: Checkpoint, model: str | None, path: Path) -> str:
-    if model is not None:
-        return resolve_model(model)
-    if checkpoint.model_id is None:
+def _base_model(
+    checkpoint: Checkpoint, model: str | ModelSource | None, path: Path, *, trusted: bool
+) -> ModelSource:
+    saved = checkpoint.source
+    if isinstance(model, ModelSource):
+        found = model
+    elif model is not None:
+        found = ModelSource(model) if saved is None else replace(saved, name=model, revision=None)
+    elif saved is None:
         raise ConfigError(f"{path} does not say which model was trained. Pass it as --model.")
-    if checkpoint.model_id[:1] in "/.~" and not Path(checkpoint.model_id).expanduser().is_dir():
-        raise ConfigError(f"{path} is of {checkpoint.model_id!r}, which is missing. Pass --model.")
-    return checkpoint.model_id
+    elif (name := str(saved.name))[:1] in "/.~" and not Path(name).expanduser().is_dir():
+        raise ConfigError(f"{path} is of {name!r}, which is missing. Pass --model.")
+    else:
+        found = saved
+    return replace(found, trust_remote_code=found.trust_remote_code or trusted).resolved()
 
 
 def _untie(weights: dict[str, Tensor], model: Any, path: Path) -> dict[str, Tensor]:
@@ -163,44 +183,62 @@ def _untie(weights: dict[str, Tensor], model: Any, path: Path) -> dict[str, Tens
 # Writing ------------------------------------------------------------------------------------------
 
 
-def _empty_model(base: str, dtype: torch.dtype) -> Any:
-    """The model on the meta device, without memory for its weights."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
+def _empty_model(
+    base: ModelSource, layout: Mapping[str, Tensor], dtype: torch.dtype | None, path: Path
+) -> Any:
+    """The model with the weights of ``layout``, on the meta device, without memory for them."""
+    refusals: list[ConfigError] = []
+    dtype = dtype or next(iter(layout.values())).dtype
+    trust = base.trust_remote_code
     try:
-        config = AutoConfig.from_pretrained(base)
-        vars(config).pop("quantization_config", None)  # the trained weights are not quantized
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, dtype=dtype)
+        for auto in auto_classes(load_config(base)):
+            config = load_config(base)
+            vars(config).pop("quantization_config", None)  # the trained weights are not quantized
+            with torch.device("meta"):
+                model = auto.from_config(config, dtype=dtype, trust_remote_code=trust)
+            try:
+                _check_weights(layout, model, path, str(base.name))
+                return model
+            except ConfigError as error:
+                refusals.append(error)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"no causal LM's config in {base!r}: {error}") from error
+        raise ConfigError(f"no causal LM's config in {str(base.name)!r}: {error}") from error
+    raise refusals[0]
 
 
-def _write(model: Any, weights: dict[str, Tensor], base: str, folder: Path) -> None:
-    from transformers import AutoTokenizer
+def _write(model: Any, weights: dict[str, Tensor], base: ModelSource, folder: Path) -> None:
     from transformers.utils.hub import cached_file
 
     model.save_pretrained(folder, state_dict=weights, max_shard_size="5GB")  # empties weights
     _let_others_read(folder, like="config.json")
-    name = "generation_config.json"
-    generation = cached_file(base, name, _raise_exceptions_for_missing_entries=False)
-    if generation is not None:  # copied: transformers refuses to write some that it reads
-        shutil.copyfile(generation, folder / name)
+    for name in _COPIED:
+        found = cached_file(
+            base.name, name, revision=base.revision, _raise_exceptions_for_missing_entries=False
+        )
+        if found is not None:
+            shutil.copyfile(found, folder / name)
     try:
-        AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+        load_tokenizer(base).save_pretrained(folder)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"no tokenizer in {base!r}: {error}") from error
+        raise ConfigError(
+            f"no tokenizer in {str(base.tokenizer or base.name)!r}: {error}"
+        ) from error
 
 
 def _export_adapter(
-    checkpoint: Checkpoint, source: Path, base: str, target: Path, dtype: torch.dtype | None
+    checkpoint: Checkpoint,
+    source: Path,
+    base: ModelSource,
+    target: Path,
+    dtype: torch.dtype | None,
 ) -> Export:
     names = [name for name in checkpoint.layout if is_adapter(name)]
     if not names or checkpoint.lora_alpha is None:
         raise ConfigError(f"{source} holds no LoRA adapter: leave out --adapter.")
     with atomic_folder(target) as folder:
         weights = checkpoint.read(names, dtype, folder)
-        config = adapter_config(weights, checkpoint.lora_alpha) | {"base_model_name_or_path": base}
+        place = {"base_model_name_or_path": str(base.name), "revision": base.revision}
+        config = adapter_config(weights, checkpoint.lora_alpha) | place
         save_file(
             {plain_name(name): tensor for name, tensor in weights.items()},
             folder / "adapter_model.safetensors",
@@ -209,7 +247,7 @@ def _export_adapter(
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=2))
         _let_others_read(folder, like="adapter_config.json")
         num_bytes = sum(tensor.nbytes for tensor in weights.values())
-        return Export(target, base, len(weights), num_bytes, is_adapter=True)
+        return Export(target, str(base.name), len(weights), num_bytes, is_adapter=True)
 
 
 def _let_others_read(folder: Path, *, like: str) -> None:

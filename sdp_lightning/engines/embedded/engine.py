@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import numpy as np
 import torch
 
+from sdp_lightning.config.model_source import ModelSource
 from sdp_lightning.config.validation import at_least, one_of
 from sdp_lightning.engines.embedded.decode_loop import DecodeLoop, Job
 from sdp_lightning.engines.embedded.kv_cache import ATTENTION_NAME
@@ -62,8 +63,8 @@ class EmbeddedEngine:
     under the new one. ``pause`` is a state, not a count: one ``resume`` ends it.
 
     Args:
-        model: a Hugging Face id, a folder, or a module, which ``start`` copies: the engine never
-            shares weights with a trainer.
+        model: a Hugging Face id, a folder, a ``ModelSource``, or a module, which ``start`` copies:
+            the engine never shares weights with a trainer.
         device: ``"auto"`` is the current GPU, else the CPU.
         dtype: None keeps a module's dtype; a model id is loaded in float32 on CPU and in the
             checkpoint's dtype elsewhere.
@@ -83,7 +84,7 @@ class EmbeddedEngine:
 
     def __init__(
         self,
-        model: str | PreTrainedModel,
+        model: str | ModelSource | PreTrainedModel,
         *,
         device: str = "auto",
         dtype: torch.dtype | None = None,
@@ -100,14 +101,18 @@ class EmbeddedEngine:
         one_of("kv_on_update", kv_on_update, get_args(KVPolicy))
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._source = model
+        self._model_kwargs = dict(model_kwargs or {})
+        self._source: ModelSource | PreTrainedModel
+        if isinstance(model, (str, ModelSource)):
+            self._source, self._model_kwargs = ModelSource.of(model, self._model_kwargs)
+        else:
+            self._source = model
         self._device = torch.device(device)
         self._dtype = dtype
         self._max_slots = max_slots
         self._max_length = max_length
         self._kv_on_update: KVPolicy = kv_on_update
         self._num_threads = num_threads
-        self._model_kwargs = dict(model_kwargs or {})
         self._running: _Running | None = None
         self._closed = False
         self._update_lock = threading.Lock()

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sdp_lightning.config.model_source import load_causal_lm
+from sdp_lightning.config.model_source import ModelSource
+from sdp_lightning.config.pretrained import load_causal_lm
 from sdp_lightning.engines.embedded.kv_cache import ATTENTION_NAME
 from sdp_lightning.engines.embedded.scheduler import Scheduler, SequenceState
 from sdp_lightning.engines.protocol import GenerationRequest
@@ -28,7 +29,7 @@ _ROTARY = "This engine decodes rotary decoders with full attention (Llama, Qwen,
 
 
 def load_model(
-    model: str | PreTrainedModel,
+    model: ModelSource | PreTrainedModel,
     *,
     device: torch.device,
     dtype: torch.dtype | None,
@@ -37,7 +38,7 @@ def load_model(
     """Make the engine's own copy, in eval mode and without gradients.
 
     Args:
-        model: an id or a folder, or a module, which is copied and stays unchanged.
+        model: a source, or a module, which is copied and stays unchanged.
         device: device of the copy.
         dtype: see :class:`~sdp_lightning.engines.embedded.engine.EmbeddedEngine`.
         model_kwargs: passed to ``from_pretrained``.
@@ -45,9 +46,9 @@ def load_model(
     Raises:
         ConfigError: if the checkpoint lacks weights of the model, or has others.
     """
-    if isinstance(model, str):
+    if isinstance(model, ModelSource):
         wanted = dtype or (torch.float32 if device.type == "cpu" else "auto")
-        loaded: Any = load_causal_lm(model, dtype=wanted, options=model_kwargs)
+        loaded: Any = load_causal_lm(model.resolved(), dtype=wanted, options=model_kwargs)
     else:
         loaded = copy.deepcopy(model)
         if dtype is not None:

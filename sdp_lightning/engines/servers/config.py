@@ -44,6 +44,9 @@ class ServerConfig:
 
     Args:
         model: model id or folder.
+        revision: branch, tag or commit of a model id; None is its main branch.
+        trust_remote_code: run the Python files that the model brings with it.
+        tokenizer: id or folder of another tokenizer; None is the model's own.
         replicas: number of servers.
         port: port of the first server; the others take the next ones. 0 takes free ports.
         python: interpreter of an environment that has vLLM.
@@ -78,6 +81,9 @@ class ServerConfig:
     extra_args: tuple[str, ...] = ()
     log_folder: str | None = None
     startup_timeout_s: float = 600.0
+    revision: str | None = None
+    trust_remote_code: bool = False
+    tokenizer: str | None = None
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -144,6 +150,10 @@ class ServerConfig:
             "--logprobs-mode": "processed_logprobs",
             "--worker-extension-cls": "sdp_lightning.engines.servers.vllm_worker.WorkerExtension",
         }
+        if self.revision is not None:
+            options["--revision"] = self.revision
+        if self.tokenizer is not None:  # else vLLM looks for the model's revision there, too
+            options |= {"--tokenizer": self.tokenizer, "--tokenizer-revision": "main"}
         if self.max_model_len is not None:
             options["--max-model-len"] = str(self.max_model_len)
         if self.gpu_memory_utilization is not None:
@@ -151,6 +161,7 @@ class ServerConfig:
         if len(devices := self._devices_of(index)) > 1:
             options["--tensor-parallel-size"] = str(len(devices))
         flags = ["--enable-scale-out", *(_CPU_FLAGS if self.on_cpu else [])]
+        flags += ["--trust-remote-code"] if self.trust_remote_code else []
         named = [text for pair in options.items() for text in pair]
         server = [self.python, "-m", "vllm.entrypoints.openai.api_server"]
         return [*bind, *server, *named, *flags, *self._transport_flags, *self.extra_args]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
 from functools import partial
@@ -13,37 +14,59 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sdp_lightning.config import LoRAConfig
-from sdp_lightning.config.model_source import load_causal_lm
+from sdp_lightning.config.model_source import ModelSource
+from sdp_lightning.config.pretrained import beside_text, import_code, load_causal_lm
 from sdp_lightning.errors import ConfigError
 from sdp_lightning.training.policy.lora import add_adapter
 from sdp_lightning.training.policy.sharding import Source
 
+logger = logging.getLogger(__name__)
 
-def load_policy(model_id: str, options: Mapping[str, Any]) -> PreTrainedModel:
-    """The causal LM ``model_id``, in float32 unless ``options`` say otherwise."""
-    return load_causal_lm(model_id, dtype=torch.float32, options=dict(options))
+
+def load_policy(model: ModelSource, options: Mapping[str, Any]) -> PreTrainedModel:
+    """The causal LM of ``model``, in float32 unless ``options`` say otherwise.
+
+    Weights that no text passes through are frozen.
+    """
+    policy = load_causal_lm(model, dtype=torch.float32, options=options)
+    if frozen := beside_text(policy):
+        logger.info(
+            "%s is trained on text: %d of its %d weights, such as %s, are of other parts and stay "
+            "as they are.",
+            model.name,
+            len(frozen),
+            len(list(policy.parameters())),
+            min(frozen),
+        )
+    return policy
 
 
 def load(
-    model_id: str, options: Mapping[str, Any], *, sharded: bool, lora: LoRAConfig | None = None
+    model: ModelSource,
+    options: Mapping[str, Any],
+    *,
+    sharded: bool,
+    lora: LoRAConfig | None = None,
 ) -> tuple[PreTrainedModel, Source]:
     """The model, with its adapter if it has one, and the weights that :func:`shard` fills it with.
 
     With ``sharded`` the model is on the meta device, and only rank 0 reads the weights.
     """
     if not sharded:
-        return _with_adapter(load_policy(model_id, options), lora), None
+        return _with_adapter(load_policy(model, options), lora), None
     source: Source = None
     kind: list[Any] = [None]
     if distributed.get_rank() == 0:
-        source = load_policy(model_id, options)
+        source = load_policy(model, options)
         kind = [(type(source), source.config, source.dtype)]
         source = _with_adapter(source, lora)  # at random, as in one process
+    elif model.trust_remote_code:
+        import_code(model)  # of the class that rank 0 sends
     distributed.broadcast_object_list(kind, src=0)
     model_class, config, dtype = kind[0]
     with torch.device("meta"):
-        model: Any = model_class(config).to(dtype)
-    return _with_adapter(model, lora), source
+        empty: Any = model_class(config).to(dtype)
+    return _with_adapter(empty, lora), source
 
 
 def _with_adapter(model: PreTrainedModel, lora: LoRAConfig | None) -> PreTrainedModel:
@@ -53,12 +76,16 @@ def _with_adapter(model: PreTrainedModel, lora: LoRAConfig | None) -> PreTrained
 
 
 def select_trainable(policy: nn.Module, pattern: str | None) -> None:
-    """Freeze every parameter whose name ``pattern`` does not find."""
+    """Freeze every parameter whose name ``pattern`` does not find, or that no text passes."""
+    beside = beside_text(policy)
+    for name in beside:
+        policy.get_parameter(name).requires_grad_(False)
     if pattern is None:
         return
-    names = [name for name, _ in policy.named_parameters() if re.search(pattern, name)]
+    text = [name for name, _ in policy.named_parameters() if name not in beside]
+    names = {name for name in text if re.search(pattern, name)}
     if not names:
-        some = ", ".join([name for name, _ in policy.named_parameters()][:3])
+        some = ", ".join(text[:3])
         raise ConfigError(f"trainable={pattern!r} finds no parameter; names look like {some}.")
     for name, parameter in policy.named_parameters():
         parameter.requires_grad_(name in names)

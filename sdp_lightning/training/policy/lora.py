@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sdp_lightning.config import LoRAConfig
+from sdp_lightning.config.pretrained import beside_text
 from sdp_lightning.errors import ConfigError
 
 T = TypeVar("T")
@@ -130,7 +131,12 @@ def check_adapter(checkpoint: Mapping[str, Any], config: LoRAConfig | None) -> N
 
 def _targets(model: Any, wanted: tuple[str, ...] | None) -> list[str]:
     head: object = model.get_output_embeddings()
-    linear = [n for n, m in model.named_modules() if type(m) is nn.Linear and m is not head]
+    beside = beside_text(model)
+    linear = [
+        name
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear and module is not head and f"{name}.weight" not in beside
+    ]
     kinds = {name.rpartition(".")[2] for name in linear}
     if wanted is None:
         wanted = tuple(kinds)

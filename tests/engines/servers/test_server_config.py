@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from sdp_lightning.config.model_source import ModelSource
 from sdp_lightning.engines.connect import connect_engine
 from sdp_lightning.engines.remote.engine import RemoteInfEngine
 from sdp_lightning.engines.remote.vllm import VLLMBackend
@@ -43,6 +44,23 @@ def test_a_server_on_the_cpu_gets_every_flag_that_the_engine_relies_on():
         assert has_option(command, name, value), name
     assert {"--enable-scale-out", "--enforce-eager", "--no-enable-chunked-prefill"} < set(command)
     assert "--gpu-memory-utilization" not in command and "--tensor-parallel-size" not in command
+
+
+def test_a_launched_server_reads_what_the_module_reads(model_folder: str):
+    source = ModelSource("org/m", revision="v2", trust_remote_code=True, tokenizer=model_folder)
+    engine = connect_engine("vllm://launch?devices=cpu&python=py", model=source)
+    assert isinstance(engine, RemoteInfEngine) and engine.server_config is not None
+    command = engine.server_config.command(0, 8001)
+    assert has_option(command, "--model", "org/m") and has_option(command, "--revision", "v2")
+    assert has_option(command, "--tokenizer", model_folder)
+    assert has_option(command, "--tokenizer-revision", "main")  # else vLLM takes the model's
+    assert "--trust-remote-code" in command
+    other = "vllm://launch?devices=cpu&model=other&trust_remote_code=false"
+    engine = connect_engine(other, model=source)
+    assert isinstance(engine, RemoteInfEngine)
+    assert engine.server_config == ServerConfig("other", devices=("cpu",))
+    with pytest.raises(ConfigError, match="trust_remote_code must be true or false, got 'maybe'"):
+        connect_engine("vllm://launch?devices=cpu&trust_remote_code=maybe", model="m")
 
 
 def test_the_environment_opens_the_routes_for_weights_and_leaves_out_the_trainers_rank(
