@@ -26,6 +26,8 @@ from sdp_lightning.lightning.weight_check import WeightCheck
 from sdp_lightning.rollout.executor import WorkflowExecutor
 from sdp_lightning.rollout.groups.telemetry import RolloutCounts
 from sdp_lightning.training.batch import Batch
+from sdp_lightning.training.policy.checkpoint_names import as_in_checkpoint
+from sdp_lightning.weights.protocol import WeightStream
 
 logger = logging.getLogger(__name__)
 
@@ -142,8 +144,7 @@ class WeightSyncCallback(Callback):
                 f"{self.version}: was a publish skipped?"
             )
         data.phase_timer.enter("publish")
-        alpha = _lora_alpha(executor.engine)
-        weights = module.named_weights(changed_only=True, lora_alpha=alpha)
+        weights = _weights_for(executor.engine, module, changed_only=True)
         report = executor.publish(weights, self.version + 1)
         self.version += 1
         data.phase_timer.enter("rest")
@@ -202,7 +203,7 @@ class WeightSyncCallback(Callback):
             if trainer.state.fn == "fit":
                 data.resume(self.version)
             tell_vocabulary(executor.engine, _num_embeddings(module.require_policy()))
-            weights = module.named_weights(lora_alpha=_lora_alpha(executor.engine))
+            weights = _weights_for(executor.engine, module)
             executor.publish(weights, self.version, reset=True)
             self._check_weights(module, executor)
 
@@ -257,9 +258,14 @@ def _num_embeddings(policy: PreTrainedModel) -> int:
     return int(policy.get_input_embeddings().weight.shape[0])  # type: ignore
 
 
-def _lora_alpha(engine: InferenceEngine) -> float | None:
-    """``alpha`` of the adapters that the engine samples with; None: it needs merged weights."""
-    return engine.lora_alpha if isinstance(engine, SharedServerEngine) else None
+def _weights_for(
+    engine: InferenceEngine, module: SegmentWisePPOModule, *, changed_only: bool = False
+) -> WeightStream:
+    """Weights as ``engine`` reads them: servers know the names of checkpoints."""
+    if not isinstance(engine, SharedServerEngine):
+        return module.named_weights(changed_only=changed_only)
+    weights = module.named_weights(changed_only=changed_only, lora_alpha=engine.lora_alpha)
+    return as_in_checkpoint(module.require_policy(), weights)
 
 
 def _parts(

@@ -5,6 +5,8 @@ vLLM imports it in its own process; the trainer does not use it.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 
@@ -39,7 +41,8 @@ class WorkerExtension:
     def _sdp_reload(self, **source: Any) -> None:
         """Load weights; after a failure the model mixes old and new ones, and loads again."""
         try:
-            self.model_runner.reload_weights(**source)
+            with self._sdp_packed_experts():
+                self.model_runner.reload_weights(**source)
         except Exception:
             self._sdp_end_reload()
             raise
@@ -55,7 +58,23 @@ class WorkerExtension:
             if info.can_load():  # without the tensors kept for it, it gets its old weights back
                 info.loaded_weights.clear()
                 info.load_numel = 0
-        layerwise.finalize_layerwise_reload(model, self.vllm_config.model_config)
+        with self._sdp_packed_experts():
+            layerwise.finalize_layerwise_reload(model, self.vllm_config.model_config)
+
+    @contextmanager
+    def _sdp_packed_experts(self) -> Generator[None]:
+        """Context in which loaded experts are packed for the kernel that computes with them.
+
+        vLLM lets a kernel pack (and pad) the weights of its layer when it makes the kernel. At a
+        reload it keeps the kernel, and copies unpacked weights to where it expects packed ones.
+        """
+        with ExitStack() as stack:
+            for module in self.model_runner.get_model().modules():
+                # foreign: vLLM's modules differ
+                method: Any = getattr(module, "quant_method", None)
+                if getattr(method, "moe_kernel", None) is not None:  # foreign: only experts have it
+                    stack.enter_context(_packing_anew(method))
+            yield
 
     def _sdp_pack_heads(self) -> None:
         """Pack the weights of every embedding and head again.
@@ -72,3 +91,31 @@ class WorkerExtension:
             method: Any = getattr(module, "quant_method", None)
             if isinstance(method, UnquantizedEmbeddingMethod):
                 method.process_weights_after_loading(module)
+
+
+@contextmanager
+def _packing_anew(method: Any) -> Generator[None]:
+    """Context in which ``method`` lets its kernel pack the weights of a layer that it processes."""
+    experts = method.moe_kernel.fused_experts
+    pack: Callable[[Any], None] = experts.process_weights_after_loading
+    process: Callable[[Any], None] = method.process_weights_after_loading
+    packed: list[Any] = []
+
+    def pack_and_note(layer: Any) -> None:
+        packed.append(layer)
+        pack(layer)
+
+    def process_and_pack(layer: Any) -> None:
+        packed.clear()
+        process(layer)
+        # A version of vLLM that packs, or makes another kernel, has packed.
+        if not packed and method.moe_kernel.fused_experts is experts:
+            pack(layer)
+
+    experts.process_weights_after_loading = pack_and_note
+    method.process_weights_after_loading = process_and_pack
+    try:
+        yield
+    finally:
+        del experts.process_weights_after_loading
+        del method.process_weights_after_loading
