@@ -6,6 +6,7 @@ It runs in ``on_train_batch_end``, before ModelCheckpoint saves and before the n
 from __future__ import annotations
 
 import logging
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -47,9 +48,9 @@ class WeightSyncCallback(Callback):
 
     Args:
         weight_check_every: compare log-probs of a text under the engine's weights and the trainer's
-            after the first two publishes and every so many
-            (:class:`~sdp_lightning.lightning.weight_check.WeightCheck`). Keeps a copy of the
-            trained weights on the CPU. None never checks.
+            (:class:`~sdp_lightning.lightning.weight_check.WeightCheck`) after the first two
+            publishes and every so many, and keep a copy of the trained weights on the CPU for it.
+            None: once, after the first publish of a run. 0: never.
         weight_check_tolerance: largest mean difference of these log-probs in nats.
         save_on_stop: let Ctrl-C and SIGTERM end a fit after the present step and, if the Trainer
             checkpoints, with a checkpoint
@@ -78,13 +79,17 @@ class WeightSyncCallback(Callback):
         if echo_tolerance is not None:
             _warn_of_rename("echo_tolerance", "weight_check_tolerance")
             weight_check_tolerance = echo_tolerance
-        if weight_check_every is not None and weight_check_every < 1:
-            raise ConfigError(f"weight_check_every must be at least 1, got {weight_check_every}.")
+        if weight_check_every is not None and weight_check_every < 0:
+            raise ConfigError(
+                f"weight_check_every must be 1 or more, 0 for never, or None for once at the start;"
+                f" got {weight_check_every}."
+            )
         self.version = 0
-        self._check_every = weight_check_every
-        self._weight_check = (
-            None if weight_check_every is None else WeightCheck(tolerance=weight_check_tolerance)
-        )
+        self._check_every = weight_check_every or 0
+        keep = self._check_every > 0
+        check = WeightCheck(tolerance=weight_check_tolerance, keep_weights=keep)
+        self._weight_check = None if weight_check_every == 0 else check
+        self._checked: dict[str, float] = {}
         self._times: dict[str, float] = {}
         self._learned, self._busy_s = 0, 0.0
         self._warned = False
@@ -161,7 +166,9 @@ class WeightSyncCallback(Callback):
         }
         self._busy_s = busy_s
         if self._check_every and (self.version == 1 or self.version % self._check_every == 0):
-            self._times["publish/echo"] = self._check_weights(module, executor)
+            self._check_weights(module, executor)
+        self._times |= self._checked
+        self._checked = {}
         assert data.loader is not None  # this batch came from it
         self._log(module, data.loader.counts, len(batch))
 
@@ -207,16 +214,24 @@ class WeightSyncCallback(Callback):
             executor.publish(weights, self.version, reset=True)
             self._check_weights(module, executor)
 
-    def _check_weights(self, module: SegmentWisePPOModule, executor: WorkflowExecutor) -> float:
+    def _check_weights(self, module: SegmentWisePPOModule, executor: WorkflowExecutor) -> None:
         if self._weight_check is None:
-            return 0.0
-        policy = module.require_policy()
-        return self._weight_check.check(
+            return
+        policy, start_s = module.require_policy(), time.perf_counter()
+        difference = self._weight_check.check(
             policy,
             num_embeddings=_num_embeddings(policy),
             score=lambda trajectory: module.score([trajectory])[0][0],
             ask=executor.engine.prompt_logprobs,
+            own=module.own_logprobs,
         )
+        if difference is not None:
+            took_s = time.perf_counter() - start_s
+            self._checked = {"publish/echo": difference, "publish/echo_s": took_s}
+            logger.info(
+                "weight check at version %d: engine and trainer are %.2g nats apart; it took %.3f s.",
+                *(self.version, difference, took_s),
+            )
 
     def _log(self, module: SegmentWisePPOModule, counts: RolloutCounts, size: int) -> None:
         learned, self._learned = counts.trained_tokens - self._learned, counts.trained_tokens

@@ -9,6 +9,10 @@ from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
 
 class WorkerExtension:
     """Adds methods to vLLM's worker that ``/collective_rpc`` can call."""
@@ -41,7 +45,7 @@ class WorkerExtension:
     def _sdp_reload(self, **source: Any) -> None:
         """Load weights; after a failure the model mixes old and new ones, and loads again."""
         try:
-            with self._sdp_packed_experts():
+            with self._sdp_packed_experts(), _kept_copies(self.model_runner.get_model()):
                 self.model_runner.reload_weights(**source)
         except Exception:
             self._sdp_end_reload()
@@ -119,3 +123,88 @@ def _packing_anew(method: Any) -> Generator[None]:
     finally:
         del experts.process_weights_after_loading
         del method.process_weights_after_loading
+
+
+@contextmanager
+def _kept_copies(model: Any) -> Generator[None]:
+    """Context in which weights arrive that ``model`` copies into its parameters by itself.
+
+    For a reload vLLM makes all parameters empty, and fills those whose ``weight_loader`` is called.
+    A model that calls ``copy_`` instead (gpt-oss) keeps its old weights, without a word.
+    """
+    from vllm.model_executor.model_loader.reload import layerwise  # type: ignore
+
+    copies = _Copies(model, layerwise)
+    load, count, fill = model.load_weights, layerwise.get_numel_loaded, layerwise.materialize_layer
+
+    def load_and_finish(*args: Any, **kwargs: Any) -> Any:
+        with copies:
+            loaded = load(*args, **kwargs)
+        copies.finish()
+        return loaded
+
+    def count_aside(*args: Any, **kwargs: Any) -> Any:
+        copies.in_loader = True  # what a loader copies, vLLM keeps itself
+        try:
+            return count(*args, **kwargs)
+        finally:
+            copies.in_loader = False
+
+    def fill_all(layer: Any, info: Any) -> None:
+        fill(layer, info)
+        copies.apply(layer)
+
+    model.load_weights = load_and_finish
+    layerwise.get_numel_loaded, layerwise.materialize_layer = count_aside, fill_all
+    try:
+        yield
+    finally:
+        del model.load_weights
+        layerwise.get_numel_loaded, layerwise.materialize_layer = count, fill
+
+
+class _Copies(TorchDispatchMode):
+    """Keeps what is copied into empty parameters until their layer has room."""
+
+    def __init__(self, model: Any, layerwise: Any) -> None:
+        super().__init__()
+        self.in_loader = False
+        self._model, self._layerwise = model, layerwise
+        # By a parameter's storage: its layer, its name, and itself, so that no other has its place.
+        self._owners: dict[int, tuple[Any, str, Tensor]] | None = None
+        self._kept: dict[Any, list[tuple[str, Tensor, Tensor]]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.copy_.default and args[0].is_meta and not self.in_loader:
+            self._keep(args[0], args[1])
+        return func(*args, **(kwargs or {}))
+
+    def _keep(self, target: Tensor, source: Tensor) -> None:
+        if self._owners is None:
+            self._owners = {
+                tensor.untyped_storage()._cdata: (layer, name, tensor)
+                for layer in self._model.modules()
+                if not self._layerwise.is_deferred_attention_layer(layer)
+                for name, tensor in self._layerwise.get_layer_tensors(layer).items()
+                if tensor.is_meta
+            }
+        if (owner := self._owners.get(target.untyped_storage()._cdata)) is None:
+            return
+        layer, name, _ = owner
+        info: Any = self._layerwise.get_layerwise_info(layer)
+        self._kept.setdefault(layer, []).append((name, target, source))
+        info.load_numel += source.numel()
+        if info.load_numel >= info.load_numel_total:
+            self._layerwise._layerwise_process(layer, info)
+
+    def apply(self, layer: Any) -> None:
+        """Copy what was kept into the parameters of ``layer``, which now exist."""
+        for name, target, source in self._kept.pop(layer, ()):
+            whole: Tensor = getattr(layer, name).data
+            size, stride, offset = target.size(), target.stride(), target.storage_offset()
+            whole.as_strided(size, stride, offset).copy_(source)
+
+    def finish(self) -> None:
+        """Let layers use what they have, of which a part was not sent: padding."""
+        for layer in list(self._kept):
+            self._layerwise._layerwise_process(layer, self._layerwise.get_layerwise_info(layer))
