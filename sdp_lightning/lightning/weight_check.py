@@ -71,7 +71,7 @@ class WeightCheck:
     ) -> float | None:
         """The largest mean difference of any engine, in nats; None if none scores a text.
 
-        A collective for a sharded policy, whose ranks all check.
+        A collective for a sharded policy, whose ranks all check, by the model's own logits only.
 
         Args:
             policy: the trainer's model.
@@ -93,8 +93,9 @@ class WeightCheck:
             return None
         blank = np.zeros(tokens.size - 1, dtype=np.float32)
         text = Trajectory((Context(tokens[:1]), Segment(0, tokens[1:], blank)), reward=0.0)
-        scores = score(text)
+        # What training scores of a sharded policy is tried once, on rows of the run's own length.
         judge = own(text) if sharded and own is not None else None
+        scores = score(text) if judge is None else judge
         if not answers:
             return None
         differences = {name: _mean_difference(value, scores) for name, value in answers.items()}

@@ -229,7 +229,7 @@ class WeightSyncCallback(Callback):
             took_s = time.perf_counter() - start_s
             self._checked = {"publish/echo": difference, "publish/echo_s": took_s}
             logger.info(
-                "weight check at version %d: engine and trainer are %.2g nats apart; it took %.3f s.",
+                "weight check at version %d: engine and trainer are %.2g nats apart; took %.3f s.",
                 *(self.version, difference, took_s),
             )
 

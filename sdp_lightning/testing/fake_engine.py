@@ -7,8 +7,6 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from sdp_lightning.distributed.event_loop import settle
 from sdp_lightning.engines.protocol import (
     GenerationRequest,

@@ -132,10 +132,16 @@ def _kept_copies(model: Any) -> Generator[None]:
     For a reload vLLM makes all parameters empty, and fills those whose ``weight_loader`` is called.
     A model that calls ``copy_`` instead (gpt-oss) keeps its old weights, without a word.
     """
-    from vllm.model_executor.model_loader.reload import layerwise  # type: ignore
-
-    copies = _Copies(model, layerwise)
-    load, count, fill = model.load_weights, layerwise.get_numel_loaded, layerwise.materialize_layer
+    try:
+        from vllm.model_executor.model_loader.reload import layerwise  # type: ignore
+        from vllm.model_executor.model_loader.reload.layerwise import (  # type: ignore
+            get_numel_loaded as count,  # type: ignore
+            materialize_layer as fill,  # type: ignore
+        )
+    except ImportError:  # a version of vLLM that reloads in another way
+        yield
+        return
+    copies, load = _Copies(model, layerwise), model.load_weights
 
     def load_and_finish(*args: Any, **kwargs: Any) -> Any:
         with copies:
@@ -182,16 +188,16 @@ class _Copies(TorchDispatchMode):
     def _keep(self, target: Tensor, source: Tensor) -> None:
         if self._owners is None:
             self._owners = {
-                tensor.untyped_storage()._cdata: (layer, name, tensor)
+                _storage_of(tensor): (layer, name, tensor)
                 for layer in self._model.modules()
                 if not self._layerwise.is_deferred_attention_layer(layer)
                 for name, tensor in self._layerwise.get_layer_tensors(layer).items()
                 if tensor.is_meta
             }
-        if (owner := self._owners.get(target.untyped_storage()._cdata)) is None:
+        layer, name, _ = self._owners.get(_storage_of(target), (None, "", target))
+        info: Any = None if layer is None else self._layerwise.get_layerwise_info(layer)
+        if info is None or not info.can_load():
             return
-        layer, name, _ = owner
-        info: Any = self._layerwise.get_layerwise_info(layer)
         self._kept.setdefault(layer, []).append((name, target, source))
         info.load_numel += source.numel()
         if info.load_numel >= info.load_numel_total:
@@ -208,3 +214,9 @@ class _Copies(TorchDispatchMode):
         """Let layers use what they have, of which a part was not sent: padding."""
         for layer in list(self._kept):
             self._layerwise._layerwise_process(layer, self._layerwise.get_layerwise_info(layer))
+
+
+def _storage_of(tensor: Tensor) -> int:
+    """Identity of the storage, which views share; empty ones have no address."""
+    storage: Any = tensor.untyped_storage()
+    return storage._cdata

@@ -1,8 +1,8 @@
 """Names and shapes of weights as in the checkpoint that a model is loaded from, which servers read.
 
 transformers 5 renames weights and fuses those of experts when it loads a checkpoint:
-``experts.gate_up_proj`` [E, 2I, D] was ``experts.0.gate_proj.weight`` [I, D] and so on. Servers know
-the names of the hub, and only some of their models know transformers'.
+``experts.gate_up_proj`` [E, 2I, D] was ``experts.0.gate_proj.weight`` [I, D] and so on. Servers
+know the names of the hub, and only some of their models know those of transformers.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from transformers.core_model_loading import revert_weight_conversion
 from sdp_lightning.training.policy.lora import is_adapter, merged_name
 from sdp_lightning.training.policy.weight_export import layer_of
 from sdp_lightning.weights.protocol import WeightStream
-
 
 
 def as_in_checkpoint(policy: PreTrainedModel, weights: WeightStream) -> WeightStream:

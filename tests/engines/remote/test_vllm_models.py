@@ -1,7 +1,7 @@
 """Real vLLM servers of models whose weights do not arrive by vLLM's own reload on a CPU.
 
-A mixture of experts, which the kernel has packed and padded, and one with windows, sinks and biases,
-whose weights vLLM copies past its loaders. transformers fuses the experts of both.
+A mixture of experts, which the kernel has packed and padded, and one with windows, sinks and
+biases, whose weights vLLM copies past its loaders. transformers fuses the experts of both.
 """
 
 from __future__ import annotations
@@ -25,7 +25,11 @@ from sdp_lightning.training.policy.weight_export import named_weights
 from support.real_vllm import assert_exact, core, engine_url, generate_across, make_config
 from support.trainers import Judge, Recorder, make_data, make_module, make_trainer, make_workflow
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.timeout(600),
+    pytest.mark.filterwarnings("ignore:transport='gloo'"),
+]
 
 COMMON: dict[str, Any] = {
     "vocab_size": 50,
