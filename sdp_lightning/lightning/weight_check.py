@@ -123,14 +123,14 @@ class WeightCheck:
 
     def _ask(self, ask: EngineLogprobs, tokens: IntArray) -> dict[str, FloatArray]:
         """What each engine answers; a run goes on with engines that cannot, and the log says so."""
-        why = "it scores no text"
+        why, level = "it scores no text.", logging.INFO
         try:
             answers = {name: value for name, value in ask(tokens).items() if value.size}
         except (EngineError, NotImplementedError) as error:
-            answers, why = {}, str(error) or type(error).__name__
+            answers, why, level = {}, str(error) or type(error).__name__, logging.WARNING
         if not answers and not self._said:
             self._said = True
-            logger.warning("The engine's weights are not checked against the trainer's: %s", why)
+            logger.log(level, "the engine is not checked against the trainer: %s", why)
         return answers
 
     def _judge(

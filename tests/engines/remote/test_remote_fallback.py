@@ -172,7 +172,7 @@ def test_an_echo_is_of_the_weights_that_sample_now(two: list[Server], scale_out:
     [
         ("odd", "a prompt without prompt_logprobs of every token"),
         ("500", "answered 500"),
-        ("truncated", "broke off"),
+        ("truncated", "payload is not completed"),
     ],
 )
 def test_a_server_that_scores_no_prompt_is_named_once_and_samples_on(
