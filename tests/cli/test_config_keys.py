@@ -30,14 +30,10 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_folder: str) -
         "init_args": {"save_dir": "runs", "name": None},
     }
     observers: list[dict[str, Any]] = [
-        {"class_path": f"sdp_lightning.{name}"} for name in ("RunReport", "Recorder")
+        {"class_path": f"sdp_lightning.{name}"}
+        for name in ("WeightSyncCallback", "RunReport", "Recorder")
     ]
-    observers.append(
-        {  # the server has no model to compare with the trainer's
-            "class_path": "sdp_lightning.WeightSyncCallback",
-            "init_args": {"weight_check_every": 0},
-        }
-    )
+    observers[0]["init_args"] = {"weight_check_every": 0}  # the server has no model
     files = {"max_steps": 1, "enable_checkpointing": True, "logger": logger, "callbacks": observers}
     settings = small_config(model_folder, **files)
     settings["data"]["engine"] = "vllm://127.0.0.1:1"
