@@ -144,7 +144,11 @@ class InferenceEngine(Protocol):
             token_ids: ``[n]``, at least two.
 
         Returns:
-            ``[n - 1]`` nats at temperature 1 for each copy of the weights, keyed by its name.
+            ``[n - 1]`` nats at temperature 1 for each copy of the weights, keyed by its name; fewer
+            if a copy has no room for the whole prompt. One that cannot score is left out.
+
+        Raises:
+            EngineError: if no copy answers.
         """
         ...
 

@@ -53,7 +53,7 @@ from sdp_lightning.training.policy.scoring import group_by_prompt, split_by_segm
 from sdp_lightning.training.policy.sharding import gradient_sync, is_sharded, shard
 from sdp_lightning.training.policy.weight_export import named_weights
 from sdp_lightning.training.update import PolicyUpdate, TrainingLoop
-from sdp_lightning.types import Context, FloatArray, Segment, Trajectory
+from sdp_lightning.types import Context, FloatArray, Segment, Trajectory, TrajectoryGroup
 from sdp_lightning.weights.protocol import WeightStream
 
 
@@ -248,6 +248,11 @@ class SegmentWisePPOModule(L.LightningModule):
         newest = max(group.tail_version or 0 for group in groups)
         logprobs = self._runner.logprobs(collate(groups, version=newest).to(self.device)).cpu()
         return split_by_segment(trajectories, logprobs[rows])
+
+    def own_logprobs(self, trajectory: Trajectory) -> FloatArray:
+        """Log-probs of its one segment by the model's own logits in eval mode: a second opinion."""
+        batch = collate([TrajectoryGroup((trajectory,))], version=0).to(self.device)
+        return split_by_segment([trajectory], self._runner.own_logprobs(batch).cpu())[0][0]
 
     @property
     def is_collective(self) -> bool:

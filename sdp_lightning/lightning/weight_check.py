@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,66 +25,153 @@ logger = logging.getLogger(__name__)
 EngineLogprobs = Callable[[IntArray], Mapping[str, FloatArray]]
 TrainerLogprobs = Callable[[Trajectory], FloatArray]
 _EXPLAINED_SHARE = 0.5  # of the difference must vanish before a parameter is named
+_ASIDE = 4.0  # the side that is so many times as far from the model's own logits is wrong
 
 
 class WeightCheck:
     """Compares the log-probs of a text under the trainer's weights and under each engine's.
 
-    Keeps a copy of the trained weights on the CPU from the last time that engine and trainer
-    agreed. With it an error can name the parameter of which the engine still has the old value.
+    Where they differ, the model's own logits in eval mode tell which of the two is wrong.
 
     Args:
         tolerance: largest mean absolute difference in nats. Between bfloat16 kernels it is about
             0.03, between float32 ones below 1e-4.
-        num_tokens: length of the text, which is random tokens.
+        num_tokens: length of the text, which is random tokens; less for a model of fewer positions.
         seed: seed of the text.
+        keep_weights: keep a copy of the trained weights on the CPU from the last time that engine
+            and trainer agreed. With it an error can name the parameter of which the engine still
+            has the old value.
 
     Raises:
         ConfigError: if ``tolerance`` is not positive.
     """
 
-    def __init__(self, *, tolerance: float = 0.1, num_tokens: int = 64, seed: int = 0) -> None:
+    def __init__(
+        self,
+        *,
+        tolerance: float = 0.1,
+        num_tokens: int = 64,
+        seed: int = 0,
+        keep_weights: bool = True,
+    ) -> None:
         if not tolerance > 0:
             raise ConfigError(f"weight_check_tolerance must be positive, got {tolerance}.")
         self._tolerance, self._num_tokens, self._seed = tolerance, num_tokens, seed
+        self._keep_weights, self._said = keep_weights, False
         self._agreed: dict[str, dict[str, Tensor]] = {}  # by the name that the engine uses
 
     def check(
-        self, policy: nn.Module, *, num_embeddings: int, score: TrainerLogprobs, ask: EngineLogprobs
-    ) -> float:
-        """The largest mean difference of any engine, in nats.
+        self,
+        policy: nn.Module,
+        *,
+        num_embeddings: int,
+        score: TrainerLogprobs,
+        ask: EngineLogprobs,
+        own: TrainerLogprobs | None = None,
+    ) -> float | None:
+        """The largest mean difference of any engine, in nats; None if none scores a text.
+
+        A collective for a sharded policy, whose ranks all check, by the model's own logits only.
 
         Args:
             policy: the trainer's model.
             num_embeddings: size of its vocabulary.
-            score: the trainer's log-probs of a trajectory's one segment.
-            ask: each engine's log-probs of all tokens of a text but the first.
+            score: the trainer's log-probs of a trajectory's one segment, as training scores it.
+            ask: each engine's log-probs of all tokens of a text but the first, or of as many of
+                them as it has room for.
+            own: the same as ``score``, by the model's own logits in eval mode. None: a forward of
+                ``policy``, which is not sharded.
 
         Raises:
-            EngineError: naming the engine, the difference, and the parameter at fault if one is.
+            EngineError: naming the engine, the difference, which side is wrong, and the parameter
+                at fault if one is.
         """
-        tokens = np.random.default_rng(self._seed).integers(num_embeddings, size=self._num_tokens)
+        sharded = any(isinstance(parameter, DTensor) for parameter in policy.parameters())
+        tokens = self._text(policy, num_embeddings)
+        answers = self._ask(ask, tokens)
+        if not answers and not sharded:
+            return None
         blank = np.zeros(tokens.size - 1, dtype=np.float32)
-        own = score(Trajectory((Context(tokens[:1]), Segment(0, tokens[1:], blank)), reward=0.0))
-        differences = {name: _mean_difference(value, own) for name, value in ask(tokens).items()}
+        text = Trajectory((Context(tokens[:1]), Segment(0, tokens[1:], blank)), reward=0.0)
+        # What training scores of a sharded policy is tried once, on rows of the run's own length.
+        judge = own(text) if sharded and own is not None else None
+        scores = score(text) if judge is None else judge
+        if not answers:
+            return None
+        differences = {name: _mean_difference(value, scores) for name, value in answers.items()}
         worst = max(differences, key=lambda name: differences[name])
         if differences[worst] > self._tolerance:
-            engine_logprobs = ask(tokens)[worst]
+            if judge is None:
+                judge = own(text) if own is not None else _logprobs(policy, {}, tokens)
+            said = answers[worst]
             raise EngineError(
-                f"{worst} answers a text of {tokens.size} tokens with log-probs that differ from "
+                f"{worst} answers a text of {said.size + 1} tokens with log-probs that differ from "
                 f"the trainer's by {differences[worst]:.3g} nats in the mean (allowed is "
-                f"{self._tolerance:g}): it does not compute with the weights that it was sent. "
-                f"{self._find_fault(policy, tokens, engine_logprobs)}"
+                f"{self._tolerance:g}): {self._judge(policy, tokens, said, scores, judge)}"
             )
+        if self._keep_weights and not sharded:  # else no rank has whole weights to keep
+            self._keep(policy)
+        return differences[worst]
+
+    def _text(self, policy: nn.Module, num_embeddings: int) -> IntArray:
+        config: Any = policy.config
+        # foreign: configurations differ, and a model may have no limit
+        room = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+        size = min(self._num_tokens, room or self._num_tokens)
+        # Some models cut off the logits of the last tokens.
+        return np.random.default_rng(self._seed).integers(max(1, num_embeddings // 2), size=size)
+
+    def _ask(self, ask: EngineLogprobs, tokens: IntArray) -> dict[str, FloatArray]:
+        """What each engine answers; a run goes on with engines that cannot, and the log says so."""
+        why, level = "it scores no text.", logging.INFO
+        try:
+            answers = {name: value for name, value in ask(tokens).items() if value.size}
+        except (EngineError, NotImplementedError) as error:
+            answers, why, level = {}, str(error) or type(error).__name__, logging.WARNING
+        if not answers and not self._said:
+            self._said = True
+            logger.log(level, "the engine is not checked against the trainer: %s", why)
+        return answers
+
+    def _judge(
+        self,
+        policy: nn.Module,
+        tokens: IntArray,
+        said: FloatArray,
+        scores: FloatArray,
+        own: FloatArray,
+    ) -> str:
+        """Which of two sides is wrong by the model's ``own`` log-probs, and what to do."""
+        engine, trainer = _mean_difference(said, own), _mean_difference(scores[: said.size], own)
+        third = "The model's own logits in eval mode are"
+        if not np.isfinite(own).all():
+            return f"the weights are wrong. {third} not finite: training has diverged."
+        if trainer * _ASIDE <= engine:
+            return (
+                f"the engine is wrong. {third} {engine:.3g} from the engine's log-probs and "
+                f"{trainer:.3g} from the trainer's: it does not compute with the weights that it "
+                f"was sent. {self._find_fault(policy, tokens, said)} A quantized engine needs a "
+                "larger weight_check_tolerance."
+            )
+        if engine * _ASIDE <= trainer:
+            return (
+                f"the trainer is wrong. {third} {trainer:.3g} from the log-probs that training "
+                f"computes and {engine:.3g} from the engine's. Something changes what training "
+                "scores: dropout that is on, a hook, another precision, or its attention kernel."
+            )
+        return (
+            f"both are off. {third} {engine:.3g} from the engine's log-probs and {trainer:.3g} "
+            "from the trainer's: use one precision and one attention kernel on both sides, or a "
+            "larger weight_check_tolerance."
+        )
+
+    def _keep(self, policy: nn.Module) -> None:
         trained = {name for name, p in policy.named_parameters() if p.requires_grad}
-        if any(isinstance(parameter, DTensor) for parameter in policy.parameters()):
-            return differences[worst]  # no rank has whole weights to keep
         self._agreed = {}
         for name, tensor in policy.named_parameters(remove_duplicate=False):
             if name in trained or _is_tied(policy, name, trained):
                 copy = tensor.detach().to("cpu", copy=True)
                 self._agreed.setdefault(merged_name(name), {})[name] = copy
-        return differences[worst]
 
     def _find_fault(self, policy: nn.Module, tokens: IntArray, observed: FloatArray) -> str:
         """Name the parameter whose value of the last agreement gives the ``observed`` log-probs."""
@@ -122,7 +210,9 @@ def _logprobs(policy: nn.Module, replaced: dict[str, Tensor], tokens: IntArray) 
     return chosen.cpu().numpy()
 
 
-def _mean_difference(first: FloatArray, second: FloatArray) -> float:
-    if first.shape != second.shape or not np.isfinite(first).all():
+def _mean_difference(said: FloatArray, scores: FloatArray) -> float:
+    """Of what an engine says and of the scores of the same tokens, from the first one on."""
+    if said.size > scores.size or not np.isfinite(said).all():
         return float("inf")
-    return float(np.abs(first - second).mean())
+    difference = float(np.abs(said - scores[: said.size]).mean())
+    return difference if np.isfinite(difference) else float("inf")

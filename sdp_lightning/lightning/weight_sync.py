@@ -6,6 +6,7 @@ It runs in ``on_train_batch_end``, before ModelCheckpoint saves and before the n
 from __future__ import annotations
 
 import logging
+import time
 import warnings
 from typing import Any
 
@@ -25,6 +26,8 @@ from sdp_lightning.lightning.weight_check import WeightCheck
 from sdp_lightning.rollout.executor import WorkflowExecutor
 from sdp_lightning.rollout.groups.telemetry import RolloutCounts
 from sdp_lightning.training.batch import Batch
+from sdp_lightning.training.policy.checkpoint_names import as_in_checkpoint
+from sdp_lightning.weights.protocol import WeightStream
 
 logger = logging.getLogger(__name__)
 
@@ -44,9 +47,9 @@ class WeightSyncCallback(Callback):
 
     Args:
         weight_check_every: compare log-probs of a text under the engine's weights and the trainer's
-            after the first two publishes and every so many
-            (:class:`~sdp_lightning.lightning.weight_check.WeightCheck`). Keeps a copy of the
-            trained weights on the CPU. None never checks.
+            (:class:`~sdp_lightning.lightning.weight_check.WeightCheck`) after the first two
+            publishes and every so many, and keep a copy of the trained weights on the CPU for it.
+            None: once, after the first publish of a run. 0: never.
         weight_check_tolerance: largest mean difference of these log-probs in nats.
         save_on_stop: let Ctrl-C and SIGTERM end a fit after the present step and, if the Trainer
             checkpoints, with a checkpoint
@@ -75,13 +78,17 @@ class WeightSyncCallback(Callback):
         if echo_tolerance is not None:
             _warn_of_rename("echo_tolerance", "weight_check_tolerance")
             weight_check_tolerance = echo_tolerance
-        if weight_check_every is not None and weight_check_every < 1:
-            raise ConfigError(f"weight_check_every must be at least 1, got {weight_check_every}.")
+        if weight_check_every is not None and weight_check_every < 0:
+            raise ConfigError(
+                f"weight_check_every must be 1 or more, 0 for never, or None for once at the start;"
+                f" got {weight_check_every}."
+            )
         self.version = 0
-        self._check_every = weight_check_every
-        self._weight_check = (
-            None if weight_check_every is None else WeightCheck(tolerance=weight_check_tolerance)
-        )
+        self._check_every = weight_check_every or 0
+        keep = self._check_every > 0
+        check = WeightCheck(tolerance=weight_check_tolerance, keep_weights=keep)
+        self._weight_check = None if weight_check_every == 0 else check
+        self._checked: dict[str, float] = {}
         self._times: dict[str, float] = {}
         self._learned, self._busy_s = 0, 0.0
         self._warned = False
@@ -141,8 +148,7 @@ class WeightSyncCallback(Callback):
                 f"{self.version}: was a publish skipped?"
             )
         data.phase_timer.enter("publish")
-        alpha = _lora_alpha(executor.engine)
-        weights = module.named_weights(changed_only=True, lora_alpha=alpha)
+        weights = _weights_for(executor.engine, module, changed_only=True)
         report = executor.publish(weights, self.version + 1)
         self.version += 1
         data.phase_timer.enter("rest")
@@ -159,7 +165,9 @@ class WeightSyncCallback(Callback):
         }
         self._busy_s = busy_s
         if self._check_every and (self.version == 1 or self.version % self._check_every == 0):
-            self._times["publish/echo"] = self._check_weights(module, executor)
+            self._check_weights(module, executor)
+        self._times |= self._checked
+        self._checked = {}
         assert data.loader is not None  # this batch came from it
         self._log(module, data.loader.counts, len(batch))
 
@@ -201,20 +209,28 @@ class WeightSyncCallback(Callback):
             if trainer.state.fn == "fit":
                 data.resume(self.version)
             tell_vocabulary(executor.engine, _num_embeddings(module.require_policy()))
-            weights = module.named_weights(lora_alpha=_lora_alpha(executor.engine))
+            weights = _weights_for(executor.engine, module)
             executor.publish(weights, self.version, reset=True)
             self._check_weights(module, executor)
 
-    def _check_weights(self, module: SegmentWisePPOModule, executor: WorkflowExecutor) -> float:
+    def _check_weights(self, module: SegmentWisePPOModule, executor: WorkflowExecutor) -> None:
         if self._weight_check is None:
-            return 0.0
-        policy = module.require_policy()
-        return self._weight_check.check(
+            return
+        policy, start_s = module.require_policy(), time.perf_counter()
+        difference = self._weight_check.check(
             policy,
             num_embeddings=_num_embeddings(policy),
             score=lambda trajectory: module.score([trajectory])[0][0],
             ask=executor.engine.prompt_logprobs,
+            own=module.own_logprobs,
         )
+        if difference is not None:
+            took_s = time.perf_counter() - start_s
+            self._checked = {"publish/echo": difference, "publish/echo_s": took_s}
+            logger.info(
+                "weight check at version %d: engine and trainer are %.2g nats apart; took %.3f s.",
+                *(self.version, difference, took_s),
+            )
 
     def _log(self, module: SegmentWisePPOModule, counts: RolloutCounts, size: int) -> None:
         learned, self._learned = counts.trained_tokens - self._learned, counts.trained_tokens
@@ -256,9 +272,14 @@ def _num_embeddings(policy: PreTrainedModel) -> int:
     return int(policy.get_input_embeddings().weight.shape[0])  # type: ignore
 
 
-def _lora_alpha(engine: InferenceEngine) -> float | None:
-    """``alpha`` of the adapters that the engine samples with; None: it needs merged weights."""
-    return engine.lora_alpha if isinstance(engine, SharedServerEngine) else None
+def _weights_for(
+    engine: InferenceEngine, module: SegmentWisePPOModule, *, changed_only: bool = False
+) -> WeightStream:
+    """Weights as ``engine`` reads them: servers know the names of checkpoints."""
+    if not isinstance(engine, SharedServerEngine):
+        return module.named_weights(changed_only=changed_only)
+    weights = module.named_weights(changed_only=changed_only, lora_alpha=engine.lora_alpha)
+    return as_in_checkpoint(module.require_policy(), weights)
 
 
 def _parts(

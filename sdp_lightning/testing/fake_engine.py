@@ -7,8 +7,6 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from sdp_lightning.distributed.event_loop import settle
 from sdp_lightning.engines.protocol import (
     GenerationRequest,
@@ -51,8 +49,8 @@ class FakeEngine:
             server does.
         latency_s: latency of a reply, in seconds.
         chunks: number of steps of a reply; weights may change between them.
-        prompt_logprobs: log-probs of a prompt's own tokens but the first, in nats; None gives each
-            the log-prob of the version.
+        prompt_logprobs: log-probs of a prompt's own tokens but the first, in nats; None: it has
+            no model to score a prompt with, so nothing compares it with the trainer.
     """
 
     def __init__(
@@ -199,10 +197,7 @@ class FakeEngine:
             self._release()
 
     def prompt_logprobs(self, token_ids: IntArray) -> Mapping[str, FloatArray]:
-        if self._prompt_logprobs is not None:
-            return {"fake": self._prompt_logprobs(token_ids)}
-        version = -1 if self._version is None else self._version
-        return {"fake": np.full(token_ids.size - 1, -(version + 1) / 10, dtype=np.float32)}
+        return {} if self._prompt_logprobs is None else {"fake": self._prompt_logprobs(token_ids)}
 
     def close(self) -> None:
         with self._changed:

@@ -29,7 +29,11 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_folder: str) -
         "class_path": "lightning.pytorch.loggers.CSVLogger",
         "init_args": {"save_dir": "runs", "name": None},
     }
-    observers = [{"class_path": f"sdp_lightning.{name}"} for name in ("RunReport", "Recorder")]
+    observers: list[dict[str, Any]] = [
+        {"class_path": f"sdp_lightning.{name}"}
+        for name in ("WeightSyncCallback", "RunReport", "Recorder")
+    ]
+    observers[0]["init_args"] = {"weight_check_every": 0}  # the server has no model
     files = {"max_steps": 1, "enable_checkpointing": True, "logger": logger, "callbacks": observers}
     settings = small_config(model_folder, **files)
     settings["data"]["engine"] = "vllm://127.0.0.1:1"

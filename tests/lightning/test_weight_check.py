@@ -23,9 +23,13 @@ def logprobs_of(model: Any) -> Callable[[IntArray], FloatArray]:
     return lambda tokens: text_logprobs(model, tokens).numpy()
 
 
-def check(weights: WeightCheck, policy: Any, *engines: Any) -> float:
+def check(
+    weights: WeightCheck, policy: Any, *engines: Any, off: float | FloatArray = 0.0
+) -> float | None:
+    """``off``: how far the trainer's scores are from the logits of its own model."""
+
     def score(trajectory: sdp.Trajectory) -> FloatArray:
-        return logprobs_of(policy)(trajectory.token_ids)
+        return logprobs_of(policy)(trajectory.token_ids) + np.float32(off)
 
     def ask(tokens: IntArray) -> dict[str, FloatArray]:
         return {f"engine{i}": logprobs_of(engine)(tokens) for i, engine in enumerate(engines)}
@@ -51,7 +55,8 @@ def copy_of(model: Any, *, tied: bool = True) -> Any:
 def test_an_engine_with_the_trainers_weights_passes_at_every_publish():
     weights, policy = WeightCheck(tolerance=1e-5), tiny_model()
     for _ in range(2):
-        assert check(weights, policy, copy_of(policy), copy_of(policy)) < 1e-6
+        difference = check(weights, policy, copy_of(policy), copy_of(policy))
+        assert difference is not None and difference < 1e-6
         train(policy)
 
 
@@ -103,6 +108,44 @@ def test_log_probs_that_are_not_finite_are_refused():
         check(weights, policy, broken)
 
 
+def test_the_model_itself_tells_which_side_is_wrong() -> None:
+    weights, policy, other = WeightCheck(tolerance=1e-3), tiny_model(), tiny_model(seed=9)
+    with pytest.raises(sdp.EngineError, match=r"engine0 .*: the engine is wrong\. .* 0 from "):
+        check(weights, policy, other)
+    with pytest.raises(sdp.EngineError, match=r"the trainer is wrong\. .* 0\.5 from the log"):
+        check(weights, policy, copy_of(policy), off=-0.5)
+    with pytest.raises(sdp.EngineError, match=r"both are off\. "):
+        check(weights, policy, other, off=-2.0)
+    torch.nn.init.constant_(policy.model.norm.weight, float("nan"))
+    with pytest.raises(sdp.EngineError, match=r"the weights are wrong\. .* not finite: training"):
+        check(weights, policy, copy_of(policy))
+
+
+def test_a_text_has_no_more_tokens_than_the_model_has_positions_or_than_an_engine_answers() -> None:
+    policy = tiny_model()
+    policy.config.max_position_embeddings = 12
+    asked: list[int] = []
+
+    def ask(tokens: IntArray) -> dict[str, FloatArray]:
+        asked.append(tokens.size)
+        whole = logprobs_of(policy)(tokens)
+        return {"short": whole[:4], "whole": whole, "deaf": whole[:0]}
+
+    def compare(off: float) -> float | None:
+        return WeightCheck(tolerance=1e-3, keep_weights=False).check(
+            policy,
+            num_embeddings=40,
+            score=lambda text: logprobs_of(policy)(text.token_ids) + np.float32(off),
+            ask=ask,
+        )
+
+    difference = compare(0.0)
+    assert difference is not None and difference < 1e-6
+    with pytest.raises(sdp.EngineError, match="short answers a text of 5 tokens"):
+        compare(0.5)
+    assert asked == [12, 12]
+
+
 def test_frozen_weights_are_not_kept():
     weights, policy = WeightCheck(), tiny_model(tie_word_embeddings=True)
     policy.requires_grad_(False)
@@ -120,6 +163,54 @@ def test_a_fit_checks_after_the_first_publishes_and_every_nth(model_folder: str)
     assert checked[0] is not None and 0 <= checked[0] < 1e-4
     sync = sdp.WeightSyncCallback(weight_check_every=2, weight_check_tolerance=1e9)
     assert lengths_asked_for(sync, model_folder) == [64] * 4  # at versions 0, 1, 2 and 4
+
+
+def test_unless_told_otherwise_a_fit_checks_once_and_says_what_that_cost(
+    model_folder: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    recorder, sync = Recorder(), sdp.WeightSyncCallback()
+    with caplog.at_level("INFO", "sdp_lightning.lightning.weight_sync"):
+        make_trainer(sync, recorder, max_steps=2).fit(make_module(model_folder), make_data())
+    first, second = recorder.metrics
+    assert 0 <= first["publish/echo"] < 1e-4 and first["publish/echo_s"] > 0
+    (line,) = [text for text in caplog.messages if text.startswith("weight check")]
+    assert "at version 0" in line and f"took {first['publish/echo_s']:.3f} s" in line
+    assert second["publish/echo_s"] == first["publish/echo_s"]  # not asked again
+    assert sync._weight_check is not None and not sync._weight_check._agreed
+    sync = sdp.WeightSyncCallback(weight_check_tolerance=1e9)
+    assert lengths_asked_for(sync, model_folder) == [64]
+    assert lengths_asked_for(sdp.WeightSyncCallback(weight_check_every=0), model_folder) == []
+
+
+@pytest.mark.parametrize("why", ["it scores no text.", "no server scores a prompt: 404"])
+def test_a_run_goes_on_with_an_engine_that_scores_no_text_and_says_so_once(
+    why: str, model_folder: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(tokens: IntArray) -> FloatArray:
+        raise sdp.EngineError(why)
+
+    engine = FakeEngine(prompt_logprobs=refuse if "404" in why else None)
+    recorder = Recorder()
+    trainer = make_trainer(sdp.WeightSyncCallback(weight_check_every=1), recorder, max_steps=2)
+    with caplog.at_level("INFO", "sdp_lightning.lightning.weight_check"):
+        trainer.fit(make_module(model_folder), make_data(engine=engine))
+    assert len(recorder.steps) == 2 and "publish/echo" not in recorder.metrics[1]
+    assert [text for text in caplog.messages if "not checked" in text] == [
+        f"the engine is not checked against the trainer: {why}"
+    ]
+
+
+class OffByHalf(sdp.SegmentWisePPOModule):
+    """Its scores are not those of its model."""
+
+    def score(self, trajectories: Any) -> list[list[FloatArray]]:
+        return [[part - np.float32(0.5) for part in parts] for parts in super().score(trajectories)]
+
+
+def test_a_fit_whose_trainer_scores_wrongly_names_the_trainer(model_folder: str) -> None:
+    trainer = make_trainer(sdp.WeightSyncCallback(), max_steps=1)
+    with pytest.raises(sdp.EngineError, match=r"embedded answers .* the trainer is wrong\. "):
+        trainer.fit(OffByHalf(model_folder), make_data())
 
 
 def lengths_asked_for(sync: Callback, folder: str) -> list[int]:
@@ -158,15 +249,15 @@ def test_a_config_with_the_former_names_goes_on_and_names_the_new_ones(model_fol
 def test_a_fit_through_an_engine_with_other_weights_ends_before_the_first_batch(
     model_folder: str,
 ) -> None:
-    engine = FakeEngine()
-    trainer = make_trainer(sdp.WeightSyncCallback(weight_check_every=1), max_steps=1)
-    with pytest.raises(sdp.EngineError, match="fake answers a text of 64 tokens"):
+    engine = FakeEngine(prompt_logprobs=logprobs_of(tiny_model(seed=9)))
+    trainer = make_trainer(sdp.WeightSyncCallback(), max_steps=1)
+    with pytest.raises(sdp.EngineError, match=r"fake answers a text of 64 .* the engine is wrong"):
         trainer.fit(make_module(model_folder), make_data(engine=engine))
     assert engine.num_requests == 0
 
 
 def test_settings_out_of_range_are_refused():
-    with pytest.raises(sdp.ConfigError, match="weight_check_every must be at least 1, got 0"):
-        sdp.WeightSyncCallback(weight_check_every=0)
+    with pytest.raises(sdp.ConfigError, match=r"weight_check_every must be 1 or more, .*; got -1"):
+        sdp.WeightSyncCallback(weight_check_every=-1)
     with pytest.raises(sdp.ConfigError, match="weight_check_tolerance must be positive"):
         sdp.WeightSyncCallback(weight_check_every=1, weight_check_tolerance=0.0)

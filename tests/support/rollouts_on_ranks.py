@@ -245,7 +245,7 @@ def rollouts(
     saver = ModelCheckpoint(save_in, "{step}", every_n_train_steps=1, save_top_k=-1)
     page = tempfile.mkdtemp(dir=Path(place.folder).parent)
     trainer = make_trainer(
-        sdp.WeightSyncCallback(),
+        sdp.WeightSyncCallback(weight_check_every=0 if servers or launch else None),
         troublemaker,
         seen,
         metrics,

@@ -34,6 +34,7 @@ class Replica:
         num_returns: number of attempts to bring it back since it last completed a request.
         tried_s: time of the last such attempt.
         handshake_done: whether its log-probs were checked since the connection was last lost.
+        scores_prompts: whether it gave the log-probs of every prompt that it was asked for.
         waits_for_publish: it is reachable and paused, and the next publish includes it.
         busy_until_s: time until which it has asked to be left alone; ``why_busy`` is its answer.
         why_out: the latest error while it did not serve, or the one that took it out.
@@ -50,6 +51,7 @@ class Replica:
     num_returns: int = 0
     tried_s: float = 0.0
     handshake_done: bool = True
+    scores_prompts: bool = True
     waits_for_publish: bool = False
     busy_until_s: float = 0.0
     why_busy: str = ""

@@ -151,7 +151,11 @@ class ServerClient:
         return await self._ask(replica, call, limit, self._backend.read_version)
 
     async def prompt_logprobs(self, replica: Replica, token_ids: list[int]) -> tuple[float, ...]:
-        """Log-probs of a prompt's own tokens but the first, nats at temperature 1."""
+        """Log-probs of a prompt's own tokens but the first, nats at temperature 1.
+
+        Of a prompt that is longer than the server allows, those of its beginning.
+        """
+        token_ids = token_ids[: replica.serves.max_length - 1]  # it samples one token more
 
         def read(answer: Any) -> tuple[float, ...]:
             return self._backend.read_prompt_logprobs(answer, token_ids)

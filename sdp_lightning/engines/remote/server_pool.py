@@ -14,6 +14,7 @@ from time import monotonic
 from sdp_lightning.engines.protocol import GenerationRequest
 from sdp_lightning.engines.remote.backend import Chunk, Completion
 from sdp_lightning.engines.remote.options import RemoteOptions
+from sdp_lightning.engines.remote.prompt_scores import score_prompt
 from sdp_lightning.engines.remote.replicas import Replica, ReplicaSet
 from sdp_lightning.engines.remote.responses import ServerError, ServerLost
 from sdp_lightning.engines.remote.server_client import (
@@ -188,14 +189,8 @@ class ServerPool:
         self._interrupted.clear()
 
     async def prompt_logprobs(self, token_ids: list[int]) -> dict[str, tuple[float, ...]]:
-        """Log-probs of ``token_ids`` but the first on each serving server, keyed by URL."""
-        answers: dict[str, tuple[float, ...]] = {}
-
-        async def work(replica: Replica) -> None:
-            answers[replica.url] = await self._client.prompt_logprobs(replica, token_ids)
-
-        await self._for_each_serving(work, "scoring a prompt")
-        return answers
+        """See :func:`~sdp_lightning.engines.remote.prompt_scores.score_prompt`."""
+        return await score_prompt(self._client, self._set.serving, token_ids)
 
     async def _for_each_serving(
         self, work: Callable[[Replica], Awaitable[None]], phase: str

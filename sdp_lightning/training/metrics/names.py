@@ -170,8 +170,9 @@ OTHERS: dict[str, tuple[Logged, ...]] = {
             "publish/echo",
             "mean difference of the log-probs of a text, engine against trainer, nats; as of the "
             "last time that it was asked",
-            "`WeightSyncCallback(weight_check_every=)`",
+            "an engine that scores texts, and not `WeightSyncCallback(weight_check_every=0)`",
         ),
+        Logged("publish/echo_s", "seconds that this took", "`publish/echo`"),
     ),
 }
 

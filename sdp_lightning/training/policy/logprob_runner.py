@@ -16,7 +16,7 @@ from sdp_lightning.training.policy.forward import (
     SequenceLogprobs,
     attention_costs,
 )
-from sdp_lightning.training.policy.score_check import ScoreCheck
+from sdp_lightning.training.policy.score_check import ScoreCheck, eager_attention
 from sdp_lightning.training.policy.sharding import is_sharded
 
 _PACKED: tuple[Layout, ...] = ("packed", "shared_prefix")
@@ -112,6 +112,21 @@ class LogprobRunner:
                 logprobs = self(piece).logprobs.float()
                 out[piece.rows] = torch.where(piece.batch.loss_mask, logprobs, out[piece.rows])
         return out
+
+    def own_logprobs(self, batch: Batch) -> Tensor:
+        """[B, T] as :meth:`logprobs`, but by the model's own logits: a second opinion.
+
+        In eval mode, with eager attention, each row alone.
+        """
+        policy = self._forward.policy
+        modes = {module: module.training for module in policy.modules()}
+        policy.eval()
+        try:
+            with torch.no_grad(), self._precision(), eager_attention(policy):
+                return self._forward(batch, "alone")[0]
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
 
 
 def add_idle(pieces: Sequence[MicroBatch], number: int) -> list[MicroBatch]:

@@ -156,7 +156,7 @@ class ScoreCheck:
     def _compare_with_own_logits(self, rows: Batch, scores: Tensor) -> ConfigError | None:
         policy = self._forward.policy
         versions = [parameter._version for parameter in policy.parameters()]
-        with _eager_attention(policy):
+        with eager_attention(policy):
             own = self._own_logprobs(rows)
         without_long = self._forward(rows.select([1, 2]), "padded")[0]
         if not self._sharded and versions != [p._version for p in policy.parameters()]:
@@ -217,7 +217,7 @@ class ScoreCheck:
 
 
 @contextmanager
-def _eager_attention(policy: PreTrainedModel) -> Generator[None]:
+def eager_attention(policy: PreTrainedModel) -> Generator[None]:
     """Context in which ``policy`` runs with eager attention, which leaves nothing out."""
     config: Any = policy.config.get_text_config(decoder=True)
     own = config._attn_implementation

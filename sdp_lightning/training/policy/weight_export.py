@@ -35,11 +35,11 @@ def named_weights(
         parts = {name: [tensor] for name, tensor in state.items()}
     else:
         parts, trained = group_by_base_weight(state), [merged_name(name) for name in trained]
-    layers = {_layer_of(name) for name in trained}
+    layers = {layer_of(name) for name in trained}
     layout = {
         name: _like(some)
         for name, some in parts.items()
-        if not changed_only or _layer_of(name) in layers
+        if not changed_only or layer_of(name) in layers
     }
     return WeightStream(
         layout, lambda name: merge([_whole(t) for t in parts[name]], merged_alpha or 0.0)
@@ -57,7 +57,7 @@ def _whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def _layer_of(name: str) -> str:
+def layer_of(name: str) -> str:
     """``model.layers.3`` for ``model.layers.3.mlp.up_proj.weight``; other names are unchanged."""
     layer = re.match(r".*?\.\d+(?=\.)", name)
     return name if layer is None or ".lora_" in name else layer[0]

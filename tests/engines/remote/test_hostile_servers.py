@@ -98,6 +98,6 @@ def test_a_fit_holds_servers_to_the_vocabulary_of_its_model(one: Server, model_f
     one.alter(GENERATE, {"choices.0.token_ids.0": 5000})
     options = {"recover_s": 0.2, "health_interval_s": 1000.0}
     data = make_data(make_workflow(), engine=f"vllm://{one.host}", engine_options=options)
-    trainer = make_trainer(sdp.WeightSyncCallback(), max_steps=1)
+    trainer = make_trainer(sdp.WeightSyncCallback(weight_check_every=0), max_steps=1)
     with pytest.raises(RolloutError, match=r"token 5000, but the model's vocabulary has \d+"):
         trainer.fit(make_module(model_folder), data)

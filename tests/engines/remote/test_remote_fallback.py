@@ -172,17 +172,28 @@ def test_an_echo_is_of_the_weights_that_sample_now(two: list[Server], scale_out:
     [
         ("odd", "a prompt without prompt_logprobs of every token"),
         ("500", "answered 500"),
-        ("truncated", "0 servers are left"),
+        ("truncated", "payload is not completed"),
     ],
 )
-def test_a_server_that_does_not_echo_is_taken_out_and_the_last_one_is_an_error(
-    two: list[Server], kind: str, said: str
+def test_a_server_that_scores_no_prompt_is_named_once_and_samples_on(
+    two: list[Server], kind: str, said: str, caplog: pytest.LogCaptureFixture
 ):
     with connected(*two, health_interval_s=1000.0) as engine:
         publish(engine, 0, reset=True)
         two[1].fault(COMPLETIONS, kind)
-        assert engine.prompt_logprobs(np.array([7, 20])).keys() == {two[0].url}
-        assert engine.num_serving == 1
+        for _ in range(2):
+            assert engine.prompt_logprobs(np.array([7, 20])).keys() == {two[0].url}
+        (line,) = [text for text in caplog.messages if "where a prompt is scored" in text]
+        assert line.startswith(two[1].url)
         two[0].fault(COMPLETIONS, kind)
-        with pytest.raises(EngineError, match=f"scoring a prompt: .*{said}"):
+        with pytest.raises(EngineError, match=f"no server scores a prompt: .*{said}"):
             engine.prompt_logprobs(np.array([7, 20]))
+        assert engine.num_serving == 2
+
+
+def test_of_a_prompt_that_is_too_long_for_a_server_its_beginning_is_scored(one: Server):
+    one.do(reset={"max_length": 5})
+    with connected(one) as engine:
+        publish(engine, 0, reset=True)
+        (found,) = engine.prompt_logprobs(np.arange(9)).values()
+        assert found.tolist() == pytest.approx([-0.1 - token / 1000 for token in (1, 2, 3)])
