@@ -2,7 +2,7 @@
 
 The checkpoint is one file (one device, DDP), or a folder of shards (``ModelParallelStrategy``). One
 process writes it, without GPU or Lightning. Weights are mapped from files and written file by file,
-never all in memory.
+never all in memory, but for a base model that an adapter is merged into.
 """
 
 from __future__ import annotations
@@ -18,12 +18,18 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sdp_lightning.cli.export.checkpoints import Checkpoint, MergedCheckpoint, open_checkpoint
+from sdp_lightning.cli.export.adapters import (
+    adapted_model,
+    empty_model,
+    merge_checkpoint,
+    peft_settings,
+)
+from sdp_lightning.cli.export.checkpoints import Checkpoint, open_checkpoint
 from sdp_lightning.config.atomic_files import atomic_folder
 from sdp_lightning.config.model_source import quiet_transformers, resolve_model
 from sdp_lightning.errors import ConfigError
 from sdp_lightning.training.policy.lora import is_adapter
-from sdp_lightning.weights.lora import adapter_config, plain_name
+from sdp_lightning.weights.lora import plain_name
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -81,14 +87,15 @@ def export_checkpoint(
     wanted = None if dtype is None else DTYPES[dtype]
     source, target = Path(checkpoint).expanduser(), Path(out).expanduser().absolute()
     trained = open_checkpoint(source)
-    merged = MergedCheckpoint(trained, source)
-    base = _base_model(merged, model, source)
+    base = _base_model(trained, model, source)
     _check_target(target, source, Path(base), overwrite=overwrite)
     with quiet_transformers():
-        empty = _empty_model(base, wanted or next(iter(merged.layout.values())).dtype)
-        _check_weights(merged.layout, empty, source, base)
+        adapted = adapted_model(trained, source, base)
         if adapter:
-            return _export_adapter(trained, source, base, target, wanted)
+            return _export_adapter(trained, adapted, source, base, target, wanted)
+        merged = merge_checkpoint(trained, adapted, base)
+        empty = empty_model(base, wanted or next(iter(merged.layout.values())).dtype)
+        _check_weights(merged.layout, empty, source, base)
         with atomic_folder(target) as folder:
             weights = _untie(merged.read(merged.layout, wanted, folder), empty, source)
             export = Export(target, base, len(weights), sum(t.nbytes for t in weights.values()))
@@ -139,11 +146,14 @@ def _check_target(out: Path, *sources: Path, overwrite: bool) -> None:
 def _base_model(checkpoint: Checkpoint, model: str | None, path: Path) -> str:
     if model is not None:
         return resolve_model(model)
-    if checkpoint.model_id is None:
+    adapter, known = checkpoint.adapter, checkpoint.model_id
+    if known is None and adapter is not None and adapter.base is not None:
+        known = adapter.base.model  # of weights alone: no callback was asked
+    if known is None:
         raise ConfigError(f"{path} does not say which model was trained. Pass it as --model.")
-    if checkpoint.model_id[:1] in "/.~" and not Path(checkpoint.model_id).expanduser().is_dir():
-        raise ConfigError(f"{path} is of {checkpoint.model_id!r}, which is missing. Pass --model.")
-    return checkpoint.model_id
+    if known[:1] in "/.~" and not Path(known).expanduser().is_dir():
+        raise ConfigError(f"{path} is of {known!r}, which is missing. Pass --model.")
+    return known
 
 
 def _untie(weights: dict[str, Tensor], model: Any, path: Path) -> dict[str, Tensor]:
@@ -163,19 +173,6 @@ def _untie(weights: dict[str, Tensor], model: Any, path: Path) -> dict[str, Tens
 # Writing ------------------------------------------------------------------------------------------
 
 
-def _empty_model(base: str, dtype: torch.dtype) -> Any:
-    """The model on the meta device, without memory for its weights."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    try:
-        config = AutoConfig.from_pretrained(base)
-        vars(config).pop("quantization_config", None)  # the trained weights are not quantized
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, dtype=dtype)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"no causal LM's config in {base!r}: {error}") from error
-
-
 def _write(model: Any, weights: dict[str, Tensor], base: str, folder: Path) -> None:
     from transformers import AutoTokenizer
     from transformers.utils.hub import cached_file
@@ -193,16 +190,22 @@ def _write(model: Any, weights: dict[str, Tensor], base: str, folder: Path) -> N
 
 
 def _export_adapter(
-    checkpoint: Checkpoint, source: Path, base: str, target: Path, dtype: torch.dtype | None
+    checkpoint: Checkpoint,
+    adapted: Any,
+    source: Path,
+    base: str,
+    target: Path,
+    dtype: torch.dtype | None,
 ) -> Export:
     names = [name for name in checkpoint.layout if is_adapter(name)]
-    if not names or checkpoint.lora_alpha is None:
+    if not names or checkpoint.adapter is None:
         raise ConfigError(f"{source} holds no LoRA adapter: leave out --adapter.")
     with atomic_folder(target) as folder:
         weights = checkpoint.read(names, dtype, folder)
-        config = adapter_config(weights, checkpoint.lora_alpha) | {"base_model_name_or_path": base}
-        save_file(
-            {plain_name(name): tensor for name, tensor in weights.items()},
+        config = peft_settings(checkpoint.adapter, adapted, weights, base)
+        config |= {"base_model_name_or_path": base}
+        save_file(  # cloned: shared layers' weights are one tensor
+            {plain_name(name): tensor.clone() for name, tensor in weights.items()},
             folder / "adapter_model.safetensors",
             metadata={"format": "pt"},
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,7 @@ from sdp_lightning.config import LoRAConfig
 from sdp_lightning.config.model_source import load_causal_lm
 from sdp_lightning.errors import ConfigError
 from sdp_lightning.training.policy.lora import add_adapter
+from sdp_lightning.training.policy.lora_checkpoint import AdapterRecord, base_of
 from sdp_lightning.training.policy.sharding import Source
 
 
@@ -24,32 +26,55 @@ def load_policy(model_id: str, options: Mapping[str, Any]) -> PreTrainedModel:
     return load_causal_lm(model_id, dtype=torch.float32, options=dict(options))
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """A loaded model, with its adapter if it has one.
+
+    Args:
+        policy: the model.
+        source: the weights that :func:`~sdp_lightning.training.policy.sharding.shard` fills it
+            with, on rank 0.
+        adapter: what a checkpoint says of the adapter.
+    """
+
+    policy: PreTrainedModel
+    source: Source = None
+    adapter: AdapterRecord | None = None
+
+
 def load(
     model_id: str, options: Mapping[str, Any], *, sharded: bool, lora: LoRAConfig | None = None
-) -> tuple[PreTrainedModel, Source]:
-    """The model, with its adapter if it has one, and the weights that :func:`shard` fills it with.
+) -> Loaded:
+    """The model.
 
-    With ``sharded`` the model is on the meta device, and only rank 0 reads the weights.
+    With ``sharded`` it is on the meta device, and only rank 0 reads the weights.
     """
     if not sharded:
-        return _with_adapter(load_policy(model_id, options), lora), None
+        policy = load_policy(model_id, options)
+        return Loaded(policy, adapter=_adapt(policy, lora, model_id, options))
     source: Source = None
     kind: list[Any] = [None]
     if distributed.get_rank() == 0:
         source = load_policy(model_id, options)
-        kind = [(type(source), source.config, source.dtype)]
-        source = _with_adapter(source, lora)  # at random, as in one process
+        own = type(source), source.config, source.dtype
+        kind = [(*own, _adapt(source, lora, model_id, options))]  # at random, as in one process
     distributed.broadcast_object_list(kind, src=0)
-    model_class, config, dtype = kind[0]
+    model_class, config, dtype, adapter = kind[0]
     with torch.device("meta"):
         model: Any = model_class(config).to(dtype)
-    return _with_adapter(model, lora), source
-
-
-def _with_adapter(model: PreTrainedModel, lora: LoRAConfig | None) -> PreTrainedModel:
     if lora is not None:
-        add_adapter(model, lora)
-    return model
+        add_adapter(model, lora, adapter.targets)
+    return Loaded(model, source, adapter)
+
+
+def _adapt(
+    model: PreTrainedModel, lora: LoRAConfig | None, model_id: str, options: Mapping[str, Any]
+) -> AdapterRecord | None:
+    """Put the adapter on a model that holds its weights."""
+    if lora is None:
+        return None
+    base = base_of(model, model_id, options.get("revision"))
+    return AdapterRecord(lora, add_adapter(model, lora), base)
 
 
 def select_trainable(policy: nn.Module, pattern: str | None) -> None:
