@@ -11,7 +11,7 @@ import peft
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import sdp_lightning as sdp
@@ -21,7 +21,7 @@ from sdp_lightning.training.policy.weight_export import named_weights
 from support.adapters import LORA, shake
 from support.lora_models import LORA_MODELS, copy_of, lora_model
 from support.model_table import small_model
-from support.odd_models import saved
+from support.odd_models import odd_model, saved
 from support.plain_forwards import TOKENS
 from support.steps import make_batch, train
 
@@ -131,10 +131,6 @@ def test_square_experts_are_merged_the_right_way_round() -> None:
     """Their shape does not tell [in, out] from [out, in]."""
     for kind in ("gpt_oss", "mixtral"):
         settings = LORA_MODELS["gpt_oss"] | {"intermediate_size": 32}
-        from transformers import AutoConfig
-
-        from support.odd_models import odd_model
-
         model = odd_model(kind, config=AutoConfig.for_model(kind, **settings))
         add_adapter(model, sdp.LoRAConfig(4, LORA.alpha, ("experts.down_proj",)))
         shake(model)
@@ -202,6 +198,9 @@ def test_experts_that_are_modules_are_left_out_and_added_by_name() -> None:
     add_adapter(asked, sdp.LoRAConfig(4, 8.0, ("experts.up_proj", "gate")))
     assert places(asked) == {"experts.up_proj", "gate"}
     assert len(adapted_weights(asked)) == 2 * (4 + 1)
+    asked = model()
+    add_adapter(asked, sdp.LoRAConfig(4, 8.0, ("experts",)))
+    assert len(adapted_weights(asked)) == 2 * 4 * 2
 
 
 _LLAMA: dict[str, Any] = {

@@ -49,13 +49,7 @@ def add_adapter(model: Any, config: LoRAConfig, targets: Targets | None = None) 
     Raises:
         ConfigError: if ``peft`` is missing, or ``config`` names what takes no adapter.
     """
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError as error:
-        raise ConfigError(
-            "lora= needs the package peft, which is not installed: pip install "
-            f"'sdp-lightning[lora]' ({error})."
-        ) from error
+    _require_peft()
     if targets is None:
         targets = choose_targets(model, config.target_modules)
     places: dict[int, list[str]] = {}
@@ -63,19 +57,7 @@ def add_adapter(model: Any, config: LoRAConfig, targets: Targets | None = None) 
         places.setdefault(id(module), []).append(place)
     weights = [f"{name}.weight" for name in targets.layers] + list(targets.stacks)
     held = {name: model.get_submodule(name.rpartition(".")[0]) for name in weights}
-    # In a module without a config, where peft adapts what it is told, and not what it knows of
-    # model types: it would take gate_proj for parameters of experts.
-    unknown = nn.Module()
-    unknown.add_module("policy", model)
-    settings: Any = {
-        "r": config.rank,
-        "lora_alpha": config.alpha,
-        "target_modules": [f"policy.{name}" for name in targets.layers],
-        "target_parameters": [f"policy.{name}" for name in targets.stacks],
-    }
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "fan_in_fan_out is set to")  # it sets it, as it should
-        inject_adapter_in_model(LoraConfig(**settings), unknown)
+    _inject(model, config, targets)
     wanted: set[str] = set()
     for name, module in held.items():
         first, _, weight = name.rpartition(".")
@@ -90,6 +72,37 @@ def add_adapter(model: Any, config: LoRAConfig, targets: Targets | None = None) 
         if is_adapter(name) and parameter.dtype in (torch.bfloat16, torch.float16):
             parameter.data = parameter.data.float()
     return targets
+
+
+def _require_peft() -> None:
+    try:
+        import peft  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            "lora= needs the package peft, which is not installed: pip install "
+            f"'sdp-lightning[lora]' ({error})."
+        ) from error
+
+
+def _inject(model: Any, config: LoRAConfig, targets: Targets) -> None:
+    """Let ``peft`` adapt the targets, in a module without a config.
+
+    There it adapts what it is told, and not what it knows of model types: of some it would take
+    gate_proj for a parameter of experts.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    unknown = nn.Module()
+    unknown.add_module("policy", model)
+    settings: Any = {
+        "r": config.rank,
+        "lora_alpha": config.alpha,
+        "target_modules": [f"policy.{name}" for name in targets.layers],
+        "target_parameters": [f"policy.{name}" for name in targets.stacks],
+    }
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to")  # it sets it, as it should
+        inject_adapter_in_model(LoraConfig(**settings), unknown)
 
 
 @dataclass(frozen=True)

@@ -166,7 +166,8 @@ def _find(
         found = [name for name in names if _ends_with(name, wanted)]
         if found:
             return found
-    return [name for name in stacks if _ends_with(name.rpartition(".")[0], wanted)]
+    experts = [name for name in routed if re.search(r"\.\d+\.\w+$", name)]  # and no routers
+    return [n for n in (*experts, *stacks) if _ends_with(n.rpartition(".")[0], wanted)]
 
 
 def _ends_with(name: str, wanted: str) -> bool:
