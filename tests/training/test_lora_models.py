@@ -218,13 +218,12 @@ def test_layers_that_share_a_weight_are_published_with_one_value() -> None:
     model = lora_model("zamba2")
     add_adapter(model, LORA)
     train_once(model)
-    shake(model)
     sent = dict(named_weights(model, changed_only=True, merged_alpha=LORA.alpha))
     tied = {a: b for a, b in model.all_tied_weights_keys.items() if a in sent and b in sent}
     assert len(tied) > 5
     for one, other in tied.items():
         assert torch.equal(sent[one], sent[other]), one
-    assert gap_of(model) < 1e-4  # of log-probs of tens of nats
+    assert gap_of(model) < 2e-5
 
 
 def test_one_module_in_two_places_keeps_one_adapter() -> None:
@@ -278,5 +277,5 @@ def test_a_mixture_trains_and_publishes_through_the_module(
     module, _ = train(folder, make_batch(folder, (2,)), lora=lora)
     assert gap_of(module.require_policy()) < 2e-5
     if asked is not None:
-        with pytest.raises(sdp.ConfigError, match=r"experts\.\w+ .*transport='lora'"):
+        with pytest.raises(sdp.ConfigError, match=r"on experts \(model\.\S+\).*transport='lora'"):
             module.named_weights(lora_alpha=LORA.alpha)

@@ -6,6 +6,7 @@ read it, whole into memory.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -120,7 +121,8 @@ def peft_settings(
         model = empty_model(base)
         settings: Any = {key: form[key] for key in form if key not in ("peft_type", "task_type")}
         try:
-            inject_adapter_in_model(LoraConfig(**settings), model)
+            with warnings.catch_warnings(action="ignore"):  # of what does not fit
+                inject_adapter_in_model(LoraConfig(**settings), model)
         except ValueError:
             continue
         if expected == {n: t.shape for n, t in model.state_dict().items() if is_adapter(n)}:
