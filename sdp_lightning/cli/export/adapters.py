@@ -6,7 +6,6 @@ read it, whole into memory.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from sdp_lightning.training.policy.lora import (
     add_adapter,
     is_adapter,
     merged_name,
+    placed_by_peft,
 )
 from sdp_lightning.training.policy.lora_checkpoint import SavedAdapter, base_of
 from sdp_lightning.training.policy.lora_targets import Targets
@@ -113,19 +113,10 @@ def peft_settings(
     Raises:
         ConfigError: if no form does.
     """
-    from peft import LoraConfig, inject_adapter_in_model
-
     usual = adapter_config(dict(adapter), saved.config.alpha, rank=saved.config.rank)
     expected = {name: tensor.shape for name, tensor in adapter.items()}
     for form in _forms(usual, adapted):
-        model = empty_model(base)
-        settings: Any = {key: form[key] for key in form if key not in ("peft_type", "task_type")}
-        try:
-            with warnings.catch_warnings(action="ignore"):  # of what does not fit
-                inject_adapter_in_model(LoraConfig(**settings), model)
-        except ValueError:
-            continue
-        if expected == {n: t.shape for n, t in model.state_dict().items() if is_adapter(n)}:
+        if expected == placed_by_peft(empty_model(base), form):
             return form
     raise ConfigError(
         "peft would not place this adapter where it was trained, whatever its settings say. "

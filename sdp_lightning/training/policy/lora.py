@@ -105,6 +105,25 @@ def _inject(model: Any, config: LoRAConfig, targets: Targets) -> None:
         inject_adapter_in_model(LoraConfig(**settings), unknown)
 
 
+def placed_by_peft(model: Any, settings: Mapping[str, object]) -> dict[str, torch.Size] | None:
+    """The shapes of the weights that ``peft`` adds to ``model``, by name; None if it refuses.
+
+    Args:
+        model: a causal LM; it is changed.
+        settings: an ``adapter_config.json``.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    kinds = ("peft_type", "task_type")
+    chosen: Any = {key: value for key, value in settings.items() if key not in kinds}
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of settings that do not fit
+            inject_adapter_in_model(LoraConfig(**chosen), model)
+    except ValueError:
+        return None
+    return {name: w.shape for name, w in model.state_dict().items() if is_adapter(name)}
+
+
 @dataclass(frozen=True)
 class AdaptedWeight:
     """A weight with an adapter: names in the model's ``state_dict``.
