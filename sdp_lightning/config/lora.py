@@ -11,15 +11,16 @@ from sdp_lightning.errors import ConfigError
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    """A LoRA adapter: ``W + alpha / rank * B A`` in place of a linear layer's W; only B, A train.
+    """A LoRA adapter: ``W + alpha / rank * B A`` in place of a layer's W; only B and A train.
 
     There is no dropout: it would make every log-prob a random number.
 
     Args:
         rank: rank of A and B.
         alpha: factor of the adapter's output, times rank.
-        target_modules: names of linear layers, such as ``("q_proj", "v_proj")``; None is all but
-            the head.
+        target_modules: ends of the names of linear layers, such as ``("q_proj", "v_proj")``, or of
+            experts, such as ``("experts.down_proj",)``; None is every linear layer but the head,
+            routers and routed experts.
 
     Raises:
         ConfigError: naming the value.

@@ -40,12 +40,11 @@ from sdp_lightning.training.policy.loading import (
     select_trainable,
 )
 from sdp_lightning.training.policy.logprob_runner import LogprobRunner
-from sdp_lightning.training.policy.lora import (
-    LORA_KEY,
-    adapter_settings,
+from sdp_lightning.training.policy.lora import merged_alpha, without_adapter
+from sdp_lightning.training.policy.lora_checkpoint import (
+    AdapterRecord,
     check_adapter,
-    merged_alpha,
-    without_adapter,
+    leave_out_base,
 )
 from sdp_lightning.training.policy.optimizer import make_optimizer
 from sdp_lightning.training.policy.rotary import rotate_rows_alone
@@ -107,6 +106,9 @@ class SegmentWisePPOModule(L.LightningModule):
         self._runner: LogprobRunner
         self._reference_runner: LogprobRunner
         self._reference: list[PreTrainedModel] = []  # in a list it is not a submodule
+        self._adapter: AdapterRecord | None = None
+        if lora is not None:
+            self.register_state_dict_post_hook(leave_out_base)
         self._source, self._model_kwargs = ModelSource.of(model, model_kwargs or {})
         self._metrics, self._warner = LagMetrics(), HealthLog()
         self._policy_update = PolicyUpdate(loss, optimizer, update)
@@ -146,15 +148,21 @@ class SegmentWisePPOModule(L.LightningModule):
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """Load weights, and the model first if there is none: ``ddp_notebook`` loads so early."""
+        """Load weights, and the model first if there is none: ``ddp_notebook`` loads so early.
+
+        Of a LoRA run that is the adapter: base weights of an earlier version must be the model's.
+        """
         self.configure_model()
-        return super().load_state_dict(state_dict, strict, assign)
+        if self._adapter is not None:
+            state_dict = self._adapter.adapter_in(state_dict, self.state_dict())
+        return super().load_state_dict(state_dict, strict and self._adapter is None, assign)
 
     def _load(self, *, frozen: bool) -> tuple[PreTrainedModel, LogprobRunner]:
         """The model, sharded if the strategy shards. ``frozen``: a reference policy."""
         sharded = isinstance(mesh := self.device_mesh, DeviceMesh)
         options = self._model_kwargs
-        policy, weights = load(self.source, options, sharded=sharded, lora=self.lora)
+        loaded = load(self.source, options, sharded=sharded, lora=self.lora)
+        policy, self._adapter = loaded.policy, loaded.adapter
         if frozen:
             policy.requires_grad_(False)
         elif self.lora is None:
@@ -167,7 +175,9 @@ class SegmentWisePPOModule(L.LightningModule):
         forward = LogprobForward(policy)
         if isinstance(mesh, DeviceMesh):
             device, precision = self.trainer.strategy.root_device, self.trainer.precision
-            shard(forward, mesh, weights, device, precision=str(precision))
+            shard(forward, mesh, loaded.source, device, precision=str(precision))
+            if self.lora is not None:
+                self.strict_loading = False  # Lightning would look for base weights
         runner = LogprobRunner(
             forward,  # not a submodule of this module: its weights are the policy's
             self.update,
@@ -193,11 +203,15 @@ class SegmentWisePPOModule(L.LightningModule):
         return named_weights(self.require_policy(), changed_only=changed_only, merged_alpha=alpha)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if self.lora is not None:
-            checkpoint[LORA_KEY] = adapter_settings(self.lora)
+        if self._adapter is not None:
+            self._adapter.write(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         check_adapter(checkpoint, self.lora)
+        if self.lora is not None:
+            self.configure_model()
+        if self._adapter is not None:
+            self._adapter.check(checkpoint, self.require_policy())
 
     # Training ------------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 
 from sdp_lightning.errors import ConfigError, EngineError
-from sdp_lightning.training.policy.lora import merged_name
+from sdp_lightning.training.policy.lora import adapted_weights
 from sdp_lightning.types import Context, FloatArray, IntArray, Segment, Trajectory
 
 logger = logging.getLogger(__name__)
@@ -168,10 +168,12 @@ class WeightCheck:
     def _keep(self, policy: nn.Module) -> None:
         trained = {name for name, p in policy.named_parameters() if p.requires_grad}
         self._agreed = {}
+        adapted = adapted_weights(policy).items()
+        merged = {part: name for name, adapter in adapted for part in (adapter.a, adapter.b)}
         for name, tensor in policy.named_parameters(remove_duplicate=False):
             if name in trained or _is_tied(policy, name, trained):
                 copy = tensor.detach().to("cpu", copy=True)
-                self._agreed.setdefault(merged_name(name), {})[name] = copy
+                self._agreed.setdefault(merged.get(name, name), {})[name] = copy
 
     def _find_fault(self, policy: nn.Module, tokens: IntArray, observed: FloatArray) -> str:
         """Name the parameter whose value of the last agreement gives the ``observed`` log-probs."""

@@ -107,17 +107,28 @@ def plain_name(name: str) -> str:
     return f"{module}.lora_{match['kind']}.weight"
 
 
-def adapter_config(adapter: dict[str, Tensor], alpha: float) -> dict[str, object]:
-    """PEFT's ``adapter_config.json`` for weights of one rank.
+def adapter_config(
+    adapter: dict[str, Tensor], alpha: float, *, rank: int | None = None
+) -> dict[str, object]:
+    """PEFT's ``adapter_config.json``.
+
+    Args:
+        adapter: weights by name.
+        alpha: their ``lora_alpha``.
+        rank: their rank; None is derived from their shapes.
 
     Raises:
         EngineError: if there are none, or their ranks differ.
     """
-    ranks = {
-        int(tensor.shape[0 if match["kind"] == "A" else 1])
-        for name, tensor in adapter.items()
-        if (match := _NAME.match(name)) is not None
-    }
+    ranks = (
+        {rank}
+        if rank is not None
+        else {
+            int(tensor.shape[0 if match["kind"] == "A" else 1])
+            for name, tensor in adapter.items()
+            if (match := _NAME.match(name)) is not None
+        }
+    )
     if len(ranks) != 1:
         raise EngineError(
             f"an adapter needs weights named ...lora_A and ...lora_B, of one rank; found "

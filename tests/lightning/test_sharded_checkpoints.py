@@ -11,13 +11,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from sdp_lightning.cli.export import open_checkpoint
 from sdp_lightning.cli.main import main
+from sdp_lightning.training.policy.lora import is_adapter
 from support.rank_runs import Launcher, Results, assert_same_weights
 from support.stopped_runs import CODES
 
 STEPS, HALF = 5, 2
 STRATEGIES = ("fsdp shards", "fsdp", "ddp")
 CASE: dict[str, Any] = {"kind": "rollouts", "batch_size": 4, "num_rows": 40}
+ADAPTER: dict[str, Any] = {**CASE, "lora": {"rank": 4, "alpha": 8.0}}
 # Groups of both ranks are under way, finished or not, when they are saved.
 UNDER_WAY: dict[str, Any] = {
     **CASE,
@@ -44,9 +47,16 @@ def straight(launcher: Launcher) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
+def straight_adapter(launcher: Launcher) -> dict[str, Any]:
+    """The same, of an adapter."""
+    return launcher.run(1, {"it": {**ADAPTER, "steps": STEPS}})[0]["it"]
+
+
+@pytest.fixture(scope="module")
 def saved(launcher: Launcher, tmp_path_factory: pytest.TempPathFactory) -> Saved:
     """Under each strategy, the first half of that run, and of one with groups under way."""
     cases = {strategy: {**CASE, "strategy": strategy} for strategy in STRATEGIES}
+    cases |= {f"{one}, adapter": {**ADAPTER, "strategy": one} for one in STRATEGIES}
     cases |= {f"{one}, under way": {**UNDER_WAY, "strategy": one} for one in ("fsdp shards", "ddp")}
     folders = {name: tmp_path_factory.mktemp("saved") for name in cases}
     for name, case in cases.items():
@@ -60,6 +70,14 @@ def gone_on(launcher: Launcher, saved: Saved) -> dict[int, Results]:
     half = {name: str(folder / f"step={HALF}.ckpt") for name, folder in saved.folders.items()}
     two = {
         strategy: {**CASE, "strategy": strategy, "steps": STEPS, "resume": half[strategy]}
+        for strategy in STRATEGIES
+    } | {
+        f"{strategy}, adapter": {
+            **ADAPTER,
+            "strategy": strategy,
+            "steps": STEPS,
+            "resume": half[f"{strategy}, adapter"],
+        }
         for strategy in STRATEGIES
     }
     others = {
@@ -87,6 +105,28 @@ def test_a_run_goes_on_from_what_its_ranks_saved(
     checkpoint = saved.folders[strategy] / f"step={HALF}.ckpt"
     assert checkpoint.is_dir() == (strategy == "fsdp shards")
     assert_goes_on([rank[strategy] for rank in gone_on[2]], straight, HALF)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_an_adapter_goes_on_from_a_checkpoint_without_its_base(
+    saved: Saved,
+    gone_on: dict[int, Results],
+    straight_adapter: dict[str, Any],
+    strategy: str,
+    tmp_path: Path,
+) -> None:
+    name = f"{strategy}, adapter"
+    checkpoint = saved.folders[name] / f"step={HALF}.ckpt"
+    layout = open_checkpoint(checkpoint).layout
+    assert len(layout) == 28 and all(map(is_adapter, layout))
+    assert_goes_on([rank[name] for rank in gone_on[2]], straight_adapter, HALF)
+    assert main(["export", str(checkpoint), str(tmp_path / "out")]) == 0
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    trained = saved.ranks[0][name]["weights"]
+    part = "model.layers.1.mlp.up_proj."
+    a, b = (trained[f"{part}lora_{kind}.default.weight"] for kind in "AB")
+    expected = trained[f"{part}base_layer.weight"] + 2.0 * b @ a
+    torch.testing.assert_close(exported[f"{part}weight"], expected, atol=1e-6, rtol=0)
 
 
 def test_shards_are_exported_with_the_weights_that_were_trained(

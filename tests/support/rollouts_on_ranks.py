@@ -19,6 +19,7 @@ from typing import Any
 
 import lightning as L
 import peft  # noqa: F401  (loaded here, once)
+import torch
 import transformers.models.llama.modeling_llama  # noqa: F401  (loaded here, once)
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import distributed
@@ -198,6 +199,7 @@ def rollouts(
     summary: bool = False,
     margin_s: float = 30.0,
     minibatches: int = 1,
+    lora: Mapping[str, Any] | None = None,
     save_in: str = "",
     resume: str = "",
     **rollout: Any,
@@ -235,8 +237,10 @@ def rollouts(
         val_prompts=val or None,
         val_workflow=val_workflow,
     )
+    torch.manual_seed(place.rank)  # of adapters; all ranks get rank 0's
     module = CountingModule(
         place.folder,
+        lora=None if lora is None else sdp.LoRAConfig(**lora),
         optimizer=sdp.OptimizerConfig(lr=1e-3),
         update=sdp.UpdateConfig(num_minibatches=minibatches, max_tokens_per_microbatch=30),
     )

@@ -18,7 +18,12 @@ from sdp_lightning.cli.export.shard_reader import ShardReader
 from sdp_lightning.config.model_source import ModelSource
 from sdp_lightning.errors import CheckpointError, ConfigError, error_text
 from sdp_lightning.lightning.checkpoint_digest import require_whole
-from sdp_lightning.training.policy.lora import LORA_KEY, group_by_base_weight, is_adapter, merge
+from sdp_lightning.training.policy.lora import (
+    AdaptedWeight,
+    group_by_base_weight,
+    merge,
+)
+from sdp_lightning.training.policy.lora_checkpoint import SavedAdapter, saved_adapter
 
 # Keys of a checkpoint: the id of the trained model, and its ModelSource as plain values.
 MODEL_KEY, SOURCE_KEY = "sdp_model_id", "sdp_model_source"
@@ -35,8 +40,8 @@ class Checkpoint(Protocol):
         ...
 
     @property
-    def lora_alpha(self) -> float | None:
-        """Alpha of the trained LoRA adapter; None without one."""
+    def adapter(self) -> SavedAdapter | None:
+        """The trained LoRA adapter; None without one."""
         ...
 
     @property
@@ -70,7 +75,7 @@ class PlainCheckpoint:
             raise ConfigError(f"{path} is no Lightning checkpoint: no 'state_dict' among {some}.")
         self.layout = _policy_of(saved["state_dict"], _PREFIX, path)
         self.source = _source_of(saved)
-        self.lora_alpha = _alpha_of(saved)
+        self.adapter = saved_adapter(saved)
 
     def read(
         self, names: Iterable[str], dtype: torch.dtype | None, scratch: Path
@@ -91,7 +96,7 @@ class ShardedCheckpoint:
         meta = path / "meta.pt"
         saved = _load_plain(meta) if meta.is_file() else {}
         self.source = _source_of(saved)
-        self.lora_alpha = _alpha_of(saved)
+        self.adapter = saved_adapter(saved)
 
     def read(
         self, names: Iterable[str], dtype: torch.dtype | None, scratch: Path
@@ -112,23 +117,22 @@ class ShardedCheckpoint:
 
 
 class MergedCheckpoint:
-    """A checkpoint whose LoRA adapter, if there is one, is merged into the weights.
+    """A checkpoint whose LoRA adapter is merged into the weights, its own or its base model's.
 
-    Raises:
-        ConfigError: if the checkpoint has an adapter without its alpha.
+    Args:
+        inner: the checkpoint.
+        adapted: weights with an adapter, by name.
+        base: weights of the base model; empty if the checkpoint holds them.
     """
 
-    def __init__(self, inner: Checkpoint, path: Path) -> None:
-        self._inner, self.source = inner, inner.source
-        self._parts = group_by_base_weight({name: name for name in inner.layout})
-        count = sum(map(is_adapter, inner.layout))
-        if count and inner.lora_alpha is None:
-            raise ConfigError(
-                f"{path} holds {count} LoRA weights of its policy, but not with which alpha they "
-                "were trained: it was not written by SegmentWisePPOModule(lora=...)."
-            )
-        self.lora_alpha = inner.lora_alpha
-        self.layout = {name: inner.layout[parts[0]] for name, parts in self._parts.items()}
+    def __init__(
+        self, inner: Checkpoint, adapted: Mapping[str, AdaptedWeight], base: Mapping[str, Tensor]
+    ) -> None:
+        self._inner, self.source, self.adapter = inner, inner.source, inner.adapter
+        self._adapted, self._base = adapted, base
+        everything = {**base, **inner.layout}
+        self._parts = group_by_base_weight({name: name for name in everything}, adapted)
+        self.layout = {name: everything[parts[0]] for name, parts in self._parts.items()}
 
     def read(
         self, names: Iterable[str], dtype: torch.dtype | None, scratch: Path
@@ -136,13 +140,19 @@ class MergedCheckpoint:
         """Read weights as :class:`Checkpoint` describes; they are merged one at a time."""
         wanted = {name: self._parts[name] for name in names}
         whole = {parts[0]: name for name, parts in wanted.items() if len(parts) == 1}
-        unmerged = self._inner.read(whole, dtype, scratch)
+        own = [name for name in whole if name not in self._base]
+        unmerged = self._inner.read(own, dtype, scratch)
+        unmerged |= {name: _cast(self._base[name], dtype, scratch) for name in whole.keys() - own}
         result = {whole[name]: tensor for name, tensor in unmerged.items()}
         for name, parts in wanted.items():
-            if len(parts) > 1:
-                tensors = list(self._inner.read(parts, None, scratch).values())
+            if adapter := self._adapted.get(name):
+                read = self._inner.read([n for n in parts if n not in self._base], None, scratch)
+                tensors = [{**self._base, **read}[part] for part in parts]
+                assert self.adapter is not None
+                alpha = self.adapter.config.alpha
                 room = _room_for(tensors[0], dtype, scratch)
-                result[name] = room.copy_(merge(tensors, self.lora_alpha or 0.0))
+                merged = merge(tensors, alpha, transposed=adapter.transposed)
+                result[name] = room.copy_(merged)
         return result
 
 
@@ -195,11 +205,6 @@ def _source_of(saved: Mapping[Any, Any]) -> ModelSource | None:
         return ModelSource.restored(saved[SOURCE_KEY])
     name: str | None = saved.get(MODEL_KEY)
     return None if name is None else ModelSource(name)
-
-
-def _alpha_of(saved: Mapping[Any, Any]) -> float | None:
-    lora: Any = saved.get(LORA_KEY)
-    return None if lora is None else float(lora["alpha"])
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype | None, folder: Path) -> Tensor:

@@ -2,7 +2,7 @@
 
 The checkpoint is one file (one device, DDP), or a folder of shards (``ModelParallelStrategy``). One
 process writes it, without GPU or Lightning. Weights are mapped from files and written file by file,
-never all in memory.
+never all in memory, but for a base model that an adapter is merged into.
 """
 
 from __future__ import annotations
@@ -18,13 +18,19 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sdp_lightning.cli.export.checkpoints import Checkpoint, MergedCheckpoint, open_checkpoint
+from sdp_lightning.cli.export.adapters import (
+    adapted_model,
+    empty_model,
+    merge_checkpoint,
+    peft_settings,
+)
+from sdp_lightning.cli.export.checkpoints import Checkpoint, open_checkpoint
 from sdp_lightning.config.atomic_files import atomic_folder
 from sdp_lightning.config.model_source import ModelSource, quiet_transformers
-from sdp_lightning.config.pretrained import auto_classes, load_config, load_tokenizer
+from sdp_lightning.config.pretrained import load_tokenizer
 from sdp_lightning.errors import ConfigError
 from sdp_lightning.training.policy.lora import is_adapter
-from sdp_lightning.weights.lora import adapter_config, plain_name
+from sdp_lightning.weights.lora import plain_name
 
 # Copied as they are: transformers refuses to write some generation configs that it reads, and needs
 # more packages to read those of a model's images.
@@ -93,13 +99,16 @@ def export_checkpoint(
     wanted = None if dtype is None else DTYPES[dtype]
     source, target = Path(checkpoint).expanduser(), Path(out).expanduser().absolute()
     trained = open_checkpoint(source)
-    merged = MergedCheckpoint(trained, source)
-    base = _base_model(merged, model, source, trusted=trust_remote_code)
+    base = _base_model(trained, model, source, trusted=trust_remote_code)
     _check_target(target, source, Path(base.name), overwrite=overwrite)
     with quiet_transformers():
-        empty = _empty_model(base, merged.layout, wanted, source)
+        adapted = adapted_model(trained, source, base)
         if adapter:
-            return _export_adapter(trained, source, base, target, wanted)
+            return _export_adapter(trained, adapted, source, base, target, wanted)
+        merged = merge_checkpoint(trained, adapted, base)
+        own = next(iter(merged.layout.values())).dtype
+        empty = empty_model(base, wanted or own, names=merged.layout)
+        _check_weights(merged.layout, empty, source, str(base.name))
         with atomic_folder(target) as folder:
             weights = _untie(merged.read(merged.layout, wanted, folder), empty, source)
             export = Export(
@@ -152,7 +161,9 @@ def _check_target(out: Path, *sources: Path, overwrite: bool) -> None:
 def _base_model(
     checkpoint: Checkpoint, model: str | ModelSource | None, path: Path, *, trusted: bool
 ) -> ModelSource:
-    saved = checkpoint.source
+    saved, adapter = checkpoint.source, checkpoint.adapter
+    if saved is None and adapter is not None and adapter.base is not None:
+        saved = ModelSource(adapter.base.model)  # of weights alone: no callback was asked
     if isinstance(model, ModelSource):
         found = model
     elif model is not None:
@@ -183,29 +194,6 @@ def _untie(weights: dict[str, Tensor], model: Any, path: Path) -> dict[str, Tens
 # Writing ------------------------------------------------------------------------------------------
 
 
-def _empty_model(
-    base: ModelSource, layout: Mapping[str, Tensor], dtype: torch.dtype | None, path: Path
-) -> Any:
-    """The model with the weights of ``layout``, on the meta device, without memory for them."""
-    refusals: list[ConfigError] = []
-    dtype = dtype or next(iter(layout.values())).dtype
-    trust = base.trust_remote_code
-    try:
-        for auto in auto_classes(load_config(base)):
-            config = load_config(base)
-            vars(config).pop("quantization_config", None)  # the trained weights are not quantized
-            with torch.device("meta"):
-                model = auto.from_config(config, dtype=dtype, trust_remote_code=trust)
-            try:
-                _check_weights(layout, model, path, str(base.name))
-                return model
-            except ConfigError as error:
-                refusals.append(error)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"no causal LM's config in {str(base.name)!r}: {error}") from error
-    raise refusals[0]
-
-
 def _write(model: Any, weights: dict[str, Tensor], base: ModelSource, folder: Path) -> None:
     from transformers.utils.hub import cached_file
 
@@ -227,20 +215,21 @@ def _write(model: Any, weights: dict[str, Tensor], base: ModelSource, folder: Pa
 
 def _export_adapter(
     checkpoint: Checkpoint,
+    adapted: Any,
     source: Path,
     base: ModelSource,
     target: Path,
     dtype: torch.dtype | None,
 ) -> Export:
     names = [name for name in checkpoint.layout if is_adapter(name)]
-    if not names or checkpoint.lora_alpha is None:
+    if not names or checkpoint.adapter is None:
         raise ConfigError(f"{source} holds no LoRA adapter: leave out --adapter.")
     with atomic_folder(target) as folder:
         weights = checkpoint.read(names, dtype, folder)
-        place = {"base_model_name_or_path": str(base.name), "revision": base.revision}
-        config = adapter_config(weights, checkpoint.lora_alpha) | place
-        save_file(
-            {plain_name(name): tensor for name, tensor in weights.items()},
+        config = peft_settings(checkpoint.adapter, adapted, weights, base)
+        config |= {"base_model_name_or_path": str(base.name), "revision": base.revision}
+        save_file(  # cloned: shared layers' weights are one tensor
+            {plain_name(name): tensor.clone() for name, tensor in weights.items()},
             folder / "adapter_model.safetensors",
             metadata={"format": "pt"},
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,7 @@ from sdp_lightning.config.model_source import ModelSource
 from sdp_lightning.config.pretrained import beside_text, import_code, load_causal_lm
 from sdp_lightning.errors import ConfigError
 from sdp_lightning.training.policy.lora import add_adapter
+from sdp_lightning.training.policy.lora_checkpoint import AdapterRecord, base_of
 from sdp_lightning.training.policy.sharding import Source
 
 logger = logging.getLogger(__name__)
@@ -41,38 +43,61 @@ def load_policy(model: ModelSource, options: Mapping[str, Any]) -> PreTrainedMod
     return policy
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """A loaded model, with its adapter if it has one.
+
+    Args:
+        policy: the model.
+        source: the weights that :func:`~sdp_lightning.training.policy.sharding.shard` fills it
+            with, on rank 0.
+        adapter: what a checkpoint says of the adapter.
+    """
+
+    policy: PreTrainedModel
+    source: Source = None
+    adapter: AdapterRecord | None = None
+
+
 def load(
     model: ModelSource,
     options: Mapping[str, Any],
     *,
     sharded: bool,
     lora: LoRAConfig | None = None,
-) -> tuple[PreTrainedModel, Source]:
-    """The model, with its adapter if it has one, and the weights that :func:`shard` fills it with.
+) -> Loaded:
+    """The model.
 
-    With ``sharded`` the model is on the meta device, and only rank 0 reads the weights.
+    With ``sharded`` it is on the meta device, and only rank 0 reads the weights.
     """
     if not sharded:
-        return _with_adapter(load_policy(model, options), lora), None
+        policy = load_policy(model, options)
+        return Loaded(policy, adapter=_adapt(policy, lora, model))
     source: Source = None
     kind: list[Any] = [None]
     if distributed.get_rank() == 0:
         source = load_policy(model, options)
-        kind = [(type(source), source.config, source.dtype)]
-        source = _with_adapter(source, lora)  # at random, as in one process
+        own = type(source), source.config, source.dtype
+        kind = [(*own, _adapt(source, lora, model))]  # at random, as in one process
     elif model.trust_remote_code:
         import_code(model)  # of the class that rank 0 sends
     distributed.broadcast_object_list(kind, src=0)
-    model_class, config, dtype = kind[0]
+    model_class, config, dtype, adapter = kind[0]
     with torch.device("meta"):
         empty: Any = model_class(config).to(dtype)
-    return _with_adapter(empty, lora), source
-
-
-def _with_adapter(model: PreTrainedModel, lora: LoRAConfig | None) -> PreTrainedModel:
     if lora is not None:
-        add_adapter(model, lora)
-    return model
+        add_adapter(empty, lora, adapter.targets)
+    return Loaded(empty, source, adapter)
+
+
+def _adapt(
+    policy: PreTrainedModel, lora: LoRAConfig | None, model: ModelSource
+) -> AdapterRecord | None:
+    """Put the adapter on a model that holds its weights."""
+    if lora is None:
+        return None
+    base = base_of(policy, str(model.name), model.revision)
+    return AdapterRecord(lora, add_adapter(policy, lora), base)
 
 
 def select_trainable(policy: nn.Module, pattern: str | None) -> None:

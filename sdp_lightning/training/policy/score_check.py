@@ -23,6 +23,7 @@ from sdp_lightning.config.model_source import quiet_transformers
 from sdp_lightning.errors import ConfigError
 from sdp_lightning.training.batch import Batch, Layout, trial_batch
 from sdp_lightning.training.policy.forward import LogprobForward, check_model
+from sdp_lightning.training.policy.lora import adapted_weights, merged_name
 from sdp_lightning.training.policy.sharding import is_sharded
 
 logger = logging.getLogger(__name__)
@@ -155,11 +156,15 @@ class ScoreCheck:
 
     def _compare_with_own_logits(self, rows: Batch, scores: Tensor) -> ConfigError | None:
         policy = self._forward.policy
-        versions = [parameter._version for parameter in policy.parameters()]
+        wrapped = {name for name, a in adapted_weights(policy).items() if a.is_stack}
+        watched = [  # peft sets experts' weights to themselves while they have an adapter
+            weight for n, weight in policy.named_parameters() if merged_name(n) not in wrapped
+        ]
+        versions = [weight._version for weight in watched]
         with eager_attention(policy):
             own = self._own_logprobs(rows)
         without_long = self._forward(rows.select([1, 2]), "padded")[0]
-        if not self._sharded and versions != [p._version for p in policy.parameters()]:
+        if not self._sharded and versions != [w._version for w in watched]:
             return self._refusal_of("changes its weights in a forward pass", "another model")
         causal = self._agree(own[0, _COMMON], own[1, _COMMON])
         if causal and self._agree(scores, own) and self._agree(without_long, scores[1:]):

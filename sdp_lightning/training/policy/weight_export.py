@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from sdp_lightning.training.policy.lora import group_by_base_weight, merge, merged_name
+from sdp_lightning.errors import ConfigError
+from sdp_lightning.training.policy.lora import (
+    AdaptedWeight,
+    adapted_weights,
+    group_by_base_weight,
+    is_adapter,
+    merge,
+)
 from sdp_lightning.weights.protocol import WeightStream
 
 
@@ -26,24 +34,42 @@ def named_weights(
             layer, and a fused one that comes in part is wrong.
         merged_alpha: lora_alpha with which the adapter is merged; None: there is no adapter, or it
             is exported as it is.
+
+    Raises:
+        ConfigError: if an adapter on experts would be exported as it is.
     """
     state, trained = (
         policy.state_dict(),
         [n for n, p in policy.named_parameters() if p.requires_grad],
     )
-    if merged_alpha is None:
-        parts = {name: [tensor] for name, tensor in state.items()}
+    adapted = adapted_weights(policy)
+    if merged_alpha is not None:
+        parts, trained = group_by_base_weight(state, adapted), list(adapted)
     else:
-        parts, trained = group_by_base_weight(state), [merged_name(name) for name in trained]
+        _refuse_stacks(adapted)
+        parts = {name: [tensor] for name, tensor in state.items()}
+        trained += [name for name in state if is_adapter(name)]  # also the names of shared ones
     layers = {layer_of(name) for name in trained}
     layout = {
         name: _like(some)
         for name, some in parts.items()
         if not changed_only or layer_of(name) in layers
     }
-    return WeightStream(
-        layout, lambda name: merge([_whole(t) for t in parts[name]], merged_alpha or 0.0)
-    )
+
+    def whole(name: str) -> Tensor:
+        transposed = name in adapted and adapted[name].transposed
+        return merge([_whole(t) for t in parts[name]], merged_alpha or 0.0, transposed=transposed)
+
+    return WeightStream(layout, whole)
+
+
+def _refuse_stacks(adapted: Mapping[str, AdaptedWeight]) -> None:
+    for name, adapter in adapted.items():
+        if adapter.is_stack:
+            raise ConfigError(
+                f"the adapter lies on experts ({name}), and no server takes such adapters by "
+                "themselves. Leave out transport='lora': other transports send merged weights."
+            )
 
 
 def _like(parts: list[Tensor]) -> Tensor:
