@@ -23,6 +23,7 @@ from sdp_lightning.config.model_source import quiet_transformers
 from sdp_lightning.errors import ConfigError
 from sdp_lightning.training.batch import Batch, Layout, trial_batch
 from sdp_lightning.training.policy.forward import LogprobForward, check_model
+from sdp_lightning.training.policy.layers import is_compiled
 from sdp_lightning.training.policy.sharding import is_sharded
 
 logger = logging.getLogger(__name__)
@@ -135,8 +136,11 @@ class ScoreCheck:
         if isinstance(error, ConfigError):
             return error
         remedy = "another model" if layout == "padded" else "layout='padded'"
+        if layout == "padded" and is_compiled(self._forward.policy):
+            remedy = "it without torch.compile, which needs a C++ compiler on a CPU"
+        reason = str(error).strip().partition("\n")[0]
         refusal = self._refusal_of(
-            f"cannot be scored in the layout {layout!r} ({type(error).__name__}: {error})", remedy
+            f"cannot be scored in the layout {layout!r} ({type(error).__name__}: {reason})", remedy
         )
         refusal.__cause__ = error
         return refusal
@@ -156,7 +160,7 @@ class ScoreCheck:
     def _compare_with_own_logits(self, rows: Batch, scores: Tensor) -> ConfigError | None:
         policy = self._forward.policy
         versions = [parameter._version for parameter in policy.parameters()]
-        with _eager_attention(policy):
+        with _eager_attention(policy), torch.compiler.set_stance("force_eager"):
             own = self._own_logprobs(rows)
         without_long = self._forward(rows.select([1, 2]), "padded")[0]
         if not self._sharded and versions != [p._version for p in policy.parameters()]:
