@@ -138,7 +138,7 @@ class ScoreCheck:
         remedy = "another model" if layout == "padded" else "layout='padded'"
         if layout == "padded" and is_compiled(self._forward.policy):
             remedy = "it without torch.compile, which needs a C++ compiler on a CPU"
-        reason = str(error).strip().partition("\n")[0]
+        reason = " ".join(str(error).partition("\n\n")[0].split())
         refusal = self._refusal_of(
             f"cannot be scored in the layout {layout!r} ({type(error).__name__}: {reason})", remedy
         )
