@@ -14,7 +14,9 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.compile import to_uncompiled
 from torch import Tensor
+from torch._dynamo import OptimizedModule
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
@@ -26,12 +28,13 @@ from sdp_lightning.distributed.reductions import RankSums
 from sdp_lightning.errors import ConfigError
 from sdp_lightning.lightning.ending import guard_loggers
 from sdp_lightning.lightning.known_warnings import ignore_known_warnings
-from sdp_lightning.lightning.trainer_checks import check_trainer
+from sdp_lightning.lightning.trainer_checks import check_trainer, only
 from sdp_lightning.training.batch import Batch, collate
 from sdp_lightning.training.metrics import HealthLog, LagMetrics
 from sdp_lightning.training.metrics.train_step import step_values
 from sdp_lightning.training.metrics.uniform_rewards import UniformWatch
 from sdp_lightning.training.policy.forward import LogprobForward
+from sdp_lightning.training.policy.layers import compile_layers
 from sdp_lightning.training.policy.loading import (
     disable_noise,
     load,
@@ -137,13 +140,16 @@ class SegmentWisePPOModule(L.LightningModule):
         return []
 
     def configure_model(self) -> None:
-        if self.policy is not None:
-            return
-        policy, self._runner = self._load(frozen=False)
-        if self.loss.needs_reference and self.lora is None:
-            reference, self._reference_runner = self._load(frozen=True)
-            self._reference = [reference]
-        self.policy = policy
+        if self.policy is None:
+            policy, self._runner = self._load(frozen=False)
+            if self.loss.needs_reference and self.lora is None:
+                reference, self._reference_runner = self._load(frozen=True)
+                self._reference = [reference]
+            self.policy = policy
+        if (compiled := self._compiler_ctx) is not None:  # by Lightning, of torch.compile(module)
+            to_uncompiled(self)  # a step is bookkeeping around the layers
+            for model in (self.policy, *self._reference):
+                compile_layers(model, compiled["dynamo_ctx"])
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
@@ -290,12 +296,11 @@ class SegmentWisePPOModule(L.LightningModule):
     # Helpers -------------------------------------------------------------------------------------
 
     def _training_loop(self) -> TrainingLoop:
-        optimizer: Any = self.optimizers()
         return TrainingLoop(
             policy=self.require_policy(),
             forward=self._runner,
-            optimizer=optimizer,
-            schedule=self.lr_schedulers(),
+            optimizer=only(self.optimizers(), "optimizers"),
+            schedule=only(self.lr_schedulers(), "schedulers"),
             sums=self._sums,
             observe=self._metrics.update,
             backward=self.manual_backward,
@@ -342,4 +347,9 @@ class SegmentWisePPOModule(L.LightningModule):
         """The model. ``ConfigError`` before :meth:`configure_model`."""
         if self.policy is None:
             raise ConfigError("the model is not loaded yet: call configure_model() first.")
+        if isinstance(self.policy, OptimizedModule):
+            raise ConfigError(
+                "policy = torch.compile(policy) renames all weights. Use policy.compile(), in "
+                "place, or give torch.compile(module) to the Trainer."
+            )
         return self.policy

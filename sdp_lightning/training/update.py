@@ -55,7 +55,7 @@ class TrainingLoop:
         policy: its trainable parameters are updated.
         forward: log-probs of the policy.
         optimizer: steps the parameters.
-        schedule: sets the learning rates of ``optimizer``.
+        schedule: sets the learning rates of ``optimizer``; None leaves them.
         sums: sums over the ranks that train together.
         observe: takes each micro-batch, its loss, and the entropy of its tokens.
         backward: adds the gradients of a loss.

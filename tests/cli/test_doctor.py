@@ -27,11 +27,12 @@ def test_here_nothing_needed_is_missing(capsys: pytest.CaptureFixture[str]):
 def test_a_problem_makes_the_status_1(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    problem = doctor.Finding("problem", "python", "3.9.0: use Python 3.11 or 3.12.")
+    problem = doctor.Finding("problem", "python", "3.9.0: use Python 3.11, 3.12 or 3.13.")
     monkeypatch.setattr(doctor, "examine", lambda configs, gpu_gib: [problem])
     assert main(["doctor"]) == 1
     assert (
-        capsys.readouterr().out == "problem  python             3.9.0: use Python 3.11 or 3.12.\n"
+        capsys.readouterr().out
+        == "problem  python             3.9.0: use Python 3.11, 3.12 or 3.13.\n"
     )
 
 
@@ -44,9 +45,9 @@ def test_a_note_does_not(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.parametrize(
     ("version", "state"),
-    [((3, 10, 9), "problem"), ((3, 11, 0), "ok"), ((3, 12, 4), "ok"), ((3, 13, 0), "problem")],
+    [((3, 10, 9), "problem"), ((3, 11, 0), "ok"), ((3, 13, 1), "ok"), ((3, 14, 0), "problem")],
 )
-def test_python_must_be_3_11_or_3_12(version: tuple[int, ...], state: str):
+def test_python_must_be_3_11_to_3_13(version: tuple[int, ...], state: str):
     assert machine.check_python(version).state == state
 
 

@@ -221,8 +221,11 @@ class FailingFile(io.RawIOBase):
 def fill_disk(monkeypatch: pytest.MonkeyPatch, room: int, outcome: int | str) -> None:
     @contextlib.contextmanager
     def filling(target: Path, *, durable: bool = False) -> Generator[BinaryIO]:
-        with atomic_file(target, durable=durable) as file:
-            yield cast(BinaryIO, FailingFile(file, room, outcome))
+        with (
+            atomic_file(target, durable=durable) as file,
+            FailingFile(file, room, outcome) as failing,  # closed before what it writes to
+        ):
+            yield cast(BinaryIO, failing)
 
     monkeypatch.setattr(checkpoint_io, "atomic_file", filling)
 

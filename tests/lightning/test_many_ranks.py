@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM
 import sdp_lightning as sdp
 from sdp_lightning.training.batch import Layout, collate
 from sdp_lightning.training.policy.forward import sequence_logprobs
+from support.odd_models import odd_model, saved
 from support.rank_runs import Launcher, Results, assert_same_weights
 from support.steps import VERSION, make_trajectories
 from support.trainers import make_module, make_trainer
@@ -111,6 +113,20 @@ def test_ranks_learn_what_one_process_learns_in_every_setting(
     launcher: Launcher, strategy: str
 ) -> None:
     compare_recorded(launcher, MORE, strategy, learn_alone(launcher, MORE))
+
+
+@pytest.mark.slow
+def test_ranks_shard_models_whatever_they_call_their_layers(
+    launcher: Launcher, tmp_path: Path
+) -> None:
+    """Biases stay: keys' have no gradient but rounding, and AdamW makes steps of that."""
+    cases: dict[str, Any] = {}
+    for kind in ("gpt2", "bloom", "gpt_neox", "mpt", "opt"):
+        (tmp_path / kind).mkdir()
+        model = odd_model(kind, max_position_embeddings=256)
+        folder = saved(model, tmp_path / kind)
+        cases[kind] = {"model": folder, "max_tokens": 1000, "trainable": "weight$"}
+    compare_recorded(launcher, cases, "fsdp", learn_alone(launcher, cases))
 
 
 def test_mixed_precision_rounds_sharded_weights_on_their_way_and_no_log_prob(

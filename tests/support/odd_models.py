@@ -45,6 +45,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "doge": _GATED,
     "falcon": _COMMON | {"new_decoder_architecture": True, "num_kv_heads": 2, "alibi": False},
     "falcon_h1": _GATED | _MAMBA,
+    "granite_swa": _GATED | {"sliding_window": 8},
     "gpt_neo": _COMMON
     | {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]},
     "inkling_text": _GATED
@@ -78,6 +79,17 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "num_layers": 2,
         "attention_heads": 4,
         "max_position_embeddings": 128,
+    },
+    "zamba2": _GATED
+    | {
+        "num_hidden_layers": 4,
+        "layers_block_type": ["mamba", "hybrid"] * 2,
+        "mamba_d_state": 8,
+        "mamba_headdim": 8,
+        "n_mamba_heads": 8,
+        "mamba_ngroups": 1,
+        "chunk_size": 16,
+        "adapter_rank": 4,
     },
     "xlstm": {"vocab_size": VOCABULARY, "hidden_size": 32, "num_heads": 2, "num_hidden_layers": 2},
 }

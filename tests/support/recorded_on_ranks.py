@@ -16,6 +16,7 @@ import sdp_lightning as sdp
 import sdp_lightning.training.policy.loading
 import sdp_lightning.training.update
 from sdp_lightning.training.batch import Batch, collate, split_minibatches
+from sdp_lightning.training.policy.layers import decoder_layers
 from sdp_lightning.types import Trajectory
 from support.rank_place import CountingModule, Metrics, Place, make_strategy, weights_of
 from support.steps import Batches, make_trajectories
@@ -27,6 +28,7 @@ VERSION, NUM_GROUPS = 4, 4
 def recorded(
     place: Place,
     *,
+    model: str | None = None,
     strategy: str = "ddp",
     steps: int = 5,
     ranks: int = 2,
@@ -39,7 +41,11 @@ def recorded(
     lora: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
-    """Train on groups made beforehand: rank r of n on every n-th. Alone, as if by ``ranks``."""
+    """Train on groups made beforehand: rank r of n on every n-th. Alone, as if by ``ranks``.
+
+    ``model`` is the folder of one that is not the tiny model.
+    """
+    place = replace(place, folder=model or place.folder)
     batches: list[Batch] = []
     for step in range(steps):
         groups = make_trajectories(place.folder, [3] * NUM_GROUPS, seed=step)
@@ -117,15 +123,17 @@ class Types(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, sdp.SegmentWisePPOModule)
-        layer: Any = pl_module.require_policy().get_decoder().layers[0]
+        layers = decoder_layers(pl_module.require_policy())
+        inner = [m for layer in layers.values() for m in layer.modules()]
+        first: Any = next(m for m in inner if "weight" in m._parameters and m.weight.dim() == 2)
 
         def note(name: str, value: torch.Tensor) -> None:
             self.types[name] = str(value.dtype)
 
-        handle = layer.mlp.register_forward_pre_hook(
-            lambda mlp, inputs: note("used", mlp.up_proj.weight) or note("hidden", inputs[0])
+        handle = first.register_forward_pre_hook(
+            lambda linear, inputs: note("used", linear.weight) or note("hidden", inputs[0])
         )
         scores = pl_module.score(self._trajectories)
         self.scores = [[segment.tolist() for segment in scored] for scored in scores]
         handle.remove()
-        note("kept", layer.mlp.up_proj.weight)
+        note("kept", first.weight)

@@ -51,7 +51,7 @@ for _ in range(900):  # read as JSON, but not shown
     DEEP = [DEEP]
 
 CALLS = {
-    "deep JSON": (call("[" * 2000), "RecursionError"),
+    "deep JSON": (call("[" * 100_000), "RecursionError"),
     "deeper objects": (call('{"a":' * 100_000), "RecursionError"),
     "a name that is a list": (call_of(["add"]), "must be a text; it is list"),
     "a name that is an object": (call_of({}), "must be a text; it is dict"),

@@ -88,11 +88,11 @@ def check_together(installed: Installed, requires: Requires = metadata.requires)
 
 
 def check_python(version: tuple[int, ...]) -> Finding:
-    """Checks that Python is 3.11 or 3.12."""
+    """Checks that Python is 3.11, 3.12 or 3.13."""
     text = ".".join(map(str, version))
-    if (3, 11) <= version[:2] <= (3, 12):
+    if (3, 11) <= version[:2] <= (3, 13):
         return Finding("ok", "python", text)
-    return Finding("problem", "python", f"{text}: use Python 3.11 or 3.12.")
+    return Finding("problem", "python", f"{text}: use Python 3.11, 3.12 or 3.13.")
 
 
 def check_packages(requirements: Iterable[str], installed: Installed) -> list[Finding]:

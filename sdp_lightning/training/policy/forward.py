@@ -20,6 +20,7 @@ from sdp_lightning.errors import ConfigError
 from sdp_lightning.objective.token_logprobs import token_logprobs
 from sdp_lightning.training.batch import AttentionCosts, Batch, Layout
 from sdp_lightning.training.policy.head import HeadInput, run_to_head
+from sdp_lightning.training.policy.layers import is_compiled
 from sdp_lightning.training.policy.packing import Pack
 from sdp_lightning.training.policy.rotary import rotaries_by_length
 
@@ -169,6 +170,11 @@ def check_model(model: PreTrainedModel, layout: Layout) -> None:
             f"be laid out as {layout!r}. Use layout='padded'."
         )
     attention = config._attn_implementation
+    if attention == "sdpa" and model.device.type == "cpu" and is_compiled(model):
+        raise ConfigError(
+            f"model type {kind!r} is compiled, and on a CPU its attention among packed rows cannot "
+            f"be: rows cannot be laid out as {layout!r}. Use layout='padded'."
+        )
     if attention in ("sdpa", "eager") or (layout == "packed" and attention.startswith("flash_")):
         return
     lack = "does not keep packed rows apart" if layout == "packed" else "takes no mask of its own"

@@ -42,25 +42,28 @@ class GradientStep:
         Args:
             policy: model with gradients.
             optimizer: optimizer of its parameters.
-            schedule: sets the learning rates; advanced unless the step is skipped.
+            schedule: sets the learning rates, if there is one; advanced unless the step is skipped.
             scale: factor of the learning rates in this step only.
 
         Raises:
             SDPError: after ``max_skipped`` skipped steps in a row.
         """
         norm = clip_gradients(policy, self.limit)
-        rates: list[float] = schedule.get_last_lr()
+        rates = [group["lr"] for group in optimizer.param_groups]
         self.num_skipped = 0 if torch.isfinite(norm) else self.num_skipped + 1
         if self.num_skipped == 0:
-            for group in optimizer.param_groups if scale != 1.0 else ():
-                group["lr"] *= scale
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * scale
             optimizer.step()
-            schedule.step()  # sets the rates anew, from those at the start
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
+            if schedule is not None:
+                schedule.step()
         elif self.num_skipped >= self.max_skipped:
             raise SDPError(
                 f"the gradient was not finite (norm {norm}) in {self.num_skipped} optimizer steps "
                 "in a row. Lower the learning rate, or look at the rewards and log-probs."
             )
-        values = rates[0] * scale, float(self.num_skipped > 0)
+        values = float(rates[0]) * scale, float(self.num_skipped > 0)
         rate, skipped = torch.tensor(values, dtype=torch.float32)  # not the default type
         return {"grad_norm": norm.float(), "lr": rate, "skipped": skipped}

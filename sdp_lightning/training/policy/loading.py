@@ -150,8 +150,18 @@ def disable_noise(policy: nn.Module) -> None:
 
 
 def recompute_activations(policy: PreTrainedModel) -> None:
-    """Recompute activations in the backward pass, with every layer's forward in eval mode."""
-    policy.gradient_checkpointing_enable({"use_reentrant": False})
+    """Recompute activations in the backward pass, with every layer's forward in eval mode.
+
+    Raises:
+        ConfigError: if the model has no such thing; names its type.
+    """
+    try:
+        policy.gradient_checkpointing_enable({"use_reentrant": False})
+    except ValueError as error:
+        raise ConfigError(
+            f"model type {policy.config.model_type!r} cannot recompute activations ({error}). Use "
+            "gradient_checkpointing=False; a lower update.max_tokens_per_microbatch saves memory."
+        ) from error
     policy.disable_input_require_grads()  # frozen layers need no graph
     for layer in _recomputing_layers(policy):
         run: Any = layer._gradient_checkpointing_func

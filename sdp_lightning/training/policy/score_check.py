@@ -23,6 +23,7 @@ from sdp_lightning.config.model_source import quiet_transformers
 from sdp_lightning.errors import ConfigError
 from sdp_lightning.training.batch import Batch, Layout, trial_batch
 from sdp_lightning.training.policy.forward import LogprobForward, check_model
+from sdp_lightning.training.policy.layers import is_compiled
 from sdp_lightning.training.policy.lora import adapted_weights, merged_name
 from sdp_lightning.training.policy.sharding import is_sharded
 
@@ -136,8 +137,11 @@ class ScoreCheck:
         if isinstance(error, ConfigError):
             return error
         remedy = "another model" if layout == "padded" else "layout='padded'"
+        if layout == "padded" and is_compiled(self._forward.policy):
+            remedy = "it without torch.compile, which needs a C++ compiler on a CPU"
+        reason = " ".join(str(error).partition("\n\n")[0].split())
         refusal = self._refusal_of(
-            f"cannot be scored in the layout {layout!r} ({type(error).__name__}: {error})", remedy
+            f"cannot be scored in the layout {layout!r} ({type(error).__name__}: {reason})", remedy
         )
         refusal.__cause__ = error
         return refusal
@@ -161,7 +165,7 @@ class ScoreCheck:
             weight for n, weight in policy.named_parameters() if merged_name(n) not in wrapped
         ]
         versions = [weight._version for weight in watched]
-        with eager_attention(policy):
+        with eager_attention(policy), torch.compiler.set_stance("force_eager"):
             own = self._own_logprobs(rows)
         without_long = self._forward(rows.select([1, 2]), "padded")[0]
         if not self._sharded and versions != [w._version for w in watched]:

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from sdp_lightning.errors import ConfigError
 from sdp_lightning.training.policy.forward import LogprobForward
+from sdp_lightning.training.policy.layers import layers_to_shard
 
 Source = PreTrainedModel | None
 
@@ -40,7 +41,7 @@ def shard(
             each rank keeps its part of them as it was loaded, and gradients are added in float32.
 
     Raises:
-        ConfigError: if the mesh asks for tensor parallelism.
+        ConfigError: if the mesh asks for tensor parallelism, or decoder layers share a weight.
     """
     if mesh["tensor_parallel"].size() > 1:
         raise ConfigError(
@@ -50,8 +51,7 @@ def shard(
     data_parallel, mixed = mesh["data_parallel"], MixedPrecisionPolicy()
     if precision == "bf16-mixed":
         mixed = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32)
-    decoder: Any = forward.policy.get_decoder()
-    for layer in decoder.layers:
+    for layer in layers_to_shard(forward.policy):
         fully_shard(layer, mesh=data_parallel, mp_policy=mixed)
     mixed = replace(mixed, cast_forward_inputs=False)  # a batch: temperatures stay as they are
     fully_shard(forward, mesh=data_parallel, mp_policy=mixed)
