@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
@@ -18,6 +18,11 @@ from sdp_lightning.engines.protocol import InferenceEngine, SharedServerEngine
 from sdp_lightning.errors import ConfigError, VersionError
 from sdp_lightning.lightning.checkpoint_io import use_atomic_checkpoints
 from sdp_lightning.lightning.datamodule import RolloutDataModule
+from sdp_lightning.lightning.failing_callbacks import (
+    FailingCallbacks,
+    guard_hooks,
+    num_set_aside,
+)
 from sdp_lightning.lightning.graceful_stop import GracefulStop
 from sdp_lightning.lightning.module import SegmentWisePPOModule
 from sdp_lightning.lightning.phase_timer import PHASES
@@ -53,6 +58,9 @@ class WeightSyncCallback(Callback):
             checkpoints, with a checkpoint
             (:class:`~sdp_lightning.lightning.graceful_stop.GracefulStop`).
         stop_grace_s: longest such step in seconds; after it the step is abandoned.
+        failing_callbacks: what an error in a callback of yours does once training has begun:
+            ``"set_aside"`` names it in a warning and goes on without that callback, on one rank;
+            ``"raise"``, and always on several ranks, ends the run, as in any Lightning fit.
         echo_every: former name of ``weight_check_every``.
         echo_tolerance: former name of ``weight_check_tolerance``.
 
@@ -67,6 +75,7 @@ class WeightSyncCallback(Callback):
         weight_check_tolerance: float = 0.1,
         save_on_stop: bool = True,
         stop_grace_s: float = 600.0,
+        failing_callbacks: FailingCallbacks = "set_aside",
         echo_every: int | None = None,
         echo_tolerance: float | None = None,
     ) -> None:
@@ -78,7 +87,10 @@ class WeightSyncCallback(Callback):
             weight_check_tolerance = echo_tolerance
         if weight_check_every is not None and weight_check_every < 1:
             raise ConfigError(f"weight_check_every must be at least 1, got {weight_check_every}.")
+        if failing_callbacks not in (choices := get_args(FailingCallbacks)):
+            raise ConfigError(f"failing_callbacks={failing_callbacks!r} is none of {choices}.")
         self.version = 0
+        self._failing: FailingCallbacks = failing_callbacks
         self._check_every = weight_check_every
         self._weight_check = (
             None if weight_check_every is None else WeightCheck(tolerance=weight_check_tolerance)
@@ -94,6 +106,7 @@ class WeightSyncCallback(Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         _parts(trainer, pl_module)
         use_atomic_checkpoints(trainer)
+        guard_hooks(trainer, self._failing)
 
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._publish_first(trainer, pl_module)
@@ -225,6 +238,7 @@ class WeightSyncCallback(Callback):
                 **self._times,
                 "rollout/version": float(self.version),
                 **counts.metrics(),
+                "run/callbacks_set_aside": float(num_set_aside(module.trainer)),
                 "speed/generated_tokens_per_s": counts.generated / step_s,
                 "speed/train_tokens_per_s": learned / step_s,
             },
