@@ -70,6 +70,17 @@ def test_a_server_that_is_not_there_yet_serves_when_it_is(
         assert late.do()["version"] == "0"
 
 
+@pytest.mark.fault("slow", "start")
+def test_a_server_that_is_busy_at_the_start_is_asked_again_and_is_not_left_out(
+    two: list[Server], caplog: pytest.LogCaptureFixture
+) -> None:
+    for server, path in zip(two, ("/health", GENERATE), strict=True):
+        server.answer(path, b"slow down", 429, times=2, Retry_After="0")
+    with connected(*two) as engine:
+        assert engine.server_urls == [server.url for server in two]
+    assert said_left_out(caplog) == []
+
+
 @pytest.mark.parametrize("num_ill", [1, 2])
 def test_fewer_than_min_replicas_are_the_named_error(two: list[Server], num_ill: int) -> None:
     for server in two[:num_ill]:
