@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import threading
@@ -84,6 +85,23 @@ def save_tiny(folder: Path, *, seed: int) -> str:
     tiny_model(seed=seed).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(autouse=True)
+def assertions_in_callbacks_count() -> Iterator[None]:
+    """A run sets a callback that raises aside: what a test asserts in one must still fail it."""
+    failed: list[str] = []
+
+    def look(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        failed.extend([text] if "set aside: AssertionError" in text else [])
+        return True
+
+    observer = logging.getLogger("sdp_lightning.lightning.observer")
+    observer.addFilter(look)
+    yield
+    observer.removeFilter(look)
+    assert not failed
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from sdp_lightning.distributed.failure_detector import FailureDetector, RankFailure
 from sdp_lightning.distributed.listener import address_of, connect, listen_at
 from sdp_lightning.distributed.messaging import Link, pack, wait_for_any
+from sdp_lightning.distributed.stopped_ranks import go_on_without_parent
 from sdp_lightning.errors import RankError, message_of
 
 T = TypeVar("T")
@@ -266,4 +267,6 @@ def make_rank_group(
         links, rank=rank, size=size, timeout_s=timeout_s, interrupted=interrupted, key=key
     )
     ranks.watch(lines)
+    if rank > 0:  # Lightning starts these from rank 0
+        go_on_without_parent()
     return ranks

@@ -15,7 +15,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 from sdp_lightning.config.storable_text import storable
-from sdp_lightning.errors import HangError, SDPError, message_of
+from sdp_lightning.errors import HangError, SDPError, message_of, user_place
 
 logger = logging.getLogger(__name__)
 
@@ -92,8 +92,10 @@ class Observer(Callback, ABC):
 
 
 def say_set_aside(name: str, error: Exception, lost: str) -> None:
-    """Warn that an observer failed, with what is lost by that."""
-    logger.warning("%s failed and is set aside: %s. Lost: %s.", name, describe(error), lost)
+    """Warn that an observer failed, where in its code, and with what is lost by that."""
+    place = user_place(error)
+    text = describe(error) + ("" if place is None else f" (from {place})")
+    logger.warning("%s failed and is set aside: %s. Lost: %s.", name, text, lost)
 
 
 def describe(error: BaseException) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 import warnings
-from typing import Any
+from typing import Any, get_args
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
@@ -18,6 +18,11 @@ from sdp_lightning.engines.protocol import InferenceEngine, SharedServerEngine
 from sdp_lightning.errors import ConfigError, VersionError
 from sdp_lightning.lightning.checkpoint_io import use_atomic_checkpoints
 from sdp_lightning.lightning.datamodule import RolloutDataModule
+from sdp_lightning.lightning.failing_callbacks import (
+    FailingCallbacks,
+    guard_hooks,
+    num_set_aside,
+)
 from sdp_lightning.lightning.graceful_stop import GracefulStop
 from sdp_lightning.lightning.module import SegmentWisePPOModule
 from sdp_lightning.lightning.phase_timer import PHASES
@@ -55,6 +60,9 @@ class WeightSyncCallback(Callback):
             checkpoints, with a checkpoint
             (:class:`~sdp_lightning.lightning.graceful_stop.GracefulStop`).
         stop_grace_s: longest such step in seconds; after it the step is abandoned.
+        failing_callbacks: what an error in a callback of yours does once training has begun:
+            ``"set_aside"`` names it in a warning and goes on without that callback, on one rank;
+            ``"raise"``, and always on several ranks, ends the run, as in any Lightning fit.
         echo_every: former name of ``weight_check_every``.
         echo_tolerance: former name of ``weight_check_tolerance``.
 
@@ -69,6 +77,7 @@ class WeightSyncCallback(Callback):
         weight_check_tolerance: float = 0.1,
         save_on_stop: bool = True,
         stop_grace_s: float = 600.0,
+        failing_callbacks: FailingCallbacks = "set_aside",
         echo_every: int | None = None,
         echo_tolerance: float | None = None,
     ) -> None:
@@ -83,7 +92,10 @@ class WeightSyncCallback(Callback):
                 f"weight_check_every must be 1 or more, 0 for never, or None for once at the start;"
                 f" got {weight_check_every}."
             )
+        if failing_callbacks not in (choices := get_args(FailingCallbacks)):
+            raise ConfigError(f"failing_callbacks={failing_callbacks!r} is none of {choices}.")
         self.version = 0
+        self._failing: FailingCallbacks = failing_callbacks
         self._check_every = weight_check_every or 0
         keep = self._check_every > 0
         check = WeightCheck(tolerance=weight_check_tolerance, keep_weights=keep)
@@ -100,6 +112,7 @@ class WeightSyncCallback(Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         _parts(trainer, pl_module)
         use_atomic_checkpoints(trainer)
+        guard_hooks(trainer, self._failing)
 
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._publish_first(trainer, pl_module)
@@ -240,6 +253,7 @@ class WeightSyncCallback(Callback):
                 **self._times,
                 "rollout/version": float(self.version),
                 **counts.metrics(),
+                "run/callbacks_set_aside": float(num_set_aside(module.trainer)),
                 "speed/generated_tokens_per_s": counts.generated / step_s,
                 "speed/train_tokens_per_s": learned / step_s,
             },

@@ -9,8 +9,9 @@ behavior policy b; the first three are not weighted for that, as is usual, and t
 ``"weighted_k3"``, is. Sources: Schulman 2020, http://joschu.net/blog/kl-approx.html; weighted:
 DeepSeek-V3.2, https://arxiv.org/abs/2512.02556.
 
-Both exponentials are bounded at :data:`LARGEST_LOG_RATIO`, or one token that the policy has all but
-given up would outweigh all others: k3 has a gradient of e^12 at d = 12, and an infinite one at 89.
+k2, k3 and the weight are bounded at :data:`LARGEST_LOG_RATIO`, or one token that the policy has all
+but given up would outweigh all others: k3 has a gradient of e^12 at d = 12, and an infinite one at
+89. A reference that gives a token no probability counts as :data:`LEAST_LOGPROB`.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from sdp_lightning.objective.precision import at_least_float32
 
 KLEstimator = Literal["k1", "k2", "k3", "weighted_k3"]
 LARGEST_LOG_RATIO = 6.0  # nats; n samples a token with a larger ref - n at most once in e^6 = 403
+
+LEAST_LOGPROB = math.log(torch.finfo(torch.float32).tiny)  # -87.3 nats: below it, float32 has none
 
 
 def kl_estimate(
@@ -44,12 +47,13 @@ def kl_estimate(
     .. math:: \nabla\, e^{n - b} k_3 = e^{n - b} (n - ref) \nabla n
 
     k3 goes on as its tangent above d = 6, with the slope 1 - e^6, so that a token that is far too
-    rare is still pulled up. The weight e^(n - b) is at most e^6, and the sign of the gradient stays
-    that of n - ref. Below these bounds both are exact.
+    rare is still pulled up, and k2 beyond d = 6 and d = -6, with a slope of 6. The weight e^(n - b)
+    is at most e^6, and the sign of the gradient stays that of n - ref. Below these bounds all are
+    exact.
 
     Args:
         target: [B, T] n. May carry a gradient.
-        reference: [B, T] log-probs under the reference, detached here.
+        reference: [B, T] log-probs under the reference, detached here; may be -inf.
         loss_mask: [B, T] bool. Values where it is False have no effect.
         estimator: name of the estimator.
         behavior: [B, T] b, detached here; read only for ``"weighted_k3"``, which requires it.
@@ -61,12 +65,12 @@ def kl_estimate(
         ValueError: if ``"weighted_k3"`` has no ``behavior``.
     """
     target, reference = at_least_float32(target), at_least_float32(reference.detach())
-    distance = torch.where(loss_mask, reference - target, 0.0)
-    if estimator in ("k1", "k2"):
-        return kl_of_log_ratio(distance, estimator)
-    beyond = (distance - LARGEST_LOG_RATIO).relu()  # relu: no slope at 0, where clamp has one
-    k3 = kl_of_log_ratio(distance.clamp(max=LARGEST_LOG_RATIO), "k3")
-    k3 = k3 + math.expm1(LARGEST_LOG_RATIO) * beyond
+    distance = torch.where(loss_mask, reference.clamp(min=LEAST_LOGPROB) - target, 0.0)
+    if estimator == "k1":
+        return kl_of_log_ratio(distance, "k1")
+    if estimator == "k2":
+        return _bounded(distance, "k2", least=-LARGEST_LOG_RATIO, slope=LARGEST_LOG_RATIO)
+    k3 = _bounded(distance, "k3", least=-math.inf, slope=math.expm1(LARGEST_LOG_RATIO))
     if estimator == "k3":
         return k3
     if behavior is None:
@@ -76,6 +80,14 @@ def kl_estimate(
     # n - ref is the gradient of k2: that of the weight and that of k3 add up to it.
     k2 = kl_of_log_ratio(distance, "k2")
     return weight * (k3.detach() + (k2 - k2.detach()))
+
+
+def _bounded(
+    distance: Tensor, estimator: Literal["k2", "k3"], *, least: float, slope: float
+) -> Tensor:
+    """The estimate, which goes on as its tangent outside of ``least`` to ``LARGEST_LOG_RATIO``."""
+    inside = distance.clamp(least, LARGEST_LOG_RATIO)
+    return kl_of_log_ratio(inside, estimator) + slope * (distance - inside).abs()
 
 
 def kl_of_log_ratio(log_ratio: Tensor, estimator: Literal["k1", "k2", "k3"]) -> Tensor:

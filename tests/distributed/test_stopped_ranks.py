@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -109,3 +110,50 @@ def test_where_the_process_cannot_be_known_nobody_is_watched() -> None:
     own, same = socket.socketpair()  # both ends are this process
     with near, far, own, same:
         assert not StoppedRanks({1: near, 2: own}, limit_s=1.0).can_look
+
+
+RANK_1 = """
+import ctypes, signal, socket, sys, threading
+from sdp_lightning.distributed.failure_detector import FailureDetector
+from sdp_lightning.distributed.stopped_ranks import go_on_without_parent
+libc, present = ctypes.CDLL(None), ctypes.c_int()
+for asked, found in ((signal.SIGTERM, signal.SIGTERM), (0, signal.SIGCONT)):
+    libc.prctl(1, asked)
+    go_on_without_parent()
+    libc.prctl(2, ctypes.byref(present))
+    assert present.value == found, present
+detector = FailureDetector(1, {0: socket.socket(fileno=int(sys.argv[1]))}, grace_s=0.0)
+print("ready", flush=True)
+threading.Event().wait()
+"""
+RANK_0 = """
+import socket, subprocess, sys
+own, other = socket.socketpair()
+command = [sys.executable, "-c", sys.argv[1], str(other.fileno())]
+rank_1 = subprocess.Popen(command, pass_fds=[other.fileno()])
+other.close()
+print(rank_1.pid, flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.fault("process killed", "gather")
+def test_a_rank_that_is_stopped_when_rank_0_is_killed_goes_on_and_ends(tmp_path: Path) -> None:
+    """It keeps its end of a pipe, which closes when it has ended, and not by a signal of ours."""
+    command, pipe = [sys.executable, "-c", RANK_0, RANK_1], subprocess.PIPE
+    with (tmp_path / "log").open("wb") as log:
+        rank_0 = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=log)
+    assert rank_0.stdin is not None and rank_0.stdout is not None
+    with rank_0.stdin, rank_0.stdout:
+        pid, ready = int(rank_0.stdout.readline()), rank_0.stdout.readline()
+        assert ready == b"ready\n", (tmp_path / "log").read_text()
+        os.kill(pid, signal.SIGSTOP)
+        state = Path(f"/proc/{pid}/stat")
+        wait_for(lambda: state.read_text().split()[2] == "T", state.read_text)
+        rank_0.kill()
+        has_ended, _, _ = select.select([rank_0.stdout], [], [], DEADLINE_S)
+        if not has_ended:
+            os.kill(pid, signal.SIGKILL)
+        assert has_ended and rank_0.stdout.read() == b""
+        rank_0.wait(DEADLINE_S)
+    assert "rank 0 failed: its process has ended." in (tmp_path / "log").read_text()

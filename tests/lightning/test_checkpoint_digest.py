@@ -158,8 +158,8 @@ def check_damages(write: Callable[[Path], Path], folder: Path, count: int) -> di
 
 @pytest.mark.fault("corrupted data", "checkpoint")
 def test_any_damage_is_refused_by_name(tmp_path: Path) -> None:
-    outcomes = check_damages(save, tmp_path, 100)
-    assert outcomes["refused"] > 690, "equal sectors can be swapped or zeroed"
+    outcomes = check_damages(save, tmp_path, 286)  # of each of 7 kinds: 2,002
+    assert outcomes["refused"] > 1970, "equal sectors can be swapped or zeroed"
 
 
 def test_any_damage_of_a_checkpoint_without_digest_is_refused_or_harmless(tmp_path: Path) -> None:
@@ -169,8 +169,8 @@ def test_any_damage_of_a_checkpoint_without_digest_is_refused_or_harmless(tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("write", [save, save_without_digest])
-def test_thousands_of_damages(write: Callable[[Path], Path], tmp_path: Path) -> None:
-    assert check_damages(write, tmp_path, 3000)["refused"] > 3000
+def test_a_hundred_thousand_damages(write: Callable[[Path], Path], tmp_path: Path) -> None:
+    assert check_damages(write, tmp_path, 7_143)["refused"] > 40_000  # of 50,001 for each
 
 
 @pytest.mark.parametrize("bit", range(8))

@@ -192,7 +192,7 @@ def test_a_checkpoint_that_cannot_be_written_is_told_and_all_is_closed(
 def test_an_error_is_saved_from_between_steps_only(
     model_folder: str, tmp_path: Path, hook: str, saved: list[str]
 ) -> None:
-    run = Run(model_folder, tmp_path, CallAt(hook, fail))
+    run = Run(model_folder, tmp_path, CallAt(hook, fail), sync={"failing_callbacks": "raise"})
     with pytest.raises(ZeroDivisionError):
         run.fit()
     assert saved_in(tmp_path) == saved

@@ -99,7 +99,7 @@ def test_whatever_a_logger_fails_in_it_is_named_once_and_the_run_is_untouched(
     module.save_hyperparameters({"seed": 1})
     trainer = make_trainer(
         *(
-            sdp.WeightSyncCallback(),
+            sdp.WeightSyncCallback(failing_callbacks="raise"),
             At(own),
             ModelCheckpoint(tmp_path / "saved", every_n_train_steps=1),
         ),

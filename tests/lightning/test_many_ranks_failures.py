@@ -19,7 +19,12 @@ FAILURES = [
     # what, rank, what the failing one says, what the other one says
     ("reward", 1, "ValueError: no such letter", "rank 1 failed while taking the batch"),
     ("training step", 1, "no such gradient", "rank 1 failed: ValueError: no such gradient"),
-    ("training step", 0, "no such gradient", "rank 0 failed: ValueError: no such gradient"),
+    (
+        "training step",
+        0,
+        "It was raised in on_train_batch_start of Troublemaker, a callback.",
+        "rank 0 failed: ValueError: no such gradient",
+    ),
     ("kill", 1, "", "rank 1 failed: its process has ended."),
     ("kill", 0, "", "rank 0 failed: its process has ended."),
     ("stopped", 1, "", "rank 1 failed: it has been stopped (SIGSTOP) for 90 s."),

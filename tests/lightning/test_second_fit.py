@@ -47,6 +47,7 @@ def fitted(model_folder: str, tmp_path: Path) -> Run:
         max_steps=3,
         enable_checkpointing=False,
         data={"val_prompts": make_rows(1)},
+        sync={"failing_callbacks": "raise"},
     )
     run.fit()
     return run

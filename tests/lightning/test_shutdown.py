@@ -29,7 +29,8 @@ pytestmark = pytest.mark.usefixtures("no_thread_is_left")
 
 
 def fit(folder: str, data: sdp.RolloutDataModule, *callbacks: Callback, **settings: Any) -> None:
-    trainer = make_trainer(sdp.WeightSyncCallback(), *callbacks, **({"max_steps": 4} | settings))
+    sync = sdp.WeightSyncCallback(failing_callbacks="raise")
+    trainer = make_trainer(sync, *callbacks, **({"max_steps": 4} | settings))
     trainer.fit(make_module(folder), data)
 
 

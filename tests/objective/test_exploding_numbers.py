@@ -13,7 +13,7 @@ from torch import Tensor
 
 import sdp_lightning as sdp
 from sdp_lightning.config import LossConfig
-from sdp_lightning.objective.kl import LARGEST_LOG_RATIO, kl_estimate
+from sdp_lightning.objective.kl import LARGEST_LOG_RATIO, kl_estimate, kl_penalised_rewards
 from sdp_lightning.objective.precision import LARGEST_LOG, bounded_log
 from sdp_lightning.training.batch import Batch, collate
 from sdp_lightning.training.loss import batch_loss
@@ -90,6 +90,37 @@ def test_k3_goes_on_as_its_tangent_above_6_nats() -> None:
     assert torch.allclose(found[0, 3:].detach(), EDGE - 6 + EDGE * (outside - 6))
     assert torch.allclose(slope[0, :3], -inside.expm1())
     assert torch.allclose(slope[0, 3:], torch.full_like(outside, -EDGE))
+
+
+def test_k2_goes_on_as_its_tangent_beyond_6_nats_either_way() -> None:
+    distance = row(-1e4, -7.0, -6.0, -0.5, 6.0, 7.0, 1e4)
+    target = (-distance).requires_grad_()
+    found = kl_estimate(target, torch.zeros_like(target), every(7), "k2")
+    (slope,) = torch.autograd.grad(found.sum(), target)
+    assert found[0].tolist() == pytest.approx([59_982, 24, 18, 0.125, 18, 24, 59_982])
+    assert slope[0].tolist() == [6, 6, 6, 0.5, -6, -6, -6]
+
+
+@pytest.mark.parametrize(
+    ("estimator", "value", "slope"),
+    [("k1", 84.3, 1), ("k2", 6 * 84.3 - 18, 6), ("k3", 83.3, 1), ("weighted_k3", 83.3, 84.3)],
+)
+def test_a_token_that_the_reference_rules_out_has_a_finite_kl_that_pushes_it_down(
+    estimator: Any, value: float, slope: float
+) -> None:
+    """n = b = -3, and the least log-prob of float32 is -87.34."""
+    target, behavior = row(-3.0).requires_grad_(), row(-3.0)
+    found = kl_estimate(target, row(-math.inf), every(1), estimator, behavior=behavior)
+    (gradient,) = torch.autograd.grad(found.sum(), target)
+    assert found.item() == pytest.approx(value, abs=0.3)
+    assert gradient.item() == pytest.approx(slope, abs=0.05)
+    if estimator != "weighted_k3":  # refused in the reward
+        rewards = kl_penalised_rewards(
+            *(torch.ones(1), behavior, row(-math.inf), every(1)),
+            coefficient=0.1,
+            estimator=estimator,
+        )
+        assert rewards.item() == pytest.approx(1 - 0.1 * found.item())
 
 
 def test_the_weighted_k3_worked_out_by_hand() -> None:

@@ -220,9 +220,8 @@ def test_a_run_that_fails_has_its_page_and_says_so(tmp_path: Path, model_folder:
                 raise RuntimeError("no <more> power")
 
     report = sdp.RunReport()
-    trainer = make_trainer(
-        sdp.WeightSyncCallback(), report, Fail(), max_steps=4, default_root_dir=tmp_path
-    )
+    sync = sdp.WeightSyncCallback(failing_callbacks="raise")
+    trainer = make_trainer(sync, report, Fail(), max_steps=4, default_root_dir=tmp_path)
     with pytest.raises(RuntimeError, match="power"):
         trainer.fit(make_module(model_folder), make_data(engine=FakeEngine()))
     assert report.path == tmp_path / "report.html"

@@ -45,7 +45,7 @@ def run(folder: str, *callbacks: Callback, logger: Any = False, rows: Any = None
     engine = FakeEngine()
     data = make_data(engine=engine, rows=rows, max_head_lag=1)
     trainer = make_trainer(
-        *(sdp.WeightSyncCallback(), *callbacks),
+        *(sdp.WeightSyncCallback(failing_callbacks="raise"), *callbacks),
         logger=logger,
         max_steps=4,
         log_every_n_steps=1,

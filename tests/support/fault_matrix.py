@@ -22,6 +22,7 @@ from support.paths import TESTS
 
 KINDS = ("process killed", "thread died", "exception", "hang", "slow", "corrupted data")
 PHASES = {
+    "start": "connecting to the servers of a run",
     "fetch": "reading the next row of the prompts",
     "generate": "sampling, by the engine in the process or by servers",
     "completion": "reading and scoring what the policy wrote, which may be anything",
@@ -45,6 +46,7 @@ Cell = tuple[str, str]  # kind, phase
 OWN = "the trainer's own process; that its kill costs no row is shown under checkpoint and resume."
 MAIN = "the trainer's thread, which ends with its process."
 NOT_APPLICABLE: dict[Cell, str] = {
+    ("thread died", "start"): "The thread that calls servers is that of generate.",
     ("process killed", "fetch"): f"Rows are read in {OWN}",
     ("process killed", "queue"): f"The queue is in {OWN}",
     ("thread died", "score"): f"Scores are computed in {MAIN}",

@@ -7,7 +7,7 @@ import math
 import random
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ gsm8k_reward: Any = load_object(f"{ROOT}/recipes/gsm8k_grpo/task.py:reward")
 gsm8k = sys.modules[gsm8k_reward.__module__]
 ROW = {"answer": "72", "prompt": "1+2?"}
 FLAT, SLOPE = 4_000, 40  # operations; 8,000 characters read quadratically are 64,000,000
+TURN_FORMATS = (None, "{observation}\n")
 MESSAGES = 33  # of one turn: 32 calls, and a word on the others
 TOKENIZER: Any = tiny_tokenizer()
 TOKENIZER.chat_template = (
@@ -93,7 +94,7 @@ def converse(text: str) -> list[dict[str, str]]:
     return result.observation or []
 
 
-def check(text: str) -> None:
+def check(text: str, turn_formats: Sequence[str | None] = TURN_FORMATS) -> None:
     """Every parser and every text reward on one completion: a value, within the bound."""
     for name, reward in REWARDS.items():
         count = Count()
@@ -108,29 +109,33 @@ def check(text: str) -> None:
         messages = converse(given)
     assert count.total <= FLAT * MESSAGES + SLOPE * len(text), f"tools: {count.total}"
     assert all(len(message["content"]) <= 2000 for message in messages)
-    for turn_format in (None, "{observation}\n"):
+    for turn_format in turn_formats:
         encode_turn(messages or text, TOKENIZER, turn_format=turn_format, stopped_by=None)
 
 
-def test_five_hundred_hostile_completions_are_values_after_linear_work() -> None:
-    """Operations are counted, not seconds: see ``support.counted_work`` for what that sees."""
-    for seed in range(500):
+def check_all(seeds: range, *, longest_run: int, num_encoded: int) -> None:
+    """Check a completion of every seed; ``num_encoded`` of them are made tokens of, as turns."""
+    every = len(seeds) // num_encoded
+    for seed in seeds:
+        turn_formats = TURN_FORMATS[seed // every % 2 :][:1] if seed % every == 0 else ()
         try:
-            check(completion(seed))
+            check(completion(seed, longest_run=longest_run), turn_formats)
         except Exception as error:
-            error.add_note(f"completion {seed}")
+            error.add_note(f"completion {seed}, longest_run={longest_run}")
             raise
+
+
+def test_two_thousand_hostile_completions_are_values_after_linear_work() -> None:
+    """Operations are counted, not seconds: see ``support.counted_work`` for what that sees."""
+    check_all(range(500), longest_run=200, num_encoded=250)
+    check_all(range(500, 2_000), longest_run=20, num_encoded=250)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_twenty_thousand_hostile_completions_are_values_after_linear_work() -> None:
-    for seed in range(500, 20_500):
-        try:
-            check(completion(seed, longest_run=1000))
-        except Exception as error:
-            error.add_note(f"completion {seed}, longest_run=1000")
-            raise
+def test_a_hundred_thousand_hostile_completions_are_values_after_linear_work() -> None:
+    check_all(range(2_000, 5_000), longest_run=1000, num_encoded=500)
+    check_all(range(5_000, 102_000), longest_run=20, num_encoded=5_000)
 
 
 # Linear -------------------------------------------------------------------------------------------

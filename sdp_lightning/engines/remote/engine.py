@@ -24,6 +24,7 @@ from sdp_lightning.engines.remote.backend import RemoteInfBackend
 from sdp_lightning.engines.remote.http_client import HttpClient
 from sdp_lightning.engines.remote.make_transport import make_transport
 from sdp_lightning.engines.remote.options import RemoteOptions
+from sdp_lightning.engines.remote.replicas import Replica
 from sdp_lightning.engines.remote.server_client import ServerClient
 from sdp_lightning.engines.remote.server_pool import ServerPool
 from sdp_lightning.engines.servers.managed import ManagedServers, ServerConfig
@@ -116,11 +117,12 @@ class RemoteInfEngine:
         return [] if self._pool is None else self._pool.serving_urls
 
     def start(self) -> None:
-        """Connect to every server; refuse one whose log-probs would be wrong.
+        """Connect to the servers; leave out one whose log-probs would be wrong.
 
         Raises:
-            EngineError: naming the server, the request and the remedy.
-            ConfigError: if a server does not support the options.
+            EngineError: if fewer than ``min_replicas`` are well, naming one that is not, the
+                request and the remedy.
+            ConfigError: the same, if that server does not support the options.
         """
         self._start(())
 
@@ -146,8 +148,7 @@ class RemoteInfEngine:
             )
             longest = options.health_timeout_s + 3 * options.answer_timeout_s
             self._http.run(pool.connect(), longest + 4 * options.control_timeout_s + _MARGIN_S)
-            for replica in pool.replicas:
-                self._http.spawn(pool.watch(replica)).add_done_callback(self._on_watch_end)
+            self._watch(pool.replicas)
         except BaseException:
             self.close()
             raise
@@ -179,10 +180,13 @@ class RemoteInfEngine:
 
     def follow(self, version: int, urls: Sequence[str]) -> None:
         longest = len(urls) * (2 * self.options.answer_timeout_s + self.options.control_timeout_s)
-        self._run_phase(self._running().follow(version, list(urls)), longest)
+        pool = self._running()
+        num_known = len(pool.replicas)
+        self._run_phase(pool.follow(version, list(urls)), longest)
+        self._watch(pool.replicas[num_known:])
 
     def resume(self) -> None:
-        options = self.options  # includes the handshake of a server that has returned
+        options = self.options  # includes the handshakes of servers that have returned
         longest = 4 * options.answer_timeout_s + 4 * options.control_timeout_s
         self._run_phase(self._running().resume(), longest)
 
@@ -227,6 +231,11 @@ class RemoteInfEngine:
         except Exception as error:
             pool.error = EngineError(str(error) or repr(error))
             raise
+
+    def _watch(self, replicas: Sequence[Replica]) -> None:
+        for replica in replicas:
+            watch = self._http.spawn(self._running().watch(replica))
+            watch.add_done_callback(self._on_watch_end)
 
     def _on_watch_end(self, watch: Future[None]) -> None:
         if not watch.cancelled() and (error := watch.exception()) is not None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from sdp_lightning.distributed.messaging import LOOPBACK_HOSTS
 from sdp_lightning.engines.remote.options import RemoteOptions
+from sdp_lightning.errors import EngineError
 from sdp_lightning.weights.protocol import WeightTransport
 
 
@@ -47,4 +49,8 @@ def _trainer_host(options: RemoteOptions, urls: list[str]) -> str:
         return options.trainer_host
     hosts = [(str(parts.hostname), parts.port or 80) for parts in map(urlsplit, urls)]
     far = [address for address in hosts if address[0] not in LOOPBACK_HOSTS]
-    return address_towards(*(far or hosts)[0])
+    *others, last = far or hosts
+    for address in others:
+        with suppress(EngineError):  # one server may be out of reach, and another one not
+            return address_towards(*address)
+    return address_towards(*last)

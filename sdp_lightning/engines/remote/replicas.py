@@ -187,6 +187,18 @@ class ReplicaSet:
             for request in replica.outstanding:
                 request.cancel()
 
+    def leave_out(self, replica: Replica, error: Exception) -> None:
+        """Begin without ``replica``, which was never well."""
+        logger.warning("%s is left out until it is well: %s", replica.url, error)
+        replica.handshake_done = False
+        self.take_out(replica, error)
+
+    def add(self, urls: Collection[str]) -> None:
+        """Know the servers at ``urls``, too, of which the new ones do not serve yet."""
+        known = {replica.url for replica in self.replicas}
+        new = [Replica(url, handshake_done=False) for url in urls if url not in known]
+        self.replicas += new
+
     def leave_alone(self, replica: Replica, error: Exception, rest_s: float) -> None:
         """Send no requests to ``replica``, which serves, for ``rest_s`` seconds."""
         replica.busy_until_s, replica.why_busy = time.monotonic() + rest_s, str(error)

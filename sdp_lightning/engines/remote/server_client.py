@@ -55,6 +55,23 @@ class ServerClient:
         """Check the health of ``replica``."""
         await self._ask(replica, self._backend.health(), self._options.health_timeout_s, _as_it_is)
 
+    async def connect(self, replica: Replica) -> None:
+        """Make the first calls to ``replica``; what fails is an error with the remedy."""
+        try:
+            await self.check(replica)
+            if await self.get_version(replica) == LOADING:
+                # Its last load failed: sampling now would kill it, so probe it later.
+                await self.describe(replica)
+                replica.handshake_done = False
+            else:
+                await self.handshake(replica)
+        except EngineError as error:
+            raise EngineError(
+                f"cannot use the {self.kind} server at {replica.url}: {error} Is it "
+                "running there? `sdp-lightning doctor --config FILE` asks; engine="
+                "'vllm://launch' starts one, and 'embedded' needs none."
+            ) from error
+
     async def handshake(self, replica: Replica, *, resume: bool = True) -> None:
         """Read the server's description; refuse it if its samples could not be trained on.
 

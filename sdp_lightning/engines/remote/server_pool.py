@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from functools import partial
 from time import monotonic
 
 from sdp_lightning.engines.protocol import GenerationRequest
@@ -18,7 +19,6 @@ from sdp_lightning.engines.remote.prompt_scores import score_prompt
 from sdp_lightning.engines.remote.replicas import Replica, ReplicaSet
 from sdp_lightning.engines.remote.responses import ServerError, ServerLost
 from sdp_lightning.engines.remote.server_client import (
-    LOADING,
     ServerClient,
     assemble_valid,
     check_length,
@@ -91,31 +91,28 @@ class ServerPool:
     # Starting, publishing ------------------------------------------------------------------------
 
     async def connect(self) -> None:
-        """Connect to every server; refuse one whose samples could not be trained on."""
+        """Connect to the servers, of which ``min_replicas`` must have samples to train on."""
+        await self._bring_in_well(self.replicas, self._client.connect)
+
+    async def _bring_in_well(
+        self, replicas: list[Replica], greet: Callable[[Replica], Awaitable[None]]
+    ) -> None:
+        """Bring in servers that are new, and name in a warning those that are not well."""
+        failed = dict[Replica, Exception]()
 
         async def work(replica: Replica) -> None:
             try:
-                await self._client.check(replica)
-                if await self._client.get_version(replica) == LOADING:
-                    # Its last load failed: sampling now would kill it, so probe it later.
-                    await self._client.describe(replica)
-                    replica.handshake_done = False
-                else:
-                    await self._client.handshake(replica)
-            except ConfigError:
-                raise
-            except EngineError as error:
-                raise EngineError(
-                    f"cannot use the {self._client.kind} server at {replica.url}: {error} Is it "
-                    "running there? `sdp-lightning doctor --config FILE` asks; engine="
-                    "'vllm://launch' starts one, and 'embedded' needs none."
-                ) from error
-            self._set.bring_in(replica)
+                await greet(replica)
+            except (EngineError, ConfigError) as error:
+                failed[replica] = error
+            else:
+                self._set.bring_in(replica)
 
-        results = await asyncio.gather(*map(work, self.replicas), return_exceptions=True)
-        for result in results:
-            if isinstance(result, BaseException):
-                raise result
+        await asyncio.gather(*map(work, replicas))
+        for replica, error in failed.items():
+            if self.num_serving < self._options.min_replicas:
+                raise error
+            self._set.leave_out(replica, error)
 
     async def pause(self) -> None:
         """Stop sampling on all servers; where another rank leads, only let requests arrive."""
@@ -136,10 +133,16 @@ class ServerPool:
             await self._set.drain(self._options.abort_grace_s)
 
     async def follow(self, version: int, urls: list[str]) -> None:
-        """Accept that the servers at ``urls``, and no others, now serve ``version``."""
+        """Accept that the servers at ``urls``, and no others, now serve ``version``.
+
+        One that this rank has not checked waits for ``resume``, as servers do not sample now.
+        """
+        self._set.add(urls)
         for replica in self.replicas:
             if replica.url not in urls:
                 self._set.take_out(replica, EngineError("the leading rank took it out."))
+            elif not replica.handshake_done:
+                replica.waits_for_publish = True
             elif not replica.serving:
                 self._set.bring_in(replica)  # the leading rank has checked it again
         self.version = version
@@ -181,10 +184,16 @@ class ServerPool:
         async def work(replica: Replica) -> None:
             await self._client.resume(replica)
             if not replica.handshake_done:
-                await self._client.handshake(replica, resume=False)
+                try:
+                    await self._client.handshake(replica, resume=False)
+                except ConfigError as error:  # it costs this server, not the run
+                    raise EngineError(str(error)) from error
 
         if self._transport is not None:
             await self._for_each_serving(work, "resuming")
+        else:
+            new = [replica for replica in self.replicas if replica.waits_for_publish]
+            await self._bring_in_well(new, partial(self._client.handshake, resume=False))
         self.publishing = False
         self._interrupted.clear()
 
@@ -313,6 +322,8 @@ class ServerPool:
         replica.num_returns += 1
         replica.tried_s = monotonic()
         await self._client.pause(replica, "interrupt")
+        if replica.info is None:  # it was not well at the start
+            await self._client.describe(replica)
         replica.handshake_done = False
         if not self._transport.is_live:  # a live transport sends tensors that may be changing now
             await self._client.load(replica, self._transport, version, whole=True)

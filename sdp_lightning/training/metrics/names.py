@@ -163,6 +163,9 @@ OTHERS: dict[str, tuple[Logged, ...]] = {
         Logged("rollout/reward_out_of_memory", "rewards that ran out of memory", POOL),
         Logged("rollout/reward_crashed", "rewards that ended their process", POOL),
     ),
+    "The run": (
+        Logged("run/callbacks_set_aside", "callbacks that failed and are set aside, of rank 0"),
+    ),
     "Weights on their way": (
         Logged("publish/bytes", "sent"),
         Logged("publish/bytes_per_s", "of the transfer"),
