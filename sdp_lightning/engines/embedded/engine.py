@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from sdp_lightning.config.validation import at_least, one_of
+from sdp_lightning.engines.embedded.attention import ATTENTION_NAME
 from sdp_lightning.engines.embedded.decode_loop import DecodeLoop, Job
-from sdp_lightning.engines.embedded.kv_cache import ATTENTION_NAME
 from sdp_lightning.engines.embedded.model_checks import (
     check_decoding,
     count_layers,
@@ -150,8 +150,14 @@ class EmbeddedEngine:
             self._source, device=self._device, dtype=self._dtype, model_kwargs=self._model_kwargs
         )
         max_length = resolve_max_length(model, self._max_length)
-        check_decoding(model)
-        scheduler = Scheduler(model, num_layers=count_layers(model), max_slots=self._max_slots)
+        rows_alone = check_decoding(model, max_length)
+        model.set_attn_implementation(ATTENTION_NAME)
+        scheduler = Scheduler(
+            model,
+            num_layers=count_layers(model),
+            max_slots=self._max_slots,
+            rows_alone=rows_alone,
+        )
         on_cpu = self._device.type == "cpu"
         loop = DecodeLoop(
             scheduler,
