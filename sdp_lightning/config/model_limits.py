@@ -1,4 +1,4 @@
-"""What a model's configuration says of how far its layers see, and of what they see by."""
+"""What a model's configuration says of how far its layers see, and of what they keep."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 _POSITIONS = ("max_position_embeddings", "max_seq_len")
 # In names of settings that may be a number of tokens beyond which a layer computes otherwise.
-_SPAN = re.compile("(window|local|chunk|sliding|span|floor|index)(?!.*layers)")
+_SPAN = re.compile("(window|local|chunk|sliding|span|floor|index|compress)(?!.*layers)")
 
 
 def max_positions(config: Any) -> int | None:
@@ -48,6 +48,8 @@ def stateful_layers(config: Any) -> list[str]:
 
 
 def _ints(value: Any) -> Iterator[int]:
+    if isinstance(value, dict):
+        value = [*value.values()]
     for number in value if isinstance(value, list | tuple) else [value]:
         if type(number) is int:
             yield number

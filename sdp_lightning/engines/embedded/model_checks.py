@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 _DEFAULT_LENGTH = 1024
 _NUM_CHECKED = 8
 _NUM_TEXTS = 3
-_PASSED = 512  # tokens by which a checked sequence passes the window, at most
+_PASSED = 64  # tokens by which a checked sequence passes the window, at most
 _REMEDY = 'Sample from a server that decodes it: engine="vllm://...".'
 
 
