@@ -23,6 +23,7 @@ from sdp_lightning.engines.embedded.model_checks import (
     count_layers,
     load_model,
     resolve_max_length,
+    set_attention,
     text_logprobs,
     vocab_size,
 )
@@ -151,7 +152,7 @@ class EmbeddedEngine:
         )
         max_length = resolve_max_length(model, self._max_length)
         rows_alone = check_decoding(model, max_length)
-        model.set_attn_implementation(ATTENTION_NAME)
+        set_attention(model, ATTENTION_NAME)
         scheduler = Scheduler(
             model,
             num_layers=count_layers(model),
@@ -211,11 +212,11 @@ class EmbeddedEngine:
     def prompt_logprobs(self, token_ids: IntArray) -> Mapping[str, FloatArray]:
         running = self._require_usable()
         with running.loop.hold():
-            running.model.set_attn_implementation("eager")  # the own attention needs the KV cache
+            set_attention(running.model, "eager")  # the own attention needs the KV cache
             try:
                 return {"embedded": text_logprobs(running.model, token_ids).cpu().numpy()}
             finally:
-                running.model.set_attn_implementation(ATTENTION_NAME)
+                set_attention(running.model, ATTENTION_NAME)
 
     def close(self) -> None:
         self._closed = True

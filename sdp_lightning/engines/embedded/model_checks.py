@@ -61,6 +61,12 @@ def load_model(
     return loaded
 
 
+def set_attention(model: PreTrainedModel, name: str) -> None:
+    """Set a model's attention; one that keeps its own, as transformers warns, still does."""
+    with quiet_transformers():
+        model.set_attn_implementation(name)
+
+
 def resolve_max_length(model: PreTrainedModel, max_length: int | None) -> int:
     """The longest sequence in tokens: ``max_length``, else 1024 or what the model allows.
 
@@ -149,10 +155,9 @@ def _fault(model: PreTrainedModel, length: int, rows_alone: bool) -> str:
 
 
 def _largest_error(model: PreTrainedModel, seed: int, length: int, rows_alone: bool) -> float:
-    with quiet_transformers():  # it warns of models that keep their own attention
-        model.set_attn_implementation(ATTENTION_NAME)
-        sequences = _decode_some(model, seed, length, rows_alone)
-        model.set_attn_implementation("eager")  # leaves nothing out
+    set_attention(model, ATTENTION_NAME)
+    sequences = _decode_some(model, seed, length, rows_alone)
+    set_attention(model, "eager")  # leaves nothing out
     errors = [float(_errors(model, sequence).max()) for sequence in sequences]
     return max(errors) if np.isfinite(errors).all() else float("inf")
 
