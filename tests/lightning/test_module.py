@@ -271,15 +271,15 @@ def test_dropout_is_off_although_the_model_trains(model_folder: str) -> None:
 
 
 def test_auto_pads_where_rows_cannot_share_a_prefix(model_folder: str) -> None:
-    """A window in the configuration: ``"shared_prefix"`` refuses it, ``"auto"`` does without."""
+    """A state in the configuration: ``"shared_prefix"`` refuses it, ``"auto"`` does without."""
     trajectories, scores = make_trajectories(model_folder)[2], []
     for layout in ("padded", "auto", "shared_prefix"):
         module = make_module(model_folder, update=sdp.UpdateConfig(layout=layout))
         module.configure_model()
         policy: Any = module.policy
-        policy.config.sliding_window = 4
+        policy.config.layer_types = ["linear_attention"]
         if layout == "shared_prefix":
-            with pytest.raises(sdp.ConfigError, match="sliding_window=4"):
+            with pytest.raises(sdp.ConfigError, match="linear_attention"):
                 module.score(trajectories)
         else:
             scores.append([np.concatenate(arrays) for arrays in module.score(trajectories)])

@@ -183,28 +183,15 @@ def test_other_model_types_score_as_their_own_forward_does(kind: str, layout: La
         torch.testing.assert_close(result.logprobs, plain(model, batch)[0], rtol=1e-5, atol=1e-5)
 
 
-REFUSED = [
-    ("mistral", {"sliding_window": 4}, "shared_prefix", "mistral.*sliding_window=4.*'padded'"),
-    ("gemma3_text", {}, "shared_prefix", "gemma3_text.*sliding_attention"),
-    ("mistral", {"sliding_window": 4}, "packed", "mistral.*sliding_window=4.*'packed'.*'padded'"),
-    ("gemma3_text", {}, "packed", "gemma3_text.*sliding_attention"),
-]
-
-
-@pytest.mark.parametrize(("kind", "extra", "layout", "message"), REFUSED)
-def test_models_that_would_come_out_wrong_are_refused(
-    kind: str, extra: dict[str, Any], layout: Layout, message: str
-) -> None:
-    with pytest.raises(ConfigError, match=message):
-        sequence_logprobs(build(kind, **extra), random_batch(0), layout=layout)
-
-
-def test_a_sliding_window_is_allowed_in_the_padded_layout() -> None:
-    model = build("mistral", sliding_window=4).eval()
-    batch = random_batch(0)
-    with torch.no_grad():
-        result = sequence_logprobs(model, batch, layout="padded")
-        torch.testing.assert_close(result.logprobs, plain(model, batch)[0], rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("layout", LAYOUTS[1:])
+def test_layers_with_a_state_are_laid_out_padded_only(layout: Layout) -> None:
+    model = tiny_model()
+    model.config.layer_types = ["full_attention", "linear_attention"]
+    check_model(model, "padded")
+    with pytest.raises(
+        ConfigError, match=rf"'llama' has .*\(linear_attention\).*'{layout}'.*'padded'"
+    ):
+        check_model(model, layout)
 
 
 @pytest.mark.parametrize(

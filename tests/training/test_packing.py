@@ -15,7 +15,7 @@ from sdp_lightning.errors import ConfigError
 from sdp_lightning.testing import tiny_model
 from sdp_lightning.training.batch import Batch, Layout, collate
 from sdp_lightning.training.policy.forward import sequence_logprobs
-from sdp_lightning.training.policy.packing import Pack, SpanMask
+from sdp_lightning.training.policy.packing import Pack, PackMask
 from sdp_lightning.types import Context, Segment, Trajectory, TrajectoryGroup
 from support.plain_forwards import LAYOUTS, build, gradients, plain, random_batch
 from support.score_runners import runner_of
@@ -109,15 +109,18 @@ def test_a_cache_or_a_mask_of_ones_mixes_rows_and_we_pass_neither(attention: str
         for layout in LAYOUTS:
             sequence_logprobs(model, batch, layout=layout)
         given = dict(spy.calls[LAYOUTS.index("packed")])
+        mask = given["attention_mask"]
         right = model.get_decoder()(**given).last_hidden_state
         ones = torch.ones_like(given["input_ids"])
         for wrong in ({"use_cache": True, "attention_mask": None}, {"attention_mask": ones}):
             hidden = model.get_decoder()(**given | wrong).last_hidden_state
             assert (hidden - right).abs().max() > 1, wrong
+        for form in (mask.long(), mask.view(1, -1)):  # in which models pass it on
+            hidden = model.get_decoder()(**given | {"attention_mask": form}).last_hidden_state
+            torch.testing.assert_close(hidden, right)
     ours = spy.calls[: len(LAYOUTS)]
     assert [call["use_cache"] for call in ours] == [False] * 3
-    mask = given["attention_mask"]
-    assert isinstance(mask, SpanMask) if attention == "sdpa" else mask is None
+    assert isinstance(mask, PackMask) and bool(mask.all())
     assert (given["position_ids"] == 0).sum() == len(batch)
 
 
@@ -134,11 +137,14 @@ def test_attention_within_spans_is_attention_under_their_mask() -> None:
         torch.testing.assert_close(found, attend(q, k, v, attn_mask=pack.dense_mask(), scale=0.3))
 
 
-def test_a_model_that_computes_with_its_mask_is_stopped() -> None:
-    mask = Pack.of(random_batch(0), shared=False).span_mask()
-    for use in (lambda: ~mask, lambda: mask[:, :, :2], lambda: torch.where(mask, 0.0, 1.0)):
-        with pytest.raises(ConfigError, match="computes with its attention mask"):
-            use()
+def test_a_model_that_computes_with_its_mask_computes_with_all_of_it() -> None:
+    pack = Pack.of(random_batch(0), shared=False)
+    mask, dense = pack.span_mask(), pack.dense_mask()[None, None]
+    for use in (lambda m: ~m, lambda m: m[:, :, :2], lambda m: torch.where(m, 0.0, 1.0)):
+        torch.testing.assert_close(use(mask), use(dense))
+    for change in (lambda m: m.fill_(True), lambda m: m.__setitem__(0, True)):
+        with pytest.raises(ConfigError, match=r"changes its attention mask.*'padded'"):
+            change(mask)
 
 
 # Which layouts a model can do ---------------------------------------------------------------------
@@ -217,15 +223,15 @@ def test_the_trial_refuses_no_model_that_is_right(kind: str, scale: float, preci
             assert runner_of(model, layout).layout(random_batch(0)) == layout
 
 
-def test_explicit_packing_of_windows_is_refused_by_name_where_the_module_runs(
+def test_explicit_packing_of_states_is_refused_by_name_where_the_module_runs(
     model_folder: str,
 ) -> None:
     module = make_module(model_folder, update=sdp.UpdateConfig(layout="packed"))
     module.configure_model()
     policy: Any = module.policy
-    policy.config.sliding_window = 4
+    policy.config.layer_types = ["linear_attention"]
     row = Trajectory((Context([3]), Segment(0, [4], [-1.0])))
-    with pytest.raises(ConfigError, match=r"sliding_window=4.*'packed'"):
+    with pytest.raises(ConfigError, match=r"linear_attention.*'packed'"):
         module.score([row])
 
 

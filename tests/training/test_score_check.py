@@ -123,16 +123,20 @@ def test_no_right_model_is_refused(kind: str, dtype: torch.dtype) -> None:
 
 
 def test_auto_does_without_a_layout_whose_trial_raises_anything() -> None:
-    """BLOOM unpacks its mask, and is given one of four dimensions."""
-    model, batch = odd_model("bloom"), siblings(6, 6)
+    model, batch = odd_model("llama"), siblings(6, 6)
+
+    def want_one_row_each(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        assert kwargs["attention_mask"] is None or kwargs["input_ids"].shape[0] > 1, "one row"
+
+    model.model.register_forward_pre_hook(want_one_row_each, with_kwargs=True)
     torch.testing.assert_close(
         runner_of(model).logprobs(batch), own_logprobs(model, batch)[0].detach()
     )
     with pytest.raises(
-        ConfigError, match=r"'bloom' cannot be .*'shared_prefix' \(ValueError"
+        ConfigError, match=r"'llama' cannot be .*'shared_prefix' \(AssertionError: one row"
     ) as info:
         runner_of(model, "shared_prefix").logprobs(batch)
-    assert isinstance(info.value.__cause__, ValueError)
+    assert isinstance(info.value.__cause__, AssertionError)
 
 
 def test_a_window_that_no_setting_names_is_found_when_rows_reach_it() -> None:

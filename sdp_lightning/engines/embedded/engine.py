@@ -17,13 +17,14 @@ import torch
 
 from sdp_lightning.config.model_source import ModelSource
 from sdp_lightning.config.validation import at_least, one_of
+from sdp_lightning.engines.embedded.attention import ATTENTION_NAME
 from sdp_lightning.engines.embedded.decode_loop import DecodeLoop, Job
-from sdp_lightning.engines.embedded.kv_cache import ATTENTION_NAME
 from sdp_lightning.engines.embedded.model_checks import (
     check_decoding,
     count_layers,
     load_model,
     resolve_max_length,
+    set_attention,
     text_logprobs,
     vocab_size,
 )
@@ -155,8 +156,14 @@ class EmbeddedEngine:
             self._source, device=self._device, dtype=self._dtype, model_kwargs=self._model_kwargs
         )
         max_length = resolve_max_length(model, self._max_length)
-        check_decoding(model)
-        scheduler = Scheduler(model, num_layers=count_layers(model), max_slots=self._max_slots)
+        rows_alone = check_decoding(model, max_length)
+        set_attention(model, ATTENTION_NAME)
+        scheduler = Scheduler(
+            model,
+            num_layers=count_layers(model),
+            max_slots=self._max_slots,
+            rows_alone=rows_alone,
+        )
         on_cpu = self._device.type == "cpu"
         loop = DecodeLoop(
             scheduler,
@@ -210,11 +217,11 @@ class EmbeddedEngine:
     def prompt_logprobs(self, token_ids: IntArray) -> Mapping[str, FloatArray]:
         running = self._require_usable()
         with running.loop.hold():
-            running.model.set_attn_implementation("eager")  # the own attention needs the KV cache
+            set_attention(running.model, "eager")  # the own attention needs the KV cache
             try:
                 return {"embedded": text_logprobs(running.model, token_ids).cpu().numpy()}
             finally:
-                running.model.set_attn_implementation(ATTENTION_NAME)
+                set_attention(running.model, ATTENTION_NAME)
 
     def close(self) -> None:
         self._closed = True

@@ -16,14 +16,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional
-from transformers import AttentionInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from sdp_lightning.errors import EngineError
 from sdp_lightning.types import IntArray
 
-ATTENTION_NAME = "sdp_slots"
 _GROWTH = 64  # tokens; KV length is allocated in multiples of this
 
 
@@ -34,13 +30,17 @@ class _Window:
     Attributes:
         first, last: rows [first, last).
         index: ``[B, 1]`` and ``[B, W]``: row within the window and position of each new token.
+        offsets: ``[B, 1, 1, 1]`` position of the first new token, padding included.
         length: L.
+        width: W.
     """
 
     first: int
     last: int
     index: tuple[Tensor, Tensor]
+    offsets: Tensor
     length: int
+    width: int
 
 
 class KVCache:
@@ -49,19 +49,29 @@ class KVCache:
     A row's record is exact: positions [0, length) hold the KV of its tokens, and its version is the
     oldest that computed any of them. Padding is written to one position past the capacity, which is
     never read.
+
+    Args:
+        num_layers: decoder layers of the model.
+        max_rows: most rows that there will be.
+        device: where KV is kept.
+        rows_alone: one forward for each row, for models that take positions to be the same in all.
     """
 
-    def __init__(self, num_layers: int, max_rows: int, device: torch.device) -> None:
+    def __init__(
+        self, num_layers: int, max_rows: int, device: torch.device, *, rows_alone: bool = False
+    ) -> None:
+        self._rows_alone = rows_alone
         self.num_rows = 0
         self.capacity = 0
         self.device = device
         self._max_rows = max_rows
         self._layers = [_CacheLayer(self) for _ in range(num_layers)]
-        self._cache = Cache(layers=list(self._layers))
+        self._cache = _Cache(self, self._layers)
         self._tokens: IntArray = np.zeros((0, 0), dtype=np.int64)
         self._lengths: IntArray = np.zeros(0, dtype=np.int64)
         self._versions: IntArray = np.zeros(0, dtype=np.int64)
-        self.window = _Window(0, 0, (torch.empty(0), torch.empty(0)), 0)
+        nothing = torch.empty(0)
+        self.window = _Window(0, 0, (nothing, nothing), nothing, 0, 0)
 
     def reserve(self, num_rows: int, length: int) -> None:
         """Allocate at least ``num_rows`` rows of ``length`` tokens, keeping their content."""
@@ -150,24 +160,31 @@ class KVCache:
         Returns:
             ``[B, V]`` logits after the last token of each row.
         """
+        if not self._rows_alone:
+            return self._forward(model, first, tokens, starts)
+        rows = range(len(tokens))
+        return torch.cat(
+            [self._forward(model, first + r, tokens[r : r + 1], starts[r : r + 1]) for r in rows]
+        )
+
+    def _forward(
+        self, model: nn.Module, first: int, tokens: NDArray[Any], starts: IntArray
+    ) -> Tensor:
         counts = np.array([new.size for new in tokens])
         width = int(counts.max())
         offsets = np.arange(width) - (width - counts)[:, None]
         positions = starts[:, None] + offsets
         ids = np.zeros(offsets.shape, dtype=np.int64)
         ids[offsets >= 0] = np.concatenate(list(tokens))
-        host = np.stack(
-            (ids, np.maximum(positions, 0), np.where(offsets >= 0, positions, self.capacity))
-        )
+        host = np.stack((ids, positions, np.where(offsets >= 0, positions, self.capacity)))
         batch = torch.from_numpy(host).to(self.device)
         length = int((starts + counts).max())
         rows = torch.arange(len(tokens), device=self.device)[:, None]
-        self.window = _Window(first, first + len(tokens), (rows, batch[2]), length)
-        mask = torch.arange(length, device=self.device) <= batch[1][:, None, :, None]
+        begins = batch[1, :, 0, None, None, None]
+        self.window = _Window(first, first + len(tokens), (rows, batch[2]), begins, length, width)
         output = model(
             input_ids=batch[0],
-            attention_mask=mask,
-            position_ids=batch[1],
+            position_ids=batch[1].clamp(min=0),
             past_key_values=self._cache,
             use_cache=True,
             logits_to_keep=1,
@@ -175,8 +192,19 @@ class KVCache:
         return output.logits[:, -1]
 
 
+class _Cache(Cache):
+    """The layers, and where each row's new tokens are: see :func:`.attention.rows_mask`."""
+
+    def __init__(self, kv_cache: KVCache, layers: Sequence[CacheLayerMixin]) -> None:
+        super().__init__(layers=list(layers))
+        self._kv_cache = kv_cache
+
+    def get_query_offset(self, layer_idx: int = 0) -> Any:
+        return self._kv_cache.window.offsets
+
+
 class _CacheLayer(CacheLayerMixin):
-    """Keys and values of one layer: ``[rows, heads, capacity + 1, head_dim]`` each."""
+    """What one layer keeps of each token, by name: ``[rows, heads, capacity + 1, head_dim]``."""
 
     is_compileable = False
     is_sliding = False
@@ -184,95 +212,51 @@ class _CacheLayer(CacheLayerMixin):
     def __init__(self, kv_cache: KVCache) -> None:
         super().__init__()
         self._kv_cache = kv_cache
-        self._buffers: list[Tensor] = []
+        self._buffers: dict[str, Tensor] = {}
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        rows, capacity = self._kv_cache.num_rows, self._kv_cache.capacity
-        self._buffers = [
-            states.new_zeros(rows, states.shape[1], capacity + 1, states.shape[3])
-            for states in (key_states, value_states)
-        ]
-        self.is_initialized = True
+        """Nothing: a buffer is made at its first use."""
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
+        return self._store("keys", key_states), self._store("values", value_states)
+
+    def update_indexer(self, indexer_key_states: Tensor) -> Tensor:
+        """Keys ``[B, W, D]`` by which a layer chooses the tokens that it attends to."""
+        return self._store("index", indexer_key_states[:, None])[:, 0]
+
+    def _store(self, name: str, states: Tensor) -> Tensor:
+        if name not in self._buffers:
+            rows, capacity = self._kv_cache.num_rows, self._kv_cache.capacity
+            shape = rows, states.shape[1], capacity + 1, states.shape[3]
+            self._buffers[name] = states.new_zeros(shape)
         window = self._kv_cache.window
         rows, positions = window.index
-        views: list[Tensor] = []
-        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
-            view = buffer[window.first : window.last]
-            view[rows, :, positions] = states.transpose(1, 2)
-            views.append(view[:, :, : window.length])
-        return views[0], views[1]
+        view = self._buffers[name][window.first : window.last]
+        view[rows, :, positions] = states.transpose(1, 2)
+        return view[:, :, : window.length]
 
     def grow(self, old_rows: int, old_capacity: int) -> None:
         rows, capacity = self._kv_cache.num_rows, self._kv_cache.capacity
-        for index, old in enumerate(self._buffers):
+        for name, old in self._buffers.items():
             new = old.new_zeros(rows, old.shape[1], capacity + 1, old.shape[3])
             new[:old_rows, :, :old_capacity] = old[:, :, :old_capacity]
-            self._buffers[index] = new
+            self._buffers[name] = new
 
     def move(self, source: Tensor, target: Tensor, length: int) -> None:
-        for buffer in self._buffers:
+        for buffer in self._buffers.values():
             buffer[target, :, :length] = buffer[source, :, :length]
 
     def clear(self) -> None:
-        for buffer in self._buffers:
+        for buffer in self._buffers.values():
             buffer.zero_()  # masked KV is still multiplied by 0, which does not remove a nan
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self._kv_cache.window.length, 0
 
     def get_seq_length(self) -> int:
-        return self._kv_cache.window.length
+        return self._kv_cache.window.length - self._kv_cache.window.width
 
     def get_max_length(self) -> int:
         return self._kv_cache.capacity
-
-
-def grouped_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Attention that does not repeat KV heads: it stacks the queries of one KV head.
-
-    Args:
-        module: unused; part of transformers' interface.
-        query: ``[B, heads, W, D]``.
-        key: ``[B, kv_heads, L, D]``; heads is a multiple of kv_heads.
-        value: ``[B, kv_heads, L, D]``.
-        attention_mask: ``[B, 1, W, L]``, True at positions that are attended to.
-        **kwargs: ``scaling`` is used.
-
-    Returns:
-        ``[B, W, heads, D]``, and None in place of attention weights.
-
-    Raises:
-        EngineError: if the model needs an attention feature that this function lacks.
-    """
-    for name in ("softcap", "s_aux", "position_bias"):
-        if kwargs.get(name) is not None:
-            raise EngineError(f"the model's attention needs {name}, which this engine lacks.")
-    batch, heads, width, _ = query.shape
-    kv_heads = key.shape[1]
-    groups = heads // kv_heads
-    stacked = query.reshape(batch, kv_heads, groups * width, query.shape[3])
-    mask = (
-        attention_mask.expand(-1, -1, groups, -1)
-        if width == 1
-        else attention_mask.repeat(1, 1, groups, 1)
-    )
-    output = functional.scaled_dot_product_attention(
-        stacked, key, value, attn_mask=mask, scale=kwargs.get("scaling")
-    )
-    return output.reshape(batch, heads, width, -1).transpose(1, 2).contiguous(), None
-
-
-AttentionInterface.register(ATTENTION_NAME, grouped_attention)

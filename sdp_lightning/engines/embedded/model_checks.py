@@ -7,6 +7,7 @@ decodes a few tokens, whose log-probs are compared with a full forward.
 from __future__ import annotations
 
 import copy
+import logging
 from typing import Any
 
 import numpy as np
@@ -14,18 +15,22 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sdp_lightning.config.model_source import ModelSource
+from sdp_lightning.config.model_limits import attention_spans, max_positions, stateful_layers
+from sdp_lightning.config.model_source import ModelSource, quiet_transformers
 from sdp_lightning.config.pretrained import load_causal_lm
-from sdp_lightning.engines.embedded.kv_cache import ATTENTION_NAME
+from sdp_lightning.engines.embedded.attention import ATTENTION_NAME
 from sdp_lightning.engines.embedded.scheduler import Scheduler, SequenceState
 from sdp_lightning.engines.protocol import GenerationRequest
 from sdp_lightning.errors import EngineError
 from sdp_lightning.types import IntArray, SamplingParams
 
+logger = logging.getLogger(__name__)
+
 _DEFAULT_LENGTH = 1024
 _NUM_CHECKED = 8
 _NUM_TEXTS = 3
-_ROTARY = "This engine decodes rotary decoders with full attention (Llama, Qwen, SmolLM, ...)"
+_PASSED = 64  # tokens by which a checked sequence passes the window, at most
+_REMEDY = 'Sample from a server that decodes it: engine="vllm://...".'
 
 
 def load_model(
@@ -57,6 +62,12 @@ def load_model(
     return loaded
 
 
+def set_attention(model: PreTrainedModel, name: str) -> None:
+    """Set a model's attention; one that keeps its own, as transformers warns, still does."""
+    with quiet_transformers():
+        model.set_attn_implementation(name)
+
+
 def resolve_max_length(model: PreTrainedModel, max_length: int | None) -> int:
     """The longest sequence in tokens: ``max_length``, else 1024 or what the model allows.
 
@@ -65,84 +76,103 @@ def resolve_max_length(model: PreTrainedModel, max_length: int | None) -> int:
     """
     config: Any = model.config.get_text_config(decoder=True)
     kind = config.model_type
-    # foreign: model configurations differ
-    limit = getattr(config, "max_position_embeddings", None) or _DEFAULT_LENGTH
+    limit = max_positions(config) or _DEFAULT_LENGTH
     length = min(_DEFAULT_LENGTH, limit) if max_length is None else max_length
     if length > limit:
         raise EngineError(
             f"max_length={length} exceeds the {limit} positions of model type {kind}."
         )
     # foreign: model configurations differ
-    rope = getattr(config, "rope_parameters", None)
-    if not rope:
-        raise EngineError(f"model type {kind} has no rotary positions. {_ROTARY}.")
-    if rope.get("rope_type") in ("dynamic", "longrope"):
+    rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+    rules = [rope, *(rule for rule in rope.values() if isinstance(rule, dict))]
+    if by_length := {rule.get("rope_type") for rule in rules} & {"dynamic", "longrope"}:
         raise EngineError(
             f"model type {kind} scales its rotary positions by the length of the batch "
-            f"(rope_type={rope['rope_type']!r}), so KV depends on the batch. {_ROTARY}."
+            f"(rope_type={by_length.pop()!r}), so KV depends on the batch. {_REMEDY}"
         )
-    # foreign: model configurations differ
-    layers: set[str] = set(getattr(config, "layer_types", None) or ())
-    if other := layers - {"full_attention", "sliding_attention"}:
-        raise EngineError(f"model type {kind} has layers of {', '.join(sorted(other))}. {_ROTARY}.")
-    # foreign: model configurations differ
-    window = getattr(config, "sliding_window", None)
-    slides = "sliding_attention" in layers or not layers
-    if slides and window is not None and length > window:
-        raise EngineError(
-            f"model type {kind} attends within a sliding window of {window} tokens. {_ROTARY}; "
-            f"up to max_length={window} the window does not act: pass that."
-        )
+    if other := stateful_layers(config):
+        raise EngineError(f"model type {kind} has layers of {', '.join(other)}. {_REMEDY}")
     return length
 
 
-def check_decoding(model: PreTrainedModel) -> None:
-    """Decode 8 tokens of each of four sequences and compare with full forwards.
+def check_decoding(model: PreTrainedModel, max_length: int) -> bool:
+    """Decode 8 tokens of each of a few sequences and compare with full forwards.
+
+    Four sequences are short. If a setting of the model may be of a window, or of another length
+    beyond which it computes otherwise, two more decode beside each other, one of them past it.
 
     The tolerance is 1e-4 nats in float32, 0.5 where products are rounded to bfloat16, float16 or
     TF32. Occasionally a single token of a real model exceeds it under any kernel, so up to three
-    texts are tried: a wrong KV cache fails on all of them. The model keeps the KV cache's attention
-    function afterwards.
+    texts are tried: a wrong KV cache fails on all of them.
+
+    Args:
+        model: the engine's.
+        max_length: tokens of the longest sequence that the engine allows.
+
+    Returns:
+        Whether rows have to be decoded one by one: the model is wrong otherwise.
 
     Raises:
         EngineError: naming the model type, if they differ or the model cannot run this way.
     """
     kind = model.config.model_type
-    own = model.config._attn_implementation or "eager"  # pyright: ignore[reportPrivateUsage]
-    allowed = _tolerance(model)
+    config: Any = model.config.get_text_config(decoder=True)
+    spans = [0, *(span for span in attention_spans(config) if span < max_length)]
+    past = spans[-1] + min(spans[-1], _PASSED)
+    if past:
+        past = min(past + _NUM_CHECKED, max_length)
+    fault = ""
+    for rows_alone in (False, True):
+        length = 0
+        fault = _fault(model, length, rows_alone)
+        if not fault and past:
+            length = past
+            fault = _fault(model, length, rows_alone)
+        if not fault:
+            if rows_alone:
+                logger.warning("model type %s decodes one sequence at a time: it is slow.", kind)
+            return rows_alone
+    exact = [span for span in reversed(spans[1:]) if length and not _fault(model, span, True)]
+    advice = f" Up to max_length={exact[0]} it decodes right." if exact else ""
+    raise EngineError(f"model type {kind} {fault}. {_REMEDY}{advice}")
+
+
+def _fault(model: PreTrainedModel, length: int, rows_alone: bool) -> str:
+    """What is wrong with decoding to ``length``, or nothing; see :func:`_decode_some`."""
+    allowed = 0.5 if _rounds(model) else 1e-4
     errors: list[float] = []
     for attempt in range(_NUM_TEXTS):
         try:
-            errors.append(_largest_error(model, own, attempt))
+            errors.append(_largest_error(model, attempt, length, rows_alone))
         except Exception as error:  # a foreign model may raise anything
-            raise EngineError(
-                f"model type {kind} cannot be decoded by this engine "
-                f"({type(error).__name__}: {error}). {_ROTARY}."
-            ) from error
+            return f"cannot be decoded by this engine ({type(error).__name__}: {error})"
         if errors[-1] <= allowed:
-            return
-    raise EngineError(
-        f"model type {kind}: decoded log-probs differ from a full forward by "
-        f"{min(errors):.2g} nats or more on each of {_NUM_TEXTS} texts (allowed is {allowed:g}). "
-        f"{_ROTARY}."
+            return ""
+    where = f" up to {length} tokens" if length else ""
+    return (
+        f"cannot be decoded by this engine: log-probs{where} differ from a full forward by "
+        f"{min(errors):.2g} nats or more on each of {_NUM_TEXTS} texts (allowed is {allowed:g})"
     )
 
 
-def _largest_error(model: PreTrainedModel, own: str, seed: int) -> float:
-    model.set_attn_implementation(ATTENTION_NAME)
-    sequences = _decode_some(model, seed)
-    model.set_attn_implementation(own)
+def _largest_error(model: PreTrainedModel, seed: int, length: int, rows_alone: bool) -> float:
+    set_attention(model, ATTENTION_NAME)
+    sequences = _decode_some(model, seed, length, rows_alone)
+    set_attention(model, "eager")  # leaves nothing out
     errors = [float(_errors(model, sequence).max()) for sequence in sequences]
-    model.set_attn_implementation(ATTENTION_NAME)
     return max(errors) if np.isfinite(errors).all() else float("inf")
 
 
-def _decode_some(model: PreTrainedModel, seed: int) -> list[SequenceState]:
-    """Decode four sequences; three start with prefixes of one that the model wrote.
+def _decode_some(
+    model: PreTrainedModel, seed: int, length: int, rows_alone: bool
+) -> list[SequenceState]:
+    """Decode a sequence of ``length`` tokens beside a short one.
 
-    So rows are padded, copied and moved.
+    If ``length`` is 0, four short ones, of which three start with prefixes of one that the model
+    wrote. So rows are padded, copied and moved.
     """
-    scheduler = Scheduler(model, num_layers=count_layers(model), max_slots=4)
+    layers = count_layers(model)
+    scheduler = Scheduler(model, num_layers=layers, max_slots=4, rows_alone=rows_alone)
 
     def decode(*prompts: IntArray) -> list[SequenceState]:
         params = SamplingParams(max_new_tokens=_NUM_CHECKED)
@@ -156,17 +186,27 @@ def _decode_some(model: PreTrainedModel, seed: int) -> list[SequenceState]:
             scheduler.step(0)
         return sequences
 
-    start = np.random.default_rng(seed).integers(vocab_size(model), size=3)
+    start = np.random.default_rng(seed).integers(
+        vocab_size(model), size=max(3, length - _NUM_CHECKED)
+    )
+    other = start[:3][::-1].copy()
+    if length:
+        return decode(start, other)
     (written,) = decode(start)
     scheduler.restart()
-    other = start[::-1].copy()
     return decode(written.tokens[:9], other, written.tokens[:7], written.tokens[:7])
 
 
-def _errors(model: PreTrainedModel, sequence: SequenceState) -> Tensor:
-    expected = text_logprobs(model, sequence.tokens)
-    sampled = torch.tensor(sequence.logprobs, device=expected.device)
-    return (expected[sequence.segment_start - 1 :] - sampled).abs()
+def _errors(model: Any, sequence: SequenceState) -> Tensor:
+    count = len(sequence.logprobs)
+    tokens = torch.from_numpy(sequence.tokens).to(model.device)[None]
+    with torch.inference_mode():
+        logits: Tensor = model(
+            input_ids=tokens[:, :-1], use_cache=False, logits_to_keep=count
+        ).logits[0]
+    table = logits.float().log_softmax(-1)
+    expected = table.gather(1, tokens[0, -count:, None])[:, 0]
+    return (expected - torch.tensor(sequence.logprobs, device=expected.device)).abs()
 
 
 @torch.inference_mode()
@@ -177,11 +217,11 @@ def text_logprobs(model: Any, token_ids: IntArray) -> Tensor:
     return logits.float().log_softmax(-1).gather(1, tokens[0, 1:, None])[:, 0]
 
 
-def _tolerance(model: PreTrainedModel) -> float:
+def _rounds(model: PreTrainedModel) -> bool:
+    """Whether products are rounded to half precision."""
     on_gpu = model.device.type == "cuda"
-    rounds = model.dtype != torch.float32 and model.dtype != torch.float64
-    tf32 = on_gpu and torch.get_float32_matmul_precision() != "highest"
-    return 0.5 if rounds or tf32 else 1e-4
+    halves = model.dtype != torch.float32 and model.dtype != torch.float64
+    return halves or (on_gpu and torch.get_float32_matmul_precision() != "highest")
 
 
 def vocab_size(model: Any) -> int:

@@ -102,15 +102,18 @@ class Scheduler:
         model: a transformers causal LM in eval mode.
         num_layers: decoder layers of the model.
         max_slots: maximum number of active sequences.
+        rows_alone: see :class:`~sdp_lightning.engines.embedded.kv_cache.KVCache`.
     """
 
-    def __init__(self, model: nn.Module, *, num_layers: int, max_slots: int) -> None:
+    def __init__(
+        self, model: nn.Module, *, num_layers: int, max_slots: int, rows_alone: bool = False
+    ) -> None:
         self.num_prefill_tokens = 0
         self.num_generated = 0
         self._model = model
         self._max_slots = max_slots
         device = next(model.parameters()).device
-        self._kv_cache = KVCache(num_layers, max_slots, device)
+        self._kv_cache = KVCache(num_layers, max_slots, device, rows_alone=rows_alone)
         self._waiting: deque[SequenceState] = deque()
         self._active: list[SequenceState] = []
 

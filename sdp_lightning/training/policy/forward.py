@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from sdp_lightning.config.model_limits import stateful_layers
 from sdp_lightning.errors import ConfigError
 from sdp_lightning.objective.token_logprobs import token_logprobs
 from sdp_lightning.training.batch import AttentionCosts, Batch, Layout
 from sdp_lightning.training.policy.head import HeadInput, run_to_head
 from sdp_lightning.training.policy.layers import is_compiled
-from sdp_lightning.training.policy.packing import Pack
+from sdp_lightning.training.policy.packing import Pack, PackMask
 from sdp_lightning.training.policy.rotary import rotaries_by_length
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def sequence_logprobs(
     Args:
         model: a causal LM with a linear head.
         batch: on the model's device.
-        layout: all but ``"padded"`` need full attention in every layer.
+        layout: all but ``"padded"`` need layers that mix tokens by masked attention alone.
         chunk_size: tokens whose logits exist at once.
 
     Raises:
@@ -74,7 +75,7 @@ def sequence_logprobs(
         hidden = found.hidden[rows, columns - 1]
     else:
         pack = Pack.of(batch, shared=layout == "shared_prefix")
-        found = _packed_hidden(model, batch, pack, layout)
+        found = _packed_hidden(model, batch, pack)
         hidden = found.hidden[0, pack.place(rows, columns - 1)]
     logprobs, entropy = token_logprobs(
         hidden,
@@ -158,16 +159,10 @@ def check_model(model: PreTrainedModel, layout: Layout) -> None:
             f"model type {kind!r} takes its rotary positions from a row's length, and rows that "
             f"are laid out as {layout!r} have one in common. Use layout='padded'."
         )
-    # foreign: model configurations differ
-    layers = set(getattr(config, "layer_types", None) or ["full_attention"])
-    # foreign: model configurations differ
-    window = getattr(config, "sliding_window", None)
-    # foreign: model configurations differ
-    if layers != {"full_attention"} or (window is not None and not hasattr(config, "layer_types")):
-        kinds = f"sliding_window={window}" if layers == {"full_attention"} else sorted(layers)
+    if other := stateful_layers(config):
         raise ConfigError(
-            f"model type {kind!r} has layers that are not full attention ({kinds}): rows cannot "
-            f"be laid out as {layout!r}. Use layout='padded'."
+            f"model type {kind!r} has layers that are not attention ({', '.join(other)}): rows "
+            f"cannot be laid out as {layout!r}. Use layout='padded'."
         )
     attention = config._attn_implementation
     if attention == "sdpa" and model.device.type == "cpu" and is_compiled(model):
@@ -210,26 +205,13 @@ def _padded_hidden(model: PreTrainedModel, batch: Batch) -> HeadInput:
     )
 
 
-def _packed_hidden(model: PreTrainedModel, batch: Batch, pack: Pack, layout: Layout) -> HeadInput:
+def _packed_hidden(model: PreTrainedModel, batch: Batch, pack: Pack) -> HeadInput:
     """Hidden units are [1, N, D]."""
+    config: Any = model.config.get_text_config(decoder=True)
+    by_position = config._attn_implementation.startswith("flash_")  # where positions start again
     return run_to_head(  # with a cache transformers does not see that positions start again
         model,
         input_ids=batch.input_ids[pack.row, pack.column][None],
-        attention_mask=_packed_mask(model, pack, layout),
+        attention_mask=None if by_position else PackMask.of(pack),
         position_ids=batch.position_ids[pack.row, pack.column][None],
     )
-
-
-def _packed_mask(model: PreTrainedModel, pack: Pack, layout: Layout) -> Tensor | None:
-    """None where transformers keeps rows apart, by positions that start again."""
-    config: Any = model.config.get_text_config(decoder=True)
-    attention = config._attn_implementation
-    if attention == "sdpa" and pack.row.device.type == "cpu":
-        return pack.span_mask()
-    if layout == "packed":
-        return None
-    mask = pack.dense_mask()[None, None]
-    if attention != "eager":
-        return mask
-    low = torch.finfo(model.dtype).min  # eager attention adds its mask
-    return torch.zeros_like(mask, dtype=model.dtype).masked_fill(~mask, low)

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils._pytree import tree_map_only
 
+from sdp_lightning.engines.attention_masks import CAUSAL, MaskRule, extend_masks
 from sdp_lightning.errors import ConfigError
 from sdp_lightning.training.batch import Batch
 
@@ -79,11 +81,15 @@ class Pack:
         in_remainder = self.starts[self.num_groups + rows] + columns - prefix
         return torch.where(columns < prefix, in_prefix, in_remainder)
 
-    def dense_mask(self) -> Tensor:
-        """[N, N] bool: a token sees its group's prefix and its own row, up to itself."""
-        return self._visible(slice(None))
+    def dense_mask(self, rule: MaskRule = CAUSAL) -> Tensor:
+        """[N, N] bool: a token sees its group's prefix and its own row, up to itself.
 
-    def span_mask(self) -> SpanMask:
+        Args:
+            rule: what a layer lets a token see in a row on its own.
+        """
+        return self._visible(slice(None), rule)
+
+    def span_mask(self, rule: MaskRule = CAUSAL) -> SpanMask:
         """The same mask, stored only inside the spans."""
         spans: list[_Span] = []
         start = 0
@@ -91,15 +97,22 @@ class Pack:
         for length in filter(None, lengths):
             inside = slice(start, start + length)
             blocks = self.block[inside]
-            one_row = bool((blocks[:1] == blocks).all())
-            spans.append(_Span(inside, None if one_row else self._visible(inside)))
+            visible = None
+            if rule is not CAUSAL or bool((blocks[:1] != blocks).any()):
+                visible = self._visible(inside, rule)
+                if int(visible.sum()) == length * (length + 1) // 2:
+                    visible = None
+            spans.append(_Span(inside, visible))
             start += length
         return SpanMask.of(spans, self.block.numel())
 
-    def _visible(self, inside: slice) -> Tensor:
+    def _visible(self, inside: slice, rule: MaskRule) -> Tensor:
         group, block, column = self.group[inside], self.block[inside], self.column[inside]
         reachable = (block < self.num_groups) | (block[:, None] == block)
-        return (group[:, None] == group) & reachable & (column[:, None] >= column)
+        first = column.new_zeros(1, 1, 1, 1)  # row and head
+        seen = rule(first, first, column[None, None, :, None], column[None, None, None])[0, 0]
+        causal = column[:, None] >= column
+        return (group[:, None] == group) & reachable & causal & seen
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,12 +123,67 @@ class _Span:
     visible: Tensor | None
 
 
+# Functions that return a mask as it is, maybe of another type.
+_FORMS = {
+    *(Tensor.to, Tensor.view, Tensor.reshape, Tensor.contiguous, Tensor.clone, Tensor.detach),
+    *(Tensor.bool, Tensor.long, Tensor.int, Tensor.float, Tensor.type, Tensor.type_as),
+}
+
+
+class PackMask(Tensor):
+    """A mask [1, N] of ones, of which a model makes the mask of each of its kinds of layer.
+
+    transformers' functions for masks (causal, windows, chunks) take it in place of a mask of
+    padding, and their rules are applied to the columns of each row: see :func:`pack_mask`.
+    """
+
+    pack: Pack
+
+    @classmethod
+    def of(cls, pack: Pack) -> PackMask:
+        """The mask of all tokens of a pack."""
+        ones = torch.ones_like(pack.row, dtype=torch.bool)[None]
+        mask: Any = torch.Tensor._make_subclass(cls, ones)  # pyright: ignore[reportPrivateUsage]
+        mask.pack = pack
+        return mask
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():  # pyright: ignore[reportPrivateUsage]
+            found = func(*args, **(kwargs or {}))
+        if func in _FORMS and found.shape == args[0].shape:
+            found = torch.Tensor._make_subclass(cls, found)  # pyright: ignore[reportPrivateUsage]
+            found.pack = args[0].pack
+        return found
+
+
+def pack_mask(*, attention_mask: Any, mask_function: MaskRule, **options: Any) -> Tensor | None:
+    """A pack's mask for one kind of layer, or None if ``attention_mask`` is of no pack.
+
+    ``scaled_dot_product_attention`` on a CPU attends by spans.
+    """
+    if not isinstance(attention_mask, PackMask):
+        return None
+    pack = attention_mask.pack
+    if options["config"]._attn_implementation == "sdpa" and pack.row.device.type == "cpu":
+        return pack.span_mask(mask_function)
+    return pack.dense_mask(mask_function)[None, None]
+
+
+extend_masks(pack_mask)
+
+
 class SpanMask(Tensor):
     """A mask [1, 1, N, N] of which only the spans on its diagonal exist.
 
     ``scaled_dot_product_attention`` attends span by span when it is given one, so that neither N^2
-    pairs nor their mask are computed. Any other function that reads the mask raises: a model that
-    computes with its mask cannot give wrong results in silence.
+    pairs nor their mask are computed. Any other function that reads the mask is given all of it.
     """
 
     spans: Sequence[_Span]
@@ -127,6 +195,15 @@ class SpanMask(Tensor):
         mask: Any = torch.Tensor._make_subclass(cls, nothing)  # pyright: ignore[reportPrivateUsage]
         mask.spans = spans
         return mask
+
+    def dense(self) -> Tensor:
+        """[1, 1, N, N] bool."""
+        blocks: list[Tensor] = []
+        for span in self.spans:
+            size = span.inside.stop - span.inside.start
+            causal = torch.ones(size, size, dtype=torch.bool).tril()
+            blocks.append(causal if span.visible is None else span.visible)
+        return torch.block_diag(*blocks)[None, None]
 
     @classmethod
     def __torch_function__(
@@ -140,9 +217,14 @@ class SpanMask(Tensor):
             return _attend(*args, **(kwargs or {}))
         if func.__name__ in ("__get__", "dim", "size", "is_floating_point"):  # what kind it is
             return super().__torch_function__(func, types, args, kwargs or {})
-        raise ConfigError(
-            f"this model computes with its attention mask ({func.__name__}), so rows cannot be "
-            "packed. Use layout='padded'."
+        if func.__name__ == "__setitem__" or func.__name__.removesuffix("__")[-1:] == "_":
+            raise ConfigError(
+                f"this model changes its attention mask ({func.__name__}), so rows cannot be "
+                "packed. Use layout='padded'."
+            )
+        return func(
+            *tree_map_only(SpanMask, SpanMask.dense, args),
+            **tree_map_only(SpanMask, SpanMask.dense, dict(kwargs or {})),
         )
 
 

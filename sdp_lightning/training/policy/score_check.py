@@ -9,16 +9,15 @@ refusal says why.
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from sdp_lightning.config.model_limits import attention_spans, max_positions
 from sdp_lightning.config.model_source import quiet_transformers
 from sdp_lightning.errors import ConfigError
 from sdp_lightning.training.batch import Batch, Layout, trial_batch
@@ -33,8 +32,6 @@ Refusals = Mapping[Layout, ConfigError | None]
 
 _SHORTEST, _LONGEST = 20, 2048  # tokens of the longest row of a trial
 _COMMON = slice(4, 9)  # sampled tokens that start rows 0 and 1; see trial_batch()
-_POSITIONS = ("max_position_embeddings", "max_seq_len")  # settings of models
-_WINDOW = re.compile("(window|local|chunk|sliding|span)(?!.*layers)")  # in names of settings
 # Largest error in nats: of a token in float32; on average where products are rounded to halves.
 _EXACT, _ROUNDED = 1e-3, 0.05
 # Largest error of a layout, as a share of the change that another prefix makes. Rows that attend to
@@ -97,19 +94,11 @@ class ScoreCheck:
         There are copies only where more tokens are in one pass than the model has positions, or
         than a window has.
         """
-        positions, windows = self._limits
+        positions = max_positions(self._config) or _LONGEST
         length = min(_next_power(longest), _LONGEST, positions)
-        passed = max((limit for limit in (positions, *windows) if limit < together), default=0)
+        limits = (positions, *attention_spans(self._config))
+        passed = max((limit for limit in limits if limit < together), default=0)
         return length, min(_next_power(together), passed + length)
-
-    @cached_property
-    def _limits(self) -> tuple[int, list[int]]:
-        """The model's positions, and every number in its settings that may be of a window."""
-        settings = self._config.to_dict().items()
-        numbers = {name: value for name, value in settings if type(value) is int and value > 1}
-        positions = [numbers[name] for name in _POSITIONS if name in numbers]
-        windows = [number for name, number in numbers.items() if _WINDOW.search(name)]
-        return min(positions, default=_LONGEST), windows
 
     def _try(self, length: int, total: int) -> Refusals:
         rows = trial_batch(self._config.vocab_size, length).to(self._forward.policy.device)

@@ -3,7 +3,6 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 
 from sdp_lightning.engines.embedded import EmbeddedEngine
 from sdp_lightning.errors import ConfigError, EngineError
@@ -17,33 +16,18 @@ def make_engine() -> Iterator[MakeEngine]:
         yield make
 
 
-def small_config(config: type, **options):
-    return config(
-        vocab_size=49,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        **options,
-    )
-
-
-def test_a_sliding_window_is_refused_unless_sequences_fit_in_it(make_engine):
-    model = MistralForCausalLM(small_config(MistralConfig, sliding_window=16))
-    with pytest.raises(EngineError, match=r"mistral.*sliding window of 16.*max_length=16"):
-        make_engine(model)
-    _, ((segment,),) = generate(make_engine(model, max_length=16), [request([5, 6], 14)])
-    expected = full_logprobs(model, [5, 6], segment.token_ids)
-    np.testing.assert_allclose(segment.logprobs, expected, atol=1e-5)
-
-
-def test_positions_that_are_not_rotary_are_refused(make_engine):
-    model = GPT2LMHeadModel(
-        GPT2Config(vocab_size=49, n_positions=64, n_embd=32, n_layer=1, n_head=2)
-    )
-    with pytest.raises(EngineError, match="gpt2 has no rotary positions"):
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("layer_types", ["full_attention", "linear_attention"], "llama has layers of linear_att"),
+        ("rope_parameters", {"rope_type": "dynamic"}, "llama scales its rotary .*'dynamic'"),
+        ("rope_parameters", {"full_attention": {"rope_type": "longrope"}}, "rotary .*'longrope'"),
+    ],
+)
+def test_a_model_whose_kv_is_not_all_of_its_state_is_refused(make_engine, name, value, message):
+    model = tiny_model()
+    setattr(model.config, name, value)
+    with pytest.raises(EngineError, match=message + r'.*engine="vllm://'):
         make_engine(model)
 
 
@@ -55,7 +39,7 @@ def test_more_tokens_than_the_model_has_positions_are_refused(make_engine):
 def test_a_model_that_slots_decode_wrongly_is_refused(make_engine):
     model = tiny_model()
     model.model.norm.register_forward_hook(lambda module, args, out: out * out.shape[1])
-    with pytest.raises(EngineError, match="llama: decoded log-probs differ"):
+    with pytest.raises(EngineError, match=r'llama cannot .*: log-probs differ.*engine="vllm://'):
         make_engine(model)
 
 
@@ -68,7 +52,8 @@ def test_a_model_that_cannot_run_by_slots_is_refused(make_engine):
 
     model.register_forward_pre_hook(refuse, with_kwargs=True)
     with pytest.raises(
-        EngineError, match=r"llama cannot be decoded by this engine.*no cache, please"
+        EngineError,
+        match=r'llama cannot be decoded by this engine.*no cache, please.*engine="vllm://',
     ):
         make_engine(model)
 
