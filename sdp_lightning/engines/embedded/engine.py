@@ -1,6 +1,7 @@
 """The engine that lives in the trainer's process: checks, versions, weights.
 
-The decode thread is in ``decode_loop``, batching in ``scheduler``, keys and values in ``kv_cache``.
+The decode thread is in ``decode_loop``, batching in ``scheduler``, keys and values in ``kv_cache``;
+models that cannot be batched are decoded by ``row_scheduler`` and ``row_decoder``.
 """
 
 from __future__ import annotations
@@ -17,16 +18,15 @@ import torch
 
 from sdp_lightning.config.validation import at_least, one_of
 from sdp_lightning.engines.embedded.decode_loop import DecodeLoop, Job
-from sdp_lightning.engines.embedded.kv_cache import ATTENTION_NAME
 from sdp_lightning.engines.embedded.model_checks import (
-    check_decoding,
-    count_layers,
     load_model,
+    plain_attention,
     resolve_max_length,
     text_logprobs,
     vocab_size,
 )
-from sdp_lightning.engines.embedded.scheduler import Scheduler, SequenceState
+from sdp_lightning.engines.embedded.row_checks import choose_scheduler
+from sdp_lightning.engines.embedded.sequences import SequenceScheduler, SequenceState
 from sdp_lightning.engines.protocol import (
     GenerationRequest,
     NamedWeights,
@@ -48,7 +48,7 @@ class _Running:
     """Parts of a started engine. ``num_tokens`` is the size of the vocabulary."""
 
     model: PreTrainedModel
-    scheduler: Scheduler
+    scheduler: SequenceScheduler
     loop: DecodeLoop
     max_length: int
     num_tokens: int
@@ -150,8 +150,7 @@ class EmbeddedEngine:
             self._source, device=self._device, dtype=self._dtype, model_kwargs=self._model_kwargs
         )
         max_length = resolve_max_length(model, self._max_length)
-        check_decoding(model)
-        scheduler = Scheduler(model, num_layers=count_layers(model), max_slots=self._max_slots)
+        scheduler = choose_scheduler(model, max_length=max_length, max_slots=self._max_slots)
         on_cpu = self._device.type == "cpu"
         loop = DecodeLoop(
             scheduler,
@@ -204,12 +203,8 @@ class EmbeddedEngine:
 
     def prompt_logprobs(self, token_ids: IntArray) -> Mapping[str, FloatArray]:
         running = self._require_usable()
-        with running.loop.hold():
-            running.model.set_attn_implementation("eager")  # the own attention needs the KV cache
-            try:
-                return {"embedded": text_logprobs(running.model, token_ids).cpu().numpy()}
-            finally:
-                running.model.set_attn_implementation(ATTENTION_NAME)
+        with running.loop.hold(), plain_attention(running.model):
+            return {"embedded": text_logprobs(running.model, token_ids).cpu().numpy()}
 
     def close(self) -> None:
         self._closed = True

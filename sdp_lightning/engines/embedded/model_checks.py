@@ -7,6 +7,8 @@ decodes a few tokens, whose log-probs are compared with a full forward.
 from __future__ import annotations
 
 import copy
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,8 @@ from transformers import PreTrainedModel
 
 from sdp_lightning.config.model_source import load_causal_lm
 from sdp_lightning.engines.embedded.kv_cache import ATTENTION_NAME
-from sdp_lightning.engines.embedded.scheduler import Scheduler, SequenceState
+from sdp_lightning.engines.embedded.scheduler import Scheduler
+from sdp_lightning.engines.embedded.sequences import SequenceScheduler, SequenceState
 from sdp_lightning.engines.protocol import GenerationRequest
 from sdp_lightning.errors import EngineError
 from sdp_lightning.types import IntArray, SamplingParams
@@ -24,7 +27,7 @@ from sdp_lightning.types import IntArray, SamplingParams
 _DEFAULT_LENGTH = 1024
 _NUM_CHECKED = 8
 _NUM_TEXTS = 3
-_ROTARY = "This engine decodes rotary decoders with full attention (Llama, Qwen, SmolLM, ...)"
+_ROTARY = "Rows are batched for rotary decoders with full attention (Llama, Qwen, SmolLM, ...)"
 
 
 def load_model(
@@ -60,25 +63,39 @@ def resolve_max_length(model: PreTrainedModel, max_length: int | None) -> int:
     """The longest sequence in tokens: ``max_length``, else 1024 or what the model allows.
 
     Raises:
-        EngineError: if this engine is known not to decode that model at that length.
+        EngineError: if the model has fewer positions.
+    """
+    config: Any = model.config.get_text_config(decoder=True)
+    # foreign: model configurations differ
+    limits = [getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len")]
+    limit = min((limit for limit in limits if limit), default=_DEFAULT_LENGTH)
+    length = min(_DEFAULT_LENGTH, limit) if max_length is None else max_length
+    if length > limit:
+        raise EngineError(
+            f"max_length={length} exceeds the {limit} positions of model type {config.model_type}. "
+            f"Pass max_length={limit} or less."
+        )
+    return length
+
+
+def check_config(model: PreTrainedModel, length: int) -> None:
+    """Refuse what would be decoded well at first and go wrong within ``length`` tokens.
+
+    Raises:
+        EngineError: if rows of such a model cannot be batched.
     """
     config: Any = model.config.get_text_config(decoder=True)
     kind = config.model_type
     # foreign: model configurations differ
-    limit = getattr(config, "max_position_embeddings", None) or _DEFAULT_LENGTH
-    length = min(_DEFAULT_LENGTH, limit) if max_length is None else max_length
-    if length > limit:
-        raise EngineError(
-            f"max_length={length} exceeds the {limit} positions of model type {kind}."
-        )
-    # foreign: model configurations differ
     rope = getattr(config, "rope_parameters", None)
     if not rope:
         raise EngineError(f"model type {kind} has no rotary positions. {_ROTARY}.")
-    if rope.get("rope_type") in ("dynamic", "longrope"):
+    original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+    if rope.get("rope_type") in ("dynamic", "longrope") and length > original:
         raise EngineError(
             f"model type {kind} scales its rotary positions by the length of the batch "
-            f"(rope_type={rope['rope_type']!r}), so KV depends on the batch. {_ROTARY}."
+            f"(rope_type={rope['rope_type']!r}), so KV depends on the batch. {_ROTARY}; up to "
+            f"max_length={original} they do not change: pass that."
         )
     # foreign: model configurations differ
     layers: set[str] = set(getattr(config, "layer_types", None) or ())
@@ -92,7 +109,6 @@ def resolve_max_length(model: PreTrainedModel, max_length: int | None) -> int:
             f"model type {kind} attends within a sliding window of {window} tokens. {_ROTARY}; "
             f"up to max_length={window} the window does not act: pass that."
         )
-    return length
 
 
 def check_decoding(model: PreTrainedModel) -> None:
@@ -101,25 +117,27 @@ def check_decoding(model: PreTrainedModel) -> None:
     The tolerance is 1e-4 nats in float32, 0.5 where products are rounded to bfloat16, float16 or
     TF32. Occasionally a single token of a real model exceeds it under any kernel, so up to three
     texts are tried: a wrong KV cache fails on all of them. The model keeps the KV cache's attention
-    function afterwards.
+    function afterwards, if it passes.
 
     Raises:
         EngineError: naming the model type, if they differ or the model cannot run this way.
     """
     kind = model.config.model_type
     own = model.config._attn_implementation or "eager"  # pyright: ignore[reportPrivateUsage]
-    allowed = _tolerance(model)
+    allowed = tolerance(model)
     errors: list[float] = []
     for attempt in range(_NUM_TEXTS):
         try:
             errors.append(_largest_error(model, own, attempt))
         except Exception as error:  # a foreign model may raise anything
+            model.set_attn_implementation(own)
             raise EngineError(
-                f"model type {kind} cannot be decoded by this engine "
+                f"model type {kind} cannot be decoded in batches "
                 f"({type(error).__name__}: {error}). {_ROTARY}."
             ) from error
         if errors[-1] <= allowed:
             return
+    model.set_attn_implementation(own)
     raise EngineError(
         f"model type {kind}: decoded log-probs differ from a full forward by "
         f"{min(errors):.2g} nats or more on each of {_NUM_TEXTS} texts (allowed is {allowed:g}). "
@@ -129,19 +147,25 @@ def check_decoding(model: PreTrainedModel) -> None:
 
 def _largest_error(model: PreTrainedModel, own: str, seed: int) -> float:
     model.set_attn_implementation(ATTENTION_NAME)
-    sequences = _decode_some(model, seed)
+    scheduler = Scheduler(model, num_layers=count_layers(model), max_slots=4)
+    sequences = decode_some(scheduler, vocab_size(model), seed)
     model.set_attn_implementation(own)
-    errors = [float(_errors(model, sequence).max()) for sequence in sequences]
+    error = largest_error(model, sequences)
     model.set_attn_implementation(ATTENTION_NAME)
+    return error
+
+
+def largest_error(model: PreTrainedModel, sequences: list[SequenceState]) -> float:
+    """Largest difference in nats from full forwards; infinite if any is not a number."""
+    errors = [float(_errors(model, sequence).max()) for sequence in sequences]
     return max(errors) if np.isfinite(errors).all() else float("inf")
 
 
-def _decode_some(model: PreTrainedModel, seed: int) -> list[SequenceState]:
+def decode_some(scheduler: SequenceScheduler, num_tokens: int, seed: int) -> list[SequenceState]:
     """Decode four sequences; three start with prefixes of one that the model wrote.
 
     So rows are padded, copied and moved.
     """
-    scheduler = Scheduler(model, num_layers=count_layers(model), max_slots=4)
 
     def decode(*prompts: IntArray) -> list[SequenceState]:
         params = SamplingParams(max_new_tokens=_NUM_CHECKED)
@@ -155,7 +179,7 @@ def _decode_some(model: PreTrainedModel, seed: int) -> list[SequenceState]:
             scheduler.step(0)
         return sequences
 
-    start = np.random.default_rng(seed).integers(vocab_size(model), size=3)
+    start = np.random.default_rng(seed).integers(num_tokens, size=3)
     (written,) = decode(start)
     scheduler.restart()
     other = start[::-1].copy()
@@ -168,6 +192,19 @@ def _errors(model: PreTrainedModel, sequence: SequenceState) -> Tensor:
     return (expected[sequence.segment_start - 1 :] - sampled).abs()
 
 
+@contextmanager
+def plain_attention(model: PreTrainedModel) -> Generator[None]:
+    """Context in which a forward pass needs no KV cache, which the batched attention does."""
+    if model.config._attn_implementation != ATTENTION_NAME:  # pyright: ignore[reportPrivateUsage]
+        yield
+        return
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(ATTENTION_NAME)
+
+
 @torch.inference_mode()
 def text_logprobs(model: Any, token_ids: IntArray) -> Tensor:
     """``[n - 1]`` nats at temperature 1 of every token but the first, by a full forward."""
@@ -176,7 +213,8 @@ def text_logprobs(model: Any, token_ids: IntArray) -> Tensor:
     return logits.float().log_softmax(-1).gather(1, tokens[0, 1:, None])[:, 0]
 
 
-def _tolerance(model: PreTrainedModel) -> float:
+def tolerance(model: PreTrainedModel) -> float:
+    """Largest error in nats of a decoded log-prob."""
     on_gpu = model.device.type == "cuda"
     rounds = model.dtype != torch.float32 and model.dtype != torch.float64
     tf32 = on_gpu and torch.get_float32_matmul_precision() != "highest"
