@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 _NUM_TEXTS = 3
 _FIRST = range(8, 40)  # lengths at which every token is compared
 _AROUND = range(-1, 3)  # and around each number of the configuration, which may be a window
-_EXACT, _ALLOWED = 2e-5, 5e-4  # nats in float32
+_EXACT, _ALLOWED = 5e-6, 5e-4  # nats in float32
 _HOPELESS = 10.0  # times the tolerance: another text does not help
 _LONGEST_STRIDE = max(mode.stride for mode in ROW_MODES)
 
@@ -62,7 +62,7 @@ def choose_scheduler(
 
 
 def _exact_decoder(model: PreTrainedModel, max_length: int, refusal: EngineError) -> RowDecoder:
-    """The decoder whose log-probs are those of full forwards: the first within 2e-5, or the best.
+    """The decoder whose log-probs are those of full forwards: the first within 5e-6, or the best.
 
     The tolerance is 5e-4 nats in float32, because the chunks of linear attention round; 0.5 for the
     mean of a stretch of tokens where products are rounded.
