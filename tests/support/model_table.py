@@ -22,7 +22,7 @@ from support.more_models import LEFT_OUT, MORE
 from support.odd_models import SETTINGS, odd_model, saved
 from support.plain_forwards import TOKENS
 
-__all__ = ["FAULT", "KINDS", "OK", "row_of", "small_model", "table"]
+__all__ = ["COLUMNS", "FAULT", "KINDS", "OK", "row_of", "small_model", "table"]
 KINDS = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 LARGEST = 10_000_000  # weights of a model that is small enough
 _SMALL = {

@@ -90,13 +90,16 @@ def check_config(model: PreTrainedModel, length: int) -> None:
     rope = getattr(config, "rope_parameters", None)
     if not rope:
         raise EngineError(f"model type {kind} has no rotary positions. {_ROTARY}.")
-    original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
-    if rope.get("rope_type") in ("dynamic", "longrope") and length > original:
-        raise EngineError(
-            f"model type {kind} scales its rotary positions by the length of the batch "
-            f"(rope_type={rope['rope_type']!r}), so KV depends on the batch. {_ROTARY}; up to "
-            f"max_length={original} they do not change: pass that."
-        )
+    for part in [rope, *(part for part in rope.values() if isinstance(part, dict))]:
+        if part.get("rope_type") not in ("dynamic", "longrope"):
+            continue
+        original = part.get("original_max_position_embeddings") or config.max_position_embeddings
+        if length > original:
+            raise EngineError(
+                f"model type {kind} scales its rotary positions by the length of the batch "
+                f"(rope_type={part['rope_type']!r}), so KV depends on the batch. {_ROTARY}; up to "
+                f"max_length={original} they do not change: pass that."
+            )
     # foreign: model configurations differ
     layers: set[str] = set(getattr(config, "layer_types", None) or ())
     if other := layers - {"full_attention", "sliding_attention"}:

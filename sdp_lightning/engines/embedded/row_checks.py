@@ -86,8 +86,8 @@ def _exact_decoder(model: PreTrainedModel, max_length: int, refusal: EngineError
     if decoder is not None:
         cause = f"log-probs differ from a full forward by {best:.2g} nats"
     raise EngineError(
-        f"{refusal} Neither does it decode row by row with its own cache ({cause}). "
-        "Use engine='vllm://...' with a server that has this model."
+        f"model type {model.config.model_type} decodes exactly neither in batches ({refusal}) nor row "
+        f"by row with its own cache ({cause}). Use engine='vllm://...' with a server that has it."
     ) from refusal
 
 
