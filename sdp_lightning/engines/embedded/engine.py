@@ -61,8 +61,8 @@ class EmbeddedEngine:
     steps with requests in flight: their open segments close under the old version and they continue
     under the new one. ``pause`` is a state, not a count: one ``resume`` ends it.
 
-    A model that cannot be batched exactly is decoded row by row, which is slower; one that cannot be
-    either is refused.
+    A model that cannot be batched exactly is decoded row by row, which is slower; one that cannot
+    be either is refused.
 
     Args:
         model: a Hugging Face id, a folder, or a module, which ``start`` copies: the engine never

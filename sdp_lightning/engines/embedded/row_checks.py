@@ -86,8 +86,8 @@ def _exact_decoder(model: PreTrainedModel, max_length: int, refusal: EngineError
     if decoder is not None:
         cause = f"log-probs differ from a full forward by {best:.2g} nats"
     raise EngineError(
-        f"model type {model.config.model_type} decodes exactly neither in batches ({refusal}) nor row "
-        f"by row with its own cache ({cause}). Use engine='vllm://...' with a server that has it."
+        f"model type {model.config.model_type} decodes exactly neither in batches ({refusal}) nor "
+        f"row by row ({cause}). Use engine='vllm://...' with a server that has this model."
     ) from refusal
 
 
@@ -121,7 +121,8 @@ def _stretch_errors(decoder: RowDecoder, max_length: int, seed: int) -> Iterator
             errors.append(float((found - expected[length - 1]).abs()))
             logits = decoder.extend(state, text[: length + 1])
         exact = model.dtype in (torch.float32, torch.float64)
-        yield float(np.max(errors) if exact else np.mean(errors))
+        error = float(np.max(errors) if exact else np.mean(errors))
+        yield error if math.isfinite(error) else math.inf
 
 
 def _stretches(model: PreTrainedModel, max_length: int) -> list[list[int]]:
