@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from sdp_lightning.distributed.event_loop import settle
-from sdp_lightning.engines.embedded.scheduler import Scheduler, SequenceState
+from sdp_lightning.engines.embedded.sequences import SequenceScheduler, SequenceState
 from sdp_lightning.engines.protocol import SegmentSink
 from sdp_lightning.errors import EngineError
 from sdp_lightning.types import FinishReason, KVPolicy, Segment
@@ -50,7 +50,7 @@ class DecodeLoop:
     """
 
     def __init__(
-        self, scheduler: Scheduler, *, num_threads: int | None, kv_on_update: KVPolicy
+        self, scheduler: SequenceScheduler, *, num_threads: int | None, kv_on_update: KVPolicy
     ) -> None:
         self.version: int | None = None
         self._scheduler = scheduler

@@ -1,6 +1,7 @@
 """The engine that lives in the trainer's process: checks, versions, weights.
 
-The decode thread is in ``decode_loop``, batching in ``scheduler``, keys and values in ``kv_cache``.
+The decode thread is in ``decode_loop``, batching in ``scheduler``, keys and values in ``kv_cache``;
+models that cannot be batched are decoded by ``row_scheduler`` and ``row_decoder``.
 """
 
 from __future__ import annotations
@@ -17,18 +18,16 @@ import torch
 
 from sdp_lightning.config.model_source import ModelSource
 from sdp_lightning.config.validation import at_least, one_of
-from sdp_lightning.engines.embedded.attention import ATTENTION_NAME
 from sdp_lightning.engines.embedded.decode_loop import DecodeLoop, Job
 from sdp_lightning.engines.embedded.model_checks import (
-    check_decoding,
-    count_layers,
     load_model,
+    plain_attention,
     resolve_max_length,
-    set_attention,
     text_logprobs,
     vocab_size,
 )
-from sdp_lightning.engines.embedded.scheduler import Scheduler, SequenceState
+from sdp_lightning.engines.embedded.row_checks import choose_scheduler
+from sdp_lightning.engines.embedded.sequences import SequenceScheduler, SequenceState
 from sdp_lightning.engines.protocol import (
     GenerationRequest,
     NamedWeights,
@@ -50,7 +49,7 @@ class _Running:
     """Parts of a started engine. ``num_tokens`` is the size of the vocabulary."""
 
     model: PreTrainedModel
-    scheduler: Scheduler
+    scheduler: SequenceScheduler
     loop: DecodeLoop
     max_length: int
     num_tokens: int
@@ -62,6 +61,9 @@ class EmbeddedEngine:
     Requests beyond ``max_slots`` wait in order of arrival. Weights are swapped between two decode
     steps with requests in flight: their open segments close under the old version and they continue
     under the new one. ``pause`` is a state, not a count: one ``resume`` ends it.
+
+    A model that cannot be batched exactly is decoded row by row, which is slower; one that cannot
+    be either is refused.
 
     Args:
         model: a Hugging Face id, a folder, a ``ModelSource``, or a module, which ``start`` copies:
@@ -156,14 +158,7 @@ class EmbeddedEngine:
             self._source, device=self._device, dtype=self._dtype, model_kwargs=self._model_kwargs
         )
         max_length = resolve_max_length(model, self._max_length)
-        rows_alone = check_decoding(model, max_length)
-        set_attention(model, ATTENTION_NAME)
-        scheduler = Scheduler(
-            model,
-            num_layers=count_layers(model),
-            max_slots=self._max_slots,
-            rows_alone=rows_alone,
-        )
+        scheduler = choose_scheduler(model, max_length=max_length, max_slots=self._max_slots)
         on_cpu = self._device.type == "cpu"
         loop = DecodeLoop(
             scheduler,
@@ -216,12 +211,8 @@ class EmbeddedEngine:
 
     def prompt_logprobs(self, token_ids: IntArray) -> Mapping[str, FloatArray]:
         running = self._require_usable()
-        with running.loop.hold():
-            set_attention(running.model, "eager")  # the own attention needs the KV cache
-            try:
-                return {"embedded": text_logprobs(running.model, token_ids).cpu().numpy()}
-            finally:
-                set_attention(running.model, ATTENTION_NAME)
+        with running.loop.hold(), plain_attention(running.model):
+            return {"embedded": text_logprobs(running.model, token_ids).cpu().numpy()}
 
     def close(self) -> None:
         self._closed = True

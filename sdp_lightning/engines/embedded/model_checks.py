@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -19,7 +21,8 @@ from sdp_lightning.config.model_limits import attention_spans, max_positions, st
 from sdp_lightning.config.model_source import ModelSource, quiet_transformers
 from sdp_lightning.config.pretrained import load_causal_lm
 from sdp_lightning.engines.embedded.attention import ATTENTION_NAME
-from sdp_lightning.engines.embedded.scheduler import Scheduler, SequenceState
+from sdp_lightning.engines.embedded.scheduler import Scheduler
+from sdp_lightning.engines.embedded.sequences import SequenceScheduler, SequenceState
 from sdp_lightning.engines.protocol import GenerationRequest
 from sdp_lightning.errors import EngineError
 from sdp_lightning.types import IntArray, SamplingParams
@@ -30,7 +33,6 @@ _DEFAULT_LENGTH = 1024
 _NUM_CHECKED = 8
 _NUM_TEXTS = 3
 _PASSED = 64  # tokens by which a checked sequence passes the window, at most
-_REMEDY = 'Sample from a server that decodes it: engine="vllm://...".'
 
 
 def load_model(
@@ -72,27 +74,41 @@ def resolve_max_length(model: PreTrainedModel, max_length: int | None) -> int:
     """The longest sequence in tokens: ``max_length``, else 1024 or what the model allows.
 
     Raises:
-        EngineError: if this engine is known not to decode that model at that length.
+        EngineError: if the model has fewer positions.
     """
     config: Any = model.config.get_text_config(decoder=True)
-    kind = config.model_type
     limit = max_positions(config) or _DEFAULT_LENGTH
     length = min(_DEFAULT_LENGTH, limit) if max_length is None else max_length
     if length > limit:
         raise EngineError(
-            f"max_length={length} exceeds the {limit} positions of model type {kind}."
+            f"max_length={length} exceeds the {limit} positions of model type {config.model_type}. "
+            f"Pass max_length={limit} or less."
         )
+    return length
+
+
+def check_config(model: PreTrainedModel, length: int) -> None:
+    """Refuse what would be decoded well at first and go wrong within ``length`` tokens.
+
+    Raises:
+        EngineError: if rows of such a model cannot be batched.
+    """
+    config: Any = model.config.get_text_config(decoder=True)
+    kind = config.model_type
     # foreign: model configurations differ
     rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
-    rules = [rope, *(rule for rule in rope.values() if isinstance(rule, dict))]
-    if by_length := {rule.get("rope_type") for rule in rules} & {"dynamic", "longrope"}:
-        raise EngineError(
-            f"model type {kind} scales its rotary positions by the length of the batch "
-            f"(rope_type={by_length.pop()!r}), so KV depends on the batch. {_REMEDY}"
-        )
+    for rule in [rope, *(rule for rule in rope.values() if isinstance(rule, dict))]:
+        if rule.get("rope_type") not in ("dynamic", "longrope"):
+            continue
+        original = rule.get("original_max_position_embeddings") or config.max_position_embeddings
+        if length > original:
+            raise EngineError(
+                f"model type {kind} scales its rotary positions by the length of the batch "
+                f"(rope_type={rule['rope_type']!r}), so KV depends on the batch; up to "
+                f"max_length={original} they do not change: pass that."
+            )
     if other := stateful_layers(config):
-        raise EngineError(f"model type {kind} has layers of {', '.join(other)}. {_REMEDY}")
-    return length
+        raise EngineError(f"model type {kind} has layers of {', '.join(other)}.")
 
 
 def check_decoding(model: PreTrainedModel, max_length: int) -> bool:
@@ -103,7 +119,8 @@ def check_decoding(model: PreTrainedModel, max_length: int) -> bool:
 
     The tolerance is 1e-4 nats in float32, 0.5 where products are rounded to bfloat16, float16 or
     TF32. Occasionally a single token of a real model exceeds it under any kernel, so up to three
-    texts are tried: a wrong KV cache fails on all of them.
+    texts are tried: a wrong KV cache fails on all of them. The model keeps the KV cache's attention
+    function afterwards, if it passes, and else its own.
 
     Args:
         model: the engine's.
@@ -115,8 +132,9 @@ def check_decoding(model: PreTrainedModel, max_length: int) -> bool:
     Raises:
         EngineError: naming the model type, if they differ or the model cannot run this way.
     """
-    kind = model.config.model_type
     config: Any = model.config.get_text_config(decoder=True)
+    kind = config.model_type
+    own = config._attn_implementation or "eager"
     spans = [0, *(span for span in attention_spans(config) if span < max_length)]
     past = spans[-1] + min(spans[-1], _PASSED)
     if past:
@@ -131,48 +149,55 @@ def check_decoding(model: PreTrainedModel, max_length: int) -> bool:
         if not fault:
             if rows_alone:
                 logger.warning("model type %s decodes one sequence at a time: it is slow.", kind)
+            set_attention(model, ATTENTION_NAME)
             return rows_alone
     exact = [span for span in reversed(spans[1:]) if length and not _fault(model, span, True)]
     advice = f" Up to max_length={exact[0]} it decodes right." if exact else ""
-    raise EngineError(f"model type {kind} {fault}. {_REMEDY}{advice}")
+    set_attention(model, own)
+    raise EngineError(f"model type {kind} {fault}.{advice}")
 
 
 def _fault(model: PreTrainedModel, length: int, rows_alone: bool) -> str:
     """What is wrong with decoding to ``length``, or nothing; see :func:`_decode_some`."""
-    allowed = 0.5 if _rounds(model) else 1e-4
+    allowed = tolerance(model)
     errors: list[float] = []
     for attempt in range(_NUM_TEXTS):
         try:
             errors.append(_largest_error(model, attempt, length, rows_alone))
         except Exception as error:  # a foreign model may raise anything
-            return f"cannot be decoded by this engine ({type(error).__name__}: {error})"
+            return f"cannot be decoded in batches ({type(error).__name__}: {error})"
         if errors[-1] <= allowed:
             return ""
     where = f" up to {length} tokens" if length else ""
     return (
-        f"cannot be decoded by this engine: log-probs{where} differ from a full forward by "
+        f"cannot be decoded in batches: log-probs{where} differ from a full forward by "
         f"{min(errors):.2g} nats or more on each of {_NUM_TEXTS} texts (allowed is {allowed:g})"
     )
 
 
 def _largest_error(model: PreTrainedModel, seed: int, length: int, rows_alone: bool) -> float:
     set_attention(model, ATTENTION_NAME)
-    sequences = _decode_some(model, seed, length, rows_alone)
+    layers = count_layers(model)
+    scheduler = Scheduler(model, num_layers=layers, max_slots=4, rows_alone=rows_alone)
+    sequences = decode_some(scheduler, vocab_size(model), seed, length)
     set_attention(model, "eager")  # leaves nothing out
+    return largest_error(model, sequences)
+
+
+def largest_error(model: PreTrainedModel, sequences: list[SequenceState]) -> float:
+    """Largest difference in nats from full forwards; infinite if any is not a number."""
     errors = [float(_errors(model, sequence).max()) for sequence in sequences]
     return max(errors) if np.isfinite(errors).all() else float("inf")
 
 
-def _decode_some(
-    model: PreTrainedModel, seed: int, length: int, rows_alone: bool
+def decode_some(
+    scheduler: SequenceScheduler, num_tokens: int, seed: int, length: int = 0
 ) -> list[SequenceState]:
     """Decode a sequence of ``length`` tokens beside a short one.
 
     If ``length`` is 0, four short ones, of which three start with prefixes of one that the model
     wrote. So rows are padded, copied and moved.
     """
-    layers = count_layers(model)
-    scheduler = Scheduler(model, num_layers=layers, max_slots=4, rows_alone=rows_alone)
 
     def decode(*prompts: IntArray) -> list[SequenceState]:
         params = SamplingParams(max_new_tokens=_NUM_CHECKED)
@@ -186,9 +211,7 @@ def _decode_some(
             scheduler.step(0)
         return sequences
 
-    start = np.random.default_rng(seed).integers(
-        vocab_size(model), size=max(3, length - _NUM_CHECKED)
-    )
+    start = np.random.default_rng(seed).integers(num_tokens, size=max(3, length - _NUM_CHECKED))
     other = start[:3][::-1].copy()
     if length:
         return decode(start, other)
@@ -209,6 +232,19 @@ def _errors(model: Any, sequence: SequenceState) -> Tensor:
     return (expected - torch.tensor(sequence.logprobs, device=expected.device)).abs()
 
 
+@contextmanager
+def plain_attention(model: PreTrainedModel) -> Generator[None]:
+    """Context in which a forward pass needs no KV cache, which the batched attention does."""
+    if model.config._attn_implementation != ATTENTION_NAME:  # pyright: ignore[reportPrivateUsage]
+        yield
+        return
+    set_attention(model, "eager")
+    try:
+        yield
+    finally:
+        set_attention(model, ATTENTION_NAME)
+
+
 @torch.inference_mode()
 def text_logprobs(model: Any, token_ids: IntArray) -> Tensor:
     """``[n - 1]`` nats at temperature 1 of every token but the first, by a full forward."""
@@ -217,11 +253,12 @@ def text_logprobs(model: Any, token_ids: IntArray) -> Tensor:
     return logits.float().log_softmax(-1).gather(1, tokens[0, 1:, None])[:, 0]
 
 
-def _rounds(model: PreTrainedModel) -> bool:
-    """Whether products are rounded to half precision."""
+def tolerance(model: PreTrainedModel) -> float:
+    """Largest error in nats of a decoded log-prob."""
     on_gpu = model.device.type == "cuda"
-    halves = model.dtype != torch.float32 and model.dtype != torch.float64
-    return halves or (on_gpu and torch.get_float32_matmul_precision() != "highest")
+    rounds = model.dtype != torch.float32 and model.dtype != torch.float64
+    tf32 = on_gpu and torch.get_float32_matmul_precision() != "highest"
+    return 0.5 if rounds or tf32 else 1e-4
 
 
 def vocab_size(model: Any) -> int:

@@ -16,62 +16,14 @@ import torch
 from torch import nn
 
 from sdp_lightning.engines.embedded.kv_cache import KVCache
-from sdp_lightning.engines.embedded.sampling import sample, uniforms
-from sdp_lightning.engines.protocol import GenerationRequest
-from sdp_lightning.types import FinishReason, IntArray, SamplingParams
+from sdp_lightning.engines.embedded.sequences import (
+    MAX_PREFILL_TOKENS,
+    SequenceScheduler,
+    SequenceState,
+)
+from sdp_lightning.types import IntArray
 
-MAX_PREFILL_TOKENS = 512  # per step, padding included: bounds how long active sequences wait
 _SCAN_PER_SLOT = 4  # waiting sequences considered in one step, for each slot
-
-
-@dataclass(eq=False)
-class SequenceState:
-    """One sequence while it is decoded.
-
-    Attributes:
-        params, seed: how it is sampled.
-        tokens: a buffer for the prompt and the whole budget; the first ``length`` are set.
-        length: number of tokens so far.
-        segment_start: position of the first token of the open segment.
-        logprobs: log-probs of the open segment's tokens, nats.
-        finish_reason: None while the sequence is unfinished.
-    """
-
-    params: SamplingParams
-    seed: int
-    tokens: IntArray
-    length: int
-    segment_start: int
-    logprobs: list[float] = field(default_factory=list[float])
-    finish_reason: FinishReason | None = None
-
-    @classmethod
-    def of(cls, request: GenerationRequest) -> SequenceState:
-        """Make the state of a request that has sampled nothing yet."""
-        length = int(request.token_ids.size)
-        tokens = np.zeros(length + request.params.max_new_tokens, dtype=np.int64)
-        tokens[:length] = request.token_ids
-        return cls(request.params, request.seed, tokens, length, length)
-
-    @property
-    def prefix(self) -> IntArray:
-        """Tokens so far, prompt included."""
-        return self.tokens[: self.length]
-
-    def append(self, token: int, logprob: float) -> None:
-        """Add one sampled token, which may finish the sequence."""
-        self.tokens[self.length] = token
-        self.length += 1
-        self.logprobs.append(logprob)
-        if token in self.params.stop_token_ids:
-            self.finish_reason = "stop"
-        elif self.length == self.tokens.size:
-            self.finish_reason = "length"
-
-    def close_segment(self) -> None:
-        """Start a new segment at the next token."""
-        self.segment_start = self.length
-        self.logprobs = []
 
 
 @dataclass(eq=False)
@@ -91,7 +43,7 @@ class _Leader:
     followers: list[SequenceState] = field(default_factory=list[SequenceState])
 
 
-class Scheduler:
+class Scheduler(SequenceScheduler):
     """Active sequences hold rows 0 to n-1 of the KV cache; later rows are reusable prefixes.
 
     An active sequence's row holds the KV of all its tokens but the last, which is the input of the
@@ -108,71 +60,18 @@ class Scheduler:
     def __init__(
         self, model: nn.Module, *, num_layers: int, max_slots: int, rows_alone: bool = False
     ) -> None:
-        self.num_prefill_tokens = 0
-        self.num_generated = 0
+        super().__init__(max_slots)
         self._model = model
-        self._max_slots = max_slots
         device = next(model.parameters()).device
         self._kv_cache = KVCache(num_layers, max_slots, device, rows_alone=rows_alone)
-        self._waiting: deque[SequenceState] = deque()
-        self._active: list[SequenceState] = []
 
-    @property
-    def has_work(self) -> bool:
-        """Whether there is a sequence to decode."""
-        return bool(self._waiting or self._active)
-
-    @property
-    def max_slots(self) -> int:
-        """Maximum number of active sequences."""
-        return self._max_slots
-
-    @property
-    def num_active(self) -> int:
-        """Number of active sequences."""
-        return len(self._active)
-
-    def add(self, sequence: SequenceState) -> None:
-        """Queue a sequence behind all others."""
-        self._waiting.append(sequence)
-
-    def remove(self, is_gone: Callable[[SequenceState], bool]) -> None:
-        """Drop the sequences for which ``is_gone`` is true."""
-        self._waiting = deque(s for s in self._waiting if not is_gone(s))
-        self._compact(is_gone)
-
-    @torch.inference_mode()
-    def restart(self) -> None:
-        """Clear the KV cache; active sequences rebuild theirs before waiting ones start."""
-        self._waiting.extendleft(reversed(self._active))
-        self._active = []
+    def _forget(self) -> None:
         self._kv_cache.clear()
 
-    @torch.inference_mode()
-    def step(self, version: int) -> list[SequenceState]:
-        """Prefill some waiting sequences, then sample one token of each active sequence.
-
-        Args:
-            version: version of the weights; prefixes are shared only if all of their KV was
-                computed under it. It may decrease only after a :meth:`restart`.
-
-        Returns:
-            The sequences that finished; they hold no row any more.
-        """
+    def _admit(self, version: int) -> None:
         leaders = self._choose(version)
         if leaders:
             self._prefill(leaders, version)
-        finished = self._take_finished()
-        if self._active:
-            self._decode()
-            finished += self._take_finished()
-        return finished
-
-    def _take_finished(self) -> list[SequenceState]:
-        finished = [s for s in self._active if s.finish_reason is not None]
-        if finished:
-            self._compact(lambda sequence: sequence.finish_reason is not None)
-        return finished
 
     def _decode(self) -> None:
         active = self._active
@@ -248,15 +147,6 @@ class Scheduler:
         self._waiting = deque(s for s in self._waiting if s not in gone)
         order = torch.tensor([row - first for row in rows + sources], device=logits.device)
         self._sample(admitted, logits[order])
-
-    def _sample(self, sequences: list[SequenceState], logits: torch.Tensor) -> None:
-        uniform = uniforms([s.seed for s in sequences], [s.length for s in sequences])
-        tokens, logprobs = sample(logits, [s.params for s in sequences], uniform)
-        for sequence, token, logprob in zip(
-            sequences, tokens.tolist(), logprobs.tolist(), strict=True
-        ):
-            sequence.append(token, logprob)
-        self.num_generated += len(sequences)
 
     def _compact(self, is_gone: Callable[[SequenceState], bool]) -> None:
         """Close the gaps among the active rows; rows of gone sequences stay as prefixes."""

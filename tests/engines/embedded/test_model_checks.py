@@ -3,11 +3,24 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+from transformers import MistralConfig, MistralForCausalLM, Phi3Config, Phi3ForCausalLM
 
 from sdp_lightning.engines.embedded import EmbeddedEngine
 from sdp_lightning.errors import ConfigError, EngineError
 from sdp_lightning.testing import tiny_model
 from support.embedded_engines import MakeEngine, engine_maker, full_logprobs, generate, request
+
+LONGROPE = {
+    "pad_token_id": 0,
+    "original_max_position_embeddings": 16,
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * 4,
+        "long_factor": [4.0, 3.0, 2.0, 1.5],
+        "original_max_position_embeddings": 16,
+    },
+}
 
 
 @pytest.fixture
@@ -16,19 +29,37 @@ def make_engine() -> Iterator[MakeEngine]:
         yield make
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "message"),
-    [
-        ("layer_types", ["full_attention", "linear_attention"], "llama has layers of linear_att"),
-        ("rope_parameters", {"rope_type": "dynamic"}, "llama scales its rotary .*'dynamic'"),
-        ("rope_parameters", {"full_attention": {"rope_type": "longrope"}}, "rotary .*'longrope'"),
-    ],
-)
-def test_a_model_whose_kv_is_not_all_of_its_state_is_refused(make_engine, name, value, message):
-    model = tiny_model()
-    setattr(model.config, name, value)
-    with pytest.raises(EngineError, match=message + r'.*engine="vllm://'):
-        make_engine(model)
+def small_config(config: type, **options):
+    return config(
+        vocab_size=49,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        **options,
+    )
+
+
+def test_a_sliding_window_is_decoded_exactly_beyond_it(make_engine):
+    model = MistralForCausalLM(small_config(MistralConfig, sliding_window=16))
+    _, ((segment,),) = generate(make_engine(model), [request([5, 6], 30)])
+    expected = full_logprobs(model, [5, 6], segment.token_ids)
+    np.testing.assert_allclose(segment.logprobs, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("length", [16, 64])
+def test_longrope_is_decoded_up_to_where_it_changes(make_engine, length: int):
+    model = Phi3ForCausalLM(small_config(Phi3Config, **LONGROPE))
+    if length > 16:
+        with pytest.raises(EngineError, match=r"longrope.*up to max_length=16.*engine='vllm://"):
+            make_engine(model, max_length=length)
+        return
+    engine = make_engine(model, max_length=length)
+    _, ((segment,),) = generate(engine, [request([5, 6], 14)])
+    expected = full_logprobs(model, [5, 6], segment.token_ids)
+    np.testing.assert_allclose(segment.logprobs, expected, atol=1e-5)
 
 
 def test_more_tokens_than_the_model_has_positions_are_refused(make_engine):
@@ -39,7 +70,7 @@ def test_more_tokens_than_the_model_has_positions_are_refused(make_engine):
 def test_a_model_that_slots_decode_wrongly_is_refused(make_engine):
     model = tiny_model()
     model.model.norm.register_forward_hook(lambda module, args, out: out * out.shape[1])
-    with pytest.raises(EngineError, match=r'llama cannot .*: log-probs differ.*engine="vllm://'):
+    with pytest.raises(EngineError, match=r"neither in batches .*log-probs differ.*nor row by row"):
         make_engine(model)
 
 
@@ -52,8 +83,7 @@ def test_a_model_that_cannot_run_by_slots_is_refused(make_engine):
 
     model.register_forward_pre_hook(refuse, with_kwargs=True)
     with pytest.raises(
-        EngineError,
-        match=r'llama cannot be decoded by this engine.*no cache, please.*engine="vllm://',
+        EngineError, match=r"llama cannot be decoded in batches.*no cache, please.*engine='vllm://"
     ):
         make_engine(model)
 
