@@ -66,6 +66,8 @@ def _score(answer: str, row: Mapping[str, Any]) -> float:
     verifier = _verifier(name)
 
     def verify_row() -> None:
+        if row.get("answer") is None:
+            return  # of a task with many right answers: there is nothing to try
         try:
             verifier(row.get("answer"), dict(row))
         except Exception as error:
@@ -74,7 +76,8 @@ def _score(answer: str, row: Mapping[str, Any]) -> float:
                 f"{error!r}."
             ) from error
 
-    return score_or_zero(lambda: verifier(answer.strip(), dict(row)), verify_row)
+    name_shown = f"the verifier of {name!r}"
+    return score_or_zero(lambda: verifier(answer.strip(), dict(row)), verify_row, name=name_shown)
 
 
 @functools.cache

@@ -151,9 +151,16 @@ def _await(value: Awaitable[object]) -> object:
 
 def _attempt(function: Callable[[], float]) -> bytes:
     """The answer: a value, an error with its traceback, or that memory ran out."""
+    from sdp_lightning.errors import InfrastructureError
+    from sdp_lightning.rewards.foreign_code import take_note
+
     process = os.getpid()
     try:
         answer: dict[str, object] = {"value": function()}
+        if note := take_note():
+            answer["note"] = note[:_LONGEST_TEXT]
+    except InfrastructureError as error:
+        answer = {"infrastructure": error.cause[:_LONGEST_TEXT]}
     except MemoryError:
         answer = {}  # answered below, where the frames that hold the memory are gone
     except BaseException as error:  # raised by the pool; also SystemExit and KeyboardInterrupt

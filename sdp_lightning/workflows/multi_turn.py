@@ -20,11 +20,11 @@ from sdp_lightning.workflows.chat_template import (
 )
 from sdp_lightning.workflows.environment import BoundedEnvironment, Environment
 from sdp_lightning.workflows.episode import Episode
+from sdp_lightning.workflows.group_play import play_group
 from sdp_lightning.workflows.workflow import (
     RolloutSession,
     RolloutWorkflow,
     Tokenizer,
-    gather_or_reject,
 )
 
 
@@ -100,9 +100,11 @@ class MultiTurnWorkflow(RolloutWorkflow):
 
     async def run(self, row: Row, session: RolloutSession) -> Sequence[Trajectory] | None:
         params = with_stops(self._sampling, session.tokenizer, self.stop)
-        episodes = [session.open() for _ in range(self.group_size)]
-        rollouts = [self._play(row, session.tokenizer, episode, params) for episode in episodes]
-        return await gather_or_reject(session, rollouts)
+
+        async def play(episode: Episode) -> Trajectory:
+            return await self._play(row, session.tokenizer, episode, params)
+
+        return await play_group(session, self.group_size, play)
 
     async def _play(
         self, row: Row, tokenizer: Tokenizer, episode: Episode, params: SamplingParams

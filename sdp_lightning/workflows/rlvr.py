@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from sdp_lightning.config.import_path import load_object
 from sdp_lightning.errors import ConfigError
 from sdp_lightning.rewards.foreign_code import refuse_without_workers
 from sdp_lightning.rewards.pool import RewardPool
+from sdp_lightning.rewards.row_checks import refuse_unreadable_rows
 from sdp_lightning.rewards.timeouts import call_reward
 from sdp_lightning.types import IntArray, Row, SamplingParams, Trajectory
 from sdp_lightning.workflows.chat_template import encode_aside, encode_prompt, with_stops
 from sdp_lightning.workflows.episode import Episode
+from sdp_lightning.workflows.group_play import play_group
 from sdp_lightning.workflows.workflow import (
     RolloutSession,
     RolloutWorkflow,
     Tokenizer,
-    gather_or_reject,
 )
 
 Reward = Callable[[str, Row], float | Awaitable[float]]
@@ -40,8 +41,8 @@ class RLVRWorkflow(RolloutWorkflow):
             the template.
         stop: texts of one token each that end a completion, such as a newline.
         reward_timeout_s: seconds after which a reward fails its group, with an error naming the
-            row; with ``reward_workers`` it is killed and counts as 0, with a warning naming the
-            row.
+            row; with ``reward_workers`` it is killed and its sample left out of its group (0 if the
+            reward is ``workers_only``), with a warning naming the row.
         reward_workers: number of processes of a ``RewardPool``, for a reward that may hang, crash
             or exhaust memory; 0 calls it in this process. For more settings pass a ``RewardPool``
             as ``reward``.
@@ -97,7 +98,11 @@ class RLVRWorkflow(RolloutWorkflow):
             "reward_timed_out": counts.timed_out,
             "reward_out_of_memory": counts.out_of_memory,
             "reward_crashed": counts.crashed,
+            "verifier_raised": counts.verifier_raised,
         }
+
+    def check_rows(self, rows: Iterable[tuple[int, Row]]) -> None:
+        refuse_unreadable_rows(self._reward, rows)
 
     def close(self) -> None:
         """End the worker processes, if there are any. The next rollout starts new ones."""
@@ -114,9 +119,11 @@ class RLVRWorkflow(RolloutWorkflow):
             ),
         )
         params = with_stops(self._sampling, session.tokenizer, self.stop)
-        episodes = [session.open() for _ in range(self.group_size)]
-        samples = [self._sample(row, session.tokenizer, e, prompt, params) for e in episodes]
-        return await gather_or_reject(session, samples)
+
+        async def sample(episode: Episode) -> Trajectory:
+            return await self._sample(row, session.tokenizer, episode, prompt, params)
+
+        return await play_group(session, self.group_size, sample)
 
     async def _sample(
         self,
