@@ -6,17 +6,16 @@ import asyncio
 import logging
 import os
 import pickle
-import sys
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack
 
 from sdp_lightning.config.import_path import load_object
 from sdp_lightning.errors import ConfigError, InfrastructureError, RolloutError
 from sdp_lightning.rewards.foreign_code import needs_workers
+from sdp_lightning.rewards.reward_path import import_path_of
 from sdp_lightning.rewards.sandbox import Sandbox, refuse_unusable
 from sdp_lightning.rewards.timeouts import call_aside_if_long
 from sdp_lightning.rewards.worker_limits import MIB, WorkerLimits
@@ -170,8 +169,13 @@ class RewardPool:
         self._leave_parent()
         return RewardCounts(**self._tally.snapshot())
 
-    async def __call__(self, completion: str, row: Row) -> float:
+    async def __call__(self, completion: str, row: Row, **asked: Any) -> float:
         """The reward of ``completion``.
+
+        Args:
+            completion: sampled text.
+            row: row of the dataset.
+            asked: what the reward asks for by the names of its parameters.
 
         Raises:
             InfrastructureError: if the reward raised one; under the policy ``"leave_out"``.
@@ -179,21 +183,38 @@ class RewardPool:
                 under the policy ``"raise"`` also if its process was killed.
             RewardRejected: under the policy ``"reject"``.
         """
+        outcome = await self._call(completion, row, asked)
+        return outcome.value if outcome.kind == "value" else self._settle(outcome, completion, row)
+
+    async def score_group(self, completions: Sequence[str], row: Row, **asked: Any) -> list[float]:
+        """The rewards of a group, by a reward that scores all ``completions`` at once.
+
+        Raises:
+            RolloutError: also if it answered with another number of rewards.
+        """
+        texts, size = list(completions), len(completions)
+        outcome = await self._call(texts, row, asked)
+        if outcome.kind != "value":
+            return [self._settle(outcome, texts[0], row)] * size
+        if len(outcome.values) != size:
+            raise RolloutError(f"reward {self._worker.name!r} answered in another form.")
+        return list(outcome.values)
+
+    async def _call(
+        self, completion: str | list[str], row: Row, asked: Mapping[str, Any]
+    ) -> CallOutcome:
+        sent = (completion, dict(row), dict(asked)) if asked else (completion, dict(row))
         try:
-            arguments = await call_aside_if_long(
-                "pickling a row", (completion, row), pickle.dumps, (completion, dict(row))
-            )
+            arguments = await call_aside_if_long("pickling a row", sent, pickle.dumps, sent)
         except (pickle.PicklingError, TypeError, AttributeError, RecursionError) as error:
             raise RolloutError(
                 f"row {_shown(row.get('id', row))} cannot be sent to a worker process: {error}. "
                 "Keep plain values in the rows."
             ) from error
         outcome = await asyncio.wrap_future(self._open().submit(arguments))
-        if outcome.kind == "value":
-            if outcome.detail:
-                self._name_once(outcome.detail, completion, row)
-            return outcome.value
-        return self._settle(outcome, completion, row)
+        if outcome.kind == "value" and outcome.detail:
+            self._name_once(outcome.detail, completion, row)
+        return outcome
 
     def close(self) -> None:
         """End all processes, within seconds. The next call starts new ones."""
@@ -231,7 +252,7 @@ class RewardPool:
                 self._end = weakref.finalize(self, self._threads.close)  # dropped, or at exit
             return self._threads
 
-    def _name_once(self, note: str, completion: str, row: Row) -> None:
+    def _name_once(self, note: str, completion: str | list[str], row: Row) -> None:
         with self._lock:
             is_new = note not in self._notes
             self._notes.add(note)
@@ -275,40 +296,6 @@ class RewardPool:
             self._reset()
             if end is not None:
                 end()
-
-
-def import_path_of(reward: str | Callable[..., Any]) -> str:
-    """Path by which another process imports ``reward``, for ``load_object``.
-
-    Raises:
-        ConfigError: if it is no function, or cannot be imported: a lambda, a closure, a method, a
-            function of a notebook or of the script that runs.
-    """
-    spec = reward if isinstance(reward, str) else _spec_of(reward)
-    loaded = load_object(spec)
-    if not callable(loaded) or not (isinstance(reward, str) or loaded is reward):
-        raise ConfigError(_not_importable(reward))
-    file, _, name = spec.rpartition(":")
-    return f"{Path(file).expanduser().resolve()}:{name}" if file.endswith(".py") else spec
-
-
-def _spec_of(reward: Callable[..., Any]) -> str:
-    # foreign: a callable may have no name
-    module = sys.modules.get(str(getattr(reward, "__module__", None)))
-    # foreign: a callable may have no name
-    name = str(getattr(reward, "__qualname__", "<"))
-    if module is None or module.__name__ == "__main__" or "<" in name:
-        raise ConfigError(_not_importable(reward))
-    if module.__name__.startswith("_sdp_file_"):  # a file that load_object loaded
-        return f"{module.__file__}:{name}"
-    return f"{module.__name__}:{name}"
-
-
-def _not_importable(reward: object) -> str:
-    return (
-        f"worker processes cannot import {reward!r}. Put the function at the top level of a file, "
-        "and pass its path: reward='path/to/file.py:name'."
-    )
 
 
 def _limits(limits: WorkerLimits | None, more: MoreSettings) -> WorkerLimits:

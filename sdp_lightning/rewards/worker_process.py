@@ -41,12 +41,14 @@ class CallOutcome:
         detail: what happened, as the end of a sentence about the reward; of a value, a verifier
             that raised on the completion, or empty; of an infrastructure error, its cause.
         traceback: traceback of the reward's own error; empty for other outcomes.
+        values: values of a reward that scores a group.
     """
 
     kind: OutcomeKind
     value: float = 0.0
     detail: str = ""
     traceback: str = ""
+    values: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -212,6 +214,8 @@ class WorkerProcess:
         match json.loads(body):
             case {"value": float(value), **rest} if math.isfinite(value):
                 return CallOutcome("value", value, str(rest.get("note", "")))
+            case {"value": [*values]} if all(type(v) is float and math.isfinite(v) for v in values):
+                return CallOutcome("value", values=tuple(values))
             case {"infrastructure": str(cause)}:
                 return CallOutcome("infrastructure", detail=cause)
             case {"error": str(error), "traceback": str(traceback)}:

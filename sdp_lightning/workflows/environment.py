@@ -53,8 +53,8 @@ class Environment(ABC):
         """Answer one turn with a :class:`StepResult`.
 
         Args:
-            completion: the sampled text, with stop texts and without special tokens. It may have
-                been cut off at the turn's budget.
+            completion: the sampled text, with stop texts and without special tokens, unless the
+                workflow keeps them. It may have been cut off at the turn's budget.
         """
 
     def close(self) -> Awaitable[None] | None:  # noqa: B027 # most hold nothing

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import Any, TypeVar
 
 from sdp_lightning.errors import InfrastructureError
 from sdp_lightning.rewards.pool import RewardRejected
-from sdp_lightning.types import Trajectory
 from sdp_lightning.workflows.episode import Episode
 from sdp_lightning.workflows.episode_log import DivergenceError
 from sdp_lightning.workflows.workflow import RolloutSession, gather_or_cancel
@@ -20,11 +19,12 @@ from sdp_lightning.workflows.workflow import RolloutSession, gather_or_cancel
 logger = logging.getLogger(__name__)
 
 INFRASTRUCTURE = "infrastructure errors left too few samples"  # reason of a rejection
-Play = Callable[[Episode], Coroutine[Any, Any, Trajectory]]
+Sample = TypeVar("Sample")
+Play = Callable[[Episode], Coroutine[Any, Any, Sample]]
 
 
-async def play_group(session: RolloutSession, size: int, play: Play) -> list[Trajectory] | None:
-    """The trajectories of a group of ``size``; None if it is rejected.
+async def play_group(session: RolloutSession, size: int, play: Play[Sample]) -> list[Sample] | None:
+    """The samples of a group of ``size``; None if it is rejected.
 
     If fewer than ``session.min_group_size`` are left, those that were lost are played again with
     the tokens that they had, up to ``session.lost_retries`` times; if there are still too few, the
@@ -34,13 +34,12 @@ async def play_group(session: RolloutSession, size: int, play: Play) -> list[Tra
     Args:
         session: opens the episodes, and counts the errors.
         size: number of samples.
-        play: makes the trajectory of an episode.
+        play: makes the sample of an episode, as a trajectory.
     """
     try:
         samples = await _play_all(session, size, play)
     except RewardRejected as error:
-        logger.warning("%s; its group is rejected", error)
-        session.reject("a reward could not be had")
+        _reject(session, error)
         return None
     left = [sample for sample in samples if sample is not None]
     session.num_left_out = size - len(left)
@@ -53,8 +52,34 @@ async def play_group(session: RolloutSession, size: int, play: Play) -> list[Tra
     return left
 
 
-async def _play_all(session: RolloutSession, size: int, play: Play) -> list[Trajectory | None]:
-    """The trajectories, None for those that are lost."""
+async def score_together(
+    session: RolloutSession, size: int, score: Callable[[], Coroutine[Any, Any, list[float]]]
+) -> list[float] | None:
+    """The rewards of a group that are computed at once; None if it is rejected.
+
+    After an infrastructure error, ``score`` is called again up to ``session.lost_retries`` times.
+    """
+    try:
+        for _ in range(1 + session.lost_retries):
+            try:
+                return await score()
+            except InfrastructureError as error:
+                session.add_error(error.cause)
+    except RewardRejected as error:
+        _reject(session, error)
+        return None
+    session.num_left_out += size
+    session.reject(INFRASTRUCTURE)
+    return None
+
+
+def _reject(session: RolloutSession, error: RewardRejected) -> None:
+    logger.warning("%s; its group is rejected", error)
+    session.reject("a reward could not be had")
+
+
+async def _play_all(session: RolloutSession, size: int, play: Play[Sample]) -> list[Sample | None]:
+    """The samples, None for those that are lost."""
     episodes = [session.open() for _ in range(size)]
     samples = await gather_or_cancel([_sample(session, play, episode) for episode in episodes])
     for _ in range(session.lost_retries):
@@ -67,7 +92,7 @@ async def _play_all(session: RolloutSession, size: int, play: Play) -> list[Traj
     return samples
 
 
-async def _sample(session: RolloutSession, play: Play, episode: Episode) -> Trajectory | None:
+async def _sample(session: RolloutSession, play: Play[Sample], episode: Episode) -> Sample | None:
     try:
         return await play(episode)
     except InfrastructureError as error:
@@ -75,7 +100,7 @@ async def _sample(session: RolloutSession, play: Play, episode: Episode) -> Traj
         return None
 
 
-async def _sample_again(session: RolloutSession, play: Play, index: int) -> Trajectory | None:
+async def _sample_again(session: RolloutSession, play: Play[Sample], index: int) -> Sample | None:
     try:
         return await _sample(session, play, session.reopen(index))
     except DivergenceError:  # an environment that answers otherwise: it begins anew

@@ -146,7 +146,8 @@ def test_a_workflow_of_ones_own_that_raises_it_costs_the_group_only() -> None:
     settings: dict[str, Any] = {"rows": ROWS[:2], "num_epochs": 1, "batch_size": 1}
     with rolling(FakeEngine(), Own(), **settings) as executor:
         assert [group.row_id for group in executor.take() or []] == ["r1"]
-        assert executor.stat.rejected == 1 and executor.telemetry.errors == {"no simulator": 1}
+        wait_until(executor, lambda: executor.stat.rejected == 1)
+        assert executor.telemetry.errors == {"no simulator": 1}
 
 
 # Environments and tools ---------------------------------------------------------------------------
@@ -289,6 +290,7 @@ def test_a_pool_loses_samples_the_same_way() -> None:
         **(ONE_EPOCH | {"rows": rows, "lost_retries": 0}),
     ) as executor:
         assert [group.row_id for group in executor.take() or []] == ["r1"]
+        wait_until(executor, lambda: executor.stat.rejected == 1)
         assert executor.telemetry.errors == {"a reward crashed": 2}
     workflow.close()
 
