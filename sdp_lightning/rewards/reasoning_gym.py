@@ -39,8 +39,15 @@ def reward(completion: str, row: Mapping[str, Any]) -> float:
 
 @workers_only
 def line_reward(completion: str, row: Mapping[str, Any]) -> float:
-    """Score of the first line of the completion: for ``shots`` rows, which end in ``Answer:``."""
-    return _score(completion.strip().partition("\n")[0], row)
+    """Score of the first lines of the completion: for ``shots`` rows, which end in ``Answer:``.
+
+    They are as many as the row's own answer has; all those before the next ``Question:`` where the
+    row has none.
+    """
+    lines = completion.partition("\nQuestion:")[0].strip().splitlines()
+    answer = row.get("answer")
+    number = len(lines) if answer is None else max(1, len(str(answer).strip().splitlines()))
+    return _score("\n".join(lines[:number]), row)
 
 
 @workers_only
