@@ -42,6 +42,7 @@ if TYPE_CHECKING:
         ConfigError as ConfigError,
         EngineError as EngineError,
         HangError as HangError,
+        InfrastructureError as InfrastructureError,
         RankError as RankError,
         RecordingError as RecordingError,
         RolloutError as RolloutError,

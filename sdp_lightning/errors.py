@@ -23,6 +23,21 @@ class RolloutError(SDPError):
     """A rollout (workflow, reward or the data they returned) failed."""
 
 
+class InfrastructureError(RolloutError):
+    """What a sample needs failed, through no fault of policy, code or data: a judge timed out.
+
+    Raised by a reward, an environment, a tool or a workflow, it leaves one sample out of its group.
+
+    Args:
+        cause: one of a few texts, by which such errors are counted. Details belong to the error
+            that it is raised from.
+    """
+
+    def __init__(self, cause: str = "unknown") -> None:
+        super().__init__(cause)
+        self.cause = str(cause) or "unknown"
+
+
 class RolloutTimeout(SDPError, TimeoutError):
     """A wait for rollouts passed its deadline; nothing was lost."""
 

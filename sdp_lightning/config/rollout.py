@@ -33,6 +33,12 @@ class RolloutConfig:
         drain_s: longest wait, in a publish, for outstanding requests to come back.
         max_failures: rollouts that may fail before the error reaches the trainer.
         max_rejected_in_a_row: rejected groups, with none accepted between, that count as endless.
+        min_group_size: samples that a group needs once infrastructure errors
+            (:class:`~sdp_lightning.InfrastructureError`) left others out. With fewer, the lost ones
+            are tried again; then the group is rejected, and further rows refill the batch. A group
+            of fewer samples needs all of them.
+        lost_retries: times that the lost samples of such a group are tried again, with the tokens
+            that they had.
         num_epochs: passes over the prompts; None repeats them for ever.
         shuffle: reshuffle the prompts in every epoch, by (seed, epoch).
         seed: seed of the order of prompts and of every sampled token.
@@ -52,6 +58,8 @@ class RolloutConfig:
     drain_s: float = 30.0
     max_failures: int = 0
     max_rejected_in_a_row: int = 100
+    min_group_size: int = 2
+    lost_retries: int = 1
     num_epochs: int | None = None
     shuffle: bool = True
     seed: int = 0
@@ -64,6 +72,8 @@ class RolloutConfig:
         at_least("max_failures", self.max_failures, 0)
         at_least("seed", self.seed, 0)
         at_least("max_rejected_in_a_row", self.max_rejected_in_a_row, 1)
+        at_least("min_group_size", self.min_group_size, 1)
+        at_least("lost_retries", self.lost_retries, 0)
         if self.max_concurrent is not None:
             at_least("max_concurrent", self.max_concurrent, 1)
         if self.num_epochs is not None:

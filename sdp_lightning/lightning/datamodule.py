@@ -40,6 +40,7 @@ from sdp_lightning.rollout.checkpoint.resharding import reshard
 from sdp_lightning.rollout.executor import WorkflowExecutor
 from sdp_lightning.rollout.factory import create_workflow_executor
 from sdp_lightning.training.batch import SealedBatch
+from sdp_lightning.types import Row
 from sdp_lightning.workflows.workflow import RolloutWorkflow
 
 
@@ -138,11 +139,12 @@ class RolloutDataModule(L.LightningDataModule):
         )
         self._ranks = make_trainer_ranks(self.trainer, self.stop, batch_timeout_s=config.timeout_s)
         module.use_ranks(self._ranks)
+        prompts = self._checked_rows(stage)
         self._executor = create_workflow_executor(
             config=config,
             engine=engine,
             workflow=self.workflow,
-            prompts=load_rows(self._prompts),
+            prompts=prompts,
             tokenizer=module.tokenizer,
             ranks=self._ranks,
         )
@@ -151,6 +153,19 @@ class RolloutDataModule(L.LightningDataModule):
             self.trainer.limit_val_batches = 0
         start_engine(engine, self._ranks)
         self._trainer_threads = leave_cores(engine)
+
+    def _checked_rows(self, stage: str) -> Sequence[Row]:
+        """The prompts; each rank has checked its part of them, or of the validation's."""
+        prompts, size = load_rows(self._prompts), self._ranks.size
+        for source, workflow in (
+            (self._prompts, self.workflow),
+            (self._val_prompts, self.val_workflow),
+        ):
+            if source is not None and (stage == "fit" or source is self._val_prompts):
+                rows = prompts if source is self._prompts else load_rows(source)
+                indices = range(self._ranks.rank, len(rows), size)
+                workflow.check_rows((index, rows[index]) for index in indices)
+        return prompts
 
     def train_dataloader(self) -> RolloutLoader:
         module, trainer = self._module(), self.trainer

@@ -119,6 +119,8 @@ def render(rows: Sequence[MetricRow], *, window: int) -> list[RenderableType]:
     counts = {label: values_of(rows, name) for name, label in LOST.items()}
     if lost := [f"{values[-1]:.0f} {label}" for label, values in counts.items() if values]:
         table.add_row("groups", "", ", ".join(lost))
+    if any(left_out := values_of(rows, "rollout/left_out")[-1:]):
+        table.add_row("samples", "", f"{left_out[0]:.0f} left out: infrastructure failed")
     logged = [name for name in SPEEDS if values_of(rows, name)]
     if logged:
         speeds = [f"{mean(rows, name):.0f} {SPEEDS[name]}" for name in logged]

@@ -6,7 +6,7 @@ Importing reasoning-gym takes seconds, so it is imported with the first task.
 from __future__ import annotations
 
 import difflib
-import functools
+import json
 from collections.abc import Sequence
 from typing import Any, overload
 
@@ -36,7 +36,8 @@ class ReasoningGymRows(Sequence[Row]):
         settings: settings of the task in reasoning-gym.
 
     Raises:
-        ConfigError: if reasoning-gym is not installed, or refuses name or settings.
+        ConfigError: if reasoning-gym is not installed, refuses name or settings, or has no answer
+            to show in ``shots``.
     """
 
     def __init__(
@@ -59,6 +60,9 @@ class ReasoningGymRows(Sequence[Row]):
         except (TypeError, AssertionError, ValueError) as error:
             raise ConfigError(f"reasoning-gym refuses {name} with {settings}: {error}.") from error
         self.name, self.size, self.shots = name, size, shots
+        tasks = [self._tasks[size + shot] for shot in range(shots)]
+        solved = [f"Question: {t['question']}\nAnswer: {self._answer_of(t)}\n\n" for t in tasks]
+        self._solved = "".join(solved)
 
     def __len__(self) -> int:
         return self.size
@@ -82,7 +86,16 @@ class ReasoningGymRows(Sequence[Row]):
             "metadata": {"source_dataset": self.name, **task["metadata"]},
         }
 
-    @functools.cached_property
-    def _solved(self) -> str:
-        tasks = [self._tasks[self.size + shot] for shot in range(self.shots)]
-        return "".join(f"Question: {t['question']}\nAnswer: {t['answer']}\n\n" for t in tasks)
+    def _answer_of(self, task: Any) -> str:
+        """A right answer, as text. Tasks with many have an example of one in their metadata."""
+        if task["answer"] is not None:
+            return str(task["answer"])
+        examples = [value for key, value in task["metadata"].items() if key.endswith("answer")]
+        for example in examples:
+            text = example if isinstance(example, str) else json.dumps(example)
+            if self._tasks.score_answer(text, task) == 1:
+                return text
+        raise ConfigError(
+            f"reasoning-gym has no answer to {self.name} that solved examples could show: leave "
+            "out shots, and score the text between <answer> tags with the reward named reward."
+        )

@@ -22,6 +22,7 @@ _MARK = "workers_only"
 _VARIABLE = "SDP_REWARD_WORKER"  # inherited by the processes that a worker starts
 WORKFLOW_REMEDY = "set reward_workers=2 of the workflow, or pass a RewardPool"
 
+_notes: list[str] = []  # of this process
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
@@ -109,7 +110,16 @@ def enter_worker_process() -> None:
     os.environ[_VARIABLE] = "1"
 
 
-def score_or_zero(verify: Callable[[], object], verify_row: Callable[[], object]) -> float:
+def take_note() -> str:
+    """What :func:`score_or_zero` has to say of the calls since it was asked last."""
+    note = "; ".join(_notes)
+    _notes.clear()
+    return note
+
+
+def score_or_zero(
+    verify: Callable[[], object], verify_row: Callable[[], object], *, name: str = "a verifier"
+) -> float:
     """The score of a foreign verifier, and 0.0 for a completion that makes it fail.
 
     A verifier that raises, exits, or returns no finite number has been given a wrong answer, unless
@@ -118,6 +128,7 @@ def score_or_zero(verify: Callable[[], object], verify_row: Callable[[], object]
     Args:
         verify: the verifier, called with the completion's answer.
         verify_row: the same verifier, called with the row's own answer.
+        name: name of the verifier, for the warning that a pool of workers gives once.
 
     Raises:
         MemoryError: if ``verify`` runs out of memory, which ends its process.
@@ -129,6 +140,7 @@ def score_or_zero(verify: Callable[[], object], verify_row: Callable[[], object]
         raise
     except BaseException as error:  # also SystemExit and KeyboardInterrupt: a completion raised it
         _check_row(verify_row, error)
+        _notes.append(f"{name} raised {type(error).__name__}")
         return 0.0
     return score if math.isfinite(score) else 0.0
 

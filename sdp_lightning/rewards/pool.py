@@ -6,16 +6,16 @@ import asyncio
 import logging
 import os
 import pickle
-import sys
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack
 
 from sdp_lightning.config.import_path import load_object
-from sdp_lightning.errors import ConfigError, RolloutError
+from sdp_lightning.errors import ConfigError, InfrastructureError, RolloutError
+from sdp_lightning.rewards.foreign_code import needs_workers
+from sdp_lightning.rewards.reward_path import import_path_of
 from sdp_lightning.rewards.sandbox import Sandbox, refuse_unusable
 from sdp_lightning.rewards.timeouts import call_aside_if_long
 from sdp_lightning.rewards.worker_limits import MIB, WorkerLimits
@@ -24,10 +24,12 @@ from sdp_lightning.rewards.worker_threads import Tally, WorkerThreads
 
 logger = logging.getLogger(__name__)
 
-Policy = Literal["zero", "reject", "raise"]
+Policy = Literal["leave_out", "zero", "reject", "raise"]
 Row = Mapping[str, Any]
 
 _LONGEST_S = 1e9
+_POLICIES = ("leave_out", "zero", "reject", "raise")
+_CAUSES = {"timed_out": "took too long", "out_of_memory": "ran out of memory"}
 _SHOWN = 200  # characters of a row or a completion in a warning
 
 
@@ -42,16 +44,21 @@ class RewardCounts:
     Attributes:
         value: calls that returned a number.
         raised: calls in which the reward raised, or returned no finite number.
+        infrastructure: calls in which the reward raised an ``InfrastructureError``.
         timed_out: calls that were killed at the deadline.
         out_of_memory: calls that needed more than ``limits.memory_mb``.
         crashed: calls that ended their process: a segmentation fault, ``os._exit``.
+        verifier_raised: calls of ``value`` in which a library's verifier raised on the completion,
+            which counts as 0.
     """
 
     value: int = 0
     raised: int = 0
+    infrastructure: int = 0
     timed_out: int = 0
     out_of_memory: int = 0
     crashed: int = 0
+    verifier_raised: int = 0
 
     @property
     def killed(self) -> int:
@@ -89,8 +96,10 @@ class RewardPool:
             of a module; plain or async.
         num_workers: number of workers, which is the number of calls at once.
         timeout_s: longest call in seconds, without the wait for a worker.
-        on_kill: reward of a call that costs its worker: ``"zero"``, with a warning that names
-            the row; ``"reject"`` its group; or ``"raise"``.
+        on_kill: fate of a sample whose call costs its worker: ``"leave_out"`` of its group, by an
+            ``InfrastructureError``; ``"zero"``: its reward is 0; both with a warning that names the
+            row. ``"reject"`` its group; or ``"raise"``. None is ``"zero"`` for a reward that is
+            ``workers_only``, which a bad answer can hang or crash, and else ``"leave_out"``.
         on_error: the same for a reward that raises, or returns no number.
         limits: memory, processes and files that a worker may have.
         sandbox: tool that workers run under: ``"bwrap"`` or ``"nsjail"`` (Linux). No network,
@@ -112,7 +121,7 @@ class RewardPool:
         *,
         num_workers: int = 2,
         timeout_s: float = 10.0,
-        on_kill: Policy = "zero",
+        on_kill: Policy | None = None,
         on_error: Policy = "raise",
         limits: WorkerLimits | None = None,
         sandbox: Sandbox | None = None,
@@ -127,10 +136,12 @@ class RewardPool:
         for name, seconds in (("timeout_s", timeout_s), ("start_s", start_s)):
             if not 0 < seconds <= _LONGEST_S:
                 raise ConfigError(f"{name} must be positive, and at most 1e9; got {seconds}.")
-        for name, policy in (("on_kill", on_kill), ("on_error", on_error)):
-            if policy not in ("zero", "reject", "raise"):
-                raise ConfigError(f"{name} must be zero, reject or raise; got {policy!r}.")
+        for name, policy in (("on_kill", on_kill or "zero"), ("on_error", on_error)):
+            if policy not in _POLICIES:
+                raise ConfigError(f"{name} must be one of {_POLICIES}; got {policy!r}.")
         spec = import_path_of(reward)
+        if on_kill is None:
+            on_kill = "zero" if needs_workers(load_object(spec)) else "leave_out"
         refuse_unusable(sandbox)
         self._worker = WorkerSettings(
             spec,
@@ -148,32 +159,62 @@ class RewardPool:
         self._reset()
 
     @property
+    def reward(self) -> object:
+        """The reward, as this process imports it."""
+        return load_object(self._worker.spec)
+
+    @property
     def counts(self) -> RewardCounts:
         """How all calls ended so far."""
         self._leave_parent()
         return RewardCounts(**self._tally.snapshot())
 
-    async def __call__(self, completion: str, row: Row) -> float:
+    async def __call__(self, completion: str, row: Row, **asked: Any) -> float:
         """The reward of ``completion``.
 
+        Args:
+            completion: sampled text.
+            row: row of the dataset.
+            asked: what the reward asks for by the names of its parameters.
+
         Raises:
+            InfrastructureError: if the reward raised one; under the policy ``"leave_out"``.
             RolloutError: if the reward raised, cannot be loaded, or the pool is closed meanwhile;
                 under the policy ``"raise"`` also if its process was killed.
             RewardRejected: under the policy ``"reject"``.
         """
+        outcome = await self._call(completion, row, asked)
+        return outcome.value if outcome.kind == "value" else self._settle(outcome, completion, row)
+
+    async def score_group(self, completions: Sequence[str], row: Row, **asked: Any) -> list[float]:
+        """The rewards of a group, by a reward that scores all ``completions`` at once.
+
+        Raises:
+            RolloutError: also if it answered with another number of rewards.
+        """
+        texts, size = list(completions), len(completions)
+        outcome = await self._call(texts, row, asked)
+        if outcome.kind != "value":
+            return [self._settle(outcome, texts[0], row)] * size
+        if len(outcome.values) != size:
+            raise RolloutError(f"reward {self._worker.name!r} answered in another form.")
+        return list(outcome.values)
+
+    async def _call(
+        self, completion: str | list[str], row: Row, asked: Mapping[str, Any]
+    ) -> CallOutcome:
+        sent = (completion, dict(row), dict(asked)) if asked else (completion, dict(row))
         try:
-            arguments = await call_aside_if_long(
-                "pickling a row", (completion, row), pickle.dumps, (completion, dict(row))
-            )
+            arguments = await call_aside_if_long("pickling a row", sent, pickle.dumps, sent)
         except (pickle.PicklingError, TypeError, AttributeError, RecursionError) as error:
             raise RolloutError(
                 f"row {_shown(row.get('id', row))} cannot be sent to a worker process: {error}. "
                 "Keep plain values in the rows."
             ) from error
         outcome = await asyncio.wrap_future(self._open().submit(arguments))
-        if outcome.kind == "value":
-            return outcome.value
-        return self._settle(outcome, completion, row)
+        if outcome.kind == "value" and outcome.detail:
+            self._name_once(outcome.detail, completion, row)
+        return outcome
 
     def close(self) -> None:
         """End all processes, within seconds. The next call starts new ones."""
@@ -184,7 +225,7 @@ class RewardPool:
             end()
 
     def __getstate__(self) -> dict[str, Any]:
-        left_out = ("_threads", "_end", "_tally", "_lock")
+        left_out = ("_threads", "_end", "_tally", "_lock", "_notes")
         return {key: value for key, value in self.__dict__.items() if key not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -193,6 +234,7 @@ class RewardPool:
 
     def _reset(self) -> None:
         self._tally, self._lock = Tally(), threading.Lock()
+        self._notes: set[str] = set()  # said already
         self._threads: WorkerThreads | None = None
         self._end: weakref.finalize[[], RewardPool] | None = None
         self._process_id = os.getpid()
@@ -210,7 +252,22 @@ class RewardPool:
                 self._end = weakref.finalize(self, self._threads.close)  # dropped, or at exit
             return self._threads
 
+    def _name_once(self, note: str, completion: str | list[str], row: Row) -> None:
+        with self._lock:
+            is_new = note not in self._notes
+            self._notes.add(note)
+        if is_new:
+            logger.warning(
+                "%s on row %s, completion %s; such an answer is wrong: 0. Further ones are only "
+                "counted, as verifier_raised",
+                note,
+                _shown(row.get("id", row)),
+                _shown(completion),
+            )
+
     def _settle(self, outcome: CallOutcome, completion: str, row: Row) -> float:
+        if outcome.kind == "infrastructure":
+            raise InfrastructureError(outcome.detail)
         message = f"reward {self._worker.name!r} {outcome.detail}"
         policy = self.on_error if outcome.kind == "raised" else self.on_kill
         if self._tally.num_killed_in_a_row >= self.max_killed_in_a_row:
@@ -226,6 +283,9 @@ class RewardPool:
         message = f"{message} on row {_shown(row.get('id', row))}, completion {_shown(completion)}"
         if policy == "reject":
             raise RewardRejected(message)
+        if policy == "leave_out":
+            logger.warning("%s; the sample is left out of its group", message)
+            raise InfrastructureError(f"a reward {_CAUSES.get(outcome.kind, outcome.kind)}")
         logger.warning("%s; it counts as 0", message)
         return 0.0
 
@@ -236,40 +296,6 @@ class RewardPool:
             self._reset()
             if end is not None:
                 end()
-
-
-def import_path_of(reward: str | Callable[..., Any]) -> str:
-    """Path by which another process imports ``reward``, for ``load_object``.
-
-    Raises:
-        ConfigError: if it is no function, or cannot be imported: a lambda, a closure, a method, a
-            function of a notebook or of the script that runs.
-    """
-    spec = reward if isinstance(reward, str) else _spec_of(reward)
-    loaded = load_object(spec)
-    if not callable(loaded) or not (isinstance(reward, str) or loaded is reward):
-        raise ConfigError(_not_importable(reward))
-    file, _, name = spec.rpartition(":")
-    return f"{Path(file).expanduser().resolve()}:{name}" if file.endswith(".py") else spec
-
-
-def _spec_of(reward: Callable[..., Any]) -> str:
-    # foreign: a callable may have no name
-    module = sys.modules.get(str(getattr(reward, "__module__", None)))
-    # foreign: a callable may have no name
-    name = str(getattr(reward, "__qualname__", "<"))
-    if module is None or module.__name__ == "__main__" or "<" in name:
-        raise ConfigError(_not_importable(reward))
-    if module.__name__.startswith("_sdp_file_"):  # a file that load_object loaded
-        return f"{module.__file__}:{name}"
-    return f"{module.__name__}:{name}"
-
-
-def _not_importable(reward: object) -> str:
-    return (
-        f"worker processes cannot import {reward!r}. Put the function at the top level of a file, "
-        "and pass its path: reward='path/to/file.py:name'."
-    )
 
 
 def _limits(limits: WorkerLimits | None, more: MoreSettings) -> WorkerLimits:

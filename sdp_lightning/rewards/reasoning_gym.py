@@ -39,8 +39,15 @@ def reward(completion: str, row: Mapping[str, Any]) -> float:
 
 @workers_only
 def line_reward(completion: str, row: Mapping[str, Any]) -> float:
-    """Score of the first line of the completion: for ``shots`` rows, which end in ``Answer:``."""
-    return _score(completion.strip().partition("\n")[0], row)
+    """Score of the first lines of the completion: for ``shots`` rows, which end in ``Answer:``.
+
+    They are as many as the row's own answer has; all those before the next ``Question:`` where the
+    row has none.
+    """
+    lines = completion.partition("\nQuestion:")[0].strip().splitlines()
+    answer = row.get("answer")
+    number = len(lines) if answer is None else max(1, len(str(answer).strip().splitlines()))
+    return _score("\n".join(lines[:number]), row)
 
 
 @workers_only
@@ -66,6 +73,8 @@ def _score(answer: str, row: Mapping[str, Any]) -> float:
     verifier = _verifier(name)
 
     def verify_row() -> None:
+        if row.get("answer") is None:
+            return  # of a task with many right answers: there is nothing to try
         try:
             verifier(row.get("answer"), dict(row))
         except Exception as error:
@@ -74,7 +83,8 @@ def _score(answer: str, row: Mapping[str, Any]) -> float:
                 f"{error!r}."
             ) from error
 
-    return score_or_zero(lambda: verifier(answer.strip(), dict(row)), verify_row)
+    name_shown = f"the verifier of {name!r}"
+    return score_or_zero(lambda: verifier(answer.strip(), dict(row)), verify_row, name=name_shown)
 
 
 @functools.cache

@@ -131,6 +131,18 @@ def between_tags(text: str, opening: str, closing: str) -> list[str]:
     return found
 
 
+def _check_exact(row: Mapping[str, Any], *, answer_key: str = "answer", **options: Any) -> None:
+    _answer(row, answer_key)
+
+
+def _check_numeric(row: Mapping[str, Any], *, answer_key: str = "answer", **options: Any) -> None:
+    _expected_number(row, answer_key)
+
+
+exact_match.check_row = _check_exact  # type: ignore[attr-defined] # see row_checks
+numeric_match.check_row = _check_numeric  # type: ignore[attr-defined]
+
+
 def _iter_numbers(text: str) -> Iterator[Decimal]:
     for match in _NUMBER.finditer(text):
         number = _decimal(match)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import functools
 import inspect
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
 from sdp_lightning.errors import RolloutError
 from sdp_lightning.rewards.call_threads import THREADS
-from sdp_lightning.rewards.value import as_reward
+from sdp_lightning.rewards.value import as_reward, as_rewards
 
 LONG = 20_000  # characters or items: about 10 ms of tokenizing, and more than a thread's start
 _LONG_CALL_S = 600.0
@@ -60,16 +60,30 @@ async def call_aside_if_long(
     return await call_with_timeout(call, timeout_s=_LONG_CALL_S, what=what)
 
 
-async def call_reward(function: Callable[..., Any], *args: Any, timeout_s: float) -> float:
-    """The reward ``function(*args)``, by :func:`call_with_timeout`.
+async def call_reward(
+    function: Callable[..., Any],
+    completion: str | Sequence[str],
+    row: Mapping[str, Any],
+    *,
+    timeout_s: float,
+    **asked: Any,
+) -> Any:
+    """The reward ``function(completion, row, **asked)``, by :func:`call_with_timeout`.
+
+    Returns:
+        A float, or a list of floats for a list of completions.
 
     Raises:
         RolloutError: if it takes longer than ``timeout_s``, or returns no finite number.
     """
     # foreign: a callable may have no name
     name = str(getattr(function, "__name__", function))
-    value = await call_with_timeout(function, *args, timeout_s=timeout_s, what=f"reward {name!r}")
-    return as_reward(value, name)
+    call = functools.partial(function, **asked) if asked else function
+    what = f"reward {name!r}"
+    value = await call_with_timeout(call, completion, row, timeout_s=timeout_s, what=what)
+    if isinstance(completion, str):
+        return as_reward(value, name)
+    return as_rewards(value, name, len(completion))
 
 
 async def call_with_timeout(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+
 from sdp_lightning.errors import RolloutError
 
 _LONGEST = 500  # characters of a wrong value that are shown
@@ -26,6 +28,25 @@ def as_reward(value: object, name: str) -> float:
     if reward != reward or reward in (float("inf"), float("-inf")):
         raise RolloutError(f"reward {name!r} returned {reward}; it must be finite.")
     return reward
+
+
+def as_rewards(value: object, name: str, count: int) -> list[float]:
+    """``value``, of a reward that scores a whole group, as ``count`` floats.
+
+    Raises:
+        RolloutError: if it is not so many finite numbers.
+    """
+    if not isinstance(value, Iterable) or isinstance(value, str | bytes | Mapping):
+        raise RolloutError(
+            f"reward {name!r} returned {_shown(value)}; of {count} completions it must be {count} "
+            "numbers."
+        )
+    values: list[object] = list(value)  # pyright: ignore[reportUnknownArgumentType]
+    if len(values) != count:
+        raise RolloutError(
+            f"reward {name!r} returned {len(values)} numbers for {count} completions."
+        )
+    return [as_reward(each, name) for each in values]
 
 
 def _shown(value: object) -> str:

@@ -20,7 +20,8 @@ from sdp_lightning.rewards import worker_channel, worker_main
 from sdp_lightning.rewards.sandbox import Sandbox, in_sandbox
 from sdp_lightning.rewards.worker_limits import WorkerLimits
 
-OutcomeKind = Literal["value", "raised", "timed_out", "out_of_memory", "crashed"]
+OutcomeKind = Literal["value", "raised", "infrastructure", "timed_out", "out_of_memory", "crashed"]
+ANSWERS: tuple[OutcomeKind, ...] = ("value", "raised", "infrastructure")  # no process is lost
 
 _KILL_S = 5.0  # a worker that is told to end has killed all that is its own by then
 _EXIT_S = 1.0  # from the end of the connection to the exit status
@@ -37,14 +38,17 @@ class CallOutcome:
     """How one call ended: with a value, with an error of the reward, or by killing its process.
 
     Attributes:
-        detail: what happened, as the end of a sentence about the reward; empty for a value.
+        detail: what happened, as the end of a sentence about the reward; of a value, a verifier
+            that raised on the completion, or empty; of an infrastructure error, its cause.
         traceback: traceback of the reward's own error; empty for other outcomes.
+        values: values of a reward that scores a group.
     """
 
     kind: OutcomeKind
     value: float = 0.0
     detail: str = ""
     traceback: str = ""
+    values: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -186,7 +190,7 @@ class WorkerProcess:
             goes_on = self._forks
         except worker_channel.ForgedError:
             outcome = CallOutcome("crashed", detail=worker_channel.WROTE)
-        if outcome.kind not in ("value", "raised") and not goes_on:
+        if outcome.kind not in ANSWERS and not goes_on:
             self.close()
         return outcome
 
@@ -208,8 +212,12 @@ class WorkerProcess:
         if kind in (worker_channel.ENDED, worker_channel.GOES_ON):
             return CallOutcome("crashed", detail=body.decode())
         match json.loads(body):
-            case {"value": float(value)} if math.isfinite(value):
-                return CallOutcome("value", value)
+            case {"value": float(value), **rest} if math.isfinite(value):
+                return CallOutcome("value", value, str(rest.get("note", "")))
+            case {"value": [*values]} if all(type(v) is float and math.isfinite(v) for v in values):
+                return CallOutcome("value", values=tuple(values))
+            case {"infrastructure": str(cause)}:
+                return CallOutcome("infrastructure", detail=cause)
             case {"error": str(error), "traceback": str(traceback)}:
                 return CallOutcome("raised", 0.0, f"raised {error}", traceback)
             case {"out_of_memory": True}:

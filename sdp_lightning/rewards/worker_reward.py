@@ -131,12 +131,15 @@ def _run_call(
         os._exit(1)
 
 
-def _call(function: Callable[..., object], arguments: bytes, name: str) -> float:
-    from sdp_lightning.rewards.value import as_reward
+def _call(function: Callable[..., object], arguments: bytes, name: str) -> float | list[float]:
+    from sdp_lightning.rewards.value import as_reward, as_rewards
 
-    value = function(*pickle.loads(arguments))
+    completion, row, *asked = pickle.loads(arguments)
+    value = function(completion, row, **(asked[0] if asked else {}))
     if isinstance(value, Awaitable):
         value = _await(value)
+    if isinstance(completion, list):
+        return as_rewards(value, name, len(completion))
     return as_reward(value, name)
 
 
@@ -149,11 +152,18 @@ def _await(value: Awaitable[object]) -> object:
     return asyncio.run(wait())
 
 
-def _attempt(function: Callable[[], float]) -> bytes:
+def _attempt(function: Callable[[], float | list[float]]) -> bytes:
     """The answer: a value, an error with its traceback, or that memory ran out."""
+    from sdp_lightning.errors import InfrastructureError
+    from sdp_lightning.rewards.foreign_code import take_note
+
     process = os.getpid()
     try:
         answer: dict[str, object] = {"value": function()}
+        if note := take_note():
+            answer["note"] = note[:_LONGEST_TEXT]
+    except InfrastructureError as error:
+        answer = {"infrastructure": error.cause[:_LONGEST_TEXT]}
     except MemoryError:
         answer = {}  # answered below, where the frames that hold the memory are gone
     except BaseException as error:  # raised by the pool; also SystemExit and KeyboardInterrupt

@@ -14,10 +14,10 @@ from concurrent.futures import Future
 
 from sdp_lightning.errors import RolloutError
 from sdp_lightning.rewards.worker_process import (
+    ANSWERS,
     CallOutcome,
     KilledWhileLoadingError,
     LostBetweenCallsError,
-    OutcomeKind,
     WorkerProcess,
     WorkerSettings,
 )
@@ -33,14 +33,16 @@ class Tally:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._counts: Counter[OutcomeKind] = Counter()
+        self._counts: Counter[str] = Counter()
         self._num_killed_in_a_row = 0
 
-    def add(self, kind: OutcomeKind) -> None:
+    def add(self, outcome: CallOutcome) -> None:
         """Count one call."""
         with self._lock:
-            self._counts[kind] += 1
-            killed = kind not in ("value", "raised")
+            self._counts[outcome.kind] += 1
+            if outcome.kind == "value" and outcome.detail:
+                self._counts["verifier_raised"] += 1
+            killed = outcome.kind not in ANSWERS
             self._num_killed_in_a_row = self._num_killed_in_a_row + 1 if killed else 0
 
     @property
@@ -48,7 +50,7 @@ class Tally:
         """Calls since the last one that answered."""
         return self._num_killed_in_a_row
 
-    def snapshot(self) -> Counter[OutcomeKind]:
+    def snapshot(self) -> Counter[str]:
         """The counts by kind."""
         with self._lock:
             return self._counts.copy()
@@ -206,5 +208,5 @@ class WorkerThreads:
         if self._closed and outcome.kind == "crashed":
             future.set_exception(RolloutError("the reward pool was closed."))
             return
-        self._tally.add(outcome.kind)
+        self._tally.add(outcome)
         future.set_result(outcome)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 
-from sdp_lightning.errors import RolloutError, error_text
+from sdp_lightning.errors import InfrastructureError, RolloutError, error_text
 from sdp_lightning.prompts.stream import EVALUATION_EPOCH, PromptRow
 from sdp_lightning.rollout.group_source import GroupSource
 from sdp_lightning.rollout.groups.in_flight import InFlightGroup
 from sdp_lightning.rollout.groups.version_clock import VersionClock
 from sdp_lightning.rollout.task_runner import AsyncTaskRunner
 from sdp_lightning.types import Row, TrajectoryGroup
-from sdp_lightning.workflows.workflow import RolloutWorkflow, why_rejected
+from sdp_lightning.workflows.workflow import RolloutSession, RolloutWorkflow, why_rejected
+
+logger = logging.getLogger(__name__)
 
 
 class Evaluator:
@@ -61,23 +65,38 @@ class Evaluator:
             RolloutError: if a rollout failed, naming the row.
             VersionError: before the first publish.
         """
-        version = self._clock.version
+        version, sessions = self._clock.version, list[RolloutSession]()
         runner = AsyncTaskRunner(name="sdp-evaluation", interrupted=interrupted)
         try:
             for order, prompt in enumerate(prompts, first_order):
                 session = self._source.new_session(prompt)
+                sessions.append(session)
                 runner.submit(_roll_out, InFlightGroup(order, prompt, version, session), workflow)
             limit = self._timeout_s if timeout_s is None else timeout_s
             groups: list[TrajectoryGroup | None] = runner.wait(len(prompts), limit)
         finally:
             runner.close()
+        _warn_of_errors(sessions)
         return sorted((g for g in groups if g is not None), key=lambda group: group.order)
+
+
+def _warn_of_errors(sessions: Sequence[RolloutSession]) -> None:
+    causes = Counter(cause for session in sessions for cause in session.take_errors())
+    if causes:
+        logger.warning(
+            "evaluation: %d samples of %d rows are left out, as infrastructure failed: %s",
+            *(sum(session.num_left_out for session in sessions), len(sessions)),
+            ", ".join(f"{count} x {cause}" for cause, count in causes.items()),
+        )
 
 
 async def _roll_out(group: InFlightGroup, workflow: RolloutWorkflow) -> TrajectoryGroup | None:
     row = group.row
     try:
         trajectories = await workflow.run(row.data, group.session)
+    except InfrastructureError as error:
+        group.session.add_error(error.cause)
+        return None
     except Exception as error:
         raise RolloutError(f"evaluating row {row.row_id!r} failed: {error_text(error)}") from error
     return None if why_rejected(trajectories) else group.make_group(trajectories or ())

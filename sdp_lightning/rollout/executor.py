@@ -15,7 +15,12 @@ from typing import Any
 from sdp_lightning.config import RolloutConfig
 from sdp_lightning.distributed.rank_group import RankGroup
 from sdp_lightning.engines.protocol import InferenceEngine, NamedWeights, PublishReport
-from sdp_lightning.errors import ConfigError, RolloutError, RolloutTimeout
+from sdp_lightning.errors import (
+    ConfigError,
+    InfrastructureError,
+    RolloutError,
+    RolloutTimeout,
+)
 from sdp_lightning.rollout.evaluation import Evaluator
 from sdp_lightning.rollout.group_source import GroupSource
 from sdp_lightning.rollout.groups.in_flight import InFlightGroup
@@ -30,6 +35,7 @@ from sdp_lightning.rollout.proximal_recompute import (
 from sdp_lightning.rollout.publish import publish
 from sdp_lightning.rollout.task_runner import STOP_CHECK_S, AsyncTaskRunner, TaskResult
 from sdp_lightning.types import Row, TrajectoryGroup
+from sdp_lightning.workflows.group_play import INFRASTRUCTURE
 from sdp_lightning.workflows.send_gate import SendGate, is_being_cancelled
 from sdp_lightning.workflows.workflow import RolloutWorkflow, why_rejected
 
@@ -260,6 +266,10 @@ class WorkflowExecutor:
                 raise
             if not session.divergence:  # it came from inside the workflow
                 self.registry.record_failure(group, error)
+        except InfrastructureError as error:  # of the whole group
+            session.add_error(error.cause)
+            if not session.divergence:
+                self.registry.reject(group, INFRASTRUCTURE)
         except Exception as error:  # handed to the trainer, which raises it in take()
             if not session.divergence:
                 self.registry.record_failure(group, error)

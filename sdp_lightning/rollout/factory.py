@@ -90,7 +90,7 @@ def create_workflow_executor(
         modifiers=create_capacity_modifiers(config),
     )
     gate = SendGate()
-    source = GroupSource(stream, engine, gate, tokenizer, seed=config.seed)
+    source = GroupSource(stream, engine, gate, tokenizer, config=config)
     registry = GroupRegistry(
         config,
         create_staleness_strategy(config),

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from sdp_lightning.config import RolloutConfig
 from sdp_lightning.engines.protocol import InferenceEngine
 from sdp_lightning.prompts.stream import PromptRow, PromptStream, derive_seed
 from sdp_lightning.rollout.checkpoint.group_state import read_groups
@@ -33,7 +34,8 @@ class GroupSource:
         engine: samples for every episode.
         gate: passed by every request to the engine.
         tokenizer: tokenizer of the policy.
-        seed: seed of the run, mixed with epoch, row and sample.
+        config: seed of the run, mixed with epoch, row and sample; what a group does without the
+            samples that infrastructure errors cost it.
     """
 
     def __init__(
@@ -43,10 +45,10 @@ class GroupSource:
         gate: SendGate,
         tokenizer: Tokenizer,
         *,
-        seed: int,
+        config: RolloutConfig,
     ) -> None:
         self._prompts, self._engine, self._gate = prompts, engine, gate
-        self._tokenizer, self._seed = tokenizer, seed
+        self._tokenizer, self._config = tokenizer, config
         self._interrupted: deque[InFlightGroup] = deque()
         self._next_order = 0
 
@@ -74,10 +76,17 @@ class GroupSource:
         key = f"{row.epoch}/{row.index}"
 
         def new_episode(sample: int) -> Episode:
-            seed = derive_seed(self._seed, row.epoch, row.index, sample)
+            seed = derive_seed(self._config.seed, row.epoch, row.index, sample)
             return Episode(self._engine, self._gate, seed=seed, group_key=key)
 
-        return RolloutSession(self._tokenizer, new_episode, saved, is_evaluation=row.is_evaluation)
+        return RolloutSession(
+            self._tokenizer,
+            new_episode,
+            saved,
+            is_evaluation=row.is_evaluation,
+            min_group_size=self._config.min_group_size,
+            lost_retries=self._config.lost_retries,
+        )
 
     def put_back(self, group: InFlightGroup) -> None:
         """Hand out ``group`` again, before any other: it could not be submitted."""

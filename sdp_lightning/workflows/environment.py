@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sdp_lightning.errors import RolloutError
+from sdp_lightning.errors import InfrastructureError, RolloutError
 from sdp_lightning.rewards.pool import RewardRejected
 from sdp_lightning.rewards.timeouts import call_with_timeout
 from sdp_lightning.rewards.value import as_reward
@@ -53,8 +53,8 @@ class Environment(ABC):
         """Answer one turn with a :class:`StepResult`.
 
         Args:
-            completion: the sampled text, with stop texts and without special tokens. It may have
-                been cut off at the turn's budget.
+            completion: the sampled text, with stop texts and without special tokens, unless the
+                workflow keeps them. It may have been cut off at the turn's budget.
         """
 
     def close(self) -> Awaitable[None] | None:  # noqa: B027 # most hold nothing
@@ -101,7 +101,7 @@ class BoundedEnvironment:
         what = f"{self._name}.{call}"
         try:
             return await call_with_timeout(function, *args, timeout_s=self._timeout_s, what=what)
-        except RewardRejected:
+        except (RewardRejected, InfrastructureError):
             raise
         except Exception as error:
             if isinstance(error, RolloutError) and str(error).startswith(what):

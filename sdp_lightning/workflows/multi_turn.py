@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Unpack
 
 from sdp_lightning.config.import_path import load_object
 from sdp_lightning.errors import ConfigError, RolloutError
@@ -18,13 +18,14 @@ from sdp_lightning.workflows.chat_template import (
     encode_turn,
     with_stops,
 )
+from sdp_lightning.workflows.completion import TextSettings, check_settings, completion_text
 from sdp_lightning.workflows.environment import BoundedEnvironment, Environment
 from sdp_lightning.workflows.episode import Episode
+from sdp_lightning.workflows.group_play import play_group
 from sdp_lightning.workflows.workflow import (
     RolloutSession,
     RolloutWorkflow,
     Tokenizer,
-    gather_or_reject,
 )
 
 
@@ -52,6 +53,7 @@ class MultiTurnWorkflow(RolloutWorkflow):
             text, too. None: the tokenizer's chat template, for prompts and turns.
         step_timeout_s: seconds after which ``reset`` or ``step`` of an environment fails its group,
             with an error naming row and step.
+        more: ``keep_special_tokens``, in the text that ``step`` reads.
 
     Raises:
         ConfigError: if a setting is out of range, or the environment, as far as its code tells,
@@ -69,7 +71,9 @@ class MultiTurnWorkflow(RolloutWorkflow):
         stop: Sequence[str] = (),
         turn_format: str | None = None,
         step_timeout_s: float = 30.0,
+        **more: Unpack[TextSettings],
     ) -> None:
+        check_settings(self, more)
         if group_size < 1 or max_turns < 1:
             raise ConfigError(
                 f"group_size and max_turns must be at least 1, got {group_size} and {max_turns}."
@@ -93,6 +97,7 @@ class MultiTurnWorkflow(RolloutWorkflow):
         self.stop = tuple(stop)
         self.turn_format = turn_format
         self.step_timeout_s = step_timeout_s
+        self.keep_special_tokens = more.get("keep_special_tokens", False)
 
     @property
     def sampling(self) -> SamplingParams:
@@ -100,9 +105,11 @@ class MultiTurnWorkflow(RolloutWorkflow):
 
     async def run(self, row: Row, session: RolloutSession) -> Sequence[Trajectory] | None:
         params = with_stops(self._sampling, session.tokenizer, self.stop)
-        episodes = [session.open() for _ in range(self.group_size)]
-        rollouts = [self._play(row, session.tokenizer, episode, params) for episode in episodes]
-        return await gather_or_reject(session, rollouts)
+
+        async def play(episode: Episode) -> Trajectory:
+            return await self._play(row, session.tokenizer, episode, params)
+
+        return await play_group(session, self.group_size, play)
 
     async def _play(
         self, row: Row, tokenizer: Tokenizer, episode: Episode, params: SamplingParams
@@ -143,7 +150,12 @@ class MultiTurnWorkflow(RolloutWorkflow):
             budget = min(params.max_new_tokens, self._room(start))
             await episode.generate(replace(params, max_new_tokens=budget))
             sampled: list[int] = episode.token_ids[start:].tolist()
-            result = await world.step(tokenizer.decode(sampled, skip_special_tokens=True))
+            said = completion_text(
+                *(sampled, tokenizer),
+                stop_token_ids=params.stop_token_ids,
+                keep_special_tokens=self.keep_special_tokens,
+            )
+            result = await world.step(said)
             reward += result.reward
             if result.done:
                 return episode.finish(reward)

@@ -7,7 +7,7 @@ the workflow itself, unshaped.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from sdp_lightning.errors import ConfigError
@@ -162,6 +162,9 @@ class ShapedWorkflow(RolloutWorkflow):
     @property
     def counts(self) -> Mapping[str, int]:
         return self.workflow.counts
+
+    def check_rows(self, rows: Iterable[tuple[int, Row]]) -> None:
+        self.workflow.check_rows(rows)
 
     def close(self) -> None:
         self.workflow.close()

@@ -11,7 +11,7 @@ import json
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
-from sdp_lightning.errors import ConfigError
+from sdp_lightning.errors import ConfigError, InfrastructureError
 from sdp_lightning.rewards.foreign_code import refuse_without_workers
 from sdp_lightning.rewards.text import between_tags
 from sdp_lightning.types import Row
@@ -29,7 +29,8 @@ class ToolEnvironment(Environment):
     """Runs the tool calls of a turn; a turn without one is the answer, which ``reward`` scores.
 
     A call is ``<tool_call>{"name": ..., "arguments": {...}}</tool_call>``, as Qwen's and Hermes'
-    chat templates write it. The result of a failed call is ``error: ...``.
+    chat templates write it. The result of a failed call is ``error: ...``; an
+    ``InfrastructureError`` of a tool leaves the sample out of its group instead.
 
     A tool runs in a thread of the trainer, with arguments that the policy chose: it must not
     evaluate them, and must return whatever they are. Code that a model wrote belongs in a process
@@ -102,6 +103,8 @@ class ToolEnvironment(Environment):
             return f"error: there is no {shown} with such arguments; there is {list(self._tools)}"
         try:
             return str(self._tools[name](**arguments))
+        except InfrastructureError:
+            raise
         except (Exception, SystemExit) as error:  # told to the policy, whose arguments they were
             return f"error: {_shown(error)}"
 

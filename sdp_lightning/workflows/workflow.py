@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Coroutine, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
 
-from sdp_lightning.rewards.pool import RewardRejected
 from sdp_lightning.types import Row, SamplingParams, Trajectory
 from sdp_lightning.workflows.episode import Episode
 from sdp_lightning.workflows.episode_log import Event
 
-logger = logging.getLogger(__name__)
+Sample = TypeVar("Sample")
 
 
 class Tokenizer(Protocol):
@@ -52,6 +50,9 @@ class RolloutSession:
         new_episode: makes the episode of the n-th sample.
         saved: logs of the episodes of an interrupted run, which its new episodes restore.
         is_evaluation: whether the group is only judged, and never trained on.
+        min_group_size: samples that a group to train on needs, once infrastructure errors left
+            others out.
+        lost_retries: times that samples are tried again which a group with fewer has lost.
     """
 
     def __init__(
@@ -61,9 +62,15 @@ class RolloutSession:
         saved: Sequence[Sequence[Event]] = (),
         *,
         is_evaluation: bool = False,
+        min_group_size: int = 1,
+        lost_retries: int = 0,
     ) -> None:
         self.tokenizer, self.is_evaluation = tokenizer, is_evaluation
+        self.min_group_size = 1 if is_evaluation else min_group_size
+        self.lost_retries = lost_retries
         self.rejection = ""
+        self.num_left_out = 0
+        self._errors: list[str] = []
         self._new_episode = new_episode
         self._saved = tuple(tuple(log) for log in saved)
         self._lock = threading.Lock()
@@ -96,6 +103,32 @@ class RolloutSession:
                 episode.restore(self._saved[index])
             self._episodes.append(episode)
             return episode
+
+    def reopen(self, index: int, *, keep: bool = True) -> Episode:
+        """An episode in place of the one of this ``index``, whose sample was lost.
+
+        Args:
+            index: number of the sample in its group.
+            keep: whether it repeats the steps of the lost sample, with its tokens; False begins
+                the sample anew.
+        """
+        with self._lock:
+            episode = self._new_episode(index)
+            if keep:
+                episode.restore(self._episodes[index].log)
+            self._episodes[index] = episode
+            return episode
+
+    def add_error(self, cause: str) -> None:
+        """Count an infrastructure error by its cause, which is one of a few texts."""
+        with self._lock:
+            self._errors.append(cause)
+
+    def take_errors(self) -> list[str]:
+        """Causes of the infrastructure errors since this was called last."""
+        with self._lock:
+            errors, self._errors = self._errors, []
+            return errors
 
     def reject(self, reason: str) -> None:
         """Reject this group. Groups are counted by ``reason``, which is one of a few texts."""
@@ -134,6 +167,9 @@ class RolloutWorkflow(ABC):
             Exception: any; the group is counted as failed, others go on.
         """
 
+    def check_rows(self, rows: Iterable[tuple[int, Row]]) -> None:  # noqa: B027 # most take any
+        """Raise ``ConfigError`` if there are ``rows`` (and indices) that cannot be scored."""
+
     @property
     def counts(self) -> Mapping[str, int]:
         """Counts over a run, logged by their names, which are the same on every rank."""
@@ -154,24 +190,7 @@ def why_rejected(trajectories: Sequence[Trajectory] | None) -> str:
     return ""
 
 
-async def gather_or_reject(
-    session: RolloutSession, samples: Sequence[Coroutine[Any, Any, Trajectory]]
-) -> list[Trajectory] | None:
-    """The trajectories of all samples; None, with the group rejected, if a reward is missing.
-
-    If a sample fails, the others are cancelled before its error goes on.
-    """
-    try:
-        return await gather_or_cancel(samples)
-    except RewardRejected as error:
-        logger.warning("%s; its group is rejected", error)
-        session.reject("a reward could not be had")
-        return None
-
-
-async def gather_or_cancel(
-    samples: Sequence[Coroutine[Any, Any, Trajectory]],
-) -> list[Trajectory]:
+async def gather_or_cancel(samples: Sequence[Coroutine[Any, Any, Sample]]) -> list[Sample]:
     """Await all samples; if one fails, the others are cancelled before its error goes on."""
     tasks = [asyncio.ensure_future(sample) for sample in samples]
     try:

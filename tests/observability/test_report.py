@@ -316,3 +316,13 @@ def test_a_report_before_the_metrics_is_refused(tmp_path: Path, model_folder: st
     )
     with pytest.raises(sdp.ConfigError, match="RunReport must come after WeightSyncCallback"):
         trainer.fit(make_module(model_folder), make_data(engine=FakeEngine()))
+
+
+def test_infrastructure_errors_are_drawn_by_cause_with_what_they_cost(tmp_path: Path) -> None:
+    counts = [{"rollout__error__judge_timed_out": n, "rollout__left_out": n // 2} for n in (2, 6)]
+    steps = [make_step(version, **count) for version, count in enumerate(counts)]
+    page = page_of(write_run(tmp_path, steps))
+    assert page.shown["error.judge timed out"] == "6"
+    assert "Infrastructure errors" in page.text and "3 samples were left out" in page.text
+    assert "Errors so far" in page.text
+    assert "Infrastructure errors" not in page_of(write_run(tmp_path / "b", [make_step(0)])).text

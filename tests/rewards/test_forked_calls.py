@@ -53,7 +53,7 @@ TAKING_OVER = {
 @pytest.fixture(scope="module")
 def one() -> Iterator[RewardPool]:
     settings: dict[str, Any] = {"timeout_s": DEADLINE_S, "on_error": "zero"}
-    with closing(RewardPool(EXECUTE, num_workers=1, **settings)) as pool:
+    with closing(RewardPool(EXECUTE, on_kill="zero", num_workers=1, **settings)) as pool:
         yield pool
 
 
@@ -68,7 +68,7 @@ def test_code_that_a_reward_executes_does_not_answer_for_later_samples(
 
 def test_without_forks_it_does() -> None:
     """The control: the same code, and what ``fork_calls=False`` says is meant."""
-    with closing(RewardPool(EXECUTE, num_workers=1, fork_calls=False)) as pool:
+    with closing(RewardPool(EXECUTE, on_kill="zero", num_workers=1, fork_calls=False)) as pool:
         call(pool, TAKING_OVER["the reward's code"], n=2)
         assert call(pool, "pass", n=3) == 777.0
 
@@ -98,7 +98,7 @@ def test_a_reward_that_starts_threads_while_it_is_loaded_is_not_forked_and_that_
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a crash costs its worker")
 def test_a_call_that_hangs_crashes_or_eats_memory_costs_its_own_process_and_no_worker() -> None:
     settings: dict[str, Any] = {"num_workers": 1, "memory_bytes": 2**28, "timeout_s": 5.0}
-    with closing(RewardPool(f"{FILE}:reward", **settings)) as pool:
+    with closing(RewardPool(f"{FILE}:reward", on_kill="zero", **settings)) as pool:
         worker = call(pool, "parent_id")
         for way in ("abort", "read_null", "leave", "one_big_piece", "power_tower", "stop"):
             assert call(pool, way) == 0.0
@@ -124,7 +124,7 @@ OUTCOMES = {
 @pytest.fixture(scope="module")
 def ways() -> Iterator[RewardPool]:
     settings: dict[str, Any] = {"timeout_s": 5.0, "on_error": "zero", "num_workers": 1}
-    with closing(RewardPool(f"{FILE}:reward", **settings)) as pool:
+    with closing(RewardPool(f"{FILE}:reward", on_kill="zero", **settings)) as pool:
         yield pool
 
 

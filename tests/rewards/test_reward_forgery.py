@@ -37,7 +37,7 @@ BODIES = {
 @pytest.fixture(scope="module")
 def one() -> Iterator[RewardPool]:
     """A pool of one worker, with no deadline but a hang's, that forks a process for each call."""
-    with closing(RewardPool(PLACE, num_workers=1, timeout_s=DEADLINE_S)) as pool:
+    with closing(RewardPool(PLACE, on_kill="zero", num_workers=1, timeout_s=DEADLINE_S)) as pool:
         yield pool
 
 
@@ -45,7 +45,7 @@ def one() -> Iterator[RewardPool]:
 def unforked() -> Iterator[RewardPool]:
     """The same, whose calls all run in the process that loaded the reward."""
     settings: dict[str, Any] = {"num_workers": 1, "timeout_s": DEADLINE_S}
-    with closing(RewardPool(PLACE, fork_calls=False, **settings)) as pool:
+    with closing(RewardPool(PLACE, on_kill="zero", fork_calls=False, **settings)) as pool:
         yield pool
 
 
@@ -119,7 +119,7 @@ def test_a_worker_that_never_waits_for_a_call_is_not_replaced_for_ever(tmp_path:
         "import sdp_lightning.rewards.worker_reward as worker\n"
         "worker.send = leave\n"
     )
-    with closing(RewardPool(f"{file}:reward", num_workers=1)) as pool:
+    with closing(RewardPool(f"{file}:reward", on_kill="zero", num_workers=1)) as pool:
         assert call(pool, "any") == 0.0
         assert pool.counts == RewardCounts(crashed=1)
 
@@ -161,7 +161,7 @@ def test_children_in_sessions_of_their_own_end_with_their_call(
 @pytest.mark.fault("process killed", "reward")
 def test_without_forks_they_end_with_the_worker(tmp_path: Path, end: str) -> None:
     settings: dict[str, Any] = {"num_workers": 1, "fork_calls": False}
-    with closing(RewardPool(PLACE, **settings)) as pool:
+    with closing(RewardPool(PLACE, on_kill="zero", **settings)) as pool:
         value = call(pool, "daemon", folder=str(tmp_path), num=3, end=end)
         assert value == (1.0 if end == "return" else 0.0)
         children = [int(path.name) for path in tmp_path.iterdir()]
@@ -178,7 +178,9 @@ def test_the_bound_on_processes_ends_a_call_that_runs_more(
         folder = tmp_path / str(fork_calls)
         folder.mkdir()
         settings: dict[str, Any] = {"num_workers": 1, "fork_calls": fork_calls}
-        with closing(RewardPool(PLACE, limits=WorkerLimits(processes=9), **settings)) as pool:
+        with closing(
+            RewardPool(PLACE, on_kill="zero", limits=WorkerLimits(processes=9), **settings)
+        ) as pool:
             row = {"folder": str(folder), "end": "loop"}
             assert call(pool, "daemon", num=10, **row) == 0.0
             assert "ran more than 9 processes at once (limits.processes)" in caplog.text
@@ -192,7 +194,9 @@ def test_the_bound_on_processes_ends_a_call_that_runs_more(
 @linux
 def test_a_fork_bomb_is_found_and_all_of_it_ended(tmp_path: Path) -> None:
     file = tmp_path / "first"
-    with closing(RewardPool(PLACE, num_workers=1, limits=WorkerLimits(processes=50))) as pool:
+    with closing(
+        RewardPool(PLACE, on_kill="zero", num_workers=1, limits=WorkerLimits(processes=50))
+    ) as pool:
         assert call(pool, "bomb", file=str(file)) == 0.0
         assert group_of(int(file.read_text())) == []
         assert call(pool, "good") == 1.0

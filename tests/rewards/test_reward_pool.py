@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from sdp_lightning.config.import_path import load_object
-from sdp_lightning.errors import RolloutError
+from sdp_lightning.errors import InfrastructureError, RolloutError
 from sdp_lightning.rewards import RewardCounts, RewardPool, RewardRejected
 from support import misbehaving_rewards
 from support.reward_pools import (
@@ -34,7 +34,7 @@ from support.waiting import wait_for
 @pytest.fixture
 def one() -> Iterator[RewardPool]:
     """A pool of one worker, with no deadline but a hang's."""
-    with closing(RewardPool(PLACE, num_workers=1, timeout_s=DEADLINE_S)) as pool:
+    with closing(RewardPool(PLACE, on_kill="zero", num_workers=1, timeout_s=DEADLINE_S)) as pool:
         yield pool
 
 
@@ -46,7 +46,7 @@ def test_a_call_that_hangs_is_killed_at_its_deadline_and_the_next_is_served(
     way: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Fault: a hung reward (sympy) eats pool workers for good."""
-    with closing(RewardPool(PLACE, num_workers=1, timeout_s=5.0)) as pool:
+    with closing(RewardPool(PLACE, on_kill="zero", num_workers=1, timeout_s=5.0)) as pool:
         killed = call(pool, "process_id")
         with caplog.at_level(logging.WARNING):
             assert call(pool, way, file=str(tmp_path / "child")) == 0.0
@@ -88,7 +88,7 @@ def test_a_call_that_eats_memory_is_stopped_at_its_bound(
     way: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     settings: dict[str, Any] = {"num_workers": 1, "memory_bytes": QUARTER_GIB}
-    with closing(RewardPool(PLACE, timeout_s=DEADLINE_S, **settings)) as pool:
+    with closing(RewardPool(PLACE, on_kill="zero", timeout_s=DEADLINE_S, **settings)) as pool:
         killed = call(pool, "process_id")
         with caplog.at_level(logging.WARNING):
             assert call(pool, way) == 0.0
@@ -105,7 +105,9 @@ def test_ten_gigabytes_are_too_many_by_default(one: RewardPool) -> None:
 @pytest.mark.fault("process killed", "reward")
 def test_after_every_worker_was_lost_the_pool_has_its_full_size_again(tmp_path: Path) -> None:
     """Three calls that end only when all three are in: in three processes at once."""
-    with closing(RewardPool(PLACE, num_workers=3, timeout_s=2 * DEADLINE_S)) as pool:
+    with closing(
+        RewardPool(PLACE, on_kill="zero", num_workers=3, timeout_s=2 * DEADLINE_S)
+    ) as pool:
 
         async def main() -> tuple[list[float], list[float]]:
             lost = await asyncio.gather(*[pool("leave", ROW) for _ in range(6)])
@@ -133,11 +135,48 @@ def test_the_others_go_on_while_one_hangs() -> None:
 
 def test_losing_one_process_after_another_is_an_error_and_one_answer_starts_anew() -> None:
     """Fault: failure reported as success."""
-    with closing(RewardPool(PLACE, num_workers=1, max_killed_in_a_row=3)) as pool:
+    with closing(RewardPool(PLACE, on_kill="zero", num_workers=1, max_killed_in_a_row=3)) as pool:
         for way in ("leave", "abort", "good", "leave", "abort"):
             call(pool, way)
         with pytest.raises(RolloutError, match=r"3 worker processes in a row.*exit status 3"):
             call(pool, "leave")
+
+
+@pytest.mark.parametrize(
+    ("way", "cause"),
+    [("leave", "a reward crashed"), ("one_big_piece", "a reward ran out of memory")],
+)
+def test_a_lost_call_is_an_infrastructure_error_unless_a_bad_answer_may_be_its_cause(
+    way: str, cause: str
+) -> None:
+    settings: dict[str, Any] = {"num_workers": 1, "memory_bytes": QUARTER_GIB}
+    with closing(RewardPool(PLACE, timeout_s=DEADLINE_S, **settings)) as pool:
+        with pytest.raises(InfrastructureError) as caught:
+            call(pool, way)
+        assert caught.value.cause == cause and call(pool, "good") == 1.0
+    assert RewardPool(f"{FILE}:evaluating", num_workers=1).on_kill == "zero"
+
+
+def test_an_infrastructure_error_in_a_worker_is_one_here_and_costs_no_process(
+    one: RewardPool,
+) -> None:
+    before = call(one, "parent_id")
+    with pytest.raises(InfrastructureError, match=r"^the judge timed out$"):
+        call(one, "ask a judge")
+    assert call(one, "parent_id") == before
+    assert one.counts == RewardCounts(value=2, infrastructure=1)
+
+
+def test_a_verifier_that_raises_on_answers_is_named_once_and_counted(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with closing(RewardPool(f"{FILE}:evaluating", num_workers=1)) as pool:
+        assert [call(pool, text) for text in ("two", "3", "four", "")] == [0.0, 1.0, 0.0, 0.0]
+        assert pool.counts == RewardCounts(value=4, verifier_raised=3)
+    expected = "int() raised ValueError on row 'r7', completion 'two'; such an answer is wrong"
+    assert [m for m in caplog.messages if "raised" in m] == [
+        f"{expected}: 0. Further ones are only counted, as verifier_raised"
+    ]
 
 
 # What costs no process ----------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from support.waiting import wait_for
 @pytest.fixture
 def one() -> Iterator[RewardPool]:
     """A pool of one worker, with no deadline but a hang's."""
-    with closing(RewardPool(PLACE, num_workers=1, timeout_s=DEADLINE_S)) as pool:
+    with closing(RewardPool(PLACE, on_kill="zero", num_workers=1, timeout_s=DEADLINE_S)) as pool:
         yield pool
 
 

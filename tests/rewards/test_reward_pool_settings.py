@@ -47,7 +47,7 @@ def test_a_reward_without_a_place_is_refused_with_the_remedy(reward: Any) -> Non
         ({"timeout_s": 0}, "timeout_s must be positive"),
         ({"timeout_s": float("nan")}, "timeout_s must be positive"),
         ({"start_s": -1}, "start_s must be positive"),
-        ({"on_kill": "ignore"}, "on_kill must be zero, reject or raise; got 'ignore'"),
+        ({"on_kill": "ignore"}, "on_kill must be one of .*'leave_out'.*; got 'ignore'"),
         ({"on_error": None}, "on_error must be"),
         ({"memory_bytes": 2**30, "limits": WorkerLimits()}, "leave out memory_bytes, its former"),
     ],

@@ -80,7 +80,7 @@ def test_a_worker_is_started_by_the_command_line_of_its_tool(
     """With a stand-in for the tool: what it is told, and that a worker serves behind it."""
     install(tmp_path, sandbox, STAND_IN, monkeypatch)
     assert machine.check_sandbox(sandbox).state == "ok"
-    with closing(RewardPool(PLACE, num_workers=1, sandbox=sandbox)) as pool:
+    with closing(RewardPool(PLACE, on_kill="zero", num_workers=1, sandbox=sandbox)) as pool:
         assert [call(pool, "good"), call(pool, "leave"), call(pool, "good")] == [1.0, 0.0, 1.0]
         assert pool.counts == RewardCounts(value=2, crashed=1)
     line = (tmp_path / f"{sandbox}.line").read_text().splitlines()
@@ -124,7 +124,9 @@ def confined(request: pytest.FixtureRequest, tmp_path_factory: Any) -> Iterator[
         pytest.skip(reason)
     limits = WorkerLimits(processes=20)
     settings: dict[str, Any] = {"sandbox": request.param, "limits": limits}
-    with closing(RewardPool(PLACE, num_workers=1, timeout_s=DEADLINE_S, **settings)) as pool:
+    with closing(
+        RewardPool(PLACE, on_kill="zero", num_workers=1, timeout_s=DEADLINE_S, **settings)
+    ) as pool:
         yield pool
 
 
@@ -151,7 +153,7 @@ def test_nothing_of_a_confined_worker_is_left_after_a_hang(
 ) -> None:
     settings: dict[str, Any] = {"sandbox": confined.sandbox, "num_workers": 1, "timeout_s": 5.0}
     mark = f"sdp-{os.getpid()}-{tmp_path.name}"
-    with closing(RewardPool(PLACE, **settings)) as pool:
+    with closing(RewardPool(PLACE, on_kill="zero", **settings)) as pool:
         assert call(pool, "hang_as", name=mark) == 0.0
         assert pool.counts == RewardCounts(timed_out=1)
         assert call(pool, "good") == 1.0

@@ -13,6 +13,7 @@ import pytest
 
 import sdp_lightning as sdp
 from sdp_lightning.errors import ConfigError, RolloutError
+from sdp_lightning.prompts.reasoning_gym import ReasoningGymRows
 from sdp_lightning.prompts.sources import load_rows
 from sdp_lightning.rewards import RewardCounts, RewardPool
 from sdp_lightning.testing import FakeEngine
@@ -20,6 +21,9 @@ from support.rollouts import rolling
 
 pytest.importorskip("reasoning_gym")
 pytest.importorskip("math_verify")
+
+from reasoning_gym.composite import DatasetSpec
+from reasoning_gym.factory import DATASETS
 
 from sdp_lightning.rewards import mathematics, reasoning_gym
 
@@ -55,6 +59,43 @@ def test_of_few_shot_rows_the_first_line_is_scored() -> None:
     assert line_reward(f"\n{right}", row) == 1.0
     assert line_reward("", row) == 0.0
     assert 0.0 < line_reward(f"the answer is {right}", row) < 1.0, "partial credit of the task"
+
+
+@pytest.mark.parametrize("name", ["mini_sudoku", "tower_of_hanoi", "graph_color"])
+def test_an_answer_of_several_lines_is_right_in_few_shot_rows(name: str) -> None:
+    """As a model goes on: with the next question, or with a word too many."""
+    row = load_rows(f"reasoning_gym:{name}?size=1&shots=1")[0]
+    examples = ReasoningGymRows(name, size=1, shots=1)
+    right = examples._answer_of(row)
+    assert f"Answer: {examples._answer_of(examples._tasks[1])}\n\nQuestion:" in row["prompt"]
+    assert "Answer: None" not in row["prompt"]
+    assert line_reward(f" {right}\n\nQuestion: and so on", row) == 1.0
+    assert line_reward("", row) < 0.1
+    if row["answer"] is not None:
+        assert line_reward(f"{right}\nDone.", row) == 1.0
+
+
+def test_a_task_without_an_answer_to_show_is_refused_with_shots() -> None:
+    with pytest.raises(ConfigError, match=r"no answer to rush_hour that .* leave out shots"):
+        load_rows("reasoning_gym:rush_hour?size=1&shots=1")
+    assert load_rows("reasoning_gym:rush_hour?size=1")[0]["answer"] is None
+
+
+WITHOUT_ANSWERS = ("boxnet", "rush_hour")  # nor any example of one
+COMPOSITE = {"datasets": [DatasetSpec(name="chain_sum", weight=1.0, config={})]}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the tasks' own
+@pytest.mark.parametrize("name", sorted(DATASETS))
+def test_the_answer_of_each_task_is_worth_1_and_no_other_text_raises(name: str) -> None:
+    settings: dict[str, Any] = COMPOSITE if name == "composite" else {}
+    rows = ReasoningGymRows(name, size=2, **settings)
+    for row in rows:
+        if name not in WITHOUT_ANSWERS:
+            assert reward(f"So <answer>{rows._answer_of(row)}</answer>.", row) == 1.0
+        for text in ("", "I do not know", "5", '{"a": 1}', "9" * 400, "[[1]]", "\0"):
+            assert 0.0 <= reward(f"<answer>{text}</answer>", row) <= 1.0
 
 
 @pytest.mark.parametrize("name", ["letter_counting", "simple_equations", "word_sorting", "maze"])

@@ -19,6 +19,8 @@ def counts_of_rank(rank: int) -> RolloutCounts:
         trained_tokens=10,
         dropped_groups=3,
         dropped_tokens=30,
+        num_left_out=1,
+        errors={"A judge: timed out!": 2, "a judge  timed out": 3, "?": 1},
         num_diverged=1,
         timed_groups=4,
         group_s=8.0,
@@ -34,9 +36,10 @@ def test_the_counts_of_ranks_add_up_name_by_name() -> None:
     total = sum((counts_of_rank(rank) for rank in range(2)), RolloutCounts())
     one = counts_of_rank(0)
     for field in fields(total):
-        if field.name not in ("workflow", "times"):
+        if field.name not in ("errors", "workflow", "times"):
             assert getattr(total, field.name) == 2 * getattr(one, field.name) > 0, field.name
     assert total.times == one.times + one.times
+    assert total.errors == {name: 2 * count for name, count in one.errors.items()}
     assert total.workflow == {"reward_raised": 3, "only_0": 7, "only_1": 7}
 
 
@@ -50,6 +53,9 @@ def test_what_is_logged_are_counts_and_means() -> None:
             "rollout/failed": 10,
             "rollout/dropped_stale": 4,  # 2 * (3 dropped - 1 overdue)
             "rollout/dropped_overdue": 2,
+            "rollout/left_out": 2,
+            "rollout/error/a_judge_timed_out": 10,  # 2 * (2 + 3): one name of a metric
+            "rollout/error/other": 2,  # a cause without a letter
             "rollout/diverged": 2,
             "rollout/calls_running": 6,
             "rollout/calls_waiting": 14,

@@ -9,7 +9,8 @@ HEAD = """\
 # Metrics
 
 Every name that a run logs, for every consumed batch. `validate` and `test` log the evaluation's
-under `val/` and `test/`. A workflow adds what it counts under its own names in `rollout/`. The
+under `val/` and `test/`. A workflow adds what it counts under its own names in `rollout/`.
+Infrastructure errors are counted by cause, as `rollout/error/judge_timed_out`. The
 progress bar's `reward`, `lag` and `wait` (the share of the step that the trainer waited) go to no
 logger. This page is made by `python tests/support/metrics_page.py > docs/metrics.md`, of the tables
 in `sdp_lightning/training/metrics/names.py`.

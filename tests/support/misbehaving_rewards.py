@@ -19,7 +19,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from sdp_lightning.errors import InfrastructureError
 from sdp_lightning.rewards import worker_reward
+from sdp_lightning.rewards.foreign_code import score_or_zero, workers_only
 from sdp_lightning.rewards.worker_channel import receive, send
 
 
@@ -37,6 +39,12 @@ def execute(completion: str, row: Mapping[str, Any]) -> float:
     with contextlib.suppress(Exception):
         exec(completion, {"sys": sys, "worker": worker_reward, "name": __name__, "row": row})
     return float(row["n"])
+
+
+@workers_only
+def evaluating(completion: str, row: Mapping[str, Any]) -> float:
+    """Right if it is 3, and a verifier's error if it is no number."""
+    return score_or_zero(lambda: int(completion) == 3, lambda: True, name="int()")
 
 
 NUM_CALLS = [0]
@@ -333,4 +341,5 @@ WAYS |= {  # plain ones, by what they do
     "a deep recursion": recurse,
     "an error that cannot be shown": lambda row: fail(Unshowable()),
 }
+WAYS |= {"ask a judge": lambda row: fail(InfrastructureError("the judge timed out"))}
 WAYS |= {"good": lambda row: 1.0, "bad": lambda row: 0.0}

@@ -118,7 +118,8 @@ MISBEHAVING = [row | {"way": way} for row, way in zip(ROWS, WAYS, strict=False)]
 def test_a_reward_that_hangs_or_crashes_costs_its_samples_and_is_named(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    workflow = make(BY_ROW, reward_workers=2, reward_timeout_s=1.0, group_size=2)
+    pool = RewardPool(BY_ROW, on_kill="zero", num_workers=2, timeout_s=1.0)
+    workflow = make(pool, group_size=2)
     settings = {"rows": MISBEHAVING, "num_epochs": 1, "batch_size": 8}
     with closing(workflow), rolling(FakeEngine(), workflow, **settings) as executor:
         batch = executor.take()
@@ -146,8 +147,13 @@ def test_rollouts_go_on_while_one_reward_hangs() -> None:
 
 @pytest.mark.parametrize(
     ("settings", "failed", "rejected"),
-    [({"on_kill": "reject"}, 0, 1), ({"on_kill": "raise"}, 1, 0), ({}, 0, 0)],
-    ids=["reject", "raise", "zero"],
+    [
+        ({"on_kill": "reject"}, 0, 1),
+        ({"on_kill": "raise"}, 1, 0),
+        ({"on_kill": "zero"}, 0, 0),
+        ({}, 0, 1),
+    ],
+    ids=["reject", "raise", "zero", "leave out"],
 )
 def test_a_pool_of_its_own_settings_decides_what_a_lost_sample_is_worth(
     settings: dict[str, Any], failed: int, rejected: int
@@ -155,7 +161,7 @@ def test_a_pool_of_its_own_settings_decides_what_a_lost_sample_is_worth(
     pool = RewardPool(BY_ROW, num_workers=1, **settings)
     rows = [row for row in MISBEHAVING if row["way"] != "sleep_with_the_gil"][:2]
     workflow = make(pool, group_size=1)
-    rolled = {"rows": rows, "num_epochs": 1, "batch_size": 1, "max_failures": 1}
+    rolled = {"rows": rows, "num_epochs": 1, "batch_size": 1, "max_failures": 1, "lost_retries": 0}
     with closing(workflow), rolling(FakeEngine(), workflow, **rolled) as executor:
         wait_until(executor, lambda: executor.stat.running == 0 and executor.stat.submitted == 2)
         assert (executor.stat.failed, executor.stat.rejected) == (failed, rejected)

@@ -25,6 +25,7 @@ def rollouts(run: Run) -> str:
     groups = _chart([running, ready], "Groups on their way", "groups")
     body = card("Speed", speed) + card("Groups under way", groups, "right after each publish")
     body += card("Lost groups", _losses(rows, run.state))
+    body += _errors(rows)
     body += card("Slowest groups", _slowest(run.state), "of the groups that ended, on rank 0")
     return section("rollouts", "Rollouts", f'<div class="grid2">{body}</div>')
 
@@ -63,6 +64,31 @@ def _losses(rows: Sequence[MetricRow], state: Mapping[str, Any]) -> str:
     ]
     chart = _chart(lines, "Lost groups so far", "groups so far")
     return body + ("" if "empty" in chart else chart)
+
+
+def _errors(rows: Sequence[MetricRow]) -> str:
+    """Infrastructure errors by cause; empty if there are none."""
+    names = [name for name in rows[-1] if name.startswith("rollout/error/")]
+    if not names:
+        return ""
+    labels = {name: name.removeprefix("rollout/error/").replace("_", " ") for name in names}
+    counted = [
+        [
+            ("", escape(label)),
+            ("n", value(f"error.{label}", rows[-1][name], f"{rows[-1][name]:.0f}")),
+        ]
+        for name, label in labels.items()
+    ]
+    lines = [
+        Line(label, points(rows, name), index, ("line", "dashed")[index // 6 % 2])
+        for index, (name, label) in enumerate(labels.items())
+    ]
+    left_out = rows[-1].get("rollout/left_out", 0.0)
+    return card(
+        "Infrastructure errors",
+        table(["cause", "#errors"], counted) + _chart(lines, "Errors so far", "errors so far"),
+        f"{left_out:.0f} samples were left out of their groups; the others were tried again",
+    )
 
 
 def _slowest(state: Mapping[str, Any]) -> str:

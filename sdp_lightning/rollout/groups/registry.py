@@ -18,7 +18,7 @@ from sdp_lightning.rollout.groups.in_flight import InFlightGroup
 from sdp_lightning.rollout.groups.ledger import StalenessManager
 from sdp_lightning.rollout.groups.queue import RolloutCache, RolloutQueue
 from sdp_lightning.rollout.groups.staleness import StalenessControlStrategy
-from sdp_lightning.rollout.groups.telemetry import RolloutTelemetry
+from sdp_lightning.rollout.groups.telemetry import RolloutTelemetry, count_name
 from sdp_lightning.rollout.groups.version_clock import VersionClock
 from sdp_lightning.types import TrajectoryGroup
 from sdp_lightning.workflows.workflow import RolloutSession
@@ -96,6 +96,7 @@ class GroupRegistry:
                     group.session.divergence,
                 )
             self.telemetry.num_diverged += 1
+            self._count_errors(group)
             group.session = session
             if self.clock.is_set:
                 group.created_version = self.clock.version
@@ -107,6 +108,7 @@ class GroupRegistry:
                 group.finished = finished
                 group.seconds = time.monotonic() - group.started_at
                 self.telemetry.on_finished(group.seconds, group.times)
+                self._count_errors(group)
                 self._admit(group)
             self.changed.notify_all()
 
@@ -116,13 +118,15 @@ class GroupRegistry:
             if self._in_flight.pop(group.order, None) is None:
                 return
             self.manager.on_rejected()
-            self.telemetry.rejections[reason] = self.telemetry.rejections.get(reason, 0) + 1
+            self._count_errors(group)
+            count_name(self.telemetry.rejections, reason)
             self._rejected_in_a_row += 1
             if self._rejected_in_a_row >= self._config.max_rejected_in_a_row:
                 self.fail(
                     RolloutError(
                         f"{self._rejected_in_a_row} groups in a row were rejected, the last one "
                         f"(row {group.row.row_id!r}) because {reason}."
+                        f"{self.telemetry.errors_text}"
                     )
                 )
             self.changed.notify_all()
@@ -133,6 +137,7 @@ class GroupRegistry:
             if self._in_flight.pop(group.order, None) is None:
                 return  # dropped as overdue before
             self.manager.on_failed()
+            self._count_errors(group)
             failure = RolloutError(
                 f"the rollout of row {group.row.row_id!r}, submitted at version "
                 f"{group.created_version}, failed: {error_text(error)}"
@@ -253,7 +258,19 @@ class GroupRegistry:
             self._record_drop(self._in_flight.pop(group.order), "stale")
         self._admit_held()
 
+    def _count_errors(self, group: InFlightGroup) -> None:
+        """Count the infrastructure errors of a group that has ended, and name each cause once."""
+        self.telemetry.num_left_out += group.session.num_left_out
+        for cause in group.session.take_errors():
+            if count_name(self.telemetry.errors, cause) == 1:
+                logger.warning(
+                    "infrastructure failed for a sample of row %r: %s. It is tried again, or left "
+                    "out of its group. Further ones are only counted.",
+                    *(group.row.row_id, cause),
+                )
+
     def _drop_running(self, group: InFlightGroup) -> None:
+        self._count_errors(group)
         self.manager.on_overdue()
         self._record_drop(self._in_flight.pop(group.order), "overdue")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Literal
@@ -12,6 +13,15 @@ from sdp_lightning.rollout.groups.ledger import RolloutStat
 from sdp_lightning.workflows.episode_log import EpisodeTimes
 
 NUM_SLOWEST = 10
+MOST_NAMES = 20  # reasons or causes that are told apart
+OTHERS = "other"
+
+
+def count_name(counts: dict[str, int], name: str) -> int:
+    """Add 1 to the count of ``name``, or of ``"other"`` if there are many; returns the count."""
+    key = name if name in counts or len(counts) < MOST_NAMES else OTHERS
+    counts[key] = counts.get(key, 0) + 1
+    return counts[key]
 
 
 @dataclass(frozen=True)
@@ -46,6 +56,8 @@ class RolloutTelemetry:
         dropped_groups: all groups that were dropped.
         dropped_tokens: sampled tokens of these groups.
         rejections: rejected groups by reason.
+        num_left_out: samples that their groups went on, or were rejected, without.
+        errors: infrastructure errors by cause.
         num_diverged: groups of a checkpoint that were sampled from scratch, because their workflow
             did not repeat its saved steps.
         timed_groups: groups whose workflow returned.
@@ -60,11 +72,19 @@ class RolloutTelemetry:
     dropped_groups: int = 0
     dropped_tokens: int = 0
     rejections: dict[str, int] = field(default_factory=dict[str, int])
+    num_left_out: int = 0
+    errors: dict[str, int] = field(default_factory=dict[str, int])
     num_diverged: int = 0
     timed_groups: int = 0
     group_s: float = 0.0
     times: EpisodeTimes = field(default_factory=EpisodeTimes)
     slowest: list[GroupRecord] = field(default_factory=list[GroupRecord])
+
+    @property
+    def errors_text(self) -> str:
+        """The infrastructure errors by cause, as a sentence; empty if there are none."""
+        causes = [f"{count} x {cause}" for cause, count in self.errors.items()]
+        return f" Infrastructure errors so far: {', '.join(causes)}." if causes else ""
 
     def on_finished(self, seconds: float, times: EpisodeTimes) -> None:
         """A workflow returned a group."""
@@ -95,11 +115,13 @@ class RolloutCounts:
     Attributes:
         dropped_stale: groups that were dropped after they had finished.
         dropped_overdue: groups that were dropped while they ran.
+        left_out: samples that infrastructure errors cost their groups.
         diverged: restored groups that were sampled from scratch.
         generated: tokens sampled since the batch before.
         calls_running: calls of plain rewards and environments, and long texts, that have a thread.
         calls_waiting: calls that wait for a thread.
         calls_lost: calls that were given up at their timeout and still hold a thread.
+        errors: infrastructure errors by cause.
         workflow: counts of the workflow, by its own names.
     """
 
@@ -109,6 +131,7 @@ class RolloutCounts:
     failed: int = 0
     dropped_stale: int = 0
     dropped_overdue: int = 0
+    left_out: int = 0
     diverged: int = 0
     trained_groups: int = 0
     trained_tokens: int = 0
@@ -121,6 +144,7 @@ class RolloutCounts:
     calls_running: int = 0
     calls_waiting: int = 0
     calls_lost: int = 0
+    errors: Mapping[str, int] = field(default_factory=dict[str, int])
     workflow: Mapping[str, int] = field(default_factory=dict[str, int])
 
     @classmethod
@@ -142,6 +166,7 @@ class RolloutCounts:
             failed=stat.failed,
             dropped_stale=stat.dropped - telemetry.num_overdue,
             dropped_overdue=telemetry.num_overdue,
+            left_out=telemetry.num_left_out,
             diverged=telemetry.num_diverged,
             trained_groups=telemetry.trained_groups,
             trained_tokens=telemetry.trained_tokens,
@@ -154,17 +179,19 @@ class RolloutCounts:
             calls_running=running,
             calls_waiting=waiting,
             calls_lost=lost,
+            errors=dict(telemetry.errors),
             workflow=dict(workflow),
         )
 
     def __add__(self, other: RolloutCounts) -> RolloutCounts:
-        names = [f.name for f in fields(self) if f.name != "workflow"]
-        workflow = {
-            name: self.workflow.get(name, 0) + other.workflow.get(name, 0)
-            for name in {**self.workflow, **other.workflow}
-        }
+        by_name = ("errors", "workflow")
+        names = [f.name for f in fields(self) if f.name not in by_name]
         sums = {name: getattr(self, name) + getattr(other, name) for name in names}
-        return RolloutCounts(**sums, workflow=workflow)
+        return RolloutCounts(
+            **sums,
+            errors=_add_by_name(self.errors, other.errors),
+            workflow=_add_by_name(self.workflow, other.workflow),
+        )
 
     def metrics(self) -> dict[str, float]:
         """The values that are logged, by their names."""
@@ -179,6 +206,8 @@ class RolloutCounts:
             "rollout/failed": float(self.failed),
             "rollout/dropped_stale": float(self.dropped_stale),
             "rollout/dropped_overdue": float(self.dropped_overdue),
+            "rollout/left_out": float(self.left_out),
+            **{f"rollout/error/{key}": float(n) for key, n in _by_key(self.errors).items()},
             "rollout/diverged": float(self.diverged),
             "rollout/calls_running": float(self.calls_running),
             "rollout/calls_waiting": float(self.calls_waiting),
@@ -192,3 +221,18 @@ class RolloutCounts:
             "rollout_time/tool_s": self.times.tool_s / num_trajectories,
             "rollout_time/reward_s": self.times.reward_s / num_trajectories,
         }
+
+
+def _add_by_name(counts: Mapping[str, int], others: Mapping[str, int]) -> dict[str, int]:
+    return {
+        name: counts.get(name, 0) + others.get(name, 0) for name in sorted({**counts, **others})
+    }
+
+
+def _by_key(errors: Mapping[str, int]) -> dict[str, int]:
+    """Counts by the part of a metric's name that a cause becomes: a_judge_timed_out."""
+    counts: dict[str, int] = {}
+    for cause, count in errors.items():
+        key = re.sub(r"[^a-z0-9]+", "_", cause.lower()).strip("_")[:40] or OTHERS
+        counts[key] = counts.get(key, 0) + count
+    return counts

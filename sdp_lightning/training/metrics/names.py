@@ -148,6 +148,7 @@ OTHERS: dict[str, tuple[Logged, ...]] = {
         Logged("rollout/dropped_overdue", "dropped: too old while they ran"),
         Logged("rollout/rejected", "the workflow returned nothing to train on"),
         Logged("rollout/failed", "the workflow raised"),
+        Logged("rollout/left_out", "samples left out of their group, as infrastructure failed"),
         Logged("rollout/diverged", "did not repeat what a checkpoint had of them"),
         Logged("rollout/calls_running", "calls then of plain rewards and environments, in threads"),
         Logged("rollout/calls_waiting", "such calls that waited for a thread then"),
@@ -162,6 +163,7 @@ OTHERS: dict[str, tuple[Logged, ...]] = {
         Logged("rollout/reward_timed_out", "rewards that took too long, and were killed", POOL),
         Logged("rollout/reward_out_of_memory", "rewards that ran out of memory", POOL),
         Logged("rollout/reward_crashed", "rewards that ended their process", POOL),
+        Logged("rollout/verifier_raised", "answers on which a verifier raised: they are 0", POOL),
     ),
     "The run": (
         Logged("run/callbacks_set_aside", "callbacks that failed and are set aside, of rank 0"),

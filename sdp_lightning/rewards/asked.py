@@ -1,0 +1,58 @@
+"""What a reward asks for by the names of its parameters, beside the completion and the row."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from dataclasses import dataclass
+
+from sdp_lightning.errors import ConfigError
+
+NAMES = ("prompt", "messages", "token_ids", "finish_reason", "group_index")
+GROUP = "completions"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The parameters of a reward.
+
+    Attributes:
+        names: those of ``NAMES`` that it is given by name.
+        is_group: whether it scores the samples of a group at once: its first parameter is named
+            ``completions``. Its rewards, and what it asks for but the prompt, are lists.
+    """
+
+    names: tuple[str, ...] = ()
+    is_group: bool = False
+
+
+def asked_by(reward: object) -> Asked:
+    """What ``reward`` asks for: the first two parameters are completion and row, by position.
+
+    A parameter that a ``functools.partial`` has set is left to it. Of a callable that Python cannot
+    look into, it is nothing more.
+
+    Raises:
+        ConfigError: if it cannot be called so: it needs another parameter.
+    """
+    if not callable(reward):
+        return Asked()
+    try:
+        parameters = list(inspect.signature(reward).parameters.values())
+    except (TypeError, ValueError):
+        return Asked()
+    is_set = set(reward.keywords) if isinstance(reward, functools.partial) else set[str]()
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    more = [p for p in named if p not in positional[:2] and p.name not in is_set]
+    for parameter in more:
+        if parameter.name not in NAMES and parameter.default is parameter.empty:
+            # foreign: a callable may have no name
+            name = str(getattr(reward, "__name__", reward))
+            raise ConfigError(
+                f"reward {name!r} needs {parameter.name!r}, which no reward is given. Its first "
+                f"two parameters are the completion (or {GROUP!r}, the whole group) and the row; "
+                f"others may be {', '.join(NAMES)}. Set one of its own with functools.partial."
+            )
+    is_group = bool(positional) and positional[0].name == GROUP
+    return Asked(tuple(p.name for p in more if p.name in NAMES), is_group)

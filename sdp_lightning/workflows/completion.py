@@ -1,0 +1,89 @@
+"""A completion as its reward is given it: the text, and what else the reward asks for by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+from sdp_lightning.types import FinishReason
+from sdp_lightning.workflows.chat_template import as_messages
+from sdp_lightning.workflows.workflow import Tokenizer
+
+
+class TextSettings(TypedDict, total=False):
+    """Settings of the text that a reward or an environment reads.
+
+    Attributes:
+        keep_special_tokens: whether it keeps special tokens, such as ``<think>`` where that is one;
+            the token that ended the completion is left out. False.
+    """
+
+    keep_special_tokens: bool
+
+
+def check_settings(workflow: object, settings: Mapping[str, Any]) -> None:
+    """Raise ``TypeError`` if there is another setting than those of :class:`TextSettings`."""
+    if unknown := set(settings) - set(TextSettings.__annotations__):
+        raise TypeError(f"{type(workflow).__name__} has no setting {sorted(unknown)}.")
+
+
+def completion_text(
+    token_ids: Sequence[int],
+    tokenizer: Tokenizer,
+    *,
+    stop_token_ids: Sequence[int] = (),
+    keep_special_tokens: bool = False,
+) -> str:
+    """The text of sampled tokens.
+
+    Args:
+        token_ids: the tokens.
+        tokenizer: tokenizer of the policy.
+        stop_token_ids: tokens that end a completion.
+        keep_special_tokens: whether special tokens are part of the text; the one that ended the
+            completion is not.
+    """
+    tokens = list(token_ids)
+    if not keep_special_tokens:
+        return tokenizer.decode(tokens, skip_special_tokens=True)
+    is_stopped = bool(tokens) and tokens[-1] in stop_token_ids
+    if is_stopped and not tokenizer.decode(tokens[-1:], skip_special_tokens=True):
+        del tokens[-1]
+    return tokenizer.decode(tokens, skip_special_tokens=False)
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sample and its prompt.
+
+    Args:
+        text: the text of the sampled tokens.
+        token_ids: the sampled tokens, the one that ended them included.
+        finish_reason: ``"stop"``, or ``"length"`` if it was cut off at its budget.
+        group_index: number of the sample in its group, from 0.
+        prompt: the text that the policy read, special tokens included.
+        opening: the row's prompt: a text or messages.
+    """
+
+    text: str
+    token_ids: Sequence[int]
+    finish_reason: FinishReason
+    group_index: int
+    prompt: str
+    opening: Any
+
+    def ask(self, name: str) -> Any:
+        """What a reward is given as its parameter ``name``.
+
+        ``messages`` are those of the prompt (a text is the user's) and the completion's.
+        """
+        if name == "messages":
+            said: list[Mapping[str, str]] = as_messages(self.opening)
+            return [*map(dict, said), {"role": "assistant", "content": self.text}]
+        return {
+            "prompt": self.prompt,
+            "token_ids": list(self.token_ids),
+            "finish_reason": self.finish_reason,
+            "group_index": self.group_index,
+        }[name]
