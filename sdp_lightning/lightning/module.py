@@ -16,7 +16,6 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.compile import to_uncompiled
 from torch import Tensor
-from torch._dynamo import OptimizedModule
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
@@ -28,20 +27,14 @@ from sdp_lightning.distributed.reductions import RankSums
 from sdp_lightning.errors import ConfigError
 from sdp_lightning.lightning.ending import guard_loggers
 from sdp_lightning.lightning.known_warnings import ignore_known_warnings
-from sdp_lightning.lightning.trainer_checks import check_trainer, only
+from sdp_lightning.lightning.trainer_checks import check_trainer, only, refuse_both
 from sdp_lightning.training.batch import Batch, collate
 from sdp_lightning.training.metrics import HealthLog, LagMetrics
 from sdp_lightning.training.metrics.train_step import step_values
 from sdp_lightning.training.metrics.uniform_rewards import UniformWatch
 from sdp_lightning.training.policy.forward import LogprobForward
-from sdp_lightning.training.policy.layers import compile_layers
-from sdp_lightning.training.policy.loading import (
-    disable_noise,
-    load,
-    recompute_activations,
-    refuse_half_precision,
-    select_trainable,
-)
+from sdp_lightning.training.policy.layers import compile_layers, refuse_wrapped
+from sdp_lightning.training.policy.loading import disable_noise, load, prepare, select_trainable
 from sdp_lightning.training.policy.logprob_runner import LogprobRunner
 from sdp_lightning.training.policy.lora import merged_alpha, without_adapter
 from sdp_lightning.training.policy.lora_checkpoint import (
@@ -50,7 +43,6 @@ from sdp_lightning.training.policy.lora_checkpoint import (
     leave_out_base,
 )
 from sdp_lightning.training.policy.optimizer import make_optimizer
-from sdp_lightning.training.policy.rotary import rotate_rows_alone
 from sdp_lightning.training.policy.scoring import group_by_prompt, split_by_segment
 from sdp_lightning.training.policy.sharding import gradient_sync, is_sharded, shard
 from sdp_lightning.training.policy.weight_export import named_weights
@@ -97,11 +89,7 @@ class SegmentWisePPOModule(L.LightningModule):
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
-        if lora is not None and trainable is not None:
-            raise ConfigError(
-                f"trainable={trainable!r} and lora= both say what is trained. Remove one of the "
-                "two; lora.target_modules says where adapters lie."
-            )
+        refuse_both(trainable, lora)
         self.loss, self.optimizer, self.update, self.lora = loss, optimizer, update, lora
         self.trainable, self.gradient_checkpointing = trainable, gradient_checkpointing
         self.policy: PreTrainedModel | None = None
@@ -166,18 +154,13 @@ class SegmentWisePPOModule(L.LightningModule):
     def _load(self, *, frozen: bool) -> tuple[PreTrainedModel, LogprobRunner]:
         """The model, sharded if the strategy shards. ``frozen``: a reference policy."""
         sharded = isinstance(mesh := self.device_mesh, DeviceMesh)
-        options = self._model_kwargs
-        loaded = load(self.source, options, sharded=sharded, lora=self.lora)
+        loaded = load(self.source, self._model_kwargs, sharded=sharded, lora=self.lora)
         policy, self._adapter = loaded.policy, loaded.adapter
         if frozen:
             policy.requires_grad_(False)
         elif self.lora is None:
             select_trainable(policy, self.trainable)
-        refuse_half_precision(policy)
-        rotate_rows_alone(policy)
-        if self.gradient_checkpointing and not frozen:
-            recompute_activations(policy)
-        disable_noise(policy)
+        prepare(policy, recompute=self.gradient_checkpointing and not frozen)
         forward = LogprobForward(policy)
         if isinstance(mesh, DeviceMesh):
             device, precision = self.trainer.strategy.root_device, self.trainer.precision
@@ -337,19 +320,12 @@ class SegmentWisePPOModule(L.LightningModule):
             self.log(f"{stage}/{name}", value, prog_bar=name != "version", **settings)
 
     def _precision(self) -> AbstractContextManager[Any]:
-        return (
-            nullcontext()
-            if self._trainer is None
-            else self.trainer.precision_plugin.forward_context()
-        )
+        plain = self._trainer is None
+        return nullcontext() if plain else self.trainer.precision_plugin.forward_context()
 
     def require_policy(self) -> PreTrainedModel:
         """The model. ``ConfigError`` before :meth:`configure_model`."""
         if self.policy is None:
             raise ConfigError("the model is not loaded yet: call configure_model() first.")
-        if isinstance(self.policy, OptimizedModule):
-            raise ConfigError(
-                "policy = torch.compile(policy) renames all weights. Use policy.compile(), in "
-                "place, or give torch.compile(module) to the Trainer."
-            )
+        refuse_wrapped(self.policy)
         return self.policy

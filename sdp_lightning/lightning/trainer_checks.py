@@ -7,7 +7,7 @@ from typing import Any
 import lightning as L
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from sdp_lightning.config import UpdateConfig
+from sdp_lightning.config import LoRAConfig, UpdateConfig
 from sdp_lightning.errors import ConfigError
 
 
@@ -60,3 +60,12 @@ def only(chosen: Any, kind: str) -> Any:
             "at most one scheduler that needs no metric. SequentialLR or ChainedScheduler is one."
         )
     return chosen
+
+
+def refuse_both(trainable: str | None, lora: LoRAConfig | None) -> None:
+    """Raise a ConfigError if both a pattern and an adapter say what is trained."""
+    if lora is not None and trainable is not None:
+        raise ConfigError(
+            f"trainable={trainable!r} and lora= both say what is trained. Remove one of the two; "
+            "lora.target_modules says where adapters lie."
+        )

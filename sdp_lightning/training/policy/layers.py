@@ -67,3 +67,12 @@ def is_compiled(policy: nn.Module) -> bool:
     """Whether ``torch.compile`` was applied to the model or a part of it."""
     modules: list[Any] = [*policy.modules()]
     return any(isinstance(m, OptimizedModule) or m._compiled_call_impl is not None for m in modules)
+
+
+def refuse_wrapped(policy: nn.Module) -> None:
+    """Raise a ConfigError if ``policy`` is a wrapper that ``torch.compile`` made."""
+    if isinstance(policy, OptimizedModule):
+        raise ConfigError(
+            "policy = torch.compile(policy) renames all weights. Use policy.compile(), in place, "
+            "or give torch.compile(module) to the Trainer."
+        )

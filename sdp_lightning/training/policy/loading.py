@@ -20,6 +20,7 @@ from sdp_lightning.config.pretrained import beside_text, import_code, load_causa
 from sdp_lightning.errors import ConfigError
 from sdp_lightning.training.policy.lora import add_adapter
 from sdp_lightning.training.policy.lora_checkpoint import AdapterRecord, base_of
+from sdp_lightning.training.policy.rotary import rotate_rows_alone
 from sdp_lightning.training.policy.sharding import Source
 
 logger = logging.getLogger(__name__)
@@ -98,6 +99,23 @@ def _adapt(
         return None
     base = base_of(policy, str(model.name), model.revision)
     return AdapterRecord(lora, add_adapter(policy, lora), base)
+
+
+def prepare(policy: PreTrainedModel, *, recompute: bool) -> None:
+    """Let ``policy`` compute as scores are checked: without noise, each row by its own length.
+
+    Args:
+        policy: the model, with its trained weights chosen.
+        recompute: recompute activations in the backward pass.
+
+    Raises:
+        ConfigError: if trained weights are in half precision, or activations cannot be recomputed.
+    """
+    refuse_half_precision(policy)
+    rotate_rows_alone(policy)
+    if recompute:
+        recompute_activations(policy)
+    disable_noise(policy)
 
 
 def select_trainable(policy: nn.Module, pattern: str | None) -> None:
