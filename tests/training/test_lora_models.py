@@ -112,7 +112,7 @@ def test_of_every_type_the_published_weights_score_as_the_trained_policy() -> No
         ("gpt_oss", ("experts",), {"gate_up_proj", "experts.down_proj"}),
         ("jamba", ("router", "feed_forward.up_proj"), {"router", "feed_forward.up_proj"}),
     ],
-    ids=str,
+    ids=["a leaf", "a stack and a leaf", "a stack", "experts", "a router"],
 )
 def test_experts_and_routers_get_an_adapter_where_asked(
     kind: str, asked: tuple[str, ...], expected: set[str]
