@@ -109,10 +109,10 @@ class ServerPool:
                 self._set.bring_in(replica)
 
         await asyncio.gather(*map(work, replicas))
-        for replica, error in failed.items():
+        for replica in filter(failed.__contains__, replicas):
             if self.num_serving < self._options.min_replicas:
-                raise error
-            self._set.leave_out(replica, error)
+                raise failed[replica]
+            self._set.leave_out(replica, failed[replica])
 
     async def pause(self) -> None:
         """Stop sampling on all servers; where another rank leads, only let requests arrive."""

@@ -9,7 +9,7 @@ import pytest
 
 from sdp_lightning.engines.remote.make_transport import make_transport
 from sdp_lightning.engines.remote.options import RemoteOptions
-from sdp_lightning.errors import ConfigError, EngineError
+from sdp_lightning.errors import EngineError
 from support.fake_servers import (
     GENERATE,
     Server,
@@ -101,8 +101,10 @@ def test_a_server_that_cannot_do_what_is_set_stays_out(
         assert "does not report which version sampled which token" in said_left_out(caplog)[0]
         older.wait(**{"/pause": 2})  # it is tried again and again
         assert engine.server_urls == [well.url]
-    with pytest.raises(ConfigError, match="does not report"):
-        make_engine(older, on_update="keep").start()
+    with closing(make_engine(older, on_update="keep")) as alone:
+        alone.start()
+        with pytest.raises(EngineError, match="does not report"):
+            publish(alone, 0, reset=True)
 
 
 @pytest.mark.parametrize("stays_ill", [False, True])
@@ -139,7 +141,7 @@ def test_another_rank_uses_a_server_from_the_publish_on_that_the_leading_one_too
 
 def test_a_first_server_whose_host_is_unknown_leaves_the_address_to_the_second() -> None:
     urls = ["http://no-such-host.invalid:8000", "http://127.0.0.1:8000"]
-    options = RemoteOptions(transport="gloo", api_key="a-key-of-16-signs")
+    options = RemoteOptions(transport="tcp", api_key="a-key-of-16-signs")
     with pytest.raises(EngineError, match="there is no route"):
         make_transport(options, urls[:1])
     make_transport(options, ["http://no-such-host.invalid:8000", "http://127.0.0.2:8000"]).close()

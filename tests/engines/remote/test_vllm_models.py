@@ -28,7 +28,6 @@ from support.trainers import Judge, Recorder, make_data, make_module, make_train
 pytestmark = [
     pytest.mark.vllm,
     pytest.mark.timeout(600),
-    pytest.mark.filterwarnings("ignore:transport='gloo'"),
 ]
 
 COMMON: dict[str, Any] = {
@@ -93,7 +92,7 @@ def urls(
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
-        ("mixtral", {"transport": "gloo", "on_update": "keep"}),
+        ("mixtral", {"transport": "tcp", "on_update": "keep"}),
         ("gpt_oss", {"transport": "files", "on_update": "interrupt"}),
     ],
     ids=SETTINGS,
