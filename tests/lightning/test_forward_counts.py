@@ -86,8 +86,8 @@ def test_segments_are_scored_only_if_a_lag_of_two_is_allowed(
 ) -> None:
     """With one optimizer step a batch and lags of at most 1, each token is computed once."""
     module, recorder = Scoring(model_folder, update=UpdateConfig(**PADDED)), Recorder()
-    trainer = make_trainer(sdp.WeightSyncCallback(), recorder, max_steps=6)
-    trainer.fit(module, make_data(max_head_lag=max_head_lag))
+    sync = sdp.WeightSyncCallback(weight_check_every=0)  # which scores a text, too
+    make_trainer(sync, recorder, max_steps=6).fit(module, make_data(max_head_lag=max_head_lag))
     assert (module.num_scored > 0) is expected
     assert (passes["scored"] > 0) is expected
     assert passes["trained"] == 6

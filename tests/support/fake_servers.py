@@ -27,9 +27,9 @@ from support.paths import SUPPORT
 GENERATE, COMPLETIONS = "/inference/v1/generate", "/v1/completions"
 QUICK: dict[str, Any] = {
     "health_interval_s": 0.05,
-    "health_timeout_s": 60.0,
-    "answer_timeout_s": 60.0,
-    "control_timeout_s": 120.0,
+    "health_timeout_s": 20.0,
+    "answer_timeout_s": 20.0,
+    "control_timeout_s": 20.0,
     "request_timeout_s": 60.0,
     "recover_s": 30.0,
     "settle_s": 0.01,

@@ -79,7 +79,7 @@ def await_no_senders() -> None:
 
 
 def test_weights_arrive_by_tcp_whole_and_then_in_part(one: Server):
-    with connected(one, transport="tcp") as engine:
+    with connected(one, transport="tcp", control_timeout_s=120.0) as engine:
         report = update(engine, weights(1.0, "a", "b", "c"), 0, reset=True)
         assert report.num_bytes == 3 * 2 * 4 and report.version == 0
         assert report.bytes_per_s == pytest.approx(24 / report.transfer_s)
