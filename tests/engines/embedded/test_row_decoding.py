@@ -29,11 +29,8 @@ GROUP = [5, 9, 12, 7, 20, 3, 8, 30, 11]
 FAST = ["nemotron_h", "kimi_linear", "recurrent_gemma"]
 SLOW = [
     "bamba",
-    "bloom",
     "falcon_h1",
     "falcon_mamba",
-    "gpt2",
-    "gpt_neo",
     "granitemoehybrid",
     "jamba",
     "lfm2",
@@ -41,9 +38,7 @@ SLOW = [
     "mamba",
     "mamba2",
     "minimax",
-    "mpt",
     "olmo_hybrid",
-    "opt",
     "qwen3_5_text",
     "qwen3_next",
     "rwkv",
