@@ -17,7 +17,7 @@ from support.mutated_modules import Mutation, load
 GROUP, OTHERS = "advantages.group_relative_advantages", "advantages.leave_one_out_advantages"
 DEVIATIONS, SHARE = "advantages._deviations", "advantages.uniform_share"
 KL, PENALTY = "kl.kl_of_log_ratio", "kl.kl_penalised_rewards"
-ESTIMATE = "kl.kl_estimate"
+ESTIMATE, BOUNDED = "kl.kl_estimate", "kl._bounded"
 MUTATIONS = [
     # swap min and max
     Mutation(DEVIATIONS, 'A.scatter_reduce(B, C, D, "amax", include_self=E)',
@@ -42,7 +42,7 @@ MUTATIONS = [
     Mutation(DEVIATIONS, "rewards.detach()", "rewards"),
     Mutation(SHARE, "A == 0", "A != 0"),
     # the KL
-    Mutation(ESTIMATE, "reference - target", "target - reference"),
+    Mutation(ESTIMATE, "A.clamp(min=LEAST_LOGPROB) - target", "target - A"),
     Mutation(KL, "return -A", "return A"),
     Mutation(KL, "A.square() / 2", "A.square()"),
     Mutation(KL, "A.square() / 2", "A.abs() / 2"),
@@ -51,12 +51,12 @@ MUTATIONS = [
     Mutation(KL, "A.expm1() - A", "A.exp() - A"),
     Mutation(ESTIMATE, "reference.detach()", "reference"),
     # its bounds, and its weight
-    Mutation(ESTIMATE, "A.clamp(max=LARGEST_LOG_RATIO)", "A", 0),
-    Mutation(ESTIMATE, "A.clamp(max=LARGEST_LOG_RATIO)", "A", 1),
-    Mutation(ESTIMATE, "A + math.expm1(B) * C", "A"),
-    Mutation(ESTIMATE, "A + math.expm1(B) * C", "A + math.exp(B) * C"),
-    Mutation(ESTIMATE, "A.relu()", "A"),
-    Mutation(ESTIMATE, "A.relu()", "A.clamp(min=0)"),
+    Mutation(ESTIMATE, "A.clamp(max=LARGEST_LOG_RATIO)", "A"),
+    Mutation(ESTIMATE, "math.expm1(LARGEST_LOG_RATIO)", "math.exp(LARGEST_LOG_RATIO)"),
+    Mutation(ESTIMATE, "-LARGEST_LOG_RATIO", "-math.inf"),
+    Mutation(BOUNDED, "A.clamp(least, B)", "A"),
+    Mutation(BOUNDED, "A + slope * B", "A"),
+    Mutation(BOUNDED, "A.abs()", "A"),
     Mutation(ESTIMATE, "A.detach() - behavior.detach()", "behavior.detach() - A.detach()"),
     Mutation(ESTIMATE, "target.detach()", "target"),
     Mutation(ESTIMATE, "behavior.detach()", "behavior"),
@@ -106,7 +106,7 @@ def check_kl(module: ModuleType) -> None:
         [[-1.0, -3.0, math.nan, -9.0], [-0.5, math.inf, -2.0, -7.0]], dtype=torch.float64
     )
     reference = torch.tensor(
-        [[-1.5, -2.0, 0.0, -1.0], [-0.75, 0.0, -0.5, -1.0]], dtype=torch.float64
+        [[-9.5, -2.0, 0.0, -1.0], [-0.75, 0.0, -0.5, -1.0]], dtype=torch.float64
     )
     sampler = torch.tensor(
         [[-1.2, -2.0, 0.0, -9.5], [-8.0, math.nan, -1.5, -7.0]], dtype=torch.float64
@@ -117,9 +117,13 @@ def check_kl(module: ModuleType) -> None:
         near = min(d, 6.0)
         return math.exp(near) - 1 - near + math.expm1(6) * (d - near)
 
+    def k2(d: float) -> float:
+        near = max(-6.0, min(d, 6.0))
+        return near * near / 2 + 6 * abs(d - near)
+
     values = {
         "k1": (lambda d: -d, lambda d: 1.0),
-        "k2": (lambda d: d * d / 2, lambda d: -d),
+        "k2": (k2, lambda d: -max(-6.0, min(d, 6.0))),
         "k3": (k3, lambda d: 1 - math.exp(min(d, 6.0))),
         "weighted_k3": (k3, lambda d: -d),
     }

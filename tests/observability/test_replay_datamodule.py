@@ -243,7 +243,8 @@ def test_a_run_that_fails_leaves_what_it_had_trained_on(model_folder: str, tmp_p
             if batch.version == 1:
                 raise RuntimeError("an accident")
 
-    trainer = make_trainer(sdp.WeightSyncCallback(), recorder, Fails(), max_steps=8)
+    sync = sdp.WeightSyncCallback(failing_callbacks="raise")
+    trainer = make_trainer(sync, recorder, Fails(), max_steps=8)
     with pytest.raises(RuntimeError, match="an accident"):
         trainer.fit(make_recorded_module(model_folder), datamodule=data)
     recording = sdp.Recording(tmp_path)

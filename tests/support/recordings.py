@@ -112,7 +112,7 @@ class Losses(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        elsewhere = ("rollout/", "rollout_time/", "time/", "publish/", "speed/", "wait")
+        elsewhere = ("rollout/", "rollout_time/", "time/", "publish/", "run/", "speed/", "wait")
         found = {k: float(v) for k, v in trainer.callback_metrics.items()}
         self.steps.append({k: v for k, v in found.items() if not k.startswith(elsewhere)})
 
