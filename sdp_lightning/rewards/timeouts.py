@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import functools
 import inspect
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any, NoReturn, ParamSpec, TypeVar
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, NoReturn, ParamSpec, TypeVar, cast
 
 from sdp_lightning.errors import RolloutError
 from sdp_lightning.rewards.call_threads import THREADS
@@ -61,14 +61,15 @@ async def call_aside_if_long(
 
 
 async def call_reward(
-    function: Callable[..., Any],
-    completion: str | Sequence[str],
-    row: Mapping[str, Any],
-    *,
-    timeout_s: float,
-    **asked: Any,
+    function: Callable[..., Any], *args: Any, timeout_s: float, **asked: Any
 ) -> Any:
-    """The reward ``function(completion, row, **asked)``, by :func:`call_with_timeout`.
+    """The reward ``function(*args, **asked)``, by :func:`call_with_timeout`.
+
+    Args:
+        function: the reward.
+        args: a completion, or the list of a group's, and the row.
+        timeout_s: seconds that it may take.
+        asked: what it asks for by name.
 
     Returns:
         A float, or a list of floats for a list of completions.
@@ -79,11 +80,10 @@ async def call_reward(
     # foreign: a callable may have no name
     name = str(getattr(function, "__name__", function))
     call = functools.partial(function, **asked) if asked else function
-    what = f"reward {name!r}"
-    value = await call_with_timeout(call, completion, row, timeout_s=timeout_s, what=what)
-    if isinstance(completion, str):
-        return as_reward(value, name)
-    return as_rewards(value, name, len(completion))
+    value = await call_with_timeout(call, *args, timeout_s=timeout_s, what=f"reward {name!r}")
+    if args and isinstance(args[0], list):
+        return as_rewards(value, name, len(cast("list[str]", args[0])))
+    return as_reward(value, name)
 
 
 async def call_with_timeout(

@@ -52,7 +52,7 @@ class Kind:
 
     def __init__(self, name: str, folder: str, place: Path) -> None:
         self.name, self.folder = name, folder
-        self._checkpoint, self._exported = place / "step.ckpt", place / "exported"
+        self._checkpoint, self._exported = place / "run" / "step.ckpt", place / "exported"
 
     def cells(self) -> list[str]:
         """One for each of ``COLUMNS``."""
