@@ -141,7 +141,15 @@ class Kind:
         options = {"device": "cpu", "max_slots": 4, "max_length": LENGTH}
         data = make_data(engine_options=options) if with_engine else Batches(*[self._batch] * 2)
         trainer.fit(module, datamodule=data)
-        self._assert_trained(module, 0.0)
+        if with_engine and self._is_still(module):  # it samples one answer: rewards were equal
+            self._checkpoint.unlink()
+            self._fit(with_engine=False)
+        else:
+            self._assert_trained(module, 0.0)
+
+    def _is_still(self, module: sdp.SegmentWisePPOModule) -> bool:
+        moved = _logits(self._reference(weights_of(module))) - _logits(self._reference())
+        return float(moved.abs().max()) <= 1e-5
 
     def _adapt(self) -> None:
         """Two steps of an adapter, whose merged weights give the logits of the policy."""
