@@ -141,7 +141,7 @@ class WeightCheck:
         scores: FloatArray,
         own: FloatArray,
     ) -> str:
-        """Which of two sides is wrong by the model's ``own`` log-probs, and what to do."""
+        """The side that is wrong by the model's ``own`` log-probs, and the remedy, in words."""
         engine, trainer = _mean_difference(said, own), _mean_difference(scores[: said.size], own)
         third = "The model's own logits in eval mode are"
         if not np.isfinite(own).all():
@@ -213,7 +213,7 @@ def _logprobs(policy: nn.Module, replaced: dict[str, Tensor], tokens: IntArray) 
 
 
 def _mean_difference(said: FloatArray, scores: FloatArray) -> float:
-    """Of what an engine says and of the scores of the same tokens, from the first one on."""
+    """The mean difference in nats of what an engine says and the scores of the same tokens."""
     if said.size > scores.size or not np.isfinite(said).all():
         return float("inf")
     difference = float(np.abs(said - scores[: said.size]).mean())

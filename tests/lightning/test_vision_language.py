@@ -24,7 +24,7 @@ from support.vision_models import SETTINGS, vision_model
 
 FAST = ("qwen3_vl", "llava", "qwen3_5")
 KINDS = [k if k in FAST else pytest.param(k, marks=pytest.mark.slow) for k in SETTINGS]
-NOT_EMBEDDED = {"gemma4", "llama4", "mllama", "qwen2_audio", "qwen3_5"}  # so far
+NOT_EMBEDDED = {"gemma4", "llama4", "mllama", "qwen3_5"}  # so far
 
 
 @pytest.mark.parametrize("kind", KINDS)

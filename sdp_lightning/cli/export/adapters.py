@@ -139,7 +139,7 @@ def peft_settings(
 
 
 def _forms(usual: dict[str, object], adapted: Any) -> Iterator[dict[str, object]]:
-    """By last names, by whole names, and by the names of parameters."""
+    """Settings that name the places by last names, by whole names, and by parameters."""
     weights = adapted_weights(adapted)
     stacks = [name for name in weights if weights[name].is_stack]
     layers = [name.removesuffix(".weight") for name in weights if name not in stacks]

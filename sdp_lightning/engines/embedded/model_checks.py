@@ -224,9 +224,8 @@ def _errors(model: Any, sequence: SequenceState) -> Tensor:
     count = len(sequence.logprobs)
     tokens = torch.from_numpy(sequence.tokens).to(model.device)[None]
     with torch.inference_mode():
-        logits: Tensor = model(
-            input_ids=tokens[:, :-1], use_cache=False, logits_to_keep=count
-        ).logits[0]
+        output = model(input_ids=tokens[:, :-1], use_cache=False, logits_to_keep=count)
+        logits: Tensor = output.logits[0, -count:]  # some models give all of them
     table = logits.float().log_softmax(-1)
     expected = table.gather(1, tokens[0, -count:, None])[:, 0]
     return (expected - torch.tensor(sequence.logprobs, device=expected.device)).abs()

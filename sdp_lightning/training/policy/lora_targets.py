@@ -241,7 +241,7 @@ def _weight_is_read(model: nn.Module, name: str) -> bool:
 
 
 def _called(model: Any, names: list[str]) -> set[str]:
-    """Which of the layers a forward pass over a few tokens calls."""
+    """The names of the layers that a forward pass over a few tokens calls."""
     called: set[str] = set()
 
     def note(name: str, *_: object) -> None:

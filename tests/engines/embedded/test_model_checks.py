@@ -38,6 +38,7 @@ def small_config(config: type, **options):
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=64,
+        initializer_range=0.3,  # else positions hardly matter
         **options,
     )
 
@@ -72,6 +73,19 @@ def test_a_model_that_slots_decode_wrongly_is_refused(make_engine):
     model.model.norm.register_forward_hook(lambda module, args, out: out * out.shape[1])
     with pytest.raises(EngineError, match=r"neither in batches .*log-probs differ.*nor row by row"):
         make_engine(model)
+
+
+def test_a_model_that_gives_all_logits_is_decoded(make_engine):
+    """Qwen2-Audio does, whatever ``logits_to_keep`` says."""
+    model = tiny_model()
+
+    def keep_all(module, args, kwargs):
+        return args, kwargs | {"logits_to_keep": 0}
+
+    model.register_forward_pre_hook(keep_all, with_kwargs=True)
+    _, ((segment,),) = generate(make_engine(model), [request([5, 6], 20)])
+    expected = full_logprobs(tiny_model(), [5, 6], segment.token_ids)
+    np.testing.assert_allclose(segment.logprobs, expected, atol=1e-5)
 
 
 def test_a_model_that_cannot_run_by_slots_is_refused(make_engine):
