@@ -121,15 +121,14 @@ def test_inductor_learns_the_same(kind: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 @NOT_A_LEAF
 @OF_INDUCTOR
-def test_a_machine_without_a_compiler_is_an_error_of_one_line(
-    folder: str, batch: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_machine_without_a_compiler_is_an_error_of_one_line(folder: str, batch: Any) -> None:
     from torch._inductor import config
 
-    monkeypatch.setattr(config, "force_disable_caches", True)
-    monkeypatch.setattr(config.cpp, "cxx", (None, "/nonexistent/g++"))
-    with pytest.raises(
-        sdp.ConfigError, match=r"No working C\+\+ compiler.*without torch\.com"
-    ) as e:
+    # A monkeypatch would leave the first of them without a value: it is another setting's alias.
+    broken = {"force_disable_caches": True, "cpp.cxx": (None, "/nonexistent/g++")}
+    with (
+        config.patch(broken),
+        pytest.raises(sdp.ConfigError, match=r"No working C\+\+ compiler.*without torch\.com") as e,
+    ):
         fit(torch.compile(make_module(folder)), batch)
     assert "\n" not in str(e.value)
