@@ -44,7 +44,7 @@ class FakeEngine:
     Args:
         reply: total length of a reply in tokens, over all interruptions.
         manual: nothing is sampled until ``advance`` is called; otherwise each reply takes
-            ``latency_s``, in ``chunks`` equal steps.
+            ``latency_s``, in ``chunks`` equal steps. It may be set later, for requests to come.
         updates_in_flight: swap weights under requests; False interrupts them at ``pause``, as a
             server does.
         latency_s: latency of a reply, in seconds.
@@ -64,7 +64,7 @@ class FakeEngine:
         prompt_logprobs: Callable[[IntArray], FloatArray] | None = None,
     ) -> None:
         self._prompt_logprobs = prompt_logprobs
-        self._reply, self._manual, self._updates_in_flight = reply, manual, updates_in_flight
+        self._reply, self.manual, self._updates_in_flight = reply, manual, updates_in_flight
         self._latency_s, self._chunks = latency_s, chunks
         self._version: int | None = None
         self._paused = self._closed = False
@@ -107,7 +107,7 @@ class FakeEngine:
             self.num_requests += 1
             self._changed.notify_all()
         try:
-            if not self._manual:
+            if not self.manual:
                 await self._run(entry)
             return await entry.done
         finally:

@@ -195,7 +195,7 @@ class DyingScreen(LogScreen):
     def show(self, parts: list[str]) -> None:
         if threading.current_thread() is not threading.main_thread():
             self._engine.manual = False
-            self._engine.advance(6, awaiting=None)
+            self._engine.advance(6, awaiting=12)
             raise DiskFull
 
 
