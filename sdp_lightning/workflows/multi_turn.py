@@ -158,7 +158,7 @@ class MultiTurnWorkflow(RolloutWorkflow):
             result = await world.step(said)
             reward += result.reward
             if result.done:
-                return episode.finish(reward)
+                return episode.finish(reward, truncated=world.is_truncated)
             if turn + 1 < self.max_turns:
                 last = sampled[-1]
                 encode = functools.partial(
