@@ -11,6 +11,8 @@ from sdp_lightning.rewards.pool import RewardRejected
 from sdp_lightning.rewards.timeouts import call_with_timeout
 from sdp_lightning.rewards.value import as_reward
 from sdp_lightning.types import Row
+from sdp_lightning.workflows.completion import completion_text
+from sdp_lightning.workflows.workflow import Tokenizer
 
 Message = Mapping[str, Any]
 Observation = str | Message | Sequence[Message]
@@ -32,6 +34,37 @@ class StepResult(NamedTuple):
     done: bool = False
 
 
+class Transcript:
+    """What a workflow knows of a conversation beside the text that ``step`` reads: its tokens.
+
+    Args:
+        tokenizer: tokenizer of the policy.
+        stop_token_ids: tokens that end a turn.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop_token_ids: Sequence[int] = ()) -> None:
+        self.tokenizer, self._stop_token_ids = tokenizer, stop_token_ids
+        self.hear("", (), ())
+
+    def hear(self, text: str, token_ids: Sequence[int], history: Sequence[int]) -> None:
+        """Take in a turn: its text, its tokens, and those before it."""
+        self._text, self._token_ids, self._history = text, token_ids, history
+
+    def with_special_tokens(self, completion: str) -> str:
+        """The last turn with its special tokens; ``completion`` if that is another text."""
+        if completion != self._text:
+            return completion
+        return completion_text(
+            *(self._token_ids, self.tokenizer),
+            stop_token_ids=self._stop_token_ids,
+            keep_special_tokens=True,
+        )
+
+    def before(self) -> str:
+        """The text before the last turn, special tokens included."""
+        return self.tokenizer.decode(list(self._history), skip_special_tokens=False)
+
+
 class Environment(ABC):
     """The environment of one rollout. Every sample of a group has its own.
 
@@ -41,7 +74,24 @@ class Environment(ABC):
     After a resume the saved turns are played again: given the same row and the same completions, it
     should answer the same. If it does not, the saved tokens of that group are discarded, and it is
     sampled from scratch.
+
+    Attributes:
+        activity: what a call is at, for the error if it is late; an environment may set it.
     """
+
+    activity: str = ""
+
+    @property
+    def tools(self) -> Sequence[Mapping[str, Any]]:
+        """JSON schemas of functions that the policy may call: its chat template is given them."""
+        return ()
+
+    def begin(self, transcript: Transcript) -> None:  # noqa: B027 # most read the text alone
+        """Called before ``reset``, with what keeps the tokens of this rollout. It must not block.
+
+        Raises:
+            ConfigError: if the environment does not suit the tokenizer.
+        """
 
     @abstractmethod
     def reset(self, row: Row) -> Observation | Awaitable[Observation]:
@@ -70,8 +120,11 @@ class BoundedEnvironment:
         is_truncated: whether the last step said that the conversation was cut off.
     """
 
-    def __init__(self, environment: Environment, *, timeout_s: float) -> None:
+    def __init__(
+        self, environment: Environment, *, timeout_s: float, transcript: Transcript | None = None
+    ) -> None:
         self._environment, self._timeout_s = environment, timeout_s
+        self._transcript = transcript
         self._name = type(environment).__name__
         self._num_steps = 0
         self.is_truncated = False
@@ -82,18 +135,34 @@ class BoundedEnvironment:
         Raises:
             RolloutError: if the call raises, is late, or returns neither.
         """
+        if self._transcript is not None:
+            self._environment.begin(self._transcript)
         opening = _plain(await self._call(self._environment.reset, row, call="reset()"))
         if isinstance(opening, tuple) and len(opening) == 2 and _is_info(opening[1]):
             opening = _plain(opening[0])
         return _checked(opening, f"{self._name}.reset(): the prompt")
 
-    async def step(self, completion: str) -> StepResult:
+    @property
+    def tools(self) -> Sequence[Mapping[str, Any]]:
+        """JSON schemas of the tools that the chat template is to show with the prompt."""
+        return self._environment.tools
+
+    async def step(
+        self, completion: str, token_ids: Sequence[int] = (), history: Sequence[int] = ()
+    ) -> StepResult:
         """Play one turn.
+
+        Args:
+            completion: the text of the turn.
+            token_ids: its tokens, for the transcript.
+            history: ``[m]`` the tokens before it, for the transcript.
 
         Raises:
             RolloutError: if the call raises, is late, or returns no result.
         """
         self._num_steps += 1
+        if self._transcript is not None:
+            self._transcript.hear(completion, token_ids, history)
         call = f"step() number {self._num_steps}"
         result = await self._call(self._environment.step, completion, call=call)
         if not isinstance(result, tuple) or len(result) not in (3, 5):
@@ -130,6 +199,9 @@ class BoundedEnvironment:
             raise
         except Exception as error:
             if isinstance(error, RolloutError) and str(error).startswith(what):
+                if isinstance(error.__cause__, TimeoutError) and self._environment.activity:
+                    at = self._environment.activity
+                    raise RolloutError(f"{error} It was at {at}.") from error
                 raise
             raise RolloutError(f"{what} failed: {error!r}") from error
 
