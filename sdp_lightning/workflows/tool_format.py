@@ -9,6 +9,7 @@ import copy
 import functools
 import itertools
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -25,6 +26,8 @@ from sdp_lightning.workflows.tool_calls import (
     read_tagged,
 )
 
+logger = logging.getLogger(__name__)
+
 _NAME, _VALUE, _SAID = "c95bd1b5e8", "d17e0a93b4", "e20f8c6a75"
 
 
@@ -34,10 +37,12 @@ class CallFormat(NamedTuple):
     Attributes:
         read: finds them in a turn.
         example: a call, for a policy that is not told by its chat template.
+        is_templates: whether the chat template writes calls so, too.
     """
 
     read: CallReader
-    example: str = ""
+    example: str
+    is_templates: bool = False
 
 
 FORMATS = {
@@ -76,21 +81,22 @@ def find_format(
         tools: schemas of the tools.
 
     Raises:
-        ConfigError: if ``"auto"`` cannot read what the chat template writes.
+        ConfigError: if the tokenizer's response template is malformed.
     """
-    template: Any = tool_call_format
-    if template == "auto":
-        if transcript is None:
-            return FORMATS["hermes"]
-        tokenizer: Any = transcript.tokenizer
+    wanted: Any = tool_call_format
+    if transcript is not None and wanted == "auto":
         # foreign: a tokenizer need not be one of transformers'
-        template = getattr(tokenizer, "response_template", None)
-        if template is None:
-            return _written_by(tokenizer, _template_of(tokenizer))
-        _check_template(template)
-    if isinstance(template, str):
-        return FORMATS[template]
-    return CallFormat(functools.partial(_read_by_template, transcript, template, tools))
+        wanted = getattr(transcript.tokenizer, "response_template", None) or "auto"
+    if not isinstance(wanted, str):
+        _check_template(wanted)
+        read = functools.partial(_read_by_template, transcript, wanted, tools)
+        return CallFormat(read, "your own format", is_templates=True)
+    named = FORMATS["hermes" if wanted == "auto" else wanted]
+    if transcript is None:
+        return named
+    written = _written_by(transcript.tokenizer, _template_of(transcript.tokenizer))
+    same = wanted == "auto" or written.read == named.read
+    return written if same else named
 
 
 def shows_tools(
@@ -139,9 +145,12 @@ def _read_by_template(
 ) -> list[ToolCall]:
     """The calls that transformers finds in a turn by a response template."""
     from transformers.utils.chat_parsing import parse_response
+    from transformers.utils.chat_parsing.response_templates import load_response_template
 
+    own = load_response_template(copy.deepcopy(dict(template)))  # whose defaults are written to
     prefix = "" if transcript is None else transcript.before()
-    own: dict[str, Any] = copy.deepcopy(dict(template))  # whose defaults it writes to
+    if not own.start_anchor_re.search(prefix):  # or the calls of earlier turns were this one's
+        prefix = ""
     try:
         found = parse_response(text, own, prefix=prefix, tools=[dict(tool) for tool in tools])
     except Exception as error:  # of the template's patterns and parsers, over what was written
@@ -158,29 +167,33 @@ def _flat(calls: Any) -> list[Any]:
 
 @functools.lru_cache(maxsize=8)
 def _written_by(tokenizer: Any, chat_template: str) -> CallFormat:
-    """The format that the chat template writes; that of Hermes where it shows no calls."""
+    """The format that the chat template writes; that of Hermes where that is not to be found."""
     words, text = _written_call(tokenizer)
     marks = {f"to=functions.{_NAME}": "harmony", "[TOOL_CALLS]": "mistral", "<tool_call>": "hermes"}
     name = next((name for mark, name in marks.items() if mark in text), "")
-    if name or not text:
-        return FORMATS[name or "hermes"]
+    if name:
+        return FORMATS[name]._replace(is_templates=True)
+    if not text:
+        return FORMATS["hermes"]
     before, _, after = text.partition(_NAME)
     place = _find_json(text, _NAME)
     if place is not None:
         bare = FORMATS["llama3" if '"parameters"' in text else "json"]
         mark = _last_mark(text[:place], words)
         read = functools.partial(read_bare, mark=mark)
-        return CallFormat(read, mark + bare.example) if mark else bare
+        whole = CallFormat(read, mark + bare.example) if mark else bare
+        return whole._replace(is_templates=True)
     place, mark = _find_json(after, _VALUE), _last_mark(before, words)
     if place is not None and mark:
         separator = _last_mark(after[:place])
         read = functools.partial(read_marked, mark=mark, separator=separator)
-        return CallFormat(read, f"{mark}name{separator}{{...}}")
-    raise ConfigError(
-        f"the tokenizer's chat template writes a tool call as {shown(text)}, which is in no format "
-        f"that is known. Set tool_call_format of the environment to one of {list(FORMATS)}, or to "
-        "a response template of transformers."
+        return CallFormat(read, f"{mark}name{separator}{{...}}", is_templates=True)
+    logger.warning(
+        "the chat template writes a tool call as %s, which no tool_call_format reads: the policy "
+        "is asked for %s instead. A response template of transformers could read it.",
+        *(shown(text), FORMATS["hermes"].example),
     )
+    return FORMATS["hermes"]
 
 
 def _written_call(tokenizer: Any) -> tuple[str, str]:

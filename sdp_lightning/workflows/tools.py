@@ -111,7 +111,7 @@ class ToolEnvironment(Environment):
             prompt = [{"role": "user", "content": prompt} if isinstance(prompt, str) else prompt]
         messages: list[Message] = [dict(message) for message in prompt]
         transcript = self._transcript
-        if transcript is not None:
+        if transcript is not None and self._format.is_templates:
             self._is_shown = shows_tools(transcript.tokenizer, self._all_schemas, messages)
         return messages if self._is_shown else _with_system(messages, self._describe())
 
@@ -169,7 +169,7 @@ class ToolEnvironment(Environment):
                 self._schemas[name], call.arguments, are_texts=call.are_texts
             )
             result = self._tools[name](**arguments)
-            return _awaited(result) if isinstance(result, Awaitable) else _text_of(result)
+            return _awaited(result) if inspect.isawaitable(result) else _text_of(result)
         except InfrastructureError:
             raise
         except (Exception, SystemExit) as error:  # told to the policy, whose arguments they were
@@ -188,8 +188,7 @@ class ToolEnvironment(Environment):
 
     def _describe(self) -> str:
         functions = "\n".join(_describe(name, tool) for name, tool in self._tools.items())
-        example = self._format.example or "what your format of calls is"
-        return _HOW.format(functions=functions, example=example)
+        return _HOW.format(functions=functions, example=self._format.example)
 
 
 def _with_system(messages: list[Message], text: str) -> list[Message]:
