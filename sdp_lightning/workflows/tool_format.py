@@ -87,14 +87,15 @@ def find_format(
     if transcript is not None and wanted == "auto":
         # foreign: a tokenizer need not be one of transformers'
         wanted = getattr(transcript.tokenizer, "response_template", None) or "auto"
+    written = FORMATS["hermes"]
+    if transcript is not None:
+        template = _template_of(transcript.tokenizer)
+        written = _written_by(transcript.tokenizer, template, must_be_read=wanted == "auto")
     if not isinstance(wanted, str):
         _check_template(wanted)
         read = functools.partial(_read_by_template, transcript, wanted, tools)
-        return CallFormat(read, "your own format", is_templates=True)
-    named = FORMATS["hermes" if wanted == "auto" else wanted]
-    if transcript is None:
-        return named
-    written = _written_by(transcript.tokenizer, _template_of(transcript.tokenizer))
+        return CallFormat(read, written.example, is_templates=True)
+    named = FORMATS.get(wanted, written)
     same = wanted == "auto" or written.read == named.read
     return written if same else named
 
@@ -166,7 +167,7 @@ def _flat(calls: Any) -> list[Any]:
 
 
 @functools.lru_cache(maxsize=8)
-def _written_by(tokenizer: Any, chat_template: str) -> CallFormat:
+def _written_by(tokenizer: Any, chat_template: str, *, must_be_read: bool) -> CallFormat:
     """The format that the chat template writes; that of Hermes where that is not to be found."""
     words, text = _written_call(tokenizer)
     marks = {f"to=functions.{_NAME}": "harmony", "[TOOL_CALLS]": "mistral", "<tool_call>": "hermes"}
@@ -188,11 +189,12 @@ def _written_by(tokenizer: Any, chat_template: str) -> CallFormat:
         separator = _last_mark(after[:place])
         read = functools.partial(read_marked, mark=mark, separator=separator)
         return CallFormat(read, f"{mark}name{separator}{{...}}", is_templates=True)
-    logger.warning(
-        "the chat template writes a tool call as %s, which no tool_call_format reads: the policy "
-        "is asked for %s instead. A response template of transformers could read it.",
-        *(shown(text), FORMATS["hermes"].example),
-    )
+    if must_be_read:
+        logger.warning(
+            "the chat template writes a tool call as %s, which no tool_call_format reads: the "
+            "policy is asked for %s instead. A response template of transformers could read it.",
+            *(shown(text), FORMATS["hermes"].example),
+        )
     return FORMATS["hermes"]
 
 

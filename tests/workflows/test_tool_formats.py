@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from sdp_lightning.errors import ConfigError
 from sdp_lightning.workflows import tool_calls
 from sdp_lightning.workflows.tool_format import FORMATS
 from support.counted_work import Count, CountedText, counting
+from support.hostile_completions import PIECES as HOSTILE
 
 ARGUMENTS = {"a": 1, "b": 2}
 BODY = '{"name": "add", "arguments": {"a": 1, "b": 2}}'
@@ -182,6 +184,19 @@ def test_every_format_is_read_in_linear_work(name: str) -> None:
             with counting(count, tool_calls):
                 FORMATS[name].read(CountedText(text, count))
             assert count.total <= 4_000 + 60 * len(text), f"{piece}: {count.total} of {len(text)}"
+
+
+@pytest.mark.fault("corrupted data", "completion")
+@pytest.mark.parametrize("name", FORMATS)
+def test_whatever_the_policy_writes_is_an_answer_or_short_messages(name: str) -> None:
+    chance = random.Random(name)
+    tools = sdp.ToolEnvironment([add], lambda answer, row: 0.0, tool_call_format=name)
+    calls = [text for format_name, text, _ in WRITTEN.values() if format_name == name]
+    for _ in range(200):
+        text = "".join(chance.choices([*PIECES, *HOSTILE, *calls], k=chance.randrange(1, 30)))
+        observation, reward, done = tools.step(text)
+        assert done is (observation == "") and reward == 0.0
+        assert all(len(message["content"]) <= 2000 for message in observation)
 
 
 def test_a_format_that_there_is_not_is_refused() -> None:
