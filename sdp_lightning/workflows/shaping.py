@@ -160,6 +160,10 @@ class ShapedWorkflow(RolloutWorkflow):
         return self.workflow.sampling
 
     @property
+    def reward_weights(self) -> Mapping[str, float]:
+        return self.workflow.reward_weights
+
+    @property
     def counts(self) -> Mapping[str, int]:
         return self.workflow.counts
 
