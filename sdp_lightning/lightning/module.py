@@ -50,6 +50,8 @@ from sdp_lightning.training.update import PolicyUpdate, TrainingLoop
 from sdp_lightning.types import Context, FloatArray, Segment, Trajectory, TrajectoryGroup
 from sdp_lightning.weights.protocol import WeightStream
 
+_IN_BAR = ("reward", "pass_at_k")  # of an evaluation
+
 
 class SegmentWisePPOModule(L.LightningModule):
     """Trains a causal LM with the segment-wise PPO loss, one consumed batch a ``training_step``.
@@ -317,7 +319,7 @@ class SegmentWisePPOModule(L.LightningModule):
     def _log_evaluation(self, stage: str, batch: Any) -> None:
         settings: dict[str, Any] = {"batch_size": batch.num_trajectories, "sync_dist": True}
         for name, value in batch.metrics.items():  # all ranks have the same: else Lightning warns
-            self.log(f"{stage}/{name}", value, prog_bar=name != "version", **settings)
+            self.log(f"{stage}/{name}", value, prog_bar=name in _IN_BAR, **settings)
 
     def _precision(self) -> AbstractContextManager[Any]:
         plain = self._trainer is None

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sdp_lightning.objective.advantages import uniform_share
 from sdp_lightning.training.batch import Batch
+from sdp_lightning.training.metrics.names import NAMED_REWARD
 
 
 def step_values(
@@ -24,8 +25,16 @@ def step_values(
     means = {name: torch.stack([step[name] for step in steps]).mean() for name in steps[0]}
     return {
         "train/reward": batch.rewards.mean(),
+        **_named_means(batch),
         **{f"train/{name}": value for name, value in means.items()},
         "train/tokens": batch.loss_mask.sum() * num_ranks,
         "train/truncated": batch.truncated.float().mean(),
         "train/uniform": uniform_share(batch.rewards, batch.group_ids),
     }
+
+
+def _named_means(batch: Batch) -> dict[str, Tensor]:
+    if batch.named_rewards is None:
+        return {}
+    means = batch.named_rewards.mean(0)
+    return {f"{NAMED_REWARD}{n}": mean for n, mean in zip(batch.reward_names, means, strict=True)}
