@@ -5,15 +5,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sdp_lightning.config.update import StandardDeviation
+
 
 def group_relative_advantages(
-    rewards: Tensor, group_ids: Tensor, *, scale_by_std: bool = True, eps: float = 1e-6
+    rewards: Tensor,
+    group_ids: Tensor,
+    *,
+    scale_by_std: bool = True,
+    std: StandardDeviation = "population",
+    eps: float = 1e-6,
 ) -> Tensor:
     r"""Reward minus the mean of its group, over the standard deviation of the group.
 
-    .. math:: A_i = (R_i - \bar R_{g(i)}) / (\sigma_{g(i)} + \epsilon)
+    .. math:: A_i = (R_i - \bar R_g) / (\sigma_g + \epsilon), \quad
+        \sigma_g^2 = \frac{1}{n} \sum_{j \in g} (R_j - \bar R_g)^2
 
-    The deviation is the population's. A group of one, or of equal rewards, gets exactly 0.
+    for a group g of G trajectories, with n = G for the deviation of a ``"population"``, and
+    n = G - 1 for that of a ``"sample"``, which makes advantages smaller by sqrt((G - 1) / G). A
+    group of one, or of equal rewards, gets exactly 0 under both.
 
     Sources: Shao et al. 2024 (GRPO), https://arxiv.org/abs/2402.03300; without the division: Liu et
     al. 2025 (Dr. GRPO), https://arxiv.org/abs/2503.20783.
@@ -22,6 +32,7 @@ def group_relative_advantages(
         rewards: [B].
         group_ids: [B] integers, in any order; equal ids are siblings.
         scale_by_std: divide by the standard deviation.
+        std: the standard deviation that is meant.
         eps: added to the deviation.
 
     Returns:
@@ -33,7 +44,8 @@ def group_relative_advantages(
     group, size, deviation = _deviations(rewards, group_ids)
     if scale_by_std:
         square = deviation.new_zeros(size.numel()).index_add(0, group, deviation.square())
-        scaled = deviation / ((square / size).sqrt() + eps)[group]
+        count = size if std == "population" else (size - 1).clamp(min=1)
+        scaled = deviation / ((square / count).sqrt() + eps)[group]
         deviation = torch.where(deviation == 0, 0.0, scaled)
     return deviation.to(torch.promote_types(rewards.dtype, torch.float32))
 

@@ -174,5 +174,6 @@ def row_advantages(rewards: Tensor, group_ids: Tensor, update: UpdateConfig) -> 
     """
     if update.advantages == "rloo":
         return leave_one_out_advantages(rewards, group_ids)
-    scale = update.scale_advantages_by_std is not False
-    return group_relative_advantages(rewards, group_ids, scale_by_std=scale)
+    return group_relative_advantages(
+        rewards, group_ids, scale_by_std=update.scales_by_std, std=update.group_std
+    )

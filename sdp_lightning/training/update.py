@@ -104,6 +104,8 @@ class PolicyUpdate:
             assert reference is not None
             batch = replace(batch, reference_logprobs=reference(batch))
         batch = replace(batch, advantages=batch_advantages(batch, self.loss, self.update))
+        if self.update.mask_truncated:
+            batch = batch.without_truncated()
         several_steps = self.update.steps_per_batch > 1 and self.loss.proximal == "recompute"
         if several_steps or self.loss.second_moment_cap is not None:
             batch = replace(batch, proximal_logprobs=forward.logprobs(batch))

@@ -35,6 +35,10 @@ RECORDED: dict[str, dict[str, Any]] = {
         "trainable": r"layers\.1\.|norm",
         "gradient_checkpointing": True,
     },
+    "all samples of one rank truncated, and left out": {
+        "truncated": [1, 3],
+        "loss": {"aggregation": "sequence"},
+    },
     "second moment": {
         "loss": {
             "surrogate": "unclipped",

@@ -37,18 +37,22 @@ def recorded(
     max_tokens: int = 40,
     dtype: str = "float32",
     precision: str = "32-true",
+    truncated: Sequence[int] = (),
     loss: Mapping[str, Any] | None = None,
     lora: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
     """Train on groups made beforehand: rank r of n on every n-th. Alone, as if by ``ranks``.
 
-    ``model`` is the folder of one that is not the tiny model.
+    The samples of the groups ``truncated`` are, and left out of the loss. ``model`` is the folder
+    of one that is not the tiny model.
     """
     place = replace(place, folder=model or place.folder)
     batches: list[Batch] = []
     for step in range(steps):
         groups = make_trajectories(place.folder, [3] * NUM_GROUPS, seed=step)
+        for number in truncated:
+            groups[number] = [replace(t, finish_reason="length") for t in groups[number]]
         mine = [sdp.TrajectoryGroup(tuple(g)) for g in groups[place.rank :: place.size]]
         batches.append(replace(collate(mine, version=VERSION), missing_proximal="behavior"))
     loads: list[str] = []
@@ -59,7 +63,10 @@ def recorded(
     if place.size == 1:
         sdp_lightning.training.update.split_minibatches = split_as(ranks)
     update = sdp.UpdateConfig(
-        num_minibatches=minibatches, layout=layout, max_tokens_per_microbatch=max_tokens
+        num_minibatches=minibatches,
+        layout=layout,
+        max_tokens_per_microbatch=max_tokens,
+        mask_truncated=bool(truncated),
     )
     torch.manual_seed(place.rank)  # of adapters; all ranks get rank 0's
     module = CountingModule(

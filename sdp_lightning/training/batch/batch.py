@@ -127,6 +127,11 @@ class Batch(Displayed):
         index = torch.as_tensor(list(rows), dtype=torch.long, device=self.input_ids.device)
         return self._each(lambda tensor: tensor[index])
 
+    def without_truncated(self) -> Batch:
+        """The same rows; of those whose sampling did not end by itself no token is trained on."""
+        mask = self.loss_mask & ~self.truncated[:, None]
+        return dataclasses.replace(self, loss_mask=mask)
+
     def idle(self) -> Batch:
         """One row without a token to train: computed while other ranks have more micro-batches."""
         row = self.select([0])

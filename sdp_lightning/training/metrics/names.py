@@ -117,8 +117,9 @@ OTHERS: dict[str, tuple[Logged, ...]] = {
         Logged("train/lr", "the learning rate, as it was applied"),
         Logged("train/lr_scale", "what the rate was scaled by", "`optimizer.scale_lr_by_ess`"),
         Logged("train/skipped", "share of steps skipped, as the gradient was not finite"),
-        Logged("train/tokens", "sampled tokens in the batch"),
+        Logged("train/tokens", "sampled tokens in the batch that are trained on"),
         Logged("train/truncated", "share of trajectories that ended at their token budget"),
+        Logged("train/masked_truncated", "their number, if `update.mask_truncated` masks them"),
         Logged("train/uniform", "share of groups whose rewards are all equal: no learning signal"),
     ),
     "Evaluation, on the published version": (

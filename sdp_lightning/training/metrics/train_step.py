@@ -18,7 +18,7 @@ def step_values(
     """Values by logged name, each [], to be averaged over ranks.
 
     Args:
-        batch: the batch of this rank.
+        batch: the batch of this rank; rows without a token to train on are masked.
         steps: values of each of its optimizer steps, by name.
         num_ranks: number of ranks, with which counts are multiplied.
     """
@@ -29,6 +29,7 @@ def step_values(
         **{f"train/{name}": value for name, value in means.items()},
         "train/tokens": batch.loss_mask.sum() * num_ranks,
         "train/truncated": batch.truncated.float().mean(),
+        "train/masked_truncated": (~batch.loss_mask.any(1)).sum() * num_ranks,
         "train/uniform": uniform_share(batch.rewards, batch.group_ids),
     }
 
