@@ -227,8 +227,9 @@ class SegmentWisePPOModule(L.LightningModule):
         """One consumed batch: each of its minibatches is an optimizer step."""
         metrics = LagMetrics(sync_on_compute=False)  # a kept one would be made bfloat16, too
         self._metrics = metrics.to(self.device)
-        batch = self._policy_update.prepare(batch, self._runner, self._reference_logprobs)
-        self._log_step(batch, self._policy_update.train(batch, self._training_loop()))
+        update, reference = self._policy_update, self._reference_logprobs
+        batch = update.prepare(batch, self._runner, reference, sums=self._sums)
+        self._log_step(batch, update.train(batch, self._training_loop()))
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Log the mean reward and pass@k of rollouts of the published version."""
@@ -302,7 +303,8 @@ class SegmentWisePPOModule(L.LightningModule):
         return self._reference_runner.logprobs(batch)
 
     def _log_step(self, batch: Batch, steps: list[dict[str, Tensor]]) -> None:
-        values = step_values(batch, steps, self._num_ranks)
+        apart = self.update.advantages == "gdpo"
+        values = step_values(batch, steps, self._num_ranks, apart=apart)
         mine = torch.stack([value.double().to(self.device) for value in values.values()])
         rank, size = self.global_rank, self._num_ranks
         total = self._metrics.pool(self._sums.add_up, mine, rank=rank, num_ranks=size)

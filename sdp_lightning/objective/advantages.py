@@ -73,6 +73,68 @@ def leave_one_out_advantages(rewards: Tensor, group_ids: Tensor) -> Tensor:
     return advantages.to(torch.promote_types(rewards.dtype, torch.float32))
 
 
+def decoupled_sums(
+    rewards: Tensor,
+    weights: Tensor,
+    group_ids: Tensor,
+    *,
+    std: StandardDeviation = "population",
+    eps: float = 1e-6,
+) -> Tensor:
+    r"""Each reward normalized in its group, then their weighted sum (GDPO, before the batch).
+
+    .. math:: S_i = \sum_k w_{ik} (R_{ik} - \bar R_{gk}) / (\sigma_{gk} + \epsilon)
+
+    A group of one gets exactly 0, as does a reward that is equal in the whole group. Source: Liu et
+    al. 2026, https://arxiv.org/abs/2601.05242.
+
+    Args:
+        rewards: [B, K] of K named rewards.
+        weights: [B, K].
+        group_ids: [B] integers, in any order; equal ids are siblings.
+        std: the standard deviation that is meant.
+        eps: added to each deviation.
+
+    Returns:
+        [B] float64.
+    """
+    columns = [
+        group_relative_advantages(column, group_ids, std=std, eps=eps)
+        for column in rewards.double().unbind(1)
+    ]
+    return (torch.stack(columns, 1) * weights).sum(1)
+
+
+def batch_normalized(
+    values: Tensor,
+    *,
+    count: float,
+    total: float,
+    squares: float,
+    std: StandardDeviation = "population",
+    eps: float = 1e-6,
+) -> Tensor:
+    r"""Values less the mean of a batch, over its standard deviation (the last step of GDPO).
+
+    .. math:: A_i = (S_i - \bar S) / (\sigma_S + \epsilon)
+
+    Args:
+        values: [B] a part of the batch.
+        count: number of the batch's values.
+        total: their sum.
+        squares: the sum of their squares.
+        std: the standard deviation that is meant.
+        eps: added to the deviation.
+
+    Returns:
+        [B] float32.
+    """
+    mean = total / count
+    spread = max(squares - count * mean**2, 0.0)
+    deviation = (spread / (count if std == "population" else max(count - 1, 1))) ** 0.5
+    return ((values - mean) / (deviation + eps)).float()
+
+
 def uniform_share(rewards: Tensor, group_ids: Tensor) -> Tensor:
     """Share of the groups whose rewards are all equal: their advantages are 0.
 

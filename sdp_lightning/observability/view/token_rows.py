@@ -123,6 +123,8 @@ def advantage_note(data: Viewable, *, loss: LossConfig, update: UpdateConfig | N
     groups = [data] if isinstance(data, TrajectoryGroup) else data
     if all(len(group.trajectories) < 2 for group in groups):
         return ""
+    if update is not None and update.advantages == "gdpo":
+        return "advantages not shown: GDPO normalizes them over the batch, which a group lacks"
     if _takes_kl_off_reward(loss):
         return "advantages not shown: this loss takes a KL off the reward, which a group lacks"
     return (
@@ -139,10 +141,16 @@ def _group_advantages(
 ) -> list[float]:
     """Advantages of a group's members; NaN where they are unknown, and for a single member.
 
-    A KL in the reward needs log-probs of the reference policy, which a group does not have.
+    A KL in the reward needs log-probs of the reference policy, which a group does not have, and
+    GDPO its batch.
     """
     rewards = torch.tensor([t.reward for t in group.trajectories], dtype=torch.float64)
-    if update is None or len(rewards) < 2 or _takes_kl_off_reward(loss):
+    if (
+        update is None
+        or len(rewards) < 2
+        or _takes_kl_off_reward(loss)
+        or update.advantages == "gdpo"
+    ):
         return [float("nan")] * len(rewards)
     return row_advantages(rewards, torch.zeros(len(rewards)), update).tolist()
 
