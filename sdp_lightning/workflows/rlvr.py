@@ -22,6 +22,7 @@ from sdp_lightning.workflows.completion import (
 )
 from sdp_lightning.workflows.episode import Episode
 from sdp_lightning.workflows.group_play import play_group, score_together
+from sdp_lightning.workflows.own_row import own_copy
 from sdp_lightning.workflows.workflow import (
     RolloutSession,
     RolloutWorkflow,
@@ -188,7 +189,9 @@ class RLVRWorkflow(RolloutWorkflow):
 
     async def _score(self, completion: str | list[str], row: Row, asked: dict[str, Any]) -> Any:
         if self._pool is None:
-            limit = self.reward_timeout_s
+            limit, row = self.reward_timeout_s, await own_copy(row)
+            if "messages" in asked:
+                asked["messages"] = await own_copy(asked["messages"])
             return await call_reward(self._reward, completion, row, timeout_s=limit, **asked)
         if isinstance(completion, str):
             return await self._pool(completion, row, **asked)
