@@ -37,6 +37,7 @@ from sdp_lightning.rollout.publish import publish
 from sdp_lightning.rollout.task_runner import STOP_CHECK_S, AsyncTaskRunner, TaskResult
 from sdp_lightning.types import Row, TrajectoryGroup
 from sdp_lightning.workflows.group_play import INFRASTRUCTURE
+from sdp_lightning.workflows.own_row import own_copy
 from sdp_lightning.workflows.send_gate import SendGate, is_being_cancelled
 from sdp_lightning.workflows.workflow import RolloutWorkflow, why_rejected
 
@@ -270,7 +271,8 @@ class WorkflowExecutor:
     async def _roll_out(self, group: InFlightGroup) -> None:
         session = group.session
         try:
-            trajectories = await self.workflow.run(group.row.data, session)
+            row = await own_copy(group.row.data)
+            trajectories = await self.workflow.run(row, session)
             session.end()
             if session.divergence:
                 pass

@@ -22,6 +22,7 @@ from sdp_lightning.workflows.completion import TextSettings, check_settings, com
 from sdp_lightning.workflows.environment import BoundedEnvironment, Environment
 from sdp_lightning.workflows.episode import Episode
 from sdp_lightning.workflows.group_play import play_group
+from sdp_lightning.workflows.own_row import own_copy
 from sdp_lightning.workflows.workflow import (
     RolloutSession,
     RolloutWorkflow,
@@ -121,7 +122,7 @@ class MultiTurnWorkflow(RolloutWorkflow):
             )
         world = BoundedEnvironment(environment, timeout_s=self.step_timeout_s)
         try:
-            opening = await world.reset(row)
+            opening = await world.reset(await own_copy(row))
             uses_template = self.turn_format is None
             tokens = await encode_aside(
                 opening,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 from sdp_lightning.config.import_path import load_object
 from sdp_lightning.errors import ConfigError, InfrastructureError, RolloutError
@@ -20,6 +20,7 @@ from sdp_lightning.rewards.timeouts import call_reward
 from sdp_lightning.rewards.value import LostZero, Score, why_no_name
 from sdp_lightning.types import Row
 from sdp_lightning.workflows.completion import Completion
+from sdp_lightning.workflows.own_row import own_copy
 from sdp_lightning.workflows.workflow import gather_or_cancel
 
 Value = float | Sequence[float] | Mapping[str, float] | Sequence[Mapping[str, float]]
@@ -62,9 +63,7 @@ class RewardCaller:
         asked = {name: sample.ask(name) for name in self.asked.names}
         if self.pool is not None:
             return await self.pool(sample.text, row, **asked)
-        limit = self._timeout_s
-        value = await call_reward(self.function, sample.text, row, timeout_s=limit, **asked)
-        return cast("Score", value)
+        return await self._call_here(sample.text, row, asked)
 
     async def score_group(self, samples: Sequence[Completion], row: Row) -> list[Score]:
         """The scores of a group, by a reward that is given all of it."""
@@ -75,9 +74,14 @@ class RewardCaller:
         }
         if self.pool is not None:
             return await self.pool.score_group(texts, row, **asked)
-        limit = self._timeout_s
-        value = await call_reward(self.function, texts, row, timeout_s=limit, **asked)
-        return cast("list[Score]", value)
+        return await self._call_here(texts, row, asked)
+
+    async def _call_here(self, completion: str | list[str], row: Row, asked: dict[str, Any]) -> Any:
+        """The score of the function, which may change its own copy of the row."""
+        if "messages" in asked:
+            asked["messages"] = await own_copy(asked["messages"])
+        limit, row = self._timeout_s, await own_copy(row)
+        return await call_reward(self.function, completion, row, timeout_s=limit, **asked)
 
 
 class Scoring:
