@@ -29,8 +29,8 @@ MAX_ENTRIES = 18  # modules and rooms at the package's root
 # Where each big library may be imported; elsewhere it would slow what needs none of it.
 LIBRARIES = {
     "lightning": {"lightning", "observability", "cli"},
-    "transformers": {"config", "engines", "training", "lightning", "observability", "cli"}
-    | {"testing"},
+    "transformers": {"config", "engines", "training", "workflows", "lightning", "observability"}
+    | {"cli", "testing"},
     "torchmetrics": {"training"},
     "peft": {"training"},
     "torch": set(ROOMS) - {"errors", "types", "config", "prompts", "rewards", "workflows"},

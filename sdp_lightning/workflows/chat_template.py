@@ -114,8 +114,17 @@ def encode_prompt(
     return encode_opening(row[key], tokenizer, use_chat_template=use_chat_template)
 
 
-def encode_opening(prompt: Any, tokenizer: Tokenizer, *, use_chat_template: bool) -> list[int]:
-    """The tokens of a prompt. ``RolloutError`` if it is neither text nor messages."""
+def encode_opening(
+    prompt: Any,
+    tokenizer: Tokenizer,
+    *,
+    use_chat_template: bool,
+    tools: Sequence[Mapping[str, Any]] = (),
+) -> list[int]:
+    """The tokens of a prompt. ``RolloutError`` if it is neither text nor messages.
+
+    The chat template is given ``tools``, JSON schemas of functions that the policy may call.
+    """
     if not isinstance(prompt, str) and not is_conversation(prompt):
         raise RolloutError(
             f"the prompt {_shown(prompt)} is neither text nor a list of "
@@ -127,7 +136,7 @@ def encode_opening(prompt: Any, tokenizer: Tokenizer, *, use_chat_template: bool
         text = prompt
     else:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        text = _render(messages, tokenizer)
+        text = _render(messages, tokenizer, tools)
     tokens = tokenizer.encode(text, add_special_tokens=False)
     if not tokens:
         raise RolloutError(f"the prompt {_shown(prompt)} has no tokens.")
@@ -139,9 +148,9 @@ def _shown(value: object) -> str:
     return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
 
 
-def _render(messages: Any, tokenizer: Tokenizer) -> str:
+def _render(messages: Any, tokenizer: Tokenizer, tools: Sequence[Mapping[str, Any]] = ()) -> str:
     try:
-        return _write(messages, tokenizer)
+        return _write(messages, tokenizer, tools)
     except ValueError as error:  # what transformers raises where there is no template
         raise RolloutError(
             f"the tokenizer cannot write a chat: {error} Use a model with a chat template "
@@ -150,7 +159,11 @@ def _render(messages: Any, tokenizer: Tokenizer) -> str:
         ) from error
 
 
-def _write(messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> str:
+def _write(
+    messages: Sequence[Mapping[str, Any]],
+    tokenizer: Tokenizer,
+    tools: Sequence[Mapping[str, Any]] = (),
+) -> str:
     """The conversation by the chat template.
 
     Templates of vision-language models may write nothing of a content that is a text, and expect
@@ -158,7 +171,7 @@ def _write(messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> str:
     """
     from jinja2 import TemplateError
 
-    rendered = _apply(messages, tokenizer)
+    rendered = _apply(messages, tokenizer, tools)
     texts = [m["content"].strip() for m in messages if isinstance(m.get("content"), str)]
     num_written = sum(text in rendered for text in texts)
     if num_written == len(texts):
@@ -170,14 +183,17 @@ def _write(messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> str:
         for m in messages
     ]
     try:
-        other = _apply(in_parts, tokenizer)
+        other = _apply(in_parts, tokenizer, tools)
     except (TemplateError, TypeError, ValueError):  # the template wants texts
         return rendered
     return other if sum(text in other for text in texts) > num_written else rendered
 
 
-def _apply(messages: Any, tokenizer: Tokenizer) -> str:
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+def _apply(messages: Any, tokenizer: Any, tools: Sequence[Mapping[str, Any]]) -> str:
+    given = {"tools": list(tools)} if tools else {}
+    return tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=False, **given
+    )
 
 
 def _require_text(messages: Sequence[Mapping[str, Any]]) -> None:

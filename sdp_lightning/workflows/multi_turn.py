@@ -19,7 +19,7 @@ from sdp_lightning.workflows.chat_template import (
     with_stops,
 )
 from sdp_lightning.workflows.completion import TextSettings, check_settings, completion_text
-from sdp_lightning.workflows.environment import BoundedEnvironment, Environment
+from sdp_lightning.workflows.environment import BoundedEnvironment, Environment, Transcript
 from sdp_lightning.workflows.episode import Episode
 from sdp_lightning.workflows.group_play import play_group
 from sdp_lightning.workflows.own_row import own_copy
@@ -120,13 +120,18 @@ class MultiTurnWorkflow(RolloutWorkflow):
             raise ConfigError(
                 f"environment must make a sdp_lightning.Environment; it made {environment!r}."
             )
-        world = BoundedEnvironment(environment, timeout_s=self.step_timeout_s)
+        transcript = Transcript(tokenizer, params.stop_token_ids)
+        world = BoundedEnvironment(
+            environment, timeout_s=self.step_timeout_s, transcript=transcript
+        )
         try:
             opening = await world.reset(await own_copy(row))
             uses_template = self.turn_format is None
             tokens = await encode_aside(
                 opening,
-                lambda: encode_opening(opening, tokenizer, use_chat_template=uses_template),
+                lambda: encode_opening(
+                    opening, tokenizer, use_chat_template=uses_template, tools=world.tools
+                ),
             )
             if self._room(len(tokens)) < 1:
                 raise RolloutError(
@@ -150,16 +155,17 @@ class MultiTurnWorkflow(RolloutWorkflow):
             start = episode.token_ids.size
             budget = min(params.max_new_tokens, self._room(start))
             await episode.generate(replace(params, max_new_tokens=budget))
-            sampled: list[int] = episode.token_ids[start:].tolist()
+            tokens: list[int] = episode.token_ids.tolist()
+            sampled, history = tokens[start:], tokens[:start]
             said = completion_text(
                 *(sampled, tokenizer),
                 stop_token_ids=params.stop_token_ids,
                 keep_special_tokens=self.keep_special_tokens,
             )
-            result = await world.step(said)
+            result = await world.step(said, sampled, history)
             reward += result.reward
             if result.done:
-                return episode.finish(reward)
+                return episode.finish(reward, truncated=world.is_truncated)
             if turn + 1 < self.max_turns:
                 last = sampled[-1]
                 encode = functools.partial(

@@ -4,8 +4,8 @@ Three things are counted, and one is shown from the source:
 
 - characters read by methods of ``str``, also in C: the text is a :class:`CountedText`, whose
   methods and slices add what they read (``find`` only up to its match);
-- characters given to ``json.loads`` and to the patterns of ``re``, which read the buffer itself:
-  ``counting`` stands in for both;
+- characters given to ``json.loads``, to JSON decoders and to the patterns of ``re``, which read the
+  buffer itself: ``counting`` stands in for all;
 - lines of Python that are run, by ``sys.settrace``.
 
 What a pattern does inside of one pass over its text cannot be counted from outside. So a pattern
@@ -136,10 +136,34 @@ class CountedPattern:
         self._count.characters += len(text)
         return self._pattern.finditer(text)
 
+    def match(self, text: str, place: int = 0) -> re.Match[str] | None:
+        found = self._pattern.match(text, place)
+        self._count.characters += 1 if found is None else 1 + len(found[0])
+        return found
+
+
+class CountedDecoder:
+    """A decoder of JSON that adds what it reads: to the end of the text where it fails."""
+
+    def __init__(self, decoder: json.JSONDecoder, count: Count) -> None:
+        self._decoder, self._count = decoder, count
+
+    def decode(self, text: str) -> Any:
+        self._count.characters += len(text)
+        return self._decoder.decode(text)
+
+    def raw_decode(self, text: str, place: int = 0) -> tuple[Any, int]:
+        end = len(text)
+        try:
+            value, end = self._decoder.raw_decode(text, place)
+        finally:
+            self._count.characters += end - place
+        return value, end
+
 
 @contextmanager
 def counting(count: Count, *modules: Any) -> Iterator[None]:
-    """Count lines run, ``json.loads``, and the patterns of ``modules``."""
+    """Count lines run, ``json.loads``, and the patterns and JSON decoders of ``modules``."""
     loads = json.loads
 
     def counted_loads(text: str) -> Any:
@@ -156,6 +180,8 @@ def counting(count: Count, *modules: Any) -> Iterator[None]:
             for name, value in list(vars(module).items()):
                 if isinstance(value, re.Pattern):
                     patch.setattr(module, name, CountedPattern(value, count))
+                if isinstance(value, json.JSONDecoder):
+                    patch.setattr(module, name, CountedDecoder(value, count))
         before = sys.gettrace()
         sys.settrace(trace)
         try:

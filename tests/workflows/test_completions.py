@@ -19,7 +19,7 @@ from sdp_lightning.observability.view import text as view
 from sdp_lightning.rewards import exact_match, numeric_match, text as rewards
 from sdp_lightning.rewards.text import between_tags
 from sdp_lightning.testing import tiny_tokenizer
-from sdp_lightning.workflows import tools
+from sdp_lightning.workflows import tool_calls, tools
 from sdp_lightning.workflows.chat_template import encode_turn
 from support.counted_work import Count, CountedPattern, CountedText, counting, why_not_linear
 from support.hostile_completions import completion
@@ -105,7 +105,7 @@ def check(text: str, turn_formats: Sequence[str | None] = TURN_FORMATS) -> None:
         assert count.total <= FLAT + SLOPE * len(text), f"{name}: {count.total} of {len(text)}"
     count = Count()
     given = CountedText(text, count)
-    with counting(count, tools):
+    with counting(count, tools, tool_calls):
         messages = converse(given)
     assert count.total <= FLAT * MESSAGES + SLOPE * len(text), f"tools: {count.total}"
     assert all(len(message["content"]) <= 2000 for message in messages)

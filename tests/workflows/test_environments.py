@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 import sdp_lightning as sdp
 from sdp_lightning.errors import ConfigError, RolloutError
 from sdp_lightning.rewards import RewardRejected
 from sdp_lightning.testing import FakeEngine
-from support.conversations import ROWS, Counts, make
+from sdp_lightning.workflows.environment import BoundedEnvironment
+from support.conversations import ROWS, Counts, make, roll
 from support.rollouts import DEADLINE_S, rolling, wait_until
 from support.waiting import wait_for
 
@@ -63,6 +67,106 @@ def test_an_environment_that_fails_is_named_with_row_and_step(
         with pytest.raises(RolloutError, match=rf"row 'r\d'.*{message}"):
             executor.take()
         assert executor.stat.failed >= 1
+
+
+class Returns(sdp.Environment):
+    """Returns what it was made of."""
+
+    def __init__(self, opening: Any = "?", result: Any = ("", 1.0, True)) -> None:
+        self.opening, self.result = opening, result
+
+    def reset(self, row: Mapping[str, Any]) -> Any:
+        return self.opening
+
+    def step(self, completion: str) -> Any:
+        return self.result
+
+
+def say(opening: Any = "?", result: Any = ("", 1.0, True)) -> tuple[Any, Any, BoundedEnvironment]:
+    """What ``reset`` and ``step`` of an environment are taken as."""
+    world = BoundedEnvironment(Returns(opening, result), timeout_s=DEADLINE_S)
+
+    async def play() -> tuple[Any, Any]:
+        return await world.reset({}), await world.step("x")
+
+    return *asyncio.run(play()), world
+
+
+ASK, TOOL = {"role": "user", "content": "2+2?"}, {"role": "tool", "content": "4"}
+
+
+@pytest.mark.parametrize(
+    ("result", "taken", "is_truncated"),
+    [
+        (("o", np.float32(0.5), np.bool_(False)), ("o", 0.5, False), False),
+        (("o", np.array(0.5), np.array(True)), ("o", 0.5, True), False),
+        (("o", torch.tensor(0.5), torch.tensor(False)), ("o", 0.5, False), False),
+        ((np.str_("o"), np.int64(2), False), ("o", 2.0, False), False),
+        ((TOOL, 0, False), ([TOOL], 0.0, False), False),
+        (((TOOL, TOOL), 0, False), ([TOOL, TOOL], 0.0, False), False),
+        ((np.array([TOOL]), 0, False), ([TOOL], 0.0, False), False),
+        ((None, 1, True), (None, 1.0, True), False),
+        (("o", 1, False, False, {}), ("o", 1.0, False), False),
+        (("o", 1, np.bool_(True), np.bool_(True), {}), ("o", 1.0, True), False),
+        (("o", 1, False, np.bool_(True), {}), ("o", 1.0, True), True),
+    ],
+    ids=lambda value: repr(value)[:40],
+)
+def test_a_step_may_return_scalars_of_any_library_messages_and_five_values(
+    result: Any, taken: Any, is_truncated: bool
+) -> None:
+    _, step, world = say(result=result)
+    assert step == taken and [type(value) for value in step[1:]] == [float, bool]
+    assert world.is_truncated is is_truncated
+
+
+@pytest.mark.parametrize(
+    ("opening", "taken"),
+    [
+        (ASK, [ASK]),
+        ((ASK,), [ASK]),
+        (np.array([ASK, TOOL]), [ASK, TOOL]),
+        (np.array("?"), "?"),
+        (("?", {"seed": 3}), "?"),
+        ((ASK, {}), [ASK]),
+        ((ASK, TOOL), [ASK, TOOL]),
+    ],
+    ids=lambda value: repr(value)[:40],
+)
+def test_a_reset_may_return_messages_and_an_info(opening: Any, taken: Any) -> None:
+    assert say(opening)[0] == taken
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        ({"opening": np.array([3, 4])}, r"Returns\.reset\(\): the prompt \[3, 4\] is neither text"),
+        ({"opening": None}, r"Returns\.reset\(\): the prompt None is neither text nor a list of"),
+        ({"result": (3, 0, False)}, r"step\(\) number 1: the observation 3 is neither text nor a"),
+        (
+            {"result": ("", "a lot", True)},
+            r"number 1: reward .* returned 'a lot'; it must be a num",
+        ),
+        ({"result": ("", np.ones(1), True)}, r"number 1: reward .* returned \[1\.0\]; it must be"),
+        ({"result": ("", 0, 1)}, r"number 1 returned done=1; it must be a bool"),
+        ({"result": ("", 0, np.array([True]))}, r"done=\[True\]; it must be a bool"),
+        ({"result": ("", 0, False, 3, {})}, r"terminated or truncated=3; it must be a bool"),
+        ({"result": ("", 0, True, {})}, r"number 1 returned \('', 0, True, {}\); it must be a tup"),
+        ({"result": {"reward": 1}}, r"number 1 returned {'reward': 1}; it must be a tuple"),
+        ({"result": ("x" * 10**6,)}, r"returned \('x{100,200}\.\.\.; it must be a tuple"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_anything_else_is_named_with_environment_and_step(returned: Any, message: str) -> None:
+    with pytest.raises(RolloutError, match=message) as caught:
+        say(**returned)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_conversation_that_an_environment_truncates_counts_as_cut_off() -> None:
+    for ends, reason in (((False, True), "length"), ((True, True), "stop")):
+        workflow = make(lambda ends=ends: Returns(result=("", 0.5, *ends, {})))
+        assert {(t.finish_reason, t.reward) for t in roll(workflow)} == {(reason, 0.5)}
 
 
 def test_an_environment_that_hangs_fails_its_group_at_the_deadline_and_others_go_on() -> None:
