@@ -128,7 +128,7 @@ class Scoring:
                 f"reward is a RewardPool of {given_pools[0].num_workers} workers already; leave "
                 f"out reward_workers={workers}."
             )
-        self.weights = _checked_weights(weights, list(given) if by_name else None)
+        self.weights = checked_weights(weights, list(given) if by_name else None)
         self._returns_mapping = rewards is not None and not by_name
         self._is_plain: bool | None = False if by_name or self.weights else None  # None: unknown
 
@@ -225,6 +225,44 @@ class Scoring:
         return score
 
 
+class TurnRewards:
+    """The rewards of one conversation, added up over its turns.
+
+    Args:
+        weights: weights of several rewards by name; empty for one reward.
+    """
+
+    def __init__(self, weights: Mapping[str, float]) -> None:
+        self.total: float | dict[str, float] = dict.fromkeys(weights, 0.0) if weights else 0.0
+
+    def add(self, score: Score) -> None:
+        """Add what a turn is worth: of several rewards some by name, or the number 0.
+
+        Raises:
+            RolloutError: if there is no weight for a name, or no name for a number.
+        """
+        if not isinstance(self.total, dict):
+            if isinstance(score, dict):
+                raise RolloutError(
+                    f"the environment returned the rewards {score}; name all that a conversation "
+                    "may have by reward_weights={...} of the workflow."
+                )
+            self.total += score
+        elif isinstance(score, dict):
+            for name, reward in score.items():
+                if name not in self.total:
+                    raise RolloutError(
+                        f"the environment returned the rewards {score}, and reward_weights has no "
+                        f"{name!r}: it has {sorted(self.total)}."
+                    )
+                self.total[name] += reward
+        elif score:
+            raise RolloutError(
+                f"the environment returned the reward {score}; with reward_weights it must be a "
+                f"mapping of names, of {sorted(self.total)}, or 0."
+            )
+
+
 async def _together(calls: Mapping[str, Coroutine[Any, Any, Any]]) -> dict[str, Any]:
     if len(calls) == 1:
         return {name: await call for name, call in calls.items()}
@@ -239,8 +277,8 @@ def _check_names(named: Mapping[str, Any] | None, argument: str) -> None:
             raise ConfigError(f"{argument} has the name {name!r}; {why}.")
 
 
-def _checked_weights(
-    weights: Mapping[str, float] | None, names: Sequence[str] | None
+def checked_weights(
+    weights: Mapping[str, float] | None, names: Sequence[str] | None = None
 ) -> dict[str, float]:
     """The weights by name, in the order of ``names``; None takes the names of the weights."""
     if weights is None:
