@@ -28,7 +28,7 @@ STRATEGIES = ("ddp", "fsdp")
 
 RECORDED: dict[str, dict[str, Any]] = {
     "padded": {"layout": "padded"},
-    "packed": {"layout": "packed", "minibatches": 2},
+    "packed, each reward apart": {"layout": "packed", "minibatches": 2, "apart": True},
     "shared prefix, several minibatches": {"layout": "shared_prefix", "minibatches": 2},
     "partly trained, checkpointed": {
         "layout": "shared_prefix",
