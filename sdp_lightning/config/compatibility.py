@@ -34,6 +34,19 @@ def check_together(rollout: RolloutConfig, update: UpdateConfig, loss: LossConfi
     check_centre(loss, segment_wise=rollout.enable_segment_wise_ppo)
 
 
+def check_objective(update: UpdateConfig, loss: LossConfig) -> None:
+    """Refuse advantages that ``loss`` has no reward for.
+
+    Raises:
+        ConfigError: naming both settings, and what to set instead.
+    """
+    if update.advantages == "gdpo" and loss.needs_reference and loss.kl_in == "reward":
+        raise ConfigError(
+            "advantages='gdpo' normalizes each named reward apart, and kl_in='reward' takes the KL "
+            "off their sum. Use kl_in='loss'."
+        )
+
+
 def check_centre(loss: LossConfig, *, segment_wise: bool) -> None:
     """Refuse a centre that needs the segment-wise mode while it is off.
 

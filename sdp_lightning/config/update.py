@@ -9,6 +9,8 @@ from typing import Literal
 from sdp_lightning.config.validation import at_least, check_types
 from sdp_lightning.errors import ConfigError
 
+StandardDeviation = Literal["population", "sample"]
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:
@@ -77,10 +79,16 @@ class UpdateConfig:
             without padding; ``"shared_prefix"`` computes the prompt of a group once; ``"auto"``
             takes the cheapest of those that the model allows.
         advantages: reward less the mean of its ``"group"`` (GRPO), or of its siblings without it
-            (``"rloo"``).
+            (``"rloo"``); ``"gdpo"`` normalizes each of several rewards in its group, adds them up
+            by their weights, and normalizes the sums over the batch of all ranks.
         scale_advantages_by_std: GRPO's division by the standard deviation of the group; None is
-            True for ``"group"``. Dr. GRPO leaves it out, and has ``LossConfig(aggregation=
+            True but for ``"rloo"``. Dr. GRPO leaves it out, and has ``LossConfig(aggregation=
             "constant")``.
+        group_std: the standard deviation of a group of G: of a ``"population"`` (over G), or of a
+            ``"sample"`` (over G - 1), as TRL, verl, AReaL, OpenRLHF, SkyRL and NeMo-RL have it. Of
+            GDPO also that of the batch.
+        mask_truncated: leave the tokens of a trajectory that did not end by itself out of the loss
+            and its denominators. Its reward stays in the mean and the deviation of its group.
         max_skipped_in_a_row: a step whose gradient is not finite is skipped; this many without a
             good one between are an error.
         max_uniform_in_a_row: so many batches in a row in which no group has two different rewards
@@ -94,8 +102,10 @@ class UpdateConfig:
     num_epochs: int = 1
     max_tokens_per_microbatch: int = 4096
     layout: Literal["auto", "padded", "packed", "shared_prefix"] = "auto"
-    advantages: Literal["group", "rloo"] = "group"
+    advantages: Literal["group", "rloo", "gdpo"] = "group"
     scale_advantages_by_std: bool | None = None
+    group_std: StandardDeviation = "population"
+    mask_truncated: bool = False
     max_skipped_in_a_row: int = 10
     max_uniform_in_a_row: int | None = 100
 
@@ -112,6 +122,22 @@ class UpdateConfig:
                 "advantages='rloo' is a baseline without bias, which scale_advantages_by_std=True "
                 "would bias. Remove one of the two."
             )
+        if self.advantages == "gdpo" and self.scale_advantages_by_std is False:
+            raise ConfigError(
+                "advantages='gdpo' is the division of each reward by its own standard deviation, "
+                "which scale_advantages_by_std=False leaves out. Remove one of the two."
+            )
+        if self.group_std == "sample" and not self.scales_by_std:
+            raise ConfigError(
+                "group_std='sample' with advantages that are not divided by a standard deviation "
+                f"(advantages={self.advantages!r}, scale_advantages_by_std="
+                f"{self.scale_advantages_by_std}) has no effect. Remove it."
+            )
+
+    @property
+    def scales_by_std(self) -> bool:
+        """Whether advantages are divided by the standard deviation of their group."""
+        return self.advantages != "rloo" and self.scale_advantages_by_std is not False
 
     @property
     def steps_per_batch(self) -> int:

@@ -50,6 +50,8 @@ from sdp_lightning.training.update import PolicyUpdate, TrainingLoop
 from sdp_lightning.types import Context, FloatArray, Segment, Trajectory, TrajectoryGroup
 from sdp_lightning.weights.protocol import WeightStream
 
+_IN_BAR = ("reward", "pass_at_k")  # of an evaluation
+
 
 class SegmentWisePPOModule(L.LightningModule):
     """Trains a causal LM with the segment-wise PPO loss, one consumed batch a ``training_step``.
@@ -225,8 +227,9 @@ class SegmentWisePPOModule(L.LightningModule):
         """One consumed batch: each of its minibatches is an optimizer step."""
         metrics = LagMetrics(sync_on_compute=False)  # a kept one would be made bfloat16, too
         self._metrics = metrics.to(self.device)
-        batch = self._policy_update.prepare(batch, self._runner, self._reference_logprobs)
-        self._log_step(batch, self._policy_update.train(batch, self._training_loop()))
+        update, reference = self._policy_update, self._reference_logprobs
+        batch = update.prepare(batch, self._runner, reference, sums=self._sums)
+        self._log_step(batch, update.train(batch, self._training_loop()))
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Log the mean reward and pass@k of rollouts of the published version."""
@@ -300,7 +303,8 @@ class SegmentWisePPOModule(L.LightningModule):
         return self._reference_runner.logprobs(batch)
 
     def _log_step(self, batch: Batch, steps: list[dict[str, Tensor]]) -> None:
-        values = step_values(batch, steps, self._num_ranks)
+        apart = self.update.advantages == "gdpo"
+        values = step_values(batch, steps, self._num_ranks, apart=apart)
         mine = torch.stack([value.double().to(self.device) for value in values.values()])
         rank, size = self.global_rank, self._num_ranks
         total = self._metrics.pool(self._sums.add_up, mine, rank=rank, num_ranks=size)
@@ -317,7 +321,7 @@ class SegmentWisePPOModule(L.LightningModule):
     def _log_evaluation(self, stage: str, batch: Any) -> None:
         settings: dict[str, Any] = {"batch_size": batch.num_trajectories, "sync_dist": True}
         for name, value in batch.metrics.items():  # all ranks have the same: else Lightning warns
-            self.log(f"{stage}/{name}", value, prog_bar=name != "version", **settings)
+            self.log(f"{stage}/{name}", value, prog_bar=name in _IN_BAR, **settings)
 
     def _precision(self) -> AbstractContextManager[Any]:
         plain = self._trainer is None

@@ -92,15 +92,21 @@ class RolloutLoader:
                 self._take_mine,
                 self._tell,
             )
-        self._stop.obey(signum for _, signum, _ in told)
+        self._stop.obey(signum for _, signum, *_ in told)
         self._phase_timer.enter("rest")
-        self.counts = sum((counts for *_, counts in told), RolloutCounts())
-        return None if any(ended for ended, *_ in told) else groups
+        self.counts = sum((counts for _, _, counts, _ in told), RolloutCounts())
+        if any(ended for ended, *_ in told):
+            return None
+        _check_names([named for *_, named in told])
+        return groups
 
     def _tell(
         self, taken: tuple[list[TrajectoryGroup] | None, int | None]
-    ) -> tuple[bool, int | None, RolloutCounts]:
-        """Whether prompts have ended, the signal, and what is added up: no meeting of its own."""
+    ) -> tuple[bool, int | None, RolloutCounts, tuple[str, list[str]]]:
+        """Whether prompts have ended, the signal, what is added up, and a row and its rewards.
+
+        They need no meeting of their own.
+        """
         executor, before = self._executor, self._generated
         self._generated = executor.engine.num_generated
         counts = RolloutCounts.from_ledger(
@@ -110,7 +116,9 @@ class RolloutLoader:
             generated=self._generated - before,
             calls=THREADS.load,
         )
-        return taken[0] is None, taken[1], counts
+        first = taken[0][0] if taken[0] else None
+        named = (first.row_id, sorted(first.trajectories[0].rewards)) if first else ("", [])
+        return taken[0] is None, taken[1], counts, named
 
     def _take_mine(self) -> tuple[list[TrajectoryGroup] | None, int | None]:
         """A batch, or None if prompts or time have ended; and the signal that told to stop."""
@@ -140,6 +148,16 @@ class RolloutLoader:
             missing_proximal=config.missing_proximal,
             max_lag=config.max_token_lag,
         )
+
+
+def _check_names(named: Sequence[tuple[str, list[str]]]) -> None:
+    """Raise ``RolloutError`` if ranks have rewards of other names: their metrics would be mixed."""
+    for rank, (row_id, names) in enumerate(named):
+        if names != named[0][1]:
+            raise RolloutError(
+                f"row {row_id!r} of rank {rank} has rewards named {names}, and row "
+                f"{named[0][0]!r} of rank 0 {named[0][1]}; the names must be the same for all rows."
+            )
 
 
 def make_batch(

@@ -5,6 +5,8 @@ n target, m centre of the trust region.
 """
 
 from sdp_lightning.objective.advantages import (
+    batch_normalized,
+    decoupled_sums,
     group_relative_advantages,
     leave_one_out_advantages,
 )
@@ -24,7 +26,9 @@ from sdp_lightning.objective.token_logprobs import token_logprobs
 
 __all__ = [
     "PolicyLoss",
+    "batch_normalized",
     "complete_segment_logprobs",
+    "decoupled_sums",
     "group_relative_advantages",
     "leave_one_out_advantages",
     "loglinear_proximal",

@@ -5,15 +5,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sdp_lightning.config.update import StandardDeviation
+
 
 def group_relative_advantages(
-    rewards: Tensor, group_ids: Tensor, *, scale_by_std: bool = True, eps: float = 1e-6
+    rewards: Tensor,
+    group_ids: Tensor,
+    *,
+    scale_by_std: bool = True,
+    std: StandardDeviation = "population",
+    eps: float = 1e-6,
 ) -> Tensor:
     r"""Reward minus the mean of its group, over the standard deviation of the group.
 
-    .. math:: A_i = (R_i - \bar R_{g(i)}) / (\sigma_{g(i)} + \epsilon)
+    .. math:: A_i = (R_i - \bar R_g) / (\sigma_g + \epsilon), \quad
+        \sigma_g^2 = \frac{1}{n} \sum_{j \in g} (R_j - \bar R_g)^2
 
-    The deviation is the population's. A group of one, or of equal rewards, gets exactly 0.
+    for a group g of G trajectories, with n = G for the deviation of a ``"population"``, and
+    n = G - 1 for that of a ``"sample"``, which makes advantages smaller by sqrt((G - 1) / G). A
+    group of one, or of equal rewards, gets exactly 0 under both.
 
     Sources: Shao et al. 2024 (GRPO), https://arxiv.org/abs/2402.03300; without the division: Liu et
     al. 2025 (Dr. GRPO), https://arxiv.org/abs/2503.20783.
@@ -22,6 +32,7 @@ def group_relative_advantages(
         rewards: [B].
         group_ids: [B] integers, in any order; equal ids are siblings.
         scale_by_std: divide by the standard deviation.
+        std: the standard deviation that is meant.
         eps: added to the deviation.
 
     Returns:
@@ -33,7 +44,8 @@ def group_relative_advantages(
     group, size, deviation = _deviations(rewards, group_ids)
     if scale_by_std:
         square = deviation.new_zeros(size.numel()).index_add(0, group, deviation.square())
-        scaled = deviation / ((square / size).sqrt() + eps)[group]
+        count = size if std == "population" else (size - 1).clamp(min=1)
+        scaled = deviation / ((square / count).sqrt() + eps)[group]
         deviation = torch.where(deviation == 0, 0.0, scaled)
     return deviation.to(torch.promote_types(rewards.dtype, torch.float32))
 
@@ -59,6 +71,68 @@ def leave_one_out_advantages(rewards: Tensor, group_ids: Tensor) -> Tensor:
     group, size, deviation = _deviations(rewards, group_ids)
     advantages = deviation * (size / (size - 1).clamp(min=1))[group]
     return advantages.to(torch.promote_types(rewards.dtype, torch.float32))
+
+
+def decoupled_sums(
+    rewards: Tensor,
+    weights: Tensor,
+    group_ids: Tensor,
+    *,
+    std: StandardDeviation = "population",
+    eps: float = 1e-6,
+) -> Tensor:
+    r"""Each reward normalized in its group, then their weighted sum (GDPO, before the batch).
+
+    .. math:: S_i = \sum_k w_{ik} (R_{ik} - \bar R_{gk}) / (\sigma_{gk} + \epsilon)
+
+    A group of one gets exactly 0, as does a reward that is equal in the whole group. Source: Liu et
+    al. 2026, https://arxiv.org/abs/2601.05242.
+
+    Args:
+        rewards: [B, K] of K named rewards.
+        weights: [B, K].
+        group_ids: [B] integers, in any order; equal ids are siblings.
+        std: the standard deviation that is meant.
+        eps: added to each deviation.
+
+    Returns:
+        [B] float64.
+    """
+    columns = [
+        group_relative_advantages(column, group_ids, std=std, eps=eps)
+        for column in rewards.double().unbind(1)
+    ]
+    return (torch.stack(columns, 1) * weights).sum(1)
+
+
+def batch_normalized(
+    values: Tensor,
+    *,
+    count: float,
+    total: float,
+    squares: float,
+    std: StandardDeviation = "population",
+    eps: float = 1e-6,
+) -> Tensor:
+    r"""Values less the mean of a batch, over its standard deviation (the last step of GDPO).
+
+    .. math:: A_i = (S_i - \bar S) / (\sigma_S + \epsilon)
+
+    Args:
+        values: [B] a part of the batch.
+        count: number of the batch's values.
+        total: their sum.
+        squares: the sum of their squares.
+        std: the standard deviation that is meant.
+        eps: added to the deviation.
+
+    Returns:
+        [B] float32.
+    """
+    mean = total / count
+    spread = max(squares - count * mean**2, 0.0)
+    deviation = (spread / (count if std == "population" else max(count - 1, 1))) ** 0.5
+    return ((values - mean) / (deviation + eps)).float()
 
 
 def uniform_share(rewards: Tensor, group_ids: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from sdp_lightning.observability.report.series import (
     values_of,
 )
 from sdp_lightning.observability.report.time_breakdown import LABELS, REST, time_breakdown
-from sdp_lightning.training.metrics.names import MetricRow
+from sdp_lightning.training.metrics.names import NAMED_REWARD, MetricRow, reward_names
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -103,15 +103,17 @@ def render(rows: Sequence[MetricRow], *, window: int) -> list[RenderableType]:
     Parts without metrics are left out.
     """
     from rich.table import Table
+    from rich.text import Text
 
     parts: list[RenderableType] = []
     table = Table.grid(padding=(0, 2))
     if rewards := values_of(rows, "train/reward"):
-        means = moving_mean(rewards, window)
-        parts.append("\n".join(draw(means)))
-        first = means[min(window, len(means)) - 1]
-        text = f"{first:.3f} -> {means[-1]:.3f}, means of the first and last {window} batches"
+        parts.append("\n".join(draw(moving_mean(rewards, window))))
+        text = f"{_change(rewards, window)}, means of the first and last {window} batches"
         table.add_row("reward", "", text)
+    for name in reward_names(rows):
+        values = values_of(rows, NAMED_REWARD + name)
+        table.add_row("", "", Text(f"{_change(values, window)} {name}"))
     for title, shares in (("lag", lag_shares(rows)), ("time", phase_shares(rows))):
         for label, share in shares.items():
             table.add_row(title, f"{share:6.1%}", f"{'█' * round(30 * share):30} {label}")
@@ -126,6 +128,12 @@ def render(rows: Sequence[MetricRow], *, window: int) -> list[RenderableType]:
         speeds = [f"{mean(rows, name):.0f} {SPEEDS[name]}" for name in logged]
         table.add_row("tokens/s", "", ", ".join(speeds))
     return [*parts, table, *lag_table(rows)]
+
+
+def _change(values: Sequence[float], window: int) -> str:
+    """Means of the first and the last ``window`` values."""
+    means = moving_mean(values, window)
+    return f"{means[min(window, len(means)) - 1]:.3f} -> {means[-1]:.3f}"
 
 
 def lag_shares(rows: Sequence[MetricRow]) -> dict[str, float]:

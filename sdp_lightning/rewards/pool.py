@@ -18,6 +18,7 @@ from sdp_lightning.rewards.foreign_code import needs_workers
 from sdp_lightning.rewards.reward_path import import_path_of
 from sdp_lightning.rewards.sandbox import Sandbox, refuse_unusable
 from sdp_lightning.rewards.timeouts import call_aside_if_long
+from sdp_lightning.rewards.value import LostZero, Score
 from sdp_lightning.rewards.worker_limits import MIB, WorkerLimits
 from sdp_lightning.rewards.worker_process import CallOutcome, WorkerSettings
 from sdp_lightning.rewards.worker_threads import Tally, WorkerThreads
@@ -169,8 +170,8 @@ class RewardPool:
         self._leave_parent()
         return RewardCounts(**self._tally.snapshot())
 
-    async def __call__(self, completion: str, row: Row, **asked: Any) -> float:
-        """The reward of ``completion``.
+    async def __call__(self, completion: str, row: Row, **asked: Any) -> Score:
+        """The reward of ``completion``, or its rewards by name.
 
         Args:
             completion: sampled text.
@@ -186,7 +187,7 @@ class RewardPool:
         outcome = await self._call(completion, row, asked)
         return outcome.value if outcome.kind == "value" else self._settle(outcome, completion, row)
 
-    async def score_group(self, completions: Sequence[str], row: Row, **asked: Any) -> list[float]:
+    async def score_group(self, completions: Sequence[str], row: Row, **asked: Any) -> list[Score]:
         """The rewards of a group, by a reward that scores all ``completions`` at once.
 
         Raises:
@@ -265,7 +266,7 @@ class RewardPool:
                 _shown(completion),
             )
 
-    def _settle(self, outcome: CallOutcome, completion: str, row: Row) -> float:
+    def _settle(self, outcome: CallOutcome, completion: str, row: Row) -> LostZero:
         if outcome.kind == "infrastructure":
             raise InfrastructureError(outcome.detail)
         message = f"reward {self._worker.name!r} {outcome.detail}"
@@ -287,7 +288,7 @@ class RewardPool:
             logger.warning("%s; the sample is left out of its group", message)
             raise InfrastructureError(f"a reward {_CAUSES.get(outcome.kind, outcome.kind)}")
         logger.warning("%s; it counts as 0", message)
-        return 0.0
+        return LostZero()
 
     def _leave_parent(self) -> None:
         """In a forked child: start over, with processes of its own."""

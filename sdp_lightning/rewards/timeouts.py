@@ -10,7 +10,7 @@ from typing import Any, NoReturn, ParamSpec, TypeVar, cast
 
 from sdp_lightning.errors import RolloutError
 from sdp_lightning.rewards.call_threads import THREADS
-from sdp_lightning.rewards.value import as_reward, as_rewards
+from sdp_lightning.rewards.value import Score, as_score, as_scores
 
 LONG = 20_000  # characters or items: about 10 ms of tokenizing, and more than a thread's start
 _LONG_CALL_S = 600.0
@@ -62,7 +62,7 @@ async def call_aside_if_long(
 
 async def call_reward(
     function: Callable[..., Any], *args: Any, timeout_s: float, **asked: Any
-) -> Any:
+) -> Score | list[Score]:
     """The reward ``function(*args, **asked)``, by :func:`call_with_timeout`.
 
     Args:
@@ -72,7 +72,7 @@ async def call_reward(
         asked: what it asks for by name.
 
     Returns:
-        A float, or a list of floats for a list of completions.
+        A float, or floats by name; a list of them for a list of completions.
 
     Raises:
         RolloutError: if it takes longer than ``timeout_s``, or returns no finite number.
@@ -82,8 +82,8 @@ async def call_reward(
     call = functools.partial(function, **asked) if asked else function
     value = await call_with_timeout(call, *args, timeout_s=timeout_s, what=f"reward {name!r}")
     if args and isinstance(args[0], list):
-        return as_rewards(value, name, len(cast("list[str]", args[0])))
-    return as_reward(value, name)
+        return as_scores(value, name, len(cast("list[str]", args[0])))
+    return as_score(value, name)
 
 
 async def call_with_timeout(

@@ -18,6 +18,7 @@ from typing import Literal
 from sdp_lightning.errors import RolloutError
 from sdp_lightning.rewards import worker_channel, worker_main
 from sdp_lightning.rewards.sandbox import Sandbox, in_sandbox
+from sdp_lightning.rewards.value import Score, why_no_name
 from sdp_lightning.rewards.worker_limits import WorkerLimits
 
 OutcomeKind = Literal["value", "raised", "infrastructure", "timed_out", "out_of_memory", "crashed"]
@@ -42,13 +43,15 @@ class CallOutcome:
             that raised on the completion, or empty; of an infrastructure error, its cause.
         traceback: traceback of the reward's own error; empty for other outcomes.
         values: values of a reward that scores a group.
+
+    A value is a number, or numbers by name.
     """
 
     kind: OutcomeKind
-    value: float = 0.0
+    value: Score = 0.0
     detail: str = ""
     traceback: str = ""
-    values: tuple[float, ...] = ()
+    values: tuple[Score, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -212,9 +215,9 @@ class WorkerProcess:
         if kind in (worker_channel.ENDED, worker_channel.GOES_ON):
             return CallOutcome("crashed", detail=body.decode())
         match json.loads(body):
-            case {"value": float(value), **rest} if math.isfinite(value):
+            case {"value": float() | {} as value, **rest} if _is_score(value):
                 return CallOutcome("value", value, str(rest.get("note", "")))
-            case {"value": [*values]} if all(type(v) is float and math.isfinite(v) for v in values):
+            case {"value": [*values]} if all(map(_is_score, values)):
                 return CallOutcome("value", values=tuple(values))
             case {"infrastructure": str(cause)}:
                 return CallOutcome("infrastructure", detail=cause)
@@ -263,3 +266,14 @@ class WorkerProcess:
         if status >= 0:
             return f"ended its process with exit status {status}"
         return f"died of {signal.Signals(-status).name}"
+
+
+def _is_score(value: object) -> bool:
+    """Whether ``value``, read from JSON, is a finite number, or such numbers by name."""
+    if isinstance(value, dict):
+        named: dict[str, object] = value
+        return bool(named) and not any(
+            why_no_name(name) or not (type(each) is float and math.isfinite(each))
+            for name, each in named.items()
+        )
+    return type(value) is float and math.isfinite(value)

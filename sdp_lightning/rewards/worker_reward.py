@@ -27,9 +27,12 @@ import threading
 import traceback
 import warnings
 from collections.abc import Awaitable, Callable
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from sdp_lightning.rewards.worker_channel import TAG, receive, send
+
+if TYPE_CHECKING:
+    from sdp_lightning.rewards.value import Score
 
 _LONGEST_TEXT = 4000  # characters of an error or a traceback
 _OURS = "sdp_lightning.errors."  # left out of messages
@@ -131,16 +134,16 @@ def _run_call(
         os._exit(1)
 
 
-def _call(function: Callable[..., object], arguments: bytes, name: str) -> float | list[float]:
-    from sdp_lightning.rewards.value import as_reward, as_rewards
+def _call(function: Callable[..., object], arguments: bytes, name: str) -> Score | list[Score]:
+    from sdp_lightning.rewards.value import as_score, as_scores
 
     completion, row, *asked = pickle.loads(arguments)
     value = function(completion, row, **(asked[0] if asked else {}))
     if isinstance(value, Awaitable):
         value = _await(value)
     if isinstance(completion, list):
-        return as_rewards(value, name, len(completion))
-    return as_reward(value, name)
+        return as_scores(value, name, len(completion))
+    return as_score(value, name)
 
 
 def _await(value: Awaitable[object]) -> object:
@@ -152,7 +155,7 @@ def _await(value: Awaitable[object]) -> object:
     return asyncio.run(wait())
 
 
-def _attempt(function: Callable[[], float | list[float]]) -> bytes:
+def _attempt(function: Callable[[], Score | list[Score]]) -> bytes:
     """The answer: a value, an error with its traceback, or that memory ran out."""
     from sdp_lightning.errors import InfrastructureError
     from sdp_lightning.rewards.foreign_code import take_note

@@ -13,6 +13,7 @@ from sdp_lightning.rollout.groups.in_flight import InFlightGroup
 from sdp_lightning.rollout.groups.version_clock import VersionClock
 from sdp_lightning.rollout.task_runner import AsyncTaskRunner
 from sdp_lightning.types import Row, TrajectoryGroup
+from sdp_lightning.workflows.own_row import own_copy
 from sdp_lightning.workflows.workflow import RolloutSession, RolloutWorkflow, why_rejected
 
 logger = logging.getLogger(__name__)
@@ -93,7 +94,7 @@ def _warn_of_errors(sessions: Sequence[RolloutSession]) -> None:
 async def _roll_out(group: InFlightGroup, workflow: RolloutWorkflow) -> TrajectoryGroup | None:
     row = group.row
     try:
-        trajectories = await workflow.run(row.data, group.session)
+        trajectories = await workflow.run(await own_copy(row.data), group.session)
     except InfrastructureError as error:
         group.session.add_error(error.cause)
         return None

@@ -21,6 +21,7 @@ from sdp_lightning.errors import (
     RolloutError,
     RolloutTimeout,
 )
+from sdp_lightning.rollout.checkpoint.saved_group import has_rewards, reweighted
 from sdp_lightning.rollout.evaluation import Evaluator
 from sdp_lightning.rollout.group_source import GroupSource
 from sdp_lightning.rollout.groups.in_flight import InFlightGroup
@@ -36,6 +37,7 @@ from sdp_lightning.rollout.publish import publish
 from sdp_lightning.rollout.task_runner import STOP_CHECK_S, AsyncTaskRunner, TaskResult
 from sdp_lightning.types import Row, TrajectoryGroup
 from sdp_lightning.workflows.group_play import INFRASTRUCTURE
+from sdp_lightning.workflows.own_row import own_copy
 from sdp_lightning.workflows.send_gate import SendGate, is_being_cancelled
 from sdp_lightning.workflows.workflow import RolloutWorkflow, why_rejected
 
@@ -218,7 +220,8 @@ class WorkflowExecutor:
         """Continue from ``state``: finished groups are pending again, the others are resubmitted.
 
         Resubmitted groups keep their order, versions and sampled tokens, and come before any new
-        row, as far as there is capacity.
+        row, as far as there is capacity. Named rewards of finished groups get the weights that the
+        workflow has now. If it has other names, the rows of these groups begin anew.
 
         Raises:
             ConfigError: if something was published already, or the prompts differ.
@@ -226,7 +229,22 @@ class WorkflowExecutor:
         """
         if self.is_published:
             raise ConfigError("load_state_dict() must come before the first publish.")
-        self.registry.restore(self._source.load_state_dict(state))
+        restored = self._source.load_state_dict(state)
+        weights = self.workflow.reward_weights
+        others = [g for g, done in restored if weights and not has_rewards(done, weights)]
+        for group in others:
+            self._source.give_back(group)
+        if others:
+            logger.warning(
+                "%d finished groups of the checkpoint have other rewards than %s: their rows begin "
+                "anew",
+                len(others),
+                sorted(weights),
+            )
+        kept = [
+            (group, reweighted(done, weights)) for group, done in restored if group not in others
+        ]
+        self.registry.restore(kept)
 
     # Submitting and finishing, in whichever thread -----------------------------------------------
 
@@ -253,7 +271,8 @@ class WorkflowExecutor:
     async def _roll_out(self, group: InFlightGroup) -> None:
         session = group.session
         try:
-            trajectories = await self.workflow.run(group.row.data, session)
+            row = await own_copy(group.row.data)
+            trajectories = await self.workflow.run(row, session)
             session.end()
             if session.divergence:
                 pass

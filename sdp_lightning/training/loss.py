@@ -12,9 +12,12 @@ from torch import Tensor
 
 from sdp_lightning.config import LossConfig, UpdateConfig
 from sdp_lightning.distributed.reductions import RankSums
+from sdp_lightning.errors import ConfigError
 from sdp_lightning.objective import (
     PolicyLoss,
+    batch_normalized,
     complete_segment_logprobs,
+    decoupled_sums,
     group_relative_advantages,
     leave_one_out_advantages,
     loglinear_proximal,
@@ -139,13 +142,19 @@ def segment_policy(proximal: Tensor, batch: Batch, config: LossConfig) -> Tensor
     )
 
 
-def batch_advantages(batch: Batch, loss: LossConfig, update: UpdateConfig) -> Tensor:
-    """[B, T], 0 for tokens beyond the largest lag that is trained.
+def batch_advantages(
+    batch: Batch, loss: LossConfig, update: UpdateConfig, sums: RankSums
+) -> Tensor:
+    """[B, T], 0 for tokens beyond the largest lag that is trained. A collective.
 
     Args:
         batch: whole groups; with reference log-probs where ``loss`` needs them.
         loss: says whether the KL to the reference is subtracted from the reward.
         update: names the estimator of advantages.
+        sums: sums over ranks.
+
+    Raises:
+        ConfigError: if the estimator needs named rewards and there are none.
     """
     rewards = batch.rewards
     if batch.reference_logprobs is not None and loss.kl_in == "reward":
@@ -157,11 +166,37 @@ def batch_advantages(batch: Batch, loss: LossConfig, update: UpdateConfig) -> Te
             coefficient=loss.kl_coefficient,
             estimator=loss.kl_estimator,
         )
-    per_row = row_advantages(rewards, batch.group_ids, update)
+    if update.advantages == "gdpo":
+        per_row = gdpo_advantages(batch, update, sums)
+    else:
+        per_row = row_advantages(rewards, batch.group_ids, update)
     per_token = per_row[:, None].expand(batch.loss_mask.shape)
     if batch.max_lag is not None:
         per_token = torch.where(batch.lags > batch.max_lag, 0.0, per_token)
     return per_token
+
+
+def gdpo_advantages(batch: Batch, update: UpdateConfig, sums: RankSums) -> Tensor:
+    """[B] advantages of trajectories by GDPO, over the batch of all ranks. A collective.
+
+    Args:
+        batch: whole groups of this rank.
+        update: names the standard deviation.
+        sums: sums over ranks.
+
+    Raises:
+        ConfigError: if the rewards have no names.
+    """
+    if batch.named_rewards is None or batch.reward_weights is None:
+        raise ConfigError(
+            "advantages='gdpo' normalizes each of several rewards, and these trajectories have one "
+            "without a name. Give the workflow rewards={...}, or use advantages='group'."
+        )
+    std = update.group_std
+    own = decoupled_sums(batch.named_rewards, batch.reward_weights, batch.group_ids, std=std)
+    table = sums.table(len(own), own.sum().item(), own.square().sum().item())
+    count, total, squares = map(sum, zip(*table, strict=True))
+    return batch_normalized(own, count=count, total=total, squares=squares, std=std)
 
 
 def row_advantages(rewards: Tensor, group_ids: Tensor, update: UpdateConfig) -> Tensor:
@@ -174,5 +209,6 @@ def row_advantages(rewards: Tensor, group_ids: Tensor, update: UpdateConfig) -> 
     """
     if update.advantages == "rloo":
         return leave_one_out_advantages(rewards, group_ids)
-    scale = update.scale_advantages_by_std is not False
-    return group_relative_advantages(rewards, group_ids, scale_by_std=scale)
+    return group_relative_advantages(
+        rewards, group_ids, scale_by_std=update.scales_by_std, std=update.group_std
+    )

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sdp_lightning.config import LossConfig, OptimizerConfig, UpdateConfig
+from sdp_lightning.config.compatibility import check_objective
 from sdp_lightning.distributed.reductions import RankSums
 from sdp_lightning.objective import loss_denominator
 from sdp_lightning.objective.effective_sample_size import effective_share, ess_scale
@@ -80,9 +81,13 @@ class PolicyUpdate:
         loss: the objective.
         optimizer: gradient clipping, and whether the effective sample size scales learning rates.
         update: minibatches, epochs, advantages.
+
+    Raises:
+        ConfigError: if ``update`` and ``loss`` contradict each other.
     """
 
     def __init__(self, loss: LossConfig, optimizer: OptimizerConfig, update: UpdateConfig) -> None:
+        check_objective(update, loss)
         self.loss, self.optimizer, self.update = loss, optimizer, update
         self._step = GradientStep(optimizer.gradient_clip_val, update.max_skipped_in_a_row)
         self._shuffler = torch.Generator().manual_seed(0)
@@ -92,18 +97,27 @@ class PolicyUpdate:
         batch: Batch,
         forward: PolicyForward,
         reference: Callable[[Batch], Tensor] | None = None,
+        *,
+        sums: RankSums | None = None,
     ) -> Batch:
-        """The batch with all that its optimizer steps share.
+        """The batch with all that its optimizer steps share. A collective.
 
         Args:
             batch: one consumed batch of this rank.
             forward: log-probs of the policy, before its first step on the batch.
             reference: [B, T] log-probs of the reference policy; required if ``loss`` needs it.
+            sums: sums over the ranks that train together; None is this process alone.
+
+        Raises:
+            ConfigError: if the advantages need named rewards and there are none.
         """
+        sums = sums or RankSums(batch.rewards.device)
         if self.loss.needs_reference:
             assert reference is not None
             batch = replace(batch, reference_logprobs=reference(batch))
-        batch = replace(batch, advantages=batch_advantages(batch, self.loss, self.update))
+        batch = replace(batch, advantages=batch_advantages(batch, self.loss, self.update, sums))
+        if self.update.mask_truncated:
+            batch = batch.without_truncated()
         several_steps = self.update.steps_per_batch > 1 and self.loss.proximal == "recompute"
         if several_steps or self.loss.second_moment_cap is not None:
             batch = replace(batch, proximal_logprobs=forward.logprobs(batch))

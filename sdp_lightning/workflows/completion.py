@@ -22,9 +22,11 @@ class TextSettings(TypedDict, total=False):
     keep_special_tokens: bool
 
 
-def check_settings(workflow: object, settings: Mapping[str, Any]) -> None:
-    """Raise ``TypeError`` if there is another setting than those of :class:`TextSettings`."""
-    if unknown := set(settings) - set(TextSettings.__annotations__):
+def check_settings(
+    workflow: object, settings: Mapping[str, Any], known: type[TextSettings] = TextSettings
+) -> None:
+    """Raise ``TypeError`` if there is another setting than those of ``known``."""
+    if unknown := set(settings) - set(known.__annotations__):
         raise TypeError(f"{type(workflow).__name__} has no setting {sorted(unknown)}.")
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from sdp_lightning.errors import InfrastructureError, RolloutError
 from sdp_lightning.rewards.pool import RewardRejected
 from sdp_lightning.rewards.timeouts import call_with_timeout
-from sdp_lightning.rewards.value import as_reward
+from sdp_lightning.rewards.value import Score, as_score
 from sdp_lightning.types import Row
 from sdp_lightning.workflows.completion import completion_text
 from sdp_lightning.workflows.workflow import Tokenizer
@@ -25,12 +25,12 @@ class StepResult(NamedTuple):
 
     Attributes:
         observation: text or messages that the policy reads next; ignored when done.
-        reward: reward of this turn; that of a trajectory is the sum.
+        reward: reward of this turn, or several by name; those of a trajectory are the sums.
         done: whether the conversation is over.
     """
 
     observation: Observation = ""
-    reward: float = 0.0
+    reward: Score = 0.0
     done: bool = False
 
 
@@ -179,7 +179,7 @@ class BoundedEnvironment:
                 )
         self.is_truncated = ends == [False, True]
         try:
-            reward = as_reward(reward, f"{self._name}.step")
+            reward = as_score(reward, f"{self._name}.step")
         except RolloutError as error:
             raise RolloutError(f"{self._name}.{call}: {error}") from error
         if not any(ends):

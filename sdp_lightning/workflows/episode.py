@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NoReturn
 
@@ -154,17 +154,27 @@ class Episode:
         self._finish_reason = reason
         return reason
 
-    def finish(self, reward: float, *, truncated: bool = False) -> Trajectory:
+    def finish(
+        self,
+        reward: float | Mapping[str, float],
+        *,
+        weights: Mapping[str, float] | None = None,
+        truncated: bool = False,
+    ) -> Trajectory:
         """The trajectory, with the very segments that were collected here.
 
         Args:
-            reward: reward of the whole trajectory.
+            reward: reward of the whole trajectory, or several by name.
+            weights: weights of several by name; None is 1 for each.
             truncated: whether a bound ended it, whatever ended its last ``generate``.
         """
         if self._returned_at is not None:
             self._times += EpisodeTimes(reward_s=time.monotonic() - self._returned_at)
         reason = "length" if truncated else self._finish_reason
-        return Trajectory(self.parts, reward=reward, finish_reason=reason)
+        if not isinstance(reward, Mapping):
+            return Trajectory(self.parts, reward=reward, finish_reason=reason)
+        trajectory = Trajectory(self.parts, finish_reason=reason)
+        return trajectory.with_rewards(reward, weights or dict.fromkeys(reward, 1.0))
 
     def _begin_call(self, params: SamplingParams) -> FinishReason | None:
         """Restore this call and return how it ended; None if the rest is still to be sampled."""

@@ -53,9 +53,9 @@ async def play_group(session: RolloutSession, size: int, play: Play[Sample]) -> 
 
 
 async def score_together(
-    session: RolloutSession, size: int, score: Callable[[], Coroutine[Any, Any, list[float]]]
-) -> list[float] | None:
-    """The rewards of a group that are computed at once; None if it is rejected.
+    session: RolloutSession, size: int, score: Callable[[], Coroutine[Any, Any, list[Sample]]]
+) -> list[Sample] | None:
+    """The scores of a group that are computed at once; None if it is rejected.
 
     After an infrastructure error, ``score`` is called again up to ``session.lost_retries`` times.
     """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Unpack
 
@@ -22,11 +22,24 @@ from sdp_lightning.workflows.completion import TextSettings, check_settings, com
 from sdp_lightning.workflows.environment import BoundedEnvironment, Environment, Transcript
 from sdp_lightning.workflows.episode import Episode
 from sdp_lightning.workflows.group_play import play_group
+from sdp_lightning.workflows.own_row import own_copy
+from sdp_lightning.workflows.scoring import TurnRewards, checked_weights
 from sdp_lightning.workflows.workflow import (
     RolloutSession,
     RolloutWorkflow,
     Tokenizer,
 )
+
+
+class MultiTurnSettings(TextSettings, total=False):
+    """Settings of a :class:`MultiTurnWorkflow` that are given by name.
+
+    Attributes:
+        reward_weights: weight of each reward, if a step returns several by name: all that a
+            conversation may have. A resume may change them.
+    """
+
+    reward_weights: Mapping[str, float]
 
 
 class MultiTurnWorkflow(RolloutWorkflow):
@@ -53,7 +66,8 @@ class MultiTurnWorkflow(RolloutWorkflow):
             text, too. None: the tokenizer's chat template, for prompts and turns.
         step_timeout_s: seconds after which ``reset`` or ``step`` of an environment fails its group,
             with an error naming row and step.
-        more: ``keep_special_tokens``, in the text that ``step`` reads.
+        more: those of :class:`MultiTurnSettings`: ``reward_weights``, and ``keep_special_tokens``
+            in the text that ``step`` reads.
 
     Raises:
         ConfigError: if a setting is out of range, or the environment, as far as its code tells,
@@ -71,9 +85,9 @@ class MultiTurnWorkflow(RolloutWorkflow):
         stop: Sequence[str] = (),
         turn_format: str | None = None,
         step_timeout_s: float = 30.0,
-        **more: Unpack[TextSettings],
+        **more: Unpack[MultiTurnSettings],
     ) -> None:
-        check_settings(self, more)
+        check_settings(self, more, MultiTurnSettings)
         if group_size < 1 or max_turns < 1:
             raise ConfigError(
                 f"group_size and max_turns must be at least 1, got {group_size} and {max_turns}."
@@ -98,6 +112,11 @@ class MultiTurnWorkflow(RolloutWorkflow):
         self.turn_format = turn_format
         self.step_timeout_s = step_timeout_s
         self.keep_special_tokens = more.get("keep_special_tokens", False)
+        self._weights = checked_weights(more.get("reward_weights"))
+
+    @property
+    def reward_weights(self) -> Mapping[str, float]:
+        return dict(self._weights)
 
     @property
     def sampling(self) -> SamplingParams:
@@ -124,7 +143,7 @@ class MultiTurnWorkflow(RolloutWorkflow):
             environment, timeout_s=self.step_timeout_s, transcript=transcript
         )
         try:
-            opening = await world.reset(row)
+            opening = await world.reset(await own_copy(row))
             uses_template = self.turn_format is None
             tokens = await encode_aside(
                 opening,
@@ -149,7 +168,7 @@ class MultiTurnWorkflow(RolloutWorkflow):
         episode: Episode,
         params: SamplingParams,
     ) -> Trajectory:
-        reward = 0.0
+        rewards = TurnRewards(self._weights)
         for turn in range(self.max_turns):
             start = episode.token_ids.size
             budget = min(params.max_new_tokens, self._room(start))
@@ -162,9 +181,9 @@ class MultiTurnWorkflow(RolloutWorkflow):
                 keep_special_tokens=self.keep_special_tokens,
             )
             result = await world.step(said, sampled, history)
-            reward += result.reward
+            rewards.add(result.reward)
             if result.done:
-                return episode.finish(reward, truncated=world.is_truncated)
+                return self._finish(episode, rewards, truncated=world.is_truncated)
             if turn + 1 < self.max_turns:
                 last = sampled[-1]
                 encode = functools.partial(
@@ -179,7 +198,10 @@ class MultiTurnWorkflow(RolloutWorkflow):
                     break
                 if between.size:
                     episode.add_context(between)
-        return episode.finish(reward, truncated=True)
+        return self._finish(episode, rewards, truncated=True)
+
+    def _finish(self, episode: Episode, rewards: TurnRewards, *, truncated: bool) -> Trajectory:
+        return episode.finish(rewards.total, weights=self._weights, truncated=truncated)
 
     def _room(self, num_tokens: int) -> int:
         """Number of tokens that may follow a history of ``num_tokens``."""

@@ -1,17 +1,14 @@
-"""RL with verifiable rewards: one prompt, n samples, one reward each."""
+"""RL with verifiable rewards: one prompt, n samples, a reward or several for each."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from typing import Any, Unpack
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Unpack
 
-from sdp_lightning.config.import_path import load_object
 from sdp_lightning.errors import ConfigError
-from sdp_lightning.rewards.asked import asked_by
-from sdp_lightning.rewards.foreign_code import refuse_without_workers
 from sdp_lightning.rewards.pool import RewardPool
-from sdp_lightning.rewards.row_checks import refuse_unreadable_rows
-from sdp_lightning.rewards.timeouts import call_reward
 from sdp_lightning.types import IntArray, Row, SamplingParams, Trajectory
 from sdp_lightning.workflows.chat_template import encode_aside, encode_prompt, with_stops
 from sdp_lightning.workflows.completion import (
@@ -22,12 +19,25 @@ from sdp_lightning.workflows.completion import (
 )
 from sdp_lightning.workflows.episode import Episode
 from sdp_lightning.workflows.group_play import play_group, score_together
+from sdp_lightning.workflows.scoring import Reward, Rewards, Scores, Scoring
 from sdp_lightning.workflows.workflow import (
     RolloutSession,
     RolloutWorkflow,
 )
 
-Reward = Callable[..., float | Sequence[float] | Awaitable[float] | Awaitable[Sequence[float]]]
+
+class RLVRSettings(TextSettings, total=False):
+    """Settings of a :class:`RLVRWorkflow` that are given by name.
+
+    Attributes:
+        rewards: several rewards by name, each as ``reward`` is given, or one that returns a mapping
+            of names to numbers. They run side by side for a sample.
+        reward_weights: weight of each reward in the sum that is the sample's reward; 1 for each
+            without it. A resume may change them.
+    """
+
+    rewards: Rewards
+    reward_weights: Mapping[str, float]
 
 
 class RLVRWorkflow(RolloutWorkflow):
@@ -35,12 +45,13 @@ class RLVRWorkflow(RolloutWorkflow):
 
     Args:
         reward: ``reward(completion, row) -> float``, plain or async, or its import path:
-            ``"package.module:name"`` or ``"path/to/file.py:name"``. Further parameters named
+            ``"package.module:name"`` or ``"path/to/file.py:name"``. A mapping of names to numbers
+            that it returns makes several rewards. Further parameters named
             ``prompt``, ``messages``, ``token_ids``, ``finish_reason`` or ``group_index`` are given
             as well; one whose first parameter is named ``completions`` scores a group at once. A
             plain function runs in one of 256 threads that rewards and environments share, so it may
             block. A ``RewardPool`` runs it in a process that can be killed; one that is
-            ``workers_only`` (reasoning-gym's, math-verify's) runs nowhere else.
+            ``workers_only`` (reasoning-gym's, math-verify's) runs nowhere else. None: ``rewards``.
         group_size: number of samples for each prompt.
         sampling: sampling settings; the tokenizer's end of text and the tokens of ``stop`` are
             added to its ``stop_token_ids``.
@@ -52,18 +63,21 @@ class RLVRWorkflow(RolloutWorkflow):
             row; with ``reward_workers`` it is killed and its sample left out of its group (0 if the
             reward is ``workers_only``), with a warning naming the row.
         reward_workers: number of processes of a ``RewardPool``, for a reward that may hang, crash
-            or exhaust memory; 0 calls it in this process. For more settings pass a ``RewardPool``
-            as ``reward``.
-        more: ``keep_special_tokens``.
+            or exhaust memory; 0 calls it in this process. Each of several has a pool of its own.
+            For more settings pass a ``RewardPool`` as the reward.
+        more: those of :class:`RLVRSettings`: ``rewards``, ``reward_weights`` and
+            ``keep_special_tokens``.
 
     Raises:
-        ConfigError: if a setting is out of range, worker processes cannot import the reward, it
-            runs in worker processes only and there are none, or it needs what no reward is given.
+        ConfigError: if a setting is out of range, there are both ``reward`` and ``rewards`` or
+            neither, a weight has no reward or a reward no weight, worker processes cannot import a
+            reward, it runs in worker processes only and there are none, or it needs what no reward
+            is given.
     """
 
     def __init__(
         self,
-        reward: str | Reward,
+        reward: str | Reward | None = None,
         *,
         group_size: int = 8,
         sampling: SamplingParams | None = None,
@@ -72,18 +86,20 @@ class RLVRWorkflow(RolloutWorkflow):
         stop: Sequence[str] = (),
         reward_timeout_s: float = 30.0,
         reward_workers: int = 0,
-        **more: Unpack[TextSettings],
+        **more: Unpack[RLVRSettings],
     ) -> None:
-        check_settings(self, more)
+        check_settings(self, more, RLVRSettings)
         if group_size < 1:
             raise ConfigError(f"group_size must be at least 1, got {group_size}.")
         if not reward_timeout_s > 0:
             raise ConfigError(f"reward_timeout_s must be positive, got {reward_timeout_s}.")
-        self._reward: Any = load_object(reward) if isinstance(reward, str) else reward
-        if not callable(self._reward):
-            raise ConfigError(f"reward must be a function, got {self._reward!r}.")
-        self._pool = _make_pool(reward, self._reward, reward_workers, reward_timeout_s)
-        self._asked = asked_by(self._reward if self._pool is None else self._pool.reward)
+        self._scoring = Scoring(
+            reward,
+            more.get("rewards"),
+            more.get("reward_weights"),
+            workers=reward_workers,
+            timeout_s=reward_timeout_s,
+        )
         self.keep_special_tokens = more.get("keep_special_tokens", False)
         self._sampling = sampling if sampling is not None else SamplingParams()
         self.group_size = group_size
@@ -97,30 +113,39 @@ class RLVRWorkflow(RolloutWorkflow):
         return self._sampling
 
     @property
+    def reward_weights(self) -> Mapping[str, float]:
+        return dict(self._scoring.weights)
+
+    @property
     def reward_pool(self) -> RewardPool | None:
-        """Pool that calls and counts the rewards; None if they are called in this process."""
-        return self._pool
+        """Pool that calls and counts the one reward; None if there is another number of pools."""
+        pools = list(self.reward_pools.values())
+        return pools[0] if len(pools) == 1 else None
+
+    @property
+    def reward_pools(self) -> Mapping[str, RewardPool]:
+        """The pools by the names of their rewards; the name of a single reward is empty."""
+        return self._scoring.pools
 
     @property
     def counts(self) -> Mapping[str, int]:
-        if self._pool is None:
+        total = Counter[str]()
+        pools = {id(pool): pool for pool in self.reward_pools.values()}
+        for pool in pools.values():
+            total.update(asdict(pool.counts))
+        if not pools:
             return {}
-        counts = self._pool.counts
-        return {
-            "reward_raised": counts.raised,
-            "reward_timed_out": counts.timed_out,
-            "reward_out_of_memory": counts.out_of_memory,
-            "reward_crashed": counts.crashed,
-            "verifier_raised": counts.verifier_raised,
-        }
+        kinds = ("raised", "timed_out", "out_of_memory", "crashed")
+        counts = {f"reward_{kind}": total[kind] for kind in kinds}
+        return counts | {"verifier_raised": total["verifier_raised"]}
 
     def check_rows(self, rows: Iterable[tuple[int, Row]]) -> None:
-        refuse_unreadable_rows(self._reward, rows)
+        self._scoring.check_rows(rows)
 
     def close(self) -> None:
         """End the worker processes, if there are any. The next rollout starts new ones."""
-        if self._pool is not None:
-            self._pool.close()
+        for pool in self.reward_pools.values():
+            pool.close()
 
     async def run(self, row: Row, session: RolloutSession) -> Sequence[Trajectory] | None:
         tokenizer = session.tokenizer
@@ -134,31 +159,33 @@ class RLVRWorkflow(RolloutWorkflow):
         )
         params = with_stops(self._sampling, tokenizer, self.stop)
 
-        async def sample(episode: Episode) -> tuple[Episode, Completion]:
+        async def sample(episode: Episode) -> tuple[Episode, Completion, Scores]:
             completion = await self._sample(row, session, episode, prompt, params)
-            return episode, completion
+            return episode, completion, await self._scoring.score_sample(completion, row)
 
         async def score(episode: Episode) -> Trajectory:
-            _, completion = await sample(episode)
-            asked = {name: completion.ask(name) for name in self._asked.names}
-            return episode.finish(await self._score(completion.text, row, asked))
+            _, _, scores = await sample(episode)
+            return self._finish(episode, scores)
 
-        if not self._asked.is_group:
+        if not self._scoring.scores_groups:
             return await play_group(session, self.group_size, score)
         samples = await play_group(session, self.group_size, sample)
         if samples is None:
             return None
-        group = [completion for _, completion in samples]
-        asked: dict[str, Any] = {
-            name: [each.ask(name) for each in group] for name in self._asked.names
-        }
-        if "prompt" in asked:
-            asked["prompt"] = group[0].prompt
-        texts = [each.text for each in group]
-        rewards = await score_together(session, len(group), lambda: self._score(texts, row, asked))
-        if rewards is None:
+        group = [completion for _, completion, _ in samples]
+        more = await score_together(
+            session, len(group), lambda: self._scoring.score_group(group, row)
+        )
+        if more is None:
             return None
-        return [e.finish(reward) for (e, _), reward in zip(samples, rewards, strict=True)]
+        return [
+            self._finish(episode, {**own, **of_group})
+            for (episode, _, own), of_group in zip(samples, more, strict=True)
+        ]
+
+    def _finish(self, episode: Episode, scores: Scores) -> Trajectory:
+        reward = self._scoring.reward_of(scores)
+        return episode.finish(reward, weights=self._scoring.weights)
 
     async def _sample(
         self,
@@ -180,35 +207,8 @@ class RLVRWorkflow(RolloutWorkflow):
             token_ids=sampled,
             finish_reason=reason,
             group_index=session.episodes.index(episode),
-            prompt=""
-            if "prompt" not in self._asked.names
-            else tokenizer.decode(list(prompt), skip_special_tokens=False),
+            prompt=tokenizer.decode(list(prompt), skip_special_tokens=False)
+            if self._scoring.asks_for_prompt
+            else "",
             opening=row.get(self.prompt_key),
         )
-
-    async def _score(self, completion: str | list[str], row: Row, asked: dict[str, Any]) -> Any:
-        if self._pool is None:
-            limit = self.reward_timeout_s
-            return await call_reward(self._reward, completion, row, timeout_s=limit, **asked)
-        if isinstance(completion, str):
-            return await self._pool(completion, row, **asked)
-        return await self._pool.score_group(completion, row, **asked)
-
-
-def _make_pool(
-    reward: str | Reward, function: Any, num_workers: int, timeout_s: float
-) -> RewardPool | None:
-    """The pool that was passed, or a new one of ``num_workers``; None for 0 workers."""
-    if isinstance(num_workers, bool) or not isinstance(num_workers, int) or num_workers < 0:
-        raise ConfigError(f"reward_workers must be an integer of at least 0, got {num_workers!r}.")
-    if isinstance(function, RewardPool):
-        if num_workers:
-            raise ConfigError(
-                f"reward is a RewardPool of {function.num_workers} workers already; leave out "
-                f"reward_workers={num_workers}."
-            )
-        return function
-    if num_workers == 0:
-        refuse_without_workers(function)
-        return None
-    return RewardPool(reward, num_workers=num_workers, timeout_s=timeout_s)

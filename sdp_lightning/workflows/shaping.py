@@ -6,11 +6,12 @@ the workflow itself, unshaped.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from sdp_lightning.errors import ConfigError
+from sdp_lightning.errors import ConfigError, RolloutError
 from sdp_lightning.types import Row, SamplingParams, Trajectory
 from sdp_lightning.workflows.workflow import RolloutSession, RolloutWorkflow
 
@@ -25,36 +26,65 @@ class GroupFilter(ABC):
 
 @dataclass(frozen=True)
 class AllRight(GroupFilter):
-    """Leaves out groups whose every reward is ``at_least`` or more: nothing is left to learn."""
+    """Leaves out groups whose every reward is ``at_least`` or more: nothing is left to learn.
+
+    Args:
+        at_least: the bound.
+        reward: name of the one of several rewards that is meant; empty is their sum.
+    """
 
     at_least: float = 1.0
+    reward: str = ""
 
     def why_not(self, trajectories: Sequence[Trajectory]) -> str:
-        is_right = all(trajectory.reward >= self.at_least for trajectory in trajectories)
-        return f"every reward of the group is {self.at_least:g} or more" if is_right else ""
+        is_right = all(r >= self.at_least for r in _rewards(trajectories, self.reward))
+        return f"every {_named(self.reward)} is {self.at_least:g} or more" if is_right else ""
 
 
 @dataclass(frozen=True)
 class AllWrong(GroupFilter):
-    """Leaves out groups whose every reward is ``at_most`` or less: nothing shows what is better."""
+    """Leaves out groups whose every reward is ``at_most`` or less: nothing shows what is better.
+
+    Args:
+        at_most: the bound.
+        reward: name of the one of several rewards that is meant; empty is their sum.
+    """
 
     at_most: float = 0.0
+    reward: str = ""
 
     def why_not(self, trajectories: Sequence[Trajectory]) -> str:
-        is_wrong = all(trajectory.reward <= self.at_most for trajectory in trajectories)
-        return f"every reward of the group is {self.at_most:g} or less" if is_wrong else ""
+        is_wrong = all(r <= self.at_most for r in _rewards(trajectories, self.reward))
+        return f"every {_named(self.reward)} is {self.at_most:g} or less" if is_wrong else ""
 
 
 @dataclass(frozen=True)
 class AllEqual(GroupFilter):
-    """Leaves out groups whose rewards differ by ``tolerance`` or less: advantages would be 0."""
+    """Leaves out groups whose rewards differ by ``tolerance`` or less: advantages would be 0.
+
+    Of several rewards each must be equal, and their sum: GDPO learns from each.
+    """
 
     tolerance: float = 0.0
 
     def why_not(self, trajectories: Sequence[Trajectory]) -> str:
-        rewards = [trajectory.reward for trajectory in trajectories]
-        is_equal = max(rewards) - min(rewards) <= self.tolerance
+        columns = [_rewards(trajectories, name) for name in ("", *trajectories[0].rewards)]
+        is_equal = all(max(column) - min(column) <= self.tolerance for column in columns)
         return "all rewards of the group are equal" if is_equal else ""
+
+
+def _rewards(trajectories: Sequence[Trajectory], name: str) -> list[float]:
+    """The rewards of this name, the sums of several for an empty one."""
+    for trajectory in trajectories:
+        if name and name not in trajectory.rewards:
+            raise RolloutError(
+                f"there is no reward named {name!r}; there are {sorted(trajectory.rewards)}."
+            )
+    return [t.rewards[name] if name else t.reward for t in trajectories]
+
+
+def _named(name: str) -> str:
+    return f"reward {name!r} of the group" if name else "reward of the group"
 
 
 class LengthPenalty(ABC):
@@ -132,6 +162,9 @@ class Truncated(LengthPenalty):
         return -self.penalty if trajectory.finish_reason == "length" else 0.0
 
 
+PENALTY = "penalty"  # name of the penalties among several rewards
+
+
 class ShapedWorkflow(RolloutWorkflow):
     """Filters the groups and shapes the rewards of another workflow, for training only.
 
@@ -142,7 +175,11 @@ class ShapedWorkflow(RolloutWorkflow):
     Args:
         workflow: the workflow to shape.
         filters: filters of the unshaped rewards; the first that objects gives the reason.
-        penalties: penalties that are added to the rewards after the filters.
+        penalties: penalties that are added to the rewards after the filters. Of several rewards
+            they are one more, ``"penalty"``, with weight 1.
+
+    Raises:
+        ConfigError: if there are penalties, and a reward has that name.
     """
 
     def __init__(
@@ -154,10 +191,15 @@ class ShapedWorkflow(RolloutWorkflow):
     ) -> None:
         self.workflow = workflow
         self.filters, self.penalties = tuple(filters), tuple(penalties)
+        self._weigh_penalty(workflow.reward_weights)
 
     @property
     def sampling(self) -> SamplingParams:
         return self.workflow.sampling
+
+    @property
+    def reward_weights(self) -> Mapping[str, float]:
+        return self._weigh_penalty(self.workflow.reward_weights)
 
     @property
     def counts(self) -> Mapping[str, int]:
@@ -177,7 +219,23 @@ class ShapedWorkflow(RolloutWorkflow):
             if reason := group_filter.why_not(trajectories):
                 session.reject(reason)
                 return None
-        return [
-            replace(each, reward=each.reward + sum(p.of(each) for p in self.penalties))
-            for each in trajectories
-        ]
+        return [self._penalized(each) for each in trajectories]
+
+    def _penalized(self, trajectory: Trajectory) -> Trajectory:
+        penalty = math.fsum(penalty.of(trajectory) for penalty in self.penalties)
+        if not trajectory.rewards:
+            return replace(trajectory, reward=trajectory.reward + penalty)
+        weights = self._weigh_penalty(trajectory.reward_weights)
+        own = {PENALTY: penalty} if self.penalties else {}
+        return trajectory.with_rewards({**trajectory.rewards, **own}, weights)
+
+    def _weigh_penalty(self, weights: Mapping[str, float]) -> Mapping[str, float]:
+        """The weights of several rewards, that of the penalties included."""
+        if not self.penalties or not weights:
+            return weights
+        if PENALTY in weights:
+            raise ConfigError(
+                f"a reward is named {PENALTY!r}, as the penalties of a ShapedWorkflow are: rename "
+                "it."
+            )
+        return {**weights, PENALTY: 1.0}

@@ -171,6 +171,11 @@ class RolloutWorkflow(ABC):
         """Raise ``ConfigError`` if there are ``rows`` (and indices) that cannot be scored."""
 
     @property
+    def reward_weights(self) -> Mapping[str, float]:
+        """Weights of several rewards by name, as far as they are known; empty for one reward."""
+        return {}
+
+    @property
     def counts(self) -> Mapping[str, int]:
         """Counts over a run, logged by their names, which are the same on every rank."""
         return {}

@@ -63,6 +63,10 @@ from sdp_lightning.errors import ConfigError, SDPError
         (UpdateConfig, {"num_epochs": 0}, "num_epochs"),
         (UpdateConfig, {"max_tokens_per_microbatch": 0}, "max_tokens_per_microbatch"),
         (UpdateConfig, {"layout": "ragged"}, "layout"),
+        (UpdateConfig, {"group_std": "batch"}, "one of population, sample; got 'batch'"),
+        (UpdateConfig, {"group_std": "sample", "advantages": "rloo"}, "'rloo'.* has no effect"),
+        (UpdateConfig, {"group_std": "sample", "scale_advantages_by_std": False}, "no effect"),
+        (UpdateConfig, {"mask_truncated": "yes"}, "mask_truncated must be true or false"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else None,
 )

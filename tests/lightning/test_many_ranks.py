@@ -28,12 +28,16 @@ STRATEGIES = ("ddp", "fsdp")
 
 RECORDED: dict[str, dict[str, Any]] = {
     "padded": {"layout": "padded"},
-    "packed": {"layout": "packed", "minibatches": 2},
+    "packed, each reward apart": {"layout": "packed", "minibatches": 2, "apart": True},
     "shared prefix, several minibatches": {"layout": "shared_prefix", "minibatches": 2},
     "partly trained, checkpointed": {
         "layout": "shared_prefix",
         "trainable": r"layers\.1\.|norm",
         "gradient_checkpointing": True,
+    },
+    "all samples of one rank truncated, and left out": {
+        "truncated": [1, 3],
+        "loss": {"aggregation": "sequence"},
     },
     "second moment": {
         "loss": {

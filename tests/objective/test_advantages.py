@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
@@ -13,16 +15,18 @@ ROWS = st.lists(st.tuples(st.floats(-5, 5, width=32), st.integers(0, 4)), min_si
 
 
 @untimed
-@given(rows=ROWS, scale=st.booleans())
-def test_agrees_with_a_loop_over_groups(rows: list[tuple[float, int]], scale: bool) -> None:
+@given(rows=ROWS, scale=st.booleans(), std=st.sampled_from(["population", "sample"]))
+def test_agrees_with_a_loop_over_groups(
+    rows: list[tuple[float, int]], scale: bool, std: Any
+) -> None:
     rewards = torch.tensor([reward for reward, _ in rows], dtype=torch.float64)
     groups = torch.tensor([group for _, group in rows])
-    advantages = group_relative_advantages(rewards, groups, scale_by_std=scale, eps=1e-6)
+    advantages = group_relative_advantages(rewards, groups, scale_by_std=scale, std=std, eps=1e-6)
     for group in groups.unique():
         own = rewards[groups == group]
         expected = own - own.mean()
-        if scale:
-            expected = expected / (own.std(correction=0) + 1e-6)
+        if scale and len(own) > 1:
+            expected = expected / (own.std(correction=int(std == "sample")) + 1e-6)
         if bool((own == own[0]).all()):
             expected = torch.zeros_like(own)
         assert torch.allclose(advantages[groups == group], expected, atol=1e-9)
@@ -50,6 +54,15 @@ def test_worked_out_by_hand() -> None:
     advantages = group_relative_advantages(rewards, groups, eps=0.0)
     assert advantages.tolist() == [-1.0, 0.0, 1.0, 0.0, 0.0, 0.0]
     assert advantages.dtype == torch.float32
+
+
+def test_the_deviation_of_a_sample_by_hand() -> None:
+    # Group 7: deviations -2, 0, 2; squares 8, over 2: std 2. Group 2: one row.
+    rewards, groups = torch.tensor([1.0, 9.0, 3.0, 5.0]), torch.tensor([7, 2, 7, 7])
+    advantages = group_relative_advantages(rewards, groups, std="sample", eps=0.0)
+    assert advantages.tolist() == [-1.0, 0.0, 0.0, 1.0]
+    population = group_relative_advantages(rewards, groups, eps=0.0)
+    assert population.tolist() == pytest.approx([-(1.5**0.5), 0.0, 0.0, 1.5**0.5])
 
 
 def test_equal_rewards_give_exactly_zero_although_their_mean_is_rounded() -> None:

@@ -30,6 +30,9 @@ MUTATIONS = [
     # change the denominator
     Mutation(GROUP, "A / B", "A / (B - 1).clamp(min=1)", 1),
     Mutation(GROUP, "A / B", "A", 1),
+    Mutation(GROUP, "(A - 1).clamp(min=1)", "A"),
+    Mutation(GROUP, "(A - 1).clamp(min=1)", "(A + 1)"),
+    Mutation(GROUP, "A if B else C", "C if B else A"),
     Mutation(GROUP, "A.sqrt() + eps", "A.sqrt()"),
     Mutation(GROUP, "A.sqrt() + eps", "A + eps"),
     Mutation(OTHERS, "A.clamp(min=1)", "A"),
@@ -84,19 +87,21 @@ def check_advantages(module: ModuleType) -> None:
     rewards = torch.tensor(REWARDS, dtype=torch.float64, requires_grad=True)
     ids = torch.tensor(GROUPS)
     scaled = module.group_relative_advantages(rewards, ids, eps=0.5)
+    sample = module.group_relative_advantages(rewards, ids, std="sample", eps=0.5)
     plain = module.group_relative_advantages(rewards, ids, scale_by_std=False)
     others = module.leave_one_out_advantages(rewards, ids)
     assert float(module.uniform_share(rewards, ids)) == pytest.approx(2 / 3)  # groups 5 and 2
-    assert not any(found.requires_grad for found in (scaled, plain, others))
+    assert not any(found.requires_grad for found in (scaled, sample, plain, others))
     for row, (reward, group) in enumerate(zip(REWARDS, GROUPS, strict=True)):
         own = [r for r, g in zip(REWARDS, GROUPS, strict=True) if g == group]
         if len(set(own)) == 1:
-            assert scaled[row] == plain[row] == others[row] == 0
+            assert scaled[row] == sample[row] == plain[row] == others[row] == 0
             continue
         distance = reward - statistics.mean(own)
         rest = (sum(own) - reward) / (len(own) - 1)
         assert float(plain[row]) == pytest.approx(distance)
         assert float(scaled[row]) == pytest.approx(distance / (statistics.pstdev(own) + 0.5))
+        assert float(sample[row]) == pytest.approx(distance / (statistics.stdev(own) + 0.5))
         assert float(others[row]) == pytest.approx(reward - rest)
 
 

@@ -20,7 +20,7 @@ from sdp_lightning.observability.report import write_report
 from sdp_lightning.observability.report.callback import run_folder
 from sdp_lightning.observability.report.files import read_run
 from sdp_lightning.testing import FakeEngine
-from sdp_lightning.training.metrics.names import POOL, logged_names
+from sdp_lightning.training.metrics.names import POOL, SEVERAL, logged_names
 from support.reports import Page, make_step, write_run
 from support.trainers import Recorder, make_data, make_module, make_rows, make_trainer
 
@@ -75,7 +75,7 @@ def csv_rows(folder: Path) -> list[dict[str, float]]:
 
 def test_a_run_with_everything_on_logs_every_name_that_is_documented(fit: Fit) -> None:
     logged = {name for row in csv_rows(fit.folder) for name in row} - {"epoch", "step"}
-    assert logged == {name for name, when in logged_names().items() if when != POOL}
+    assert logged == {name for name, when in logged_names().items() if when not in (POOL, SEVERAL)}
 
 
 def test_a_plain_run_logs_the_names_that_need_nothing(tmp_path: Path, model_folder: str) -> None:

@@ -14,11 +14,13 @@ import sdp_lightning as sdp
 from sdp_lightning.rollout.checkpoint.group_state import group_to_dict, groups_as_dicts, read_groups
 from sdp_lightning.rollout.checkpoint.packed_groups import pack_groups
 from sdp_lightning.rollout.checkpoint.resharding import reshard
-from sdp_lightning.rollout.checkpoint.saved_group import SavedGroup
+from sdp_lightning.rollout.checkpoint.saved_group import SavedGroup, SavedResult
 from sdp_lightning.types import Context, SamplingParams, Segment
+from sdp_lightning.types.named_rewards import weighted_sum
 from sdp_lightning.workflows.episode_log import CallEnd, CallStart, Event
 
 token_lists = st.lists(st.integers(0, 2**40), min_size=1, max_size=5)
+names = st.sampled_from(["correct", "form", "speed"])
 texts = st.text(max_size=5).filter(lambda text: text.isprintable())
 
 
@@ -56,7 +58,14 @@ def group_lists(draw: st.DrawFn, *, finished: bool) -> list[SavedGroup]:
             st.lists(trajectories if finished else under_way, min_size=int(finished), max_size=3)
         )
         reasons: Any = st.sampled_from(["stop", "length", "abort"])
-        results = [(draw(st.floats(-9, 9)), draw(reasons)) for _ in logs] if finished else None
+        results = None
+        if finished:
+            finite, named = st.floats(-9, 9), draw(st.dictionaries(names, st.floats(-9, 9)))
+            results = []
+            for _ in logs:
+                values = {name: draw(finite) for name in named}
+                reward = weighted_sum(values, named) if named else draw(finite)
+                results.append(SavedResult(reward, draw(reasons), values, named))
         place = draw(st.integers(0, 3)), draw(st.integers(0, 2**40))
         version = draw(st.integers(0, 9))
         groups.append(SavedGroup(*place, draw(texts), order, version, logs, results))
@@ -126,7 +135,7 @@ def count_tensors(value: Any) -> int:
 
 def test_the_number_of_tensors_and_settings_is_that_of_one_group() -> None:
     one, many = pack_groups(make_groups(1)), pack_groups(make_groups(300))
-    assert count_tensors(one) == count_tensors(many) <= 12
+    assert count_tensors(one) == count_tensors(many) <= 14
     assert len(many["params"]) == 1 and many["texts"] == ["recompute"]
 
 
@@ -157,6 +166,7 @@ def test_what_is_read_does_not_hold_on_to_the_whole() -> None:
         ("params", lambda params: []),
         ("row_ids", lambda names: [*names, "more"]),
         ("rewards", None),
+        ("num_named", lambda tensor: tensor.new_ones(1)),
     ],
 )
 def test_parts_that_do_not_fit_are_one_named_error(name: str, change: Any) -> None:

@@ -25,6 +25,7 @@ def content(group: TrajectoryGroup) -> list[Any]:
     return [group.row_id, group.order, group.created_version] + [
         [
             t.reward,
+            (t.rewards, t.reward_weights),
             t.finish_reason,
             t.token_ids.tolist(),
             [

@@ -37,18 +37,25 @@ def recorded(
     max_tokens: int = 40,
     dtype: str = "float32",
     precision: str = "32-true",
+    truncated: Sequence[int] = (),
+    apart: bool = False,
     loss: Mapping[str, Any] | None = None,
     lora: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
     """Train on groups made beforehand: rank r of n on every n-th. Alone, as if by ``ranks``.
 
-    ``model`` is the folder of one that is not the tiny model.
+    The samples of the groups ``truncated`` are, and left out of the loss. With ``apart`` there are
+    two rewards, each normalized apart. ``model`` is the folder of one that is not the tiny model.
     """
     place = replace(place, folder=model or place.folder)
     batches: list[Batch] = []
     for step in range(steps):
         groups = make_trajectories(place.folder, [3] * NUM_GROUPS, seed=step)
+        for number in truncated:
+            groups[number] = [replace(t, finish_reason="length") for t in groups[number]]
+        if apart:
+            groups = [[with_two_rewards(t) for t in group] for group in groups]
         mine = [sdp.TrajectoryGroup(tuple(g)) for g in groups[place.rank :: place.size]]
         batches.append(replace(collate(mine, version=VERSION), missing_proximal="behavior"))
     loads: list[str] = []
@@ -59,7 +66,11 @@ def recorded(
     if place.size == 1:
         sdp_lightning.training.update.split_minibatches = split_as(ranks)
     update = sdp.UpdateConfig(
-        num_minibatches=minibatches, layout=layout, max_tokens_per_microbatch=max_tokens
+        num_minibatches=minibatches,
+        layout=layout,
+        max_tokens_per_microbatch=max_tokens,
+        mask_truncated=bool(truncated),
+        advantages="gdpo" if apart else "group",
     )
     torch.manual_seed(place.rank)  # of adapters; all ranks get rank 0's
     module = CountingModule(
@@ -92,6 +103,11 @@ def recorded(
         "types": seen.types,
         "scores": seen.scores,
     }
+
+
+def with_two_rewards(trajectory: Trajectory) -> Trajectory:
+    named = {"given": trajectory.reward, "even": float(trajectory.num_sampled % 2 == 0)}
+    return trajectory.with_rewards(named, {"given": 1.0, "even": 0.3})
 
 
 def split_as(ranks: int) -> Any:

@@ -14,31 +14,14 @@ import sdp_lightning as sdp
 from sdp_lightning.errors import ConfigError, InfrastructureError, RolloutError
 from sdp_lightning.rewards import RewardPool
 from sdp_lightning.rewards.asked import Asked, asked_by
-from sdp_lightning.testing import FakeEngine, tiny_tokenizer
-from sdp_lightning.types import SamplingParams, Segment
+from sdp_lightning.testing import FakeEngine
+from sdp_lightning.types import SamplingParams
 from sdp_lightning.workflows.completion import completion_text
 from support import asking_rewards
 from support.rollouts import make_executor
+from support.saying_engine import TOKENIZER, Says
 
-TOKENIZER = tiny_tokenizer()
-TOKENIZER.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"]})
 SAID = "<think>2+2</think>4"
-
-
-class Says(FakeEngine):
-    """Says each text of ``texts`` in turn, ended by the end of text, or cut off without it."""
-
-    def __init__(self, *texts: str, is_cut: bool = False) -> None:
-        super().__init__()
-        self.texts, self.is_cut, self.num = texts, is_cut, 0
-
-    async def generate(self, request: Any, sink: Any) -> Any:
-        text = self.texts[self.num % len(self.texts)]
-        self.num += 1
-        ids = TOKENIZER.encode(text, add_special_tokens=False)
-        ids += [] if self.is_cut else [TOKENIZER.eos_token_id]
-        sink(Segment(self.version or 0, ids, [-0.1] * len(ids)))
-        return "length" if self.is_cut else "stop"
 
 
 def rewards_of(workflow: sdp.RolloutWorkflow, engine: FakeEngine, **row: Any) -> list[float]:

@@ -245,3 +245,44 @@ def test_fit_trains_on_whole_batches_of_groups_that_pass(model_folder: str) -> N
     for step in recorder.steps:
         assert len(step.groups) == 2 and all(name.endswith("mixed") for name in step.row_ids)
     assert recorder.metrics[-1]["rollout/rejected"] > 0
+
+
+def several(*values: tuple[float, float]) -> list[Trajectory]:
+    bare = Trajectory((Context([1]), Segment(0, [3, 4, 5], [-1.0] * 3)))
+    weights = {"correct": 1.0, "form": 0.5}
+    return [bare.with_rewards(dict(zip(weights, each, strict=True)), weights) for each in values]
+
+
+def test_filters_look_at_the_sum_of_several_rewards_or_at_the_one_that_is_named() -> None:
+    group = several((1.0, 0.0), (1.0, 1.0))
+    assert AllRight(1.0).why_not(group) and AllRight(1.0, "correct").why_not(group)
+    assert not AllRight(1.0, "form").why_not(group)
+    assert AllWrong(0.0, "form").why_not(several((1.0, 0.0))) == (
+        "every reward 'form' of the group is 0 or less"
+    )
+    assert AllEqual().why_not(several((1.0, 0.0), (0.5, 1.0))) == "", "sums are equal, parts not"
+    assert AllEqual().why_not(several((1.0, 0.5), (1.0, 0.5)))
+    with pytest.raises(RolloutError, match=r"no reward named 'speed'.*\['correct', 'form'\]"):
+        AllRight(1.0, "speed").why_not(group)
+
+
+def both(completion: str, row: Mapping[str, Any]) -> dict[str, float]:
+    return {"correct": 1.0, "penalty" if row["kind"] == "clash" else "form": 1.0}
+
+
+def test_penalties_are_one_more_of_several_rewards() -> None:
+    inner = sdp.RLVRWorkflow(both, group_size=2, reward_weights={"correct": 1.0, "form": 0.5})
+    shaped = sdp.ShapedWorkflow(inner, penalties=[LinearLength(0.25)])
+    assert shaped.reward_weights == {"correct": 1.0, "form": 0.5, "penalty": 1.0}
+    with rolling(OneLongOneShort(), shaped, rows=kinds("right"), batch_size=1) as executor:
+        [group] = executor.take() or []
+    assert [t.rewards["penalty"] for t in group.trajectories] == [-0.25, -0.75]
+    assert [t.reward for t in group.trajectories] == [1.25, 0.75]
+    with pytest.raises(ConfigError, match="a reward is named 'penalty'"):
+        sdp.ShapedWorkflow(sdp.RLVRWorkflow(rewards={"penalty": by_row}), penalties=[Truncated()])
+    shaped = sdp.ShapedWorkflow(sdp.RLVRWorkflow(both, group_size=1), penalties=[Truncated()])
+    with (
+        rolling(FakeEngine(), shaped, rows=kinds("clash"), batch_size=1) as executor,
+        pytest.raises(RolloutError, match=r"row '0-clash'.*a reward is named 'penalty'"),
+    ):
+        executor.take()

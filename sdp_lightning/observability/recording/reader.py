@@ -19,6 +19,7 @@ from sdp_lightning.observability.recording.files import (
     files_in,
 )
 from sdp_lightning.observability.recording.table import (
+    LATER,
     RecordedBatch,
     batch_of,
     import_pyarrow,
@@ -166,7 +167,8 @@ def _rows_in(path: Path) -> list[dict[str, Any]]:
         table = pq.ParquetFile(path, page_checksum_verification=True).read()
     except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: text that is no UTF-8
         raise DamagedFileError(path, error) from error
-    if table.schema.names != schema().names:
+    known = schema().names
+    if table.schema.names not in (known, [name for name in known if name not in LATER]):
         raise RecordingError(f"{path} has other columns than a recording has.")
     return to_rows(table)
 

@@ -13,7 +13,11 @@ column              meaning
 ``row_index``       index of the row in the dataset
 ``order``           number of the group in the order of creation
 ``created_version`` policy version when the group was submitted
-``reward``          reward of the trajectory
+``reward``          reward of the trajectory; of several, their weighted sum
+``rewards``         list of several rewards with names, empty if there is one:
+``.name``           name of the reward
+``.value``          the reward
+``.weight``         its weight in the sum
 ``finish_reason``   stop, length or abort
 ``truncated``       whether sampling did not end by itself
 ``num_tokens``      tokens of the trajectory, contexts included
@@ -45,6 +49,8 @@ from sdp_lightning.config.storable_text import storable
 from sdp_lightning.errors import ConfigError, RecordingError, RolloutError, VersionError
 from sdp_lightning.rollout.checkpoint.segment_codec import part_from_fields, part_to_fields
 from sdp_lightning.types import Context, Segment, Trajectory, TrajectoryGroup
+
+LATER = ("rewards",)  # columns that recordings of earlier releases lack
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,6 +107,7 @@ def schema() -> Any:
             ("proximal_version", pa.int64()),
         ]
     )
+    named = pa.struct([("name", pa.string()), ("value", pa.float64()), ("weight", pa.float64())])
     whole = ("version", "step", "rank", "group", "member")
     counts = ("num_tokens", "num_sampled", "head_version", "tail_version")
     return pa.schema(
@@ -109,6 +116,7 @@ def schema() -> Any:
             ("row_id", pa.string()),
             *((name, pa.int64()) for name in ("epoch", "row_index", "order", "created_version")),
             ("reward", pa.float64()),
+            ("rewards", pa.list_(named)),
             ("finish_reason", pa.string()),
             ("truncated", pa.bool_()),
             *((name, pa.int64()) for name in counts),
@@ -133,6 +141,10 @@ def rows_of(batch: RecordedBatch, rank: int) -> Iterator[dict[str, Any]]:
                 "order": group.order,
                 "created_version": group.created_version,
                 "reward": trajectory.reward,
+                "rewards": [
+                    {"name": name, "value": value, "weight": trajectory.reward_weights[name]}
+                    for name, value in trajectory.rewards.items()
+                ],
                 "finish_reason": trajectory.finish_reason,
                 "truncated": trajectory.finish_reason != "stop",
                 "num_tokens": trajectory.num_tokens,
@@ -198,17 +210,21 @@ def batch_of(rows: Sequence[Mapping[str, Any]], source: str) -> RecordedBatch:
 
 def _group_of(rows: Sequence[Mapping[str, Any]]) -> TrajectoryGroup:
     return TrajectoryGroup(
-        tuple(
-            Trajectory(
-                tuple(_part_of(part) for part in row["parts"]),
-                reward=row["reward"],
-                finish_reason=row["finish_reason"],
-            )
-            for row in sorted(rows, key=lambda row: row["member"])
-        ),
+        tuple(map(_trajectory_of, sorted(rows, key=lambda row: row["member"]))),
         row_id=rows[0]["row_id"],
         order=rows[0]["order"],
         created_version=rows[0]["created_version"],
+    )
+
+
+def _trajectory_of(row: Mapping[str, Any]) -> Trajectory:
+    named = row.get("rewards") or ()  # not in recordings from before rewards had names
+    return Trajectory(
+        tuple(_part_of(part) for part in row["parts"]),
+        reward=row["reward"],
+        finish_reason=row["finish_reason"],
+        rewards={each["name"]: each["value"] for each in named},
+        reward_weights={each["name"]: each["weight"] for each in named},
     )
 
 

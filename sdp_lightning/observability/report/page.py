@@ -16,7 +16,12 @@ from sdp_lightning.observability.report.files import PAGE, Run, RunConfigs, read
 from sdp_lightning.observability.report.markup import card, duration, escape, section, table, value
 from sdp_lightning.observability.report.rollouts import rollouts
 from sdp_lightning.observability.report.time_breakdown import time_breakdown
-from sdp_lightning.training.metrics.names import FAMILIES, OTHERS
+from sdp_lightning.training.metrics.names import (
+    FAMILIES,
+    NAMED_REWARD,
+    OTHERS,
+    reward_names,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -112,6 +117,8 @@ def _samples(state: Mapping[str, Any]) -> str:
                 f"row {sample['row_id']}, trained at version {sample['version']}; reward "
                 f"{number(sample['reward'])}, mean of its group {number(sample['mean_reward'])}"
             )
+            for name, reward in sample.get("rewards", {}).items():
+                facts += f"; {name} {number(reward)}"
             box = f'<div class="sample" data-sample="{kind}"><p class="sub">'
             parts.append(f"{box}<b>{title}</b>: {escape(facts)}</p>{sample['html']}</div>")
     note = "Tokens are colored by the policy version that sampled them; hover for their numbers."
@@ -139,6 +146,8 @@ def _metrics(steps: Sequence[Mapping[str, float]]) -> str:
         for name in family.names:
             lag = name.removeprefix(family.name).lstrip("_").replace("plus", "+")
             meanings[name] = family.meaning + (f", lag {lag}" if lag else "")
+    for name in reward_names(steps):
+        meanings[NAMED_REWARD + name] = meanings[f"{NAMED_REWARD}<name>"]
     rows = [
         [
             ("", f"<code>{escape(name)}</code>"),

@@ -40,6 +40,7 @@ class Sample:
             "version": self.version,
             "reward": self.trajectory.reward,
             "mean_reward": self.mean_reward,
+            "rewards": dict(self.trajectory.rewards),
             "html": self.drawn,
         }
 

@@ -35,7 +35,13 @@ from sdp_lightning.observability.report.time_breakdown import (
     reward_share,
     time_breakdown,
 )
-from sdp_lightning.training.metrics.names import LAG_NAMES, MetricRow
+from sdp_lightning.training.metrics.names import (
+    LAG_NAMES,
+    NAMED_EVALUATION,
+    NAMED_REWARD,
+    MetricRow,
+    reward_names,
+)
 
 LAG_COLORS = dict(zip(LAG_NAMES, (2, 0, 4, 1, 3), strict=True))
 PHASE_COLORS = {
@@ -82,7 +88,7 @@ def cards(run: Run, breakdown: TimeBreakdown | None) -> str:
 
 def rewards(run: Run) -> str:
     """Chart of the reward of batches and of evaluations."""
-    batch = points(run.steps, "train/reward")
+    batch, key, at = points(run.steps, "train/reward"), NAMED_EVALUATION, "val/version"
     chart = line_chart(
         [
             Line("batch", batch, 0, "faint"),
@@ -94,7 +100,18 @@ def rewards(run: Run) -> str:
         width=WIDE,
         y_label="reward",
     )
-    return section("reward", "Reward", f'<div class="card">{chart}</div>')
+    lines = [
+        Line(name, moving(points(run.steps, NAMED_REWARD + name)), color % 7)
+        for color, name in enumerate(reward_names(run.steps))
+    ] + [
+        Line(f"{name}, validation", points(run.evaluations, key + name, at), color % 7, "marks")
+        for color, name in enumerate(reward_names(run.evaluations, key))
+    ]
+    body = f'<div class="card">{chart}</div>'
+    if lines:
+        named = line_chart(lines, name="Each of several rewards", width=WIDE, y_label="reward")
+        body += card("Each reward", named, f"means of {WINDOW} batches, unweighted")
+    return section("reward", "Reward", body)
 
 
 def times(run: Run, breakdown: TimeBreakdown | None) -> str:

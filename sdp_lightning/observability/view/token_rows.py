@@ -6,7 +6,7 @@ An unknown number is NaN. Log-probs in nats.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import TypeAlias
 
@@ -37,6 +37,7 @@ class TokenRow:
         versions: [T] int64, :data:`CONTEXT` for tokens that the policy did not choose.
         numbers: [T] each, by the :data:`NAMES`: log-probs b, q and x, and the behavior weight w.
         reward: reward of the trajectory.
+        rewards: several rewards by name, unweighted.
         advantage: NaN if unknown.
         version: policy version c that trains on it; None if unknown.
         note: why it ended.
@@ -49,6 +50,7 @@ class TokenRow:
     advantage: float = float("nan")
     version: int | None = None
     note: str = ""
+    rewards: Mapping[str, float] = field(default_factory=dict[str, float])
 
     def __len__(self) -> int:
         return int(self.token_ids.size)
@@ -121,6 +123,8 @@ def advantage_note(data: Viewable, *, loss: LossConfig, update: UpdateConfig | N
     groups = [data] if isinstance(data, TrajectoryGroup) else data
     if all(len(group.trajectories) < 2 for group in groups):
         return ""
+    if update is not None and update.advantages == "gdpo":
+        return "advantages not shown: GDPO normalizes them over the batch, which a group lacks"
     if _takes_kl_off_reward(loss):
         return "advantages not shown: this loss takes a KL off the reward, which a group lacks"
     return (
@@ -137,10 +141,16 @@ def _group_advantages(
 ) -> list[float]:
     """Advantages of a group's members; NaN where they are unknown, and for a single member.
 
-    A KL in the reward needs log-probs of the reference policy, which a group does not have.
+    A KL in the reward needs log-probs of the reference policy, which a group does not have, and
+    GDPO its batch.
     """
     rewards = torch.tensor([t.reward for t in group.trajectories], dtype=torch.float64)
-    if update is None or len(rewards) < 2 or _takes_kl_off_reward(loss):
+    if (
+        update is None
+        or len(rewards) < 2
+        or _takes_kl_off_reward(loss)
+        or update.advantages == "gdpo"
+    ):
         return [float("nan")] * len(rewards)
     return row_advantages(rewards, torch.zeros(len(rewards)), update).tolist()
 
@@ -174,6 +184,7 @@ def _of_trajectory(trajectory: Trajectory, version: int | None, loss: LossConfig
         versions=versions,
         numbers=numbers | {"weight": _weights(numbers, lags, loss)},
         reward=trajectory.reward,
+        rewards=trajectory.rewards,
         version=version,
         note=trajectory.finish_reason,
     )
@@ -216,6 +227,9 @@ def _of_batch(batch: Batch, loss: LossConfig, most_rows: int) -> tuple[list[Sect
             advantage=advantage,
             version=batch.version,
             note="truncated" if bool(batch.truncated[index]) else "stop",
+            rewards={}
+            if batch.named_rewards is None
+            else dict(zip(batch.reward_names, batch.named_rewards[index].tolist(), strict=True)),
         )
         sections.setdefault(int(batch.group_ids[index]), []).append(row)
     titled = [Section(f"group {group}", tuple(rows)) for group, rows in sections.items()]

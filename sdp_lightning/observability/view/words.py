@@ -15,7 +15,7 @@ class Facts:
     """Facts shown beside a row.
 
     Args:
-        numbers: (name, value) of reward and advantage.
+        numbers: (name, value) of reward, rewards with names, and advantage.
         notes: lengths, versions, lags, and why it ended.
     """
 
@@ -26,6 +26,7 @@ class Facts:
 def facts_of(row: TokenRow) -> Facts:
     """Facts about one row."""
     numbers = [("reward", f"{row.reward:.3g}")]
+    numbers += [(f"reward {name}", f"{value:.3g}") for name, value in row.rewards.items()]
     if not np.isnan(row.advantage):
         numbers.append(("advantage", f"{row.advantage:+.2f}"))
     versions = row.versions[row.sampled]

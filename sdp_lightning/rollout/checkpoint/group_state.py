@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from sdp_lightning.rollout.checkpoint.packed_groups import unpack_groups
-from sdp_lightning.rollout.checkpoint.saved_group import SavedGroup
+from sdp_lightning.rollout.checkpoint.saved_group import SavedGroup, SavedResult
 from sdp_lightning.rollout.checkpoint.segment_codec import part_from_fields, part_to_fields
 from sdp_lightning.types import SamplingParams
 from sdp_lightning.workflows.episode_log import CallEnd, CallStart, Event
@@ -57,8 +57,8 @@ def group_to_dict(group: SavedGroup) -> dict[str, Any]:
         return place | {"logs": logs}
     return place | {
         "trajectories": [
-            {"reward": reward, "finish_reason": reason, "parts": parts}
-            for parts, (reward, reason) in zip(logs, group.results, strict=True)
+            {**_result_to_state(result), "parts": parts}
+            for parts, result in zip(logs, group.results, strict=True)
         ],
     }
 
@@ -76,8 +76,19 @@ def group_from_dict(state: Mapping[str, Any]) -> SavedGroup:
         logs=[[_event_from_state(event) for event in log] for log in logs],
         results=None
         if trajectories is None
-        else [(t["reward"], t["finish_reason"]) for t in trajectories],
+        else [
+            SavedResult(**{name: t[name] for name in SavedResult._fields if name in t})
+            for t in trajectories
+        ],
     )
+
+
+def _result_to_state(result: SavedResult) -> dict[str, Any]:
+    state: dict[str, Any] = {"reward": result.reward, "finish_reason": result.finish_reason}
+    if not result.rewards:
+        return state
+    weights = dict(result.reward_weights)
+    return state | {"rewards": dict(result.rewards), "reward_weights": weights}
 
 
 def _event_to_state(event: Event) -> dict[str, Any]:

@@ -7,7 +7,7 @@ numbers that belong to them. Letters: G groups, L logs (trajectories), E events,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -16,8 +16,8 @@ import torch
 from numpy.typing import NDArray
 
 from sdp_lightning.errors import CheckpointError
-from sdp_lightning.rollout.checkpoint.saved_group import SavedGroup
-from sdp_lightning.types import Context, FinishReason, SamplingParams, Segment
+from sdp_lightning.rollout.checkpoint.saved_group import SavedGroup, SavedResult
+from sdp_lightning.types import Context, SamplingParams, Segment
 from sdp_lightning.workflows.episode_log import CallEnd, CallStart, Event
 
 _CONTEXT, _SEGMENT, _START, _END = range(4)
@@ -31,8 +31,9 @@ def pack_groups(groups: Sequence[SavedGroup]) -> dict[str, Any]:
         [L], ``events`` [E, 3] (kind, number of tokens, and the version of a segment, or the place
         in ``params`` or ``texts``), ``segments`` [S, 3] (place of ``kv_on_update`` in ``texts``,
         version of the proximal or -1, whether there is one), ``temperatures`` [S], ``token_ids``,
-        ``logprobs``, ``proximals``, ``rewards`` and ``finish_reasons`` [L] (empty if under way);
-        and the lists ``row_ids``, ``params``, ``texts``.
+        ``logprobs``, ``proximals``, ``rewards``, ``finish_reasons`` and ``num_named`` [L] (empty if
+        under way); of the N rewards with names, ``reward_names`` [N] (places in ``texts``) and
+        ``named_rewards`` [N, 2] (reward, weight); and the lists ``row_ids``, ``params``, ``texts``.
     """
     packer = _Packer()
     for group in groups:
@@ -46,10 +47,18 @@ def pack_groups(groups: Sequence[SavedGroup]) -> dict[str, Any]:
         "places": torch.tensor(places, dtype=torch.int64).reshape(-1, 4),
         "num_logs": torch.tensor([len(g.logs) for g in groups], dtype=torch.int64),
         "num_events": torch.tensor([len(log) for g in groups for log in g.logs], dtype=torch.int64),
-        "rewards": torch.tensor([reward for reward, _ in results], dtype=torch.float64),
-        "finish_reasons": torch.tensor(
-            [packer.text(reason) for _, reason in results], dtype=torch.int64
-        ),
+        "rewards": torch.tensor([each.reward for each in results], dtype=torch.float64),
+        "finish_reasons": _integers(packer.text(each.finish_reason) for each in results),
+        "num_named": _integers(len(each.rewards) for each in results),
+        "reward_names": _integers(packer.text(name) for each in results for name in each.rewards),
+        "named_rewards": torch.tensor(
+            [
+                (v, each.reward_weights[name])
+                for each in results
+                for name, v in each.rewards.items()
+            ],
+            dtype=torch.float64,
+        ).reshape(-1, 2),
         **packer.columns(),
     }
 
@@ -65,11 +74,7 @@ def unpack_groups(packed: Mapping[str, Any], *, finished: bool) -> list[SavedGro
     events = _events(packed)
     try:
         logs = [[next(events) for _ in range(count)] for count in _numbers(packed["num_events"])]
-        rewards, reasons = packed["rewards"].tolist(), _numbers(packed["finish_reasons"])
-        texts: Sequence[FinishReason] = packed["texts"]
-        results: list[tuple[float, FinishReason]] = [
-            (reward, texts[reason]) for reward, reason in zip(rewards, reasons, strict=True)
-        ]
+        results = _results(packed)
         groups, begin = list[SavedGroup](), 0
         rows = zip(packed["row_ids"], _numbers(packed["places"]), strict=True)
         for (row_id, place), count in zip(rows, _numbers(packed["num_logs"]), strict=True):
@@ -83,6 +88,24 @@ def unpack_groups(packed: Mapping[str, Any], *, finished: bool) -> list[SavedGro
     if begin != len(logs) or next(events, None) is not None:
         raise CheckpointError("the rollouts of the checkpoint hold more events than their logs.")
     return groups
+
+
+def _results(packed: Mapping[str, Any]) -> list[SavedResult]:
+    rewards, reasons = packed["rewards"].tolist(), _numbers(packed["finish_reasons"])
+    texts: Sequence[Any] = packed["texts"]
+    if "num_named" not in packed:  # written before rewards had names
+        return [SavedResult(r, texts[why]) for r, why in zip(rewards, reasons, strict=True)]
+    names = [texts[place] for place in _numbers(packed["reward_names"])]
+    named = list(zip(names, _numbers(packed["named_rewards"]), strict=True))
+    results, begin = list[SavedResult](), 0
+    for reward, reason, count in zip(rewards, reasons, _numbers(packed["num_named"]), strict=True):
+        own = named[begin : begin + count]
+        values = {name: value for name, (value, _) in own}
+        results.append(
+            SavedResult(reward, texts[reason], values, {name: weight for name, (_, weight) in own})
+        )
+        begin += count
+    return results
 
 
 class _Packer:
@@ -172,6 +195,10 @@ def _events(packed: Mapping[str, Any]) -> Iterator[Event]:
 
 def _joined(arrays: Sequence[NDArray[Any]], dtype: Any) -> torch.Tensor:
     return torch.from_numpy(np.concatenate([np.empty(0, dtype), *arrays], dtype=dtype))
+
+
+def _integers(values: Iterable[int]) -> torch.Tensor:
+    return torch.tensor(list(values), dtype=torch.int64)
 
 
 def _numbers(tensor: torch.Tensor) -> list[Any]:

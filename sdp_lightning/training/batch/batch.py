@@ -46,13 +46,17 @@ class Batch(Displayed):
             that a token which nobody completed cannot pass for one of probability 1.
         segment_scored: [B, T] bool.
         temperatures: [B, T] float32, of the distribution sampled from; 1 outside the loss mask.
-        rewards: [B] float32.
+        rewards: [B] float32; of several, their weighted sum.
         group_ids: [B] int64, equal among siblings.
         truncated: [B] bool, sampling did not end by itself.
         advantages: [B, T] float32, None until the module sets it.
         proximal_logprobs: [B, T] float32, None where the module takes them from its own pass.
         reference_logprobs: [B, T] float32, None without a reference policy.
         rejected: [B, T] bool, tokens that the whole step's second moment rejects; None is no token.
+        named_rewards: [B, K] float32, several rewards in the order of ``reward_names``.
+        reward_weights: [B, K] float32, weight of each in the sum.
+        reward_names: K names in alphabetical order; empty, as the two tensors are None, if there is
+            one reward.
         missing_proximal: substitute for the score of an unscored token of lag 2 or more.
         max_lag: tokens older than this get weight 0, and still count in N; None is no bound.
     """
@@ -74,6 +78,9 @@ class Batch(Displayed):
     proximal_logprobs: Tensor | None = None
     reference_logprobs: Tensor | None = None
     rejected: Tensor | None = None
+    named_rewards: Tensor | None = None
+    reward_weights: Tensor | None = None
+    reward_names: tuple[str, ...] = ()
     missing_proximal: MissingProximal = "behavior"
     max_lag: int | None = None
 
@@ -119,6 +126,11 @@ class Batch(Displayed):
         """Some rows, in the order asked for, padded as before."""
         index = torch.as_tensor(list(rows), dtype=torch.long, device=self.input_ids.device)
         return self._each(lambda tensor: tensor[index])
+
+    def without_truncated(self) -> Batch:
+        """The same rows; of those whose sampling did not end by itself no token is trained on."""
+        mask = self.loss_mask & ~self.truncated[:, None]
+        return dataclasses.replace(self, loss_mask=mask)
 
     def idle(self) -> Batch:
         """One row without a token to train: computed while other ranks have more micro-batches."""

@@ -33,8 +33,9 @@ def collate(
     Raises:
         VersionError: if a token is newer than ``version``, or a segment was scored under another
             version than the one after its own; names the group.
-        RolloutError: if there is no group, a trajectory has no sampled token, or its temperature
-            was 0 (greedy: it has no log-probs to correct with).
+        RolloutError: if there is no group, a trajectory has no sampled token, its temperature was 0
+            (greedy: it has no log-probs to correct with), or its rewards have other names than
+            those of another; names the row.
     """
     if not groups:
         raise RolloutError("collate needs at least one group.")
@@ -51,10 +52,35 @@ def collate(
         position_ids=torch.arange(shape[1]).repeat(shape[0], 1),
         lengths=torch.tensor([trajectory.num_tokens for _, trajectory in owned]),
         rewards=torch.tensor([t.reward for _, t in owned], dtype=torch.float32),
+        **_named_rewards(owned, groups),
         group_ids=torch.tensor([index for index, _ in owned]),
         truncated=torch.tensor([t.finish_reason != "stop" for _, t in owned]),
         **tensors,
     )
+
+
+def _named_rewards(
+    owned: Sequence[tuple[int, Trajectory]], groups: Sequence[TrajectoryGroup]
+) -> dict[str, Any]:
+    """The fields of a batch about rewards with names."""
+    names = tuple(sorted(owned[0][1].rewards))
+    for index, trajectory in owned:
+        if sorted(trajectory.rewards) != list(names):
+            raise RolloutError(
+                f"a trajectory of row {groups[index].row_id!r} has rewards named "
+                f"{sorted(trajectory.rewards)}, and one of row {groups[0].row_id!r} {list(names)}; "
+                "the names must be the same for all rows. After a resume with other rewards, name "
+                "them by rewards={...}: groups of the checkpoint that have others then begin anew."
+            )
+    if not names:
+        return {}
+    values = [[t.rewards[name] for name in names] for _, t in owned]
+    weights = [[t.reward_weights[name] for name in names] for _, t in owned]
+    return {
+        "reward_names": names,
+        "named_rewards": torch.tensor(values, dtype=torch.float32),
+        "reward_weights": torch.tensor(weights, dtype=torch.float32),
+    }
 
 
 def trial_batch(vocab_size: int, length: int = 20) -> Batch:

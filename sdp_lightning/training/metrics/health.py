@@ -19,6 +19,7 @@ LARGEST_BRIDGE = 0.1  # nats, mean
 LARGEST_MISMATCH = 0.05  # nats, mean; bfloat16 engines are at some 0.01 to 0.03
 LARGEST_REJECTED = 0.2
 LARGEST_CLIPPED = 0.4
+LARGEST_MASKED = 0.5
 FRESHER = "lower max_head_lag or max_concurrent"
 
 
@@ -39,7 +40,7 @@ def health_warnings(metrics: MetricRow, *, leaves_bridge_out: bool = False) -> l
     """Warnings about a run, about the worst lag where one is named; empty if all is well.
 
     Kinds: ``low_ess``, ``large_bridge``, ``engine_mismatch``, ``many_rejected``, ``many_clipped``,
-    ``clamped``.
+    ``clamped``, ``many_masked``.
 
     Args:
         metrics: values that :class:`~sdp_lightning.training.metrics.LagMetrics` computes.
@@ -53,6 +54,7 @@ def health_warnings(metrics: MetricRow, *, leaves_bridge_out: bool = False) -> l
         _rejected(metrics),
         _clipped(metrics),
         _far_tokens(metrics),
+        _masked(metrics),
     )
     return [warning for warning in candidates if warning is not None]
 
@@ -143,6 +145,18 @@ def _far_tokens(metrics: MetricRow) -> HealthWarning | None:
         f"{value:.2%} of the tokens are over 20 nats more or less likely to the trainer than to "
         "the engine. Look for sampling that the trainer does not know of (top_p, masks, another "
         "temperature) and for a policy that has collapsed.",
+    )
+
+
+def _masked(metrics: MetricRow) -> HealthWarning | None:
+    value = metrics.get("train/truncated", 0.0)
+    if not metrics.get("train/masked_truncated") or value <= LARGEST_MASKED:
+        return None
+    return HealthWarning(
+        "many_masked",
+        f"{value:.0%} of the trajectories are truncated, and mask_truncated leaves them out of the "
+        f"loss (most {LARGEST_MASKED:.0%}): the rest trains it. Raise max_new_tokens (or max_turns "
+        "and max_total_tokens), or set mask_truncated=False with a penalty for length.",
     )
 
 

@@ -6,7 +6,7 @@ the other metrics.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -14,6 +14,16 @@ MetricRow: TypeAlias = Mapping[str, float]  # metrics of one batch by their logg
 
 LAG_BINS = 5  # 0, 1, 2, 3, and 4 or more
 LAG_NAMES = (*(str(lag) for lag in range(LAG_BINS - 1)), f"{LAG_BINS - 1}plus")
+
+
+NAMED_REWARD = "train/reward/"  # before the name of one of several rewards
+NAMED_EVALUATION = "val/reward/"
+
+
+def reward_names(rows: Iterable[MetricRow], prefix: str = NAMED_REWARD) -> list[str]:
+    """Names of the several rewards that ``rows`` have, in their order."""
+    found = {name: None for row in rows for name in row if name.startswith(prefix)}
+    return [name.removeprefix(prefix) for name in found]
 
 
 @dataclass(frozen=True)
@@ -95,22 +105,26 @@ class Logged:
 
 
 POOL = "`reward_workers` or a `RewardPool`"
+SEVERAL = "several rewards"
 REFERENCE = "a KL term: `loss.kl_coefficient`"
 OTHERS: dict[str, tuple[Logged, ...]] = {
     "Training: means over the optimizer steps of a batch, of all ranks": (
-        Logged("train/reward", "mean reward of the batch's trajectories"),
+        Logged("train/reward", "mean reward of the batch's trajectories; of several, their sum's"),
+        Logged(f"{NAMED_REWARD}<name>", "mean of each of several rewards, unweighted", SEVERAL),
         Logged("train/loss", "the loss that is minimized"),
         Logged("train/kl", "mean estimate of the KL to the reference model, nats", REFERENCE),
         Logged("train/grad_norm", "norm of the gradient before it is clipped"),
         Logged("train/lr", "the learning rate, as it was applied"),
         Logged("train/lr_scale", "what the rate was scaled by", "`optimizer.scale_lr_by_ess`"),
         Logged("train/skipped", "share of steps skipped, as the gradient was not finite"),
-        Logged("train/tokens", "sampled tokens in the batch"),
+        Logged("train/tokens", "sampled tokens in the batch that are trained on"),
         Logged("train/truncated", "share of trajectories that ended at their token budget"),
+        Logged("train/masked_truncated", "their number, if `update.mask_truncated` masks them"),
         Logged("train/uniform", "share of groups whose rewards are all equal: no learning signal"),
     ),
     "Evaluation, on the published version": (
         Logged("val/reward", "mean reward of the rollouts of `val_prompts`", "`val_prompts`"),
+        Logged(f"{NAMED_EVALUATION}<name>", "mean of each of several rewards", SEVERAL),
         Logged("val/version", "the policy version that was evaluated", "`val_prompts`"),
         Logged(
             "val/pass_at_k",

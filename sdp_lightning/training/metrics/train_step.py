@@ -9,23 +9,42 @@ from torch import Tensor
 
 from sdp_lightning.objective.advantages import uniform_share
 from sdp_lightning.training.batch import Batch
+from sdp_lightning.training.metrics.names import NAMED_REWARD
 
 
 def step_values(
-    batch: Batch, steps: Sequence[dict[str, Tensor]], num_ranks: int
+    batch: Batch, steps: Sequence[dict[str, Tensor]], num_ranks: int, *, apart: bool = False
 ) -> dict[str, Tensor]:
     """Values by logged name, each [], to be averaged over ranks.
 
     Args:
-        batch: the batch of this rank.
+        batch: the batch of this rank; rows without a token to train on are masked.
         steps: values of each of its optimizer steps, by name.
         num_ranks: number of ranks, with which counts are multiplied.
+        apart: whether each of several rewards teaches on its own: a group is uniform if each is.
     """
     means = {name: torch.stack([step[name] for step in steps]).mean() for name in steps[0]}
     return {
         "train/reward": batch.rewards.mean(),
+        **_named_means(batch),
         **{f"train/{name}": value for name, value in means.items()},
         "train/tokens": batch.loss_mask.sum() * num_ranks,
         "train/truncated": batch.truncated.float().mean(),
-        "train/uniform": uniform_share(batch.rewards, batch.group_ids),
+        "train/masked_truncated": (~batch.loss_mask.any(1)).sum() * num_ranks,
+        "train/uniform": uniform_share(_signals(batch, apart), batch.group_ids),
     }
+
+
+def _signals(batch: Batch, apart: bool) -> Tensor:
+    """[B] numbers that differ where there is something to learn from."""
+    if not apart or batch.named_rewards is None or batch.reward_weights is None:
+        return batch.rewards
+    weighted = batch.named_rewards * (batch.reward_weights != 0)
+    return torch.unique(weighted, dim=0, return_inverse=True)[1]
+
+
+def _named_means(batch: Batch) -> dict[str, Tensor]:
+    if batch.named_rewards is None:
+        return {}
+    means = batch.named_rewards.mean(0)
+    return {f"{NAMED_REWARD}{n}": mean for n, mean in zip(batch.reward_names, means, strict=True)}

@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sdp_lightning.errors import ConfigError, RolloutError, VersionError
+from sdp_lightning.types.named_rewards import check_sum, weighted_sum
 
 if TYPE_CHECKING:
     from sdp_lightning.observability.view import View
@@ -214,8 +215,10 @@ class Trajectory(Displayed):
 
     Args:
         parts: contexts and segments in order; the first is a :class:`Context`.
-        reward: reward of the whole sequence, finite.
+        reward: reward of the whole sequence, finite; of several, their weighted sum.
         finish_reason: reason why sampling ended.
+        rewards: several rewards by name; empty if there is only the one.
+        reward_weights: weight of each of ``rewards`` in the sum; empty is 1 for all.
 
     Attributes:
         head_version: oldest version among the sampled tokens; None if there are none.
@@ -225,21 +228,35 @@ class Trajectory(Displayed):
     parts: tuple[Context | Segment, ...]
     reward: float = 0.0
     finish_reason: FinishReason = "stop"
+    rewards: Mapping[str, float] = field(default_factory=dict[str, float])
+    reward_weights: Mapping[str, float] = field(default_factory=dict[str, float])
     head_version: int | None = field(init=False)
     tail_version: int | None = field(init=False)
 
     def __post_init__(self) -> None:
+        weights = self.reward_weights or dict.fromkeys(self.rewards, 1.0)
         object.__setattr__(self, "parts", tuple(self.parts))
         object.__setattr__(self, "reward", float(self.reward))
+        object.__setattr__(self, "rewards", {k: float(v) for k, v in self.rewards.items()})
+        object.__setattr__(self, "reward_weights", {k: float(v) for k, v in weights.items()})
         if not self.parts or not isinstance(self.parts[0], Context):
             raise RolloutError(
                 "a Trajectory must begin with a Context: its first token has no log-prob."
             )
         if not np.isfinite(self.reward):
             raise RolloutError(f"the reward of a Trajectory must be finite, got {self.reward}.")
+        if self.rewards or self.reward_weights:
+            check_sum(self.reward, self.rewards, self.reward_weights)
         versions = [part.version for part in self.segments]
         object.__setattr__(self, "head_version", min(versions, default=None))
         object.__setattr__(self, "tail_version", max(versions, default=None))
+
+    def with_rewards(
+        self, rewards: Mapping[str, float], weights: Mapping[str, float]
+    ) -> Trajectory:
+        """The same trajectory with other named rewards, or weights."""
+        total = weighted_sum(rewards, weights)
+        return replace(self, reward=total, rewards=rewards, reward_weights=weights)
 
     @property
     def segments(self) -> tuple[Segment, ...]:
