@@ -13,10 +13,16 @@ from sdp_lightning.rewards.pool import RewardPool
 from sdp_lightning.rewards.row_checks import refuse_unreadable_rows
 from sdp_lightning.rewards.timeouts import call_reward
 from sdp_lightning.types import IntArray, Row, SamplingParams, Trajectory
+from sdp_lightning.workflows.chat.row_kinds import (
+    first_of_each_kind,
+    refuse_unwritable,
+    say_without_effect,
+)
 from sdp_lightning.workflows.chat_template import encode_aside, encode_prompt, with_stops
 from sdp_lightning.workflows.completion import (
     Completion,
     TextSettings,
+    chat_settings,
     check_settings,
     completion_text,
 )
@@ -25,6 +31,7 @@ from sdp_lightning.workflows.group_play import play_group, score_together
 from sdp_lightning.workflows.workflow import (
     RolloutSession,
     RolloutWorkflow,
+    Tokenizer,
 )
 
 Reward = Callable[..., float | Sequence[float] | Awaitable[float] | Awaitable[Sequence[float]]]
@@ -54,7 +61,7 @@ class RLVRWorkflow(RolloutWorkflow):
         reward_workers: number of processes of a ``RewardPool``, for a reward that may hang, crash
             or exhaust memory; 0 calls it in this process. For more settings pass a ``RewardPool``
             as ``reward``.
-        more: ``keep_special_tokens``.
+        more: ``keep_special_tokens``, ``chat_template_kwargs``, ``add_special_tokens``.
 
     Raises:
         ConfigError: if a setting is out of range, worker processes cannot import the reward, it
@@ -90,6 +97,7 @@ class RLVRWorkflow(RolloutWorkflow):
         self.prompt_key = prompt_key
         self.use_chat_template = use_chat_template
         self.stop = tuple(stop)
+        self.chat = chat_settings(more, stop)
         self.reward_timeout_s = reward_timeout_s
 
     @property
@@ -117,6 +125,14 @@ class RLVRWorkflow(RolloutWorkflow):
     def check_rows(self, rows: Iterable[tuple[int, Row]]) -> None:
         refuse_unreadable_rows(self._reward, rows)
 
+    def check_prompts(self, rows: Iterable[tuple[int, Row]], tokenizer: Tokenizer) -> None:
+        kinds = list(first_of_each_kind(rows, self.prompt_key))
+        refuse_unwritable(kinds, lambda row: self._encode(row, tokenizer))
+        for _, row in kinds[:1]:
+            prompt = row[self.prompt_key]
+            is_chat = self.use_chat_template or not isinstance(prompt, str)
+            say_without_effect(prompt if is_chat else None, tokenizer, self.chat)
+
     def close(self) -> None:
         """End the worker processes, if there are any. The next rollout starts new ones."""
         if self._pool is not None:
@@ -124,14 +140,7 @@ class RLVRWorkflow(RolloutWorkflow):
 
     async def run(self, row: Row, session: RolloutSession) -> Sequence[Trajectory] | None:
         tokenizer = session.tokenizer
-        prompt = await encode_aside(
-            row.get(self.prompt_key),
-            lambda: encode_prompt(
-                *(row, tokenizer),
-                key=self.prompt_key,
-                use_chat_template=self.use_chat_template,
-            ),
-        )
+        prompt = await encode_aside(row.get(self.prompt_key), lambda: self._encode(row, tokenizer))
         params = with_stops(self._sampling, tokenizer, self.stop)
 
         async def sample(episode: Episode) -> tuple[Episode, Completion]:
@@ -159,6 +168,14 @@ class RLVRWorkflow(RolloutWorkflow):
         if rewards is None:
             return None
         return [e.finish(reward) for (e, _), reward in zip(samples, rewards, strict=True)]
+
+    def _encode(self, row: Row, tokenizer: Tokenizer) -> list[int]:
+        return encode_prompt(
+            *(row, tokenizer),
+            key=self.prompt_key,
+            use_chat_template=self.use_chat_template,
+            settings=self.chat,
+        )
 
     async def _sample(
         self,
