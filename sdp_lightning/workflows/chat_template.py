@@ -6,7 +6,7 @@ next words: it ends that turn, holds the new messages, and opens the next one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,8 +17,9 @@ from sdp_lightning.rewards.timeouts import call_aside_if_long
 from sdp_lightning.types import IntArray, Row, SamplingParams
 from sdp_lightning.workflows.chat.arrangement import describe_tools
 from sdp_lightning.workflows.chat.messages import Message, as_messages, encodable, shown
+from sdp_lightning.workflows.chat.rendering import Tools
 from sdp_lightning.workflows.chat.settings import ChatSettings
-from sdp_lightning.workflows.chat.template import Between, ChatTemplate, Tools
+from sdp_lightning.workflows.chat.template import Between, ChatTemplate
 from sdp_lightning.workflows.chat.tokens import encode_after, is_special
 from sdp_lightning.workflows.workflow import Tokenizer
 
@@ -58,7 +59,7 @@ def encode_turn(
     turn_format: str | None,
     stopped_by: int | None,
     sampled: Sequence[int] = (),
-    history: Sequence[Mapping[str, Any]] = (),
+    history: Sequence[Message] = (),
     tools: Tools = (),
     settings: ChatSettings = _DEFAULTS,
 ) -> list[int]:
@@ -72,7 +73,7 @@ def encode_turn(
         stopped_by: stop token that ended the sampled turn; it is not written again.
         sampled: the tokens of that turn, or its last ones; the context is encoded as it follows
             them.
-        history: messages before that turn, of which only the roles matter.
+        history: messages before that turn, by :func:`outline`: only the roles matter.
         tools: JSON schemas of the tools that were described in the opening.
         settings: how turns are written.
 
@@ -88,7 +89,7 @@ def encode_turn(
         text = turn_format.replace(PLACEHOLDER, contents)
         return encode_after(before, text, tokenizer)
     template = settings.template(tokenizer)
-    between = template.between(messages, tokenizer, as_messages(list(history)), tools)
+    between = template.between(messages, tokenizer, history, tools)
     text = _unwritten(between, template, tokenizer, stopped_by, settings.stop)
     return encode_after(before, text, tokenizer)
 
@@ -109,35 +110,38 @@ def _unwritten(
         [token for token in (stopped_by,) if token is not None], skip_special_tokens=False
     )
     ends = stopped_by is not None and is_special(stopped_by, tokenizer)
-    if between.is_closed:
-        return between.text if ends else template.closing(tokenizer).rstrip() + between.text
     if ends and sampled in between.header:
         return between.text[between.header.index(sampled) + len(sampled) :]
-    if not ends or sampled in stop:
+    if between.end == "before" and not ends:
+        plain = template.between(as_messages("?"), tokenizer)
+        return plain.text[: _length_of_end(plain, template, tokenizer)] + between.text
+    if not ends or sampled in stop or between.end != "here":
         return between.text.removeprefix(sampled)
-    return between.text[_length_of_end(between, template.closing(tokenizer), tokenizer) :]
+    return between.text[_length_of_end(between, template, tokenizer) :]
 
 
-def _length_of_end(between: Between, closing: str, tokenizer: Tokenizer) -> int:
+def _length_of_end(between: Between, template: ChatTemplate, tokenizer: Tokenizer) -> int:
     """Number of characters that end the assistant's turn: through its last special token.
 
-    That is the last which ``closing``, the end of a last turn, has in common with this one; if they
-    have none, it is the first.
+    That is the last one which the end of a last turn, with nothing after it, has in common with it;
+    the first if they have none in common; and 0 if that end has no special token.
     """
-    header, place, end = between.header, 0, 0
-    tokens = encode_after((), header, tokenizer)
-    ends = encode_after((), closing, tokenizer)
-    for index, token in enumerate(tokens):
-        if not is_special(token, tokenizer):
-            continue
-        text = tokenizer.decode([token], skip_special_tokens=False)
-        place = header.find(text, place) + len(text)
-        if end and tokens[: index + 1] != ends[: index + 1]:
-            break
-        end = place
-        if tokens[: index + 1] != ends[: index + 1]:
-            break
-    return end
+    ends = encode_after((), template.closing(tokenizer), tokenizer)
+    if not any(is_special(token, tokenizer) for token in ends):
+        return 0
+    length = place = 0
+    for index, token in enumerate(encode_after((), between.header, tokenizer)):
+        is_common = token in ends[index : index + 1]
+        if is_special(token, tokenizer):
+            if length and not is_common:
+                break
+            text = tokenizer.decode([token], skip_special_tokens=False)
+            length = place = between.header.find(text, place) + len(text)
+        if not is_common:
+            ends = []
+            if length:
+                break
+    return length
 
 
 def encode_prompt(

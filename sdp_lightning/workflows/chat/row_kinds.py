@@ -91,10 +91,12 @@ def refuse_unwritable_openings(
     async def prompts() -> list[tuple[int, Row]]:
         made: list[tuple[int, Row]] = []
         for index, row in first_of_each_kind(rows, most=_MOST_OPENINGS):
-            try:
-                made.append((index, {"id": _name(row, index), "prompt": await reset(row)}))
-            except Exception as error:
-                logger.warning("row %r gave no prompt to look at: %s", _name(row, index), error)
+            name = _name(row, index)
+            [prompt] = await asyncio.gather(reset(row), return_exceptions=True)
+            if isinstance(prompt, Exception):
+                logger.warning("row %r gave no prompt to look at: %s", name, prompt)
+            else:
+                made.append((index, {"id": name, "prompt": prompt}))
         return made
 
     with ThreadPoolExecutor(1) as thread:  # a notebook's own has an event loop that runs

@@ -86,7 +86,7 @@ def what_is_lost(
         lost = _what_is_lost(_Reader(_squeezed(text), _squeezed), *given, notes)
     if trimmed is not None:
         trimmed += notes
-    return lost or _what_is_repr(messages, tools, text)
+    return lost
 
 
 def _what_is_lost(
@@ -122,23 +122,29 @@ def _what_is_lost(
     return ""
 
 
-def _what_is_repr(
+def written_as_python(
     messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], text: str
 ) -> str:
-    """What ``text`` has as Python's ``repr`` of it; empty if there is nothing."""
-    values: list[tuple[str, Any]] = [("a tool", tool) for tool in tools]
-    for index, message in enumerate(messages):
-        values += [(f"a call in message {index}", call) for call in message.get("tool_calls", ())]
-    for what, value in values:
-        for part in _containers(value):
-            written = repr(part)
-            if written not in text or written == json.dumps(part, ensure_ascii=False, default=str):
-                continue
-            if text.count(written) > sum(m["content"].count(written) for m in messages):
-                return f"{what}, other than as Python's {written[:80]}"
-    for index, message in enumerate(messages):
-        if (start := "[{'type': 'text'") in text and start not in message["content"]:
-            return f"the text of message {index}, other than as Python's {start}...}}]"
+    """A value that ``text`` has as Python's ``repr`` of it; empty if there is none.
+
+    Args:
+        messages: as they were given to the template.
+        tools: that were given to it.
+        text: what it wrote.
+    """
+    contents = [m["content"] for m in messages]
+    texts = [c if isinstance(c, str) else c[0]["text"] for c in contents]
+    if any(isinstance(content, list) for content in contents):
+        contents.append([{"type": "text"}])
+    given = [*contents, *tools, *(m["tool_calls"] for m in messages if "tool_calls" in m)]
+    for part in (part for value in given for part in _containers(value)):
+        written = repr(part)[:-2] if part == [{"type": "text"}] else repr(part)
+        if (
+            written in text
+            and text.count(written) > sum(t.count(written) for t in texts)
+            and written != json.dumps(part, ensure_ascii=False, default=str)
+        ):
+            return written[:80]
     return ""
 
 

@@ -8,26 +8,24 @@ also of contents as short as ``4``. What was found is remembered for conversatio
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from sdp_lightning.errors import ConfigError, RolloutError
 from sdp_lightning.workflows.chat.arrangement import Arrangement, arrange, arrangements
-from sdp_lightning.workflows.chat.messages import SPEAKERS, Message, is_open
-from sdp_lightning.workflows.chat.shown import what_is_lost
+from sdp_lightning.workflows.chat.messages import SPEAKERS, Message, calls_of, is_open
+from sdp_lightning.workflows.chat.rendering import REFUSES, RefusedError, Renderer, Tools
+from sdp_lightning.workflows.chat.shown import what_is_lost, written_as_python
+from sdp_lightning.workflows.chat.tokens import common_beginning
 from sdp_lightning.workflows.workflow import Tokenizer
 
 logger = logging.getLogger(__name__)
 
 _MARK = "c95bd1b5e8"  # no white space: templates strip it
-_END = "d06ce2c6f9"  # stands where a message is to be continued
-_SHORT = "?"  # contents of messages of which only the roles matter
+_EARLIER = "e13b9a5d70"  # contents of messages of which only the roles matter
 _MOST_KINDS = 1000
 _ALWAYS = {"role", "content"}
-_REFUSES = "refuses it"
-_OPENING_TAG = re.compile(r"\s*(<[^<>/\s]+>|\[[^\[\]/\s]+\])")
 # What is said once of an arrangement; the others change the form alone.
 _SAID = {
     "system_first": "takes one system message at the head: later ones are joined with it",
@@ -37,11 +35,7 @@ _SAID = {
     "results_as_user": "does not show what answers the assistant in another role than the user's, "
     "such as 'tool': it is written as the user's",
 }
-Tools = Sequence[Mapping[str, Any]]
-
-
-class _RefusedError(Exception):
-    """The template raised, or leaves out what is needed; its text completes "the template"."""
+_End = Literal["here", "before", "never"]
 
 
 @dataclass(frozen=True)
@@ -66,14 +60,15 @@ class Between:
     """What a template writes from the end of the assistant's words to its next words.
 
     Attributes:
-        text: all of it, the end of that turn included, or as far as white space after that end.
+        text: all of it.
         header: its part before the first content.
-        is_closed: whether the end of the turn is left out.
+        end: how the assistant's turn ends: ``"here"`` is in the text, ``"before"`` is before it,
+            but for white space, and ``"never"``: what is said is within that turn.
     """
 
     text: str
     header: str
-    is_closed: bool = False
+    end: _End = "here"
 
 
 class ChatTemplate:
@@ -84,9 +79,9 @@ class ChatTemplate:
     """
 
     def __init__(self, arguments: Mapping[str, Any]) -> None:
-        self._arguments = dict(arguments)
+        self._renderer = Renderer(arguments)
         self._found: dict[Any, tuple[Arrangement, int]] = {}
-        self._probed: dict[Any, str] = {}
+        self._probed: dict[Any, tuple[str, _End]] = {}
         self._said: set[str] = set()
         self._shows_turns = False
 
@@ -129,9 +124,11 @@ class ChatTemplate:
         if not calls and results and all("name" in m for m in results):
             functions = [{"name": m["name"], "arguments": {}} for m in results]
             calls = [{"type": "function", "function": f} for f in functions]
-        contexts = [[{"role": "user", "content": _SHORT}]]
+        contexts = [[{"role": "user", "content": _EARLIER}]]
         if history:
-            contexts.insert(0, [{**m, "content": _SHORT if m["content"] else ""} for m in history])
+            contexts.insert(
+                0, [{**m, "content": _EARLIER if m["content"] else ""} for m in history]
+            )
         called: Message = {"role": "assistant", "content": "", "tool_calls": calls}
         places = [
             _Place((*context, called if by_calls else turn), by_calls, shown)
@@ -143,17 +140,21 @@ class ChatTemplate:
 
     def closing(self, tokenizer: Tokenizer) -> str:
         """What ends the assistant's last turn, if nothing follows it."""
-        turn = [{"role": "user", "content": _SHORT}, {"role": "assistant", "content": _MARK}]
-        return self._apply(turn, tokenizer, prompt=False).rpartition(_MARK)[2]
+        turn = [{"role": "user", "content": _EARLIER}, {"role": "assistant", "content": _MARK}]
+        return self._renderer.render(turn, tokenizer, prompt=False).rpartition(_MARK)[2]
 
     def _require_turns(self, tokenizer: Tokenizer, turn: Message) -> None:
         if self._shows_turns:
             return
-        conversation = [{"role": "user", "content": _SHORT}, turn, {"role": "user", "content": "!"}]
+        conversation = [
+            {"role": "user", "content": _EARLIER},
+            turn,
+            {"role": "user", "content": "!"},
+        ]
         for how in (Arrangement(), Arrangement(parts=True)):
             try:
-                text = self._apply(arrange(conversation, how, ()), tokenizer, prompt=True)
-            except _RefusedError:
+                text = self._renderer.render(arrange(conversation, how, ()), tokenizer, prompt=True)
+            except RefusedError:
                 continue
             if _MARK in text:
                 self._shows_turns = True
@@ -182,7 +183,7 @@ class ChatTemplate:
         for how, number in (*filter(None, (self._found.get(kind),)), *ways):
             try:
                 found = self._try(messages, places[number], how, tokenizer, is_continued)
-            except _RefusedError as error:
+            except RefusedError as error:
                 fault = fault or str(error)
                 continue
             if len(self._found) < _MOST_KINDS:
@@ -199,7 +200,7 @@ class ChatTemplate:
         tokenizer: Tokenizer,
         is_continued: bool,
     ) -> Between:
-        """What the template writes if all of ``messages`` is in it. ``_RefusedError`` if not."""
+        """What the template writes if all of ``messages`` is in it. ``RefusedError`` if not."""
         tools = place.tools if place.is_shown else ()
         key = (how, bool(place.tools), place.calls, _kind(place.before), _kind(messages))
         if key not in self._probed:
@@ -207,21 +208,21 @@ class ChatTemplate:
                 {**m, "content": f"m{n}x{_MARK[::-1]}" if m["content"] else ""}
                 for n, m in enumerate(messages)
             ]
-            text = self._text(marked, place, how, tokenizer, is_continued)
+            text, end = self._text(marked, place, how, tokenizer, is_continued)
             if lost := what_is_lost(marked, tools, text, is_continued=is_continued):
-                raise _RefusedError(f"leaves out {lost}")
+                raise RefusedError(f"leaves out {lost}")
             if len(self._probed) >= _MOST_KINDS:
                 self._probed.clear()
             first = next((m["content"] for m in marked if m["content"]), None)
-            self._probed[key] = text if first is None else text.partition(first)[0]
-        text = self._text(messages, place, how, tokenizer, is_continued)
+            self._probed[key] = (text if first is None else text.partition(first)[0]), end
+        text, _ = self._text(messages, place, how, tokenizer, is_continued)
         trimmed: list[str] = []
         if lost := what_is_lost(messages, tools, text, is_continued=is_continued, trimmed=trimmed):
-            raise _RefusedError(f"leaves out {lost}")
+            raise RefusedError(f"leaves out {lost}")
         if trimmed and "thought" not in self._said:
             self._said.add("thought")
             logger.warning("the chat template leaves out %s, as those of earlier turns", trimmed[0])
-        return Between(text, self._probed[key], place.calls)
+        return Between(text, *self._probed[key])
 
     def _text(
         self,
@@ -230,78 +231,36 @@ class ChatTemplate:
         how: Arrangement,
         tokenizer: Tokenizer,
         is_continued: bool,
-    ) -> str:
-        """The whole text, or what follows ``place.before`` in it."""
+    ) -> tuple[str, _End]:
+        """The whole text, or what follows ``place.before`` in it, and how that ends."""
         said = arrange([*place.before, *messages], how, place.tools)
         tools = () if how.tools_in_system else place.tools
         if is_continued:
-            text = self._continued(said, messages[-1]["content"], how, tools, tokenizer)
+            text = self._renderer.render_open(
+                said, messages[-1]["content"], how.by_prompt, tools, tokenizer
+            )
         else:
-            text = self._apply(said, tokenizer, tools=tools, prompt=True)
+            text = self._renderer.render(said, tokenizer, tools=tools, prompt=True)
+        if written := written_as_python(said, tools, text):
+            raise RefusedError(f"writes what Python shows of a value, {written}")
         if not place.before:
-            return text
+            return text, "here"
         if place.calls:
             before = arrange(place.before, how, place.tools)
-            start = self._apply(before, tokenizer, tools=tools, prompt=False).rstrip()
-            if not text.startswith(start):
-                raise _RefusedError("writes calls otherwise once they are answered")
-            return text[len(start) :]
+            called = self._renderer.render(before, tokenizer, tools=tools, prompt=False)
+            start = called.rstrip()
+            if text.startswith(start):
+                return text[len(start) :], "before"
+            start = common_beginning(called, text, tokenizer)
+            if any(call["name"] not in start for call in calls_of(place.before[-1])):
+                raise RefusedError("writes calls otherwise once they are answered")
+            return text[len(start) :], "never"
         _, mark, after = text.rpartition(_MARK)
         if not mark:
-            raise _RefusedError("leaves out what the assistant said")
-        return after
-
-    def _continued(
-        self,
-        said: list[Message],
-        content: str,
-        how: Arrangement,
-        tools: Tools,
-        tokenizer: Tokenizer,
-    ) -> str:
-        """A conversation whose last message is open at its end."""
-        tag = _OPENING_TAG.match(content)
-        if how.by_prompt:
-            text = self._apply(said[:-1], tokenizer, tools=tools, prompt=True)
-            if text == self._apply(said[:-1], tokenizer, tools=tools, prompt=False):
-                raise _RefusedError("has no generation prompt that could be continued")
-            if tag and text.rstrip().endswith(tag[1]):  # it begins the assistant's thoughts itself
-                return text + content[tag.end() :].lstrip("\n")
-            return text + content
-        ends: Any = f"{said[-1]['content'][0]['text'] if how.parts else said[-1]['content']}{_END}"
-        if how.parts:
-            ends = [{"type": "text", "text": ends}]
-        text = self._apply([*said[:-1], {**said[-1], "content": ends}], tokenizer, tools=tools)
-        text, mark, _ = text.rpartition(_END)
-        if not mark:
-            raise _RefusedError("leaves out the end of the message that is to be continued")
-        if tag:
-            before = self._apply(said[:-1], tokenizer, tools=tools)
-            if text.count(tag[1]) > before.count(tag[1]) + content.count(tag[1]):
-                raise _RefusedError(f"writes {tag[1]} before a message that begins with it")
-        return text
-
-    def _apply(
-        self,
-        messages: Sequence[Message],
-        tokenizer: Any,
-        *,
-        tools: Tools = (),
-        prompt: bool = False,
-    ) -> str:
-        from jinja2 import TemplateError
-
-        given = {**self._arguments, **({"tools": list(tools)} if tools else {})}
-        try:
-            return tokenizer.apply_chat_template(
-                list(messages), add_generation_prompt=prompt, tokenize=False, **given
-            )
-        except (
-            *(TemplateError, TypeError, ValueError, LookupError, AttributeError),
-            ArithmeticError,
-        ) as error:  # what templates raise, of their own and of Python's
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise _RefusedError(f"{_REFUSES}: {reason}") from error
+            raise RefusedError("leaves out what the assistant said")
+        if _EARLIER in after:
+            raise RefusedError("writes earlier messages again")
+        return after, "here"
 
     def _say(self, how: Arrangement) -> None:
         for change in how.changes:
@@ -319,8 +278,8 @@ class ChatTemplate:
                 "chat template (an instruct or chat model), give the module ModelSource(..., "
                 "chat_template=...), or use prompts that are text, with use_chat_template=False."
             )
-        if fault.startswith(_REFUSES):
-            fault = f"refuses {self._refused(messages, tokenizer)}{fault.removeprefix(_REFUSES)}"
+        if fault.startswith(REFUSES):
+            fault = f"refuses {self._refused(messages, tokenizer)}{fault.removeprefix(REFUSES)}"
         # foreign: a transformers tokenizer
         name = getattr(tokenizer, "name_or_path", "")
         return RolloutError(
@@ -333,8 +292,8 @@ class ChatTemplate:
         """The name of the first message with which the template raises."""
         for index, message in enumerate(messages):
             try:
-                self._apply(messages[: index + 1], tokenizer)
-            except _RefusedError:
+                self._renderer.render(messages[: index + 1], tokenizer)
+            except RefusedError:
                 return f"message {index} ({message['role']})"
         return "the messages"
 

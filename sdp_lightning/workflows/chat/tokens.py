@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import takewhile
 
 from sdp_lightning.workflows.chat.messages import encodable
 from sdp_lightning.workflows.workflow import Tokenizer
@@ -29,6 +30,19 @@ def encode_after(tokens: Sequence[int], text: str, tokenizer: Tokenizer) -> list
         if both[: len(first)] == first:
             return both[len(first) :]
     return tokenizer.encode(text, add_special_tokens=False)
+
+
+def common_beginning(first: str, second: str, tokenizer: Tokenizer) -> str:
+    """The longest beginning that two texts share, where the tokens of both have a boundary."""
+    ids = [tokenizer.encode(text, add_special_tokens=False) for text in (first, second)]
+    num_tokens = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(*ids, strict=False)))
+    for end in range(min(len(first), len(second)), -1, -1):
+        shared = second[:end]
+        if first.startswith(shared):
+            tokens = tokenizer.encode(shared, add_special_tokens=False)
+            if tokens == ids[1][:num_tokens]:
+                return shared
+    return ""
 
 
 def written_in_front(tokenizer: Tokenizer) -> list[int]:
