@@ -111,7 +111,7 @@ def _unwritten(
     )
     ends = stopped_by is not None and is_special(stopped_by, tokenizer)
     if ends and sampled in between.header:
-        return between.text[between.header.index(sampled) + len(sampled) :]
+        return between.text[between.text.index(sampled) + len(sampled) :]
     if between.end == "before" and not ends:
         plain = template.between(as_messages("?"), tokenizer)
         return plain.text[: _length_of_end(plain, template, tokenizer)] + between.text

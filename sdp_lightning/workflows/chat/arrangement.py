@@ -61,6 +61,13 @@ _COSTS = dict(
     zip([f.name for f in fields(Arrangement)], (1, 1, 1, 2, 3, 3, 3, 5, 6, 8), strict=True)
 )
 
+# Changes of which one has no effect beside the others.
+_NEEDLESS = (
+    {"calls_as_text", "text_arguments"},
+    {"calls_as_text", "results_as_user", "call_ids"},
+    {"system_first", "system_as_user"},
+)
+
 
 def arrangements(
     messages: Sequence[Message], tools: Sequence[Any], *, is_continued: bool
@@ -90,6 +97,7 @@ def _ordered(names: tuple[str, ...]) -> tuple[Arrangement, ...]:
         set(changes)
         for number in range(len(names) + 1)
         for changes in itertools.combinations(names, number)
+        if not any(more <= {*changes} for more in _NEEDLESS)
     ]
     chosen.sort(key=lambda changes: sum(_COSTS[name] for name in changes))
     return tuple(Arrangement(**dict.fromkeys(changes, True)) for changes in chosen)

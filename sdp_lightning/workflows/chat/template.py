@@ -14,7 +14,14 @@ from typing import Any, Literal
 
 from sdp_lightning.errors import ConfigError, RolloutError
 from sdp_lightning.workflows.chat.arrangement import Arrangement, arrange, arrangements
-from sdp_lightning.workflows.chat.messages import SPEAKERS, Message, calls_of, is_open
+from sdp_lightning.workflows.chat.marks import EARLIER, MARK, kind_of_messages, marked
+from sdp_lightning.workflows.chat.messages import (
+    SPEAKERS,
+    Message,
+    as_json,
+    calls_of,
+    is_open,
+)
 from sdp_lightning.workflows.chat.rendering import REFUSES, RefusedError, Renderer, Tools
 from sdp_lightning.workflows.chat.shown import what_is_lost, written_as_python
 from sdp_lightning.workflows.chat.tokens import common_beginning
@@ -22,10 +29,7 @@ from sdp_lightning.workflows.workflow import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-_MARK = "c95bd1b5e8"  # no white space: templates strip it
-_EARLIER = "e13b9a5d70"  # contents of messages of which only the roles matter
-_MOST_KINDS = 1000
-_ALWAYS = {"role", "content"}
+_MOST_PROBES = 10_000
 # What is said once of an arrangement; the others change the form alone.
 _SAID = {
     "system_first": "takes one system message at the head: later ones are joined with it",
@@ -34,6 +38,7 @@ _SAID = {
     "calls_as_text": "does not show calls of tools: they are written as text",
     "results_as_user": "does not show what answers the assistant in another role than the user's, "
     "such as 'tool': it is written as the user's",
+    "thoughts": "leaves out %s, as it does with those of earlier turns",
 }
 _End = Literal["here", "before", "never"]
 
@@ -71,6 +76,10 @@ class Between:
     end: _End = "here"
 
 
+_Way = tuple[Arrangement, _Place, Tokenizer, bool]
+_Probed = tuple[str, _End]
+
+
 class ChatTemplate:
     """The chat template of a tokenizer with certain arguments, and what is known of it.
 
@@ -80,8 +89,8 @@ class ChatTemplate:
 
     def __init__(self, arguments: Mapping[str, Any]) -> None:
         self._renderer = Renderer(arguments)
-        self._found: dict[Any, tuple[Arrangement, int]] = {}
-        self._probed: dict[Any, tuple[str, _End]] = {}
+        self._first: dict[Any, int] = {}  # way of each kind that marks come through
+        self._probed: dict[Any, _Probed | str] = {}
         self._said: set[str] = set()
         self._shows_turns = False
 
@@ -115,7 +124,7 @@ class ChatTemplate:
             RolloutError: if no arrangement of it shows all that is said.
             ConfigError: if the template leaves out what an assistant said before.
         """
-        turn: Message = {"role": "assistant", "content": _MARK}
+        turn: Message = {"role": "assistant", "content": MARK}
         self._require_turns(tokenizer, turn)
         calls: list[Any] = []
         if messages and "tool_calls" in messages[0] and messages[0]["role"] == "assistant":
@@ -124,11 +133,9 @@ class ChatTemplate:
         if not calls and results and all("name" in m for m in results):
             functions = [{"name": m["name"], "arguments": {}} for m in results]
             calls = [{"type": "function", "function": f} for f in functions]
-        contexts = [[{"role": "user", "content": _EARLIER}]]
+        contexts = [[{"role": "user", "content": EARLIER}]]
         if history:
-            contexts.insert(
-                0, [{**m, "content": _EARLIER if m["content"] else ""} for m in history]
-            )
+            contexts.insert(0, [{**m, "content": EARLIER if m["content"] else ""} for m in history])
         called: Message = {"role": "assistant", "content": "", "tool_calls": calls}
         places = [
             _Place((*context, called if by_calls else turn), by_calls, shown)
@@ -140,14 +147,14 @@ class ChatTemplate:
 
     def closing(self, tokenizer: Tokenizer) -> str:
         """What ends the assistant's last turn, if nothing follows it."""
-        turn = [{"role": "user", "content": _EARLIER}, {"role": "assistant", "content": _MARK}]
-        return self._renderer.render(turn, tokenizer, prompt=False).rpartition(_MARK)[2]
+        turn = [{"role": "user", "content": EARLIER}, {"role": "assistant", "content": MARK}]
+        return self._renderer.render(turn, tokenizer, prompt=False).rpartition(MARK)[2]
 
     def _require_turns(self, tokenizer: Tokenizer, turn: Message) -> None:
         if self._shows_turns:
             return
         conversation = [
-            {"role": "user", "content": _EARLIER},
+            {"role": "user", "content": EARLIER},
             turn,
             {"role": "user", "content": "!"},
         ]
@@ -156,7 +163,7 @@ class ChatTemplate:
                 text = self._renderer.render(arrange(conversation, how, ()), tokenizer, prompt=True)
             except RefusedError:
                 continue
-            if _MARK in text:
+            if MARK in text:
                 self._shows_turns = True
                 return
         raise ConfigError(
@@ -173,62 +180,61 @@ class ChatTemplate:
         what: str,
     ) -> Between:
         is_continued = bool(messages) and is_open(messages[-1])
-        kind = (what, is_continued, bool(places[-1].tools), len(places), _kind(messages))
-        ways = [
-            (how, number)
-            for how in arrangements(messages, places[0].tools, is_continued=is_continued)
-            for number in range(len(places))
-        ]
-        fault = ""
-        for how, number in (*filter(None, (self._found.get(kind),)), *ways):
+        hows = arrangements(messages, places[0].tools, is_continued=is_continued)
+        tools = as_json(places[-1].tools) if places[-1].tools else ""
+        kind = (
+            what,
+            tools,
+            kind_of_messages(messages),
+            *(kind_of_messages(place.before) for place in places),
+        )
+        for number in range(self._first.get(kind, 0), len(hows) * len(places)):
+            way = hows[number // len(places)], places[number % len(places)], tokenizer, is_continued
             try:
-                found = self._try(messages, places[number], how, tokenizer, is_continued)
-            except RefusedError as error:
-                fault = fault or str(error)
+                probed = self._probe((kind, number), messages, *way)
+                self._first.setdefault(kind, number)
+                text = self._complete(messages, *way)
+            except RefusedError:
                 continue
-            if len(self._found) < _MOST_KINDS:
-                self._found[kind] = how, number
-            self._say(how)
-            return found
-        raise self._error(messages, fault, tokenizer, what)
+            self._say(way[0].changes)
+            return Between(text, *probed)
+        raise self._error(messages, places[0], tokenizer, what)
 
-    def _try(
-        self,
-        messages: Sequence[Message],
-        place: _Place,
-        how: Arrangement,
-        tokenizer: Tokenizer,
-        is_continued: bool,
-    ) -> Between:
-        """What the template writes if all of ``messages`` is in it. ``RefusedError`` if not."""
-        tools = place.tools if place.is_shown else ()
-        key = (how, bool(place.tools), place.calls, _kind(place.before), _kind(messages))
+    def _probe(self, key: Any, messages: Sequence[Message], *way: *_Way) -> _Probed:
+        """What the template writes before the first mark that stands for a content, and its end.
+
+        Raises:
+            RefusedError: if a mark is left out.
+        """
         if key not in self._probed:
-            marked = [
-                {**m, "content": f"m{n}x{_MARK[::-1]}" if m["content"] else ""}
-                for n, m in enumerate(messages)
-            ]
-            text, end = self._text(marked, place, how, tokenizer, is_continued)
-            if lost := what_is_lost(marked, tools, text, is_continued=is_continued):
-                raise RefusedError(f"leaves out {lost}")
-            if len(self._probed) >= _MOST_KINDS:
+            if len(self._probed) >= _MOST_PROBES:
                 self._probed.clear()
-            first = next((m["content"] for m in marked if m["content"]), None)
-            self._probed[key] = (text if first is None else text.partition(first)[0]), end
-        text, _ = self._text(messages, place, how, tokenizer, is_continued)
-        trimmed: list[str] = []
-        if lost := what_is_lost(messages, tools, text, is_continued=is_continued, trimmed=trimmed):
-            raise RefusedError(f"leaves out {lost}")
-        if trimmed and "thought" not in self._said:
-            self._said.add("thought")
-            logger.warning("the chat template leaves out %s, as those of earlier turns", trimmed[0])
-        return Between(text, *self._probed[key])
+                self._first.clear()
+            probes = marked(messages)
+            first = next((m["content"] for m in probes if m["content"]), None)
+            try:
+                text, end = self._text(probes, *way)
+                _require_all(probes, way, text)
+                self._probed[key] = (text if first is None else text.partition(first)[0]), end
+            except RefusedError as error:
+                self._probed[key] = str(error)
+        probed = self._probed[key]
+        if isinstance(probed, str):
+            raise RefusedError(probed)
+        return probed
+
+    def _complete(self, messages: Sequence[Message], *way: *_Way) -> str:
+        """What the template writes of all ``messages``. ``RefusedError`` if something is lost."""
+        text, _ = self._text(messages, *way)
+        if trimmed := _require_all(messages, way, text):
+            self._say(("thoughts",), trimmed[0])
+        return text
 
     def _text(
         self,
         messages: Sequence[Message],
-        place: _Place,
         how: Arrangement,
+        place: _Place,
         tokenizer: Tokenizer,
         is_continued: bool,
     ) -> tuple[str, _End]:
@@ -255,22 +261,24 @@ class ChatTemplate:
             if any(call["name"] not in start for call in calls_of(place.before[-1])):
                 raise RefusedError("writes calls otherwise once they are answered")
             return text[len(start) :], "never"
-        _, mark, after = text.rpartition(_MARK)
+        _, mark, after = text.rpartition(MARK)
         if not mark:
             raise RefusedError("leaves out what the assistant said")
-        if _EARLIER in after:
+        if EARLIER in after:
             raise RefusedError("writes earlier messages again")
         return after, "here"
 
-    def _say(self, how: Arrangement) -> None:
-        for change in how.changes:
+    def _say(self, changes: Sequence[str], *details: str) -> None:
+        """Say once what is changed."""
+        for change in changes:
             if change in _SAID and change not in self._said:
                 self._said.add(change)
-                logger.warning("the chat template %s", _SAID[change])
+                logger.warning(f"the chat template {_SAID[change]}", *details)
 
     def _error(
-        self, messages: Sequence[Message], fault: str, tokenizer: Tokenizer, what: str
+        self, messages: Sequence[Message], place: _Place, tokenizer: Tokenizer, what: str
     ) -> RolloutError:
+        """The error of the arrangement that changes nothing."""
         # foreign: a transformers tokenizer
         if getattr(tokenizer, "chat_template", "") is None:
             return RolloutError(
@@ -278,6 +286,14 @@ class ChatTemplate:
                 "chat template (an instruct or chat model), give the module ModelSource(..., "
                 "chat_template=...), or use prompts that are text, with use_chat_template=False."
             )
+        way = Arrangement(), place, tokenizer, bool(messages) and is_open(messages[-1])
+        fault = ""
+        for said in (marked(messages), messages):
+            try:
+                self._complete(said, *way)
+            except RefusedError as error:
+                fault = str(error)
+                break
         if fault.startswith(REFUSES):
             fault = f"refuses {self._refused(messages, tokenizer)}{fault.removeprefix(REFUSES)}"
         # foreign: a transformers tokenizer
@@ -298,6 +314,10 @@ class ChatTemplate:
         return "the messages"
 
 
-def _kind(messages: Sequence[Message]) -> tuple[Any, ...]:
-    """What matters of messages for their arrangement: roles, keys, and which contents are empty."""
-    return tuple((m["role"], bool(m["content"]), *sorted(set(m) - _ALWAYS)) for m in messages)
+def _require_all(messages: Sequence[Message], way: _Way, text: str) -> list[str]:
+    """What ``text`` leaves out of ``messages`` that it may. ``RefusedError`` if it must not."""
+    _, place, _, is_continued = way
+    tools, trimmed = place.tools if place.is_shown else (), list[str]()
+    if lost := what_is_lost(messages, tools, text, is_continued=is_continued, trimmed=trimmed):
+        raise RefusedError(f"leaves out {lost}")
+    return trimmed
