@@ -2,6 +2,7 @@
 
 It trains two batches with the tokenizer, rows, workflow, reward, loss and callbacks of the config,
 and a model of the same architecture, cut down to a few layers of a few units with random weights.
+Of the rows it has the first few, and one of each kind: all kinds of prompts are written.
 It runs on the CPU, in one process, with the embedded engine, and so shows nothing of speed, memory,
 servers and GPUs.
 """
@@ -24,6 +25,8 @@ from sdp_lightning.config.pretrained import auto_classes, load_config, load_toke
 from sdp_lightning.errors import ConfigError
 from sdp_lightning.lightning.datamodule import RolloutDataModule
 from sdp_lightning.prompts.sources import load_rows
+from sdp_lightning.types import Row
+from sdp_lightning.workflows.chat.row_kinds import first_of_each_kind
 
 NUM_BATCHES, NUM_ROWS, MAX_NEW_TOKENS = 2, 8, 16
 _TRAINER: dict[str, Any] = {
@@ -98,12 +101,18 @@ def _cut(config: Any, folder: Path) -> None:
     data.rollout.max_concurrent = None
     for name in ("prompts", "val_prompts"):
         if data[name]:
-            rows = load_rows(data[name])
-            data[name] = [rows[i] for i in range(min(NUM_ROWS, len(rows)))]
+            data[name] = few_rows(load_rows(data[name]))
     for name in ("workflow", "val_workflow"):
         sampling = data[name] and data[name].get("init_args", {}).get("sampling")
         if sampling:
             sampling.max_new_tokens = min(MAX_NEW_TOKENS, sampling.max_new_tokens)
+
+
+def few_rows(rows: Sequence[Row]) -> list[Row]:
+    """The first rows, and the first of each kind."""
+    kinds = dict(first_of_each_kind((i, rows[i]) for i in range(len(rows))))
+    first = {i: rows[i] for i in range(min(NUM_ROWS, len(rows)))}
+    return list((first | kinds).values())
 
 
 def _leaves_traces(callback: Any) -> bool:

@@ -165,6 +165,8 @@ class RolloutDataModule(L.LightningDataModule):
                 rows = prompts if source is self._prompts else load_rows(source)
                 indices = range(self._ranks.rank, len(rows), size)
                 workflow.check_rows((index, rows[index]) for index in indices)
+                tokenizer = self._module().tokenizer
+                workflow.check_prompts(((i, rows[i]) for i in indices), tokenizer)
         return prompts
 
     def train_dataloader(self) -> RolloutLoader:

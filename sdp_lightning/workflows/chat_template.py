@@ -1,12 +1,12 @@
 """Encodes prompts, and the context between two turns; sampled tokens are never encoded again.
 
-With a chat template, the context is the text after a mark in a rendered conversation whose mark
-stands for the assistant's words: it ends that turn, holds the new messages, and opens the next one.
+With a chat template, the context is what the template writes between the assistant's words and its
+next words: it ends that turn, holds the new messages, and opens the next one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,11 +15,16 @@ import numpy as np
 from sdp_lightning.errors import ConfigError, RolloutError
 from sdp_lightning.rewards.timeouts import call_aside_if_long
 from sdp_lightning.types import IntArray, Row, SamplingParams
+from sdp_lightning.workflows.chat.arrangement import describe_tools
+from sdp_lightning.workflows.chat.messages import Message, as_messages, encodable, shown
+from sdp_lightning.workflows.chat.rendering import Tools
+from sdp_lightning.workflows.chat.settings import ChatSettings
+from sdp_lightning.workflows.chat.template import Between, ChatTemplate
+from sdp_lightning.workflows.chat.tokens import encode_after, is_special
 from sdp_lightning.workflows.workflow import Tokenizer
 
 PLACEHOLDER = "{observation}"
-_LONGEST_SHOWN = 200  # characters of a prompt or an observation in an error
-_MARK = "c95bd1b5e8"  # no white space: templates strip it
+_DEFAULTS = ChatSettings()
 
 
 async def encode_aside(text: Any, encode: Callable[[], list[int]]) -> IntArray:
@@ -34,84 +39,125 @@ async def encode_aside(text: Any, encode: Callable[[], list[int]]) -> IntArray:
     )
 
 
+def outline(said: Any, *, follows_turn: bool = False) -> list[Message]:
+    """The messages of a prompt or an observation without their contents: ``history`` of a turn.
+
+    Args:
+        said: text, one message, or a list of messages.
+        follows_turn: whether the assistant's turn, which it answers, comes first.
+    """
+    messages = [{**m, "content": "?" if m["content"] else ""} for m in as_messages(said)]
+    is_turn = bool(messages) and messages[0]["role"] == "assistant" and "tool_calls" in messages[0]
+    turn: list[Message] = [{"role": "assistant", "content": "?"}]
+    return [*(turn if follows_turn and not is_turn else []), *messages]
+
+
 def encode_turn(
     observation: Any,
     tokenizer: Tokenizer,
     *,
     turn_format: str | None,
     stopped_by: int | None,
+    sampled: Sequence[int] = (),
+    history: Sequence[Message] = (),
+    tools: Tools = (),
+    settings: ChatSettings = _DEFAULTS,
 ) -> list[int]:
     """The context between a sampled turn and the next one.
 
     Args:
-        observation: text, one message, or a list of messages; text is a message of the user.
+        observation: text, one message, or a list of messages; text is a message of the user. A
+            first message of the assistant with ``tool_calls`` is the sampled turn, read.
         tokenizer: tokenizer of the policy.
         turn_format: text with ``{observation}`` in it; None is the tokenizer's chat template.
         stopped_by: stop token that ended the sampled turn; it is not written again.
+        sampled: the tokens of that turn, or its last ones; the context is encoded as it follows
+            them.
+        history: messages before that turn, by :func:`outline`: only the roles matter.
+        tools: JSON schemas of the tools that were described in the opening.
+        settings: how turns are written.
 
     Raises:
-        RolloutError: if the observation is neither text nor messages.
+        RolloutError: if the observation is neither text nor messages, or the chat template shows
+            not all of it.
         ConfigError: if the chat template leaves out what an assistant said before.
     """
     messages = as_messages(observation)
+    before = list(sampled) or [token for token in (stopped_by,) if token is not None]
     if turn_format is not None:
-        contents = "\n".join(map(_text_of, messages))
+        contents = "\n".join(message["content"] for message in messages)
         text = turn_format.replace(PLACEHOLDER, contents)
-    else:
-        text = between_turns(tokenizer, messages)
-        if stopped_by is not None:
-            text = text.removeprefix(tokenizer.decode([stopped_by], skip_special_tokens=False))
-    return tokenizer.encode(encodable(text), add_special_tokens=False) if text else []
+        return encode_after(before, text, tokenizer)
+    template = settings.template(tokenizer)
+    between = template.between(messages, tokenizer, history, tools)
+    text = _unwritten(between, template, tokenizer, stopped_by, settings.stop)
+    return encode_after(before, text, tokenizer)
 
 
-def encodable(text: str) -> str:
-    r"""``text`` with U+FFFD for each lone surrogate, which tokenizers refuse.
+def _unwritten(
+    between: Between,
+    template: ChatTemplate,
+    tokenizer: Tokenizer,
+    stopped_by: int | None,
+    stop: Sequence[str],
+) -> str:
+    """The part of ``between`` that is left to write once ``stopped_by`` was sampled.
 
-    JSON may hold one (``"\\ud800"``), so an environment that repeats its call may, too.
+    A model may end its turn with another token than its template does (gpt-oss: ``<|return|>`` for
+    ``<|end|>``). What was sampled stays, in place of the template's.
     """
-    if text.isascii():
-        return text
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    sampled = tokenizer.decode(
+        [token for token in (stopped_by,) if token is not None], skip_special_tokens=False
+    )
+    ends = stopped_by is not None and is_special(stopped_by, tokenizer)
+    if ends and sampled in between.header:
+        return between.text[between.text.index(sampled) + len(sampled) :]
+    if between.end == "before" and not ends:
+        plain = template.between(as_messages("?"), tokenizer)
+        return plain.text[: _length_of_end(plain, template, tokenizer)] + between.text
+    if not ends or sampled in stop or between.end != "here":
+        return between.text.removeprefix(sampled)
+    return between.text[_length_of_end(between, template, tokenizer) :]
 
 
-def between_turns(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> str:
-    """The text of the chat template between an assistant's words and its next words."""
-    conversation = [
-        {"role": "user", "content": "?"},
-        {"role": "assistant", "content": _MARK},
-        *(dict(message) for message in messages),
-    ]
-    _, mark, after = _write(conversation, tokenizer).partition(_MARK)
-    if not mark:
-        raise ConfigError(
-            "the tokenizer's chat template does not show what an assistant said in an earlier "
-            "turn, so there is no telling what stands between turns. Set turn_format, such as "
-            f"'\\nuser: {PLACEHOLDER}\\nassistant: '."
-        )
-    return after
+def _length_of_end(between: Between, template: ChatTemplate, tokenizer: Tokenizer) -> int:
+    """Number of characters that end the assistant's turn: through its last special token.
 
-
-def as_messages(observation: Any) -> list[Mapping[str, str]]:
-    """The messages of an observation. ``RolloutError`` if it is neither text nor messages."""
-    if isinstance(observation, str):
-        return [{"role": "user", "content": observation}]
-    messages: list[Any] = [observation] if isinstance(observation, Mapping) else observation
-    if not is_conversation(messages) or not all("content" in message for message in messages):
-        raise RolloutError(
-            f"the observation {_shown(observation)} is neither text nor a list of "
-            "{'role', 'content'} messages."
-        )
-    _require_text(messages)
-    return list(messages)
+    That is the last one which the end of a last turn, with nothing after it, has in common with it;
+    the first if they have none in common; and 0 if that end has no special token.
+    """
+    ends = encode_after((), template.closing(tokenizer), tokenizer)
+    if not any(is_special(token, tokenizer) for token in ends):
+        return 0
+    length = place = 0
+    for index, token in enumerate(encode_after((), between.header, tokenizer)):
+        is_common = token in ends[index : index + 1]
+        if is_special(token, tokenizer):
+            if length and not is_common:
+                break
+            text = tokenizer.decode([token], skip_special_tokens=False)
+            length = place = between.header.find(text, place) + len(text)
+        if not is_common:
+            ends = []
+            if length:
+                break
+    return length
 
 
 def encode_prompt(
-    row: Row, tokenizer: Tokenizer, *, key: str, use_chat_template: bool
+    row: Row,
+    tokenizer: Tokenizer,
+    *,
+    key: str,
+    use_chat_template: bool,
+    settings: ChatSettings = _DEFAULTS,
 ) -> list[int]:
     """The tokens of a row's prompt. ``RolloutError`` if it has no such key."""
     if key not in row:
         raise RolloutError(f"row has no {key!r}; its keys are {sorted(row)}. Set prompt_key.")
-    return encode_opening(row[key], tokenizer, use_chat_template=use_chat_template)
+    return encode_opening(
+        row[key], tokenizer, use_chat_template=use_chat_template, settings=settings
+    )
 
 
 def encode_opening(
@@ -119,114 +165,35 @@ def encode_opening(
     tokenizer: Tokenizer,
     *,
     use_chat_template: bool,
-    tools: Sequence[Mapping[str, Any]] = (),
+    tools: Tools = (),
+    settings: ChatSettings = _DEFAULTS,
 ) -> list[int]:
-    """The tokens of a prompt. ``RolloutError`` if it is neither text nor messages.
+    """The tokens of a prompt; a last message of the assistant is continued.
 
-    The chat template is given ``tools``, JSON schemas of functions that the policy may call.
-    """
-    if not isinstance(prompt, str) and not is_conversation(prompt):
-        raise RolloutError(
-            f"the prompt {_shown(prompt)} is neither text nor a list of "
-            "{'role', 'content'} messages."
-        )
-    if not isinstance(prompt, str):
-        _require_text(prompt)
-    if isinstance(prompt, str) and not use_chat_template:
-        text = prompt
-    else:
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        text = _render(messages, tokenizer, tools)
-    tokens = tokenizer.encode(text, add_special_tokens=False)
-    if not tokens:
-        raise RolloutError(f"the prompt {_shown(prompt)} has no tokens.")
-    return tokens
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
-
-
-def _render(messages: Any, tokenizer: Tokenizer, tools: Sequence[Mapping[str, Any]] = ()) -> str:
-    try:
-        return _write(messages, tokenizer, tools)
-    except ValueError as error:  # what transformers raises where there is no template
-        raise RolloutError(
-            f"the tokenizer cannot write a chat: {error} Use a model with a chat template "
-            "(an instruct or chat model), give the module ModelSource(..., chat_template=...), or "
-            "use prompts that are text, with use_chat_template=False."
-        ) from error
-
-
-def _write(
-    messages: Sequence[Mapping[str, Any]],
-    tokenizer: Tokenizer,
-    tools: Sequence[Mapping[str, Any]] = (),
-) -> str:
-    """The conversation by the chat template.
-
-    Templates of vision-language models may write nothing of a content that is a text, and expect
-    ``[{"type": "text", "text": ...}]``: what leaves texts out is written again with that.
-    """
-    from jinja2 import TemplateError
-
-    rendered = _apply(messages, tokenizer, tools)
-    texts = [m["content"].strip() for m in messages if isinstance(m.get("content"), str)]
-    num_written = sum(text in rendered for text in texts)
-    if num_written == len(texts):
-        return rendered
-    in_parts = [
-        {**m, "content": [{"type": "text", "text": m["content"]}]}
-        if isinstance(m.get("content"), str)
-        else m
-        for m in messages
-    ]
-    try:
-        other = _apply(in_parts, tokenizer, tools)
-    except (TemplateError, TypeError, ValueError):  # the template wants texts
-        return rendered
-    return other if sum(text in other for text in texts) > num_written else rendered
-
-
-def _apply(messages: Any, tokenizer: Any, tools: Sequence[Mapping[str, Any]]) -> str:
-    given = {"tools": list(tools)} if tools else {}
-    return tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=False, **given
-    )
-
-
-def _require_text(messages: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse a message that has more than text in it.
+    Args:
+        prompt: text, or a list of messages, which the chat template writes.
+        tokenizer: tokenizer of the policy.
+        use_chat_template: whether a text is a message of the user.
+        tools: JSON schemas of functions that the policy may call. They are described by the chat
+            template, or else in the system message.
+        settings: how prompts are written.
 
     Raises:
-        RolloutError: naming the kind of the part.
+        RolloutError: if it is neither text nor messages, or the chat template shows not all of it.
+        ConfigError: if a setting has no effect on this tokenizer.
     """
-    for message in messages:
-        content: Any = message.get("content")
-        for part in content if isinstance(content, (list, tuple)) else ():
-            if isinstance(part, Mapping) and "text" in part and part.get("type", "text") == "text":
-                continue
-            kind = type(part).__name__
-            if isinstance(part, Mapping):
-                kind = part.get("type", ", ".join(map(str, part)))
-            raise RolloutError(
-                f"the {message.get('role')}'s message has a part of type {kind!r}, and models are "
-                "trained on text only. Leave it out, or say in words what it shows."
-            )
-
-
-def _text_of(message: Mapping[str, Any]) -> str:
-    """The text of a message, whose content is a text or parts of one."""
-    content: Any = message["content"]
-    if isinstance(content, (list, tuple)):
-        return "".join(part["text"] for part in content)
-    return content
-
-
-def is_conversation(prompt: Any) -> bool:
-    """Whether ``prompt`` is a list of messages."""
-    return isinstance(prompt, (list, tuple)) and all(isinstance(m, Mapping) for m in prompt)
+    messages = as_messages(prompt, "prompt")
+    is_chat = use_chat_template or not isinstance(prompt, str)
+    if is_chat:
+        text = settings.template(tokenizer).opening(messages, tokenizer, tools)
+    else:
+        described = [describe_tools(tools)] if tools else []
+        text = "\n\n".join([*described, encodable(prompt)])
+    tokens = tokenizer.encode(encodable(text), add_special_tokens=False)
+    if not tokens:
+        raise RolloutError(f"the prompt {shown(prompt)} has no tokens.")
+    front = settings.in_front(tokenizer, is_chat=is_chat)
+    return tokens if tokens[: len(front)] == front else [*front, *tokens]
 
 
 def with_stops(params: SamplingParams, tokenizer: Tokenizer, stop: Sequence[str]) -> SamplingParams:

@@ -7,19 +7,25 @@ from dataclasses import dataclass
 from typing import Any, TypedDict
 
 from sdp_lightning.types import FinishReason
-from sdp_lightning.workflows.chat_template import as_messages
+from sdp_lightning.workflows.chat.messages import as_messages, is_open
+from sdp_lightning.workflows.chat.settings import ChatSettings
 from sdp_lightning.workflows.workflow import Tokenizer
 
 
 class TextSettings(TypedDict, total=False):
-    """Settings of the text that a reward or an environment reads.
+    """Settings of the text that the policy, and that a reward or an environment reads.
 
     Attributes:
         keep_special_tokens: whether it keeps special tokens, such as ``<think>`` where that is one;
             the token that ended the completion is left out. False.
+        chat_template_kwargs: further arguments of the chat template, such as ``enable_thinking``.
+        add_special_tokens: whether a prompt begins with BOS. None: plain text does where the
+            tokenizer itself writes it, and a chat where its template does.
     """
 
     keep_special_tokens: bool
+    chat_template_kwargs: Mapping[str, Any]
+    add_special_tokens: bool | None
 
 
 def check_settings(
@@ -28,6 +34,13 @@ def check_settings(
     """Raise ``TypeError`` if there is another setting than those of ``known``."""
     if unknown := set(settings) - set(known.__annotations__):
         raise TypeError(f"{type(workflow).__name__} has no setting {sorted(unknown)}.")
+
+
+def chat_settings(settings: Mapping[str, Any], stop: Sequence[str]) -> ChatSettings:
+    """Those of :class:`TextSettings` that say how prompts and turns are written."""
+    return ChatSettings(
+        settings.get("chat_template_kwargs") or {}, settings.get("add_special_tokens"), tuple(stop)
+    )
 
 
 def completion_text(
@@ -78,11 +91,14 @@ class Completion:
     def ask(self, name: str) -> Any:
         """What a reward is given as its parameter ``name``.
 
-        ``messages`` are those of the prompt (a text is the user's) and the completion's.
+        ``messages`` are those of the prompt (a text is the user's) and the completion's, which
+        continues a last one of the assistant.
         """
         if name == "messages":
-            said: list[Mapping[str, str]] = as_messages(self.opening)
-            return [*map(dict, said), {"role": "assistant", "content": self.text}]
+            said, text = as_messages(self.opening, "prompt"), self.text
+            if is_open(said[-1]):
+                text = said.pop()["content"] + text
+            return [*said, {"role": "assistant", "content": text}]
         return {
             "prompt": self.prompt,
             "token_ids": list(self.token_ids),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Unpack
 
@@ -11,14 +11,23 @@ from sdp_lightning.config.import_path import load_object
 from sdp_lightning.errors import ConfigError, RolloutError
 from sdp_lightning.rewards.foreign_code import refuse_factory_without_workers
 from sdp_lightning.types import Row, SamplingParams, Trajectory
+from sdp_lightning.workflows.chat.messages import Message
+from sdp_lightning.workflows.chat.rendering import Tools
+from sdp_lightning.workflows.chat.row_kinds import refuse_unwritable_openings
 from sdp_lightning.workflows.chat_template import (
     PLACEHOLDER,
     encode_aside,
     encode_opening,
     encode_turn,
+    outline,
     with_stops,
 )
-from sdp_lightning.workflows.completion import TextSettings, check_settings, completion_text
+from sdp_lightning.workflows.completion import (
+    TextSettings,
+    chat_settings,
+    check_settings,
+    completion_text,
+)
 from sdp_lightning.workflows.environment import BoundedEnvironment, Environment, Transcript
 from sdp_lightning.workflows.episode import Episode
 from sdp_lightning.workflows.group_play import play_group
@@ -66,8 +75,8 @@ class MultiTurnWorkflow(RolloutWorkflow):
             text, too. None: the tokenizer's chat template, for prompts and turns.
         step_timeout_s: seconds after which ``reset`` or ``step`` of an environment fails its group,
             with an error naming row and step.
-        more: those of :class:`MultiTurnSettings`: ``reward_weights``, and ``keep_special_tokens``
-            in the text that ``step`` reads.
+        more: those of :class:`MultiTurnSettings`: ``reward_weights``, ``chat_template_kwargs``,
+            ``add_special_tokens``, and ``keep_special_tokens`` in the text that ``step`` reads.
 
     Raises:
         ConfigError: if a setting is out of range, or the environment, as far as its code tells,
@@ -109,6 +118,7 @@ class MultiTurnWorkflow(RolloutWorkflow):
         self.group_size, self.max_turns = group_size, max_turns
         self.max_total_tokens = max_total_tokens
         self.stop = tuple(stop)
+        self.chat = chat_settings(more, stop)
         self.turn_format = turn_format
         self.step_timeout_s = step_timeout_s
         self.keep_special_tokens = more.get("keep_special_tokens", False)
@@ -122,6 +132,21 @@ class MultiTurnWorkflow(RolloutWorkflow):
     def sampling(self) -> SamplingParams:
         return self._sampling
 
+    def check_prompts(self, rows: Iterable[tuple[int, Row]], tokenizer: Tokenizer) -> None:
+        async def reset(row: Row) -> tuple[Any, Tools]:
+            world = self._make_world(Transcript(tokenizer))
+            try:
+                return await world.reset(await own_copy(row)), world.tools
+            finally:
+                await world.close()
+
+        def write(made: tuple[Any, Tools]) -> None:
+            opening, tools = made
+            self._encode(opening, tokenizer, tools)
+            self._encode_turn([], tokenizer)
+
+        refuse_unwritable_openings(rows, reset, write)
+
     async def run(self, row: Row, session: RolloutSession) -> Sequence[Trajectory] | None:
         params = with_stops(self._sampling, session.tokenizer, self.stop)
 
@@ -133,23 +158,11 @@ class MultiTurnWorkflow(RolloutWorkflow):
     async def _play(
         self, row: Row, tokenizer: Tokenizer, episode: Episode, params: SamplingParams
     ) -> Trajectory:
-        environment: object = self._make_environment()
-        if not isinstance(environment, Environment):
-            raise ConfigError(
-                f"environment must make a sdp_lightning.Environment; it made {environment!r}."
-            )
-        transcript = Transcript(tokenizer, params.stop_token_ids)
-        world = BoundedEnvironment(
-            environment, timeout_s=self.step_timeout_s, transcript=transcript
-        )
+        world = self._make_world(Transcript(tokenizer, params.stop_token_ids))
         try:
             opening = await world.reset(await own_copy(row))
-            uses_template = self.turn_format is None
             tokens = await encode_aside(
-                opening,
-                lambda: encode_opening(
-                    opening, tokenizer, use_chat_template=uses_template, tools=world.tools
-                ),
+                opening, lambda: self._encode(opening, tokenizer, world.tools)
             )
             if self._room(len(tokens)) < 1:
                 raise RolloutError(
@@ -157,9 +170,45 @@ class MultiTurnWorkflow(RolloutWorkflow):
                     f"max_total_tokens={self.max_total_tokens} to sample: shorten it."
                 )
             episode.add_context(tokens)
-            return await self._take_turns(world, tokenizer, episode, params)
+            history = outline(opening) if self.turn_format is None else []
+            return await self._take_turns(world, tokenizer, episode, params, history)
         finally:
             await world.close()
+
+    def _make_world(self, transcript: Transcript) -> BoundedEnvironment:
+        environment: object = self._make_environment()
+        if not isinstance(environment, Environment):
+            raise ConfigError(
+                f"environment must make a sdp_lightning.Environment; it made {environment!r}."
+            )
+        return BoundedEnvironment(environment, timeout_s=self.step_timeout_s, transcript=transcript)
+
+    def _encode(self, opening: Any, tokenizer: Tokenizer, tools: Tools) -> list[int]:
+        return encode_opening(
+            opening,
+            tokenizer,
+            use_chat_template=self.turn_format is None,
+            tools=tools,
+            settings=self.chat,
+        )
+
+    def _encode_turn(
+        self,
+        observation: Any,
+        tokenizer: Tokenizer,
+        *,
+        sampled: Sequence[int] = (),
+        stopped_by: int | None = None,
+        history: Sequence[Message] = (),
+    ) -> list[int]:
+        return encode_turn(
+            *(observation, tokenizer),
+            turn_format=self.turn_format,
+            stopped_by=stopped_by,
+            sampled=sampled,
+            history=history,
+            settings=self.chat,
+        )
 
     async def _take_turns(
         self,
@@ -167,6 +216,7 @@ class MultiTurnWorkflow(RolloutWorkflow):
         tokenizer: Tokenizer,
         episode: Episode,
         params: SamplingParams,
+        history: list[Message],
     ) -> Trajectory:
         rewards = TurnRewards(self._weights)
         for turn in range(self.max_turns):
@@ -174,26 +224,29 @@ class MultiTurnWorkflow(RolloutWorkflow):
             budget = min(params.max_new_tokens, self._room(start))
             await episode.generate(replace(params, max_new_tokens=budget))
             tokens: list[int] = episode.token_ids.tolist()
-            sampled, history = tokens[start:], tokens[:start]
+            before, sampled = tokens[:start], tokens[start:]
             said = completion_text(
                 *(sampled, tokenizer),
                 stop_token_ids=params.stop_token_ids,
                 keep_special_tokens=self.keep_special_tokens,
             )
-            result = await world.step(said, sampled, history)
+            result = await world.step(said, sampled, before)
             rewards.add(result.reward)
             if result.done:
                 return self._finish(episode, rewards, truncated=world.is_truncated)
             if turn + 1 < self.max_turns:
                 last = sampled[-1]
                 encode = functools.partial(
-                    encode_turn,
+                    self._encode_turn,
                     result.observation,
                     tokenizer,
-                    turn_format=self.turn_format,
+                    sampled=sampled,
                     stopped_by=last if last in params.stop_token_ids else None,
+                    history=history,
                 )
                 between = await encode_aside(result.observation, encode)
+                if self.turn_format is None:
+                    history += outline(result.observation, follows_turn=True)
                 if self._room(episode.token_ids.size + between.size) < 1:
                     break
                 if between.size:

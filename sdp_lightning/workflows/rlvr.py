@@ -10,10 +10,16 @@ from typing import Unpack
 from sdp_lightning.errors import ConfigError
 from sdp_lightning.rewards.pool import RewardPool
 from sdp_lightning.types import IntArray, Row, SamplingParams, Trajectory
+from sdp_lightning.workflows.chat.row_kinds import (
+    first_of_each_kind,
+    refuse_unwritable,
+    say_without_effect,
+)
 from sdp_lightning.workflows.chat_template import encode_aside, encode_prompt, with_stops
 from sdp_lightning.workflows.completion import (
     Completion,
     TextSettings,
+    chat_settings,
     check_settings,
     completion_text,
 )
@@ -23,6 +29,7 @@ from sdp_lightning.workflows.scoring import Reward, Rewards, Scores, Scoring
 from sdp_lightning.workflows.workflow import (
     RolloutSession,
     RolloutWorkflow,
+    Tokenizer,
 )
 
 
@@ -65,8 +72,8 @@ class RLVRWorkflow(RolloutWorkflow):
         reward_workers: number of processes of a ``RewardPool``, for a reward that may hang, crash
             or exhaust memory; 0 calls it in this process. Each of several has a pool of its own.
             For more settings pass a ``RewardPool`` as the reward.
-        more: those of :class:`RLVRSettings`: ``rewards``, ``reward_weights`` and
-            ``keep_special_tokens``.
+        more: those of :class:`RLVRSettings`: ``rewards``, ``reward_weights``,
+            ``keep_special_tokens``, ``chat_template_kwargs`` and ``add_special_tokens``.
 
     Raises:
         ConfigError: if a setting is out of range, there are both ``reward`` and ``rewards`` or
@@ -106,6 +113,7 @@ class RLVRWorkflow(RolloutWorkflow):
         self.prompt_key = prompt_key
         self.use_chat_template = use_chat_template
         self.stop = tuple(stop)
+        self.chat = chat_settings(more, stop)
         self.reward_timeout_s = reward_timeout_s
 
     @property
@@ -142,6 +150,14 @@ class RLVRWorkflow(RolloutWorkflow):
     def check_rows(self, rows: Iterable[tuple[int, Row]]) -> None:
         self._scoring.check_rows(rows)
 
+    def check_prompts(self, rows: Iterable[tuple[int, Row]], tokenizer: Tokenizer) -> None:
+        kinds = list(first_of_each_kind(rows, self.prompt_key))
+        refuse_unwritable(kinds, lambda row: self._encode(row, tokenizer))
+        for _, row in kinds[:1]:
+            prompt = row[self.prompt_key]
+            is_chat = self.use_chat_template or not isinstance(prompt, str)
+            say_without_effect(prompt if is_chat else None, tokenizer, self.chat)
+
     def close(self) -> None:
         """End the worker processes, if there are any. The next rollout starts new ones."""
         for pool in self.reward_pools.values():
@@ -149,14 +165,7 @@ class RLVRWorkflow(RolloutWorkflow):
 
     async def run(self, row: Row, session: RolloutSession) -> Sequence[Trajectory] | None:
         tokenizer = session.tokenizer
-        prompt = await encode_aside(
-            row.get(self.prompt_key),
-            lambda: encode_prompt(
-                *(row, tokenizer),
-                key=self.prompt_key,
-                use_chat_template=self.use_chat_template,
-            ),
-        )
+        prompt = await encode_aside(row.get(self.prompt_key), lambda: self._encode(row, tokenizer))
         params = with_stops(self._sampling, tokenizer, self.stop)
 
         async def sample(episode: Episode) -> tuple[Episode, Completion, Scores]:
@@ -186,6 +195,14 @@ class RLVRWorkflow(RolloutWorkflow):
     def _finish(self, episode: Episode, scores: Scores) -> Trajectory:
         reward = self._scoring.reward_of(scores)
         return episode.finish(reward, weights=self._scoring.weights)
+
+    def _encode(self, row: Row, tokenizer: Tokenizer) -> list[int]:
+        return encode_prompt(
+            *(row, tokenizer),
+            key=self.prompt_key,
+            use_chat_template=self.use_chat_template,
+            settings=self.chat,
+        )
 
     async def _sample(
         self,

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from sdp_lightning.errors import ConfigError, RolloutError
 from sdp_lightning.types import Row, SamplingParams, Trajectory
-from sdp_lightning.workflows.workflow import RolloutSession, RolloutWorkflow
+from sdp_lightning.workflows.workflow import RolloutSession, RolloutWorkflow, Tokenizer
 
 
 class GroupFilter(ABC):
@@ -207,6 +207,9 @@ class ShapedWorkflow(RolloutWorkflow):
 
     def check_rows(self, rows: Iterable[tuple[int, Row]]) -> None:
         self.workflow.check_rows(rows)
+
+    def check_prompts(self, rows: Iterable[tuple[int, Row]], tokenizer: Tokenizer) -> None:
+        self.workflow.check_prompts(rows, tokenizer)
 
     def close(self) -> None:
         self.workflow.close()

@@ -170,6 +170,14 @@ class RolloutWorkflow(ABC):
     def check_rows(self, rows: Iterable[tuple[int, Row]]) -> None:  # noqa: B027 # most take any
         """Raise ``ConfigError`` if there are ``rows`` (and indices) that cannot be scored."""
 
+    def check_prompts(  # noqa: B027 # most write their own
+        self, rows: Iterable[tuple[int, Row]], tokenizer: Tokenizer
+    ) -> None:
+        """Raise ``ConfigError`` if a prompt of ``rows`` (and indices) cannot be written.
+
+        One row of each kind is tried, with the tokenizer of the policy.
+        """
+
     @property
     def reward_weights(self) -> Mapping[str, float]:
         """Weights of several rewards by name, as far as they are known; empty for one reward."""

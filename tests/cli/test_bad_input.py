@@ -104,8 +104,8 @@ TABLE: dict[str, tuple[Change, list[str], int, str]] = {
     "rows without a prompt": (
         put("data.prompts", "task.py:questions"),
         [],
-        1,
-        r"row '0'.*has no 'prompt'; its keys are \['question'\]\. Set prompt_key",
+        2,
+        r"row 0: row has no 'prompt'; its keys are \['question'\]\. Set prompt_key",
     ),
     "a reward that is not a number": (
         rewarded("not_a_number"),
@@ -140,8 +140,8 @@ TABLE: dict[str, tuple[Change, list[str], int, str]] = {
     "a chat for a tokenizer without a template": (
         put("data.prompts", "task.py:chats"),
         [],
-        1,
-        r"cannot write a chat.*Use a model with a chat template",
+        2,
+        r"row 0: the tokenizer cannot write a chat.*Use a model with a chat template",
     ),
     "a typo in a flag": (
         nothing,

@@ -36,9 +36,9 @@ def test_parts_of_text_are_passed_on() -> None:
     assert opening([{"role": "user", "content": parts}], PARTS_ONLY) == "a1+2b"
 
 
-def test_what_a_template_leaves_out_on_purpose_stays_out() -> None:
+def test_a_system_message_that_a_template_leaves_out_is_the_beginning_of_the_users() -> None:
     messages = [{"role": "system", "content": "9"}, {"role": "user", "content": "1"}]
-    assert opening(messages, LEAVES_OUT) == "a1b"
+    assert opening(messages, LEAVES_OUT) == "a9\n\n1b"
 
 
 def test_a_turn_is_found_by_a_template_of_parts() -> None:

@@ -14,7 +14,7 @@ from sdp_lightning.errors import ConfigError, RolloutError
 from sdp_lightning.testing import FakeEngine, tiny_tokenizer
 from sdp_lightning.training.batch import collate
 from sdp_lightning.types import Context, SamplingParams, Segment
-from sdp_lightning.workflows.chat_template import between_turns, encode_turn
+from sdp_lightning.workflows.chat_template import encode_turn
 from support import conversations
 from support.checkpoints import finished, through_a_file
 from support.conversations import ROWS, Counts, CountsLater, make, roll, texts
@@ -119,7 +119,8 @@ def test_a_chat_template_of_transformers_is_taken_apart_between_turns() -> None:
         "{% if add_generation_prompt %}assistant: {% endif %}"
     )
     messages = [{"role": "tool", "content": "7"}]
-    assert between_turns(tokenizer, messages) == "<eos>\ntool: 7<eos>\nassistant: "
+    cut_off = encode_turn(messages, tokenizer, turn_format=None, stopped_by=None)
+    assert tokenizer.decode(cut_off) == "<eos>\ntool: 7<eos>\nassistant: "
     settings: dict[str, Any] = {"turn_format": None, "stopped_by": tokenizer.eos_token_id}
     tokens = encode_turn(messages, tokenizer, **settings)
     assert tokenizer.decode(tokens) == "\ntool: 7<eos>\nassistant: "
@@ -132,7 +133,7 @@ def test_a_template_that_hides_earlier_turns_is_refused_with_the_remedy() -> Non
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{{ messages[-1].content }}"
     with pytest.raises(ConfigError, match=r"does not show what an assistant said.*turn_format"):
-        between_turns(tokenizer, [{"role": "user", "content": "x"}])
+        encode_turn("x", tokenizer, turn_format=None, stopped_by=None)
 
 
 @pytest.mark.parametrize(

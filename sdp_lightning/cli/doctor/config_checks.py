@@ -28,6 +28,7 @@ from sdp_lightning.cli.doctor.estimate import (
 from sdp_lightning.cli.doctor.finding import Finding
 from sdp_lightning.cli.doctor.gpus import GPU_QUERY, Ask, NvidiaSmiError, parse_gpus
 from sdp_lightning.cli.doctor.model_size import ModelSize
+from sdp_lightning.cli.doctor.prompt_checks import check_prompts
 from sdp_lightning.cli.doctor.source_checks import check_source, read_source
 from sdp_lightning.config.model_source import ModelSource
 from sdp_lightning.engines.remote.addresses import redacted, server_url, tls_context
@@ -99,6 +100,7 @@ def examine_configs(files: Sequence[str], machine: Machine) -> list[Finding]:
         *check_servers(_engine(config), machine, part_of(data, "engine_options").get("ca_file")),
         *(check_source(source) if isinstance(source, ModelSource) else [source]),
         *(check_rows(name, data[name]) for name in ("prompts", "val_prompts") if data.get(name)),
+        *(check_prompts(source, data) if isinstance(source, ModelSource) else []),
         *check_division(config, world_size(trainer, machine)),
         *check_memory(config, machine, size),
     ]
