@@ -7,14 +7,13 @@ stands for the assistant's words: it ends that turn, holds the new messages, and
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from sdp_lightning.errors import ConfigError, RolloutError
 from sdp_lightning.rewards.timeouts import call_aside_if_long
-from sdp_lightning.types import IntArray, Row, SamplingParams
+from sdp_lightning.types import IntArray, Row
 from sdp_lightning.workflows.workflow import Tokenizer
 
 PLACEHOLDER = "{observation}"
@@ -211,23 +210,3 @@ def _text_of(message: Mapping[str, Any]) -> str:
 def is_conversation(prompt: Any) -> bool:
     """Whether ``prompt`` is a list of messages."""
     return isinstance(prompt, (list, tuple)) and all(isinstance(m, Mapping) for m in prompt)
-
-
-def with_stops(params: SamplingParams, tokenizer: Tokenizer, stop: Sequence[str]) -> SamplingParams:
-    """Sampling settings that also stop at the end of text and at the texts of ``stop``.
-
-    Raises:
-        ConfigError: if a text is not exactly one token.
-    """
-    stops = dict.fromkeys(params.stop_token_ids)
-    if tokenizer.eos_token_id is not None:
-        stops[tokenizer.eos_token_id] = None
-    for text in stop:
-        tokens = tokenizer.encode(text, add_special_tokens=False)
-        if len(tokens) != 1:
-            raise ConfigError(
-                f"stop text {text!r} is {len(tokens)} tokens for this tokenizer; only texts of "
-                "one token can stop a completion."
-            )
-        stops[tokens[0]] = None
-    return replace(params, stop_token_ids=tuple(stops))

@@ -16,12 +16,12 @@ from sdp_lightning.workflows.chat_template import (
     encode_aside,
     encode_opening,
     encode_turn,
-    with_stops,
 )
 from sdp_lightning.workflows.completion import TextSettings, check_settings, completion_text
 from sdp_lightning.workflows.environment import BoundedEnvironment, Environment
 from sdp_lightning.workflows.episode import Episode
 from sdp_lightning.workflows.group_play import play_group
+from sdp_lightning.workflows.stops import stop_texts, with_stops
 from sdp_lightning.workflows.workflow import (
     RolloutSession,
     RolloutWorkflow,
@@ -43,17 +43,17 @@ class MultiTurnWorkflow(RolloutWorkflow):
         environment: a class or function that makes an :class:`Environment` for each sample, or its
             import path: ``"package.module:name"`` or ``"path/to/file.py:name"``.
         group_size: number of conversations for each row.
-        sampling: sampling settings of one turn; the tokenizer's end of text and the tokens of
-            ``stop`` are added to its ``stop_token_ids``.
+        sampling: sampling settings of one turn; the tokenizer's end of text, those that the model's
+            folder names, and ``stop`` are added to its stops.
         max_turns: number of turns of the policy.
         max_total_tokens: length of a whole trajectory, prompt and observations included; None is
             the limit of the engine, which fails the group.
-        stop: texts of one token each that end a turn, such as a newline.
+        stop: a text of any length that ends a turn, such as ``"</tool_call>"``, or several.
         turn_format: text between two turns, with ``{observation}`` in it; prompts are then plain
             text, too. None: the tokenizer's chat template, for prompts and turns.
         step_timeout_s: seconds after which ``reset`` or ``step`` of an environment fails its group,
             with an error naming row and step.
-        more: ``keep_special_tokens``, in the text that ``step`` reads.
+        more: ``keep_special_tokens``, ``include_stop_text``, of the text that ``step`` reads.
 
     Raises:
         ConfigError: if a setting is out of range, or the environment, as far as its code tells,
@@ -68,7 +68,7 @@ class MultiTurnWorkflow(RolloutWorkflow):
         sampling: SamplingParams | None = None,
         max_turns: int = 8,
         max_total_tokens: int | None = None,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         turn_format: str | None = None,
         step_timeout_s: float = 30.0,
         **more: Unpack[TextSettings],
@@ -94,17 +94,19 @@ class MultiTurnWorkflow(RolloutWorkflow):
         self._sampling = sampling if sampling is not None else SamplingParams()
         self.group_size, self.max_turns = group_size, max_turns
         self.max_total_tokens = max_total_tokens
-        self.stop = tuple(stop)
+        self.stop = stop_texts(stop)
         self.turn_format = turn_format
         self.step_timeout_s = step_timeout_s
         self.keep_special_tokens = more.get("keep_special_tokens", False)
+        self.include_stop_text = more.get("include_stop_text", True)
 
     @property
     def sampling(self) -> SamplingParams:
         return self._sampling
 
     async def run(self, row: Row, session: RolloutSession) -> Sequence[Trajectory] | None:
-        params = with_stops(self._sampling, session.tokenizer, self.stop)
+        stops = self.stop, session.eos_token_ids
+        params = with_stops(self._sampling, session.tokenizer, *stops)
 
         async def play(episode: Episode) -> Trajectory:
             return await self._play(row, session.tokenizer, episode, params)
@@ -153,7 +155,9 @@ class MultiTurnWorkflow(RolloutWorkflow):
             said = completion_text(
                 *(sampled, tokenizer),
                 stop_token_ids=params.stop_token_ids,
+                stop_texts=params.stop_texts,
                 keep_special_tokens=self.keep_special_tokens,
+                include_stop_text=self.include_stop_text,
             )
             result = await world.step(said)
             reward += result.reward

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sdp_lightning.engines.embedded.sampling import sample, uniforms
-from sdp_lightning.engines.protocol import GenerationRequest
+from sdp_lightning.engines.protocol import GenerationRequest, StopFinder
 from sdp_lightning.types import FinishReason, IntArray, SamplingParams
 
 MAX_PREFILL_TOKENS = 512  # per step, padding included: bounds how long active sequences wait
@@ -32,6 +32,8 @@ class SequenceState:
         segment_start: position of the first token of the open segment.
         logprobs: log-probs of the open segment's tokens, nats.
         finish_reason: None while the sequence is unfinished.
+        begin: position of the first token of the completion.
+        stops: finds stop texts in the completion, if there are any.
     """
 
     params: SamplingParams
@@ -41,6 +43,8 @@ class SequenceState:
     segment_start: int
     logprobs: list[float] = field(default_factory=list[float])
     finish_reason: FinishReason | None = None
+    begin: int = 0
+    stops: StopFinder | None = None
 
     @classmethod
     def of(cls, request: GenerationRequest) -> SequenceState:
@@ -48,7 +52,10 @@ class SequenceState:
         length = int(request.token_ids.size)
         tokens = np.zeros(length + request.params.max_new_tokens, dtype=np.int64)
         tokens[:length] = request.token_ids
-        return cls(request.params, request.seed, tokens, length, length)
+        begin = length - request.num_sampled
+        return cls(
+            request.params, request.seed, tokens, length, length, begin=begin, stops=request.stops
+        )
 
     @property
     def prefix(self) -> IntArray:
@@ -60,7 +67,9 @@ class SequenceState:
         self.tokens[self.length] = token
         self.length += 1
         self.logprobs.append(logprob)
-        if token in self.params.stop_token_ids:
+        if token in self.params.stop_token_ids or (
+            self.stops is not None and self.stops.ends(self.tokens, self.begin, self.length)
+        ):
             self.finish_reason = "stop"
         elif self.length == self.tokens.size:
             self.finish_reason = "length"

@@ -20,6 +20,7 @@ from sdp_lightning.engines.remote.backend import (
     RemoteInfBackend,
     ServerInfo,
     assemble,
+    server_stop_texts,
 )
 from sdp_lightning.engines.remote.http_client import HttpClient
 from sdp_lightning.engines.remote.options import RemoteOptions
@@ -304,13 +305,21 @@ def check_progress(completion: Completion, replica: Replica) -> None:
 
 
 def check_budget(completion: Completion, request: GenerationRequest, replica: Replica) -> None:
-    """Refuse more tokens than asked, fewer that end by length, and none that end at a stop."""
+    """Refuse more tokens than asked, fewer that end by length, none or a text that end at a stop.
+
+    The text is one that was not asked for.
+    """
     found = sum(len(span.token_ids) for span in completion.spans)
     asked, reason = request.params.max_new_tokens, completion.finish_reason
     least = {"length": asked, "stop": 1}.get(reason, 0)
     if not least <= found <= asked:
         raise ServerError(
             f"{replica.url} answered {found} tokens that end by {reason!r}, of {asked} asked for."
+        )
+    text = completion.stop_text
+    if text is not None and text not in server_stop_texts(request):
+        raise ServerError(
+            f"{replica.url} ended a request at {describe(text)}, which is none of its stop texts."
         )
 
 
