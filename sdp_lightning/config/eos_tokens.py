@@ -33,7 +33,7 @@ def load_eos_tokens(source: ModelSource) -> EosTokens:
     Raises:
         ConfigError: if a file names what is no token id.
     """
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     def find(name: str) -> Path | None:
         try:

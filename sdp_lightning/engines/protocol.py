@@ -53,6 +53,8 @@ class GenerationRequest:
         stops: finds ``params.stop_texts`` in the tokens of the completion; None: there are none.
             The completion ends at the first token that completes one. What an engine samples beyond
             it is cut off later.
+        num_tokens: token ids from this one on have no text: they have probability 0, and the
+            log-probs are of the distribution over the others. None: the tokenizer does not say.
     """
 
     token_ids: IntArray
@@ -61,6 +63,7 @@ class GenerationRequest:
     group_key: str = ""
     num_sampled: int = 0
     stops: StopFinder | None = None
+    num_tokens: int | None = None
 
     @property
     def sampled_token_ids(self) -> IntArray:

@@ -11,6 +11,7 @@ from functools import lru_cache, partial
 from typing import Any
 
 from sdp_lightning.config import RolloutConfig
+from sdp_lightning.config.pretrained import count_tokens
 from sdp_lightning.engines.protocol import InferenceEngine
 from sdp_lightning.prompts.stream import PromptRow, PromptStream, derive_seed
 from sdp_lightning.rollout.checkpoint.group_state import read_groups
@@ -54,6 +55,7 @@ class GroupSource:
         self._prompts, self._engine, self._gate = prompts, engine, gate
         self._tokenizer, self._config = tokenizer, config
         self._eos_token_ids = eos_token_ids
+        self._num_tokens = count_tokens(tokenizer)
         self._find_stops = lru_cache(partial(StopTexts, decode=tokenizer.decode))
         self._interrupted: deque[InFlightGroup] = deque()
         self._next_order = 0
@@ -84,7 +86,11 @@ class GroupSource:
         def new_episode(sample: int) -> Episode:
             seed = derive_seed(self._config.seed, row.epoch, row.index, sample)
             return Episode(
-                self._engine, self._gate, seed=seed, group_key=key, find_stops=self._find_stops
+                *(self._engine, self._gate),
+                seed=seed,
+                group_key=key,
+                find_stops=self._find_stops,
+                num_tokens=self._num_tokens,
             )
 
         return RolloutSession(

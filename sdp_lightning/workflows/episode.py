@@ -58,6 +58,7 @@ class Episode:
         seed: seed of this trajectory's random numbers.
         group_key: key that the episodes of one group share.
         find_stops: makes the finder of stop texts; None: there must be none.
+        num_tokens: token ids from this one on have no text, and are refused; None: it is not known.
     """
 
     def __init__(
@@ -68,7 +69,9 @@ class Episode:
         seed: int = 0,
         group_key: str = "",
         find_stops: Callable[[tuple[str, ...]], StopFinder] | None = None,
+        num_tokens: int | None = None,
     ) -> None:
+        self._num_tokens = num_tokens
         self._engine, self._gate, self._find_stops = engine, gate, find_stops
         self._seed, self._group_key = seed, group_key
         self._lock = threading.Lock()
@@ -211,6 +214,7 @@ class Episode:
         empty = 0
 
         def append(segment: Segment) -> None:
+            self._require_text(segment)
             kept = completion.take(segment.token_ids)
             if kept == len(segment):
                 self._append(segment)
@@ -232,6 +236,7 @@ class Episode:
                 group_key=self._group_key,
                 num_sampled=gained,
                 stops=completion.stops,
+                num_tokens=self._num_tokens,
             )
             reason = await self._gate.send(self._engine.generate(request, append))
             beyond = len(completion.tokens) - params.max_new_tokens
@@ -246,6 +251,14 @@ class Episode:
                 raise RolloutError(
                     f"the engine interrupted a request {empty} times without one new token."
                 )
+
+    def _require_text(self, segment: Segment) -> None:
+        limit, largest = self._num_tokens, int(segment.token_ids.max())
+        if limit is not None and largest >= limit:
+            raise RolloutError(
+                f"the engine sampled token {largest}, and the tokenizer has no text for those from "
+                f"{limit} on: an engine must leave out what is beyond GenerationRequest.num_tokens."
+            )
 
     def _append(self, event: Event) -> None:
         with self._lock:

@@ -34,6 +34,7 @@ class SequenceState:
         finish_reason: None while the sequence is unfinished.
         begin: position of the first token of the completion.
         stops: finds stop texts in the completion, if there are any.
+        num_tokens: token ids from this one on are not sampled; None: all may be.
     """
 
     params: SamplingParams
@@ -45,6 +46,7 @@ class SequenceState:
     finish_reason: FinishReason | None = None
     begin: int = 0
     stops: StopFinder | None = None
+    num_tokens: int | None = None
 
     @classmethod
     def of(cls, request: GenerationRequest) -> SequenceState:
@@ -52,9 +54,11 @@ class SequenceState:
         length = int(request.token_ids.size)
         tokens = np.zeros(length + request.params.max_new_tokens, dtype=np.int64)
         tokens[:length] = request.token_ids
-        begin = length - request.num_sampled
         return cls(
-            request.params, request.seed, tokens, length, length, begin=begin, stops=request.stops
+            *(request.params, request.seed, tokens, length, length),
+            begin=length - request.num_sampled,
+            stops=request.stops,
+            num_tokens=request.num_tokens,
         )
 
     @property
@@ -169,9 +173,22 @@ class SequenceScheduler(ABC):
     def _sample(self, sequences: Sequence[SequenceState], logits: Tensor) -> None:
         """Append a token to each sequence from its row of ``logits`` ``[B, V]``."""
         uniform = uniforms([s.seed for s in sequences], [s.length for s in sequences])
+        logits = _with_text(logits, [s.num_tokens for s in sequences])
         tokens, logprobs = sample(logits, [s.params for s in sequences], uniform)
         for sequence, token, logprob in zip(
             sequences, tokens.tolist(), logprobs.tolist(), strict=True
         ):
             sequence.append(token, logprob)
         self.num_generated += len(sequences)
+
+
+def _with_text(logits: Tensor, num_tokens: Sequence[int | None]) -> Tensor:
+    """``[B, V]`` logits of the tokens that each row may sample, -inf of others, or cut."""
+    size = logits.shape[-1]
+    limits = [size if number is None else min(number, size) for number in num_tokens]
+    logits = logits[:, : max(limits)]
+    if min(limits) == max(limits):
+        return logits
+    last = torch.tensor(limits, device=logits.device)[:, None]
+    tokens = torch.arange(max(limits), device=logits.device)
+    return logits.masked_fill(tokens >= last, -torch.inf)

@@ -139,6 +139,13 @@ def server_stop_texts(request: GenerationRequest) -> list[str]:
     return list(dict.fromkeys((*request.stops.texts, *request.stops.rests(sampled(request)))))
 
 
+def without_text(request: GenerationRequest, info: ServerInfo) -> dict[str, float]:
+    """The bias of tokens that must not be sampled: servers take -100, which leaves them 1e-44."""
+    if request.num_tokens is None or info.num_embeddings is None:
+        return {}
+    return {str(token): -100.0 for token in range(request.num_tokens, info.num_embeddings)}
+
+
 def sampled(request: GenerationRequest, *spans: Span) -> list[int]:
     """The tokens of a completion: those of ``request``, and of ``spans`` that go on with it."""
     before: list[int] = request.sampled_token_ids.tolist()
@@ -156,6 +163,7 @@ class ServerInfo:
         has_spans: whether it reports which version sampled which token. If not, a completion has
             the version that it was sent under, and requests must not outlive a weight update.
         streams_deltas: whether a chunk of a streamed answer holds new tokens only.
+        num_embeddings: number of token ids that it may sample; None: it is not known.
     """
 
     model: str
@@ -163,6 +171,7 @@ class ServerInfo:
     num_workers: int = 1
     has_spans: bool = True
     streams_deltas: bool = True
+    num_embeddings: int | None = None
 
 
 class RemoteInfBackend(Protocol):

@@ -38,6 +38,7 @@ from sdp_lightning.engines.remote.backend import (
     assemble,
     check_logprobs,
     server_stop_texts,
+    without_text,
 )
 from sdp_lightning.engines.remote.responses import describe
 from sdp_lightning.errors import ConfigError, EngineError
@@ -113,13 +114,15 @@ class SGLangBackend:
                 "the server repeats all tokens in every chunk that it streams. Start it with "
                 "--incremental-streaming-output, or set stream=False."
             )
-        sampling = {
+        sampling: dict[str, Any] = {
             "max_new_tokens": params.max_new_tokens,
             "temperature": params.temperature,
             "stop_token_ids": list(params.stop_token_ids),
             "ignore_eos": not params.stop_token_ids,
             "sampling_seed": request.seed % 2**63,
         }
+        if bias := without_text(request, info):
+            sampling["logit_bias"] = bias
         if texts := server_stop_texts(request):
             sampling |= {"stop": texts, "no_stop_trim": True, "skip_special_tokens": False}
         return _generate(request.token_ids.tolist(), sampling, stream=stream)

@@ -24,6 +24,7 @@ from sdp_lightning.engines.remote.backend import (
     assemble,
     check_logprobs,
     server_stop_texts,
+    without_text,
 )
 from sdp_lightning.types import KVPolicy
 from sdp_lightning.weights.protocol import (
@@ -124,6 +125,8 @@ class VLLMBackend:
             "stop_token_ids": list(params.stop_token_ids),
             "ignore_eos": True,  # those of the model's folder are among stop_token_ids
         }
+        if bias := without_text(request, info):
+            sampling["logit_bias"] = bias
         if texts := server_stop_texts(request):
             sampling |= {"stop": texts, "include_stop_str_in_output": True}
             sampling["skip_special_tokens"] = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -85,3 +86,25 @@ def test_a_text_that_was_not_asked_for_is_no_end(server: Server):
         server.alter(GENERATE if is_vllm else "/generate", values)
         (error,) = Sending(engine, [asked("56")]).join()
     assert "ended a request at 'NaN happened', which is none of its stop texts" in str(error)
+
+
+# Tokens without a text ----------------------------------------------------------------------------
+
+
+def test_tokens_without_a_text_are_made_impossible(engine: RemoteInfEngine, server: Server):
+    engine.use_vocabulary(13)
+    fine = replace(asked("56"), num_tokens=10)
+    assert Sending(engine, [fine]).join() == ["stop"]
+    bias = server.do()["seen"][-1]["sampling_params"]["logit_bias"]
+    assert bias == {"10": -100.0, "11": -100.0, "12": -100.0}
+    assert Sending(engine, [asked("56")]).join() == ["stop"]
+    assert "logit_bias" not in server.do()["seen"][-1]["sampling_params"]
+
+
+def test_a_server_that_samples_one_all_the_same_is_set_aside(server: Server):
+    server.do(reset={}, faults=[])
+    with connected(server, max_tries=1) as engine:
+        publish(engine, 0, reset=True)
+        engine.use_vocabulary(13)
+        (error,) = Sending(engine, [replace(asked("56"), num_tokens=8)]).join()  # it writes 3456
+    assert "answered token 9, which has no text, in spite of logit_bias" in str(error)
