@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
-from transformers import PreTrainedConfig
+from transformers import GenerationConfig, PreTrainedConfig
 
 from sdp_lightning.cli.trainer import RolloutCLI
+from sdp_lightning.config.eos_tokens import load_eos_tokens
 from sdp_lightning.config.import_path import load_object
 from sdp_lightning.config.model_source import ModelSource, quiet_transformers
 from sdp_lightning.config.pretrained import auto_classes, load_config, load_tokenizer
@@ -145,6 +146,8 @@ def shrink(model: str | ModelSource, folder: Path) -> Path:
         raise ConfigError(
             f"model type {config.model_type!r} cannot be cut down for a dry run: {error}"
         ) from error
+    if ends := load_eos_tokens(source).ids:
+        GenerationConfig(eos_token_id=list(ends)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

@@ -96,6 +96,13 @@ def load_tokenizer(source: ModelSource) -> Any:
     return tokenizer
 
 
+def count_tokens(tokenizer: Any) -> int | None:
+    """Number of token ids up to the last that has a text; None if the tokenizer does not say."""
+    # foreign: workflows may be given a tokenizer that is none of transformers
+    get_vocab = getattr(tokenizer, "get_vocab", None)
+    return None if get_vocab is None else max(get_vocab().values()) + 1
+
+
 def _check_vocabulary(tokenizer: Any, source: ModelSource) -> None:
     size: int = load_config(source).get_text_config(decoder=True).vocab_size
     largest = max(tokenizer.get_vocab().values())

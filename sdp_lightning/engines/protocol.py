@@ -22,6 +22,23 @@ NamedWeights = Iterable[tuple[str, "Tensor"]]
 SegmentSink = Callable[[Segment], None]
 
 
+class StopFinder(Protocol):
+    """Finds stop texts in the tokens of a completion. May be called from any thread."""
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The stop texts."""
+        ...
+
+    def ends(self, tokens: Sequence[int] | IntArray, begin: int, end: int) -> bool:
+        """Whether ``tokens[end - 1]`` completes a text in ``tokens[begin:end]``."""
+        ...
+
+    def rests(self, tokens: Sequence[int] | IntArray) -> list[str]:
+        """Ends of stop texts whose beginnings ``tokens`` end with."""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class GenerationRequest:
     """One continuation to sample.
@@ -32,12 +49,26 @@ class GenerationRequest:
         seed: the random number of the token at position p comes from (seed, p) alone, so neither
             the batch that a request decodes in nor an interruption changes it.
         group_key: requests with the same key share a prompt; engines may use it for affinity.
+        num_sampled: last tokens of ``token_ids`` that this completion has sampled before.
+        stops: finds ``params.stop_texts`` in the tokens of the completion; None: there are none.
+            The completion ends at the first token that completes one. What an engine samples beyond
+            it is cut off later.
+        num_tokens: token ids from this one on have no text: they have probability 0, and the
+            log-probs are of the distribution over the others. None: the tokenizer does not say.
     """
 
     token_ids: IntArray
     params: SamplingParams
     seed: int = 0
     group_key: str = ""
+    num_sampled: int = 0
+    stops: StopFinder | None = None
+    num_tokens: int | None = None
+
+    @property
+    def sampled_token_ids(self) -> IntArray:
+        """``[num_sampled]`` the tokens that this completion has sampled before."""
+        return self.token_ids[self.token_ids.size - self.num_sampled :]
 
 
 @dataclass(frozen=True)
@@ -102,7 +133,7 @@ class InferenceEngine(Protocol):
         ...
 
     async def generate(self, request: GenerationRequest, sink: SegmentSink) -> FinishReason:
-        """Sample until a stop token or the budget; every token reaches ``sink``, once, in order.
+        """Sample until a stop or the budget; every token reaches ``sink``, once, in order.
 
         Segments arrive when they close: at a weight update, or at the end, before this returns. The
         sink may be called from any thread. ``"abort"`` means interrupted: resend for the rest.

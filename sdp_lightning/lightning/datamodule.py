@@ -28,6 +28,7 @@ from sdp_lightning.lightning.observer import say_set_aside
 from sdp_lightning.lightning.phase_timer import PhaseTimer
 from sdp_lightning.lightning.prediction_loader import GenerationLoader
 from sdp_lightning.lightning.startup import (
+    find_eos_tokens,
     leave_cores,
     make_trainer_ranks,
     open_engine,
@@ -147,6 +148,7 @@ class RolloutDataModule(L.LightningDataModule):
             prompts=prompts,
             tokenizer=module.tokenizer,
             ranks=self._ranks,
+            eos_token_ids=find_eos_tokens(module, self.workflow),
         )
         self._engine = engine
         if self._val_prompts is None and stage == "fit" and self.trainer is not None:

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from sdp_lightning.config import LoRAConfig, LossConfig, OptimizerConfig, UpdateConfig
 from sdp_lightning.config.model_source import ModelSource
-from sdp_lightning.config.pretrained import load_tokenizer
+from sdp_lightning.config.pretrained import count_tokens, load_tokenizer
 from sdp_lightning.distributed.rank_group import RankGroup
 from sdp_lightning.distributed.reductions import RankSums
 from sdp_lightning.errors import ConfigError
@@ -163,7 +163,7 @@ class SegmentWisePPOModule(L.LightningModule):
         elif self.lora is None:
             select_trainable(policy, self.trainable)
         prepare(policy, recompute=self.gradient_checkpointing and not frozen)
-        forward = LogprobForward(policy)
+        forward = LogprobForward(policy, count_tokens(self.tokenizer))
         if isinstance(mesh, DeviceMesh):
             device, precision = self.trainer.strategy.root_device, self.trainer.precision
             shard(forward, mesh, loaded.source, device, precision=str(precision))
@@ -259,6 +259,10 @@ class SegmentWisePPOModule(L.LightningModule):
         """Log-probs of its one segment by the model's own logits in eval mode: a second opinion."""
         batch = collate([TrajectoryGroup((trajectory,))], version=0).to(self.device)
         return split_by_segment([trajectory], self._runner.own_logprobs(batch).cpu())[0][0]
+
+    def whole_vocabulary(self) -> AbstractContextManager[None]:
+        """Context in which token ids without a text, which are never sampled, are scored, too."""
+        return self._runner.whole_vocabulary()
 
     @property
     def is_collective(self) -> bool:

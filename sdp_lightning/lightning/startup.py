@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Mapping
@@ -10,6 +11,7 @@ from typing import Any
 import lightning as L
 import torch
 
+from sdp_lightning.config.eos_tokens import load_eos_tokens
 from sdp_lightning.distributed.rank_group import RankGroup, make_rank_group
 from sdp_lightning.engines.connect import connect_engine
 from sdp_lightning.engines.embedded import EmbeddedEngine
@@ -18,6 +20,9 @@ from sdp_lightning.engines.remote.engine import RemoteInfEngine
 from sdp_lightning.engines.servers.placement import require_one_host
 from sdp_lightning.lightning.module import SegmentWisePPOModule
 from sdp_lightning.lightning.stop_request import StopRequest
+from sdp_lightning.workflows.workflow import RolloutWorkflow
+
+logger = logging.getLogger(__name__)
 
 MARGIN_S = 30.0  # ranks wait longer for each other than for a batch, whose error says more
 _START_S = 1200.0  # longest start of servers, or of a model that every rank loads
@@ -78,6 +83,23 @@ def start_engine(engine: InferenceEngine, ranks: RankGroup) -> None:
     )
     join = _nothing if leads else lambda: engine.join(urls[0])
     ranks.run_on_all_ranks("joining the servers of rank 0", join)
+
+
+def find_eos_tokens(module: SegmentWisePPOModule, workflow: RolloutWorkflow) -> tuple[int, ...]:
+    """The end-of-sequence tokens of the model's folder; they are logged, with the tokenizer's."""
+    found, tokenizer = load_eos_tokens(module.source), module.tokenizer
+    if module.global_rank == 0:
+        ids = dict.fromkeys((*found.ids, tokenizer.eos_token_id))
+        names = {i: f"{i} {tokenizer.decode([i])}" for i in ids if i is not None}
+        of_model = ", ".join(names[i] for i in found.ids) or "none"
+        logger.info(
+            "Completions end at the tokenizer's end of text (%s), and at the model's (%s%s%s).",
+            names.get(tokenizer.eos_token_id, "none"),
+            of_model,
+            f", in {found.file}" if found.file else "",
+            "" if workflow.sampling.stop_at_model_eos else ": left out by stop_at_model_eos=False",
+        )
+    return found.ids
 
 
 def tell_vocabulary(engine: InferenceEngine, num_tokens: int) -> None:

@@ -230,13 +230,14 @@ class WeightSyncCallback(Callback):
         if self._weight_check is None:
             return
         policy, start_s = module.require_policy(), time.perf_counter()
-        difference = self._weight_check.check(
-            policy,
-            num_embeddings=_num_embeddings(policy),
-            score=lambda trajectory: module.score([trajectory])[0][0],
-            ask=executor.engine.prompt_logprobs,
-            own=module.own_logprobs,
-        )
+        with module.whole_vocabulary():  # as the engine's log-probs of a prompt
+            difference = self._weight_check.check(
+                policy,
+                num_embeddings=_num_embeddings(policy),
+                score=lambda trajectory: module.score([trajectory])[0][0],
+                ask=executor.engine.prompt_logprobs,
+                own=module.own_logprobs,
+            )
         if difference is not None:
             took_s = time.perf_counter() - start_s
             self._checked = {"publish/echo": difference, "publish/echo_s": took_s}

@@ -59,6 +59,7 @@ def token_logprobs(
     bias: Tensor | None = None,
     chunk_size: int = 512,
     transform: LogitTransform = PLAIN,
+    num_tokens: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""Log-probs of ``targets`` under softmax((hidden W^T + bias) / temperature), and its entropy.
 
@@ -73,6 +74,7 @@ def token_logprobs(
         bias: [V] of the head, if it has one.
         chunk_size: tokens whose logits exist at once.
         transform: applied to the logits.
+        num_tokens: token ids from this one on have probability 0; None or V or more: none has.
 
     Returns:
         Log-probs [N] in nats, and the entropy -sum p log p [N] in nats, detached, 0 or more. A
@@ -90,7 +92,7 @@ def token_logprobs(
         scale = scale * transform.scale
     head_trained = weight.requires_grad or (bias is not None and bias.requires_grad)
     eager = torch.is_grad_enabled() and hidden.requires_grad and not head_trained
-    options = _Options(chunk_size, eager, transform)
+    options = _Options(chunk_size, eager, transform, num_tokens)
     return _TokenLogprobs.apply(hidden, weight, bias, targets, scale, options)  # pyright: ignore[reportReturnType]
 
 
@@ -98,6 +100,7 @@ class _Options(NamedTuple):
     chunk_size: int
     eager: bool
     transform: LogitTransform
+    num_tokens: int | None
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -116,13 +119,13 @@ class _TokenLogprobs(torch.autograd.Function):
         scale: Tensor,
         options: _Options,
     ) -> tuple[Tensor, Tensor]:
-        chunk_size, eager, transform = options
+        chunk_size, eager, transform, size = options
         logprobs, entropy, normalizer = (torch.empty_like(scale) for _ in range(3))
         slope = hidden.new_empty(hidden.shape if eager else (0,), dtype=scale.dtype)
         with torch.autocast(hidden.device.type, enabled=False):
-            head = _head(weight, hidden, scale.dtype)
+            head, shift = _head(weight[:size], hidden, scale.dtype), _first(bias, size)
             for rows in _chunks(targets.shape[0], chunk_size):
-                logits = _logits(hidden[rows], head, bias, scale[rows], transform)
+                logits = _logits(hidden[rows], head, shift, scale[rows], transform)
                 log_z = logits.logsumexp(-1)
                 index = targets[rows, None]
                 logprobs[rows] = logits.gather(-1, index).squeeze(-1) - log_z
@@ -146,7 +149,7 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         grad = grads[0]
-        chunk_size, eager, transform = ctx.options
+        chunk_size, eager, transform, size = ctx.options
         slope, hidden, weight, bias, targets, scale, normalizer = ctx.saved_tensors
         if eager:
             return (slope * grad[:, None]).to(ctx.hidden_dtype), None, None, None, None, None
@@ -155,9 +158,9 @@ class _TokenLogprobs(torch.autograd.Function):
         d_weight = torch.zeros_like(weight, dtype=scale.dtype) if need_weight else None
         d_bias = torch.zeros_like(bias, dtype=scale.dtype) if need_bias else None
         with torch.autocast(hidden.device.type, enabled=False):
-            head = _head(weight, hidden, scale.dtype)
+            head, shift = _head(weight[:size], hidden, scale.dtype), _first(bias, size)
             for rows in _chunks(targets.shape[0], chunk_size):
-                logits = _logits(hidden[rows], head, bias, scale[rows], transform)
+                logits = _logits(hidden[rows], head, shift, scale[rows], transform)
                 bend = _bend(logits, scale[rows], transform)
                 probs = logits.sub_(normalizer[rows, None]).exp_()
                 index, factor = targets[rows, None], scale[rows] * grad[rows]
@@ -165,9 +168,9 @@ class _TokenLogprobs(torch.autograd.Function):
                 if d_hidden is not None:
                     d_hidden[rows] = _product(d_logits, head).to(d_hidden.dtype)
                 if d_weight is not None:
-                    d_weight += _product(d_logits.t(), hidden[rows])
+                    d_weight[:size] += _product(d_logits.t(), hidden[rows])
                 if d_bias is not None:
-                    d_bias += d_logits.sum(0)
+                    d_bias[:size] += d_logits.sum(0)
         if d_weight is not None:
             d_weight = d_weight.to(weight.dtype)
         if d_bias is not None:
@@ -213,6 +216,10 @@ def _logit_slope(probs: Tensor, index: Tensor, factor: Tensor, bend: Tensor | No
     slope.scatter_add_(-1, index, torch.ones_like(index, dtype=slope.dtype))
     slope.mul_(factor[:, None])
     return slope if bend is None else slope.mul_(bend)
+
+
+def _first(bias: Tensor | None, size: int | None) -> Tensor | None:
+    return None if bias is None else bias[:size]
 
 
 def _head(weight: Tensor, hidden: Tensor, dtype: torch.dtype) -> Tensor:

@@ -60,6 +60,7 @@ def create_workflow_executor(
     prompts: Sequence[Row],
     tokenizer: Tokenizer,
     ranks: RankGroup | None = None,
+    eos_token_ids: Sequence[int] = (),
 ) -> WorkflowExecutor:
     """An executor with the strategy and the capacity modifiers that ``config`` asks for.
 
@@ -70,6 +71,7 @@ def create_workflow_executor(
         prompts: rows; indexed, so any sequence will do.
         tokenizer: of the policy.
         ranks: that train together; None is this process alone.
+        eos_token_ids: tokens that end a completion, as the model's folder says.
 
     Raises:
         ConfigError: if ``prompts`` is empty.
@@ -83,14 +85,11 @@ def create_workflow_executor(
         rank=ranks.rank,
         num_ranks=ranks.size,
     )
-    manager = StalenessManager(
-        max_concurrent=config.concurrency,
-        batch_size=config.batch_size,
-        max_head_lag=config.max_head_lag,
-        modifiers=create_capacity_modifiers(config),
-    )
+    manager = _make_manager(config)
     gate = SendGate()
-    source = GroupSource(stream, engine, gate, tokenizer, config=config)
+    source = GroupSource(
+        stream, engine, gate, tokenizer, config=config, eos_token_ids=eos_token_ids
+    )
     registry = GroupRegistry(
         config,
         create_staleness_strategy(config),
@@ -106,4 +105,13 @@ def create_workflow_executor(
         registry=registry,
         recomputer=create_recomputer(config),
         ranks=ranks,
+    )
+
+
+def _make_manager(config: RolloutConfig) -> StalenessManager:
+    return StalenessManager(
+        max_concurrent=config.concurrency,
+        batch_size=config.batch_size,
+        max_head_lag=config.max_head_lag,
+        modifiers=create_capacity_modifiers(config),
     )

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache, partial
 from typing import Any
 
 from sdp_lightning.config import RolloutConfig
+from sdp_lightning.config.pretrained import count_tokens
 from sdp_lightning.engines.protocol import InferenceEngine
 from sdp_lightning.prompts.stream import PromptRow, PromptStream, derive_seed
 from sdp_lightning.rollout.checkpoint.group_state import read_groups
@@ -20,6 +22,7 @@ from sdp_lightning.types import TrajectoryGroup
 from sdp_lightning.workflows.episode import Episode
 from sdp_lightning.workflows.episode_log import Event
 from sdp_lightning.workflows.send_gate import SendGate
+from sdp_lightning.workflows.stop_texts import StopTexts
 from sdp_lightning.workflows.workflow import RolloutSession, Tokenizer
 
 
@@ -36,6 +39,7 @@ class GroupSource:
         tokenizer: tokenizer of the policy.
         config: seed of the run, mixed with epoch, row and sample; what a group does without the
             samples that infrastructure errors cost it.
+        eos_token_ids: tokens that end a completion, as the model's folder says.
     """
 
     def __init__(
@@ -46,9 +50,13 @@ class GroupSource:
         tokenizer: Tokenizer,
         *,
         config: RolloutConfig,
+        eos_token_ids: Sequence[int] = (),
     ) -> None:
         self._prompts, self._engine, self._gate = prompts, engine, gate
         self._tokenizer, self._config = tokenizer, config
+        self._eos_token_ids = eos_token_ids
+        self._num_tokens = count_tokens(tokenizer)
+        self._find_stops = lru_cache(partial(StopTexts, decode=tokenizer.decode))
         self._interrupted: deque[InFlightGroup] = deque()
         self._next_order = 0
 
@@ -77,7 +85,13 @@ class GroupSource:
 
         def new_episode(sample: int) -> Episode:
             seed = derive_seed(self._config.seed, row.epoch, row.index, sample)
-            return Episode(self._engine, self._gate, seed=seed, group_key=key)
+            return Episode(
+                *(self._engine, self._gate),
+                seed=seed,
+                group_key=key,
+                find_stops=self._find_stops,
+                num_tokens=self._num_tokens,
+            )
 
         return RolloutSession(
             self._tokenizer,
@@ -86,6 +100,7 @@ class GroupSource:
             is_evaluation=row.is_evaluation,
             min_group_size=self._config.min_group_size,
             lost_retries=self._config.lost_retries,
+            eos_token_ids=self._eos_token_ids,
         )
 
     def put_back(self, group: InFlightGroup) -> None:

@@ -38,6 +38,8 @@ class SamplingParams:
         top_p: probability mass of nucleus sampling; 1 is off.
         top_k: number of tokens to sample from; None is off.
         stop_token_ids: tokens that end the completion; the sampled one is kept.
+        stop_texts: texts that end the completion; the token that completes one is kept, whole.
+        stop_at_model_eos: whether workflows add the end-of-sequence tokens of the model's folder.
         allow_truncated_sampling: whether to accept ``top_p < 1`` or ``top_k``. The behavior
             log-probs are then renormalized over the truncated support while the trainer's are not,
             so the behavior weight carries a bias that no estimator here removes.
@@ -53,9 +55,15 @@ class SamplingParams:
     top_k: int | None = None
     stop_token_ids: tuple[int, ...] = ()
     allow_truncated_sampling: bool = False
+    stop_texts: tuple[str, ...] = ()
+    stop_at_model_eos: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        texts = (self.stop_texts,) if isinstance(self.stop_texts, str) else tuple(self.stop_texts)
+        object.__setattr__(self, "stop_texts", texts)
+        if bad := [text for text in texts if not text or "\ufffd" in text]:
+            raise ConfigError(f"a stop text must have characters, none U+FFFD, got {bad[0]!r}.")
         if self.max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}.")
         if self.temperature != 0 and not 1e-6 <= self.temperature < math.inf:

@@ -7,14 +7,13 @@ next words: it ends that turn, holds the new messages, and opens the next one.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from sdp_lightning.errors import ConfigError, RolloutError
+from sdp_lightning.errors import RolloutError
 from sdp_lightning.rewards.timeouts import call_aside_if_long
-from sdp_lightning.types import IntArray, Row, SamplingParams
+from sdp_lightning.types import IntArray, Row
 from sdp_lightning.workflows.chat.arrangement import describe_tools
 from sdp_lightning.workflows.chat.messages import Message, as_messages, encodable, shown
 from sdp_lightning.workflows.chat.rendering import Tools
@@ -194,23 +193,3 @@ def encode_opening(
         raise RolloutError(f"the prompt {shown(prompt)} has no tokens.")
     front = settings.in_front(tokenizer, is_chat=is_chat)
     return tokens if tokens[: len(front)] == front else [*front, *tokens]
-
-
-def with_stops(params: SamplingParams, tokenizer: Tokenizer, stop: Sequence[str]) -> SamplingParams:
-    """Sampling settings that also stop at the end of text and at the texts of ``stop``.
-
-    Raises:
-        ConfigError: if a text is not exactly one token.
-    """
-    stops = dict.fromkeys(params.stop_token_ids)
-    if tokenizer.eos_token_id is not None:
-        stops[tokenizer.eos_token_id] = None
-    for text in stop:
-        tokens = tokenizer.encode(text, add_special_tokens=False)
-        if len(tokens) != 1:
-            raise ConfigError(
-                f"stop text {text!r} is {len(tokens)} tokens for this tokenizer; only texts of "
-                "one token can stop a completion."
-            )
-        stops[tokens[0]] = None
-    return replace(params, stop_token_ids=tuple(stops))

@@ -9,6 +9,7 @@ from typing import Any, TypedDict
 from sdp_lightning.types import FinishReason
 from sdp_lightning.workflows.chat.messages import as_messages, is_open
 from sdp_lightning.workflows.chat.settings import ChatSettings
+from sdp_lightning.workflows.stops import cut_at_stop
 from sdp_lightning.workflows.workflow import Tokenizer
 
 
@@ -18,12 +19,15 @@ class TextSettings(TypedDict, total=False):
     Attributes:
         keep_special_tokens: whether it keeps special tokens, such as ``<think>`` where that is one;
             the token that ended the completion is left out. False.
+        include_stop_text: whether it has the stop text that ended the completion, as the sampled
+            tokens do; what its last token holds beyond the stop text is left out in any case. True.
         chat_template_kwargs: further arguments of the chat template, such as ``enable_thinking``.
         add_special_tokens: whether a prompt begins with BOS. None: plain text does where the
             tokenizer itself writes it, and a chat where its template does.
     """
 
     keep_special_tokens: bool
+    include_stop_text: bool
     chat_template_kwargs: Mapping[str, Any]
     add_special_tokens: bool | None
 
@@ -48,9 +52,11 @@ def completion_text(
     tokenizer: Tokenizer,
     *,
     stop_token_ids: Sequence[int] = (),
+    stop_texts: Sequence[str] = (),
     keep_special_tokens: bool = False,
+    include_stop_text: bool = True,
 ) -> str:
-    """The text of sampled tokens.
+    """The text of sampled tokens, up to the first stop text in it.
 
     Args:
         token_ids: the tokens.
@@ -58,14 +64,21 @@ def completion_text(
         stop_token_ids: tokens that end a completion.
         keep_special_tokens: whether special tokens are part of the text; the one that ended the
             completion is not.
+        stop_texts: texts that end a completion.
+        include_stop_text: whether the stop text is part of the text.
     """
     tokens = list(token_ids)
-    if not keep_special_tokens:
-        return tokenizer.decode(tokens, skip_special_tokens=True)
     is_stopped = bool(tokens) and tokens[-1] in stop_token_ids
     if is_stopped and not tokenizer.decode(tokens[-1:], skip_special_tokens=True):
         del tokens[-1]
-    return tokenizer.decode(tokens, skip_special_tokens=False)
+    text = cut_at_stop(
+        *(tokens, tokenizer, stop_texts),
+        keep_special_tokens=keep_special_tokens,
+        include_stop_text=include_stop_text,
+    )
+    if text is None:
+        return tokenizer.decode(tokens, skip_special_tokens=not keep_special_tokens)
+    return text
 
 
 @dataclass(frozen=True)

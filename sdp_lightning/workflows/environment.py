@@ -40,10 +40,17 @@ class Transcript:
     Args:
         tokenizer: tokenizer of the policy.
         stop_token_ids: tokens that end a turn.
+        stop_texts: texts that end a turn.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop_token_ids: Sequence[int] = ()) -> None:
-        self.tokenizer, self._stop_token_ids = tokenizer, stop_token_ids
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stop_token_ids: Sequence[int] = (),
+        stop_texts: Sequence[str] = (),
+    ) -> None:
+        self.tokenizer = tokenizer
+        self._stop_token_ids, self._stop_texts = stop_token_ids, stop_texts
         self.hear("", (), ())
 
     def hear(self, text: str, token_ids: Sequence[int], history: Sequence[int]) -> None:
@@ -57,6 +64,7 @@ class Transcript:
         return completion_text(
             *(self._token_ids, self.tokenizer),
             stop_token_ids=self._stop_token_ids,
+            stop_texts=self._stop_texts,
             keep_special_tokens=True,
         )
 

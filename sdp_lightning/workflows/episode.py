@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import NoReturn
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from sdp_lightning.engines.protocol import GenerationRequest, InferenceEngine
+from sdp_lightning.engines.protocol import GenerationRequest, InferenceEngine, StopFinder
 from sdp_lightning.errors import RolloutError
 from sdp_lightning.types import (
     Context,
@@ -57,12 +57,22 @@ class Episode:
         gate: passed by every request.
         seed: seed of this trajectory's random numbers.
         group_key: key that the episodes of one group share.
+        find_stops: makes the finder of stop texts; None: there must be none.
+        num_tokens: token ids from this one on have no text, and are refused; None: it is not known.
     """
 
     def __init__(
-        self, engine: InferenceEngine, gate: SendGate, *, seed: int = 0, group_key: str = ""
+        self,
+        engine: InferenceEngine,
+        gate: SendGate,
+        *,
+        seed: int = 0,
+        group_key: str = "",
+        find_stops: Callable[[tuple[str, ...]], StopFinder] | None = None,
+        num_tokens: int | None = None,
     ) -> None:
-        self._engine, self._gate = engine, gate
+        self._num_tokens = num_tokens
+        self._engine, self._gate, self._find_stops = engine, gate, find_stops
         self._seed, self._group_key = seed, group_key
         self._lock = threading.Lock()
         self._log: list[Event] = []
@@ -131,7 +141,10 @@ class Episode:
         self._diverge(f"it added {describe_event(context)}", saved)
 
     async def generate(self, params: SamplingParams) -> FinishReason:
-        """Sample until a stop token or ``params.max_new_tokens``, over all interruptions.
+        """Sample until a stop or ``params.max_new_tokens``, over all interruptions.
+
+        The last token is the stop token, or the one that completes a stop text; what an engine
+        returns beyond it is cut off and counted.
 
         Returns:
             ``"stop"`` or ``"length"``.
@@ -147,7 +160,7 @@ class Episode:
             self._times += EpisodeTimes(tool_s=start - self._returned_at)
         reason = self._begin_call(params)
         if reason is None:
-            reason = await self._sample(params, self._num_sampled() - before)
+            reason = await self._sample(params, self._make_completion(params, before))
             self._append(CallEnd(reason))
         self._returned_at = time.monotonic()
         self._times += EpisodeTimes(sample_s=self._returned_at - start)
@@ -192,33 +205,70 @@ class Episode:
                     return None if last is None else last.finish_reason
         self._diverge(f"it generated with {params}", saved)
 
-    async def _sample(self, params: SamplingParams, gained: int) -> FinishReason:
-        """Sample the rest of a call that has ``gained`` so many tokens already."""
-        left, empty = params.max_new_tokens - gained, 0
+    def _make_completion(self, params: SamplingParams, before: int) -> _Completion:
+        """The completion of a call, with the tokens that it has sampled already."""
+        stops = None
+        if params.stop_texts:
+            if self._find_stops is None:
+                raise RolloutError(
+                    f"stop_texts={list(params.stop_texts)} need a tokenizer: give the Episode "
+                    "find_stops."
+                )
+            stops = self._find_stops(params.stop_texts)
+        completion = _Completion(frozenset(params.stop_token_ids), stops)
+        completion.take(self.sampled_token_ids[before:])
+        return completion
+
+    async def _sample(self, params: SamplingParams, completion: _Completion) -> FinishReason:
+        """Sample the rest of a call."""
+        empty = 0
+
+        def append(segment: Segment) -> None:
+            self._require_text(segment)
+            kept = completion.take(segment.token_ids)
+            if kept == len(segment):
+                self._append(segment)
+                return
+            self._times += EpisodeTimes(num_cut=len(segment) - kept)
+            if kept:
+                self._append(_first_tokens(segment, kept))
+
         while True:
-            if gained and self._last_token() in params.stop_token_ids:
+            gained = len(completion.tokens)
+            if completion.has_ended:
                 return "stop"
-            if left <= 0:
+            if gained >= params.max_new_tokens:
                 return "length"
             request = GenerationRequest(
                 token_ids=self.token_ids,
-                params=replace(params, max_new_tokens=left),
+                params=replace(params, max_new_tokens=params.max_new_tokens - gained),
                 seed=self._seed,
                 group_key=self._group_key,
+                num_sampled=gained,
+                stops=completion.stops,
+                num_tokens=self._num_tokens,
             )
-            before = self._num_sampled()
-            reason = await self._gate.send(self._engine.generate(request, self._append))
-            gained = self._num_sampled() - before
-            left -= gained
-            if left < 0:
-                raise RolloutError(f"the engine sampled {-left} tokens beyond the budget.")
+            reason = await self._gate.send(self._engine.generate(request, append))
+            beyond = len(completion.tokens) - params.max_new_tokens
+            if beyond > 0:
+                raise RolloutError(f"the engine sampled {beyond} tokens beyond the budget.")
+            if completion.has_ended:
+                return "stop"
             if reason != "abort":
                 return reason
-            empty = 0 if gained else empty + 1
+            empty = 0 if len(completion.tokens) > gained else empty + 1
             if empty > MAX_EMPTY_INTERRUPTIONS:
                 raise RolloutError(
                     f"the engine interrupted a request {empty} times without one new token."
                 )
+
+    def _require_text(self, segment: Segment) -> None:
+        limit, largest = self._num_tokens, int(segment.token_ids.max())
+        if limit is not None and largest >= limit:
+            raise RolloutError(
+                f"the engine sampled token {largest}, and the tokenizer has no text for those from "
+                f"{limit} on: an engine must leave out what is beyond GenerationRequest.num_tokens."
+            )
 
     def _append(self, event: Event) -> None:
         with self._lock:
@@ -238,5 +288,38 @@ class Episode:
     def _num_sampled(self) -> int:
         return sum(len(part) for part in self.parts if isinstance(part, Segment))
 
-    def _last_token(self) -> int:
-        return int(self.parts[-1].token_ids[-1])
+
+@dataclass
+class _Completion:
+    """What one ``generate`` has sampled, up to the token that ends it.
+
+    Attributes:
+        tokens: its tokens so far, over all interruptions.
+        has_ended: whether the last of them is a stop.
+    """
+
+    stop_token_ids: frozenset[int]
+    stops: StopFinder | None
+    tokens: list[int] = field(default_factory=list[int])
+    has_ended: bool = False
+
+    def take(self, token_ids: IntArray) -> int:
+        """Add ``token_ids`` up to the first stop; returns how many of them that are."""
+        for index, token in enumerate(token_ids.tolist()):
+            if self.has_ended:
+                return index
+            self.tokens.append(token)
+            size = len(self.tokens)
+            by_text = self.stops is not None and self.stops.ends(self.tokens, 0, size)
+            self.has_ended = by_text or token in self.stop_token_ids
+        return len(token_ids)
+
+
+def _first_tokens(segment: Segment, count: int) -> Segment:
+    return Segment(
+        segment.version,
+        segment.token_ids[:count],
+        segment.logprobs[:count],
+        segment.temperature,
+        segment.kv_on_update,
+    )

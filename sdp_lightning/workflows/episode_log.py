@@ -28,19 +28,21 @@ Event = Context | Segment | CallStart | CallEnd
 
 @dataclass(frozen=True)
 class EpisodeTimes:
-    """Durations in seconds, added up over trajectories; steps before a resume do not count.
+    """Durations in seconds and a count, added up over trajectories; before a resume is left out.
 
     Args:
         num: number of trajectories.
         sample_s: time in ``generate``, for requests that wait and run.
         tool_s: time of the workflow between one ``generate`` and the next.
         reward_s: time after the last ``generate``.
+        num_cut: tokens that the engine returned after the end of a completion, and that were cut.
     """
 
     num: int = 0
     sample_s: float = 0.0
     tool_s: float = 0.0
     reward_s: float = 0.0
+    num_cut: int = 0
 
     def __add__(self, other: EpisodeTimes) -> EpisodeTimes:
         return EpisodeTimes(
@@ -48,6 +50,7 @@ class EpisodeTimes:
             self.sample_s + other.sample_s,
             self.tool_s + other.tool_s,
             self.reward_s + other.reward_s,
+            self.num_cut + other.num_cut,
         )
 
 

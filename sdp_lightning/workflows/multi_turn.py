@@ -20,7 +20,6 @@ from sdp_lightning.workflows.chat_template import (
     encode_opening,
     encode_turn,
     outline,
-    with_stops,
 )
 from sdp_lightning.workflows.completion import (
     TextSettings,
@@ -33,6 +32,7 @@ from sdp_lightning.workflows.episode import Episode
 from sdp_lightning.workflows.group_play import play_group
 from sdp_lightning.workflows.own_row import own_copy
 from sdp_lightning.workflows.scoring import TurnRewards, checked_weights
+from sdp_lightning.workflows.stops import stop_texts, with_stops
 from sdp_lightning.workflows.workflow import (
     RolloutSession,
     RolloutWorkflow,
@@ -65,18 +65,19 @@ class MultiTurnWorkflow(RolloutWorkflow):
         environment: a class or function that makes an :class:`Environment` for each sample, or its
             import path: ``"package.module:name"`` or ``"path/to/file.py:name"``.
         group_size: number of conversations for each row.
-        sampling: sampling settings of one turn; the tokenizer's end of text and the tokens of
-            ``stop`` are added to its ``stop_token_ids``.
+        sampling: sampling settings of one turn; the tokenizer's end of text, those that the model's
+            folder names, and ``stop`` are added to its stops.
         max_turns: number of turns of the policy.
         max_total_tokens: length of a whole trajectory, prompt and observations included; None is
             the limit of the engine, which fails the group.
-        stop: texts of one token each that end a turn, such as a newline.
+        stop: a text of any length that ends a turn, such as ``"</tool_call>"``, or several.
         turn_format: text between two turns, with ``{observation}`` in it; prompts are then plain
             text, too. None: the tokenizer's chat template, for prompts and turns.
         step_timeout_s: seconds after which ``reset`` or ``step`` of an environment fails its group,
             with an error naming row and step.
         more: those of :class:`MultiTurnSettings`: ``reward_weights``, ``chat_template_kwargs``,
-            ``add_special_tokens``, and ``keep_special_tokens`` in the text that ``step`` reads.
+            ``add_special_tokens``, and ``keep_special_tokens``, ``include_stop_text`` of the text
+            that ``step`` reads.
 
     Raises:
         ConfigError: if a setting is out of range, or the environment, as far as its code tells,
@@ -91,7 +92,7 @@ class MultiTurnWorkflow(RolloutWorkflow):
         sampling: SamplingParams | None = None,
         max_turns: int = 8,
         max_total_tokens: int | None = None,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         turn_format: str | None = None,
         step_timeout_s: float = 30.0,
         **more: Unpack[MultiTurnSettings],
@@ -117,11 +118,12 @@ class MultiTurnWorkflow(RolloutWorkflow):
         self._sampling = sampling if sampling is not None else SamplingParams()
         self.group_size, self.max_turns = group_size, max_turns
         self.max_total_tokens = max_total_tokens
-        self.stop = tuple(stop)
-        self.chat = chat_settings(more, stop)
+        self.stop = stop_texts(stop)
+        self.chat = chat_settings(more, self.stop)
         self.turn_format = turn_format
         self.step_timeout_s = step_timeout_s
         self.keep_special_tokens = more.get("keep_special_tokens", False)
+        self.include_stop_text = more.get("include_stop_text", True)
         self._weights = checked_weights(more.get("reward_weights"))
 
     @property
@@ -148,7 +150,8 @@ class MultiTurnWorkflow(RolloutWorkflow):
         refuse_unwritable_openings(rows, reset, write)
 
     async def run(self, row: Row, session: RolloutSession) -> Sequence[Trajectory] | None:
-        params = with_stops(self._sampling, session.tokenizer, self.stop)
+        stops = self.stop, session.eos_token_ids
+        params = with_stops(self._sampling, session.tokenizer, *stops)
 
         async def play(episode: Episode) -> Trajectory:
             return await self._play(row, session.tokenizer, episode, params)
@@ -158,7 +161,7 @@ class MultiTurnWorkflow(RolloutWorkflow):
     async def _play(
         self, row: Row, tokenizer: Tokenizer, episode: Episode, params: SamplingParams
     ) -> Trajectory:
-        world = self._make_world(Transcript(tokenizer, params.stop_token_ids))
+        world = self._make_world(Transcript(tokenizer, params.stop_token_ids, params.stop_texts))
         try:
             opening = await world.reset(await own_copy(row))
             tokens = await encode_aside(
@@ -228,7 +231,9 @@ class MultiTurnWorkflow(RolloutWorkflow):
             said = completion_text(
                 *(sampled, tokenizer),
                 stop_token_ids=params.stop_token_ids,
+                stop_texts=params.stop_texts,
                 keep_special_tokens=self.keep_special_tokens,
+                include_stop_text=self.include_stop_text,
             )
             result = await world.step(said, sampled, before)
             rewards.add(result.reward)

@@ -15,7 +15,7 @@ from sdp_lightning.workflows.chat.row_kinds import (
     refuse_unwritable,
     say_without_effect,
 )
-from sdp_lightning.workflows.chat_template import encode_aside, encode_prompt, with_stops
+from sdp_lightning.workflows.chat_template import encode_aside, encode_prompt
 from sdp_lightning.workflows.completion import (
     Completion,
     TextSettings,
@@ -26,6 +26,7 @@ from sdp_lightning.workflows.completion import (
 from sdp_lightning.workflows.episode import Episode
 from sdp_lightning.workflows.group_play import play_group, score_together
 from sdp_lightning.workflows.scoring import Reward, Rewards, Scores, Scoring
+from sdp_lightning.workflows.stops import stop_texts, with_stops
 from sdp_lightning.workflows.workflow import (
     RolloutSession,
     RolloutWorkflow,
@@ -60,12 +61,12 @@ class RLVRWorkflow(RolloutWorkflow):
             block. A ``RewardPool`` runs it in a process that can be killed; one that is
             ``workers_only`` (reasoning-gym's, math-verify's) runs nowhere else. None: ``rewards``.
         group_size: number of samples for each prompt.
-        sampling: sampling settings; the tokenizer's end of text and the tokens of ``stop`` are
-            added to its ``stop_token_ids``.
+        sampling: sampling settings; the tokenizer's end of text, those that the model's folder
+            names, and ``stop`` are added to its stops.
         prompt_key: key of the prompt in a row: text, or a list of ``{"role", "content"}`` messages.
         use_chat_template: whether a text prompt becomes a user message; message lists always use
             the template.
-        stop: texts of one token each that end a completion, such as a newline.
+        stop: a text of any length that ends a completion, such as ``"</answer>"``, or several.
         reward_timeout_s: seconds after which a reward fails its group, with an error naming the
             row; with ``reward_workers`` it is killed and its sample left out of its group (0 if the
             reward is ``workers_only``), with a warning naming the row.
@@ -73,7 +74,8 @@ class RLVRWorkflow(RolloutWorkflow):
             or exhaust memory; 0 calls it in this process. Each of several has a pool of its own.
             For more settings pass a ``RewardPool`` as the reward.
         more: those of :class:`RLVRSettings`: ``rewards``, ``reward_weights``,
-            ``keep_special_tokens``, ``chat_template_kwargs`` and ``add_special_tokens``.
+            ``keep_special_tokens``, ``include_stop_text``, ``chat_template_kwargs`` and
+            ``add_special_tokens``.
 
     Raises:
         ConfigError: if a setting is out of range, there are both ``reward`` and ``rewards`` or
@@ -90,7 +92,7 @@ class RLVRWorkflow(RolloutWorkflow):
         sampling: SamplingParams | None = None,
         prompt_key: str = "prompt",
         use_chat_template: bool = False,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         reward_timeout_s: float = 30.0,
         reward_workers: int = 0,
         **more: Unpack[RLVRSettings],
@@ -108,12 +110,13 @@ class RLVRWorkflow(RolloutWorkflow):
             timeout_s=reward_timeout_s,
         )
         self.keep_special_tokens = more.get("keep_special_tokens", False)
+        self.include_stop_text = more.get("include_stop_text", True)
         self._sampling = sampling if sampling is not None else SamplingParams()
         self.group_size = group_size
         self.prompt_key = prompt_key
         self.use_chat_template = use_chat_template
-        self.stop = tuple(stop)
-        self.chat = chat_settings(more, stop)
+        self.stop = stop_texts(stop)
+        self.chat = chat_settings(more, self.stop)
         self.reward_timeout_s = reward_timeout_s
 
     @property
@@ -166,7 +169,7 @@ class RLVRWorkflow(RolloutWorkflow):
     async def run(self, row: Row, session: RolloutSession) -> Sequence[Trajectory] | None:
         tokenizer = session.tokenizer
         prompt = await encode_aside(row.get(self.prompt_key), lambda: self._encode(row, tokenizer))
-        params = with_stops(self._sampling, tokenizer, self.stop)
+        params = with_stops(self._sampling, tokenizer, self.stop, session.eos_token_ids)
 
         async def sample(episode: Episode) -> tuple[Episode, Completion, Scores]:
             completion = await self._sample(row, session, episode, prompt, params)
@@ -219,7 +222,9 @@ class RLVRWorkflow(RolloutWorkflow):
             text=completion_text(
                 *(sampled, tokenizer),
                 stop_token_ids=params.stop_token_ids,
+                stop_texts=params.stop_texts,
                 keep_special_tokens=self.keep_special_tokens,
+                include_stop_text=self.include_stop_text,
             ),
             token_ids=sampled,
             finish_reason=reason,

@@ -53,6 +53,7 @@ class RolloutSession:
         min_group_size: samples that a group to train on needs, once infrastructure errors left
             others out.
         lost_retries: times that samples are tried again which a group with fewer has lost.
+        eos_token_ids: tokens that end a completion, as the model's folder says.
     """
 
     def __init__(
@@ -64,8 +65,10 @@ class RolloutSession:
         is_evaluation: bool = False,
         min_group_size: int = 1,
         lost_retries: int = 0,
+        eos_token_ids: Sequence[int] = (),
     ) -> None:
         self.tokenizer, self.is_evaluation = tokenizer, is_evaluation
+        self.eos_token_ids = tuple(eos_token_ids)
         self.min_group_size = 1 if is_evaluation else min_group_size
         self.lost_retries = lost_retries
         self.rejection = ""

@@ -11,6 +11,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     Gemma3TextConfig,
+    GenerationConfig,
     PreTrainedConfig,
     Qwen2Config,
     Qwen3MoeConfig,
@@ -18,6 +19,7 @@ from transformers import (
 
 from sdp_lightning.cli.dry_run import shrink
 from sdp_lightning.cli.main import main
+from sdp_lightning.config.eos_tokens import read_eos_tokens
 from sdp_lightning.config.import_path import load_object
 from sdp_lightning.errors import ConfigError
 from sdp_lightning.testing import tiny_tokenizer
@@ -39,6 +41,7 @@ def large(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """The folder of a large model, as far as a dry run reads it."""
     folder = tmp_path / "large"
     LARGE[request.param].save_pretrained(folder)
+    GenerationConfig(eos_token_id=[1, 7]).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return str(folder)
 
@@ -50,6 +53,7 @@ def test_a_model_is_cut_down_and_stays_what_it_is(large: str, tmp_path: Path) ->
     assert small.config.model_type == AutoConfig.from_pretrained(large).model_type
     assert small.num_parameters() < 40_000_000 and small.config.num_hidden_layers == 2
     assert AutoTokenizer.from_pretrained(folder).decode([5, 6]) == "23"
+    assert read_eos_tokens(folder).ids == (1, 7)
     logits = small(input_ids=small.dummy_inputs["input_ids"] % 40).logits
     assert logits.isfinite().all()
 

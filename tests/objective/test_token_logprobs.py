@@ -48,11 +48,18 @@ def plain(
     chunk_size=st.integers(1, 14),
     with_bias=st.booleans(),
     trained=st.tuples(st.booleans(), st.booleans()),
+    num_tokens=st.none() | st.integers(1, 15),
 )
 def test_values_and_gradients_equal_log_softmax_for_any_chunk(
-    seed: int, count: int, chunk_size: int, with_bias: bool, trained: tuple[bool, bool]
+    seed: int,
+    count: int,
+    chunk_size: int,
+    with_bias: bool,
+    trained: tuple[bool, bool],
+    num_tokens: int | None,
 ) -> None:
     hidden, weight, bias, targets, temperature = inputs(count, seed=seed)
+    targets %= num_tokens or 13
     hidden.requires_grad_(trained[0])
     weight.requires_grad_(trained[1])
     bias = bias.requires_grad_(trained[1]) if with_bias else None
@@ -60,9 +67,13 @@ def test_values_and_gradients_equal_log_softmax_for_any_chunk(
     slope = torch.linspace(-1, 1, count, dtype=torch.float64)
 
     logprobs, entropy = token_logprobs(
-        hidden, weight, targets, temperature, bias=bias, chunk_size=chunk_size
+        *(hidden, weight, targets, temperature),
+        bias=bias,
+        chunk_size=chunk_size,
+        num_tokens=num_tokens,
     )
-    expected, expected_entropy = plain(hidden, weight, bias, targets, temperature)
+    kept = None if bias is None else bias[:num_tokens]
+    expected, expected_entropy = plain(hidden, weight[:num_tokens], kept, targets, temperature)
     torch.testing.assert_close(logprobs, expected)
     torch.testing.assert_close(entropy, expected_entropy.detach())
     assert not entropy.requires_grad

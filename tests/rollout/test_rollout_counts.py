@@ -24,7 +24,7 @@ def counts_of_rank(rank: int) -> RolloutCounts:
         num_diverged=1,
         timed_groups=4,
         group_s=8.0,
-        times=EpisodeTimes(5, 10.0, 5.0, 2.5),
+        times=EpisodeTimes(5, 10.0, 5.0, 2.5, 9),
     )
     stat = RolloutStat(running=1, pending=2, dropped=3, rejected=4, failed=5)
     workflow = {"reward_raised": 1 + rank, f"only_{rank}": 7}
@@ -57,6 +57,7 @@ def test_what_is_logged_are_counts_and_means() -> None:
             "rollout/error/a_judge_timed_out": 10,  # 2 * (2 + 3): one name of a metric
             "rollout/error/other": 2,  # a cause without a letter
             "rollout/diverged": 2,
+            "rollout/cut_tokens": 18,
             "rollout/calls_running": 6,
             "rollout/calls_waiting": 14,
             "rollout/calls_lost": 2,

@@ -148,6 +148,7 @@ class FakeSGLang(FakeVLLM):
         asked = Asked(len(tokens), budget, 0 if self.held else budget)
         if not params["ignore_eos"]:
             asked.obey(params["stop_token_ids"])
+        asked.stops = tuple(params.get("stop") or ())
         asked.stream = body.get("stream", False)
         self.running.append(asked)
         await self.notify()
@@ -243,6 +244,8 @@ class FakeSGLang(FakeVLLM):
 def reason(asked: Asked) -> dict[str, Any]:
     if asked.aborted:
         told = {"type": "abort", "message": "Aborted", "status_code": None, "err_type": None}
+    elif asked.matched is not None:
+        told = {"type": "stop", "matched": asked.matched}
     elif asked.stop is not None:
         told = {"type": "stop", "matched": asked.stop}
     else:

@@ -143,6 +143,7 @@ class FakeVLLM(FakeWeights):
         budget = params["max_tokens"]
         running = Running(len(prompt), budget, 0 if self.held else budget, text=text)
         running.interval = params.get("stream_interval", 1)
+        running.stops = tuple(params.get("stop") or ())
         self.running.append(running)
         await self.notify()
         try:
@@ -193,6 +194,8 @@ class FakeVLLM(FakeWeights):
         if self.reply_s:
             await asyncio.sleep(self.reply_s)
         while len(running.tokens) < running.budget and not running.aborted:
+            if running.matched is not None:
+                return
             if self.paused or len(running.tokens) >= running.allowed:
                 await self.wait_change()
                 continue
@@ -200,8 +203,7 @@ class FakeVLLM(FakeWeights):
             if not running.spans or running.spans[-1]["version"] != self.version:
                 running.spans.append({"version": self.version, "start": at, "end": at})
             running.spans[-1]["end"] = at + 1
-            running.tokens.append((running.start + at) % 7 + 3)
-            running.logprobs.append(self.logprob)
+            running.add((running.start + at) % 7 + 3, self.logprob)
             if send is not None and running.is_due:
                 await send(running)
 

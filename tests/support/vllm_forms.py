@@ -38,12 +38,28 @@ class Running:
     chunks: int = 0
     tops: list[dict[int, float]] | None = None
     prompt_logprobs: list[Any] | None = None
+    stops: tuple[str, ...] = ()
+    written: str = ""
+    matched: str | None = None
+
+    def add(self, token: int, logprob: float) -> None:
+        """A token that was sampled; its text is that of ``tiny_tokenizer``: 3 is "0", 4 is "1"."""
+        self.tokens.append(token)
+        self.logprobs.append(logprob)
+        self.written += str(token - 3)
+        self.matched = next((stop for stop in self.stops if stop in self.written), None)
+
+    @property
+    def reason(self) -> str:
+        if self.matched is not None:
+            return "stop"
+        return "abort" if self.aborted else "length"
 
     @property
     def is_due(self) -> bool:
         """Whether a chunk is, before the last one: the first token, and then ``interval``."""
         wanted = 1 if self.sent == 0 else self.interval
-        return self.sent + wanted <= len(self.tokens) < self.budget
+        return self.sent + wanted <= len(self.tokens) < self.budget and self.matched is None
 
     def choice(self, *, first: int = 0, last: bool = True) -> dict[str, Any]:
         """The tokens from ``first`` on; versions and the reason only if there are no more."""
@@ -51,8 +67,8 @@ class Running:
         tops = self.tops or [{t: v} for t, v in zip(tokens, logprobs, strict=True)]
         choice: dict[str, Any] = {
             "index": 0,
-            "finish_reason": ("abort" if self.aborted else "length") if last else None,
-            "stop_reason": None,
+            "finish_reason": self.reason if last else None,
+            "stop_reason": self.matched if last else None,
             "token_ids": tokens,
             "routed_experts": None,
         }

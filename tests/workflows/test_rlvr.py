@@ -17,7 +17,7 @@ from sdp_lightning.errors import ConfigError, RolloutError
 from sdp_lightning.rewards import RewardCounts, RewardPool
 from sdp_lightning.testing import FakeEngine
 from sdp_lightning.types import SamplingParams
-from sdp_lightning.workflows.chat_template import encode_prompt, with_stops
+from sdp_lightning.workflows.chat_template import encode_prompt
 from sdp_lightning.workflows.workflow import gather_or_cancel
 from support import misbehaving_rewards
 from support.rollouts import DEADLINE_S, CodePoints, rolling, wait_until
@@ -267,13 +267,6 @@ def test_a_prompt_that_is_missing_or_empty_is_named() -> None:
 def test_a_prompt_that_is_neither_text_nor_messages_is_named(prompt: Any) -> None:
     with pytest.raises(RolloutError, match="is neither text nor a list of"):
         encode_prompt({"prompt": prompt}, CodePoints(), key="prompt", use_chat_template=True)
-
-
-def test_the_end_of_text_and_stop_texts_of_one_token_stop_a_completion() -> None:
-    params = with_stops(SamplingParams(stop_token_ids=(5,)), CodePoints(), ["\n"])
-    assert params.stop_token_ids == (5, 0, 10)
-    with pytest.raises(ConfigError, match="stop text 'ab' is 2 tokens"):
-        with_stops(SamplingParams(), CodePoints(), ["ab"])
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from sdp_lightning.cli.doctor.finding import Finding
+from sdp_lightning.config.eos_tokens import describe_tokens, read_eos_tokens
 from sdp_lightning.config.model_source import ModelSource, template_text
 from sdp_lightning.errors import ConfigError
 
@@ -43,6 +44,8 @@ def check_source(source: ModelSource) -> Iterator[Finding]:
         text += "." if trusted else ", which a type that transformers lacks needs: read it, then "
         text += "" if trusted else "set model.model.trust_remote_code."
         yield Finding("ok" if trusted else "note", "remote code", text)
+    if folder is not None:
+        yield _check_ends(folder)
     if source.tokenizer is not None:
         yield _find("tokenizer", str(source.tokenizer), None)
     if source.chat_template is not None:
@@ -89,6 +92,18 @@ def _find(what: str, name: str, revision: str | None) -> Finding:
     if isinstance(cached, str):
         return Finding("ok", what, f"{shown}, in the hub's cache")
     return Finding("note", what, f"{shown} is fetched from the hub by the first run.")
+
+
+def _check_ends(folder: Path) -> Finding:
+    """The tokens that end a turn, beside the tokenizer's own."""
+    try:
+        found = read_eos_tokens(folder)
+        text = f"{describe_tokens(found.ids, folder)} ({found.file})"
+    except ConfigError as error:
+        return Finding("problem", "ends of turns", str(error))
+    if not found.ids:
+        return Finding("note", "ends of turns", "the model's folder names no eos_token_id.")
+    return Finding("ok", "ends of turns", text)
 
 
 def _own_code(folder: Path) -> str:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sdp_lightning.engines.embedded.sampling import sample, uniforms
-from sdp_lightning.engines.protocol import GenerationRequest
+from sdp_lightning.engines.protocol import GenerationRequest, StopFinder
 from sdp_lightning.types import FinishReason, IntArray, SamplingParams
 
 MAX_PREFILL_TOKENS = 512  # per step, padding included: bounds how long active sequences wait
@@ -32,6 +32,9 @@ class SequenceState:
         segment_start: position of the first token of the open segment.
         logprobs: log-probs of the open segment's tokens, nats.
         finish_reason: None while the sequence is unfinished.
+        begin: position of the first token of the completion.
+        stops: finds stop texts in the completion, if there are any.
+        num_tokens: token ids from this one on are not sampled; None: all may be.
     """
 
     params: SamplingParams
@@ -41,6 +44,9 @@ class SequenceState:
     segment_start: int
     logprobs: list[float] = field(default_factory=list[float])
     finish_reason: FinishReason | None = None
+    begin: int = 0
+    stops: StopFinder | None = None
+    num_tokens: int | None = None
 
     @classmethod
     def of(cls, request: GenerationRequest) -> SequenceState:
@@ -48,7 +54,12 @@ class SequenceState:
         length = int(request.token_ids.size)
         tokens = np.zeros(length + request.params.max_new_tokens, dtype=np.int64)
         tokens[:length] = request.token_ids
-        return cls(request.params, request.seed, tokens, length, length)
+        return cls(
+            *(request.params, request.seed, tokens, length, length),
+            begin=length - request.num_sampled,
+            stops=request.stops,
+            num_tokens=request.num_tokens,
+        )
 
     @property
     def prefix(self) -> IntArray:
@@ -60,7 +71,9 @@ class SequenceState:
         self.tokens[self.length] = token
         self.length += 1
         self.logprobs.append(logprob)
-        if token in self.params.stop_token_ids:
+        if token in self.params.stop_token_ids or (
+            self.stops is not None and self.stops.ends(self.tokens, self.begin, self.length)
+        ):
             self.finish_reason = "stop"
         elif self.length == self.tokens.size:
             self.finish_reason = "length"
@@ -160,9 +173,22 @@ class SequenceScheduler(ABC):
     def _sample(self, sequences: Sequence[SequenceState], logits: Tensor) -> None:
         """Append a token to each sequence from its row of ``logits`` ``[B, V]``."""
         uniform = uniforms([s.seed for s in sequences], [s.length for s in sequences])
+        logits = _with_text(logits, [s.num_tokens for s in sequences])
         tokens, logprobs = sample(logits, [s.params for s in sequences], uniform)
         for sequence, token, logprob in zip(
             sequences, tokens.tolist(), logprobs.tolist(), strict=True
         ):
             sequence.append(token, logprob)
         self.num_generated += len(sequences)
+
+
+def _with_text(logits: Tensor, num_tokens: Sequence[int | None]) -> Tensor:
+    """``[B, V]`` logits of the tokens that each row may sample, -inf of others, or cut."""
+    size = logits.shape[-1]
+    limits = [size if number is None else min(number, size) for number in num_tokens]
+    logits = logits[:, : max(limits)]
+    if min(limits) == max(limits):
+        return logits
+    last = torch.tensor(limits, device=logits.device)[:, None]
+    tokens = torch.arange(max(limits), device=logits.device)
+    return logits.masked_fill(tokens >= last, -torch.inf)

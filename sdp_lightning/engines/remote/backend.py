@@ -46,10 +46,15 @@ class Span:
 
 @dataclass(frozen=True)
 class Completion:
-    """The tokens sampled for one request. ``"abort"`` is an interruption: resend for the rest."""
+    """The tokens sampled for one request. ``"abort"`` is an interruption: resend for the rest.
+
+    Attributes:
+        stop_text: the stop text at which the server ended it, by what it decoded.
+    """
 
     spans: tuple[Span, ...]
     finish_reason: FinishReason
+    stop_text: str | None = None
 
 
 @dataclass(frozen=True)
@@ -62,12 +67,14 @@ class Chunk:
         finish_reason: None in all chunks but the last.
         edges: ``(version, start, end)`` of each span, counted over all chunks: in the last chunk of
             a server that reports versions.
+        stop_text: the stop text that ended the completion, in the last chunk.
     """
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     finish_reason: FinishReason | None = None
     edges: tuple[tuple[str, int, int], ...] | None = None
+    stop_text: str | None = None
 
     def __post_init__(self) -> None:
         """Raise ``EngineError`` if these are not tokens with one log-prob each."""
@@ -119,7 +126,30 @@ def assemble(chunks: Sequence[Chunk], version: int) -> Completion:
         for label, start, end in edges
         if end > start
     )
-    return Completion(spans, last.finish_reason or "abort")
+    return Completion(spans, last.finish_reason or "abort", last.stop_text)
+
+
+def server_stop_texts(request: GenerationRequest) -> list[str]:
+    """Texts that a server is told to stop at; it decodes what it samples itself, and no more.
+
+    So a stop text of which a part was sampled before is also named without that part.
+    """
+    if request.stops is None:
+        return []
+    return list(dict.fromkeys((*request.stops.texts, *request.stops.rests(sampled(request)))))
+
+
+def without_text(request: GenerationRequest, info: ServerInfo) -> dict[str, float]:
+    """The bias of tokens that must not be sampled: servers take -100, which leaves them 1e-44."""
+    if request.num_tokens is None or info.num_embeddings is None:
+        return {}
+    return {str(token): -100.0 for token in range(request.num_tokens, info.num_embeddings)}
+
+
+def sampled(request: GenerationRequest, *spans: Span) -> list[int]:
+    """The tokens of a completion: those of ``request``, and of ``spans`` that go on with it."""
+    before: list[int] = request.sampled_token_ids.tolist()
+    return [*before, *(token for span in spans for token in span.token_ids)]
 
 
 @dataclass(frozen=True)
@@ -133,6 +163,7 @@ class ServerInfo:
         has_spans: whether it reports which version sampled which token. If not, a completion has
             the version that it was sent under, and requests must not outlive a weight update.
         streams_deltas: whether a chunk of a streamed answer holds new tokens only.
+        num_embeddings: number of token ids that it may sample; None: it is not known.
     """
 
     model: str
@@ -140,6 +171,7 @@ class ServerInfo:
     num_workers: int = 1
     has_spans: bool = True
     streams_deltas: bool = True
+    num_embeddings: int | None = None
 
 
 class RemoteInfBackend(Protocol):

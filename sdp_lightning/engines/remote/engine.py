@@ -20,7 +20,7 @@ from sdp_lightning.engines.protocol import (
     require_next_version,
 )
 from sdp_lightning.engines.remote.addresses import check_api_key, server_url, tls_context
-from sdp_lightning.engines.remote.backend import RemoteInfBackend
+from sdp_lightning.engines.remote.backend import Completion, RemoteInfBackend, sampled
 from sdp_lightning.engines.remote.http_client import HttpClient
 from sdp_lightning.engines.remote.make_transport import make_transport
 from sdp_lightning.engines.remote.options import RemoteOptions
@@ -166,7 +166,7 @@ class RemoteInfEngine:
                     kv_on_update=self.options.kv_on_update,
                 )
             )
-        return completion.finish_reason
+        return "abort" if _stops_early(request, completion) else completion.finish_reason
 
     def pause(self) -> None:
         options = self.options
@@ -242,6 +242,18 @@ class RemoteInfEngine:
             pool = self._running()
             pool.error = EngineError(f"the health checks of the servers failed: {error!r}")
             pool.error.__cause__ = error
+
+
+def _stops_early(request: GenerationRequest, completion: Completion) -> bool:
+    """Whether a server stopped at a text that the completion does not hold as a whole.
+
+    It has decoded the tokens otherwise, or after other ones: the rest is asked for again.
+    """
+    if completion.stop_text is None or request.stops is None:
+        return False
+    tokens = sampled(request, *completion.spans)
+    by_token = tokens[-1] in request.params.stop_token_ids
+    return not by_token and not request.stops.ends(tokens, 0, len(tokens))
 
 
 def _nothing(url: str) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from time import monotonic
 from typing import Any, TypeVar
 
@@ -20,6 +21,7 @@ from sdp_lightning.engines.remote.backend import (
     RemoteInfBackend,
     ServerInfo,
     assemble,
+    server_stop_texts,
 )
 from sdp_lightning.engines.remote.http_client import HttpClient
 from sdp_lightning.engines.remote.options import RemoteOptions
@@ -196,7 +198,8 @@ class ServerClient:
         Raises:
             ServerError: also if the answer has an unexpected form, or says what cannot be.
         """
-        backend, info, limit = self._backend, replica.serves, self._options.request_timeout_s
+        backend, limit = self._backend, self._options.request_timeout_s
+        info = replace(replica.serves, num_embeddings=self.vocab_size)
         call = backend.generate(request, info, stream=self._options.stream)
         budget = request.params.max_new_tokens
         max_bytes = MAX_BYTES + budget * _TOKEN_BYTES + request.token_ids.size * _PROMPT_TOKEN_BYTES
@@ -205,14 +208,14 @@ class ServerClient:
             with reading_answer(replica.url):
                 completion = backend.read_completion(answer, info, version)
                 for span in completion.spans:
-                    self._check_tokens(span.token_ids)
+                    self._check_tokens(span.token_ids, request)
         else:
             answers = self._http.stream(replica.url, call, timeout_s=limit, max_bytes=max_bytes)
             async with aclosing(answers) as stream:
                 async for data in stream:
                     with reading_answer(replica.url):
                         chunk = backend.read_chunk(data, info)
-                        self._check_tokens(chunk.token_ids)
+                        self._check_tokens(chunk.token_ids, request)
                         budget -= len(chunk.token_ids)
                         if budget < 0 or (chunks and chunks[-1].finish_reason is not None):
                             chunks.clear()  # none of it is believed
@@ -222,11 +225,17 @@ class ServerClient:
         check_budget(completion, request, replica)
         return completion
 
-    def _check_tokens(self, token_ids: Sequence[int]) -> None:
-        if token_ids and self.vocab_size is not None and max(token_ids) >= self.vocab_size:
+    def _check_tokens(self, token_ids: Sequence[int], request: GenerationRequest) -> None:
+        if not token_ids or self.vocab_size is None:
+            return
+        if (largest := max(token_ids)) >= self.vocab_size:
             raise EngineError(
-                f"the server answered token {max(token_ids)}, but the model's vocabulary has "
+                f"the server answered token {largest}, but the model's vocabulary has "
                 f"{self.vocab_size}: it serves another model."
+            )
+        if request.num_tokens is not None and largest >= request.num_tokens:
+            raise EngineError(
+                f"the server answered token {largest}, which has no text, in spite of logit_bias."
             )
 
     async def _tell(self, replica: Replica, call: Call, timeout_s: float | None = None) -> None:
@@ -304,13 +313,21 @@ def check_progress(completion: Completion, replica: Replica) -> None:
 
 
 def check_budget(completion: Completion, request: GenerationRequest, replica: Replica) -> None:
-    """Refuse more tokens than asked, fewer that end by length, and none that end at a stop."""
+    """Refuse more tokens than asked, fewer that end by length, none or a text that end at a stop.
+
+    The text is one that was not asked for.
+    """
     found = sum(len(span.token_ids) for span in completion.spans)
     asked, reason = request.params.max_new_tokens, completion.finish_reason
     least = {"length": asked, "stop": 1}.get(reason, 0)
     if not least <= found <= asked:
         raise ServerError(
             f"{replica.url} answered {found} tokens that end by {reason!r}, of {asked} asked for."
+        )
+    text = completion.stop_text
+    if text is not None and text not in server_stop_texts(request):
+        raise ServerError(
+            f"{replica.url} ended a request at {describe(text)}, which is none of its stop texts."
         )
 
 

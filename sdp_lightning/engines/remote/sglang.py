@@ -7,7 +7,9 @@ real one. What is particular to SGLang:
   truncated sampling is refused. ``SGLANG_RETURN_ORIGINAL_LOGPROB=1`` in the server's environment
   takes the temperature out of them, which the probe refuses.
 - ``ignore_eos`` also ignores ``stop_token_ids``: it is sent only without any. With some, a
-  completion also ends at the model's own end-of-sequence tokens.
+  completion also ends at the end-of-sequence tokens of the folder that the server has loaded.
+- Stop texts are looked for in the text of the last tokens of one request. ``no_stop_trim`` keeps
+  them in the answer's text, of which nothing is read.
 - A seed has an effect only under ``--enable-deterministic-inference``; the random number of a token
   then depends on seed and position, as ``GenerationRequest`` requires.
 - ``/health`` samples a token and so never answers while sampling is paused: the health check is
@@ -35,6 +37,8 @@ from sdp_lightning.engines.remote.backend import (
     ServerInfo,
     assemble,
     check_logprobs,
+    server_stop_texts,
+    without_text,
 )
 from sdp_lightning.engines.remote.responses import describe
 from sdp_lightning.errors import ConfigError, EngineError
@@ -110,13 +114,17 @@ class SGLangBackend:
                 "the server repeats all tokens in every chunk that it streams. Start it with "
                 "--incremental-streaming-output, or set stream=False."
             )
-        sampling = {
+        sampling: dict[str, Any] = {
             "max_new_tokens": params.max_new_tokens,
             "temperature": params.temperature,
             "stop_token_ids": list(params.stop_token_ids),
             "ignore_eos": not params.stop_token_ids,
             "sampling_seed": request.seed % 2**63,
         }
+        if bias := without_text(request, info):
+            sampling["logit_bias"] = bias
+        if texts := server_stop_texts(request):
+            sampling |= {"stop": texts, "no_stop_trim": True, "skip_special_tokens": False}
         return _generate(request.token_ids.tolist(), sampling, stream=stream)
 
     def read_completion(self, answer: Any, info: ServerInfo, version: int) -> Completion:
@@ -126,7 +134,7 @@ class SGLangBackend:
         return assemble([chunk], version)
 
     def read_chunk(self, answer: Any, info: ServerInfo) -> Chunk:
-        reason = _read_reason(answer)
+        reason, _ = _read_reason(answer)
         if reason == "abort" and "prompt_tokens" not in answer["meta_info"]:
             # Aborted while it was queued again: SGLang repeats the latest token.
             return Chunk((), (), reason, _read_edges(answer))
@@ -196,22 +204,24 @@ def _generate(tokens: list[int], sampling: dict[str, Any], **options: Any) -> Ca
     return Call("POST", "/generate", body)
 
 
-def _read_reason(answer: Any) -> FinishReason | None:
-    """Why the completion ended; None while it is being sampled."""
+def _read_reason(answer: Any) -> tuple[FinishReason | None, str | None]:
+    """Why the completion ended, None while it is being sampled; and the text that ended it.
+
+    One that was not asked for is how SGLang reports logits that are nan.
+    """
     with _reading("/generate", "meta_info.finish_reason", answer):
         reason = answer["meta_info"]["finish_reason"]
         if reason is None:
-            return None
+            return None, None
         finish_reason = answers.FINISH_REASONS[answers.text(reason["type"])]
-        # No stop text is ever sent: one that "matched" is how SGLang reports logits that are nan.
-        failed = reason.get("status_code") is not None or isinstance(reason.get("matched"), str)
+        failed, matched = reason.get("status_code") is not None, reason.get("matched")
     if failed:
         raise EngineError(f"SGLang ended a request with {describe(reason)}.")
-    return finish_reason
+    return finish_reason, matched if isinstance(matched, str) else None
 
 
 def _read_tokens(answer: Any) -> Chunk:
-    reason = _read_reason(answer)
+    reason, stop_text = _read_reason(answer)
     with _reading("/generate", "output_ids and meta_info.output_token_logprobs", answer):
         tokens = answers.tokens(answer["output_ids"])
         entries = answer["meta_info"]["output_token_logprobs"]
@@ -222,7 +232,7 @@ def _read_tokens(answer: Any) -> Chunk:
             f"SGLang answered the tokens {describe(tokens)} with log-probs of {describe(named)}: "
             "they must agree."
         )
-    return Chunk(tokens, logprobs, reason, _read_edges(answer))
+    return Chunk(tokens, logprobs, reason, _read_edges(answer), stop_text)
 
 
 def _read_edges(answer: Any) -> tuple[tuple[str, int, int], ...] | None:

@@ -23,6 +23,8 @@ from sdp_lightning.engines.remote.backend import (
     ServerInfo,
     assemble,
     check_logprobs,
+    server_stop_texts,
+    without_text,
 )
 from sdp_lightning.types import KVPolicy
 from sdp_lightning.weights.protocol import (
@@ -121,8 +123,13 @@ class VLLMBackend:
             "logprobs": 0,
             "seed": (request.seed + request.token_ids.size) % 2**63,
             "stop_token_ids": list(params.stop_token_ids),
-            "ignore_eos": True,
+            "ignore_eos": True,  # those of the model's folder are among stop_token_ids
         }
+        if bias := without_text(request, info):
+            sampling["logit_bias"] = bias
+        if texts := server_stop_texts(request):
+            sampling |= {"stop": texts, "include_stop_str_in_output": True}
+            sampling["skip_special_tokens"] = False
         tokens: list[int] = request.token_ids.tolist()
         return _sample(info, tokens, sampling, stream=stream)
 
@@ -138,11 +145,13 @@ class VLLMBackend:
             tokens = answers.tokens(choice["token_ids"])
             logprobs = _logprobs(choice, info)
             reason = answers.FINISH_REASONS[choice["finish_reason"]]
+            stop = choice.get("stop_reason") if reason == "stop" else None
             spans = choice["weight_versions"] if info.has_spans and reason else None
             edges = spans and answers.read_edges(spans)
         if info.has_spans and reason and tokens and not edges:
             raise _unexpected(TOKENS, "weight_versions (vLLM 0.32)", answer)
-        return Chunk(tokens, logprobs, reason, edges or None)
+        stop_text = stop if isinstance(stop, str) else None  # else a token, or none
+        return Chunk(tokens, logprobs, reason, edges or None, stop_text)
 
     def prompt_logprobs(self, token_ids: Sequence[int], info: ServerInfo) -> Call:
         sampling = {"max_tokens": 1, "temperature": 1.0, "prompt_logprobs": 0}

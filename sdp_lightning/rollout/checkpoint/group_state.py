@@ -8,7 +8,6 @@ groups are dealt out to another number of ranks.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,11 @@ import torch
 
 from sdp_lightning.rollout.checkpoint.packed_groups import unpack_groups
 from sdp_lightning.rollout.checkpoint.saved_group import SavedGroup, SavedResult
-from sdp_lightning.rollout.checkpoint.segment_codec import part_from_fields, part_to_fields
+from sdp_lightning.rollout.checkpoint.segment_codec import (
+    params_to_fields,
+    part_from_fields,
+    part_to_fields,
+)
 from sdp_lightning.types import SamplingParams
 from sdp_lightning.workflows.episode_log import CallEnd, CallStart, Event
 
@@ -93,8 +96,7 @@ def _result_to_state(result: SavedResult) -> dict[str, Any]:
 
 def _event_to_state(event: Event) -> dict[str, Any]:
     if isinstance(event, CallStart):
-        params = asdict(event.params)
-        return {"params": params | {"stop_token_ids": list(event.params.stop_token_ids)}}
+        return {"params": params_to_fields(event.params)}
     if isinstance(event, CallEnd):
         return {"finish_reason": event.finish_reason}
     return {

@@ -8,7 +8,6 @@ numbers that belong to them. Letters: G groups, L logs (trajectories), E events,
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 
 from sdp_lightning.errors import CheckpointError
 from sdp_lightning.rollout.checkpoint.saved_group import SavedGroup, SavedResult
+from sdp_lightning.rollout.checkpoint.segment_codec import params_to_fields
 from sdp_lightning.types import Context, SamplingParams, Segment
 from sdp_lightning.workflows.episode_log import CallEnd, CallStart, Event
 
@@ -152,10 +152,7 @@ class _Packer:
             "token_ids": _joined(self._token_ids, np.int64),
             "logprobs": _joined(self._logprobs, np.float32),
             "proximals": _joined(self._proximals, np.float32),
-            "params": [
-                asdict(params) | {"stop_token_ids": list(params.stop_token_ids)}
-                for params in self._params
-            ],
+            "params": [params_to_fields(params) for params in self._params],
             "texts": list(self._texts),
         }
 

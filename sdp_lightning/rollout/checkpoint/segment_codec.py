@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
-from sdp_lightning.types import Context, Segment
+from sdp_lightning.types import Context, SamplingParams, Segment
 
 
 def part_to_fields(part: Context | Segment) -> dict[str, Any]:
@@ -42,3 +43,9 @@ def part_from_fields(fields: Mapping[str, Any]) -> Context | Segment:
     if fields["proximal"] is not None:
         segment.proximal.set(fields["proximal"], fields["proximal_version"])
     return segment
+
+
+def params_to_fields(params: SamplingParams) -> dict[str, Any]:
+    """Numbers, strings, None and lists by name, of which ``SamplingParams`` is made again."""
+    values = asdict(params).items()
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values}

@@ -209,6 +209,7 @@ class RolloutCounts:
             "rollout/left_out": float(self.left_out),
             **{f"rollout/error/{key}": float(n) for key, n in _by_key(self.errors).items()},
             "rollout/diverged": float(self.diverged),
+            "rollout/cut_tokens": float(self.times.num_cut),
             "rollout/calls_running": float(self.calls_running),
             "rollout/calls_waiting": float(self.calls_waiting),
             "rollout/calls_lost": float(self.calls_lost),

@@ -10,6 +10,8 @@ Shapes: B rows, T tokens, N packed tokens, M sampled tokens, D hidden units.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from sdp_lightning.config.model_limits import stateful_layers
-from sdp_lightning.errors import ConfigError
+from sdp_lightning.errors import ConfigError, RolloutError
 from sdp_lightning.objective.token_logprobs import token_logprobs
 from sdp_lightning.training.batch import AttentionCosts, Batch, Layout
 from sdp_lightning.training.policy.head import HeadInput, run_to_head
@@ -49,7 +51,12 @@ class SequenceLogprobs:
 
 
 def sequence_logprobs(
-    model: PreTrainedModel, batch: Batch, *, layout: Layout = "padded", chunk_size: int = 512
+    model: PreTrainedModel,
+    batch: Batch,
+    *,
+    layout: Layout = "padded",
+    chunk_size: int = 512,
+    num_tokens: int | None = None,
 ) -> SequenceLogprobs:
     """Score the loss-mask tokens of a batch under a model.
 
@@ -63,10 +70,12 @@ def sequence_logprobs(
         batch: on the model's device.
         layout: all but ``"padded"`` need layers that mix tokens by masked attention alone.
         chunk_size: tokens whose logits exist at once.
+        num_tokens: token ids from this one on are never sampled; None: all may be.
 
     Raises:
         ConfigError: if the model does more to its logits than to scale and cap them, or cannot
             attend in this layout; names the model type.
+        RolloutError: if a token is scored that is never sampled.
     """
     check_model(model, layout)
     rows, columns = batch.loss_mask.nonzero(as_tuple=True)
@@ -77,6 +86,7 @@ def sequence_logprobs(
         pack = Pack.of(batch, shared=layout == "shared_prefix")
         found = _packed_hidden(model, batch, pack)
         hidden = found.hidden[0, pack.place(rows, columns - 1)]
+    _require_text(batch.input_ids[rows, columns], num_tokens)
     logprobs, entropy = token_logprobs(
         hidden,
         found.weight,
@@ -85,6 +95,7 @@ def sequence_logprobs(
         bias=found.bias,
         chunk_size=chunk_size,
         transform=found.transform,
+        num_tokens=num_tokens,
     )
     empty = logprobs.new_zeros(batch.loss_mask.shape)
     return SequenceLogprobs(
@@ -93,16 +104,27 @@ def sequence_logprobs(
     )
 
 
+def _require_text(targets: Tensor, num_tokens: int | None) -> None:
+    largest = -1 if num_tokens is None or not targets.numel() else int(targets.max())
+    if num_tokens is not None and largest >= num_tokens:
+        raise RolloutError(
+            f"token {largest} was sampled, and the tokenizer has no text for those from "
+            f"{num_tokens} on, so that its probability is 0: leave out the groups of a recording, "
+            "or of a checkpoint, that hold it."
+        )
+
+
 class LogprobForward(nn.Module):
     """:func:`sequence_logprobs` as a module: FSDP gathers the weights of what is called.
 
     Args:
         policy: the model.
+        num_tokens: token ids from this one on are never sampled; None: all may be.
     """
 
-    def __init__(self, policy: PreTrainedModel) -> None:
+    def __init__(self, policy: PreTrainedModel, num_tokens: int | None = None) -> None:
         super().__init__()
-        self.policy = policy
+        self.policy, self.num_tokens = policy, num_tokens
 
     def forward(self, batch: Batch, layout: Layout | Literal["alone"]) -> tuple[Tensor, Tensor]:
         """[B, T] log-probs and entropy, as a plain tuple, in which FSDP looks for tensors.
@@ -110,12 +132,23 @@ class LogprobForward(nn.Module):
         ``"alone"`` is :func:`own_logprobs`, and what its head returned in place of the entropy.
         """
         if layout == "alone":
-            return own_logprobs(self.policy, batch)
-        result = sequence_logprobs(self.policy, batch, layout=layout)
+            return own_logprobs(self.policy, batch, self.num_tokens)
+        result = sequence_logprobs(self.policy, batch, layout=layout, num_tokens=self.num_tokens)
         return result.logprobs, result.entropy
 
+    @contextmanager
+    def whole_vocabulary(self) -> Generator[None]:
+        """Context in which scores are of the whole vocabulary, as an engine's of a prompt are."""
+        num_tokens, self.num_tokens = self.num_tokens, None
+        try:
+            yield
+        finally:
+            self.num_tokens = num_tokens
 
-def own_logprobs(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
+
+def own_logprobs(
+    model: PreTrainedModel, batch: Batch, num_tokens: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Score the loss-mask tokens by the model's own logits, each row alone and without padding.
 
     Returns:
@@ -137,6 +170,7 @@ def own_logprobs(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
             some: Any = {"logits_to_keep": columns - 1} if selects else {}
             logits = model(input_ids=ids, use_cache=False, **some).logits[0].float()
             logits = logits if selects else logits[columns - 1]
+            logits = logits[:, :num_tokens]
             table = (logits / batch.temperatures[row, columns, None]).log_softmax(-1)
             result[row, columns] = table.gather(1, batch.input_ids[row, columns, None])[:, 0]
     return result, kept[-1]

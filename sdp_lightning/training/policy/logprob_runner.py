@@ -113,6 +113,10 @@ class LogprobRunner:
                 out[piece.rows] = torch.where(piece.batch.loss_mask, logprobs, out[piece.rows])
         return out
 
+    def whole_vocabulary(self) -> AbstractContextManager[None]:
+        """Context in which tokens that are never sampled have a probability, too."""
+        return self._forward.whole_vocabulary()
+
     def own_logprobs(self, batch: Batch) -> Tensor:
         """[B, T] as :meth:`logprobs`, but by the model's own logits: a second opinion.
 

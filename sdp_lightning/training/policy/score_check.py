@@ -101,7 +101,9 @@ class ScoreCheck:
         return length, min(_next_power(together), passed + length)
 
     def _try(self, length: int, total: int) -> Refusals:
-        rows = trial_batch(self._config.vocab_size, length).to(self._forward.policy.device)
+        size: int = self._config.vocab_size
+        rows = trial_batch(min(size, self._forward.num_tokens or size), length)
+        rows = rows.to(self._forward.policy.device)
         copies = [0] * max(1, total // length) + [1, 2]
         with torch.no_grad(), self._precision():
             try:

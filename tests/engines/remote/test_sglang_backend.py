@@ -100,15 +100,9 @@ def test_reasons_to_end_are_read(reason: Any, read: str):
     assert BACKEND.read_completion(generated(finish_reason=reason), INFO, 7).finish_reason == read
 
 
-@pytest.mark.parametrize(
-    "reason",
-    [
-        {"type": "abort", "message": "out of memory", "status_code": 500, "err_type": "Odd"},
-        {"type": "stop", "matched": "NaN happened"},
-    ],
-)
-def test_a_request_that_went_wrong_is_an_error_and_not_an_end(reason: Any):
-    with pytest.raises(EngineError, match=r"SGLang ended a request with .*(memory|NaN)"):
+def test_a_request_that_went_wrong_is_an_error_and_not_an_end():
+    reason = {"type": "abort", "message": "out of memory", "status_code": 500, "err_type": "Odd"}
+    with pytest.raises(EngineError, match=r"SGLang ended a request with .*memory"):
         BACKEND.read_completion(generated(finish_reason=reason), INFO, 7)
 
 

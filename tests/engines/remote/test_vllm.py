@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,8 @@ import torch
 import sdp_lightning as sdp
 from sdp_lightning.engines.protocol import GenerationRequest
 from sdp_lightning.engines.servers.managed import ManagedServers
+from sdp_lightning.testing import tiny_tokenizer
+from sdp_lightning.workflows.stop_texts import StopTexts
 from support.real_vllm import (
     assert_exact,
     engine_url,
@@ -209,3 +211,58 @@ def test_truncated_sampling_has_the_logprobs_of_what_is_left(
     expected = rows.masked_fill(~left, -torch.inf).log_softmax(-1)
     expected = expected.gather(1, tokens[3:, None])[:, 0].numpy()
     assert np.abs(expected - segment.logprobs).max() < 1e-4
+
+
+def test_stop_texts_and_tokens_without_a_text_are_those_of_the_embedded_engine(
+    server_url: str,
+) -> None:
+    """Stop texts span tokens; of 50 tokens 10 are taken for such without a text."""
+    model, tokenizer, prompt = make_model(seed=4), tiny_tokenizer(), np.array([5, 6, 7])
+
+    def first_end(tokens: Sequence[int], text: str) -> int:
+        return next(n for n in range(31) if text in tokenizer.decode(tokens[:n]))
+
+    def ask(
+        text: str | None = None, sampled: Sequence[int] = (), temperature: float = 1.0
+    ) -> tuple[str, sdp.Segment]:
+        budget = 30 - len(sampled)
+        request = GenerationRequest(
+            np.array([*prompt, *sampled]),
+            sdp.SamplingParams(max_new_tokens=budget, temperature=temperature),
+            num_sampled=len(sampled),
+            stops=StopTexts((text,), tokenizer.decode) if text else None,
+            num_tokens=40,
+        )
+        segments: list[sdp.Segment] = []
+        reason = asyncio.run(engine.generate(request, segments.append))
+        return reason, segments[0]
+
+    engine = sdp.connect_engine(engine_url(server_url))
+    try:
+        engine.start()
+        engine.use_vocabulary(50)
+        engine.pause()
+        engine.update_weights(model.state_dict().items(), 0, reset=True)
+        engine.resume()
+        _, free = ask()
+        tokens: list[int] = free.token_ids.tolist()
+        text = tokenizer.decode(tokens[9:12])
+        reason, stopped = ask(text)
+        _, greedy = ask(temperature=0.0)
+        written: list[int] = greedy.token_ids.tolist()
+        begun_text = tokenizer.decode(written[9:12])
+        begun_end = first_end(written, begun_text)
+        begun_reason, begun = ask(begun_text, written[: begun_end - 1], temperature=0.0)
+    finally:
+        engine.close()
+    end = first_end(tokens, text)
+    assert reason == begun_reason == "stop"
+    assert stopped.token_ids.tolist() == tokens[:end]
+    assert begun.token_ids.tolist() == written[begun_end - 1 : begun_end]
+    assert max(tokens) < 40
+    with torch.no_grad():
+        whole = torch.tensor([*prompt, *tokens])
+        rows = model(input_ids=whole[None]).logits[0, 2:-1, :40].log_softmax(-1)
+    expected = rows.gather(1, whole[3:, None])[:, 0].numpy()
+    assert np.abs(expected - free.logprobs).max() < 1e-4
+    assert np.abs(expected[:end] - stopped.logprobs).max() < 1e-4
