@@ -37,12 +37,12 @@ class CallFormat(NamedTuple):
     Attributes:
         read: finds them in a turn.
         example: a call, for a policy that is not told by its chat template.
-        is_templates: whether the chat template writes calls so, too.
+        is_templates: whether the chat template writes calls so, too; None: it writes none.
     """
 
     read: CallReader
     example: str
-    is_templates: bool = False
+    is_templates: bool | None = False
 
 
 FORMATS = {
@@ -97,7 +97,8 @@ def find_format(
         return CallFormat(read, written.example, is_templates=True)
     named = FORMATS.get(wanted, written)
     same = wanted == "auto" or written.read == named.read
-    return written if same else named
+    fits = written.is_templates if same or written.is_templates is None else False
+    return (written if same else named)._replace(is_templates=fits)
 
 
 def shows_tools(
@@ -175,7 +176,7 @@ def _written_by(tokenizer: Any, chat_template: str, *, must_be_read: bool) -> Ca
     if name:
         return FORMATS[name]._replace(is_templates=True)
     if not text:
-        return FORMATS["hermes"]
+        return FORMATS["hermes"]._replace(is_templates=None)
     before, _, after = text.partition(_NAME)
     place = _find_json(text, _NAME)
     if place is not None:

@@ -28,9 +28,8 @@ from sdp_lightning.workflows.tool_schema import Schema, Tool, read_arguments, to
 
 _LONGEST = 2000  # characters of a result that the policy reads
 _LONGEST_S = 1e9  # of one call of several: the deadline of the whole step ends it
-_HOW = """You may call these functions, as often as you like:
-{functions}
-To call one, write {example} and end your turn. A turn without a call is your answer."""
+_WHAT = "You may call these functions, as often as you like:\n{functions}\n"
+_HOW = "To call one, write {example} and end your turn. A turn without a call is your answer."
 
 
 class ToolEnvironment(Environment):
@@ -111,9 +110,15 @@ class ToolEnvironment(Environment):
             prompt = [{"role": "user", "content": prompt} if isinstance(prompt, str) else prompt]
         messages: list[Message] = [dict(message) for message in prompt]
         transcript = self._transcript
-        if transcript is not None and self._format.is_templates:
+        if transcript is not None and self._format.is_templates is not False:
             self._is_shown = shows_tools(transcript.tokenizer, self._all_schemas, messages)
-        return messages if self._is_shown else _with_system(messages, self._describe())
+        if self._is_shown and self._format.is_templates:
+            return messages
+        how = _HOW.replace("{example}", self._format.example)
+        if self._is_shown:
+            return _with_system(messages, how.replace("one", "a function", 1))
+        functions = "\n".join(_describe(name, tool) for name, tool in self._tools.items())
+        return _with_system(messages, _WHAT.replace("{functions}", functions) + how)
 
     def step(self, completion: str) -> StepResult | Awaitable[StepResult]:
         """The results of the calls in ``completion``, or the reward of an answer."""
@@ -185,10 +190,6 @@ class ToolEnvironment(Environment):
             "name": call.name if call.name in self._tools else "unknown",
             "tool_call_id": call.id if has_id else f"{self._num_calls:09}",
         }
-
-    def _describe(self) -> str:
-        functions = "\n".join(_describe(name, tool) for name, tool in self._tools.items())
-        return _HOW.format(functions=functions, example=self._format.example)
 
 
 def _with_system(messages: list[Message], text: str) -> list[Message]:

@@ -131,6 +131,7 @@ def test_a_template_without_calls_or_tools_is_told_how_in_the_one_system_message
 ) -> None:
     example = FORMATS["hermes"].example
     plain = make_tokenizer("")
+    plain.chat_template = plain.chat_template.replace("if tools", "if false")
     silent = make_tokenizer(CALLS["Mistral"])
     silent.chat_template = silent.chat_template.replace("if tools", "if false")
     unknown = make_tokenizer("<|calls|><invoke>{{ f.name }}({{ f.arguments.key }})</invoke>")
@@ -148,6 +149,13 @@ def test_a_template_without_calls_or_tools_is_told_how_in_the_one_system_message
             assert user == row["prompt"][1] and not tools.tools
     [warning] = caplog.messages
     assert "<|calls|><invoke>" in warning and "no tool_call_format reads" in warning
+
+
+def test_a_template_that_shows_tools_and_no_calls_is_given_them_and_told_how_to_call() -> None:
+    tools = sdp.ToolEnvironment([add], lambda answer, row: 0.0)
+    _, (system, user) = begin(tools, make_tokenizer(""))
+    assert system["content"].startswith(f"To call a function, write {FORMATS['hermes'].example}")
+    assert "The sum." not in system["content"] and user["role"] == "user" and tools.tools
 
 
 def test_a_format_that_the_template_does_not_write_is_described() -> None:
