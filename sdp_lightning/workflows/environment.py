@@ -42,6 +42,11 @@ class Environment(ABC):
     sampled from scratch.
     """
 
+    @property
+    def tools(self) -> Sequence[Mapping[str, Any]]:
+        """JSON schemas of functions that the policy may call: its chat template is given them."""
+        return ()
+
     @abstractmethod
     def reset(self, row: Row) -> Observation | Awaitable[Observation]:
         """Begin with ``row``; returns the first observation: the prompt."""
@@ -72,6 +77,11 @@ class BoundedEnvironment:
     async def reset(self, row: Row) -> Any:
         """The first observation."""
         return await self._call(self._environment.reset, row, call="reset()")
+
+    @property
+    def tools(self) -> Sequence[Mapping[str, Any]]:
+        """JSON schemas of the tools that the chat template is to show with the prompt."""
+        return self._environment.tools
 
     async def step(self, completion: str) -> StepResult:
         """Play one turn.

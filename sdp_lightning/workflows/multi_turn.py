@@ -12,6 +12,7 @@ from sdp_lightning.errors import ConfigError, RolloutError
 from sdp_lightning.rewards.foreign_code import refuse_factory_without_workers
 from sdp_lightning.types import Row, SamplingParams, Trajectory
 from sdp_lightning.workflows.chat.messages import Message
+from sdp_lightning.workflows.chat.rendering import Tools
 from sdp_lightning.workflows.chat.row_kinds import refuse_unwritable_openings
 from sdp_lightning.workflows.chat_template import (
     PLACEHOLDER,
@@ -117,13 +118,13 @@ class MultiTurnWorkflow(RolloutWorkflow):
         async def reset(row: Row) -> Any:
             world = self._make_world()
             try:
-                return await world.reset(row)
+                return await world.reset(row), world.tools
             finally:
                 await world.close()
 
-        def write(opening: Any) -> None:
-            self._encode(opening, tokenizer)
-            self._encode_turn([], tokenizer)
+        def write(made: tuple[Any, Tools]) -> None:
+            self._encode(made[0], tokenizer, made[1])
+            self._encode_turn([], tokenizer, tools=made[1])
 
         refuse_unwritable_openings(rows, reset, write)
 
@@ -141,15 +142,17 @@ class MultiTurnWorkflow(RolloutWorkflow):
         world = self._make_world()
         try:
             opening = await world.reset(row)
-            tokens = await encode_aside(opening, lambda: self._encode(opening, tokenizer))
+            tokens = await encode_aside(
+                opening, lambda: self._encode(opening, tokenizer, world.tools)
+            )
             if self._room(len(tokens)) < 1:
                 raise RolloutError(
                     f"the prompt has {len(tokens)} tokens, which leaves none of "
                     f"max_total_tokens={self.max_total_tokens} to sample: shorten it."
                 )
             episode.add_context(tokens)
-            history = outline(opening) if self.turn_format is None else []
-            return await self._take_turns(world, tokenizer, episode, params, history)
+            earlier = outline(opening) if self.turn_format is None else []
+            return await self._take_turns(world, tokenizer, episode, params, earlier)
         finally:
             await world.close()
 
@@ -161,28 +164,23 @@ class MultiTurnWorkflow(RolloutWorkflow):
             )
         return BoundedEnvironment(environment, timeout_s=self.step_timeout_s)
 
-    def _encode(self, opening: Any, tokenizer: Tokenizer) -> list[int]:
-        uses_template = self.turn_format is None
+    def _encode(self, opening: Any, tokenizer: Tokenizer, tools: Tools) -> list[int]:
         return encode_opening(
-            opening, tokenizer, use_chat_template=uses_template, settings=self.chat
+            *(opening, tokenizer),
+            use_chat_template=self.turn_format is None,
+            tools=tools,
+            settings=self.chat,
         )
 
     def _encode_turn(
-        self,
-        observation: Any,
-        tokenizer: Tokenizer,
-        *,
-        sampled: Sequence[int] = (),
-        stopped_by: int | None = None,
-        history: Sequence[Message] = (),
+        self, observation: Any, tokenizer: Tokenizer, stopped_by: int | None = None, **more: Any
     ) -> list[int]:
         return encode_turn(
             *(observation, tokenizer),
             turn_format=self.turn_format,
             stopped_by=stopped_by,
-            sampled=sampled,
-            history=history,
             settings=self.chat,
+            **more,
         )
 
     async def _take_turns(
@@ -191,7 +189,7 @@ class MultiTurnWorkflow(RolloutWorkflow):
         tokenizer: Tokenizer,
         episode: Episode,
         params: SamplingParams,
-        history: list[Message],
+        earlier: list[Message],
     ) -> Trajectory:
         reward = 0.0
         for turn in range(self.max_turns):
@@ -216,11 +214,12 @@ class MultiTurnWorkflow(RolloutWorkflow):
                     tokenizer,
                     sampled=sampled,
                     stopped_by=last if last in params.stop_token_ids else None,
-                    history=history,
+                    history=earlier,
+                    tools=world.tools,
                 )
                 between = await encode_aside(result.observation, encode)
                 if self.turn_format is None:
-                    history += outline(result.observation, follows_turn=True)
+                    earlier += outline(result.observation, follows_turn=True)
                 if self._room(episode.token_ids.size + between.size) < 1:
                     break
                 if between.size:
