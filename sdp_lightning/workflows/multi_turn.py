@@ -145,7 +145,7 @@ class MultiTurnWorkflow(RolloutWorkflow):
         def write(made: tuple[Any, Tools]) -> None:
             opening, tools = made
             self._encode(opening, tokenizer, tools)
-            self._encode_turn([], tokenizer)
+            self._encode_turn([], tokenizer, tools=tools)
 
         refuse_unwritable_openings(rows, reset, write)
 
@@ -173,8 +173,8 @@ class MultiTurnWorkflow(RolloutWorkflow):
                     f"max_total_tokens={self.max_total_tokens} to sample: shorten it."
                 )
             episode.add_context(tokens)
-            history = outline(opening) if self.turn_format is None else []
-            return await self._take_turns(world, tokenizer, episode, params, history)
+            earlier = outline(opening) if self.turn_format is None else []
+            return await self._take_turns(world, tokenizer, episode, params, earlier)
         finally:
             await world.close()
 
@@ -188,29 +188,21 @@ class MultiTurnWorkflow(RolloutWorkflow):
 
     def _encode(self, opening: Any, tokenizer: Tokenizer, tools: Tools) -> list[int]:
         return encode_opening(
-            opening,
-            tokenizer,
+            *(opening, tokenizer),
             use_chat_template=self.turn_format is None,
             tools=tools,
             settings=self.chat,
         )
 
     def _encode_turn(
-        self,
-        observation: Any,
-        tokenizer: Tokenizer,
-        *,
-        sampled: Sequence[int] = (),
-        stopped_by: int | None = None,
-        history: Sequence[Message] = (),
+        self, observation: Any, tokenizer: Tokenizer, stopped_by: int | None = None, **more: Any
     ) -> list[int]:
         return encode_turn(
             *(observation, tokenizer),
             turn_format=self.turn_format,
             stopped_by=stopped_by,
-            sampled=sampled,
-            history=history,
             settings=self.chat,
+            **more,
         )
 
     async def _take_turns(
@@ -219,7 +211,7 @@ class MultiTurnWorkflow(RolloutWorkflow):
         tokenizer: Tokenizer,
         episode: Episode,
         params: SamplingParams,
-        history: list[Message],
+        earlier: list[Message],
     ) -> Trajectory:
         rewards = TurnRewards(self._weights)
         for turn in range(self.max_turns):
@@ -247,11 +239,12 @@ class MultiTurnWorkflow(RolloutWorkflow):
                     tokenizer,
                     sampled=sampled,
                     stopped_by=last if last in params.stop_token_ids else None,
-                    history=history,
+                    history=earlier,
+                    tools=world.tools,
                 )
                 between = await encode_aside(result.observation, encode)
                 if self.turn_format is None:
-                    history += outline(result.observation, follows_turn=True)
+                    earlier += outline(result.observation, follows_turn=True)
                 if self._room(episode.token_ids.size + between.size) < 1:
                     break
                 if between.size:

@@ -177,6 +177,28 @@ def test_a_reward_reads_the_words_that_were_continued_in_the_messages() -> None:
     assert trajectory.reward == 1.0 and tokenizer.decode(trajectory.token_ids.tolist()) == text
 
 
+def test_a_turn_that_was_begun_for_the_policy_is_one_turn() -> None:
+    """The rounds are counted right: the words that were given and the sampled ones are one."""
+
+    class Begins(sdp.Environment):
+        def reset(self, row: Any) -> Any:
+            return [{"role": "user", "content": "Q1"}, {"role": "assistant", "content": "It"}]
+
+        def step(self, completion: str) -> Any:
+            return (
+                [{"role": "user", "content": "Q2"}, {"role": "assistant", "content": "So"}],
+                0,
+                0 > 1,
+            )
+
+    tokenizer = tokenizer_of("rounds")
+    workflow = sdp.MultiTurnWorkflow(Begins, group_size=1, max_turns=3)
+    trajectory = rollout(workflow, {"prompt": ""}, tokenizer, " is", " it")
+    rounds = "[Round 1]\nQ: Q1\nA:It is</s>", "[Round 2]\nQ: Q2\nA:So it</s>"
+    text = "".join([*rounds, "[Round 3]\nQ: Q2\nA:So is</s>"])
+    assert tokenizer.decode(trajectory.token_ids.tolist()) == text
+
+
 @pytest.mark.parametrize("family", ["phi 3", "cohere 2", "gemma 2", "gpt-oss"])
 def test_the_result_of_a_tool_reaches_the_policy(family: str) -> None:
     """Also where templates leave out or refuse the role of a tool."""

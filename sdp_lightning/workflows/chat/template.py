@@ -7,6 +7,7 @@ also of contents as short as ``4``. What was found is remembered for conversatio
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -134,6 +135,11 @@ class ChatTemplate:
             functions = [{"name": m["name"], "arguments": {}} for m in results]
             calls = [{"type": "function", "function": f} for f in functions]
         contexts = [[{"role": "user", "content": EARLIER}]]
+        history = [
+            message
+            for message, following in itertools.zip_longest(history, history[1:], fillvalue=turn)
+            if not (is_open(message) and following["role"] == "assistant")  # it was continued
+        ]
         if history:
             contexts.insert(0, [{**m, "content": EARLIER if m["content"] else ""} for m in history])
         called: Message = {"role": "assistant", "content": "", "tool_calls": calls}
