@@ -10,6 +10,7 @@ from sdp_lightning.errors import ConfigError
 
 MissingProximal = Literal["behavior", "loglinear", "decoupled", "drop"]
 OnOverdue = Literal["drop", "wait", "mask"]
+PromptsOnResume = Literal["continue", "restart"]
 LONGEST_S = 1e9  # longest deadline: threads cannot wait for a larger number
 
 
@@ -43,6 +44,9 @@ class RolloutConfig:
         shuffle: reshuffle the prompts in every epoch, by (seed, epoch).
         seed: seed of the order of prompts and of every sampled token.
         requeue_dropped: submit the row of a dropped group again.
+        prompts_on_resume: ``"continue"`` with the prompts where the checkpoint was, and refuse
+            other ones; or ``"restart"``: begin the prompts, which may be others, from their start.
+            The rollouts of the checkpoint are then discarded; weights, optimizer and version stay.
 
     Raises:
         ConfigError: naming the value.
@@ -64,6 +68,7 @@ class RolloutConfig:
     shuffle: bool = True
     seed: int = 0
     requeue_dropped: bool = False
+    prompts_on_resume: PromptsOnResume = "continue"
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -21,6 +21,7 @@ from sdp_lightning.errors import (
     RolloutError,
     RolloutTimeout,
 )
+from sdp_lightning.rollout.checkpoint.group_state import num_groups
 from sdp_lightning.rollout.evaluation import Evaluator
 from sdp_lightning.rollout.group_source import GroupSource
 from sdp_lightning.rollout.groups.in_flight import InFlightGroup
@@ -228,6 +229,16 @@ class WorkflowExecutor:
         if self.is_published:
             raise ConfigError("load_state_dict() must come before the first publish.")
         self.registry.restore(self._source.load_state_dict(state))
+
+    def discard(self, parts: Sequence[Mapping[str, Any]]) -> None:
+        """Count the groups of the states ``parts``, which are not resumed, as discarded."""
+        counts = {kind: sum(num_groups(p[kind]) for p in parts) for kind in ("pending", "running")}
+        self.telemetry.num_discarded += sum(counts.values())
+        logger.warning(
+            "prompts_on_resume='restart': the prompts begin from their start; %d finished and %d "
+            "unfinished groups of the checkpoint are discarded.",
+            *counts.values(),
+        )
 
     # Submitting and finishing, in whichever thread -----------------------------------------------
 
