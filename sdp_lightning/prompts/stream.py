@@ -76,12 +76,14 @@ class PromptStream:
         self._epoch, self._position = divmod(rank, len(rows))
         self._order = self._order_of(self._epoch)
         self._returned: deque[tuple[int, int]] = deque()
+        self._num_extra = 0
 
     @property
     def is_exhausted(self) -> bool:
-        """Whether no row is left, unless one is given back."""
+        """Whether no row is left, unless one is given back or asked for beyond the end."""
         return (
             not self._returned
+            and not self._num_extra
             and self._num_epochs is not None
             and (self._epoch >= self._num_epochs)
         )
@@ -99,6 +101,8 @@ class PromptStream:
         if self._returned:
             self._returned.popleft()
         else:
+            if self._num_epochs is not None and epoch >= self._num_epochs:
+                self._num_extra -= 1
             self._advance()
         return row
 
@@ -117,6 +121,10 @@ class PromptStream:
                 f"row {index} of the prompts is {type(data).__name__}; rows must be mappings."
             )
         return PromptRow(epoch, index, data)
+
+    def extend(self, count: int) -> None:
+        """Go on for ``count`` rows of the epochs after the last one."""
+        self._num_extra += count
 
     def give_back(self, row: PromptRow) -> None:
         """Hand ``row`` out again, before any new row."""

@@ -146,13 +146,20 @@ class WorkflowExecutor:
             self._generating = False
 
     def take(
-        self, timeout_s: float | None = None, *, interrupted: Callable[[], bool] = lambda: False
+        self,
+        timeout_s: float | None = None,
+        *,
+        interrupted: Callable[[], bool] = lambda: False,
+        fill: bool = False,
     ) -> list[TrajectoryGroup] | None:
         """The oldest ``batch_size`` groups, or None when the prompts have ended.
+
+        The last groups may be fewer, by ``last_batch`` of the config.
 
         Args:
             timeout_s: longest wait; None is the configured one, 0 does not wait.
             interrupted: looked at while waiting; True ends the wait.
+            fill: go on with one more epoch when the prompts have ended, for a whole batch.
 
         Raises:
             RolloutTimeout: at the deadline, or interrupted. Nothing is lost.
@@ -166,8 +173,15 @@ class WorkflowExecutor:
             while True:
                 self._raise_failure()
                 batch = self.registry.take()
-                if batch or self._is_exhausted():
-                    return batch or None
+                if not batch and self._is_exhausted():
+                    rest = self.stat.pending
+                    if not self._is_filled(rest) and not fill:
+                        fewer = self.config.last_batch == "short"
+                        return self.registry.take(fewer=fewer) or None
+                    self._source.extend(self.config.batch_size - rest)
+                    self._submit_rows()
+                elif batch:
+                    return batch
                 left = deadline - time.monotonic()
                 stopped = interrupted()
                 if left <= 0 or stopped:
@@ -295,6 +309,10 @@ class WorkflowExecutor:
     def _on_task_result(self, result: TaskResult) -> None:
         if result.error is not None:
             self.registry.fail(result.error)
+
+    def _is_filled(self, rest: int) -> bool:
+        """Whether a last batch that has ``rest`` groups is filled from one more epoch."""
+        return self.config.last_batch == "fill" and rest > 0
 
     def _is_exhausted(self) -> bool:
         return self._generating and self._source.is_exhausted and self.stat.running == 0

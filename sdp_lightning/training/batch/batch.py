@@ -55,6 +55,9 @@ class Batch(Displayed):
         rejected: [B, T] bool, tokens that the whole step's second moment rejects; None is no token.
         missing_proximal: substitute for the score of an unscored token of lag 2 or more.
         max_lag: tokens older than this get weight 0, and still count in N; None is no bound.
+        most_groups: the most groups that a rank has, of which there may be fewer than minibatches;
+            None is at least as many as those.
+        is_blank: whether the rank has no group, and its one row is there for the others' sake.
     """
 
     version: int
@@ -76,6 +79,8 @@ class Batch(Displayed):
     rejected: Tensor | None = None
     missing_proximal: MissingProximal = "behavior"
     max_lag: int | None = None
+    most_groups: int | None = None
+    is_blank: bool = False
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]

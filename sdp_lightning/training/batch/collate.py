@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -55,6 +56,12 @@ def collate(
         truncated=torch.tensor([t.finish_reason != "stop" for _, t in owned]),
         **tensors,
     )
+
+
+def blank_batch(version: int) -> Batch:
+    """A batch of one row without a token to train, for a rank that has no group left."""
+    blank = TrajectoryGroup((Trajectory((Context([0]), Segment(version, [0], [0.0]))),))
+    return replace(collate([blank], version=version).idle(), is_blank=True)
 
 
 def trial_batch(vocab_size: int, length: int = 20) -> Batch:

@@ -13,8 +13,8 @@ from sdp_lightning.training.batch import Batch
 
 def step_values(
     batch: Batch, steps: Sequence[dict[str, Tensor]], num_ranks: int
-) -> dict[str, Tensor]:
-    """Values by logged name, each [], to be averaged over ranks.
+) -> dict[str, tuple[Tensor, float]]:
+    """Values by logged name, each [], with the weight that each has in the mean over ranks.
 
     Args:
         batch: the batch of this rank.
@@ -22,10 +22,12 @@ def step_values(
         num_ranks: number of ranks, with which counts are multiplied.
     """
     means = {name: torch.stack([step[name] for step in steps]).mean() for name in steps[0]}
+    rows = 0 if batch.is_blank else len(batch)
+    groups = 0 if batch.is_blank else int(batch.group_ids.unique().numel())
     return {
-        "train/reward": batch.rewards.mean(),
-        **{f"train/{name}": value for name, value in means.items()},
-        "train/tokens": batch.loss_mask.sum() * num_ranks,
-        "train/truncated": batch.truncated.float().mean(),
-        "train/uniform": uniform_share(batch.rewards, batch.group_ids),
+        "train/reward": (batch.rewards.mean(), rows),
+        **{f"train/{name}": (value, 1) for name, value in means.items()},
+        "train/tokens": (batch.loss_mask.sum() * num_ranks, 1),
+        "train/truncated": (batch.truncated.float().mean(), rows),
+        "train/uniform": (uniform_share(batch.rewards, batch.group_ids), groups),
     }
