@@ -10,6 +10,8 @@ from sdp_lightning.errors import ConfigError
 
 MissingProximal = Literal["behavior", "loglinear", "decoupled", "drop"]
 OnOverdue = Literal["drop", "wait", "mask"]
+LastBatch = Literal["short", "fill", "drop"]
+PromptsOnResume = Literal["continue", "restart"]
 LONGEST_S = 1e9  # longest deadline: threads cannot wait for a larger number
 
 
@@ -40,9 +42,17 @@ class RolloutConfig:
         lost_retries: times that the lost samples of such a group are tried again, with the tokens
             that they had.
         num_epochs: passes over the prompts; None repeats them for ever.
+        last_batch: what becomes of the last groups of ``num_epochs`` if they are fewer than
+            ``batch_size``: a ``"short"`` batch, with fewer minibatches if there are fewer groups
+            than those; ``"fill"`` it from one more epoch; or ``"drop"`` them, which is counted in a
+            warning. Of several ranks, one that has no group left trains on none until the others
+            have none, or fills its batches too; with ``"drop"`` all end with the first.
         shuffle: reshuffle the prompts in every epoch, by (seed, epoch).
         seed: seed of the order of prompts and of every sampled token.
         requeue_dropped: submit the row of a dropped group again.
+        prompts_on_resume: ``"continue"`` with the prompts where the checkpoint was, and refuse
+            other ones; or ``"restart"``: begin the prompts, which may be others, from their start.
+            The rollouts of the checkpoint are then discarded; weights, optimizer and version stay.
 
     Raises:
         ConfigError: naming the value.
@@ -61,9 +71,11 @@ class RolloutConfig:
     min_group_size: int = 2
     lost_retries: int = 1
     num_epochs: int | None = None
+    last_batch: LastBatch = "short"
     shuffle: bool = True
     seed: int = 0
     requeue_dropped: bool = False
+    prompts_on_resume: PromptsOnResume = "continue"
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -231,8 +231,12 @@ class RolloutDataModule(L.LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if not state_dict or self.trainer is None or self.trainer.state.fn != "fit":
             return  # evaluation trains on no prompt
-        parts = reshard(state_dict["ranks"], self._ranks.size)
         self._leftover.discard()
+        if self.rollout.prompts_on_resume == "restart":
+            if self._ranks.rank == 0:
+                self.executor.discard(state_dict["ranks"])
+            return
+        parts = reshard(state_dict["ranks"], self._ranks.size)
         self.executor.load_state_dict(parts[self._ranks.rank])
 
     def resume(self, version: int) -> None:

@@ -309,10 +309,14 @@ class SegmentWisePPOModule(L.LightningModule):
     def _log_step(self, batch: Batch, steps: list[dict[str, Tensor]]) -> None:
         apart = self.update.advantages == "gdpo"
         values = step_values(batch, steps, self._num_ranks, apart=apart)
-        mine = torch.stack([value.double().to(self.device) for value in values.values()])
+        of_rank = torch.stack([value.double().to(self.device) for value, _ in values.values()])
+        weights = of_rank.new_tensor([weight for _, weight in values.values()])
+        mine = torch.stack((of_rank * weights, weights))
         rank, size = self.global_rank, self._num_ranks
-        total = self._metrics.pool(self._sums.add_up, mine, rank=rank, num_ranks=size)
-        metrics = dict(zip(values, (total / size).float(), strict=True)) | self._metrics.compute()
+        pooled = self._metrics.pool(self._sums.add_up, mine.flatten(), rank=rank, num_ranks=size)
+        total, weight = pooled.view_as(mine)
+        metrics = dict(zip(values, (total / weight).float(), strict=True))
+        metrics |= self._metrics.compute()
         uniform, reward = metrics["train/uniform"].item(), metrics["train/reward"].item()
         self._uniform.note(uniform, reward=reward, rank=rank)
         self.log_dict(metrics, batch_size=len(batch))

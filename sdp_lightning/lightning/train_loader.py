@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from typing import Any
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import lightning as L
 from lightning.pytorch.callbacks import Timer
@@ -22,10 +23,45 @@ from sdp_lightning.lightning.stop_request import (
 from sdp_lightning.rewards.call_threads import THREADS
 from sdp_lightning.rollout.executor import WorkflowExecutor
 from sdp_lightning.rollout.groups.telemetry import RolloutCounts
-from sdp_lightning.training.batch import Batch, SealedBatch, collate
+from sdp_lightning.training.batch import Batch, SealedBatch, blank_batch, collate
 from sdp_lightning.types import TrajectoryGroup
 
+logger = logging.getLogger(__name__)
+
 _ENDLESS = 10**9  # batches
+
+
+@dataclass(frozen=True)
+class Shares:
+    """A batch as ranks share it.
+
+    Args:
+        groups: groups of this rank; none while other ranks train their last ones.
+        sizes: number of groups of every rank.
+        reward_names: names of the rewards of all groups; empty for one reward.
+    """
+
+    groups: Sequence[TrajectoryGroup]
+    sizes: Sequence[int]
+    reward_names: Sequence[str] = ()
+
+
+class _Taken(NamedTuple):
+    """What a rank took: ``groups`` is None if its prompts have ended."""
+
+    groups: list[TrajectoryGroup] | None
+    signum: int | None = None
+    is_time_up: bool = False
+
+
+class _Told(NamedTuple):
+    """What a rank tells the others of a :class:`_Taken`."""
+
+    num_groups: int | None
+    signum: int | None
+    is_time_up: bool
+    counts: RolloutCounts
+    rewards: tuple[str, tuple[str, ...]] | None  # the first row, and the names of its rewards
 
 
 class RolloutLoader:
@@ -36,7 +72,7 @@ class RolloutLoader:
         pad_token_id: token that pads a batch.
         length: batches of an epoch.
         trainer: polled for SIGTERM while waiting; stopped when prompts or time have ended.
-        ranks: rank group; either all of its ranks take a batch or none.
+        ranks: rank group; either all of its ranks train a batch or none.
         stop: polled before a batch is taken and while waiting for it.
         phase_timer: timer whose phase is ``"wait"`` while waiting.
 
@@ -73,8 +109,8 @@ class RolloutLoader:
                 "the prompts have ended, but the Trainer goes on: leave out its min_steps and "
                 "min_epochs, or raise num_epochs of the RolloutConfig."
             )
-        while (groups := self._take()) is not None:
-            yield SealedBatch(self._collate(groups))
+        while (shares := self._take()) is not None:
+            yield SealedBatch(self._collate(shares))
         self._trainer.should_stop = True  # or Lightning would begin one empty epoch after another
 
     def state_dict(self) -> dict[str, Any]:
@@ -84,64 +120,78 @@ class RolloutLoader:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Nothing to load."""
 
-    def _take(self) -> list[TrajectoryGroup] | None:
+    def _take(self) -> Shares | None:
+        """The groups of this rank, and how many each rank has; None if the run ends."""
         self._phase_timer.enter("wait")
+        version, last = self._executor.version, self._executor.config.last_batch
         with ends_on_sigterm(self._trainer):
-            (groups, _), told = self._ranks.run_on_all_ranks(
-                f"taking the batch of version {self._executor.version}",
-                self._take_mine,
-                self._tell,
-            )
-        self._stop.obey(signum for _, signum, *_ in told)
+            taken, told = self._meet(f"taking the batch of version {version}", self._take_mine)
+            ended = [each.num_groups is None for each in told]
+            if last == "fill" and any(ended) and not all(ended) and not _is_over(told):
+                mine = taken
+                taken, told = self._meet(
+                    f"filling the batch of version {version}",
+                    lambda: mine if mine.groups is not None else self._take_mine(fill=True),
+                )
         self._phase_timer.enter("rest")
-        self.counts = sum((counts for _, _, counts, _ in told), RolloutCounts())
-        if any(ended for ended, *_ in told):
+        self._generated = self._executor.engine.num_generated
+        self.counts = sum((each.counts for each in told), RolloutCounts())
+        self.ended = all(ended) or (last == "drop" and any(ended))
+        if self.ended and self._ranks.rank == 0:
+            self._warn_of_rest(told)
+        if self.ended or _is_over(told):
             return None
-        _check_names([named for *_, named in told])
-        return groups
+        names = _common_names([each.rewards for each in told])
+        return Shares(taken.groups or [], [each.num_groups or 0 for each in told], names)
 
-    def _tell(
-        self, taken: tuple[list[TrajectoryGroup] | None, int | None]
-    ) -> tuple[bool, int | None, RolloutCounts, tuple[str, list[str]]]:
-        """Whether prompts have ended, the signal, what is added up, and a row and its rewards.
+    def _meet(self, what: str, take: Callable[[], _Taken]) -> tuple[_Taken, list[_Told]]:
+        taken, told = self._ranks.run_on_all_ranks(what, take, self._tell)
+        self._stop.obey(each.signum for each in told)
+        return taken, told
 
-        They need no meeting of their own.
-        """
-        executor, before = self._executor, self._generated
-        self._generated = executor.engine.num_generated
+    def _tell(self, taken: _Taken) -> _Told:
+        """What other ranks must know, and what is added up: no meeting of its own."""
+        executor = self._executor
         counts = RolloutCounts.from_ledger(
             executor.stat,
             executor.telemetry,
             workflow=executor.workflow.counts,
-            generated=self._generated - before,
+            generated=executor.engine.num_generated - self._generated,
             calls=THREADS.load,
         )
-        first = taken[0][0] if taken[0] else None
-        named = (first.row_id, sorted(first.trajectories[0].rewards)) if first else ("", [])
-        return taken[0] is None, taken[1], counts, named
+        num_groups = None if taken.groups is None else len(taken.groups)
+        first = taken.groups[0] if taken.groups else None
+        rewards = first and (first.row_id, tuple(sorted(first.trajectories[0].rewards)))
+        return _Told(num_groups, taken.signum, taken.is_time_up, counts, rewards)
 
-    def _take_mine(self) -> tuple[list[TrajectoryGroup] | None, int | None]:
-        """A batch, or None if prompts or time have ended; and the signal that told to stop."""
+    def _take_mine(self, *, fill: bool = False) -> _Taken:
         try:
             if self._stop.look():
-                return [], self._stop.signum
-            groups = self._executor.take(interrupted=self._is_interrupted)
+                return _Taken([], self._stop.signum)
+            return _Taken(self._executor.take(interrupted=self._is_interrupted, fill=fill))
         except RolloutTimeout:
             if self._stop.signum is not None:
-                return [], self._stop.signum
+                return _Taken([], self._stop.signum)
             if is_time_up(self._trainer):
-                return None, None
+                return _Taken([], is_time_up=True)
             raise
-        self.ended = groups is None
-        return groups, None
+
+    def _warn_of_rest(self, told: Sequence[_Told]) -> None:
+        rest = self.counts.pending + sum(each.num_groups or 0 for each in told)
+        if rest:
+            logger.warning(
+                "the prompts have ended: the last %d groups are fewer than a batch, and are not "
+                "trained on (last_batch='drop').",
+                rest,
+            )
 
     def _is_interrupted(self) -> bool:
         return self._stop.look() or self._trainer.received_sigterm or is_time_up(self._trainer)
 
-    def _collate(self, groups: list[TrajectoryGroup]) -> Batch:
+    def _collate(self, shares: Shares) -> Batch:
         config = self._executor.config
         return make_batch(
-            groups,
+            shares,
             version=self._executor.version,
             pad_token_id=self._pad_token_id,
             segment_wise=config.enable_segment_wise_ppo,
@@ -150,18 +200,26 @@ class RolloutLoader:
         )
 
 
-def _check_names(named: Sequence[tuple[str, list[str]]]) -> None:
-    """Raise ``RolloutError`` if ranks have rewards of other names: their metrics would be mixed."""
-    for rank, (row_id, names) in enumerate(named):
-        if names != named[0][1]:
+def _common_names(rewards: Sequence[tuple[str, tuple[str, ...]] | None]) -> tuple[str, ...]:
+    """The names of the rewards, the same on all ranks; else their metrics would be mixed.
+
+    Raises:
+        RolloutError: if they are not; names a row of each of two ranks.
+    """
+    known = [(rank, *each) for rank, each in enumerate(rewards) if each is not None]
+    for rank, row_id, names in known:
+        first, other, expected = known[0]
+        if names != expected:
             raise RolloutError(
-                f"row {row_id!r} of rank {rank} has rewards named {names}, and row "
-                f"{named[0][0]!r} of rank 0 {named[0][1]}; the names must be the same for all rows."
+                f"row {row_id!r} of rank {rank} has rewards named {list(names)}, and row "
+                f"{other!r} of rank {first} {list(expected)}; the names must be the same for all "
+                "rows."
             )
+    return known[0][2] if known else ()
 
 
 def make_batch(
-    groups: Sequence[TrajectoryGroup],
+    shares: Shares,
     *,
     version: int,
     pad_token_id: int,
@@ -170,10 +228,21 @@ def make_batch(
     max_lag: int | None,
 ) -> Batch:
     """The tensors of one step; without the segment-wise mode, those of standard decoupled PPO."""
-    batch = collate(groups, version=version, pad_token_id=pad_token_id, segment_wise=segment_wise)
+    batch = (
+        collate(
+            shares.groups, version=version, pad_token_id=pad_token_id, segment_wise=segment_wise
+        )
+        if shares.groups
+        else blank_batch(version, shares.reward_names)
+    )
+    batch = replace(batch, most_groups=max(shares.sizes))
     if not segment_wise:
         return replace(batch, missing_proximal="decoupled")
     return replace(batch, missing_proximal=missing_proximal, max_lag=max_lag)
+
+
+def _is_over(told: Sequence[_Told]) -> bool:
+    return any(each.is_time_up for each in told)
 
 
 def num_batches(trainer: L.Trainer, config: RolloutConfig, steps_per_batch: int) -> int:

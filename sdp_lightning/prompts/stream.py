@@ -5,16 +5,25 @@ Not thread-safe: its owner locks.
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from sdp_lightning.errors import ConfigError, RolloutError
+from sdp_lightning.prompts.fingerprint import fingerprint
 from sdp_lightning.types import Row
 
+logger = logging.getLogger(__name__)
+
+RESTART = (
+    "Resume with the prompts of the checkpoint, or begin these from their start and keep weights, "
+    "optimizer and version: prompts_on_resume='restart' in the RolloutConfig."
+)
 EVALUATION_EPOCH = 2**31  # epoch of rows that are only judged
 
 
@@ -67,12 +76,14 @@ class PromptStream:
         self._epoch, self._position = divmod(rank, len(rows))
         self._order = self._order_of(self._epoch)
         self._returned: deque[tuple[int, int]] = deque()
+        self._num_extra = 0
 
     @property
     def is_exhausted(self) -> bool:
-        """Whether no row is left, unless one is given back."""
+        """Whether no row is left, unless one is given back or asked for beyond the end."""
         return (
             not self._returned
+            and not self._num_extra
             and self._num_epochs is not None
             and (self._epoch >= self._num_epochs)
         )
@@ -90,6 +101,8 @@ class PromptStream:
         if self._returned:
             self._returned.popleft()
         else:
+            if self._num_epochs is not None and epoch >= self._num_epochs:
+                self._num_extra -= 1
             self._advance()
         return row
 
@@ -109,18 +122,32 @@ class PromptStream:
             )
         return PromptRow(epoch, index, data)
 
+    def extend(self, count: int) -> None:
+        """Go on for ``count`` rows of the epochs after the last one."""
+        self._num_extra += count
+
     def give_back(self, row: PromptRow) -> None:
         """Hand ``row`` out again, before any new row."""
         self._returned.append((row.epoch, row.index))
 
+    @cached_property
+    def fingerprint(self) -> str | None:
+        """Digest of the rows' content; None, with a warning, if they cannot all be read now."""
+        try:
+            return fingerprint(self._rows)
+        except RolloutError as error:
+            logger.warning("checkpoints of this run cannot tell its prompts from others: %s", error)
+            return None
+
     def state_dict(self) -> dict[str, Any]:
-        """The position and the rows given back, in plain types."""
+        """The position, the rows given back and the fingerprint, in plain types."""
         return {
             "epoch": self._epoch,
             "position": self._position,
             "num_rows": len(self._rows),
             "seed": self._seed,
             "shuffle": self._shuffle,
+            "fingerprint": self.fingerprint,
             "returned": [list(pair) for pair in self._returned],
         }
 
@@ -128,18 +155,31 @@ class PromptStream:
         """Continue from ``state``.
 
         Raises:
-            ConfigError: if the number of rows or their order differs.
+            ConfigError: if the rows or their order differ.
         """
         if (state["seed"], state["shuffle"]) != (self._seed, self._shuffle):
             raise ConfigError(
                 f"the checkpoint was made with seed={state['seed']} and shuffle="
                 f"{state['shuffle']}, now they are {self._seed} and {self._shuffle}: positions "
-                "would not mean the same rows."
+                f"would not mean the same rows. {RESTART}"
             )
         if state["num_rows"] != len(self._rows):
             raise ConfigError(
                 f"the checkpoint was made with {state['num_rows']} prompts, now there are "
-                f"{len(self._rows)}: positions would not mean the same rows."
+                f"{len(self._rows)}: positions would not mean the same rows. {RESTART}"
+            )
+        saved = state.get("fingerprint")
+        if saved is None:
+            logger.warning(
+                "the checkpoint has no fingerprint of its %d prompts: it is not known whether "
+                "these are the same.",
+                len(self._rows),
+            )
+        elif self.fingerprint is not None and saved != self.fingerprint:
+            raise ConfigError(
+                f"the checkpoint was made with {len(self._rows)} other prompts (fingerprint "
+                f"{saved[:8]}, now {self.fingerprint[:8]}): positions would not mean the same "
+                f"rows. {RESTART}"
             )
         self._epoch, self._position = int(state["epoch"]), int(state["position"])
         self._order = self._order_of(self._epoch)

@@ -21,7 +21,8 @@ from sdp_lightning.errors import (
     RolloutError,
     RolloutTimeout,
 )
-from sdp_lightning.rollout.checkpoint.saved_group import has_rewards, reweighted
+from sdp_lightning.rollout.checkpoint.group_state import num_groups
+from sdp_lightning.rollout.checkpoint.saved_group import with_weights
 from sdp_lightning.rollout.evaluation import Evaluator
 from sdp_lightning.rollout.group_source import GroupSource
 from sdp_lightning.rollout.groups.in_flight import InFlightGroup
@@ -146,13 +147,20 @@ class WorkflowExecutor:
             self._generating = False
 
     def take(
-        self, timeout_s: float | None = None, *, interrupted: Callable[[], bool] = lambda: False
+        self,
+        timeout_s: float | None = None,
+        *,
+        interrupted: Callable[[], bool] = lambda: False,
+        fill: bool = False,
     ) -> list[TrajectoryGroup] | None:
         """The oldest ``batch_size`` groups, or None when the prompts have ended.
+
+        The last groups may be fewer, by ``last_batch`` of the config.
 
         Args:
             timeout_s: longest wait; None is the configured one, 0 does not wait.
             interrupted: looked at while waiting; True ends the wait.
+            fill: go on with one more epoch when the prompts have ended, for a whole batch.
 
         Raises:
             RolloutTimeout: at the deadline, or interrupted. Nothing is lost.
@@ -166,8 +174,15 @@ class WorkflowExecutor:
             while True:
                 self._raise_failure()
                 batch = self.registry.take()
-                if batch or self._is_exhausted():
-                    return batch or None
+                if not batch and self._is_exhausted():
+                    rest = self.stat.pending
+                    if not self._is_filled(rest) and not fill:
+                        fewer = self.config.last_batch == "short"
+                        return self.registry.take(fewer=fewer) or None
+                    self._source.extend(self.config.batch_size - rest)
+                    self._submit_rows()
+                elif batch:
+                    return batch
                 left = deadline - time.monotonic()
                 stopped = interrupted()
                 if left <= 0 or stopped:
@@ -230,21 +245,20 @@ class WorkflowExecutor:
         if self.is_published:
             raise ConfigError("load_state_dict() must come before the first publish.")
         restored = self._source.load_state_dict(state)
-        weights = self.workflow.reward_weights
-        others = [g for g, done in restored if weights and not has_rewards(done, weights)]
+        kept, others = with_weights(restored, self.workflow.reward_weights)
         for group in others:
             self._source.give_back(group)
-        if others:
-            logger.warning(
-                "%d finished groups of the checkpoint have other rewards than %s: their rows begin "
-                "anew",
-                len(others),
-                sorted(weights),
-            )
-        kept = [
-            (group, reweighted(done, weights)) for group, done in restored if group not in others
-        ]
         self.registry.restore(kept)
+
+    def discard(self, parts: Sequence[Mapping[str, Any]]) -> None:
+        """Count the groups of the states ``parts``, which are not resumed, as discarded."""
+        counts = {kind: sum(num_groups(p[kind]) for p in parts) for kind in ("pending", "running")}
+        self.telemetry.num_discarded += sum(counts.values())
+        logger.warning(
+            "prompts_on_resume='restart': the prompts begin from their start; %d finished and %d "
+            "unfinished groups of the checkpoint are discarded.",
+            *counts.values(),
+        )
 
     # Submitting and finishing, in whichever thread -----------------------------------------------
 
@@ -301,6 +315,10 @@ class WorkflowExecutor:
     def _on_task_result(self, result: TaskResult) -> None:
         if result.error is not None:
             self.registry.fail(result.error)
+
+    def _is_filled(self, rest: int) -> bool:
+        """Whether a last batch that has ``rest`` groups is filled from one more epoch."""
+        return self.config.last_batch == "fill" and rest > 0
 
     def _is_exhausted(self) -> bool:
         return self._generating and self._source.is_exhausted and self.stat.running == 0

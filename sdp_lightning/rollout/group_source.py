@@ -111,6 +111,10 @@ class GroupSource:
         """Begin the row of a dropped group again, before any new row."""
         self._prompts.give_back(group.row)
 
+    def extend(self, count: int) -> None:
+        """Go on for ``count`` rows after the end of the prompts."""
+        self._prompts.extend(count)
+
     def remove(self, is_overdue: Callable[[InFlightGroup], bool]) -> None:
         """Remove the interrupted groups that are overdue."""
         self._interrupted = deque([g for g in self._interrupted if not is_overdue(g)])

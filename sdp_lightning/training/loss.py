@@ -194,7 +194,8 @@ def gdpo_advantages(batch: Batch, update: UpdateConfig, sums: RankSums) -> Tenso
         )
     std = update.group_std
     own = decoupled_sums(batch.named_rewards, batch.reward_weights, batch.group_ids, std=std)
-    table = sums.table(len(own), own.sum().item(), own.square().sum().item())
+    counted = own[:0] if batch.is_blank else own
+    table = sums.table(len(counted), counted.sum().item(), counted.square().sum().item())
     count, total, squares = map(sum, zip(*table, strict=True))
     return batch_normalized(own, count=count, total=total, squares=squares, std=std)
 

@@ -126,18 +126,23 @@ class PolicyUpdate:
     def train(self, batch: Batch, loop: TrainingLoop) -> list[dict[str, Tensor]]:
         """All optimizer steps on a prepared batch, and the values that each gives to be logged.
 
+        There are as many minibatches as groups if no rank has more; a rank that has still fewer
+        computes idle rows.
+
         Raises:
             SDPError: after too many steps in a row whose gradient was not finite.
         """
         steps: list[dict[str, Tensor]] = []
-        number = self.update.steps_per_batch
+        pieces = min(self.update.num_minibatches, batch.most_groups or self.update.num_minibatches)
+        mine = min(pieces, int(batch.group_ids.unique().numel()))
+        number = pieces * self.update.num_epochs
         for _ in range(self.update.num_epochs):
-            for rows in split_minibatches(
-                batch.group_ids,
-                self.update.num_minibatches,
-                generator=None if number == 1 else self._shuffler,
-            ):
-                steps.append(self._optimizer_step(batch.select(rows), loop, len(steps) / number))
+            minibatches = split_minibatches(
+                batch.group_ids, mine, generator=None if number == 1 else self._shuffler
+            )
+            for rows in [*minibatches, *[[]] * (pieces - mine)]:
+                minibatch = batch.select(rows) if rows else batch.idle()
+                steps.append(self._optimizer_step(minibatch, loop, len(steps) / number))
         return steps
 
     def _optimizer_step(

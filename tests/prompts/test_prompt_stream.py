@@ -64,6 +64,38 @@ def test_another_number_of_rows_is_refused() -> None:
         make_stream(0)
 
 
+@pytest.mark.fault("corrupted data", "resume")
+def test_other_rows_of_the_same_number_are_refused_with_the_remedy() -> None:
+    rows = [{"prompt": str(n), "tests": [n]} for n in range(5)]
+    state = PromptStream(rows, num_epochs=None).state_dict()
+    same = [dict(reversed(row.items())) for row in rows]
+    PromptStream(same, num_epochs=None).load_state_dict(state)
+    other = [*rows[:3], {"prompt": "3", "tests": [4]}, rows[4]]
+    with pytest.raises(ConfigError, match=r"with 5 other prompts .*prompts_on_resume='restart'"):
+        PromptStream(other, num_epochs=None).load_state_dict(state)
+
+
+def test_a_state_without_a_fingerprint_is_taken_and_said(caplog: pytest.LogCaptureFixture) -> None:
+    state = make_stream(5).state_dict()
+    del state["fingerprint"]
+    make_stream(5).load_state_dict(state)
+    assert "has no fingerprint of its 5 prompts" in caplog.text
+
+
+def test_rows_that_cannot_all_be_read_are_said_to_have_no_fingerprint(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Broken(list[dict[str, int]]):
+        def __iter__(self) -> Any:
+            raise OSError("disk")
+
+    stream = PromptStream(Broken([{"n": 0}]), num_epochs=None)
+    assert stream.state_dict()["fingerprint"] is stream.state_dict()["fingerprint"] is None
+    assert caplog.text.count("cannot tell its prompts from others") == 1
+    restored = make_stream(1)
+    restored.load_state_dict(stream.state_dict())
+
+
 @pytest.mark.fault("exception", "fetch")
 def test_a_row_that_cannot_be_read_is_named_and_comes_again() -> None:
     class Flaky(Sequence[Mapping[str, Any]]):

@@ -98,13 +98,36 @@ def test_batches_are_the_oldest_groups_by_creation_whatever_finishes_first() -> 
     assert [[g.order for g in b or []] for b in (first, second)] == [[1, 3], [0, 2]]
 
 
-def test_rows_end_after_their_epochs_and_what_makes_no_batch_stays_pending() -> None:
-    with rolling(FakeEngine(), rows=5, num_epochs=1, batch_size=2) as executor:
+@pytest.mark.parametrize(
+    ("last_batch", "expected", "pending"),
+    [("short", ["row4"], 0), ("fill", ["row4", "row0"], 0), ("drop", None, 1)],
+)
+def test_the_last_groups_of_the_epochs_are_a_batch_as_configured(
+    last_batch: str, expected: list[str] | None, pending: int
+) -> None:
+    engine = FakeEngine()
+    with rolling(engine, rows=5, num_epochs=1, last_batch=last_batch) as executor:
         for version in range(2):
-            assert executor.take() is not None
+            assert [g.row_id for g in executor.take() or ()] == [
+                f"row{2 * version + i}" for i in range(2)
+            ]
             executor.publish([], version + 1)
+        batch = executor.take()
+        assert (batch and [group.row_id for group in batch]) == expected
+        assert executor.stat.pending == pending
+        assert executor.take() is None and executor.stat.submitted == 5 + (last_batch == "fill")
+
+
+def test_a_rank_that_has_no_group_left_fills_a_batch_when_it_is_asked_to() -> None:
+    settings = {"num_epochs": 1, "last_batch": "fill", "max_head_lag": 0}
+    script = {"row0": "reject"}  # also of the epoch that fills
+    workflow = Samples(script=lambda row: script.get(row["id"]))
+    with rolling(FakeEngine(), workflow, rows=3, **settings) as executor:
+        assert len(executor.take() or ()) == 2
+        executor.publish([], 1)
         assert executor.take() is None
-        assert executor.stat.pending == 1 and executor.stat.consumed == 4
+        assert [group.row_id for group in executor.take(fill=True) or ()] == ["row1", "row2"]
+        assert executor.stat.rejected == 2
 
 
 @pytest.mark.fault("hang", "queue")

@@ -10,7 +10,7 @@ import pytest
 
 import sdp_lightning as sdp
 from sdp_lightning.lightning.evaluation_loader import Evaluation
-from sdp_lightning.lightning.train_loader import _check_names
+from sdp_lightning.lightning.train_loader import _common_names
 from sdp_lightning.rollout.checkpoint.packed_groups import pack_groups
 from sdp_lightning.rollout.checkpoint.resharding import reshard
 from sdp_lightning.testing import FakeEngine
@@ -114,9 +114,10 @@ def test_a_checkpoint_from_before_rewards_had_names_is_read() -> None:
 
 
 def test_ranks_with_rewards_of_other_names_are_named() -> None:
-    _check_names([("row0", ["a"]), ("row1", ["a"])])
+    assert _common_names([None, ("row0", ("a",)), ("row1", ("a",))]) == ("a",)
+    assert _common_names([None, None]) == ()
     with pytest.raises(sdp.RolloutError, match=r"row 'row1' of rank 1 has rewards named \['b'\]"):
-        _check_names([("row0", ["a"]), ("row1", ["b"])])
+        _common_names([("row0", ("a",)), ("row1", ("b",))])
 
 
 def test_an_evaluation_has_the_mean_of_each() -> None:

@@ -22,6 +22,7 @@ def counts_of_rank(rank: int) -> RolloutCounts:
         num_left_out=1,
         errors={"A judge: timed out!": 2, "a judge  timed out": 3, "?": 1},
         num_diverged=1,
+        num_discarded=3,
         timed_groups=4,
         group_s=8.0,
         times=EpisodeTimes(5, 10.0, 5.0, 2.5, 9),
@@ -58,6 +59,7 @@ def test_what_is_logged_are_counts_and_means() -> None:
             "rollout/error/other": 2,  # a cause without a letter
             "rollout/diverged": 2,
             "rollout/cut_tokens": 18,
+            "rollout/discarded": 6,
             "rollout/calls_running": 6,
             "rollout/calls_waiting": 14,
             "rollout/calls_lost": 2,

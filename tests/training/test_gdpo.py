@@ -14,7 +14,7 @@ import sdp_lightning as sdp
 from sdp_lightning.config import LossConfig, UpdateConfig
 from sdp_lightning.distributed.reductions import RankSums
 from sdp_lightning.errors import ConfigError, RolloutError
-from sdp_lightning.training.batch import Batch, collate
+from sdp_lightning.training.batch import Batch, blank_batch, collate
 from sdp_lightning.training.loss import batch_advantages, gdpo_advantages
 from sdp_lightning.training.metrics.train_step import step_values
 from sdp_lightning.training.update import PolicyUpdate
@@ -123,10 +123,30 @@ def test_a_group_is_uniform_if_each_reward_is_that_counts() -> None:
     ]
     batch = make_batch(groups, {"a": 1.0, "b": 1.0, "c": 0.0})
     steps = [{"loss": torch.tensor(0.0)}]
-    assert step_values(batch, steps, 1)["train/uniform"] == 1.0
+    assert step_values(batch, steps, 1)["train/uniform"] == (1.0, 2)
     values = step_values(batch, steps, 1, apart=True)
-    assert values["train/uniform"] == 0.5
-    assert [values[f"train/reward/{n}"] for n in "abc"] == [0.75, 0.25, 0.25]
+    assert values["train/uniform"] == (0.5, 2)
+    assert [values[f"train/reward/{n}"] for n in "abc"] == [(0.75, 4), (0.25, 4), (0.25, 4)]
+
+
+def test_a_rank_without_groups_has_the_same_names_and_counts_in_no_mean() -> None:
+    groups: list[list[Rewards]] = [[{"a": 0.0, "b": 3.0}, {"a": 1.0, "b": 1.0}]]
+    batch, blank = make_batch(groups, {"a": 1.0, "b": 0.2}), blank_batch(0, ("a", "b"))
+    steps = [{"loss": torch.tensor(0.0)}]
+    values = step_values(blank, steps, 2, apart=True)
+    assert values.keys() == step_values(batch, steps, 2, apart=True).keys()
+    means = ("train/reward", "train/reward/a", "train/uniform", "train/truncated")
+    assert all(values[name][1] == 0 for name in means)
+    assert values["train/masked_truncated"][0] == 0
+    told: list[tuple[float, ...]] = []
+
+    class Rank(RankSums):
+        def table(self, *values: float) -> list[tuple[float, ...]]:
+            told.append(values)
+            return [values, (2.0, 0.0, 2.0)]
+
+    gdpo_advantages(blank, UpdateConfig(advantages="gdpo"), Rank(CPU))
+    assert told == [(0, 0.0, 0.0)]
 
 
 def test_what_does_not_go_together_is_refused_by_name() -> None:

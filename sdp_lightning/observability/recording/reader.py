@@ -88,24 +88,28 @@ class Recording:
                 f"{self.folder} has versions {self.versions[0]} to {self.versions[-1]}, "
                 f"not {version}."
             )
-        parts = [self._read(rank, version) for rank in range(self.settings.num_ranks)]
+        read = [self._read(rank, version) for rank in range(self.settings.num_ranks)]
+        parts = [part for part in read if part is not None]
+        if not parts:
+            raise RecordingError(
+                f"{self._paths[0][version]} says that it has version {version}, and has no row of "
+                "it."
+            )
         return RecordedBatch(
             version=version,
             step=parts[0].step,
             groups=tuple(group for part in parts for group in part.groups),
             places=tuple(place for part in parts for place in part.places),
+            sizes=tuple(0 if part is None else len(part.groups) for part in read),
         )
 
-    def _read(self, rank: int, version: int) -> RecordedBatch:
+    def _read(self, rank: int, version: int) -> RecordedBatch | None:
+        """The part of a rank; None if it had no group left when others trained their last ones."""
         path = self._paths[rank][version]
         if rank not in self._loaded or self._loaded[rank][0] != path:
             self._loaded[rank] = path, _rows_in(path)
         rows = [row for row in self._loaded[rank][1] if row["version"] == version]
-        if not rows:
-            raise RecordingError(
-                f"{path} says that it has version {version}, and has no row of it."
-            )
-        return batch_of(rows, str(path))
+        return batch_of(rows, str(path)) if rows else None
 
     def _find_versions(self) -> list[int]:
         """Versions of which every process has its part.

@@ -14,11 +14,11 @@ from sdp_lightning.distributed.rank_group import RankGroup, make_rank_group
 from sdp_lightning.errors import ConfigError, RecordingError
 from sdp_lightning.lightning.ending import guard_callbacks
 from sdp_lightning.lightning.module import SegmentWisePPOModule
-from sdp_lightning.lightning.train_loader import make_batch
+from sdp_lightning.lightning.train_loader import Shares, make_batch
 from sdp_lightning.lightning.weight_sync import WeightSyncCallback
 from sdp_lightning.observability.recording import Recording, fingerprint_of
+from sdp_lightning.observability.recording.table import RecordedBatch
 from sdp_lightning.training.batch import SealedBatch
-from sdp_lightning.types import TrajectoryGroup
 
 logger = logging.getLogger(__name__)
 
@@ -141,7 +141,7 @@ class ReplayLoader:
         settings = self._recording.settings
         for number, version in enumerate(self._recording.versions[: self._length], 1):
             batch = make_batch(
-                self._share(self._recording.read(version).groups, version),
+                self._share(self._recording.read(version)),
                 version=version,
                 pad_token_id=self._pad_token_id,
                 segment_wise=settings.segment_wise,
@@ -152,20 +152,22 @@ class ReplayLoader:
                 self._trainer.should_stop = True
             yield SealedBatch(batch)
 
-    def _share(
-        self, groups: tuple[TrajectoryGroup, ...], version: int
-    ) -> tuple[TrajectoryGroup, ...]:
+    def _share(self, batch: RecordedBatch) -> Shares:
         """This process' part of a batch: its own of then, if there are as many processes.
 
         Raises:
             RecordingError: if the groups cannot be divided evenly.
         """
         size, rank = self._ranks.size, self._ranks.rank
-        if len(groups) % size:
+        sizes, count = batch.sizes, len(batch.groups)
+        if len(sizes) != size:
+            sizes = [count // size] * size
+        if sum(sizes) < count:
             raise RecordingError(
-                f"the batch of version {version} has {len(groups)} groups, which {size} processes "
+                f"the batch of version {batch.version} has {count} groups, which {size} processes "
                 "cannot share evenly: use as many as recorded it "
                 f"({self._recording.settings.num_ranks}), or one."
             )
-        share = len(groups) // size
-        return groups[rank * share : (rank + 1) * share]
+        start = sum(sizes[:rank])
+        names = sorted(batch.groups[0].trajectories[0].rewards)
+        return Shares(batch.groups[start : start + sizes[rank]], sizes, names)

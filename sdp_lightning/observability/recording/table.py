@@ -62,12 +62,14 @@ class RecordedBatch:
         step: optimizer steps made before.
         groups: the groups in the order of the batch.
         places: (epoch, index) of the dataset row of every group.
+        sizes: number of groups of each process, if they are of several.
     """
 
     version: int
     step: int
     groups: tuple[TrajectoryGroup, ...]
     places: tuple[tuple[int, int], ...]
+    sizes: tuple[int, ...] = ()
 
     @property
     def num_trajectories(self) -> int:

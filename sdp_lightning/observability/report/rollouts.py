@@ -42,6 +42,7 @@ def _losses(rows: Sequence[MetricRow], state: Mapping[str, Any]) -> str:
         "rejected": "rejected: the workflow returned nothing to train on",
         "failed": "failed: the workflow raised",
         "diverged": "sampled from scratch after a resume",
+        "discarded": "of a checkpoint, discarded as the prompts began anew",
     }
     counted = [
         [("", escape(text)), ("n", value(f"lost.{name}", last[f"rollout/{name}"], f"{count:.0f}"))]

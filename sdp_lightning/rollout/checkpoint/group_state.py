@@ -46,6 +46,11 @@ def groups_as_dicts(state: GroupStates, *, finished: bool) -> list[Mapping[str, 
     return [group_to_dict(group) for group in unpack_groups(state, finished=finished)]
 
 
+def num_groups(state: GroupStates) -> int:
+    """How many groups a checkpoint holds, in either form."""
+    return len(state["row_ids"] if isinstance(state, Mapping) else state)
+
+
 def group_to_dict(group: SavedGroup) -> dict[str, Any]:
     """The trajectories of a finished group, the logs of one that is under way."""
     place = {

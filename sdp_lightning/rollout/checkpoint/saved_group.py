@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import NamedTuple
@@ -10,6 +11,8 @@ from typing import NamedTuple
 from sdp_lightning.rollout.groups.in_flight import InFlightGroup
 from sdp_lightning.types import FinishReason, Trajectory, TrajectoryGroup
 from sdp_lightning.workflows.episode_log import Event, log_parts
+
+logger = logging.getLogger(__name__)
 
 _NONE: Mapping[str, float] = MappingProxyType({})
 
@@ -81,14 +84,30 @@ def save_group(group: InFlightGroup) -> SavedGroup:
     )
 
 
-def has_rewards(group: TrajectoryGroup, names: Collection[str]) -> bool:
-    """Whether the trajectories of ``group`` have rewards of just these ``names``."""
-    return all(set(t.rewards) == set(names) for t in group.trajectories)
+def with_weights(
+    restored: Sequence[tuple[InFlightGroup, TrajectoryGroup]], weights: Mapping[str, float]
+) -> tuple[list[tuple[InFlightGroup, TrajectoryGroup]], list[InFlightGroup]]:
+    """Finished groups with the weights of now, and those whose rewards have other names.
 
-
-def reweighted(group: TrajectoryGroup, weights: Mapping[str, float]) -> TrajectoryGroup:
-    """The group with these weights of its named rewards; unchanged if there are none."""
+    Args:
+        restored: the groups of a checkpoint.
+        weights: weights of several rewards by name; empty changes nothing.
+    """
     if not weights:
-        return group
-    trajectories = tuple(t.with_rewards(t.rewards, weights) for t in group.trajectories)
-    return replace(group, trajectories=trajectories)
+        return list(restored), []
+    kept: list[tuple[InFlightGroup, TrajectoryGroup]] = []
+    others: list[InFlightGroup] = []
+    for group, done in restored:
+        if all(t.rewards.keys() == weights.keys() for t in done.trajectories):
+            trajectories = tuple(t.with_rewards(t.rewards, weights) for t in done.trajectories)
+            kept.append((group, replace(done, trajectories=trajectories)))
+        else:
+            others.append(group)
+    if others:
+        logger.warning(
+            "%d finished groups of the checkpoint have other rewards than %s: their rows begin "
+            "anew",
+            len(others),
+            sorted(weights),
+        )
+    return kept, others

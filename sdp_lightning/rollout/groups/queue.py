@@ -76,9 +76,9 @@ class RolloutCache:
         dropped, self._groups = _split(self._groups, is_stale)
         return dropped
 
-    def take(self, count: int) -> list[TrajectoryGroup]:
-        """Remove and return the ``count`` oldest groups; none if there are fewer."""
-        if len(self._groups) < count:
+    def take(self, count: int, *, fewer: bool = False) -> list[TrajectoryGroup]:
+        """Remove and return the ``count`` oldest groups; none, or ``fewer``, if there are fewer."""
+        if len(self._groups) < count and not fewer:
             return []
         taken, self._groups = self._groups[:count], self._groups[count:]
         return taken

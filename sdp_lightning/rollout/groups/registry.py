@@ -198,8 +198,8 @@ class GroupRegistry:
             self.changed.notify_all()
             return overdue
 
-    def take(self) -> list[TrajectoryGroup]:
-        """The oldest ``batch_size`` groups, or none if they are not ready."""
+    def take(self, *, fewer: bool = False) -> list[TrajectoryGroup]:
+        """The oldest ``batch_size`` groups, or none if they are not ready, or all if ``fewer``."""
         with self.changed:
             self._cache.add(self._queue.drain())
             while self._held:
@@ -207,7 +207,7 @@ class GroupRegistry:
                 self._cache.add(self._queue.drain())
             if self._config.on_overdue == "wait" and self._must_wait():
                 return []
-            batch = self._cache.take(self._config.batch_size)
+            batch = self._cache.take(self._config.batch_size, fewer=fewer)
             self.manager.on_consumed(len(batch))
             for finished in batch:
                 group = self._in_flight[finished.order]

@@ -60,6 +60,7 @@ class RolloutTelemetry:
         errors: infrastructure errors by cause.
         num_diverged: groups of a checkpoint that were sampled from scratch, because their workflow
             did not repeat its saved steps.
+        num_discarded: groups of a checkpoint that were not resumed, as the prompts began anew.
         timed_groups: groups whose workflow returned.
         group_s: seconds from the submission of these groups to that return, added up.
         times: times of the trajectories of these groups, added up.
@@ -75,6 +76,7 @@ class RolloutTelemetry:
     num_left_out: int = 0
     errors: dict[str, int] = field(default_factory=dict[str, int])
     num_diverged: int = 0
+    num_discarded: int = 0
     timed_groups: int = 0
     group_s: float = 0.0
     times: EpisodeTimes = field(default_factory=EpisodeTimes)
@@ -117,6 +119,7 @@ class RolloutCounts:
         dropped_overdue: groups that were dropped while they ran.
         left_out: samples that infrastructure errors cost their groups.
         diverged: restored groups that were sampled from scratch.
+        discarded: groups of a checkpoint that were not resumed.
         generated: tokens sampled since the batch before.
         calls_running: calls of plain rewards and environments, and long texts, that have a thread.
         calls_waiting: calls that wait for a thread.
@@ -133,6 +136,7 @@ class RolloutCounts:
     dropped_overdue: int = 0
     left_out: int = 0
     diverged: int = 0
+    discarded: int = 0
     trained_groups: int = 0
     trained_tokens: int = 0
     dropped_groups: int = 0
@@ -168,6 +172,7 @@ class RolloutCounts:
             dropped_overdue=telemetry.num_overdue,
             left_out=telemetry.num_left_out,
             diverged=telemetry.num_diverged,
+            discarded=telemetry.num_discarded,
             trained_groups=telemetry.trained_groups,
             trained_tokens=telemetry.trained_tokens,
             dropped_groups=telemetry.dropped_groups,
@@ -210,6 +215,7 @@ class RolloutCounts:
             **{f"rollout/error/{key}": float(n) for key, n in _by_key(self.errors).items()},
             "rollout/diverged": float(self.diverged),
             "rollout/cut_tokens": float(self.times.num_cut),
+            "rollout/discarded": float(self.discarded),
             "rollout/calls_running": float(self.calls_running),
             "rollout/calls_waiting": float(self.calls_waiting),
             "rollout/calls_lost": float(self.calls_lost),

@@ -1,7 +1,7 @@
 """Batches: groups of trajectories as tensors, and their minibatches and micro-batches."""
 
 from sdp_lightning.training.batch.batch import NO_VERSION, Batch, Layout, SealedBatch
-from sdp_lightning.training.batch.collate import collate, trial_batch
+from sdp_lightning.training.batch.collate import blank_batch, collate, trial_batch
 from sdp_lightning.training.batch.microbatches import (
     AttentionCosts,
     pack_microbatches,
@@ -16,6 +16,7 @@ __all__ = [
     "Batch",
     "Layout",
     "SealedBatch",
+    "blank_batch",
     "collate",
     "pack_microbatches",
     "pad_microbatches",

@@ -59,6 +59,9 @@ class Batch(Displayed):
             one reward.
         missing_proximal: substitute for the score of an unscored token of lag 2 or more.
         max_lag: tokens older than this get weight 0, and still count in N; None is no bound.
+        most_groups: the most groups that a rank has, of which there may be fewer than minibatches;
+            None is at least as many as those.
+        is_blank: whether the rank has no group, and its one row is there for the others' sake.
     """
 
     version: int
@@ -83,6 +86,8 @@ class Batch(Displayed):
     reward_names: tuple[str, ...] = ()
     missing_proximal: MissingProximal = "behavior"
     max_lag: int | None = None
+    most_groups: int | None = None
+    is_blank: bool = False
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -81,6 +82,19 @@ def _named_rewards(
         "named_rewards": torch.tensor(values, dtype=torch.float32),
         "reward_weights": torch.tensor(weights, dtype=torch.float32),
     }
+
+
+def blank_batch(version: int, reward_names: Sequence[str] = ()) -> Batch:
+    """A batch of one row without a token to train, for a rank that has no group left.
+
+    Args:
+        version: the policy version that trains.
+        reward_names: names of the rewards of other ranks.
+    """
+    blank = Trajectory((Context([0]), Segment(version, [0], [0.0])))
+    zeros = dict.fromkeys(reward_names, 0.0)
+    group = TrajectoryGroup((blank.with_rewards(zeros, zeros),))
+    return replace(collate([group], version=version).idle(), is_blank=True)
 
 
 def trial_batch(vocab_size: int, length: int = 20) -> Batch:

@@ -165,6 +165,7 @@ OTHERS: dict[str, tuple[Logged, ...]] = {
         Logged("rollout/left_out", "samples left out of their group, as infrastructure failed"),
         Logged("rollout/diverged", "did not repeat what a checkpoint had of them"),
         Logged("rollout/cut_tokens", "tokens that engines returned after the end of a completion"),
+        Logged("rollout/discarded", "of a checkpoint, not resumed: the prompts began anew"),
         Logged("rollout/calls_running", "calls then of plain rewards and environments, in threads"),
         Logged("rollout/calls_waiting", "such calls that waited for a thread then"),
         Logged("rollout/calls_lost", "such calls past their timeout that held a thread then"),

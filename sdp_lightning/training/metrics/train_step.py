@@ -14,8 +14,8 @@ from sdp_lightning.training.metrics.names import NAMED_REWARD
 
 def step_values(
     batch: Batch, steps: Sequence[dict[str, Tensor]], num_ranks: int, *, apart: bool = False
-) -> dict[str, Tensor]:
-    """Values by logged name, each [], to be averaged over ranks.
+) -> dict[str, tuple[Tensor, float]]:
+    """Values by logged name, each [], with the weight that each has in the mean over ranks.
 
     Args:
         batch: the batch of this rank; rows without a token to train on are masked.
@@ -24,14 +24,17 @@ def step_values(
         apart: whether each of several rewards teaches on its own: a group is uniform if each is.
     """
     means = {name: torch.stack([step[name] for step in steps]).mean() for name in steps[0]}
+    rows = 0 if batch.is_blank else len(batch)
+    groups = 0 if batch.is_blank else int(batch.group_ids.unique().numel())
+    masked = ~batch.loss_mask.any(1) & (not batch.is_blank)
     return {
-        "train/reward": batch.rewards.mean(),
-        **_named_means(batch),
-        **{f"train/{name}": value for name, value in means.items()},
-        "train/tokens": batch.loss_mask.sum() * num_ranks,
-        "train/truncated": batch.truncated.float().mean(),
-        "train/masked_truncated": (~batch.loss_mask.any(1)).sum() * num_ranks,
-        "train/uniform": uniform_share(_signals(batch, apart), batch.group_ids),
+        "train/reward": (batch.rewards.mean(), rows),
+        **{name: (mean, rows) for name, mean in _named_means(batch).items()},
+        **{f"train/{name}": (value, 1) for name, value in means.items()},
+        "train/tokens": (batch.loss_mask.sum() * num_ranks, 1),
+        "train/truncated": (batch.truncated.float().mean(), rows),
+        "train/masked_truncated": (masked.sum() * num_ranks, 1),
+        "train/uniform": (uniform_share(_signals(batch, apart), batch.group_ids), groups),
     }
 
 
