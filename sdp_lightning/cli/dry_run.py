@@ -23,7 +23,7 @@ from sdp_lightning.config.model_source import ModelSource, quiet_transformers
 from sdp_lightning.config.pretrained import auto_classes, load_config, load_tokenizer
 from sdp_lightning.errors import ConfigError
 from sdp_lightning.lightning.datamodule import RolloutDataModule
-from sdp_lightning.prompts.sources import load_rows
+from sdp_lightning.prompts.sources import first_rows, load_rows
 
 NUM_BATCHES, NUM_ROWS, MAX_NEW_TOKENS = 2, 8, 16
 _TRAINER: dict[str, Any] = {
@@ -98,8 +98,7 @@ def _cut(config: Any, folder: Path) -> None:
     data.rollout.max_concurrent = None
     for name in ("prompts", "val_prompts"):
         if data[name]:
-            rows = load_rows(data[name])
-            data[name] = [rows[i] for i in range(min(NUM_ROWS, len(rows)))]
+            data[name] = first_rows(load_rows(data[name]), NUM_ROWS)
     for name in ("workflow", "val_workflow"):
         sampling = data[name] and data[name].get("init_args", {}).get("sampling")
         if sampling:

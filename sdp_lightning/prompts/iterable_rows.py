@@ -5,6 +5,7 @@ No library is imported here: a torch DataLoader is known only where torch is in 
 
 from __future__ import annotations
 
+import copy
 import inspect
 import itertools
 import sys
@@ -35,7 +36,7 @@ class IterableRows:
 
     def __init__(self, source: Iterable[Any] | Callable[[], Iterable[Any]]) -> None:
         self._source: Any = source
-        self.is_one_shot = isinstance(source, Iterator)
+        self.is_one_shot, self._is_read = isinstance(source, Iterator), False
         # foreign: a function or an object of the user's
         self.name = str(getattr(source, "__name__", type(source).__name__))
         if inspect.isgenerator(source) and inspect.getgeneratorstate(source) != inspect.GEN_CREATED:
@@ -43,8 +44,7 @@ class IterableRows:
                 f"the generator {self.name} of the prompts was read from already: give the "
                 "function that makes it, which is called for every epoch."
             )
-        self._is_loader = _is_loader(source)
-        self.shuffles = self._is_loader and _shuffles(source)
+        self._gives_batches, self.shuffles = _loader_traits(source)
         if self.shuffles and not _has_state(source):
             raise ConfigError(
                 "the DataLoader of the prompts shuffles, in another order in every process: give "
@@ -63,30 +63,43 @@ class IterableRows:
             the rows of the item.
 
         Raises:
-            RolloutError: if an item is neither a row nor a batch of rows.
+            RolloutError: if an item is neither a row nor a batch of rows, or a source that can be
+                read once was read already.
         """
-        source = self._source if isinstance(self._source, Iterable) else self._source()
+        if self.is_one_shot and self._is_read:
+            raise RolloutError(
+                f"the prompts {self.name!r} were read already, and can be read once: give the "
+                "function that makes it."
+            )
+        self._is_read = True
+        yield from self._items(epoch, state)
+
+    def _items(self, epoch: int, state: Any = None) -> Iterator[tuple[Any, list[Row]]]:
+        # foreign: a function is called for every epoch
+        source: Any = self._source if hasattr(self._source, "__iter__") else self._source()
         _set_epoch(source, epoch)
         if state is not None:
             source.load_state_dict(state)
         iterator, has_state = iter(source), _has_state(source)
         while (item := next(iterator, _END)) is not _END:
-            yield state, rows_of(item, of_loader=self._is_loader)
-            state = source.state_dict() if has_state else None
+            yield state, rows_of(item, of_loader=self._gives_batches)
+            state = copy.deepcopy(source.state_dict()) if has_state else None
 
     @property
     def start(self) -> Any:
         """The state before the first row, with which the source forgets another; None without."""
-        has_one = isinstance(self._source, Iterable) and _has_state(self._source)
-        return self._source.state_dict() if has_one else None
+        return self._source.state_dict() if _has_state(self._source) else None
 
     def head(self, count: int) -> list[Row]:
         """The first rows, at most ``count``. They are read again by :meth:`open`."""
-        items = self.open(0)
-        rows = list(itertools.islice((row for _, part in items for row in part), count))
+        items, rows = self._items(0), list[Row]()
+        for _, part in items:
+            rows += part
+            if len(rows) >= count:
+                break
         if self.is_one_shot:
             self._source = itertools.chain([rows], (part for _, part in items))
-        return rows
+        return rows[:count]
 
     def all(self, most: int) -> list[Row]:
         """All rows of one epoch.
@@ -159,15 +172,14 @@ def _column(column: Any) -> Sequence[Any] | None:
     return [value.item() if np.ndim(value) == 0 else value for value in values]
 
 
-def _is_loader(source: object) -> bool:
+def _loader_traits(source: Any) -> tuple[bool, bool]:
+    """Whether ``source`` is a DataLoader that gives batches, and whether that shuffles."""
     torch: Any = sys.modules.get("torch")
     if torch is None or not isinstance(source, torch.utils.data.DataLoader):
-        return False
-    return cast(Any, source).batch_sampler is not None or cast(Any, source).batch_size is not None
-
-
-def _shuffles(loader: Any) -> bool:
-    return isinstance(loader.sampler, sys.modules["torch"].utils.data.RandomSampler)
+        return False, False
+    loader: Any = source
+    shuffles = isinstance(loader.sampler, torch.utils.data.RandomSampler)
+    return loader.batch_sampler is not None or loader.batch_size is not None, shuffles
 
 
 def _has_state(source: object) -> bool:
