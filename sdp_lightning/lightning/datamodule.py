@@ -7,7 +7,7 @@ before it has been published.
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -180,10 +180,7 @@ class RolloutDataModule(L.LightningDataModule):
         ):
             if source is not None and (stage == "fit" or source is self._val_prompts):
                 rows = prompts if source is self._prompts else read_rows(source)
-                if isinstance(rows, IterableRows):
-                    rows = first_rows(rows, _CHECKED)
-                indices = range(self._ranks.rank, len(rows), size)
-                workflow.check_rows((index, rows[index]) for index in indices)
+                workflow.check_rows(_share_of(rows, self._ranks.rank, size))
         return prompts
 
     def train_dataloader(self) -> RolloutLoader:
@@ -314,3 +311,13 @@ class RolloutDataModule(L.LightningDataModule):
                 f"be a SegmentWisePPOModule; found {type(module).__name__}."
             )
         return module
+
+
+def _share_of(
+    rows: Sequence[Row] | IterableRows, rank: int, size: int
+) -> Iterator[tuple[int, Row]]:
+    """Rows for a rank to check, with their indices: of an iterable, the first ones."""
+    if isinstance(rows, IterableRows):
+        yield from enumerate(first_rows(rows, _CHECKED))
+    else:
+        yield from ((index, rows[index]) for index in range(rank, len(rows), size))
