@@ -25,7 +25,8 @@ from sdp_lightning.config.model_source import ModelSource, quiet_transformers
 from sdp_lightning.config.pretrained import auto_classes, load_config, load_tokenizer
 from sdp_lightning.errors import ConfigError
 from sdp_lightning.lightning.datamodule import RolloutDataModule
-from sdp_lightning.prompts.sources import load_rows
+from sdp_lightning.prompts.iterable_rows import IterableRows
+from sdp_lightning.prompts.sources import first_rows, load_rows, rows_to_check
 from sdp_lightning.types import Row
 from sdp_lightning.workflows.chat.row_kinds import first_of_each_kind
 
@@ -109,11 +110,10 @@ def _cut(config: Any, folder: Path) -> None:
             sampling.max_new_tokens = min(MAX_NEW_TOKENS, sampling.max_new_tokens)
 
 
-def few_rows(rows: Sequence[Row]) -> list[Row]:
+def few_rows(rows: Sequence[Row] | IterableRows) -> list[Row]:
     """The first rows, and the first of each kind."""
-    kinds = dict(first_of_each_kind((i, rows[i]) for i in range(len(rows))))
-    first = {i: rows[i] for i in range(min(NUM_ROWS, len(rows)))}
-    return list((first | kinds).values())
+    kinds = dict(first_of_each_kind(rows_to_check(rows)))
+    return list((dict(enumerate(first_rows(rows, NUM_ROWS))) | kinds).values())
 
 
 def _leaves_traces(callback: Any) -> bool:

@@ -7,7 +7,7 @@ before it has been published.
 from __future__ import annotations
 
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -36,7 +36,8 @@ from sdp_lightning.lightning.startup import (
 )
 from sdp_lightning.lightning.stop_request import StopRequest
 from sdp_lightning.lightning.train_loader import RolloutLoader, num_batches
-from sdp_lightning.prompts.sources import load_rows
+from sdp_lightning.prompts.iterable_rows import IterableRows
+from sdp_lightning.prompts.sources import load_rows, read_rows, rows_to_check
 from sdp_lightning.rollout.checkpoint.resharding import reshard
 from sdp_lightning.rollout.executor import WorkflowExecutor
 from sdp_lightning.rollout.factory import create_workflow_executor
@@ -53,8 +54,9 @@ class RolloutDataModule(L.LightningDataModule):
     all of them if they had ended.
 
     Args:
-        prompts: rows (mappings), or the import path of a sequence of them or of a function that
-            returns one: ``"package.module:name"`` or ``"path/to/file.py:name"``.
+        prompts: rows (mappings): a sequence, or an iterable (a generator, ``datasets`` streaming, a
+            ``DataLoader``), or a function that returns one; or the import path of any of these:
+            ``"package.module:name"`` or ``"path/to/file.py:name"``.
         workflow: workflow of every rollout.
         engine: argument of :func:`connect_engine`: ``"embedded"``, ``"vllm://host:port"``,
             ``"vllm://launch"``, or an engine object, which is closed at the end of the run and
@@ -70,13 +72,17 @@ class RolloutDataModule(L.LightningDataModule):
 
     def __init__(
         self,
-        prompts: str | Sequence[Mapping[str, Any]],
+        prompts: str | Sequence[Mapping[str, Any]] | Iterable[Any] | Callable[[], Iterable[Any]],
         workflow: RolloutWorkflow,
         *,
         engine: str | InferenceEngine = "embedded",
         engine_options: dict[str, Any] | None = None,
         rollout: RolloutConfig = RolloutConfig(),
-        val_prompts: str | Sequence[Mapping[str, Any]] | None = None,
+        val_prompts: str
+        | Sequence[Mapping[str, Any]]
+        | Iterable[Any]
+        | Callable[[], Iterable[Any]]
+        | None = None,
         val_workflow: RolloutWorkflow | None = None,
     ) -> None:
         super().__init__()
@@ -87,7 +93,13 @@ class RolloutDataModule(L.LightningDataModule):
             )
         self.rollout, self.workflow = rollout, workflow
         self.val_workflow = workflow if val_workflow is None else val_workflow
-        self._prompts, self._val_prompts = prompts, val_prompts
+        # A generator can be wrapped, and read, only once.
+        self._prompts = prompts if isinstance(prompts, str) else load_rows(prompts)
+        self._val_prompts = (
+            val_prompts
+            if val_prompts is None or isinstance(val_prompts, str)
+            else load_rows(val_prompts)
+        )
         self._engine_source, self._engine_options = engine, dict(engine_options or {})
         self._engine: InferenceEngine | None = None
         self._executor: WorkflowExecutor | None = None
@@ -156,19 +168,21 @@ class RolloutDataModule(L.LightningDataModule):
         start_engine(engine, self._ranks)
         self._trainer_threads = leave_cores(engine)
 
-    def _checked_rows(self, stage: str) -> Sequence[Row]:
-        """The prompts; each rank has checked its part of them, or of the validation's."""
+    def _checked_rows(self, stage: str) -> Sequence[Row] | IterableRows:
+        """The prompts; each rank has checked its part of them, or of the validation's.
+
+        Of rows that are read one after another, the first are checked.
+        """
         prompts, size = load_rows(self._prompts), self._ranks.size
         for source, workflow in (
             (self._prompts, self.workflow),
             (self._val_prompts, self.val_workflow),
         ):
             if source is not None and (stage == "fit" or source is self._val_prompts):
-                rows = prompts if source is self._prompts else load_rows(source)
-                indices = range(self._ranks.rank, len(rows), size)
-                workflow.check_rows((index, rows[index]) for index in indices)
-                tokenizer = self._module().tokenizer
-                workflow.check_prompts(((i, rows[i]) for i in indices), tokenizer)
+                rows = prompts if source is self._prompts else read_rows(source)
+                share = self._ranks.rank, self._ranks.size
+                workflow.check_rows(rows_to_check(rows, *share))
+                workflow.check_prompts(rows_to_check(rows, *share), self._module().tokenizer)
         return prompts
 
     def train_dataloader(self) -> RolloutLoader:
@@ -189,7 +203,7 @@ class RolloutDataModule(L.LightningDataModule):
         if self._val_prompts is None:
             raise ConfigError("there is nothing to evaluate: pass val_prompts.")
         assert self.trainer is not None
-        rows = load_rows(self._val_prompts)
+        rows = read_rows(self._val_prompts)
         return EvaluationLoader(
             self.executor,
             rows,
@@ -206,11 +220,13 @@ class RolloutDataModule(L.LightningDataModule):
         """Rollouts of the training prompts: only generated, nothing is learned from them."""
         assert self.trainer is not None
         limit: Any = self.trainer.limit_predict_batches
+        num_batches = limit if isinstance(limit, int) else None
+        most = None if num_batches is None else num_batches * self.rollout.batch_size
         return GenerationLoader(
             self.executor,
-            load_rows(self._prompts),
+            read_rows(self._prompts, most),
             self.workflow,
-            num_batches=limit if isinstance(limit, int) else None,
+            num_batches=num_batches,
             trainer=self.trainer,
             ranks=self._ranks,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -14,6 +15,8 @@ from sdp_lightning.prompts.stream import PromptRow, PromptStream
 from sdp_lightning.rollout.executor import WorkflowExecutor
 from sdp_lightning.types import Row, TrajectoryGroup
 from sdp_lightning.workflows.workflow import RolloutWorkflow
+
+logger = logging.getLogger(__name__)
 
 
 class Rollouts:
@@ -79,6 +82,9 @@ class GenerationLoader:
         if passes is not None:  # on several ranks whole batches only: all have as many
             whole = len(rows) * passes // (self._size * ranks.size)
             there = whole if ranks.size > 1 else -(-len(rows) * passes // self._size)
+            rest = len(rows) * passes - whole * self._size * ranks.size
+            if rest and ranks.size > 1 and num_batches is None and ranks.rank == 0:
+                logger.warning("predict leaves out the last %d rows: no batch for all ranks.", rest)
             self._length = there if num_batches is None else min(there, num_batches)
 
     def __len__(self) -> int:

@@ -3,38 +3,91 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any, cast
 from urllib.parse import parse_qsl
 
 from sdp_lightning.config.import_path import load_object
 from sdp_lightning.errors import ConfigError
+from sdp_lightning.prompts.iterable_rows import IterableRows, is_indexed
 from sdp_lightning.types import Row
 
+MOST_AT_ONCE = 100_000  # rows of an iterable that are read whole
+_CHECKED = 16  # rows of an iterable that are checked before the run
+Source = str | Sequence[Row] | Iterable[Any] | Callable[[], Iterable[Any]] | IterableRows
 
-def load_rows(source: str | Sequence[Row]) -> Sequence[Row]:
+
+def load_rows(source: Source) -> Sequence[Row] | IterableRows:
     """Dataset rows, given as such or by a string that names them.
 
-    A string is the import path of the rows, or of a function that returns them
+    What has a length and an index is a sequence. Any other iterable is read one row after another:
+    a generator, which can be read once, or a function that makes it, ``datasets`` streaming, a
+    torch ``IterableDataset`` or ``DataLoader``.
+
+    A string is the import path of rows, or of a function that returns them
     (``"package.module:name"``, ``"path/to/file.py:name"``), or one of the forms of
     :func:`find_rows`: ``"rows.jsonl"``, ``"rows.parquet"``, ``"reasoning_gym:task?size=500"``,
     ``"datasets:name?split=train"``.
 
     Raises:
-        ConfigError: if the rows are no sequence: a generator, a single row, None.
+        ConfigError: if they are no rows: a single row, a text, None.
     """
     rows: object = source
     if isinstance(source, str):
         rows = find_rows(source)
         if rows is None:
-            named = load_object(source)
-            rows = named() if callable(named) else named
-    if not isinstance(rows, Sized) or isinstance(rows, (Mapping, str)):
+            rows = load_object(source)
+    function: Any = None
+    if callable(rows) and not isinstance(rows, Iterable | Sized):
+        function, rows = rows, rows()
+    if isinstance(rows, IterableRows):
+        return rows
+    if not isinstance(rows, Iterable | Sized) or isinstance(rows, (Mapping, str, bytes)):
         raise ConfigError(
-            "prompts must be a sequence of rows, such as a list of mappings or a datasets.Dataset; "
-            f"got {type(rows).__name__}. Make a list of it."
+            "prompts must be rows: a sequence, such as a list of mappings or a datasets.Dataset, "
+            f"an iterable, or a function that returns one; got {type(rows).__name__}."
         )
-    return cast(Sequence[Row], rows)
+    if is_indexed(rows):
+        return cast(Sequence[Row], rows)
+    is_made_again = function is not None and isinstance(rows, Iterator)
+    source_of_rows: Any = function if is_made_again else rows
+    return IterableRows(source_of_rows)
+
+
+def read_rows(source: Source, count: int | None = None) -> Sequence[Row]:
+    """Rows that are all needed at once, in order to evaluate: as :func:`load_rows`, or read.
+
+    Args:
+        source: rows, or their name.
+        count: how many are enough of what is read one after another; None is all.
+
+    Raises:
+        ConfigError: if they are no rows, or more than 100,000 of what is read one after another.
+    """
+    rows = load_rows(source)
+    if not isinstance(rows, IterableRows):
+        return rows
+    return rows.all(MOST_AT_ONCE) if count is None else rows.head(count)
+
+
+def first_rows(rows: Sequence[Row] | IterableRows, count: int) -> list[Row]:
+    """The first rows, at most ``count``; they are not used up."""
+    if isinstance(rows, IterableRows):
+        return rows.head(count)
+    return [rows[index] for index in range(min(count, len(rows)))]
+
+
+def rows_to_check(
+    rows: Sequence[Row] | IterableRows, rank: int = 0, num_ranks: int = 1
+) -> Iterator[tuple[int, Row]]:
+    """Rows for a rank to check, with their indices: every ``num_ranks``-th, or an iterable's first.
+
+    They are read when they are asked for.
+    """
+    if isinstance(rows, IterableRows):
+        yield from enumerate(rows.head(_CHECKED))
+    else:
+        yield from ((index, rows[index]) for index in range(rank, len(rows), num_ranks))
 
 
 def find_rows(source: str) -> Sequence[Row] | None:

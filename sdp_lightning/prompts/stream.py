@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -88,8 +88,19 @@ class PromptStream:
             and (self._epoch >= self._num_epochs)
         )
 
-    def next(self) -> PromptRow | None:
-        """The next row, or None when exhausted.
+    @property
+    def awaited_s(self) -> float | None:
+        """Seconds for which a row has been awaited: None, as it is read when it is asked for."""
+        return None
+
+    def watch(self, on_ready: Callable[[], None]) -> None:
+        """Does nothing: a row is always ready."""
+
+    def close(self) -> None:
+        """Does nothing."""
+
+    def next(self, wait_s: float = 0.0) -> PromptRow | None:
+        """The next row, or None when exhausted; it never waits.
 
         Raises:
             RolloutError: naming the row that could not be read; the position does not move.
@@ -151,12 +162,19 @@ class PromptStream:
             "returned": [list(pair) for pair in self._returned],
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from ``state``.
+    def load_state_dict(
+        self, state: Mapping[str, Any], kept: Mapping[tuple[int, int], Row] | None = None
+    ) -> None:
+        """Continue from ``state``; ``kept`` are rows that are read again here.
 
         Raises:
             ConfigError: if the rows or their order differ.
         """
+        if "num_rows" not in state:
+            raise ConfigError(
+                "the checkpoint was made with a stream of prompts, now they are a sequence: "
+                f"positions would not mean the same rows. {RESTART}"
+            )
         if (state["seed"], state["shuffle"]) != (self._seed, self._shuffle):
             raise ConfigError(
                 f"the checkpoint was made with seed={state['seed']} and shuffle="

@@ -73,6 +73,7 @@ class WorkflowExecutor:
         self._source, self._recomputer, self._ranks = source, recomputer, ranks
         self._runner = AsyncTaskRunner(name="sdp-rollout", on_result=self._on_task_result)
         self._generating = self._closed = False
+        source.watch(self._submit_rows)
 
     @property
     def version(self) -> int:
@@ -212,6 +213,7 @@ class WorkflowExecutor:
         with self.registry.changed:
             self._closed, self._generating = True, False
             self.registry.changed.notify_all()
+        self._source.close()
         self._runner.close()
 
     def recompute(self, scorer: LogprobScorer) -> RecomputeReport:
@@ -331,10 +333,11 @@ class WorkflowExecutor:
         self._runner.raise_if_dead()
 
     def _describe(self, version: int) -> str:
-        stat = self.stat
+        stat, awaited_s = self.stat, self._source.awaited_s
+        awaited = "" if awaited_s is None else f"; the prompts gave no row for {awaited_s:.1f} s"
         return (
             f"{stat.pending} are ready, {stat.running} run, {stat.dropped} were dropped, "
             f"{stat.rejected} rejected and {stat.failed} failed so far; capacity is "
             f"{self.manager.capacity(version)} at version {version}; the engine has "
-            f"sampled {self.engine.num_generated} tokens."
+            f"sampled {self.engine.num_generated} tokens{awaited}."
         )

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 from sdp_lightning.config import RolloutConfig
 from sdp_lightning.distributed.rank_group import RankGroup
 from sdp_lightning.engines.protocol import InferenceEngine
+from sdp_lightning.prompts.iterable_rows import IterableRows
+from sdp_lightning.prompts.iterable_stream import IterableStream
 from sdp_lightning.prompts.stream import PromptStream
 from sdp_lightning.rollout.executor import WorkflowExecutor
-from sdp_lightning.rollout.group_source import GroupSource
+from sdp_lightning.rollout.group_source import GroupSource, Prompts
 from sdp_lightning.rollout.groups.ledger import (
     CapacityModifier,
     FilteredSamplesCapacityModifier,
@@ -25,6 +28,8 @@ from sdp_lightning.rollout.proximal_recompute import ProximalRecomputer
 from sdp_lightning.types import Row
 from sdp_lightning.workflows.send_gate import SendGate
 from sdp_lightning.workflows.workflow import RolloutWorkflow, Tokenizer
+
+logger = logging.getLogger(__name__)
 
 
 def create_staleness_strategy(config: RolloutConfig) -> StalenessControlStrategy:
@@ -52,12 +57,35 @@ def create_recomputer(config: RolloutConfig) -> ProximalRecomputer | None:
     )
 
 
+def create_prompts(
+    rows: Sequence[Row] | IterableRows, config: RolloutConfig, ranks: RankGroup
+) -> Prompts:
+    """This rank's part of ``rows``, in the order that ``config`` asks for.
+
+    Raises:
+        ConfigError: if there are no rows, or rows that can be read once are to be read again.
+    """
+    place = {"rank": ranks.rank, "num_ranks": ranks.size}
+    if not isinstance(rows, IterableRows):
+        epochs, seed = config.num_epochs, config.seed
+        return PromptStream(rows, seed=seed, shuffle=config.shuffle, num_epochs=epochs, **place)
+    if config.shuffle and ranks.rank == 0:
+        logger.warning(
+            "the prompts are a stream: shuffle=True has no effect, its rows come in its own order. "
+            "Shuffle it where it is made, and set shuffle=False."
+        )
+    fills, timeout_s = config.last_batch == "fill", config.timeout_s
+    return IterableStream(
+        rows, num_epochs=config.num_epochs, fills=fills, timeout_s=timeout_s, **place
+    )
+
+
 def create_workflow_executor(
     *,
     config: RolloutConfig,
     engine: InferenceEngine,
     workflow: RolloutWorkflow,
-    prompts: Sequence[Row],
+    prompts: Sequence[Row] | IterableRows,
     tokenizer: Tokenizer,
     ranks: RankGroup | None = None,
     eos_token_ids: Sequence[int] = (),
@@ -68,7 +96,7 @@ def create_workflow_executor(
         config: of this process: counts are its share of the world's.
         engine: started, or started before the first publish.
         workflow: what one rollout does.
-        prompts: rows; indexed, so any sequence will do.
+        prompts: rows; indexed, so any sequence will do, or read one after another.
         tokenizer: of the policy.
         ranks: that train together; None is this process alone.
         eos_token_ids: tokens that end a completion, as the model's folder says.
@@ -77,14 +105,7 @@ def create_workflow_executor(
         ConfigError: if ``prompts`` is empty.
     """
     ranks = RankGroup() if ranks is None else ranks
-    stream = PromptStream(
-        prompts,
-        seed=config.seed,
-        shuffle=config.shuffle,
-        num_epochs=config.num_epochs,
-        rank=ranks.rank,
-        num_ranks=ranks.size,
-    )
+    stream = create_prompts(prompts, config, ranks)
     manager = _make_manager(config)
     gate = SendGate()
     source = GroupSource(

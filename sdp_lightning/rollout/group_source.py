@@ -5,6 +5,7 @@ It also writes groups to checkpoints. Not thread-safe: its owner locks.
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
@@ -13,17 +14,24 @@ from typing import Any
 from sdp_lightning.config import RolloutConfig
 from sdp_lightning.config.pretrained import count_tokens
 from sdp_lightning.engines.protocol import InferenceEngine
+from sdp_lightning.errors import RolloutError
+from sdp_lightning.prompts.iterable_stream import IterableStream
 from sdp_lightning.prompts.stream import PromptRow, PromptStream, derive_seed
 from sdp_lightning.rollout.checkpoint.group_state import read_groups
 from sdp_lightning.rollout.checkpoint.packed_groups import pack_groups
+from sdp_lightning.rollout.checkpoint.row_codec import decode, encode
 from sdp_lightning.rollout.checkpoint.saved_group import SavedGroup, save_group
 from sdp_lightning.rollout.groups.in_flight import InFlightGroup
-from sdp_lightning.types import TrajectoryGroup
+from sdp_lightning.types import Row, TrajectoryGroup
 from sdp_lightning.workflows.episode import Episode
 from sdp_lightning.workflows.episode_log import Event
 from sdp_lightning.workflows.send_gate import SendGate
 from sdp_lightning.workflows.stop_texts import StopTexts
 from sdp_lightning.workflows.workflow import RolloutSession, Tokenizer
+
+logger = logging.getLogger(__name__)
+
+Prompts = PromptStream | IterableStream
 
 
 class GroupSource:
@@ -44,7 +52,7 @@ class GroupSource:
 
     def __init__(
         self,
-        prompts: PromptStream,
+        prompts: Prompts,
         engine: InferenceEngine,
         gate: SendGate,
         tokenizer: Tokenizer,
@@ -65,17 +73,33 @@ class GroupSource:
         """Whether no group is left, unless a row is given back."""
         return not self._interrupted and self._prompts.is_exhausted
 
+    @property
+    def awaited_s(self) -> float | None:
+        """Seconds for which a stream's next row has been awaited; None if none is."""
+        return self._prompts.awaited_s
+
+    def watch(self, on_ready: Callable[[], None]) -> None:
+        """Call ``on_ready``, in some thread, when a stream has a row that was not there before."""
+        self._prompts.watch(on_ready)
+
+    def close(self) -> None:
+        """End the thread that reads a stream."""
+        self._prompts.close()
+
     def next(self, version: int) -> InFlightGroup | None:
-        """The next group, created at ``version`` if it is new; None when exhausted.
+        """The next group, created at ``version`` if it is new; None if there is none now.
 
         Raises:
-            RolloutError: naming the row that could not be read; the position does not move.
+            RolloutError: naming the row that could not be read (the position does not move), or
+                that a checkpoint could not hold.
         """
         if self._interrupted:
             return self._interrupted.popleft()
         row = self._prompts.next()
         if row is None:
             return None
+        if isinstance(self._prompts, IterableStream):
+            encode(row.data, f"row {row.row_id}")
         self._next_order += 1
         return InFlightGroup(self._next_order - 1, row, version, self.new_session(row))
 
@@ -124,7 +148,8 @@ class GroupSource:
         running = [*self._interrupted, *(g for g in groups if g.finished is None)]
         running.sort(key=lambda group: group.order)
         return {
-            "prompts": self._prompts.state_dict(),
+            "prompts": self._prompts_state(),
+            **self._rows_of([*running, *(g for g in groups if g.finished is not None)]),
             "next_order": self._next_order,
             "pending": pack_groups([save_group(g) for g in groups if g.finished is not None]),
             "running": pack_groups([save_group(g) for g in running]),
@@ -140,18 +165,39 @@ class GroupSource:
             CheckpointError: if the parts of ``state`` do not fit each other.
             RolloutError: if the row of an interrupted group cannot be read.
         """
-        self._prompts.load_state_dict(state["prompts"])
+        kept = {(int(e), int(i)): decode(row) for e, i, row in state.get("rows", ())}
+        self._prompts.load_state_dict(decode(state["prompts"]), kept)
         self._next_order = int(state["next_order"])
         for saved in read_groups(state["running"], finished=False):
-            row = self._prompts.read(saved.epoch, saved.index)
+            place = saved.epoch, saved.index
+            row = PromptRow(*place, kept[place]) if place in kept else self._prompts.read(*place)
             session = self.new_session(row, saved.logs)
             self._interrupted.append(
                 InFlightGroup(saved.order, row, saved.created_version, session)
             )
-        return [self._restore(saved) for saved in read_groups(state["pending"], finished=True)]
+        pending = read_groups(state["pending"], finished=True)
+        return [self._restore(saved, kept) for saved in pending]
 
-    def _restore(self, saved: SavedGroup) -> tuple[InFlightGroup, TrajectoryGroup]:
-        group = saved.finished()
-        row = PromptRow(saved.epoch, saved.index, {"id": saved.row_id})
+    def _restore(
+        self, saved: SavedGroup, kept: Mapping[tuple[int, int], Row]
+    ) -> tuple[InFlightGroup, TrajectoryGroup]:
+        group, place = saved.finished(), (saved.epoch, saved.index)
+        row = PromptRow(*place, kept.get(place, {"id": saved.row_id}))
         session = self.new_session(row)
         return InFlightGroup(group.order, row, group.created_version, session), group
+
+    def _prompts_state(self) -> dict[str, Any]:
+        state = self._prompts.state_dict()
+        try:
+            return encode(state, "the state_dict of the prompts")
+        except RolloutError as error:
+            logger.warning("%s A resume finds the place by reading all rows before it.", error)
+            assert isinstance(self._prompts, IterableStream)
+            return self._prompts.state_by_count()
+
+    def _rows_of(self, groups: Sequence[InFlightGroup]) -> dict[str, Any]:
+        """The rows that a stream cannot go back to, each once, as ``(epoch, index, row)``."""
+        if not isinstance(self._prompts, IterableStream):
+            return {}
+        rows = {(r.epoch, r.index): r for r in (*self._prompts.returned, *(g.row for g in groups))}
+        return {"rows": [[*place, encode(r.data, f"row {r.row_id}")] for place, r in rows.items()]}

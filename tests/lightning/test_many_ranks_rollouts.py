@@ -16,6 +16,21 @@ UNEVEN = {
     str(i): {"turns": 2 + i % 3, **({"reject": True} if i % 5 == 0 else {})}
     for i in range(1, 80, 2)
 }
+LAST = {  # rows of each rank, batch by batch
+    "short": ([["row0", "row2"], ["row4", "row6"], ["row8", "row10"]], [["row1", "row3"], [], []]),
+    "fill": (
+        [["row0", "row2"], ["row4", "row6"], ["row8", "row10"]],
+        [["row1", "row3"]] * 3,
+    ),
+    "drop": ([["row0", "row2"]], [["row1", "row3"]]),
+}
+ENDS_FIRST = {
+    "steps": 0,
+    "num_rows": 12,
+    "num_epochs": 1,
+    "minibatches": 2,
+    "rows": {str(i): {"reject": True} for i in range(5, 12, 2)},
+}
 ROLLOUTS: dict[str, dict[str, Any]] = {
     "on policy": {
         "num_val": 5,
@@ -23,6 +38,7 @@ ROLLOUTS: dict[str, dict[str, Any]] = {
         "trouble": {"what": "port scan", "rank": 1, "step": 1},
     },
     "to the end": {"steps": 0, "num_rows": 15, "num_epochs": 1},
+    **{f"rank 1 ends first: {last}": ENDS_FIRST | {"last_batch": last} for last in LAST},
     "rank 1 is late": {
         "rows": {str(i): {"slow_s": 0.2} for i in range(1, 40, 2)},
         "trouble": {"what": "port scan", "rank": 0},
@@ -97,7 +113,7 @@ def test_on_policy_every_lag_is_0_on_every_rank(both: Results) -> None:
 
 
 def test_every_row_is_trained_on_once_by_one_rank(both: Results) -> None:
-    for name in ROLLOUTS:
+    for name in set(ROLLOUTS) - {"rank 1 ends first: fill"}:
         rows = [row for rank in both for step in rank[name]["rows"] for row in step]
         assert len(rows) == len(set(rows)), name
         assert all(
@@ -108,11 +124,22 @@ def test_every_row_is_trained_on_once_by_one_rank(both: Results) -> None:
         )
 
 
-def test_when_one_rank_runs_out_of_prompts_all_end(both: Results) -> None:
+def test_the_last_rows_are_a_batch_of_which_ranks_have_unlike_shares(both: Results) -> None:
     """15 rows: 8 for rank 0, 7 for rank 1, and 2 a step for each."""
+    assert [rank["to the end"]["rows"][3] for rank in both] == [["row12", "row14"], ["row13"]]
     for rank in both:
-        assert len(rank["to the end"]["rows"]) == 3
-        assert rank["to the end"]["versions"] == [1, 2, 3]
+        assert rank["to the end"]["versions"] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("last", LAST)
+def test_ranks_end_together_also_if_one_has_no_row_left(both: Results, last: str) -> None:
+    found = [rank[f"rank 1 ends first: {last}"] for rank in both]
+    assert tuple(rank["rows"] for rank in found) == LAST[last]
+    assert found[0]["digest"] == found[1]["digest"]
+    for rank in found:
+        assert rank["versions"] == list(range(1, 1 + len(LAST[last][0])))
+    rewards = [[step["train/reward"] for step in rank["metrics"]] for rank in found]
+    assert rewards[0] == rewards[1]
 
 
 @pytest.mark.fault("slow", "gather")

@@ -9,8 +9,10 @@ import torch
 
 import sdp_lightning as sdp
 from sdp_lightning.testing import FakeEngine
-from sdp_lightning.training.metrics.train_step import uniform_share
+from sdp_lightning.training.batch import blank_batch, collate
+from sdp_lightning.training.metrics.train_step import step_values, uniform_share
 from sdp_lightning.training.metrics.uniform_rewards import WARN_AFTER, UniformWatch
+from support.rollouts import make_group
 from support.trainers import make_data, make_module, make_trainer, make_workflow
 
 
@@ -18,6 +20,17 @@ def test_a_group_is_uniform_if_its_rewards_are_equal() -> None:
     rewards = torch.tensor([0.0, -2.0, 1.0, -2.0, 0.0, 3.0])
     groups = torch.tensor([7, 5, 7, 5, 9, 11])
     assert uniform_share(rewards, groups).item() == 0.75  # 5, 9 and 11; 7 has 0 and 1
+
+
+def test_a_rank_counts_in_a_mean_by_its_rows_or_groups_and_a_blank_one_does_not() -> None:
+    batch = collate([make_group([0], [0]), make_group([0])], version=0)
+    steps = [{"loss": torch.tensor(1.0)}, {"loss": torch.tensor(2.0)}]
+    blank = step_values(blank_batch(0), steps, num_ranks=2)
+    for name, (value, weight) in step_values(batch, steps, num_ranks=2).items():
+        by = {"train/reward": 3, "train/truncated": 3, "train/uniform": 2}
+        assert weight == by.get(name, 1) and blank[name][1] == (0 if name in by else 1), name
+        if name == "train/loss":
+            assert value.item() == 1.5
 
 
 def test_many_in_a_row_are_warned_of_once_and_more_are_an_error(

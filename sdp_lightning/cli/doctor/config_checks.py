@@ -33,6 +33,7 @@ from sdp_lightning.cli.doctor.source_checks import check_source, read_source
 from sdp_lightning.config.model_source import ModelSource
 from sdp_lightning.engines.remote.addresses import redacted, server_url, tls_context
 from sdp_lightning.errors import ConfigError
+from sdp_lightning.prompts.iterable_rows import IterableRows
 from sdp_lightning.prompts.sources import load_rows
 
 Tree = dict[str, Any]
@@ -220,7 +221,11 @@ def check_servers(engine: str, machine: Machine, ca_file: str | None = None) -> 
 def check_rows(name: str, source: Any) -> Finding:
     """Checks the rows by loading them."""
     try:
-        return Finding("ok", name, f"{len(load_rows(source))} rows")
+        rows = load_rows(source)
+        if isinstance(rows, IterableRows):
+            text = f"{rows.name}: read row by row, of which {len(rows.head(1))} was read"
+            return Finding("ok", name, text)
+        return Finding("ok", name, f"{len(rows)} rows")
     except ConfigError as error:
         return Finding("problem", name, str(error))
 

@@ -10,7 +10,7 @@ from sdp_lightning.cli.doctor.source_checks import model_folder
 from sdp_lightning.config.model_source import ModelSource
 from sdp_lightning.config.pretrained import load_tokenizer
 from sdp_lightning.errors import ConfigError
-from sdp_lightning.prompts.sources import load_rows
+from sdp_lightning.prompts.sources import load_rows, rows_to_check
 
 
 def check_prompts(source: ModelSource, data: Mapping[str, Any]) -> list[Finding]:
@@ -36,7 +36,7 @@ def _check(subject: str, source: ModelSource, rows: Any, settings: Mapping[str, 
         reason = " ".join(str(error).split())
         return Finding("note", subject, f"not tried: {type(error).__name__}: {reason}")
     try:
-        workflow.check_prompts(((i, loaded[i]) for i in range(len(loaded))), tokenizer)
+        workflow.check_prompts(rows_to_check(loaded), tokenizer)
     except ConfigError as error:
         return Finding("problem", subject, str(error))
     return Finding("ok", subject, "one of each kind")

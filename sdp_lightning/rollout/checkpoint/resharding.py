@@ -18,12 +18,9 @@ def reshard(parts: Sequence[Mapping[str, Any]], num_ranks: int) -> list[dict[str
     if len(parts) == num_ranks:
         return [dict(part) for part in parts]
     streams = [part["prompts"] for part in parts]
-    num_rows = int(streams[0]["num_rows"])
-    positions = [int(stream["epoch"]) * num_rows + int(stream["position"]) for stream in streams]
-    start = max(positions)
-    skipped = sorted(p for position in positions for p in range(position, start, len(parts)))
-    waiting = [tuple(pair) for stream in streams for pair in stream["returned"]]
-    waiting += [_row_at(position, streams[0]) for position in skipped]
+    is_iterable = streams[0].get("kind") == "stream"
+    prompts = (_reshard_stream if is_iterable else _reshard_rows)(streams, num_ranks)
+    rows = [row for part in parts for row in part.get("rows", ())]
     groups = [
         (int(group["created_version"]), int(group["order"]), rank, kind, group)
         for rank, part in enumerate(parts)
@@ -33,11 +30,8 @@ def reshard(parts: Sequence[Mapping[str, Any]], num_ranks: int) -> list[dict[str
     groups.sort(key=lambda group: group[:3])
     return [
         {
-            "prompts": {
-                **streams[0],
-                **_position(start + (rank - start) % num_ranks, num_rows),
-                "returned": [list(pair) for pair in waiting[rank::num_ranks]],
-            },
+            "prompts": prompts[rank],
+            **({"rows": rows} if is_iterable else {}),
             "next_order": len(groups),
             **{
                 kind: [
@@ -48,6 +42,38 @@ def reshard(parts: Sequence[Mapping[str, Any]], num_ranks: int) -> list[dict[str
                 for kind in ("pending", "running")
             },
         }
+        for rank in range(num_ranks)
+    ]
+
+
+def _reshard_rows(streams: Sequence[Mapping[str, Any]], num_ranks: int) -> list[dict[str, Any]]:
+    num_rows = int(streams[0]["num_rows"])
+    positions = [int(stream["epoch"]) * num_rows + int(stream["position"]) for stream in streams]
+    start = max(positions)
+    skipped = sorted(p for position in positions for p in range(position, start, len(streams)))
+    waiting = [tuple(pair) for stream in streams for pair in stream["returned"]]
+    waiting += [_row_at(position, streams[0]) for position in skipped]
+    return [
+        {
+            **streams[0],
+            **_position(start + (rank - start) % num_ranks, num_rows),
+            "returned": [list(pair) for pair in waiting[rank::num_ranks]],
+        }
+        for rank in range(num_ranks)
+    ]
+
+
+def _reshard_stream(streams: Sequence[Mapping[str, Any]], num_ranks: int) -> list[dict[str, Any]]:
+    """All go on after the least row; what other ranks had begun beyond it is done."""
+    first = min(streams, key=lambda stream: int(stream["count"]))
+    start, num_parts = int(first["count"]), len(streams)
+    done = {number for stream in streams for number in stream["done"] if number >= start}
+    for rank, stream in enumerate(streams):
+        begun = range(start, int(stream["count"]))
+        done |= {number for number in begun if number % num_parts == rank}
+    waiting = [pair for stream in streams for pair in stream["returned"]]
+    return [
+        {**first, "done": sorted(done), "returned": waiting[rank::num_ranks]}
         for rank in range(num_ranks)
     ]
 
