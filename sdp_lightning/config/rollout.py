@@ -10,6 +10,7 @@ from sdp_lightning.errors import ConfigError
 
 MissingProximal = Literal["behavior", "loglinear", "decoupled", "drop"]
 OnOverdue = Literal["drop", "wait", "mask"]
+PromptsCheck = Literal["error", "drop"]
 LONGEST_S = 1e9  # longest deadline: threads cannot wait for a larger number
 
 
@@ -43,6 +44,9 @@ class RolloutConfig:
         shuffle: reshuffle the prompts in every epoch, by (seed, epoch).
         seed: seed of the order of prompts and of every sampled token.
         requeue_dropped: submit the row of a dropped group again.
+        prompts_check: rows that cannot be trained on are an ``"error"`` before the run, or
+            ``"drop"`` leaves them out, counted: prompts that are missing, empty, or too long for
+            the engine with ``max_new_tokens``, answers that cannot be read, ids twice or null.
 
     Raises:
         ConfigError: naming the value.
@@ -64,6 +68,7 @@ class RolloutConfig:
     shuffle: bool = True
     seed: int = 0
     requeue_dropped: bool = False
+    prompts_check: PromptsCheck = "error"
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -29,6 +29,7 @@ from sdp_lightning.lightning.phase_timer import PhaseTimer
 from sdp_lightning.lightning.prediction_loader import GenerationLoader
 from sdp_lightning.lightning.startup import (
     leave_cores,
+    longest_sequence,
     make_trainer_ranks,
     open_engine,
     start_engine,
@@ -39,6 +40,7 @@ from sdp_lightning.prompts.sources import load_rows
 from sdp_lightning.rollout.checkpoint.resharding import reshard
 from sdp_lightning.rollout.executor import WorkflowExecutor
 from sdp_lightning.rollout.factory import create_workflow_executor
+from sdp_lightning.rollout.row_checks import RowChecks
 from sdp_lightning.training.batch import SealedBatch
 from sdp_lightning.types import Row
 from sdp_lightning.workflows.workflow import RolloutWorkflow
@@ -88,6 +90,7 @@ class RolloutDataModule(L.LightningDataModule):
         self.val_workflow = workflow if val_workflow is None else val_workflow
         self._prompts, self._val_prompts = prompts, val_prompts
         self._engine_source, self._engine_options = engine, dict(engine_options or {})
+        self._rows: dict[str, Sequence[Row]] = {}  # those that are used, by setting
         self._engine: InferenceEngine | None = None
         self._executor: WorkflowExecutor | None = None
         self.loader: RolloutLoader | None = None  # of the fit under way
@@ -139,33 +142,43 @@ class RolloutDataModule(L.LightningDataModule):
         )
         self._ranks = make_trainer_ranks(self.trainer, self.stop, batch_timeout_s=config.timeout_s)
         module.use_ranks(self._ranks)
-        prompts = self._checked_rows(stage)
+        checks = self._check_rows(stage)
+        self._engine = engine
+        start_engine(engine, self._ranks)
+        longest = longest_sequence(engine)
+        self._rows |= {what: check.kept(longest) for what, check in checks.items()}
         self._executor = create_workflow_executor(
             config=config,
             engine=engine,
             workflow=self.workflow,
-            prompts=prompts,
+            prompts=self._rows["prompts"],
             tokenizer=module.tokenizer,
             ranks=self._ranks,
         )
-        self._engine = engine
         if self._val_prompts is None and stage == "fit" and self.trainer is not None:
             self.trainer.limit_val_batches = 0
-        start_engine(engine, self._ranks)
         self._trainer_threads = leave_cores(engine)
 
-    def _checked_rows(self, stage: str) -> Sequence[Row]:
-        """The prompts; each rank has checked its part of them, or of the validation's."""
-        prompts, size = load_rows(self._prompts), self._ranks.size
-        for source, workflow in (
-            (self._prompts, self.workflow),
-            (self._val_prompts, self.val_workflow),
-        ):
-            if source is not None and (stage == "fit" or source is self._val_prompts):
-                rows = prompts if source is self._prompts else load_rows(source)
-                indices = range(self._ranks.rank, len(rows), size)
-                workflow.check_rows((index, rows[index]) for index in indices)
-        return prompts
+    def _check_rows(self, stage: str) -> dict[str, RowChecks]:
+        """Load the rows, and check those that ``stage`` rolls out, all ranks together."""
+        self._rows = {"prompts": load_rows(self._prompts)}
+        used = {"fit": self._rows, "predict": self._rows}.get(stage, {})
+        workflows = dict.fromkeys(used, self.workflow)
+        if self._val_prompts is not None and stage != "predict":
+            self._rows["val_prompts"] = load_rows(self._val_prompts)
+            workflows["val_prompts"] = self.val_workflow
+        checks = {
+            what: RowChecks(
+                *(self._rows[what], workflow, self._module().tokenizer),
+                mode=self.rollout.prompts_check,
+                ranks=self._ranks,
+                what=what,
+            )
+            for what, workflow in workflows.items()
+        }
+        for check in checks.values():
+            check.refuse()
+        return checks
 
     def train_dataloader(self) -> RolloutLoader:
         module, trainer = self._module(), self.trainer
@@ -185,10 +198,9 @@ class RolloutDataModule(L.LightningDataModule):
         if self._val_prompts is None:
             raise ConfigError("there is nothing to evaluate: pass val_prompts.")
         assert self.trainer is not None
-        rows = load_rows(self._val_prompts)
         return EvaluationLoader(
             self.executor,
-            rows,
+            self._rows["val_prompts"],
             self.val_workflow,
             trainer=self.trainer,
             ranks=self._ranks,
@@ -204,7 +216,7 @@ class RolloutDataModule(L.LightningDataModule):
         limit: Any = self.trainer.limit_predict_batches
         return GenerationLoader(
             self.executor,
-            load_rows(self._prompts),
+            self._rows["prompts"],
             self.workflow,
             num_batches=limit if isinstance(limit, int) else None,
             trainer=self.trainer,

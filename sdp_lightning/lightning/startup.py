@@ -80,6 +80,11 @@ def start_engine(engine: InferenceEngine, ranks: RankGroup) -> None:
     ranks.run_on_all_ranks("joining the servers of rank 0", join)
 
 
+def longest_sequence(engine: InferenceEngine) -> int | None:
+    """Tokens of the longest sequence of a started engine, prompt included; None is not known."""
+    return engine.max_length if isinstance(engine, EmbeddedEngine | RemoteInfEngine) else None
+
+
 def tell_vocabulary(engine: InferenceEngine, num_tokens: int) -> None:
     """Let servers' answers be held to the model's vocabulary of ``num_tokens``."""
     if isinstance(engine, RemoteInfEngine):

@@ -109,13 +109,27 @@ def encode_prompt(
     row: Row, tokenizer: Tokenizer, *, key: str, use_chat_template: bool
 ) -> list[int]:
     """The tokens of a row's prompt. ``RolloutError`` if it has no such key."""
+    return encode_opening(prompt_of(row, key), tokenizer, use_chat_template=use_chat_template)
+
+
+def prompt_of(row: Row, key: str) -> Any:
+    """The prompt of a row. ``RolloutError`` if it has no such key."""
     if key not in row:
         raise RolloutError(f"row has no {key!r}; its keys are {sorted(row)}. Set prompt_key.")
-    return encode_opening(row[key], tokenizer, use_chat_template=use_chat_template)
+    return row[key]
 
 
 def encode_opening(prompt: Any, tokenizer: Tokenizer, *, use_chat_template: bool) -> list[int]:
     """The tokens of a prompt. ``RolloutError`` if it is neither text nor messages."""
+    text = opening_text(prompt, tokenizer, use_chat_template=use_chat_template)
+    tokens = tokenizer.encode(text, add_special_tokens=False)
+    if not tokens:
+        raise RolloutError(f"the prompt {_shown(prompt)} has no tokens.")
+    return tokens
+
+
+def opening_text(prompt: Any, tokenizer: Tokenizer, *, use_chat_template: bool) -> str:
+    """The text of a prompt. ``RolloutError`` if it is neither text nor messages."""
     if not isinstance(prompt, str) and not is_conversation(prompt):
         raise RolloutError(
             f"the prompt {_shown(prompt)} is neither text nor a list of "
@@ -124,14 +138,9 @@ def encode_opening(prompt: Any, tokenizer: Tokenizer, *, use_chat_template: bool
     if not isinstance(prompt, str):
         _require_text(prompt)
     if isinstance(prompt, str) and not use_chat_template:
-        text = prompt
-    else:
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        text = _render(messages, tokenizer)
-    tokens = tokenizer.encode(text, add_special_tokens=False)
-    if not tokens:
-        raise RolloutError(f"the prompt {_shown(prompt)} has no tokens.")
-    return tokens
+        return prompt
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return _render(messages, tokenizer)
 
 
 def _shown(value: object) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, Unpack
 
@@ -22,6 +24,8 @@ from sdp_lightning.workflows.completion import TextSettings, check_settings, com
 from sdp_lightning.workflows.environment import BoundedEnvironment, Environment
 from sdp_lightning.workflows.episode import Episode
 from sdp_lightning.workflows.group_play import play_group
+from sdp_lightning.workflows.prompt_lengths import PromptLength, PromptMeter
+from sdp_lightning.workflows.tools import ToolEnvironment
 from sdp_lightning.workflows.workflow import (
     RolloutSession,
     RolloutWorkflow,
@@ -102,6 +106,28 @@ class MultiTurnWorkflow(RolloutWorkflow):
     @property
     def sampling(self) -> SamplingParams:
         return self._sampling
+
+    def prompt_lengths(
+        self, rows: Sequence[Row], meter: PromptMeter
+    ) -> Sequence[PromptLength | None]:
+        """Those of :class:`ToolEnvironment`; another's ``reset`` may do much, and is not called."""
+        environment: object = self._make_environment()
+        lengths: Sequence[PromptLength | None] = [None] * len(rows)
+        if not isinstance(environment, Environment):
+            return lengths
+        if type(environment).reset is ToolEnvironment.reset:
+            uses_template = self.turn_format is None
+            lengths = meter.of_rows(rows, environment.reset, use_chat_template=uses_template)
+        world = BoundedEnvironment(environment, timeout_s=self.step_timeout_s)
+        with ThreadPoolExecutor(1) as thread:  # a notebook's own has an event loop that runs
+            thread.submit(asyncio.run, world.close()).result()
+        return lengths
+
+    def longest_prompt(self, max_length: int | None) -> int | None:
+        total, turn = self.max_total_tokens, self._sampling.max_new_tokens
+        if max_length is None or (total is not None and total <= max_length):
+            return None if total is None else total - 1
+        return max_length - turn if total is None else min(total - 1, max_length - turn)
 
     async def run(self, row: Row, session: RolloutSession) -> Sequence[Trajectory] | None:
         params = with_stops(self._sampling, session.tokenizer, self.stop)

@@ -13,7 +13,7 @@ from sdp_lightning.rewards.pool import RewardPool
 from sdp_lightning.rewards.row_checks import refuse_unreadable_rows
 from sdp_lightning.rewards.timeouts import call_reward
 from sdp_lightning.types import IntArray, Row, SamplingParams, Trajectory
-from sdp_lightning.workflows.chat_template import encode_aside, encode_prompt, with_stops
+from sdp_lightning.workflows.chat_template import encode_aside, encode_prompt, prompt_of, with_stops
 from sdp_lightning.workflows.completion import (
     Completion,
     TextSettings,
@@ -22,6 +22,7 @@ from sdp_lightning.workflows.completion import (
 )
 from sdp_lightning.workflows.episode import Episode
 from sdp_lightning.workflows.group_play import play_group, score_together
+from sdp_lightning.workflows.prompt_lengths import PromptLength, PromptMeter
 from sdp_lightning.workflows.workflow import (
     RolloutSession,
     RolloutWorkflow,
@@ -116,6 +117,15 @@ class RLVRWorkflow(RolloutWorkflow):
 
     def check_rows(self, rows: Iterable[tuple[int, Row]]) -> None:
         refuse_unreadable_rows(self._reward, rows)
+
+    def prompt_lengths(self, rows: Sequence[Row], meter: PromptMeter) -> Sequence[PromptLength]:
+        key, use_chat_template = self.prompt_key, self.use_chat_template
+        return meter.of_rows(
+            rows, lambda row: prompt_of(row, key), use_chat_template=use_chat_template
+        )
+
+    def longest_prompt(self, max_length: int | None) -> int | None:
+        return None if max_length is None else max_length - self._sampling.max_new_tokens
 
     def close(self) -> None:
         """End the worker processes, if there are any. The next rollout starts new ones."""

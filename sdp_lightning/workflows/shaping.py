@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from sdp_lightning.errors import ConfigError
 from sdp_lightning.types import Row, SamplingParams, Trajectory
+from sdp_lightning.workflows.prompt_lengths import PromptLength, PromptMeter
 from sdp_lightning.workflows.workflow import RolloutSession, RolloutWorkflow
 
 
@@ -165,6 +166,14 @@ class ShapedWorkflow(RolloutWorkflow):
 
     def check_rows(self, rows: Iterable[tuple[int, Row]]) -> None:
         self.workflow.check_rows(rows)
+
+    def prompt_lengths(
+        self, rows: Sequence[Row], meter: PromptMeter
+    ) -> Sequence[PromptLength | None]:
+        return self.workflow.prompt_lengths(rows, meter)
+
+    def longest_prompt(self, max_length: int | None) -> int | None:
+        return self.workflow.longest_prompt(max_length)
 
     def close(self) -> None:
         self.workflow.close()
