@@ -1,7 +1,8 @@
 """``sdp-lightning fit --dry-run``: a small run of all parts of a config, before GPUs are paid for.
 
-It trains two batches with the tokenizer, rows, workflow, reward, loss and callbacks of the config,
-and a model of the same architecture, cut down to a few layers of a few units with random weights.
+It checks all rows, and trains two batches with the tokenizer, rows, workflow, reward, loss and
+callbacks of the config, and a model of the same architecture, cut down to a few layers of a few
+units with random weights.
 It runs on the CPU, in one process, with the embedded engine, and so shows nothing of speed, memory,
 servers and GPUs.
 """
@@ -17,13 +18,13 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from transformers import PreTrainedConfig
 
+from sdp_lightning.cli.config_rows import checked_rows
 from sdp_lightning.cli.trainer import RolloutCLI
 from sdp_lightning.config.import_path import load_object
 from sdp_lightning.config.model_source import ModelSource, quiet_transformers
 from sdp_lightning.config.pretrained import auto_classes, load_config, load_tokenizer
 from sdp_lightning.errors import ConfigError
 from sdp_lightning.lightning.datamodule import RolloutDataModule
-from sdp_lightning.prompts.sources import load_rows
 
 NUM_BATCHES, NUM_ROWS, MAX_NEW_TOKENS = 2, 8, 16
 _TRAINER: dict[str, Any] = {
@@ -84,6 +85,12 @@ def _cut(config: Any, folder: Path) -> None:
     given = given if isinstance(given, str | Path) else ModelSource(**vars(given))
     source, _ = ModelSource.of(given, config.model.model_kwargs or {})
     config.model.model = str(shrink(source, folder / "model"))
+    settings = data.as_dict()  # with the engine and the budgets of the run
+    whole = {
+        name: checked_rows(settings, name, source.resolved()).kept()
+        for name in ("prompts", "val_prompts")
+        if data[name]
+    }
     config.model.model_kwargs = {"trust_remote_code": source.trust_remote_code}
     config.model.trainable = None  # it may name layers that are cut
     for name, value in {**_TRAINER, "default_root_dir": str(folder)}.items():
@@ -96,10 +103,8 @@ def _cut(config: Any, folder: Path) -> None:
     data.engine, data.engine_options = "embedded", {"device": "cpu"}
     data.rollout.batch_size = max(2, update.num_minibatches)
     data.rollout.max_concurrent = None
-    for name in ("prompts", "val_prompts"):
-        if data[name]:
-            rows = load_rows(data[name])
-            data[name] = [rows[i] for i in range(min(NUM_ROWS, len(rows)))]
+    for name, rows in whole.items():
+        data[name] = [rows[i] for i in range(min(NUM_ROWS, len(rows)))]
     for name in ("workflow", "val_workflow"):
         sampling = data[name] and data[name].get("init_args", {}).get("sampling")
         if sampling:

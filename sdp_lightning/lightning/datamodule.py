@@ -145,8 +145,9 @@ class RolloutDataModule(L.LightningDataModule):
         checks = self._check_rows(stage)
         self._engine = engine
         start_engine(engine, self._ranks)
-        longest = longest_sequence(engine)
-        self._rows |= {what: check.kept(longest) for what, check in checks.items()}
+        for what, check in checks.items():
+            check.max_length = longest_sequence(engine)
+            self._rows[what] = check.kept()
         self._executor = create_workflow_executor(
             config=config,
             engine=engine,

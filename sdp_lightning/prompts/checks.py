@@ -85,7 +85,7 @@ def refuse(faults: Sequence[RowFault], num_rows: int, what: str) -> None:
     """
     if faults:
         raise ConfigError(
-            f"{_summary(faults, num_rows, what)} Correct these rows, or leave them out with "
+            f"{summary(faults, num_rows, what)} Correct these rows, or leave them out with "
             "prompts_check='drop' in the RolloutConfig."
         )
 
@@ -103,10 +103,10 @@ def drop(rows: Sequence[Row], faults: Sequence[RowFault], what: str) -> Sequence
         return rows
     left_out = {fault.index for fault in faults}
     kept = [index for index in range(len(rows)) if index not in left_out]
-    summary = _summary(faults, len(rows), what)
+    text = summary(faults, len(rows), what)
     if not kept:
-        raise ConfigError(f"{summary} No row is left.")
-    logger.warning("%s They are left out (prompts_check='drop'): %d are left.", summary, len(kept))
+        raise ConfigError(f"{text} No row is left.")
+    logger.warning("%s They are left out (prompts_check='drop'): %d are left.", text, len(kept))
     chosen = KeptRows(rows, kept)
     return list(chosen) if isinstance(rows, list | tuple) else chosen
 
@@ -136,7 +136,8 @@ class KeptRows(Sequence[Row]):
         return row if "id" in row else {**row, "id": self.indices[index]}
 
 
-def _summary(faults: Sequence[RowFault], num_rows: int, what: str) -> str:
+def summary(faults: Sequence[RowFault], num_rows: int, what: str) -> str:
+    """How many of ``num_rows`` rows have faults, by cause, and the first of them."""
     counts = Counter(fault.cause for fault in faults)
     causes = ", ".join(f"{count} {cause}" for cause, count in counts.most_common())
     named = " ".join(fault.text for fault in sorted(faults)[:_SHOWN])

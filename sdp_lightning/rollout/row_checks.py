@@ -17,6 +17,7 @@ from sdp_lightning.prompts.checks import (
     null_id,
     read_row,
     refuse,
+    summary,
 )
 from sdp_lightning.types import Row
 from sdp_lightning.workflows.prompt_lengths import PromptMeter
@@ -102,6 +103,7 @@ class RowChecks:
             ``"drop"`` reads all, so that the same rows are left out whenever it is done.
         ranks: the ranks that train together; None is this process alone.
         what: setting with the rows, in messages.
+        max_length: tokens of the longest sequence of the engine, if that is known before it starts.
 
     Raises:
         ConfigError: if there are no rows.
@@ -116,12 +118,13 @@ class RowChecks:
         mode: PromptsCheck = "error",
         ranks: RankGroup | None = None,
         what: str = "prompts",
+        max_length: int | None = None,
     ) -> None:
         if len(rows) == 0:
             raise ConfigError(f"{what} is empty: a run needs at least one row.")
         ranks = RankGroup() if ranks is None else ranks
-        self._rows, self._workflow, self._mode, self._what = rows, workflow, mode, what
-        self._judge = RowJudge(workflow, tokenizer)
+        self._rows, self._workflow, self.mode, self._what = rows, workflow, mode, what
+        self._judge, self.max_length = RowJudge(workflow, tokenizer), max_length
         self._ids: dict[int, str] = {}
         self._lengths: dict[int, int] = {}
         self._faults: dict[int, RowFault] = {}
@@ -138,45 +141,44 @@ class RowChecks:
         for fault in duplicate_ids(sorted(self._ids.items())):
             self._faults.setdefault(fault.index, fault)
 
-    def faults(self, max_length: int | None = None) -> list[RowFault]:
-        """One fault of each row that has any, in the order of the rows.
-
-        Args:
-            max_length: tokens of the longest sequence of the engine; None is not known.
-        """
-        most = self._workflow.longest_prompt(max_length)
+    @property
+    def faults(self) -> list[RowFault]:
+        """One fault of each row that has any, in the order of the rows."""
+        most = self._workflow.longest_prompt(self.max_length)
         found = dict(self._faults)
         for index, length in self._lengths.items():
             if most is not None and length > most and index not in found:
-                fault = self._judge.too_long(index, self._rows[index], length, max_length)
+                fault = self._judge.too_long(index, self._rows[index], length, self.max_length)
                 assert fault is not None
                 found[index] = fault
         return sorted(found.values())
 
-    def refuse(self, max_length: int | None = None) -> None:
-        """Raise ``ConfigError`` if rows have faults, with counts by cause, unless they are dropped.
+    @property
+    def summary(self) -> str:
+        """The number of rows and, if some have faults, how many by cause, and the first of them."""
+        faults = self.faults
+        return summary(faults, self._num_read, self._what) if faults else f"{len(self._rows)} rows"
 
-        Args:
-            max_length: tokens of the longest sequence of the engine; None is not known.
-        """
-        if self._mode == "error":
-            refuse(self.faults(max_length), self._num_read, self._what)
+    def refuse(self) -> None:
+        """Raise ``ConfigError`` if rows have faults, with the summary, unless they are dropped."""
+        if self.mode == "error":
+            refuse(self.faults, self._num_read, self._what)
 
-    def kept(self, max_length: int | None = None) -> Sequence[Row]:
+    def kept(self) -> Sequence[Row]:
         """The rows that can be trained on.
 
         Raises:
             ConfigError: if rows have faults, unless these are dropped, or all have.
         """
-        self.refuse(max_length)
-        return drop(self._rows, self.faults(max_length), self._what)
+        self.refuse()
+        return drop(self._rows, self.faults, self._what)
 
     def _read(self, indices: range) -> int:
         """Read and judge the rows of ``indices``; returns for how many there was time."""
         begin = said = time.monotonic()
         number = 0
         while number < len(indices):
-            if self._mode == "error" and time.monotonic() - begin > _ROWS_S:
+            if self.mode == "error" and time.monotonic() - begin > _ROWS_S:
                 text = "only %d of %d rows of %s were checked, in %.0f s"
                 logger.warning(text, number, len(indices), self._what, _ROWS_S)
                 break
@@ -191,7 +193,7 @@ class RowChecks:
         good: dict[int, Row] = {}
         number = 0
         for index in indices:
-            if self._mode == "error" and time.monotonic() - begin > _ROWS_S:
+            if self.mode == "error" and time.monotonic() - begin > _ROWS_S:
                 break
             number += 1
             row = read_row(self._rows, index)

@@ -56,13 +56,13 @@ LIMIT = 30  # tokens of a sequence: 20 are left for the prompt
 
 
 def checks_of(rows: Sequence[Any], workflow: Any = WORKFLOW, **settings: Any) -> RowChecks:
-    return RowChecks(rows, workflow, TOKENIZER, **settings)
+    return RowChecks(rows, workflow, TOKENIZER, **{"max_length": LIMIT} | settings)
 
 
 @pytest.mark.parametrize("cause", BAD)
 def test_a_row_that_cannot_be_trained_on_is_refused_by_its_cause(cause: str) -> None:
     for bad in BAD[cause]:
-        (fault,) = checks_of([*GOOD, bad, *GOOD[:0]]).faults(LIMIT)
+        (fault,) = checks_of([*GOOD, bad, *GOOD[:0]]).faults
         assert (fault.index, fault.cause) == (3, cause)
         name = bad.get("id", 3) if isinstance(bad, dict) and cause not in ("null id",) else 3
         assert str(3 if cause == "duplicate id" else name) in fault.text
@@ -77,8 +77,8 @@ def test_all_are_refused_together_with_their_counts_and_the_first_of_them() -> N
         r"rows, or leave them out with prompts_check='drop'"
     )
     with pytest.raises(ConfigError, match=text):
-        checks_of(rows).kept(LIMIT)
-    assert list(checks_of(GOOD).kept(LIMIT)) == GOOD
+        checks_of(rows).kept()
+    assert list(checks_of(GOOD).kept()) == GOOD
 
 
 def test_dropped_rows_are_counted_and_the_others_keep_order_and_name(
@@ -86,12 +86,12 @@ def test_dropped_rows_are_counted_and_the_others_keep_order_and_name(
 ) -> None:
     rows = [{"prompt": "", "answer": "0"}, *GOOD, *BAD["no score"], {"prompt": "?", "answer": "1"}]
     with caplog.at_level(logging.WARNING):
-        kept = checks_of(rows, mode="drop").kept(LIMIT)
+        kept = checks_of(rows, mode="drop").kept()
     assert list(kept) == [*GOOD, {"id": 5, "prompt": "?", "answer": "1"}]
     (said,) = caplog.messages
     assert said.startswith("2 of 6 rows of prompts cannot be used (1 empty prompt, 1 no score)")
     assert said.endswith("They are left out (prompts_check='drop'): 4 are left.")
-    lazy = checks_of(Lazy(rows), mode="drop").kept(LIMIT)
+    lazy = checks_of(Lazy(rows), mode="drop").kept()
     assert [lazy[i] for i in range(len(lazy))] == list(kept) == lazy[:]
     stream = PromptStream(kept, num_epochs=1, shuffle=False)
     assert [stream.read(0, i).row_id for i in range(4)] == ["good0", "good1", "good2", "5"]
@@ -116,7 +116,7 @@ class Lazy(Sequence[Any]):
 
 
 def test_a_row_that_cannot_be_read_is_named_and_no_rows_are_refused() -> None:
-    (fault,) = checks_of(Lazy(GOOD, broken=1)).faults()
+    (fault,) = checks_of(Lazy(GOOD, broken=1)).faults
     assert fault.cause == "not readable" and "row 1: reading it failed: KeyError" in fault.text
     with pytest.raises(ConfigError, match="val_prompts is empty"):
         checks_of([], what="val_prompts")
@@ -128,16 +128,16 @@ def test_reading_ends_in_time_where_a_fault_is_an_error_and_never_where_rows_are
     monkeypatch.setattr(row_checks, "_ROWS_S", -1.0)
     rows = [*GOOD, *BAD["no score"]]
     with caplog.at_level(logging.WARNING):
-        assert checks_of(rows).faults() == []
+        assert checks_of(rows).faults == []
     assert "only 0 of 4 rows of prompts were checked" in caplog.text
     assert list(checks_of(rows, mode="drop").kept()) == GOOD
 
 
 def test_ranks_read_a_part_each_and_know_all_faults(make_world: Callable[..., Any]) -> None:
     rows = Lazy([*GOOD, *BAD["duplicate id"], *BAD["no score"], *BAD["prompt too long"]])
-    alone = checks_of(rows).faults(LIMIT)
+    alone = checks_of(rows).faults
     rows.num_read = 0
-    found = make_world(3).run(lambda ranks: checks_of(rows, ranks=ranks, mode="drop").kept(LIMIT))
+    found = make_world(3).run(lambda ranks: checks_of(rows, ranks=ranks, mode="drop").kept())
     assert [fault.index for fault in alone] == [3, 4, 5]
     assert [list(part) for part in found] == [GOOD] * 3
     assert rows.num_read <= 3 * len(rows) + 3 * 3, "not every rank checks every row"
@@ -151,7 +151,7 @@ def test_every_reward_of_a_workflow_names_its_rows() -> None:
                 if faults := {i: f"{reward} refuses it." for i, n in found.items() if n == bad}:
                     raise RowsError(f"not by {reward}", faults)
 
-    assert [fault.text for fault in checks_of(GOOD, Two(exact_match)).faults()] == [
+    assert [fault.text for fault in checks_of(GOOD, Two(exact_match), max_length=None).faults] == [
         "row 'good0': a refuses it.",
         "row 'good2': b refuses it.",
     ]
@@ -209,7 +209,7 @@ def test_the_longest_prompt_of_a_conversation_leaves_room_for_a_turn(
     )
     assert workflow.longest_prompt(engine) == longest
     assert sdp.ShapedWorkflow(workflow).longest_prompt(engine) == longest
-    assert checks_of(GOOD, workflow).faults(engine) == []
+    assert checks_of(GOOD, workflow, max_length=engine).faults == []
 
 
 def test_the_prompt_of_a_tool_environment_has_its_tools() -> None:
@@ -218,9 +218,9 @@ def test_the_prompt_of_a_tool_environment_has_its_tools() -> None:
         return sdp.MultiTurnWorkflow(environment, max_total_tokens=total)
 
     rows = [{"prompt": "1+1="}, {"prompt": "2+2?"}, {"question": "?"}]
-    (fault,) = checks_of(rows, workflow(1000)).faults()
+    (fault,) = checks_of(rows, workflow(1000), max_length=None).faults
     assert (fault.index, fault.cause) == (2, "no prompt")
-    assert [fault.cause for fault in checks_of(rows[:2], workflow(40)).faults()] == [
+    assert [fault.cause for fault in checks_of(rows[:2], workflow(40), max_length=None).faults] == [
         "prompt too long"
     ] * 2
 
