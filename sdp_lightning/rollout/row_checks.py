@@ -25,6 +25,7 @@ from sdp_lightning.workflows.workflow import RolloutWorkflow, Tokenizer
 
 logger = logging.getLogger(__name__)
 
+VAL_PROMPTS = "val_prompts"
 CHUNK = 10_000  # rows that are held at once
 _ROWS_S = 60.0  # of rows that are read while a fault is an error
 _SAY_S = 10.0
@@ -102,7 +103,7 @@ class RowChecks:
         mode: ``"error"`` reads rows for 60 s, and leaves later ones to the run, with a warning;
             ``"drop"`` reads all, so that the same rows are left out whenever it is done.
         ranks: the ranks that train together; None is this process alone.
-        what: setting with the rows, in messages.
+        what: setting with the rows, in messages; those of ``"val_prompts"`` may be repeated.
         max_length: tokens of the longest sequence of the engine, if that is known before it starts.
 
     Raises:
@@ -138,8 +139,9 @@ class RowChecks:
                 self._ids |= ids
                 self._lengths |= lengths
                 self._faults |= faults
-        for fault in duplicate_ids(sorted(self._ids.items())):
-            self._faults.setdefault(fault.index, fault)
+        if what != VAL_PROMPTS:
+            for fault in duplicate_ids(sorted(self._ids.items())):
+                self._faults.setdefault(fault.index, fault)
 
     @property
     def faults(self) -> list[RowFault]:

@@ -115,6 +115,11 @@ class Lazy(Sequence[Any]):
         return self.rows[index]
 
 
+def test_rows_of_the_validation_may_be_repeated() -> None:
+    assert list(checks_of(GOOD * 2, what="val_prompts").kept()) == GOOD * 2
+    assert list(checks_of(GOOD * 2, mode="drop").kept()) == GOOD
+
+
 def test_a_row_that_cannot_be_read_is_named_and_no_rows_are_refused() -> None:
     (fault,) = checks_of(Lazy(GOOD, broken=1)).faults
     assert fault.cause == "not readable" and "row 1: reading it failed: KeyError" in fault.text
