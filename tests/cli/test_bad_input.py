@@ -104,8 +104,8 @@ TABLE: dict[str, tuple[Change, list[str], int, str]] = {
     "rows without a prompt": (
         put("data.prompts", "task.py:questions"),
         [],
-        1,
-        r"row '0'.*has no 'prompt'; its keys are \['question'\]\. Set prompt_key",
+        2,
+        r"row 0: row has no 'prompt'; its keys are \['question'\]\. Set prompt_key",
     ),
     "a reward that is not a number": (
         rewarded("not_a_number"),
@@ -134,13 +134,13 @@ TABLE: dict[str, tuple[Change, list[str], int, str]] = {
     "a prompt longer than the model": (
         put("data.prompts", "task.py:very_long"),
         [],
-        1,
-        r"a prompt of 2000 tokens and max_new_tokens=4 do not fit.*max_length=512\. Shorten",
+        2,
+        r"its prompt has 2000 tokens, and 508 leave room for a completion, of the engine's 512",
     ),
     "a chat for a tokenizer without a template": (
         put("data.prompts", "task.py:chats"),
         [],
-        1,
+        2,
         r"cannot write a chat.*Use a model with a chat template",
     ),
     "a typo in a flag": (
