@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 
@@ -13,6 +13,19 @@ class SDPError(Exception):
 
 class ConfigError(SDPError, ValueError):
     """A setting is out of range, or two settings contradict each other."""
+
+
+class RowsError(ConfigError):
+    """Rows of a data set cannot be trained on.
+
+    Args:
+        message: names the first of them.
+        faults: index of each such row, and what is wrong with it.
+    """
+
+    def __init__(self, message: str, faults: Mapping[int, str]) -> None:
+        super().__init__(message)
+        self.faults = dict(faults)
 
 
 class EngineError(SDPError):

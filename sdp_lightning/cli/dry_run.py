@@ -1,8 +1,9 @@
 """``sdp-lightning fit --dry-run``: a small run of all parts of a config, before GPUs are paid for.
 
-It trains two batches with the tokenizer, rows, workflow, reward, loss and callbacks of the config,
-and a model of the same architecture, cut down to a few layers of a few units with random weights.
-Of the rows it has the first few, and one of each kind: all kinds of prompts are written.
+It checks all rows, and trains two batches with the tokenizer, rows, workflow, reward, loss and
+callbacks of the config, and a model of the same architecture, cut down to a few layers of a few
+units with random weights. Of the rows it has the first few, and one of each kind: all kinds of
+prompts are written.
 It runs on the CPU, in one process, with the embedded engine, and so shows nothing of speed, memory,
 servers and GPUs.
 """
@@ -18,6 +19,7 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from transformers import GenerationConfig, PreTrainedConfig
 
+from sdp_lightning.cli.config_rows import checked_rows
 from sdp_lightning.cli.trainer import RolloutCLI
 from sdp_lightning.config.eos_tokens import load_eos_tokens
 from sdp_lightning.config.import_path import load_object
@@ -25,8 +27,6 @@ from sdp_lightning.config.model_source import ModelSource, quiet_transformers
 from sdp_lightning.config.pretrained import auto_classes, load_config, load_tokenizer
 from sdp_lightning.errors import ConfigError
 from sdp_lightning.lightning.datamodule import RolloutDataModule
-from sdp_lightning.prompts.iterable_rows import IterableRows
-from sdp_lightning.prompts.sources import first_rows, load_rows, rows_to_check
 from sdp_lightning.types import Row
 from sdp_lightning.workflows.chat.row_kinds import first_of_each_kind
 
@@ -89,6 +89,12 @@ def _cut(config: Any, folder: Path) -> None:
     given = given if isinstance(given, str | Path) else ModelSource(**vars(given))
     source, _ = ModelSource.of(given, config.model.model_kwargs or {})
     config.model.model = str(shrink(source, folder / "model"))
+    settings = data.as_dict()  # with the engine and the budgets of the run
+    whole = {
+        name: checked_rows(settings, name, source.resolved()).kept()
+        for name in ("prompts", "val_prompts")
+        if data[name]
+    }
     config.model.model_kwargs = {"trust_remote_code": source.trust_remote_code}
     config.model.trainable = None  # it may name layers that are cut
     for name, value in {**_TRAINER, "default_root_dir": str(folder)}.items():
@@ -101,19 +107,19 @@ def _cut(config: Any, folder: Path) -> None:
     data.engine, data.engine_options = "embedded", {"device": "cpu"}
     data.rollout.batch_size = max(2, update.num_minibatches)
     data.rollout.max_concurrent = None
-    for name in ("prompts", "val_prompts"):
-        if data[name]:
-            data[name] = few_rows(load_rows(data[name]))
+    for name, rows in whole.items():
+        data[name] = few_rows(rows)
     for name in ("workflow", "val_workflow"):
         sampling = data[name] and data[name].get("init_args", {}).get("sampling")
         if sampling:
             sampling.max_new_tokens = min(MAX_NEW_TOKENS, sampling.max_new_tokens)
 
 
-def few_rows(rows: Sequence[Row] | IterableRows) -> list[Row]:
+def few_rows(rows: Sequence[Row]) -> list[Row]:
     """The first rows, and the first of each kind."""
-    kinds = dict(first_of_each_kind(rows_to_check(rows)))
-    return list((dict(enumerate(first_rows(rows, NUM_ROWS))) | kinds).values())
+    kinds = dict(first_of_each_kind(enumerate(rows)))
+    first = {index: rows[index] for index in range(min(NUM_ROWS, len(rows)))}
+    return list((first | kinds).values())
 
 
 def _leaves_traces(callback: Any) -> bool:

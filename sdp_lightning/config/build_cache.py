@@ -15,7 +15,7 @@ def cache_folder() -> Path:
 
 
 def build_once(name: str, build: Callable[[Path], None]) -> Path:
-    """The folder ``name`` in the cache; ``build`` fills it if it is not there.
+    """The folder ``name`` (or ``folder/name``) in the cache; ``build`` fills it if it is not there.
 
     A folder with its final name is always complete. Of several processes that call this at the same
     time one builds and the others wait; what an interrupted build left is thrown away.
@@ -25,7 +25,7 @@ def build_once(name: str, build: Callable[[Path], None]) -> Path:
     target = cache_folder() / name
     if not target.is_dir():
         target.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(target.with_name(f".{name}.lock")):
+        with FileLock(target.with_name(f".{target.name}.lock")):
             if not target.is_dir():
                 remove_leftovers(target)
                 with atomic_folder(target) as work:

@@ -12,6 +12,7 @@ MissingProximal = Literal["behavior", "loglinear", "decoupled", "drop"]
 OnOverdue = Literal["drop", "wait", "mask"]
 LastBatch = Literal["short", "fill", "drop"]
 PromptsOnResume = Literal["continue", "restart"]
+PromptsCheck = Literal["error", "drop"]
 LONGEST_S = 1e9  # longest deadline: threads cannot wait for a larger number
 
 
@@ -53,6 +54,9 @@ class RolloutConfig:
         prompts_on_resume: ``"continue"`` with the prompts where the checkpoint was, and refuse
             other ones; or ``"restart"``: begin the prompts, which may be others, from their start.
             The rollouts of the checkpoint are then discarded; weights, optimizer and version stay.
+        prompts_check: rows that cannot be trained on are an ``"error"`` before the run, or
+            ``"drop"`` leaves them out, counted: prompts that are missing, empty, or too long for
+            the engine with ``max_new_tokens``, answers that cannot be read, ids twice or null.
 
     Raises:
         ConfigError: naming the value.
@@ -76,6 +80,7 @@ class RolloutConfig:
     seed: int = 0
     requeue_dropped: bool = False
     prompts_on_resume: PromptsOnResume = "continue"
+    prompts_check: PromptsCheck = "error"
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -30,6 +30,7 @@ from sdp_lightning.lightning.prediction_loader import GenerationLoader
 from sdp_lightning.lightning.startup import (
     find_eos_tokens,
     leave_cores,
+    longest_sequence,
     make_trainer_ranks,
     open_engine,
     start_engine,
@@ -37,10 +38,11 @@ from sdp_lightning.lightning.startup import (
 from sdp_lightning.lightning.stop_request import StopRequest
 from sdp_lightning.lightning.train_loader import RolloutLoader, num_batches
 from sdp_lightning.prompts.iterable_rows import IterableRows
-from sdp_lightning.prompts.sources import load_rows, read_rows, rows_to_check
+from sdp_lightning.prompts.sources import NUM_CHECKED, first_rows, load_rows, read_rows
 from sdp_lightning.rollout.checkpoint.resharding import reshard
 from sdp_lightning.rollout.executor import WorkflowExecutor
 from sdp_lightning.rollout.factory import create_workflow_executor
+from sdp_lightning.rollout.row_checks import RowChecks
 from sdp_lightning.training.batch import SealedBatch
 from sdp_lightning.types import Row
 from sdp_lightning.workflows.workflow import RolloutWorkflow
@@ -101,6 +103,7 @@ class RolloutDataModule(L.LightningDataModule):
             else load_rows(val_prompts)
         )
         self._engine_source, self._engine_options = engine, dict(engine_options or {})
+        self._rows: dict[str, Any] = {}  # those that are used, by setting
         self._engine: InferenceEngine | None = None
         self._executor: WorkflowExecutor | None = None
         self.loader: RolloutLoader | None = None  # of the fit under way
@@ -152,38 +155,63 @@ class RolloutDataModule(L.LightningDataModule):
         )
         self._ranks = make_trainer_ranks(self.trainer, self.stop, batch_timeout_s=config.timeout_s)
         module.use_ranks(self._ranks)
-        prompts = self._checked_rows(stage)
+        checks = self._check_rows(stage)
+        self._engine = engine
+        start_engine(engine, self._ranks)
+        for what, check in checks.items():
+            check.max_length = longest_sequence(engine)
+            kept = check.kept()
+            if not isinstance(self._rows[what], IterableRows):
+                self._rows[what] = kept
         self._executor = create_workflow_executor(
             config=config,
             engine=engine,
             workflow=self.workflow,
-            prompts=prompts,
+            prompts=self._rows["prompts"],
             tokenizer=module.tokenizer,
             ranks=self._ranks,
             eos_token_ids=find_eos_tokens(module, self.workflow),
+            max_length=longest_sequence(engine),
         )
-        self._engine = engine
         if self._val_prompts is None and stage == "fit" and self.trainer is not None:
             self.trainer.limit_val_batches = 0
-        start_engine(engine, self._ranks)
         self._trainer_threads = leave_cores(engine)
 
-    def _checked_rows(self, stage: str) -> Sequence[Row] | IterableRows:
-        """The prompts; each rank has checked its part of them, or of the validation's.
+    def _check_rows(self, stage: str) -> dict[str, RowChecks]:
+        """Load the rows, and check those that ``stage`` rolls out, all ranks together.
 
-        Of rows that are read one after another, the first are checked.
+        Of rows that are read one after another, the first few are checked here, and each of the
+        others when it comes.
         """
-        prompts, size = load_rows(self._prompts), self._ranks.size
-        for source, workflow in (
-            (self._prompts, self.workflow),
-            (self._val_prompts, self.val_workflow),
-        ):
-            if source is not None and (stage == "fit" or source is self._val_prompts):
-                rows = prompts if source is self._prompts else read_rows(source)
-                share = self._ranks.rank, self._ranks.size
-                workflow.check_rows(rows_to_check(rows, *share))
-                workflow.check_prompts(rows_to_check(rows, *share), self._module().tokenizer)
-        return prompts
+        self._rows = {"prompts": load_rows(self._prompts)}
+        workflows = {"prompts": self.workflow} if stage in ("fit", "predict") else {}
+        if stage == "predict":
+            self._rows["prompts"] = read_rows(self._prompts, self._num_predicted())
+        if self._val_prompts is not None and stage != "predict":
+            self._rows["val_prompts"] = read_rows(self._val_prompts)
+            workflows["val_prompts"] = self.val_workflow
+        checks: dict[str, RowChecks] = {}
+        tokenizer = self._module().tokenizer
+        for what, workflow in workflows.items():
+            rows = self._rows[what]
+            checks[what] = RowChecks(
+                first_rows(rows, NUM_CHECKED) if isinstance(rows, IterableRows) else rows,
+                workflow,
+                tokenizer,
+                mode=self.rollout.prompts_check,
+                ranks=self._ranks,
+                what=what,
+            )
+        for what, check in checks.items():
+            check.refuse()
+            share = check.good_rows(self._ranks.rank, self._ranks.size)
+            workflows[what].check_prompts(share, tokenizer)
+        return checks
+
+    def _num_predicted(self) -> int | None:
+        """Rows that ``predict`` needs at most; None is all."""
+        limit: Any = None if self.trainer is None else self.trainer.limit_predict_batches
+        return limit * self.rollout.batch_size if isinstance(limit, int) else None
 
     def train_dataloader(self) -> RolloutLoader:
         module, trainer = self._module(), self.trainer
@@ -203,10 +231,9 @@ class RolloutDataModule(L.LightningDataModule):
         if self._val_prompts is None:
             raise ConfigError("there is nothing to evaluate: pass val_prompts.")
         assert self.trainer is not None
-        rows = read_rows(self._val_prompts)
         return EvaluationLoader(
             self.executor,
-            rows,
+            self._rows["val_prompts"],
             self.val_workflow,
             trainer=self.trainer,
             ranks=self._ranks,
@@ -220,13 +247,11 @@ class RolloutDataModule(L.LightningDataModule):
         """Rollouts of the training prompts: only generated, nothing is learned from them."""
         assert self.trainer is not None
         limit: Any = self.trainer.limit_predict_batches
-        num_batches = limit if isinstance(limit, int) else None
-        most = None if num_batches is None else num_batches * self.rollout.batch_size
         return GenerationLoader(
             self.executor,
-            read_rows(self._prompts, most),
+            self._rows["prompts"],
             self.workflow,
-            num_batches=num_batches,
+            num_batches=limit if isinstance(limit, int) else None,
             trainer=self.trainer,
             ranks=self._ranks,
         )

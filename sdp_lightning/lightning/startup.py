@@ -102,6 +102,11 @@ def find_eos_tokens(module: SegmentWisePPOModule, workflow: RolloutWorkflow) -> 
     return found.ids
 
 
+def longest_sequence(engine: InferenceEngine) -> int | None:
+    """Tokens of the longest sequence of a started engine, prompt included; None is not known."""
+    return engine.max_length if isinstance(engine, EmbeddedEngine | RemoteInfEngine) else None
+
+
 def tell_vocabulary(engine: InferenceEngine, num_tokens: int) -> None:
     """Let servers' answers be held to the model's vocabulary of ``num_tokens``."""
     if isinstance(engine, RemoteInfEngine):

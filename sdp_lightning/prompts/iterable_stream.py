@@ -15,6 +15,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from sdp_lightning.errors import ConfigError, RolloutError
+from sdp_lightning.prompts.checks import RowFault
 from sdp_lightning.prompts.iterable_rows import IterableRows
 from sdp_lightning.prompts.stream import RESTART, PromptRow
 from sdp_lightning.prompts.stream_position import (
@@ -29,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 READ_AHEAD = 32  # rows of this rank
 _POLL_S, _END_S = 0.1, 2.0
+_SAID = {10**power for power in range(10)}  # numbers of dropped rows that are said
 
 
 class IterableStream:
@@ -44,6 +46,8 @@ class IterableStream:
         num_ranks: number of ranks.
         fills: whether rows of one more epoch may be wanted.
         timeout_s: longest wait in seconds for the next row while a position is restored.
+        judge: the fault of a row and its index, if it cannot be trained on.
+        drops: whether such a row is left out, with a warning; else it ends the run.
 
     Raises:
         ConfigError: if a source that can be read once is to be read again, or ranks would read a
@@ -59,6 +63,8 @@ class IterableStream:
         num_ranks: int = 1,
         fills: bool = False,
         timeout_s: float = 600.0,
+        judge: Callable[[int, Row], RowFault | None] = lambda index, row: None,
+        drops: bool = False,
     ) -> None:
         if rows.is_one_shot and (num_epochs != 1 or fills):
             raise ConfigError(
@@ -72,6 +78,7 @@ class IterableStream:
             )
         self._rows, self._num_epochs, self._timeout_s = rows, num_epochs, timeout_s
         self._rank, self._num_ranks = rank, num_ranks
+        self._judge, self._drops, self.num_dropped = judge, drops, 0
         self._changed = threading.Condition()
         self._on_ready: Callable[[], None] = lambda: None
         self._returned: deque[PromptRow] = deque()
@@ -281,6 +288,9 @@ class IterableStream:
             self._read_at = time.monotonic()
             if number % self._num_ranks != self._rank or number in self._done:
                 return not self._is_closed
+        if not self._is_good(position.index - 1, data):
+            return not self._is_closed
+        with self._changed:
             self._changed.wait_for(lambda: self._is_closed or len(self._ahead) < READ_AHEAD)
             self._ahead.append((PromptRow(position.epoch, position.index - 1, data), position))
             was_starved, self._is_starved = self._is_starved, False
@@ -290,6 +300,22 @@ class IterableStream:
         if was_starved:
             self._on_ready()
         return True
+
+    def _is_good(self, index: int, row: Row) -> bool:
+        """Whether a row can be trained on. One that cannot is counted, or ends the run."""
+        fault = self._judge(index, row)
+        if fault is None:
+            return True
+        if not self._drops:
+            raise RolloutError(
+                f"the prompts {self._rows.name}: {fault.text} Correct it, leave it out, or set "
+                "prompts_check='drop'."
+            )
+        self.num_dropped += 1
+        if self.num_dropped in _SAID:
+            text = "%d rows of the prompts %s are left out so far, the last one because %s"
+            logger.warning(text, self.num_dropped, self._rows.name, fault.text)
+        return False
 
     def _may_begin(self, epoch: int) -> bool:
         """Whether to read an epoch: one after the end is read when its rows are asked for."""

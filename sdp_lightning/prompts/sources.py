@@ -13,7 +13,7 @@ from sdp_lightning.prompts.iterable_rows import IterableRows, is_indexed
 from sdp_lightning.types import Row
 
 MOST_AT_ONCE = 100_000  # rows of an iterable that are read whole
-_CHECKED = 16  # rows of an iterable that are checked before the run
+NUM_CHECKED = 16  # rows of an iterable that are checked before the run
 Source = str | Sequence[Row] | Iterable[Any] | Callable[[], Iterable[Any]] | IterableRows
 
 
@@ -75,19 +75,6 @@ def first_rows(rows: Sequence[Row] | IterableRows, count: int) -> list[Row]:
     if isinstance(rows, IterableRows):
         return rows.head(count)
     return [rows[index] for index in range(min(count, len(rows)))]
-
-
-def rows_to_check(
-    rows: Sequence[Row] | IterableRows, rank: int = 0, num_ranks: int = 1
-) -> Iterator[tuple[int, Row]]:
-    """Rows for a rank to check, with their indices: every ``num_ranks``-th, or an iterable's first.
-
-    They are read when they are asked for.
-    """
-    if isinstance(rows, IterableRows):
-        yield from enumerate(rows.head(_CHECKED))
-    else:
-        yield from ((index, rows[index]) for index in range(rank, len(rows), num_ranks))
 
 
 def find_rows(source: str) -> Sequence[Row] | None:

@@ -33,7 +33,8 @@ def asked_by(reward: object) -> Asked:
     look into, it is nothing more.
 
     Raises:
-        ConfigError: if it cannot be called so: it needs another parameter.
+        ConfigError: if it cannot be called so: it needs another parameter, or takes columns of the
+            data set as keywords, as TRL's rewards do.
     """
     if not callable(reward):
         return Asked()
@@ -55,4 +56,13 @@ def asked_by(reward: object) -> Asked:
                 f"others may be {', '.join(NAMES)}. Set one of its own with functools.partial."
             )
     is_group = bool(positional) and positional[0].name == GROUP
+    takes_columns = is_group and any(p.kind is p.VAR_KEYWORD for p in parameters)
+    if takes_columns and [p.name for p in positional[1:2]] != ["row"]:
+        # foreign: a callable may have no name
+        name = str(getattr(reward, "__name__", reward))
+        raise ConfigError(
+            f"reward {name!r} has a form for TRL, {name}{inspect.signature(reward)}, and would be "
+            f"given the row in place of a column. Write def {name}({GROUP}, row), and take "
+            '[row["column"]] * len(completions) for a column.'
+        )
     return Asked(tuple(p.name for p in more if p.name in NAMES), is_group)

@@ -16,23 +16,23 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from sdp_lightning.errors import ConfigError, RolloutError
+from sdp_lightning.errors import RolloutError, RowsError
 from sdp_lightning.rewards.pool import RewardPool
 
 logger = logging.getLogger(__name__)
 
 _SHOWN = 5  # rows that an error names
 _MANY = 2000  # answers whose reading takes long enough to be said
-_ROWS_S, _ANSWERS_S = 60.0, 300.0
+_ANSWERS_S = 300.0
 _READ_S = 10.0  # longest reading of one answer
 _CHUNK = 1000  # answers
 
 
 def refuse_unreadable_rows(reward: object, rows: Iterable[tuple[int, object]]) -> None:
-    """Raise ``ConfigError`` if there are rows that ``reward`` cannot score.
+    """Raise ``RowsError`` if there are rows that ``reward`` cannot score.
 
-    It takes as long as the rows take to be read, and their answers: rows beyond 60 s, and answers
-    beyond 300 s, are left to the run, with a warning.
+    It takes as long as the rows take to be read, and their answers: answers beyond 300 s are left
+    to the run, with a warning.
 
     Args:
         reward: a reward, a ``functools.partial`` of one, or a ``RewardPool``. One without a
@@ -40,7 +40,7 @@ def refuse_unreadable_rows(reward: object, rows: Iterable[tuple[int, object]]) -
         rows: indices and rows of the dataset; those that are no mappings are passed over.
 
     Raises:
-        ConfigError: naming the first rows, and how many there are.
+        RowsError: naming the first rows, and how many there are.
     """
     if isinstance(reward, RewardPool):
         reward = reward.reward
@@ -52,28 +52,28 @@ def refuse_unreadable_rows(reward: object, rows: Iterable[tuple[int, object]]) -
     check: Callable[..., str | None] | None = getattr(reward, "check_row", None)
     if check is None:
         return
-    faults: dict[str, str] = {}  # by the name of the row
-    unread: dict[str, list[str]] = {}
-    num_rows, deadline = 0, time.monotonic() + _ROWS_S
+    faults: dict[int, str] = {}
+    names: dict[int, str] = {}
+    unread: dict[str, list[int]] = {}
+    num_rows = 0
     for index, row in rows:
-        if time.monotonic() > deadline:
-            logger.warning("only the first %d rows were checked, in %.0f s", num_rows, _ROWS_S)
-            break
         num_rows += 1
         if isinstance(row, Mapping):
-            _check(check, row, keywords, repr(row.get("id", index)), faults, unread)
+            names[index] = repr(row.get("id", index))
+            _check(check, row, keywords, index, faults, unread)
     if unread:
         # foreign: a reward's own attribute
         for text in _unreadable(str(getattr(reward, "can_read", "")), list(unread)):
             faults |= dict.fromkeys(unread[text], f"its answer {text!r} cannot be read.")
     if faults:
-        named = [f"row {name}: {fault}" for name, fault in list(faults.items())[:_SHOWN]]
+        named = [f"row {names[index]}: {faults[index]}" for index in list(faults)[:_SHOWN]]
         more = f" And {len(faults) - _SHOWN} more." if len(faults) > _SHOWN else ""
         # foreign: a callable may have no name
         name = getattr(reward, "__name__", reward)
-        raise ConfigError(
+        raise RowsError(
             f"{len(faults)} of {num_rows} rows cannot be scored by {name!r}: {' '.join(named)}"
-            f"{more} Correct these rows, or leave them out of the prompts."
+            f"{more} Correct these rows, or leave them out of the prompts.",
+            faults,
         )
 
 
@@ -81,18 +81,18 @@ def _check(
     check: Callable[..., str | None],
     row: Mapping[str, Any],
     keywords: Mapping[str, Any],
-    name: str,
-    faults: dict[str, str],
-    unread: dict[str, list[str]],
+    index: int,
+    faults: dict[int, str],
+    unread: dict[str, list[int]],
 ) -> None:
     """Enter a row into ``faults``, or its answer into ``unread``, unless it is good."""
     try:
         text = check(row, **keywords)
     except RolloutError as error:
-        faults[name] = str(error)
+        faults[index] = str(error)
     else:
         if text is not None:
-            unread.setdefault(text, []).append(name)
+            unread.setdefault(text, []).append(index)
 
 
 def _unreadable(can_read: str, texts: Sequence[str]) -> list[str]:

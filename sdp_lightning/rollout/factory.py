@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from sdp_lightning.config import RolloutConfig
 from sdp_lightning.distributed.rank_group import RankGroup
 from sdp_lightning.engines.protocol import InferenceEngine
+from sdp_lightning.prompts.checks import RowFault
 from sdp_lightning.prompts.iterable_rows import IterableRows
 from sdp_lightning.prompts.iterable_stream import IterableStream
 from sdp_lightning.prompts.stream import PromptStream
@@ -25,6 +27,7 @@ from sdp_lightning.rollout.groups.staleness import (
     StandardPPOStrategy,
 )
 from sdp_lightning.rollout.proximal_recompute import ProximalRecomputer
+from sdp_lightning.rollout.row_checks import RowJudge
 from sdp_lightning.types import Row
 from sdp_lightning.workflows.send_gate import SendGate
 from sdp_lightning.workflows.workflow import RolloutWorkflow, Tokenizer
@@ -58,7 +61,10 @@ def create_recomputer(config: RolloutConfig) -> ProximalRecomputer | None:
 
 
 def create_prompts(
-    rows: Sequence[Row] | IterableRows, config: RolloutConfig, ranks: RankGroup
+    rows: Sequence[Row] | IterableRows,
+    config: RolloutConfig,
+    ranks: RankGroup,
+    judge: Callable[[int, Row], RowFault | None] = lambda index, row: None,
 ) -> Prompts:
     """This rank's part of ``rows``, in the order that ``config`` asks for.
 
@@ -76,7 +82,13 @@ def create_prompts(
         )
     fills, timeout_s = config.last_batch == "fill", config.timeout_s
     return IterableStream(
-        rows, num_epochs=config.num_epochs, fills=fills, timeout_s=timeout_s, **place
+        rows,
+        num_epochs=config.num_epochs,
+        fills=fills,
+        timeout_s=timeout_s,
+        judge=judge,
+        drops=config.prompts_check == "drop",
+        **place,
     )
 
 
@@ -89,6 +101,7 @@ def create_workflow_executor(
     tokenizer: Tokenizer,
     ranks: RankGroup | None = None,
     eos_token_ids: Sequence[int] = (),
+    max_length: int | None = None,
 ) -> WorkflowExecutor:
     """An executor with the strategy and the capacity modifiers that ``config`` asks for.
 
@@ -100,12 +113,16 @@ def create_workflow_executor(
         tokenizer: of the policy.
         ranks: that train together; None is this process alone.
         eos_token_ids: tokens that end a completion, as the model's folder says.
+        max_length: tokens of the longest sequence of the engine, by which the rows of a stream are
+            judged; None is not known.
 
     Raises:
         ConfigError: if ``prompts`` is empty.
     """
     ranks = RankGroup() if ranks is None else ranks
-    stream = create_prompts(prompts, config, ranks)
+    fault_of = RowJudge(workflow, tokenizer).fault_of
+    judge = functools.partial(fault_of, max_length=max_length)
+    stream = create_prompts(prompts, config, ranks, judge)
     manager = _make_manager(config)
     gate = SendGate()
     source = GroupSource(

@@ -152,11 +152,16 @@ def encode_prompt(
     settings: ChatSettings = _DEFAULTS,
 ) -> list[int]:
     """The tokens of a row's prompt. ``RolloutError`` if it has no such key."""
+    return encode_opening(
+        prompt_of(row, key), tokenizer, use_chat_template=use_chat_template, settings=settings
+    )
+
+
+def prompt_of(row: Row, key: str) -> Any:
+    """The prompt of a row. ``RolloutError`` if it has no such key."""
     if key not in row:
         raise RolloutError(f"row has no {key!r}; its keys are {sorted(row)}. Set prompt_key.")
-    return encode_opening(
-        row[key], tokenizer, use_chat_template=use_chat_template, settings=settings
-    )
+    return row[key]
 
 
 def encode_opening(
@@ -181,15 +186,29 @@ def encode_opening(
         RolloutError: if it is neither text nor messages, or the chat template shows not all of it.
         ConfigError: if a setting has no effect on this tokenizer.
     """
-    messages = as_messages(prompt, "prompt")
-    is_chat = use_chat_template or not isinstance(prompt, str)
-    if is_chat:
-        text = settings.template(tokenizer).opening(messages, tokenizer, tools)
-    else:
-        described = [describe_tools(tools)] if tools else []
-        text = "\n\n".join([*described, encodable(prompt)])
-    tokens = tokenizer.encode(encodable(text), add_special_tokens=False)
+    how: Any = {"use_chat_template": use_chat_template, "tools": tools, "settings": settings}
+    tokens = tokenizer.encode(opening_text(prompt, tokenizer, **how), add_special_tokens=False)
     if not tokens:
         raise RolloutError(f"the prompt {shown(prompt)} has no tokens.")
+    is_chat = use_chat_template or not isinstance(prompt, str)
     front = settings.in_front(tokenizer, is_chat=is_chat)
     return tokens if tokens[: len(front)] == front else [*front, *tokens]
+
+
+def opening_text(
+    prompt: Any,
+    tokenizer: Tokenizer,
+    *,
+    use_chat_template: bool,
+    tools: Tools = (),
+    settings: ChatSettings = _DEFAULTS,
+) -> str:
+    """The text of a prompt, without what :func:`encode_opening` writes in front of it.
+
+    Its arguments and errors are those of :func:`encode_opening`.
+    """
+    messages = as_messages(prompt, "prompt")
+    if use_chat_template or not isinstance(prompt, str):
+        return encodable(settings.template(tokenizer).opening(messages, tokenizer, tools))
+    described = [describe_tools(tools)] if tools else []
+    return "\n\n".join([*described, encodable(prompt)])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, Unpack
 
@@ -31,8 +33,10 @@ from sdp_lightning.workflows.environment import BoundedEnvironment, Environment,
 from sdp_lightning.workflows.episode import Episode
 from sdp_lightning.workflows.group_play import play_group
 from sdp_lightning.workflows.own_row import own_copy
+from sdp_lightning.workflows.prompt_lengths import Opening, PromptLength, PromptMeter
 from sdp_lightning.workflows.scoring import TurnRewards, checked_weights
 from sdp_lightning.workflows.stops import stop_texts, with_stops
+from sdp_lightning.workflows.tools import ToolEnvironment
 from sdp_lightning.workflows.workflow import (
     RolloutSession,
     RolloutWorkflow,
@@ -148,6 +152,34 @@ class MultiTurnWorkflow(RolloutWorkflow):
             self._encode_turn([], tokenizer, tools=tools)
 
         refuse_unwritable_openings(rows, reset, write)
+
+    def prompt_lengths(
+        self, rows: Sequence[Row], meter: PromptMeter
+    ) -> Sequence[PromptLength | None]:
+        """Those of :class:`ToolEnvironment`; another's ``reset`` may do much, and is not called."""
+        environment: object = self._make_environment()
+        lengths: Sequence[PromptLength | None] = [None] * len(rows)
+        if not isinstance(environment, Environment):
+            return lengths
+        world = environment
+        if isinstance(world, ToolEnvironment) and type(world).reset is ToolEnvironment.reset:
+            world.begin(Transcript(meter.tokenizer))
+            lengths = meter.of_rows(
+                rows,
+                lambda row: Opening(world.reset(row), world.tools),
+                use_chat_template=self.turn_format is None,
+                settings=self.chat,
+            )
+        bounded = BoundedEnvironment(environment, timeout_s=self.step_timeout_s)
+        with ThreadPoolExecutor(1) as thread:  # a notebook's own has an event loop that runs
+            thread.submit(asyncio.run, bounded.close()).result()
+        return lengths
+
+    def longest_prompt(self, max_length: int | None) -> int | None:
+        total, turn = self.max_total_tokens, self._sampling.max_new_tokens
+        if max_length is None or (total is not None and total <= max_length):
+            return None if total is None else total - 1
+        return max_length - turn if total is None else min(total - 1, max_length - turn)
 
     async def run(self, row: Row, session: RolloutSession) -> Sequence[Trajectory] | None:
         stops = self.stop, session.eos_token_ids

@@ -15,7 +15,7 @@ from sdp_lightning.workflows.chat.row_kinds import (
     refuse_unwritable,
     say_without_effect,
 )
-from sdp_lightning.workflows.chat_template import encode_aside, encode_prompt
+from sdp_lightning.workflows.chat_template import encode_aside, encode_prompt, prompt_of
 from sdp_lightning.workflows.completion import (
     Completion,
     TextSettings,
@@ -25,6 +25,7 @@ from sdp_lightning.workflows.completion import (
 )
 from sdp_lightning.workflows.episode import Episode
 from sdp_lightning.workflows.group_play import play_group, score_together
+from sdp_lightning.workflows.prompt_lengths import Opening, PromptLength, PromptMeter
 from sdp_lightning.workflows.scoring import Reward, Rewards, Scores, Scoring
 from sdp_lightning.workflows.stops import stop_texts, with_stops
 from sdp_lightning.workflows.workflow import (
@@ -160,6 +161,17 @@ class RLVRWorkflow(RolloutWorkflow):
             prompt = row[self.prompt_key]
             is_chat = self.use_chat_template or not isinstance(prompt, str)
             say_without_effect(prompt if is_chat else None, tokenizer, self.chat)
+
+    def prompt_lengths(self, rows: Sequence[Row], meter: PromptMeter) -> Sequence[PromptLength]:
+        return meter.of_rows(
+            rows,
+            lambda row: Opening(prompt_of(row, self.prompt_key)),
+            use_chat_template=self.use_chat_template,
+            settings=self.chat,
+        )
+
+    def longest_prompt(self, max_length: int | None) -> int | None:
+        return None if max_length is None else max_length - self._sampling.max_new_tokens
 
     def close(self) -> None:
         """End the worker processes, if there are any. The next rollout starts new ones."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 from sdp_lightning.errors import ConfigError, RolloutError
 from sdp_lightning.types import Row, SamplingParams, Trajectory
+from sdp_lightning.workflows.prompt_lengths import PromptLength, PromptMeter
 from sdp_lightning.workflows.workflow import RolloutSession, RolloutWorkflow, Tokenizer
 
 
@@ -210,6 +211,14 @@ class ShapedWorkflow(RolloutWorkflow):
 
     def check_prompts(self, rows: Iterable[tuple[int, Row]], tokenizer: Tokenizer) -> None:
         self.workflow.check_prompts(rows, tokenizer)
+
+    def prompt_lengths(
+        self, rows: Sequence[Row], meter: PromptMeter
+    ) -> Sequence[PromptLength | None]:
+        return self.workflow.prompt_lengths(rows, meter)
+
+    def longest_prompt(self, max_length: int | None) -> int | None:
+        return self.workflow.longest_prompt(max_length)
 
     def close(self) -> None:
         self.workflow.close()

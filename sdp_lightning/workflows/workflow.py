@@ -6,11 +6,14 @@ import asyncio
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from sdp_lightning.types import Row, SamplingParams, Trajectory
 from sdp_lightning.workflows.episode import Episode
 from sdp_lightning.workflows.episode_log import Event
+
+if TYPE_CHECKING:
+    from sdp_lightning.workflows.prompt_lengths import PromptLength, PromptMeter
 
 Sample = TypeVar("Sample")
 
@@ -171,7 +174,26 @@ class RolloutWorkflow(ABC):
         """
 
     def check_rows(self, rows: Iterable[tuple[int, Row]]) -> None:  # noqa: B027 # most take any
-        """Raise ``ConfigError`` if there are ``rows`` (and indices) that cannot be scored."""
+        """Raise ``RowsError`` if there are ``rows`` (and indices) that cannot be scored."""
+
+    def prompt_lengths(
+        self, rows: Sequence[Row], meter: PromptMeter
+    ) -> Sequence[PromptLength | None]:
+        """Tokens of the prompt of each row, or what is wrong with it; None is not known.
+
+        Args:
+            rows: the rows.
+            meter: measures prompts with the tokenizer of the policy.
+        """
+        return [None] * len(rows)
+
+    def longest_prompt(self, max_length: int | None) -> int | None:
+        """Tokens of the longest prompt that leaves room for a completion; None is not known.
+
+        Args:
+            max_length: tokens of the longest sequence of the engine; None is not known.
+        """
+        return None
 
     def check_prompts(  # noqa: B027 # most write their own
         self, rows: Iterable[tuple[int, Row]], tokenizer: Tokenizer

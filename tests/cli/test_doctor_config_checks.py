@@ -222,11 +222,37 @@ def test_a_model_is_looked_for_where_it_is_named(
 
 
 def test_rows_are_counted_or_their_error_is_the_finding(tmp_path: Path) -> None:
-    file = tmp_path / "task.py"
+    file, gone = tmp_path / "task.py", ModelSource("/gone")
     file.write_text("rows = [{}, {}]")
-    assert check_rows("prompts", f"{file}:rows") == Finding("ok", "prompts", "2 rows")
-    missing = check_rows("prompts", f"{file}:row")
+    rows = {"prompts": f"{file}:rows", "workflow": {"class_path": "sdp_lightning.RLVRWorkflow"}}
+    assert check_rows("prompts", rows, gone) == Finding("ok", "prompts", "2 rows, not checked")
+    missing = check_rows("prompts", {"prompts": f"{file}:row"}, gone)
     assert missing.state == "problem" and "Did you mean rows" in missing.text
+
+
+def test_rows_are_checked_for_the_engine_and_the_budgets_of_the_config(
+    tmp_path: Path, model_folder: str
+) -> None:
+    file, source = tmp_path / "rows.jsonl", ModelSource(model_folder)
+    file.write_text('{"prompt": "1+1="}\n{"prompt": "11111111111111111111"}\n{"prompt": ""}\n')
+    init = {"reward": "builtins:len", "sampling": {"max_new_tokens": 500}}
+    data: dict[str, Any] = {
+        "prompts": str(file),
+        "workflow": {"class_path": "sdp_lightning.RLVRWorkflow", "init_args": init},
+    }
+    found = check_rows("prompts", data, source)  # the tiny model has 512 positions
+    assert found.state == "problem"
+    for part in (
+        "2 of 3 rows of prompts cannot be used (1 prompt too long, 1 empty prompt)",
+        "row 'rows.jsonl:2': its prompt has 20 tokens, and 12 leave room",
+    ):
+        assert part in found.text
+    dropped = check_rows("prompts", data | {"rollout": {"prompts_check": "drop"}}, source)
+    assert dropped == Finding("note", "prompts", found.text.partition(" Correct")[0])
+    launched = {"engine": "vllm://launch?max_model_len=530"}
+    assert "1 of 3 rows" in check_rows("prompts", data | launched, source).text
+    ill = {"workflow": {"class_path": "sdp_lightning.RLVRWorkflow", "init_args": {"group": 1}}}
+    assert check_rows("prompts", data | ill, source).state == "problem"
 
 
 # Configs ------------------------------------------------------------

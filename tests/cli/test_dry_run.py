@@ -93,3 +93,21 @@ def test_a_part_that_fails_fails_the_dry_run(
     flag: Any = "--data.workflow.init_args.reward=mine.py:reward"
     assert main(["fit", "--config=recipes/tiny_cpu/config.yaml", flag, "--dry-run"]) == 1
     assert "KeyError: 'gold' It came from" in capsys.readouterr().err
+
+
+def test_all_rows_are_checked_with_the_budgets_of_the_run(
+    tmp_path: Path, model_folder: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": f"{i}=" if i < 20 else "7" * 20} for i in range(21)]
+    (tmp_path / "task.py").write_text(f"rows = {rows}\ndef reward(text, row): return len(text)")
+    flags = [
+        *("fit", "--dry-run", f"--model.model={model_folder}", "--data.prompts=task.py:rows"),
+        "--data.workflow=sdp_lightning.RLVRWorkflow",
+        "--data.workflow.init_args.reward=task.py:reward",
+        '--data.workflow.init_args.sampling={"max_new_tokens": 500}',
+    ]
+    assert main(flags) == 2
+    assert "1 prompt too long): row 20: its prompt has 20 tokens" in capsys.readouterr().err
+    assert main([*flags, "--data.rollout.prompts_check=drop"]) == 0
+    assert "dry run: 2 batches" in capsys.readouterr().out

@@ -1,6 +1,6 @@
 """Checks that this machine has the GPUs, servers, model and rows of config files.
 
-Only the files are read and the rows loaded. ``fit`` checks the settings themselves; flags of its
+The files are read, and the rows checked. ``fit`` checks the settings themselves; flags of its
 command line are unknown here.
 """
 
@@ -14,9 +14,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 from urllib.parse import parse_qs
 
+from sdp_lightning.cli.config_rows import checked_rows
 from sdp_lightning.cli.doctor.estimate import (
     check_division,
     check_engine_memory,
@@ -29,7 +30,7 @@ from sdp_lightning.cli.doctor.finding import Finding
 from sdp_lightning.cli.doctor.gpus import GPU_QUERY, Ask, NvidiaSmiError, parse_gpus
 from sdp_lightning.cli.doctor.model_size import ModelSize
 from sdp_lightning.cli.doctor.prompt_checks import check_prompts
-from sdp_lightning.cli.doctor.source_checks import check_source, read_source
+from sdp_lightning.cli.doctor.source_checks import check_source, model_folder, read_source
 from sdp_lightning.config.model_source import ModelSource
 from sdp_lightning.engines.remote.addresses import redacted, server_url, tls_context
 from sdp_lightning.errors import ConfigError
@@ -100,7 +101,7 @@ def examine_configs(files: Sequence[str], machine: Machine) -> list[Finding]:
         *check_devices(trainer, _engine(config), machine),
         *check_servers(_engine(config), machine, part_of(data, "engine_options").get("ca_file")),
         *(check_source(source) if isinstance(source, ModelSource) else [source]),
-        *(check_rows(name, data[name]) for name in ("prompts", "val_prompts") if data.get(name)),
+        *(check_rows(name, data, source) for name in ("prompts", "val_prompts") if data.get(name)),
         *(check_prompts(source, data) if isinstance(source, ModelSource) else []),
         *check_division(config, world_size(trainer, machine)),
         *check_memory(config, machine, size),
@@ -218,15 +219,26 @@ def check_servers(engine: str, machine: Machine, ca_file: str | None = None) -> 
     return [_ask(f"{web}://{host}", ca_file) for host in rest.rstrip("/").split(",") if host]
 
 
-def check_rows(name: str, source: Any) -> Finding:
-    """Checks the rows by loading them."""
+def check_rows(name: str, data: Mapping[str, Any], source: ModelSource | Finding) -> Finding:
+    """Checks the rows as a run does, or by loading them if the tokenizer is not here as a file.
+
+    Args:
+        name: ``"prompts"`` or ``"val_prompts"``.
+        data: the config's ``data`` part.
+        source: what the model is read from.
+    """
+    found = None if isinstance(source, Finding) or source.trust_remote_code else source
     try:
-        rows = load_rows(source)
-        if isinstance(rows, IterableRows):
-            text = f"{rows.name}: read row by row, of which {len(rows.head(1))} was read"
-            return Finding("ok", name, text)
-        return Finding("ok", name, f"{len(rows)} rows")
-    except ConfigError as error:
+        if found is None or model_folder(found) is None or not data.get("workflow"):
+            rows = load_rows(data[name])
+            if isinstance(rows, IterableRows):
+                text = f"{rows.name}: read row by row, of which {len(rows.head(1))} was read"
+                return Finding("ok", name, text)
+            return Finding("ok", name, f"{len(rows)} rows, not checked")
+        checks = checked_rows(data, name, found.resolved())
+        bad: Literal["note", "problem"] = "note" if checks.mode == "drop" else "problem"
+        return Finding(bad if checks.faults else "ok", name, checks.summary)
+    except (ConfigError, OSError) as error:
         return Finding("problem", name, str(error))
 
 

@@ -10,7 +10,8 @@ from sdp_lightning.cli.doctor.source_checks import model_folder
 from sdp_lightning.config.model_source import ModelSource
 from sdp_lightning.config.pretrained import load_tokenizer
 from sdp_lightning.errors import ConfigError
-from sdp_lightning.prompts.sources import load_rows, rows_to_check
+from sdp_lightning.prompts.iterable_rows import IterableRows
+from sdp_lightning.prompts.sources import NUM_CHECKED, first_rows, load_rows
 
 
 def check_prompts(source: ModelSource, data: Mapping[str, Any]) -> list[Finding]:
@@ -32,11 +33,13 @@ def _check(subject: str, source: ModelSource, rows: Any, settings: Mapping[str, 
     try:
         workflow, tokenizer = _make_workflow(settings), load_tokenizer(source.resolved())
         loaded = load_rows(rows)
+        is_iterable = isinstance(loaded, IterableRows)
+        checked = first_rows(loaded, NUM_CHECKED) if is_iterable else loaded
     except Exception as error:  # code of the config's files is run
         reason = " ".join(str(error).split())
         return Finding("note", subject, f"not tried: {type(error).__name__}: {reason}")
     try:
-        workflow.check_prompts(rows_to_check(loaded), tokenizer)
+        workflow.check_prompts(enumerate(checked), tokenizer)
     except ConfigError as error:
         return Finding("problem", subject, str(error))
     return Finding("ok", subject, "one of each kind")

@@ -134,6 +134,11 @@ class EmbeddedEngine:
         return 0 if self._running is None else self._running.scheduler.num_prefill_tokens
 
     @property
+    def max_length(self) -> int | None:
+        """Tokens of the longest sequence, prompt included; None before ``start``."""
+        return None if self._running is None else self._running.max_length
+
+    @property
     def num_active(self) -> int:
         """Number of requests that are decoding now."""
         return 0 if self._running is None else self._running.scheduler.num_active

@@ -29,7 +29,7 @@ from sdp_lightning.types import IntArray, SamplingParams
 
 logger = logging.getLogger(__name__)
 
-_DEFAULT_LENGTH = 1024
+DEFAULT_LENGTH = 1024
 _NUM_CHECKED = 8
 _NUM_TEXTS = 3
 _PASSED = 64  # tokens by which a checked sequence passes the window, at most
@@ -77,8 +77,8 @@ def resolve_max_length(model: PreTrainedModel, max_length: int | None) -> int:
         EngineError: if the model has fewer positions.
     """
     config: Any = model.config.get_text_config(decoder=True)
-    limit = max_positions(config) or _DEFAULT_LENGTH
-    length = min(_DEFAULT_LENGTH, limit) if max_length is None else max_length
+    limit = max_positions(config) or DEFAULT_LENGTH
+    length = min(DEFAULT_LENGTH, limit) if max_length is None else max_length
     if length > limit:
         raise EngineError(
             f"max_length={length} exceeds the {limit} positions of model type {config.model_type}. "

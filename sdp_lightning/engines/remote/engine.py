@@ -99,6 +99,12 @@ class RemoteInfEngine:
         return None if self._managed is None else self._managed.config
 
     @property
+    def max_length(self) -> int | None:
+        """Tokens of the longest sequence that all servers take; None before ``start``."""
+        replicas = [] if self._pool is None else self._pool.replicas
+        return min((r.info.max_length for r in replicas if r.info is not None), default=None)
+
+    @property
     def num_serving(self) -> int:
         """Number of servers that accept requests now."""
         return 0 if self._pool is None else self._pool.num_serving
