@@ -96,6 +96,7 @@ class SegmentWisePPOModule(L.LightningModule):
         self.trainable, self.gradient_checkpointing = trainable, gradient_checkpointing
         self.policy: PreTrainedModel | None = None
         self._ranks = RankGroup()
+        self._num_tokens: int | None = None  # that have a text
         self._runner: LogprobRunner
         self._reference_runner: LogprobRunner
         self._reference: list[PreTrainedModel] = []  # in a list it is not a submodule
@@ -163,7 +164,7 @@ class SegmentWisePPOModule(L.LightningModule):
         elif self.lora is None:
             select_trainable(policy, self.trainable)
         prepare(policy, recompute=self.gradient_checkpointing and not frozen)
-        forward = LogprobForward(policy, count_tokens(self.tokenizer))
+        forward = LogprobForward(policy, self._num_tokens)
         if isinstance(mesh, DeviceMesh):
             device, precision = self.trainer.strategy.root_device, self.trainer.precision
             shard(forward, mesh, loaded.source, device, precision=str(precision))
@@ -215,6 +216,11 @@ class SegmentWisePPOModule(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         check_trainer(self.trainer, self.update, stage)
+        self._num_tokens = count_tokens(self.tokenizer)
+        if self.policy is not None:  # loaded before
+            self._runner.use_vocabulary(self._num_tokens)
+            if self._reference:
+                self._reference_runner.use_vocabulary(self._num_tokens)
         ignore_known_warnings(self.trainer)
 
     def configure_optimizers(self) -> Any:

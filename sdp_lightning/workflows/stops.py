@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
+from sdp_lightning.errors import ConfigError
 from sdp_lightning.types import SamplingParams
 from sdp_lightning.workflows.workflow import Tokenizer
 
@@ -27,7 +28,7 @@ def with_stops(
             ``params.stop_at_model_eos`` is off.
 
     Raises:
-        ConfigError: if a text is empty.
+        ConfigError: if a text is empty, or no completion can hold it.
     """
     tokens = dict.fromkeys(params.stop_token_ids)
     if tokenizer.eos_token_id is not None:
@@ -48,13 +49,24 @@ def stop_texts(stop: str | Iterable[str]) -> tuple[str, ...]:
 
 
 def _as_token(text: str, tokenizer: Tokenizer) -> int | None:
-    """The token that is ``text``, where it follows other text if not alone; None: there is none."""
+    """The token that is ``text``, where it follows other text if not alone; None: there is none.
+
+    Raises:
+        ConfigError: if what the tokenizer writes never holds the text, such as an unknown one.
+    """
     alone = tokenizer.encode(text, add_special_tokens=False)
-    if len(alone) == 1:
-        return alone[0]
     before = tokenizer.encode(_BEFORE, add_special_tokens=False)
     whole = tokenizer.encode(_BEFORE + text, add_special_tokens=False)
-    return whole[-1] if whole[:-1] == before else None
+    written = [tokenizer.decode(tokens, skip_special_tokens=False) for tokens in (alone, whole)]
+    if not any(text in each for each in written):
+        raise ConfigError(
+            f"the tokenizer writes the stop text {text!r} as {written[0]!r}, so no completion ends "
+            "with it. Leave it out, or use what is written."
+        )
+    if len(alone) != 1:
+        alone = whole[-1:] if whole[:-1] == before else []
+    is_token = bool(alone) and text in tokenizer.decode(alone, skip_special_tokens=False)
+    return alone[0] if is_token else None
 
 
 def cut_at_stop(

@@ -10,11 +10,12 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from sdp_lightning.errors import ConfigError
+from sdp_lightning.testing import tiny_tokenizer
 from sdp_lightning.types import SamplingParams
 from sdp_lightning.workflows.completion import completion_text
 from sdp_lightning.workflows.stop_texts import StopTexts
 from sdp_lightning.workflows.stops import with_stops
-from support.tokenizer_kinds import KINDS, TEXTS, byte_level, sentencepiece
+from support.tokenizer_kinds import KINDS, TEXTS, byte_level, sentencepiece, wordpiece
 
 
 def first_end(tokens: Sequence[int], stops: Sequence[str], tokenizer: Any) -> int | None:
@@ -110,6 +111,13 @@ def test_stops_come_from_settings_tokenizer_folder_and_workflow() -> None:
 def test_an_empty_stop_text_is_refused(stop: Any) -> None:
     with pytest.raises(ConfigError, match=r"a stop text must have characters, none U.FFFD, got ''"):
         with_stops(SamplingParams(), byte_level(), stop)
+
+
+def test_a_stop_text_that_the_tokenizer_cannot_write_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"'</b>' as '<unk>/b<unk>', so no completion ends"):
+        with_stops(SamplingParams(), tiny_tokenizer(), ("\n", "</b>"))
+    with pytest.raises(ConfigError, match=r"the stop text '字'"):
+        with_stops(SamplingParams(), wordpiece(), "字")
 
 
 # The text that a reward reads ---------------------------------------------------------------------

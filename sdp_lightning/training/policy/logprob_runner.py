@@ -113,6 +113,10 @@ class LogprobRunner:
                 out[piece.rows] = torch.where(piece.batch.loss_mask, logprobs, out[piece.rows])
         return out
 
+    def use_vocabulary(self, num_tokens: int | None) -> None:
+        """Give token ids from ``num_tokens`` on, which are never sampled, probability 0."""
+        self._forward.num_tokens = num_tokens
+
     def whole_vocabulary(self) -> AbstractContextManager[None]:
         """Context in which tokens that are never sampled have a probability, too."""
         return self._forward.whole_vocabulary()
