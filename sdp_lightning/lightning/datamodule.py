@@ -44,7 +44,6 @@ from sdp_lightning.rollout.executor import WorkflowExecutor
 from sdp_lightning.rollout.factory import create_workflow_executor
 from sdp_lightning.rollout.row_checks import RowChecks
 from sdp_lightning.training.batch import SealedBatch
-from sdp_lightning.types import Row
 from sdp_lightning.workflows.workflow import RolloutWorkflow
 
 
