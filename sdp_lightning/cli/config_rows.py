@@ -11,7 +11,6 @@ from jsonargparse import ArgumentError, ArgumentParser
 from sdp_lightning.config.model_limits import max_positions
 from sdp_lightning.config.model_source import ModelSource
 from sdp_lightning.config.pretrained import load_config, load_tokenizer
-from sdp_lightning.engines.embedded.model_checks import DEFAULT_LENGTH
 from sdp_lightning.errors import ConfigError
 from sdp_lightning.prompts.iterable_rows import IterableRows
 from sdp_lightning.prompts.sources import NUM_CHECKED, first_rows, load_rows
@@ -53,6 +52,8 @@ def longest_sequence(data: Mapping[str, Any], source: ModelSource) -> int | None
     engine = str(data.get("engine") or "embedded")
     options: Mapping[str, Any] = data.get("engine_options") or {}
     if engine == "embedded":
+        from sdp_lightning.engines.embedded.model_checks import DEFAULT_LENGTH  # slow to import
+
         positions = max_positions(load_config(source).get_text_config(decoder=True))
         return options.get("max_length") or min(DEFAULT_LENGTH, positions or DEFAULT_LENGTH)
     (given,) = parse_qs(engine.partition("?")[2]).get("max_model_len", [""])[-1:]

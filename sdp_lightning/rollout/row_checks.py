@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -28,6 +29,7 @@ logger = logging.getLogger(__name__)
 VAL_PROMPTS = "val_prompts"
 CHUNK = 10_000  # rows that are held at once
 _ROWS_S = 60.0  # of rows that are read while a fault is an error
+_ROW_S = 600.0  # longest reading of one row
 _SAY_S = 10.0
 _WAIT_S = 3600.0  # longest wait for the rows of another rank
 
@@ -200,12 +202,8 @@ class RowChecks:
 
     def _read_chunk(self, indices: range, begin: float) -> int:
         good: dict[int, Row] = {}
-        number = 0
-        for index in indices:
-            if self.mode == "error" and time.monotonic() - begin > _ROWS_S:
-                break
-            number += 1
-            row = read_row(self._rows, index)
+        read = self._read_rows(indices, begin)
+        for index, row in zip(indices, read, strict=False):
             if isinstance(row, RowFault):
                 self._faults[index] = row
                 continue
@@ -215,7 +213,35 @@ class RowChecks:
         lengths, faults = self._judge.measure(good)
         self._lengths |= lengths
         self._faults |= {fault.index: fault for fault in faults}
-        return number
+        return len(read)
+
+    def _read_rows(self, indices: range, begin: float) -> list[Row | RowFault]:
+        """The rows for which there is time, read in a thread: a data set may hang.
+
+        Raises:
+            ConfigError: naming the row that did not come.
+        """
+        rows: list[Row | RowFault] = []
+
+        def read() -> None:
+            for index in indices:
+                if self.mode == "error" and time.monotonic() - begin > _ROWS_S:
+                    break
+                rows.append(read_row(self._rows, index))
+
+        thread = threading.Thread(target=read, name="sdp-rows", daemon=True)
+        thread.start()
+        number, seen_at = 0, time.monotonic()
+        while thread.is_alive():
+            thread.join(1.0)
+            if len(rows) > number:
+                number, seen_at = len(rows), time.monotonic()
+            elif thread.is_alive() and time.monotonic() - seen_at > _ROW_S:
+                raise ConfigError(
+                    f"row {indices[number]} of {self._what} was not read within {_ROW_S:.0f} s: "
+                    "its data set hangs."
+                )
+        return rows
 
     def _check_answers(self, indices: range) -> None:
         """Enter the rows that the workflow cannot score; it names those of one reward at a time."""

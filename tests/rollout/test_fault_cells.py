@@ -165,7 +165,10 @@ class Hang(Callback):
     """Hangs where it is told to, until the run has failed."""
 
     def __init__(self) -> None:
-        self._over = threading.Event()
+        self._over, self.has_begun = threading.Event(), False
+
+    def on_train_start(self, *_: Any) -> None:
+        self.has_begun = True
 
     def __call__(self) -> None:
         assert self._over.wait(DEADLINE_S), "nobody ended it"
@@ -193,7 +196,7 @@ def test_a_row_that_is_never_read_ends_a_run_that_is_watched(
 ) -> None:
     """No deadline of a batch helps: it is read under the lock that the trainer waits for."""
     hang = Hang()
-    rows: Sequence[Row] = Rows(lambda index: hang() if index == 9 else None)
+    rows: Sequence[Row] = Rows(lambda index: hang() if index == 9 and hang.has_begun else None)
     data = make_data(rows=rows, engine=FakeEngine(), shuffle=False)
     end_a_hang(model_folder, data, hang)
     assert "in __getitem__" in capfd.readouterr().err

@@ -85,8 +85,8 @@ def test_the_reference_is_the_base_with_the_adapter_off_and_there_is_no_copy(
     batch, seen = make_batch(model_folder), list[Batch]()
     prepare = PolicyUpdate.prepare
 
-    def kept(*arguments: Any) -> Batch:
-        seen.append(prepare(*arguments))
+    def kept(*arguments: Any, **more: Any) -> Batch:
+        seen.append(prepare(*arguments, **more))
         return seen[-1]
 
     monkeypatch.setattr(PolicyUpdate, "prepare", kept)

@@ -208,7 +208,9 @@ def test_the_result_of_a_tool_reaches_the_policy(family: str) -> None:
         return "OBS-4711"
 
     def make() -> sdp.Environment:
-        return sdp.ToolEnvironment([secret], lambda text, row: float("no idea" in text))
+        return sdp.ToolEnvironment(
+            [secret], lambda text, row: float("no idea" in text), tool_call_format="hermes"
+        )
 
     tokenizer = tokenizer_of(family)
     call = '<tool_call>{"name": "secret", "arguments": {}}</tool_call>'

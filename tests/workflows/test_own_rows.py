@@ -45,7 +45,7 @@ def one(seen: list[Any]) -> sdp.RolloutWorkflow:
 
 def of_the_messages(seen: list[Any]) -> sdp.RolloutWorkflow:
     def reward(completion: str, row: dict[str, Any], messages: list[Any]) -> float:
-        row["asked"][0]["content"] = messages[0]["content"]
+        messages[0].clear()
         spoil(row, seen)
         return 0.0
 

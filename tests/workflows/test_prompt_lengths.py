@@ -13,7 +13,7 @@ import pytest
 from sdp_lightning.testing import tiny_tokenizer
 from sdp_lightning.workflows import prompt_lengths
 from sdp_lightning.workflows.chat_template import encode_opening
-from sdp_lightning.workflows.prompt_lengths import PromptFault, PromptMeter
+from sdp_lightning.workflows.prompt_lengths import Opening, PromptFault, PromptLength, PromptMeter
 
 CHAT = (
     "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
@@ -55,20 +55,24 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return counts
 
 
+def lengths(meter: PromptMeter, prompts: Sequence[Any], **settings: Any) -> list[PromptLength]:
+    return meter.lengths([Opening(prompt) for prompt in prompts], **settings)
+
+
 @pytest.mark.parametrize("uses_template", [False, True])
 def test_lengths_are_those_of_the_prompts_of_rollouts(tokenizer: Any, uses_template: bool) -> None:
     prompts = [*TEXTS, *CHATS]
     expected = [len(encode_opening(p, tokenizer, use_chat_template=uses_template)) for p in prompts]
     for _ in range(2):  # measured, and read
-        found = PromptMeter(tokenizer).lengths(prompts, use_chat_template=uses_template)
+        found = lengths(PromptMeter(tokenizer), prompts, use_chat_template=uses_template)
         assert found == expected
 
 
 def test_a_second_start_tokenizes_nothing(tokenizer: Any, measured: list[int], cache: Path) -> None:
     prompts = [*CHATS, "", 5]
-    first = PromptMeter(tokenizer).lengths(prompts, use_chat_template=True)
+    first = lengths(PromptMeter(tokenizer), prompts, use_chat_template=True)
     assert isinstance(first[2], PromptFault) and isinstance(first[3], PromptFault)
-    assert PromptMeter(tokenizer).lengths(prompts, use_chat_template=True) == first
+    assert lengths(PromptMeter(tokenizer), prompts, use_chat_template=True) == first
     assert measured == [2] and len([*cache.glob("[!.]*")]) == 1
 
 
@@ -84,9 +88,9 @@ def other_token(tokenizer: Any) -> None:
 def test_another_tokenizer_or_template_is_measured_anew(
     tokenizer: Any, measured: list[int], change: Any
 ) -> None:
-    before = PromptMeter(tokenizer).lengths(CHATS, use_chat_template=True)
+    before = lengths(PromptMeter(tokenizer), CHATS, use_chat_template=True)
     change(tokenizer)
-    after = PromptMeter(tokenizer).lengths(CHATS, use_chat_template=True)
+    after = lengths(PromptMeter(tokenizer), CHATS, use_chat_template=True)
     assert before != after and measured == [2, 2]
     assert after == [len(encode_opening(p, tokenizer, use_chat_template=True)) for p in CHATS]
 
@@ -105,8 +109,8 @@ def test_other_prompts_or_settings_are_measured_anew(
     tokenizer: Any, measured: list[int], prompts: list[Any], uses_template: bool
 ) -> None:
     meter = PromptMeter(tokenizer)
-    meter.lengths(["1+1=", "2"], use_chat_template=False)
-    meter.lengths(prompts, use_chat_template=uses_template)
+    lengths(meter, ["1+1=", "2"], use_chat_template=False)
+    lengths(meter, prompts, use_chat_template=uses_template)
     assert len(measured) == 2
 
 
@@ -121,9 +125,9 @@ def test_a_template_that_writes_the_date_is_measured_anew_on_another_day(
             return cls(2031, 1, 1)
 
     tokenizer.chat_template = "{{ strftime_now('%d') }}" + CHAT
-    PromptMeter(tokenizer).lengths(CHATS, use_chat_template=True)
+    lengths(PromptMeter(tokenizer), CHATS, use_chat_template=True)
     monkeypatch.setattr(token_counts.datetime, "date", Tomorrow)
-    PromptMeter(tokenizer).lengths(CHATS, use_chat_template=True)
+    lengths(PromptMeter(tokenizer), CHATS, use_chat_template=True)
     assert measured == [2, 2]
 
 
@@ -147,22 +151,22 @@ def test_what_cannot_be_told_from_other_things_is_not_kept(
     tokenizer: Any, measured: list[int], cache: Path
 ) -> None:
     own: Any = OwnTokenizer()
-    assert PromptMeter(own).lengths(["a b", "c"], use_chat_template=False) == [2, 1]
+    assert lengths(PromptMeter(own), ["a b", "c"], use_chat_template=False) == [2, 1]
     odd = [[{"role": "user", "content": "1", "more": Odd()}], "2"]
-    PromptMeter(tokenizer).lengths(odd, use_chat_template=False)
+    lengths(PromptMeter(tokenizer), odd, use_chat_template=False)
     assert measured == [2, 2] and not cache.exists()
 
 
 def test_a_damaged_file_and_a_folder_without_rights_cost_time_only(
     tokenizer: Any, measured: list[int], cache: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    first = PromptMeter(tokenizer).lengths(TEXTS, use_chat_template=False)
+    first = lengths(PromptMeter(tokenizer), TEXTS, use_chat_template=False)
     (file,) = cache.glob("[!.]*/lengths.json")
     file.write_text(json.dumps(first)[:-3])
     with caplog.at_level(logging.WARNING):
-        assert PromptMeter(tokenizer).lengths(TEXTS, use_chat_template=False) == first
+        assert lengths(PromptMeter(tokenizer), TEXTS, use_chat_template=False) == first
         file.unlink()
-        assert PromptMeter(tokenizer).lengths(TEXTS, use_chat_template=False) == first
+        assert lengths(PromptMeter(tokenizer), TEXTS, use_chat_template=False) == first
     assert measured == [5] * 3 and caplog.text.count("are not cached") == 2
 
 
@@ -170,5 +174,5 @@ def test_few_prompts_leave_no_file(
     tokenizer: Any, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(prompt_lengths, "LEAST_CACHED", len(TEXTS) + 1)
-    PromptMeter(tokenizer).lengths(TEXTS, use_chat_template=False)
+    lengths(PromptMeter(tokenizer), TEXTS, use_chat_template=False)
     assert not cache.exists()
