@@ -313,7 +313,7 @@ class IterableStream:
             )
         self.num_dropped += 1
         if self.num_dropped in _SAID:
-            text = "%d rows of the prompts %s are left out so far, the last one because %s"
+            text = "%d row(s) of the prompts %s are left out so far, the last one: %s"
             logger.warning(text, self.num_dropped, self._rows.name, fault.text)
         return False
 

@@ -101,3 +101,23 @@ def test_rows_to_validate_may_be_a_generator_which_is_read_once(model_folder: st
     trainer = make_trainer(sdp.WeightSyncCallback(), recorder, max_steps=2, val_check_interval=1)
     trainer.fit(make_module(model_folder), data)
     assert all("val/reward" in metrics for metrics in recorder.metrics[1:])
+
+
+def rows_with_bad_ones() -> Iterator[dict[str, Any]]:
+    """Beyond the rows that are looked at before a run."""
+    for number, row in enumerate(make_rows(24)):
+        yield row | ({"prompt": ""} if number in (19, 22) else {})
+
+
+def test_a_row_that_cannot_be_trained_on_is_left_out_and_said(
+    model_folder: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    trained, _ = fit(model_folder, rows_with_bad_ones, 99, prompts_check="drop")
+    names = [row["id"] for row in make_rows(24)]
+    assert trained == [name for name in names if name not in ("row19", "row22")]
+    assert "1 row(s) of the prompts rows_with_bad_ones are left out so far" in caplog.text
+
+
+def test_a_row_that_cannot_be_trained_on_ends_the_run_by_name(model_folder: str) -> None:
+    with pytest.raises(sdp.SDPError, match="row19.*empty.*prompts_check='drop'"):
+        fit(model_folder, rows_with_bad_ones, 99)
