@@ -13,6 +13,7 @@ from typing import Any, cast
 import numpy as np
 
 from sdp_lightning.errors import RolloutError
+from sdp_lightning.prompts.checks import KeptRows
 
 SAMPLED = 128  # rows that are read of a sequence whose rows are made when they are read
 _CHUNK = 1000  # rows of a datasets.Dataset, which is much faster by columns
@@ -43,7 +44,10 @@ def fingerprint(rows: Sequence[object]) -> str:
 
 
 def _rows_that_count(rows: Sequence[object]) -> Iterator[object]:
-    if isinstance(rows, list | tuple):
+    if isinstance(rows, KeptRows):
+        yield list(rows.indices)
+        yield from _rows_that_count(rows.rows)
+    elif isinstance(rows, list | tuple):
         yield from rows
     elif type(rows).__module__.startswith("datasets."):
         for start in range(0, len(rows), _CHUNK):

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from sdp_lightning.errors import RolloutError
+from sdp_lightning.prompts.checks import KeptRows
 from sdp_lightning.prompts.fingerprint import SAMPLED, digest, fingerprint
 
 ROW: dict[str, Any] = {"prompt": "1+1=", "answer": 2, "deep": {"tests": ["a", {"b": 0.5}]}}
@@ -24,7 +25,8 @@ ROW: dict[str, Any] = {"prompt": "1+1=", "answer": 2, "deep": {"tests": ["a", {"
 def test_equal_rows_have_equal_fingerprints_in_every_process() -> None:
     rows = [ROW, {"tags": {"a", "b", "c"}, "day": date(2026, 1, 2), 3: None}]
     code = (
-        "from datetime import date\nfrom sdp_lightning.prompts.fingerprint import fingerprint\n"
+        "from datetime import date\nfrom sdp_lightning.prompts.checks import KeptRows
+from sdp_lightning.prompts.fingerprint import fingerprint\n"
         f"row = {json.dumps(ROW)}\nother = {{3: None, 'day': date(2026, 1, 2), "
         "'tags': {'c', 'b', 'a'}}\nprint(fingerprint((dict(reversed(row.items())), other)))"
     )
@@ -120,3 +122,13 @@ def test_a_dataset_of_columns_is_read_whole_and_is_as_its_rows() -> None:
 
     Dataset.__module__ = "datasets.arrow_dataset"
     assert fingerprint(Dataset(len(rows))) == fingerprint(rows)
+
+
+def test_of_kept_rows_all_count_and_so_does_what_is_left_out() -> None:
+    rows = [{"prompt": f"{n}+1="} for n in range(500)]
+    other = [*rows[:77], {"prompt": "another"}, *rows[78:]]
+    kept = list(range(1, 500))
+    first = fingerprint(KeptRows(rows, kept))
+    assert fingerprint(KeptRows(rows, list(kept))) == first
+    others = KeptRows(other, kept), KeptRows(rows, [0, *kept[1:]]), rows[1:]
+    assert first not in map(fingerprint, others)
