@@ -34,7 +34,7 @@ def checked_rows(data: Mapping[str, Any], what: str, source: ModelSource) -> Row
     loaded = load_rows(data[what])
     rows = first_rows(loaded, NUM_CHECKED) if isinstance(loaded, IterableRows) else loaded
     settings = data.get("val_workflow") if what == "val_prompts" else None
-    workflow = _make_workflow(settings or data.get("workflow"))
+    workflow = make_workflow(settings or data.get("workflow"))
     rollout: Mapping[str, Any] = data.get("rollout") or {}
     try:
         return RowChecks(
@@ -60,7 +60,8 @@ def longest_sequence(data: Mapping[str, Any], source: ModelSource) -> int | None
     return int(given) if given.isdigit() else None
 
 
-def _make_workflow(settings: Any) -> RolloutWorkflow:
+def make_workflow(settings: Any) -> RolloutWorkflow:
+    """The workflow that a config describes. ``ConfigError`` if it cannot be made."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(RolloutWorkflow, "workflow", required=True)
     try:

@@ -19,7 +19,7 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from transformers import GenerationConfig, PreTrainedConfig
 
-from sdp_lightning.cli.config_rows import checked_rows
+from sdp_lightning.cli.config_rows import checked_rows, longest_sequence
 from sdp_lightning.cli.trainer import RolloutCLI
 from sdp_lightning.config.eos_tokens import load_eos_tokens
 from sdp_lightning.config.import_path import load_object
@@ -90,6 +90,7 @@ def _cut(config: Any, folder: Path) -> None:
     source, _ = ModelSource.of(given, config.model.model_kwargs or {})
     config.model.model = str(shrink(source, folder / "model"))
     settings = data.as_dict()  # with the engine and the budgets of the run
+    length = longest_sequence(settings, source.resolved())
     whole = {
         name: checked_rows(settings, name, source.resolved()).kept()
         for name in ("prompts", "val_prompts")
@@ -104,7 +105,8 @@ def _cut(config: Any, folder: Path) -> None:
     config.trainer.max_steps = NUM_BATCHES * steps
     config.model.optimizer.warmup_steps = 0
     config.ckpt_path = None
-    data.engine, data.engine_options = "embedded", {"device": "cpu"}
+    data.engine = "embedded"
+    data.engine_options = {"device": "cpu"} | ({"max_length": length} if length else {})
     data.rollout.batch_size = max(2, update.num_minibatches)
     data.rollout.max_concurrent = None
     for name, rows in whole.items():

@@ -159,9 +159,10 @@ class RolloutDataModule(L.LightningDataModule):
         start_engine(engine, self._ranks)
         for what, check in checks.items():
             check.max_length = longest_sequence(engine)
-            kept = check.kept()
-            if not isinstance(self._rows[what], IterableRows):
-                self._rows[what] = kept
+            if isinstance(self._rows[what], IterableRows):
+                check.refuse()
+            else:
+                self._rows[what] = check.kept()
         self._executor = create_workflow_executor(
             config=config,
             engine=engine,

@@ -97,7 +97,8 @@ class EvaluationLoader:
 
     def _roll_out_mine(self) -> tuple[list[list[Rewards]], int | None]:
         """Rewards of this rank's rows, and the signal that asked to stop."""
-        rows = self._rows[self._ranks.rank :: self._ranks.size]
+        indices = range(self._ranks.rank, len(self._rows), self._ranks.size)
+        rows = [self._rows[index] for index in indices]  # a slice of datasets.Dataset is columns
         try:
             groups = self._executor.evaluate(rows, self._workflow, interrupted=self._is_interrupted)
         except RolloutTimeout:

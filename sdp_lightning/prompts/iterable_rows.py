@@ -9,7 +9,7 @@ import copy
 import inspect
 import itertools
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any, cast
 
 import numpy as np
@@ -44,6 +44,7 @@ class IterableRows:
                 f"the generator {self.name} of the prompts was read from already: give the "
                 "function that makes it, which is called for every epoch."
             )
+        self._start: Any = None  # the source's state before its first row, once it was read
         self._gives_batches, self.shuffles = _loader_traits(source)
         if self.shuffles and not _has_state(source):
             raise ConfigError(
@@ -74,7 +75,7 @@ class IterableRows:
         self._is_read = True
         yield from self._items(epoch, state)
 
-    def _items(self, epoch: int, state: Any = None) -> Iterator[tuple[Any, list[Row]]]:
+    def _items(self, epoch: int, state: Any = None) -> Generator[tuple[Any, list[Row]]]:
         # foreign: a function is called for every epoch
         source: Any = self._source if hasattr(self._source, "__iter__") else self._source()
         _set_epoch(source, epoch)
@@ -88,16 +89,21 @@ class IterableRows:
     @property
     def start(self) -> Any:
         """The state before the first row, with which the source forgets another; None without."""
-        return self._source.state_dict() if _has_state(self._source) else None
+        if self._start is None and _has_state(self._source):
+            self._start = copy.deepcopy(self._source.state_dict())
+        return self._start
 
     def head(self, count: int) -> list[Row]:
         """The first rows, at most ``count``. They are read again by :meth:`open`."""
-        items, rows = self._items(0), list[Row]()
+        start, items, rows = self.start, self._items(0), list[Row]()
         for _, part in items:
             rows += part
             if len(rows) >= count:
                 break
-        if self.is_one_shot:
+        if start is not None:
+            items.close()
+            self._source.load_state_dict(copy.deepcopy(start))
+        elif self.is_one_shot:
             self._source = itertools.chain([rows], (part for _, part in items))
         return rows[:count]
 

@@ -119,5 +119,20 @@ def test_a_row_that_cannot_be_trained_on_is_left_out_and_said(
 
 
 def test_a_row_that_cannot_be_trained_on_ends_the_run_by_name(model_folder: str) -> None:
-    with pytest.raises(sdp.SDPError, match="row19.*empty.*prompts_check='drop'"):
+    with pytest.raises(sdp.SDPError, match=r"row19.*empty.*prompts_check='drop'"):
         fit(model_folder, rows_with_bad_ones, 99)
+
+
+class Columns(list[dict[str, Any]]):
+    """As ``datasets.Dataset``: a slice is a mapping of columns."""
+
+    def __getitem__(self, index: Any) -> Any:
+        assert not isinstance(index, slice), "no row"
+        return super().__getitem__(index)
+
+
+def test_rows_to_validate_are_read_one_by_one(model_folder: str) -> None:
+    data = make_data(engine=FakeEngine(), val_prompts=Columns(make_rows(3)))
+    trainer = make_trainer(sdp.WeightSyncCallback(), max_steps=1, num_sanity_val_steps=0)
+    trainer.fit(make_module(model_folder), data)
+    assert "val/reward" in trainer.callback_metrics

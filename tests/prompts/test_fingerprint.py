@@ -25,8 +25,7 @@ ROW: dict[str, Any] = {"prompt": "1+1=", "answer": 2, "deep": {"tests": ["a", {"
 def test_equal_rows_have_equal_fingerprints_in_every_process() -> None:
     rows = [ROW, {"tags": {"a", "b", "c"}, "day": date(2026, 1, 2), 3: None}]
     code = (
-        "from datetime import date\nfrom sdp_lightning.prompts.checks import KeptRows
-from sdp_lightning.prompts.fingerprint import fingerprint\n"
+        "from datetime import date\nfrom sdp_lightning.prompts.fingerprint import fingerprint\n"
         f"row = {json.dumps(ROW)}\nother = {{3: None, 'day': date(2026, 1, 2), "
         "'tags': {'c', 'b', 'a'}}\nprint(fingerprint((dict(reversed(row.items())), other)))"
     )

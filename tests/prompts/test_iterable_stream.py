@@ -295,3 +295,33 @@ def test_rows_to_evaluate_are_read_whole_up_to_a_number(monkeypatch: pytest.Monk
     assert read_rows(generator()) == rows_of(7)
     with pytest.raises(ConfigError, match="more than 7 rows"):
         read_rows(generator(8))
+
+
+class GoesOn:
+    """As a reader of shards: its iterator goes on where the last one was."""
+
+    def __init__(self, count: int) -> None:
+        self.count, self.given = count, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"given": self.given}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.given = state["given"]
+
+    def __iter__(self) -> Iterator[Row]:
+        while self.given < self.count:
+            self.given += 1
+            yield rows_of(self.count)[self.given - 1]
+
+
+@pytest.mark.parametrize("make", [GoesOn, Stateful], ids=lambda kind: kind.__name__)
+def test_looking_at_the_first_rows_does_not_move_a_source_with_a_state(make: Any) -> None:
+    rows = IterableRows(make(9))
+    assert rows.head(4) == rows.head(4) == rows_of(4)
+    stream = IterableStream(rows, num_epochs=1)
+    try:
+        found = [stream.next(WAIT_S) for _ in range(9)]
+        assert [row and row.data for row in found] == rows_of(9)
+    finally:
+        stream.close()
