@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 
 import sdp_lightning as sdp
+from sdp_lightning.cli.doctor.config_checks import check_rows
 from sdp_lightning.cli.doctor.prompt_checks import check_prompts
 from sdp_lightning.cli.dry_run import few_rows
 from sdp_lightning.config.model_source import ModelSource
 from sdp_lightning.errors import ConfigError
-from sdp_lightning.testing import tiny_tokenizer
+from sdp_lightning.testing import tiny_model, tiny_tokenizer
 from sdp_lightning.workflows.chat.row_kinds import MOST_KINDS, first_of_each_kind
 from support.chat_templates import tokenizer_of
 from support.trainers import make_data, make_module, make_trainer
@@ -109,15 +110,19 @@ def test_doctor_writes_one_prompt_of_each_kind(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = USERS_ONLY
     tokenizer.save_pretrained(tmp_path)
+    tiny_model().config.save_pretrained(tmp_path)
     file = tmp_path / "task.py"
-    file.write_text(f"good = [{{'prompt': [{ASK}]}}]\nbad = good + [{{'prompt': [{ASK}, {LOST}]}}]")
-    init = {"reward": "sdp_lightning.rewards.text:exact_match"}
+    good, bad = ({"prompt": prompt, "answer": "2"} for prompt in ([ASK], [ASK, LOST]))
+    file.write_text(f"good = {[good]}\nbad = {[good, bad]}")
+    init = {"reward": "sdp_lightning.rewards.text:exact_match", "sampling": {"max_new_tokens": 4}}
     workflow = {"class_path": "sdp_lightning.RLVRWorkflow", "init_args": init}
     data = {"prompts": f"{file}:good", "val_prompts": f"{file}:bad", "workflow": workflow}
     source = ModelSource(str(tmp_path))
-    good, bad = check_prompts(source, data)
-    assert (good.state, bad.state) == ("ok", "problem")
-    assert "row 1: the chat template" in bad.text and "leaves out message 1 (critic)" in bad.text
+    written = check_prompts(source, data)  # of the rows that can be trained on
+    assert [finding.state for finding in written] == ["ok", "ok"]
+    found, lost = (check_rows(name, data, source) for name in ("prompts", "val_prompts"))
+    assert (found.state, lost.state) == ("ok", "problem"), found.text
+    assert "row 1: the chat template" in lost.text and "leaves out message 1 (critic)" in lost.text
     [broken] = check_prompts(source, {"prompts": f"{file}:good", "workflow": {"class_path": "No"}})
     assert broken.state == "note" and "not tried" in broken.text
     assert check_prompts(ModelSource("/not/here"), data) == []
