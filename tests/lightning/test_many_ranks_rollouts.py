@@ -10,6 +10,7 @@ from support.network_page import check, places
 from support.rank_runs import Launcher, Results, assert_same_weights
 
 STRATEGIES = ("ddp", "fsdp")
+ALONE = ("on policy", "to the end", "a stream")
 
 
 UNEVEN = {
@@ -38,6 +39,7 @@ ROLLOUTS: dict[str, dict[str, Any]] = {
         "trouble": {"what": "port scan", "rank": 1, "step": 1},
     },
     "to the end": {"steps": 0, "num_rows": 15, "num_epochs": 1},
+    "a stream": {"steps": 0, "num_rows": 15, "num_epochs": 1, "stream": True},
     **{f"rank 1 ends first: {last}": ENDS_FIRST | {"last_batch": last} for last in LAST},
     "rank 1 is late": {
         "rows": {str(i): {"slow_s": 0.2} for i in range(1, 40, 2)},
@@ -55,8 +57,8 @@ ROLLOUTS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def alone(launcher: Launcher) -> dict[str, Any]:
-    """What one process sees of the first two."""
-    cases = {name: {"kind": "rollouts", **ROLLOUTS[name]} for name in ("on policy", "to the end")}
+    """What one process sees of the first three."""
+    cases = {name: {"kind": "rollouts", **ROLLOUTS[name]} for name in ALONE}
     # A port scan on the ranks has to change nothing.
     return launcher.run(1, cases)[0]
 
@@ -80,7 +82,7 @@ def test_ranks_listen_where_the_page_of_the_network_says(both: Results) -> None:
 
 
 @pytest.mark.fault("corrupted data", "stranger")
-@pytest.mark.parametrize("name", ["on policy", "to the end"])
+@pytest.mark.parametrize("name", ALONE)
 def test_rollouts_of_ranks_are_those_of_one_process(
     both: Results, alone: dict[str, Any], name: str
 ) -> None:

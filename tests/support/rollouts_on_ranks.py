@@ -12,7 +12,7 @@ import socket
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ import torch
 import transformers.models.llama.modeling_llama  # noqa: F401  (loaded here, once)
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import distributed
+from torch.utils.data import IterableDataset
 
 import sdp_lightning as sdp
 import sdp_lightning.lightning.startup
@@ -160,6 +161,16 @@ class Troublemaker(Callback):
             urllib.request.urlopen(urllib.request.Request(url, body, kind), timeout=30).close()
 
 
+class StreamedRows(IterableDataset[Row]):
+    """Rows that come one after another."""
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self._rows = rows
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self._rows)
+
+
 class Engine(FakeEngine):
     """Replies of a length that the prompt decides; fails where it is told to."""
 
@@ -202,11 +213,13 @@ def rollouts(
     lora: Mapping[str, Any] | None = None,
     save_in: str = "",
     resume: str = "",
+    stream: bool = False,
     **rollout: Any,
 ) -> dict[str, Any]:
     """A fit on a fake engine. ``rows``: what is said in those rows, by index.
 
-    Every step is saved in ``save_in``, and the fit goes on from the checkpoint ``resume``.
+    A ``stream`` of rows has no length. Every step is saved in ``save_in``, and the fit goes on
+    from the checkpoint ``resume``.
     """
     sdp_lightning.lightning.startup.MARGIN_S = margin_s
     quick = {"grace_s": 1.0, "look_s": 0.01}
@@ -223,7 +236,7 @@ def rollouts(
     val_workflow = Letters(place, Trouble())
     hosts = ",".join(server["url"].removeprefix("http://") for server in servers)
     data = sdp.RolloutDataModule(
-        prompts,
+        StreamedRows(prompts) if stream else prompts,
         workflow,
         engine=(
             launch
