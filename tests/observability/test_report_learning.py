@@ -89,7 +89,7 @@ def test_the_tiles_are_sentences() -> None:
     evaluations = [{"val/version": float(v), "val/reward": v / 8} for v in (0, 4, 8)]
     run = run_of(*steps, evaluations=evaluations)
     text = " ".join(Page(sections.cards(run, time_breakdown(steps))).text.split())
-    assert "the trainer waits 14 % of a step" in text
+    assert "the trainer waits 14% of a step" in text
     assert "validation gives 1.000 at version 8; it was 0.000 before training" in text
     assert "the reward is 0.600 lately; it was 0.300 at first" in text
     assert "a step takes 2.0 s in the mean" in text and "tokens are 0.50 versions old" in text

@@ -76,9 +76,9 @@ def cards(run: Run, breakdown: TimeBreakdown | None) -> str:
         step = breakdown.step_s
         wait, floor = breakdown.wait_share, breakdown.floor_share
         show("step.mean", step, "a step takes", duration(step), "in the mean")
-        show("wait.share", wait, "the trainer waits", f"{100 * wait:.0f} %", "of a step")
+        show("wait.share", wait, "the trainer waits", f"{wait:.0%}", "of a step")
         after = "of its time, if sampling and training overlapped without a gap"
-        show("floor.share", floor, "a step would take", f"{100 * floor:.0f} %", after)
+        show("floor.share", floor, "a step would take", f"{floor:.0%}", after)
     if (lag := window_mean(rows, "lag/mean")) is not None:
         after = f"version{'' if f'{lag:.2f}' == '1.00' else 's'} old lately, in the mean"
         show("lag.mean", lag, "tokens are", f"{lag:.2f}", after)
