@@ -137,19 +137,21 @@ def test_the_time_left_is_told_by_the_latest_batches_and_not_by_the_first() -> N
 
 
 @pytest.mark.parametrize(
-    ("max_steps", "max_epochs", "batches", "timer_s", "left"),
+    ("max_steps", "max_epochs", "num_epochs", "batches", "timer_s", "left"),
     [
-        (24, None, 10**9, None, 30.0),  # 20 steps of 1.5 s
-        (-1, 3, 4, None, 30.0),  # 12 batches, of which 2 are done
-        (24, 3, 4, 7.5, 7.5),
-        (-1, -1, 10**9, None, None),
-        (-1, 3, float("inf"), None, None),
-        (3, None, 10**9, None, 0.0),
+        (24, None, None, 10**9, None, 30.0),  # 20 steps of 1.5 s
+        (-1, 3, None, 4, None, 30.0),  # 12 batches, of which 2 are done
+        (-1, 1000, 2, 4, None, 18.0),
+        (24, 3, None, 4, 7.5, 7.5),
+        (-1, -1, 3, 10**9, None, None),
+        (-1, 3, None, float("inf"), None, None),
+        (3, None, None, 10**9, None, 0.0),
     ],
 )
 def test_the_nearest_end_counts(
     max_steps: int,
     max_epochs: int | None,
+    num_epochs: int | None,
     batches: float,
     timer_s: float | None,
     left: float | None,
@@ -164,6 +166,7 @@ def test_the_nearest_end_counts(
         global_step=4,
         num_training_batches=batches,
         callbacks=[timer] if timer else [],
+        datamodule=make_data(engine=FakeEngine(), num_epochs=num_epochs),
         fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(total_batch_idx=1)),
     )
     assert seconds_left(trainer, pace, 6.0) == left

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections import deque
+from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Timer
+
+from sdp_lightning.lightning.datamodule import RolloutDataModule
 
 LATELY = 50  # batches whose time the pace is taken from
 _ENDLESS = 10**8  # batches: Lightning or the loader knows no end
@@ -49,13 +52,16 @@ class Pace:
 
 
 def seconds_left(trainer: Trainer, pace: Pace, now: float) -> float | None:
-    """Time until ``max_steps``, ``max_epochs`` or ``max_time`` ends the run; None if not known."""
+    """Time until ``max_steps``, the last epoch or ``max_time`` ends the run; None if not known."""
     ends: list[float | None] = []
     steps_per_batch = pace.steps_per_batch
     if trainer.max_steps > 0:
         ends.append(pace.seconds_for(trainer.max_steps - trainer.global_step, now))
-    if steps_per_batch and trainer.max_epochs is not None and trainer.max_epochs > 0:
-        num_batches = trainer.max_epochs * trainer.num_training_batches
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    of_data = data.rollout.num_epochs if isinstance(data, RolloutDataModule) else None
+    num_epochs = min((n for n in (trainer.max_epochs, of_data) if n and n > 0), default=None)
+    if steps_per_batch and num_epochs is not None:
+        num_batches = num_epochs * trainer.num_training_batches
         if num_batches < _ENDLESS:
             left = num_batches - trainer.fit_loop.epoch_loop.total_batch_idx - 1
             ends.append(pace.seconds_for(left * steps_per_batch, now))
