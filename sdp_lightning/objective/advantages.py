@@ -150,6 +150,21 @@ def uniform_share(rewards: Tensor, group_ids: Tensor) -> Tensor:
     return (spread == 0).float().mean()
 
 
+def group_std(rewards: Tensor, group_ids: Tensor) -> Tensor:
+    """Mean over groups of the population's standard deviation of their rewards: the spread.
+
+    Args:
+        rewards: [B].
+        group_ids: [B] integers, in any order; equal ids are siblings. A group of one counts as 0.
+
+    Returns:
+        [] float32.
+    """
+    group, size, deviation = _deviations(rewards, group_ids)
+    square = torch.zeros_like(size).index_add(0, group, deviation.square())
+    return (square / size).sqrt().float().mean()
+
+
 def _deviations(rewards: Tensor, group_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Index of each row's group [B], sizes [G], rewards less the group's mean [B] float64."""
     if rewards.dim() != 1 or rewards.shape != group_ids.shape:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch import LightningModule, Trainer
 
 from sdp_lightning.lightning.observer import Observer
+from sdp_lightning.observability.evaluations import Evaluations
 from sdp_lightning.observability.progress.callback import (
     ProgressLine as ProgressLine,  # configs name it here, too
 )
@@ -23,9 +24,15 @@ from sdp_lightning.observability.report.series import (
     mean,
     moving_mean,
     values_of,
+    when_of,
 )
 from sdp_lightning.observability.report.time_breakdown import LABELS, REST, time_breakdown
-from sdp_lightning.training.metrics.names import NAMED_REWARD, MetricRow, reward_names
+from sdp_lightning.training.metrics.names import (
+    NAMED_EVALUATION,
+    NAMED_REWARD,
+    MetricRow,
+    reward_names,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -69,19 +76,26 @@ class RunSummary(Observer):
     ) -> None:
         self.window, self.plot = window, plot
         self.rows: list[dict[str, float]] = []
+        self._evaluations = Evaluations()
         self._console = console
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.rows = []
+        self._evaluations.begin()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        self._evaluations.step(trainer, pl_module)
         if trainer.is_global_zero:
             self.rows.append({k: float(value) for k, value in trainer.callback_metrics.items()})
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._evaluations.see(trainer, pl_module)
+
     def let_go(self) -> None:
         self.rows = []
+        self._evaluations.let_go()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         folder = Path(trainer.log_dir or trainer.default_root_dir)  # a collective
@@ -90,17 +104,24 @@ class RunSummary(Observer):
         from rich.console import Console
 
         console = self._console or Console()
-        for part in render(self.rows, window=self.window):
+        for part in render(self.rows, self._evaluations.rows, window=self.window):
             console.print(part)
         rewards = values_of(self.rows, "train/reward")
         if self.plot is not None and rewards:
             console.print(write_plot(rewards, folder / self.plot, window=self.window))
 
 
-def render(rows: Sequence[MetricRow], *, window: int) -> list[RenderableType]:
-    """The summary: plot, reward, lags, time, lost groups, speed, and statistics of each lag.
+def render(
+    rows: Sequence[MetricRow], evaluations: Sequence[MetricRow] = (), *, window: int
+) -> list[RenderableType]:
+    """The summary: plot, reward, validation, lags, time, lost groups, speed, and each lag.
 
     Parts without metrics are left out.
+
+    Args:
+        rows: metrics of every step.
+        evaluations: metrics of every evaluation; the first may be one before training.
+        window: batches in a moving mean.
     """
     from rich.table import Table
     from rich.text import Text
@@ -114,6 +135,8 @@ def render(rows: Sequence[MetricRow], *, window: int) -> list[RenderableType]:
     for name in reward_names(rows):
         values = values_of(rows, NAMED_REWARD + name)
         table.add_row("", "", Text(f"{_change(values, window)} {name}"))
+    for title, text in validation_lines(rows, evaluations):
+        table.add_row(title, "", Text(text))
     for title, shares in (("lag", lag_shares(rows)), ("time", phase_shares(rows))):
         for label, share in shares.items():
             table.add_row(title, f"{share:6.1%}", f"{'█' * round(30 * share):30} {label}")
@@ -128,6 +151,29 @@ def render(rows: Sequence[MetricRow], *, window: int) -> list[RenderableType]:
         speeds = [f"{mean(rows, name):.0f} {SPEEDS[name]}" for name in logged]
         table.add_row("tokens/s", "", ", ".join(speeds))
     return [*parts, table, *lag_table(rows)]
+
+
+def validation_lines(
+    rows: Sequence[MetricRow], evaluations: Sequence[MetricRow]
+) -> list[tuple[str, str]]:
+    """(title, text) of the first and the last evaluation, then of pass at k and of each reward.
+
+    >>> validation_lines([{"rollout/version": 1}], [{"val/reward": 0.5, "val/version": 0},
+    ...                                             {"val/reward": 0.75, "val/version": 1}])
+    [('validation', '0.500 -> 0.750, before training and at version 1')]
+    """
+    evaluations = [row for row in evaluations if "val/version" in row]
+    names = {"val/reward": "", "val/pass_at_k": " pass at k"}
+    for name in reward_names(evaluations, NAMED_EVALUATION):
+        names[NAMED_EVALUATION + name] = f" {name}"
+    lines: list[tuple[str, str]] = []
+    for name, label in names.items():
+        if known := [row for row in evaluations if name in row]:
+            ends = [known[0], known[-1]] if len(known) > 1 else known
+            text = " -> ".join(f"{row[name]:.3f}" for row in ends) + label
+            when = ", " + " and ".join(when_of(row, rows) for row in ends)
+            lines.append(("", text) if lines else ("validation", text + when))
+    return lines
 
 
 def _change(values: Sequence[float], window: int) -> str:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import re
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
 import pytest
+from lightning.pytorch.callbacks import Timer
 
 import sdp_lightning as sdp
 from sdp_lightning.observability.progress import callback, screens
 from sdp_lightning.observability.progress.callback import ProgressLine
+from sdp_lightning.observability.progress.pace import LATELY, Pace, seconds_left
 from sdp_lightning.observability.progress.screens import LogScreen, NotebookScreen, TerminalScreen
 from sdp_lightning.testing import FakeEngine
 from support.metric_runs import ROWS, Replay, replay
@@ -118,6 +121,57 @@ def test_a_step_says_version_lag_groups_and_the_speed_of_both_sides() -> None:
     )
 
 
+def test_the_time_left_is_told_by_the_latest_batches_and_not_by_the_first() -> None:
+    pace = Pace()
+    assert pace.seconds_for(4, 0.0) is None
+    pace.note(100.0, 10)  # resumed at step 10
+    pace.note(160.0, 12)  # 60 s, of which most was start-up
+    assert pace.seconds_for(4, 160.0) == 120.0
+    pace.note(164.0, 14)
+    assert pace.seconds_for(4, 164.0) == 8.0  # 2 batches of 4 s
+    assert pace.seconds_for(4, 167.0) == 5.0
+    assert pace.seconds_for(4, 1000.0) == 4.0  # however long this batch takes, one is left
+    for index in range(1, 2 * LATELY):
+        pace.note(164.0 + index, 14 + 2 * index)
+    assert pace.seconds_for(4, 164.0 + 2 * LATELY - 1) == 2.0
+
+
+@pytest.mark.parametrize(
+    ("max_steps", "max_epochs", "num_epochs", "batches", "timer_s", "left"),
+    [
+        (24, None, None, 10**9, None, 30.0),  # 20 steps of 1.5 s
+        (-1, 3, None, 4, None, 30.0),  # 12 batches, of which 2 are done
+        (-1, 1000, 2, 4, None, 18.0),
+        (24, 3, None, 4, 7.5, 7.5),
+        (-1, -1, 3, 10**9, None, None),
+        (-1, 3, None, float("inf"), None, None),
+        (3, None, None, 10**9, None, 0.0),
+    ],
+)
+def test_the_nearest_end_counts(
+    max_steps: int,
+    max_epochs: int | None,
+    num_epochs: int | None,
+    batches: float,
+    timer_s: float | None,
+    left: float | None,
+) -> None:
+    pace = Pace()
+    for index in range(3):
+        pace.note(3.0 * index, 2 * index)
+    timer = Timer(timedelta(seconds=timer_s)) if timer_s else None
+    trainer: Any = SimpleNamespace(
+        max_steps=max_steps,
+        max_epochs=max_epochs,
+        global_step=4,
+        num_training_batches=batches,
+        callbacks=[timer] if timer else [],
+        datamodule=make_data(engine=FakeEngine(), num_epochs=num_epochs),
+        fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(total_batch_idx=1)),
+    )
+    assert seconds_left(trainer, pace, 6.0) == left
+
+
 # Waiting --------------------------------------------------------------------------------------
 
 
@@ -154,6 +208,7 @@ def test_while_a_batch_is_waited_for_the_line_says_so(
     waits = [text for text in screen.shown if "waiting" in text]
     assert re.search(r"^step 0/2  0:\d\d  waiting for rollouts \d+ s: \d of 2 ready, ", waits[0])
     assert any(text.startswith("step 2/2  v2  reward") for text in screen.shown)
+    assert any(re.search(r"^step 1/2 .*  0:\d\d, ETA in \d:\d\d  ", text) for text in screen.shown)
     assert screen.ended
 
 

@@ -19,12 +19,15 @@ from sdp_lightning.cli.main import main
 from sdp_lightning.observability.report import write_report
 from sdp_lightning.observability.report.callback import run_folder
 from sdp_lightning.observability.report.files import read_run
+from sdp_lightning.observability.report.learning import SIGNALS
 from sdp_lightning.testing import FakeEngine
 from sdp_lightning.training.metrics.names import POOL, SEVERAL, logged_names
 from support.reports import Page, make_step, write_run
 from support.trainers import Recorder, make_data, make_module, make_rows, make_trainer
 
-SECTIONS = ["advice", "reward", "time", "floor", "lag", "rollouts", "trajectories", "all"]
+SECTIONS = [
+    *("advice", "reward", "learning", "time", "floor", "lag", "rollouts", "trajectories", "all")
+]
 
 
 @dataclass
@@ -54,7 +57,7 @@ def fit(tmp_path_factory: pytest.TempPathFactory, model_folder: str) -> Fit:
         log_every_n_steps=1,
         val_check_interval=3,
         check_val_every_n_epoch=None,
-        num_sanity_val_steps=0,
+        num_sanity_val_steps=1,
     )
     trainer.fit(module, data)
     validated = float(trainer.callback_metrics["val/reward"])
@@ -166,7 +169,16 @@ def test_numbers_on_the_page_are_those_of_the_metrics(fit: Fit) -> None:
 
 def test_evaluations_are_in_the_file_once_each(fit: Fit) -> None:
     versions = [row["val/version"] for row in read_run(fit.folder).evaluations]
-    assert versions == [3, 6]
+    assert versions == [0, 3, 6]  # that of 0 is the sanity check's
+
+
+def test_a_sample_has_the_fields_of_its_row_and_a_signal_its_chart(fit: Fit) -> None:
+    kinds: dict[str, Any] = read_run(fit.folder).state["samples"]
+    rows = {row["id"]: row for row in make_rows()}
+    assert all(s["row"] == rows[s["row_id"]] for samples in kinds.values() for s in samples)
+    text = page_of(fit.folder).text
+    assert f"prompt {rows[kinds['best'][0]['row_id']]['prompt']}" in text
+    assert all(signal.title in text for signal in SIGNALS)
 
 
 def test_what_was_spent_on_evaluations_is_its_own_phase(fit: Fit) -> None:

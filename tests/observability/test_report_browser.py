@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from sdp_lightning.observability.report import write_report
+from sdp_lightning.observability.report.learning import SIGNALS
 from support.reports import Page, make_step, write_run
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -42,9 +43,11 @@ def browse(profile: Path, path: Path, *flags: str) -> subprocess.CompletedProces
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("browsed")
-    steps = [make_step(version, lag__mean=version / 100) for version in range(1, 41)]
+    signals = {signal.name: 0.5 for signal in SIGNALS} | {"train/reward/" + "a_name_" * 12: 1.0}
+    steps = [make_step(version, lag__mean=version / 100) | signals for version in range(1, 41)]
     validated = [{"val/version": 20.0, "val/reward": 0.5}, {"val/version": 40.0, "val/reward": 0.6}]
     drawn = {"html": "<p>hi</p>", "row_id": "r", "version": 3, "reward": 1.0, "mean_reward": 0.5}
+    drawn["row"] = {"answer": "42", "a field": "x" * 160}
     state = {"status": "finished", "samples": {"best": [drawn], "random": [drawn]}}
     return write_report(write_run(folder / "a run", steps, evaluations=validated, state=state))
 
@@ -79,7 +82,17 @@ def test_the_page_loads_whole_and_its_numbers_are_the_metrics(
     assert page.shown["phase.all"] == "100.0%"
     assert page.samples == ["best", "random"]
     assert page.ids == [
-        *("advice", "reward", "time", "floor", "lag", "rollouts", "trajectories", "all"),
+        *(
+            "advice",
+            "reward",
+            "learning",
+            "time",
+            "floor",
+            "lag",
+            "rollouts",
+            "trajectories",
+            "all",
+        ),
     ]
 
 
@@ -121,11 +134,23 @@ def test_it_is_drawn_in_the_light_and_in_the_dark(
     assert len(colors) > 12  # charts, not text alone
 
 
-def test_on_a_narrow_screen_nothing_is_wider_than_the_page(report: Path, tmp_path: Path) -> None:
-    """Measured by the browser itself, in a copy of the page that says how wide it is."""
-    copy = tmp_path / "copy.html"
-    script = "<script>document.title=document.documentElement.scrollWidth</script></body>"
-    copy.write_text(report.read_text().replace("</body>", script))
-    done = browse(tmp_path / "profile", copy, "--dump-dom", "--window-size=500,900")
-    width = re.search(r"<title>(\d+)</title>", done.stdout)
-    assert width is not None and int(width[1]) <= 500
+@pytest.mark.parametrize("width", [1280, 500, 380], ids=["desk", "tablet", "phone"])
+def test_nothing_is_wider_than_the_page_and_texts_keep_their_size(
+    report: Path, tmp_path: Path, width: int
+) -> None:
+    """Measured by the browser in a frame of that width: a window is not made as narrow."""
+    script = """<script>onload = () => {
+        const size = getComputedStyle(document.querySelector(".chart")).fontSize;
+        const axis = document.querySelector(".xs span").getBoundingClientRect().height;
+        const fits = [...document.querySelectorAll(".chart")].every(c => c.clientWidth > 200);
+        const wide = document.documentElement.scrollWidth;
+        parent.postMessage([wide, size, axis, fits].join(" "), "*"); }</script></body>"""
+    (tmp_path / "copy.html").write_text(report.read_text().replace("</body>", script))
+    frame = tmp_path / "frame.html"
+    frame.write_text(
+        "<!doctype html><script>onmessage = e => document.title = e.data</script>"
+        f'<iframe src="copy.html" style="border:0;width:{width}px;height:900px"></iframe>'
+    )
+    done = browse(tmp_path / "profile", frame, "--dump-dom")
+    measured = re.search(r"<title>(.+)</title>", done.stdout)
+    assert measured is not None and measured[1] == f"{width} 12px 16 true"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 
@@ -39,6 +40,32 @@ def test_numbers_that_are_not_finite_leave_a_chart_whole() -> None:
     chart = line_chart([Line("a", bad)], name="n", x_label="x", y_label="y")
     drawn = chart.split('class="hit"')[0]
     assert "nan" not in drawn and "inf" not in drawn
+
+
+def strokes(chart: str) -> list[int]:
+    """Points of each line or area that is drawn."""
+    return [len(points.split()) for points in re.findall(r'<poly\w+ [^>]*points="([^"]*)"', chart)]
+
+
+@pytest.mark.parametrize("style", ["line", "dashed"])
+def test_nothing_is_drawn_across_a_gap_and_a_value_alone_is_a_dot(style: str) -> None:
+    ys = [1.0, 2.0, math.nan, 3.0, math.nan, math.nan, 5.0, 6.0, 7.0]
+    chart = line_chart([Line("a", [*enumerate(ys)], 0, style)], name="n", y_label="y")
+    assert strokes(chart) == [2, 3] and len(re.findall(r"M[\d.,]+h0", chart)) == 1
+    assert "a: nan" not in chart and chart.count("a: ") == 6
+
+
+def test_a_gap_of_areas_goes_through_all_layers() -> None:
+    ys = [0.25, math.nan, 0.5, 0.75, math.nan]
+    layers = [Line("a", [*enumerate(ys)]), Line("b", [(x, 1 - y) for x, y in enumerate(ys)])]
+    chart = area_chart(layers, name="n", y_label="y")
+    assert strokes(chart) == [4, 4, 4, 4]  # of each layer a column for 0, and 2 to 3
+    assert chart.count('class="hit"') == 3
+
+
+def test_thinning_takes_a_gap_for_one_only_where_nothing_is() -> None:
+    series = [(float(x), math.nan if x in (0, 4, 5) else 2.0) for x in range(8)]
+    assert str(thin(series, 4)) == "[(0.5, 2.0), (2.5, 2.0), (4.5, nan), (6.5, 2.0)]"
 
 
 def test_labels_are_escaped_in_charts() -> None:

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
-from sdp_lightning.observability.report.samples import NUM_EXTREME, NUM_RANDOM, SampleKeeper
+from sdp_lightning.observability.report.samples import (
+    MOST_FIELDS,
+    NUM_EXTREME,
+    NUM_RANDOM,
+    SampleKeeper,
+    row_fields,
+)
 from sdp_lightning.types import Context, Segment, Trajectory, TrajectoryGroup
 
 
@@ -58,3 +65,25 @@ def test_a_trajectory_is_drawn_once() -> None:
     first, again = keeper.state(draw), keeper.state(draw)
     assert first == again and len(drawn) == len(set(map(id, keeper.best + keeper.worst))) + 1
     assert json.dumps(first)
+
+
+def test_a_trajectory_keeps_the_fields_of_its_own_row() -> None:
+    keeper = SampleKeeper()
+    groups = [replace(group_of(reward), order=order) for order, reward in ((7, 0.0), (4, 1.0))]
+    keeper.see(groups, 0, {7: {"answer": "seven"}, 4: {"answer": "four"}})
+    state = keeper.state(lambda sample: "<p></p>")
+    assert state["best"][0]["row"] == {"answer": "four"}
+    assert state["worst"][0]["row"] == {"answer": "seven"}
+
+
+def test_fields_are_short_whatever_a_row_holds() -> None:
+    class Loud:
+        def __repr__(self) -> str:
+            return "<loud>\x1b[0m" * 100
+
+    row = {"a": "x" * 1000, "b": ["y" * 1000] * 1000, "c": Loud(), "d": None, "\x00": 10**2000}
+    fields = row_fields(row)
+    assert list(fields) == ["a", "b", "c", "d", "\u2400"] and fields["d"] == "None"
+    assert all(len(text) < 200 and text.isprintable() for text in fields.values())
+    many = row_fields({f"k{i}": i for i in range(MOST_FIELDS + 3)})
+    assert len(many) == MOST_FIELDS + 1 and many[""] == "and 3 more fields"

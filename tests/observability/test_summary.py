@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -13,13 +14,16 @@ from rich.console import Console
 from sdp_lightning.cli.quiet_logs import quiet_logs
 from sdp_lightning.observability import summary
 from sdp_lightning.observability.summary import RunSummary
+from sdp_lightning.training.metrics.names import MetricRow
 from support.metric_runs import ROWS, replay
 
 
-def page(rows: list[dict[str, float]], *, window: int = 2) -> str:
+def page(
+    rows: list[dict[str, float]], evaluations: Sequence[MetricRow] = (), *, window: int = 2
+) -> str:
     out = io.StringIO()
     console = Console(file=out, width=100)
-    for part in summary.render(rows, window=window):
+    for part in summary.render(rows, evaluations, window=window):
         console.print(part)
     return out.getvalue()
 
@@ -57,6 +61,22 @@ def test_a_run_without_metrics_of_ours_has_no_plot_and_no_lines(tmp_path: Path):
 def test_the_first_mean_is_of_the_first_window_and_the_last_of_the_last():
     assert "0.500 -> 0.750" in page(ROWS, window=2)
     assert "0.250 -> 0.750" in page(ROWS, window=1)
+
+
+def test_validation_is_shown_before_and_after_with_every_reward():
+    rows = [row | {"rollout/version": 1.0 + i} for i, row in enumerate(ROWS)]
+    named = [
+        {"val/reward": 0.25, "val/version": 0.0, "val/reward/form": 0.5},
+        {"val/reward": 0.5, "val/version": 2.0, "val/reward/form": 0.9},
+        {"val/reward": 0.75, "val/version": 3.0, "val/reward/form": 1.0},
+    ]
+    lines = [" ".join(line.split()) for line in page(rows, named).splitlines()]
+    at = lines.index("validation 0.250 -> 0.750, before training and at version 3")
+    assert lines[at + 1] == "0.500 -> 1.000 form"
+    later = page(rows, named[1:])
+    assert "0.500 -> 0.750, at version 2 and at version 3" in later
+    assert "validation 0.750, at version 3" in " ".join(page(rows, named[2:]).split())
+    assert "validation" not in page(rows)
 
 
 def test_lags_end_at_the_largest_that_there_was():

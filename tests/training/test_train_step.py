@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -27,10 +28,24 @@ def test_a_rank_counts_in_a_mean_by_its_rows_or_groups_and_a_blank_one_does_not(
     steps = [{"loss": torch.tensor(1.0)}, {"loss": torch.tensor(2.0)}]
     blank = step_values(blank_batch(0), steps, num_ranks=2)
     for name, (value, weight) in step_values(batch, steps, num_ranks=2).items():
-        by = {"train/reward": 3, "train/truncated": 3, "train/uniform": 2}
+        by = {f"train/{name}": 3 for name in ("reward", "length", "truncated")}
+        by |= {"train/uniform": 2, "train/reward_std": 2}
         assert weight == by.get(name, 1) and blank[name][1] == (0 if name in by else 1), name
         if name == "train/loss":
             assert value.item() == 1.5
+
+
+def test_length_counts_what_was_sampled_and_spread_is_of_groups() -> None:
+    """Two segments of 2 tokens, one, and three; 1 and 3 in a group differ by 1 from their mean."""
+    first = make_group([0, 0], [0])
+    rewarded = (replace(t, reward=r) for t, r in zip(first.trajectories, (1.0, 3.0), strict=True))
+    cut = replace(make_group([0, 0, 0]).trajectories[0], finish_reason="length", reward=5.0)
+    groups = [replace(first, trajectories=tuple(rewarded)), sdp.TrajectoryGroup((cut,))]
+    batch = collate(groups, version=0).without_truncated()
+    values = step_values(batch, [{"loss": torch.tensor(0.0)}], num_ranks=1)
+    assert values["train/length"][0].item() == (4 + 2 + 6) / 3  # that of a masked row, too
+    assert values["train/tokens"][0].item() == 4 + 2
+    assert values["train/reward_std"][0].item() == (1 + 0) / 2
 
 
 def test_many_in_a_row_are_warned_of_once_and_more_are_an_error(

@@ -6,6 +6,7 @@ elsewhere each step is a line of plain text.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from typing import Any
@@ -16,7 +17,9 @@ from lightning.pytorch.callbacks import ProgressBar
 from sdp_lightning.errors import ConfigError
 from sdp_lightning.lightning.datamodule import RolloutDataModule
 from sdp_lightning.lightning.observer import Observer, guarded
+from sdp_lightning.observability.progress.pace import Pace, seconds_left
 from sdp_lightning.observability.progress.screens import LogScreen, Screen, find_screen
+from sdp_lightning.observability.report.markup import clock
 from sdp_lightning.training.metrics.names import MetricRow
 
 TICK_S = 0.5
@@ -46,6 +49,7 @@ class ProgressLine(Observer, ProgressBar):
         self._lock = threading.Lock()
         self._stopped: threading.Event | None = None  # ends the thread that rewrites the line
         self._started = time.monotonic()
+        self._pace = Pace()
         self._row: MetricRow = {}
 
     @property
@@ -71,12 +75,15 @@ class ProgressLine(Observer, ProgressBar):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._started = time.monotonic()
+        self._pace = Pace()
+        self._pace.note(self._started, trainer.global_step)
         self._start_ticking()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._row = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        self._pace.note(time.monotonic(), trainer.global_step)
         self._show(self._parts())
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -109,8 +116,9 @@ class ProgressLine(Observer, ProgressBar):
         self._screen = LogScreen()
 
     def _parts(self) -> list[str]:
-        trainer, elapsed = self.trainer, time.monotonic() - self._started
-        return progress_parts(self._row, trainer.global_step, trainer.max_steps, elapsed)
+        trainer, now = self.trainer, time.monotonic()
+        left_s, elapsed_s = seconds_left(trainer, self._pace, now), now - self._started
+        return progress_parts(self._row, trainer.global_step, trainer.max_steps, elapsed_s, left_s)
 
     def _show(self, parts: list[str]) -> None:
         if self._enabled and self.trainer.is_global_zero:
@@ -167,13 +175,19 @@ def activity_text(trainer: Trainer) -> str | None:
     return f"{DOING[phase]} {seconds:.0f} s: {stat.pending} of {size} ready, {stat.running} running"
 
 
-def progress_parts(row: MetricRow, step: int, max_steps: int, elapsed_s: float) -> list[str]:
+def progress_parts(
+    row: MetricRow, step: int, max_steps: int, elapsed_s: float, left_s: float | None = None
+) -> list[str]:
     """Parts of the line of one step, the most important first; without those not in ``row``.
+
+    ``left_s`` is the time until the end in seconds, None if it is not known.
 
     >>> progress_parts({"train/reward": 0.5, "lag/mean": 1.25}, 3, 20, 75)
     ['step  3/20', 'reward 0.500', 'lag 1.2', '1:15']
     >>> progress_parts({"rollout/pending": 3.0, "rollout/running": 12.0}, 1, -1, 5)
     ['step 1', '0:05', '3 ready, 12 running, 0 dropped']
+    >>> progress_parts({}, 3, 20, 75, 4000)
+    ['step  3/20', '1:15, ETA in 1:06:40']
     """
     of = f"{step:>{len(str(max_steps))}}/{max_steps}" if max_steps > 0 else str(step)
     parts = [f"step {of}"]
@@ -184,7 +198,7 @@ def progress_parts(row: MetricRow, step: int, max_steps: int, elapsed_s: float) 
     ):
         if name in row:
             parts.append(f"{label}{row[name]:{form}}")
-    parts.append(f"{int(elapsed_s) // 60}:{int(elapsed_s) % 60:02d}")
+    parts.append(clock(elapsed_s) + ("" if not left_s else f", ETA in {clock(math.ceil(left_s))}"))
     if "rollout/pending" in row:
         dropped = row.get("rollout/dropped_stale", 0) + row.get("rollout/dropped_overdue", 0)
         ready, running = row["rollout/pending"], row.get("rollout/running", 0)

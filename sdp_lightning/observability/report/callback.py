@@ -17,6 +17,7 @@ from sdp_lightning.lightning.datamodule import RolloutDataModule
 from sdp_lightning.lightning.module import SegmentWisePPOModule
 from sdp_lightning.lightning.observer import Observer, describe
 from sdp_lightning.lightning.weight_sync import WeightSyncCallback
+from sdp_lightning.observability.evaluations import Evaluations
 from sdp_lightning.observability.report.files import RunWriter
 from sdp_lightning.observability.report.page import RUNNING, write_report
 from sdp_lightning.observability.report.samples import Sample, SampleKeeper
@@ -24,6 +25,7 @@ from sdp_lightning.observability.run_parts import run_parts
 from sdp_lightning.observability.view import STYLE as VIEW_STYLE, view
 from sdp_lightning.observability.view.text import visible
 from sdp_lightning.rollout.groups.telemetry import RolloutTelemetry
+from sdp_lightning.training.metrics.names import MetricRow
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +62,7 @@ class RunReport(Observer):
         self._save_every_s = save_every_s
         self._writer: RunWriter | None = None
         self._keeper = SampleKeeper()
+        self._evaluations = Evaluations()
         self._telemetry = RolloutTelemetry()
         self._begun = self._own_s = self._next_save = 0.0
 
@@ -68,6 +71,7 @@ class RunReport(Observer):
         module, data = run_parts(trainer, pl_module, self)
         _check_order(trainer)
         self._keeper, self._writer = SampleKeeper(), None
+        self._evaluations.begin()
         self._begun, self._own_s, self._next_save = time.monotonic(), 0.0, 0.0
         if trainer.is_global_zero:
             self._writer = RunWriter(folder)
@@ -82,7 +86,8 @@ class RunReport(Observer):
             executor = run_parts(trainer, pl_module, self)[1].executor
             trained = [g for g in executor.registry.snapshot() if g.in_training]
             groups = [g.finished for g in trained if g.finished is not None]
-            self._keeper.see(groups, batch.version)
+            rows = {g.order: g.row.data for g in trained}
+            self._keeper.see(groups, batch.version, rows)
             self._own_s += time.monotonic() - start
 
     def on_train_batch_end(
@@ -91,6 +96,7 @@ class RunReport(Observer):
         if self._writer is not None:
             start = time.monotonic()
             metrics = {n: float(v) for n, v in trainer.callback_metrics.items() if "/" in n}
+            self._write_evaluation(self._evaluations.step(trainer, pl_module))
             self._writer.step({n: v for n, v in metrics.items() if not n.startswith("val/")})
             if start >= self._next_save:
                 self._save(pl_module, RUNNING)
@@ -99,9 +105,7 @@ class RunReport(Observer):
             self._own_s += time.monotonic() - start
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._writer is not None and not trainer.sanity_checking:
-            metrics = trainer.callback_metrics
-            self._writer.evaluation({n: float(v) for n, v in metrics.items() if n[:4] == "val/"})
+        self._write_evaluation(self._evaluations.see(trainer, pl_module))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._end(pl_module, "finished")
@@ -117,6 +121,11 @@ class RunReport(Observer):
 
     def let_go(self) -> None:
         self._writer = None
+        self._evaluations.let_go()
+
+    def _write_evaluation(self, row: MetricRow | None) -> None:
+        if self._writer is not None and row is not None:
+            self._writer.evaluation(row)
 
     def _end(self, pl_module: LightningModule, status: str) -> None:
         if self._writer is None:

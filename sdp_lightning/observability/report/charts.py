@@ -1,21 +1,22 @@
-"""Charts as SVG text: pure functions of numbers. Colors and fonts come from the page's style.
+"""Charts as HTML around SVG: pure functions of numbers. The page's style has colors and sizes.
 
-Every column of points has a strip over the full height, whose title a browser shows on hover.
+The drawing is stretched to the width that there is, so texts are beside it in HTML and keep their
+size on any screen. Every column of points has a strip over the full height that shows its numbers
+under a pointer or a finger. A y of NaN is a gap: nothing is drawn across it.
 """
 
 from __future__ import annotations
 
 import html
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
+from typing import TypeVar
 
 Point = tuple[float, float]
-HEIGHT = 260
-WIDTH, WIDE = 560, 1120  # a chart in a column, and across the page
+SIDE = 1000  # units of the drawing, both ways
 X = "policy version"
-LEFT, RIGHT, TOP, BOTTOM = 56, 14, 12, 44
 MOST_POINTS = 160
 
 
@@ -25,7 +26,7 @@ class Line:
 
     Args:
         label: text in the legend and on hover.
-        points: (x, y), x rising.
+        points: (x, y), x rising; y is NaN where there is no value.
         color: index in the style's palette.
         style: ``"line"``, ``"faint"`` dots, ``"dashed"``, or ``"marks"``: large dots.
     """
@@ -35,27 +36,26 @@ class Line:
     color: int = 0
     style: str = "line"
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to draw."""
+        return not any(math.isfinite(y) for _, y in self.points)
+
 
 @dataclass(frozen=True)
 class Frame:
-    """Maps numbers to pixels of a chart."""
+    """Maps numbers to the drawing's units."""
 
     x_range: Point
     y_range: Point
-    width: int = WIDTH
-
-    @property
-    def right(self) -> int:
-        """End of the x axis, in pixels."""
-        return self.width - RIGHT
 
     def x(self, value: float) -> float:
-        """Pixels from the left of an x value."""
-        return LEFT + _part(value, self.x_range) * (self.right - LEFT)
+        """Units from the left of an x value."""
+        return SIDE * _part(value, self.x_range)
 
     def y(self, value: float) -> float:
-        """Pixels from the top of a y value."""
-        return HEIGHT - BOTTOM - _part(value, self.y_range) * (HEIGHT - TOP - BOTTOM)
+        """Units from the top of a y value."""
+        return SIDE * (1 - _part(value, self.y_range))
 
 
 def line_chart(
@@ -65,7 +65,7 @@ def line_chart(
     y_label: str,
     x_label: str = X,
     y_range: tuple[float | None, float | None] = (None, None),
-    width: int = WIDTH,
+    percent: bool = False,
 ) -> str:
     """Chart of series over one axis, with a legend if there are several.
 
@@ -75,20 +75,23 @@ def line_chart(
         y_label: label of the y axis.
         x_label: label of the x axis.
         y_range: fixed ends of the y axis; None fits the data.
-        width: width in pixels; a page may scale it.
+        percent: whether the values are shares of 1.
     """
-    lines = [Line(s.label, thin(s.points), s.color, s.style) for s in lines if s.points]
+    lines = [Line(s.label, thin(s.points), s.color, s.style) for s in lines if not s.is_empty]
     if not lines:
         return '<p class="empty">nothing was logged</p>'
     xs = [x for line in lines for x, _ in line.points]
     ys = [y for line in lines for _, y in line.points]
-    frame = Frame((min(xs), max(xs)), _range(ys, y_range), width)
+    frame = Frame((min(xs), max(xs)), _range(ys, y_range))
     drawn = "".join(_draw(line, frame) for line in lines)
+    form = percentage if percent else number
     hover: dict[float, list[str]] = {}
     for line in lines:
         for x, y in line.points:
-            hover.setdefault(x, []).append(f"{line.label}: {number(y)}")
-    return _figure(frame, drawn, hover, lines, name=name, x_label=x_label, y_label=y_label)
+            if not math.isnan(y):
+                hover.setdefault(x, []).append(f"{line.label}: {form(y)}")
+    labels = {"name": name, "x_label": x_label, "y_label": y_label}
+    return _figure(frame, drawn, hover, lines, **labels, y_form=form)
 
 
 def area_chart(
@@ -97,13 +100,14 @@ def area_chart(
     """Chart of layers on top of each other, the first at the bottom; all have the same x.
 
     Args:
-        layers: series of one length, thinned to ``MOST_POINTS`` points.
+        layers: series of one length, thinned to ``MOST_POINTS`` points; where one is not finite,
+            all have a gap.
         name: title for screen readers.
         y_label: label of the y axis.
         x_label: label of the x axis.
         percent: whether the layers are shares of 1.
     """
-    layers = [Line(s.label, thin(s.points), s.color) for s in layers if s.points]
+    layers = [Line(s.label, thin(s.points), s.color) for s in layers if not s.is_empty]
     if not layers:
         return '<p class="empty">nothing was logged</p>'
     xs = [x for x, _ in layers[0].points]
@@ -111,37 +115,42 @@ def area_chart(
     for layer in layers:
         below = [low + y for low, (_, y) in zip(below, layer.points, strict=True)]
         tops.append(below)
-    frame = Frame((min(xs), max(xs)), (0.0, 1.0) if percent else _range(below, (0.0, None)))
+    ends = (min(xs), max(xs)) if len(xs) > 1 else (xs[0] - 0.5, xs[0] + 0.5)
+    frame = Frame(ends, (0.0, 1.0) if percent else _range(below, (0.0, None)))
+    edges = [ends[0], *((a + b) / 2 for a, b in pairwise(xs)), ends[1]]
+    pieces = _runs(range(len(xs)), lambda i: math.isfinite(below[i]))
     drawn, floor = "", [0.0] * len(xs)
     for layer, top in zip(layers, tops, strict=True):
-        ring = [*zip(xs, top, strict=True), *reversed([*zip(xs, floor, strict=True)])]
-        if len(xs) == 1:  # a column as wide as the chart
-            ring = [(0, top[0]), (1, top[0]), (1, floor[0]), (0, floor[0])]
-            frame = Frame((0.0, 1.0), frame.y_range)
-        path = " ".join(f"{frame.x(x):.1f},{frame.y(y):.1f}" for x, y in ring)
-        drawn += f'<polygon class="area c{layer.color}" points="{path}"/>'
+        for piece in pieces:
+            low, high = [[(xs[i], side[i]) for i in piece] for side in (floor, top)]
+            if len(piece) == 1:  # a column as wide as its strip
+                sides = edges[piece[0]], edges[piece[0] + 1]
+                low, high = [[(x, y[0][1]) for x in sides] for y in (low, high)]
+            ring = " ".join(f"{frame.x(x):.1f},{frame.y(y):.1f}" for x, y in [*high, *low[::-1]])
+            drawn += f'<polygon class="area c{layer.color}" points="{ring}"/>'
         floor = top
     form = percentage if percent else number
     hover = {
-        x: [f"{layer.label}: {form(layer.points[i][1])}" for layer in reversed(layers)]
-        for i, x in enumerate(xs)
+        xs[i]: [f"{layer.label}: {form(layer.points[i][1])}" for layer in reversed(layers)]
+        for piece in pieces
+        for i in piece
     }
     labels = {"name": name, "x_label": x_label, "y_label": y_label}
     return _figure(frame, drawn, hover, layers, **labels, y_form=form)
 
 
 def thin(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
-    """At most ``most`` points: means of neighbors if there are more.
+    """At most ``most`` points: means of neighbors if there are more, of those that are finite.
 
-    >>> thin([(1, 0.0), (2, 1.0), (3, 2.0), (4, 3.0)], 2)
-    [(1.5, 0.5), (3.5, 2.5)]
+    >>> thin([(1, 0.0), (2, 1.0), (3, 2.0), (4, math.nan)], 2)
+    [(1.5, 0.5), (3.5, 2.0)]
     """
     if len(points) <= most:
         return list(points)
     edges = [round(i * len(points) / most) for i in range(most + 1)]
     pieces = [points[a:b] for a, b in pairwise(edges)]
     return [
-        (sum(x for x, _ in piece) / len(piece), sum(y for _, y in piece) / len(piece))
+        (sum(x for x, _ in piece) / len(piece), _mean([y for _, y in piece if math.isfinite(y)]))
         for piece in pieces
     ]
 
@@ -167,7 +176,7 @@ def number(value: float) -> str:
     >>> number(0.12345), number(3), number(1234.5), number(2e-5), number(1.5e7)
     ('0.123', '3', '1,234', '2e-05', '15.0 M')
     """
-    if abs(value) >= 1e7:
+    if 1e7 <= abs(value) < math.inf:
         return f"{value / 1e6:,.1f} M"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
@@ -198,17 +207,36 @@ def _range(values: Sequence[float], fixed: tuple[float | None, float | None]) ->
     )
 
 
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan
+
+
+T = TypeVar("T")
+
+
+def _runs(items: Iterable[T], belongs: Callable[[T], bool]) -> list[list[T]]:
+    """Neighbors that belong, between those that do not.
+
+    >>> _runs([1, 2, 0, 3], bool)
+    [[1, 2], [3]]
+    """
+    return [list(run) for kept, run in groupby(items, belongs) if kept]
+
+
 def _draw(line: Line, frame: Frame) -> str:
-    pixels = [(frame.x(x), frame.y(y)) for x, y in line.points if math.isfinite(y)]
+    """Lines between neighbors, dots for the rest: a dot is a round stroke of no length.
+
+    Widths of strokes are pixels of the screen, so dots stay round however wide the drawing is.
+    """
     kind = f"c{line.color} {line.style}"
-    if line.style in ("faint", "marks") or len(pixels) == 1:
-        radius = 2.5 if line.style == "faint" else 4.5
-        return "".join(
-            f'<circle class="dot {kind}" cx="{x:.1f}" cy="{y:.1f}" r="{radius}"/>'
-            for x, y in pixels
-        )
-    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in pixels)
-    return f'<polyline class="stroke {kind}" points="{path}"/>'
+    dots, drawn = "", ""
+    for run in _runs(line.points, lambda point: math.isfinite(point[1])):
+        pixels = [f"{frame.x(x):.1f},{frame.y(y):.1f}" for x, y in run]
+        if line.style in ("faint", "marks") or len(pixels) == 1:
+            dots += "".join(f"M{pixel}h0" for pixel in pixels)
+        else:
+            drawn += f'<polyline class="stroke {kind}" points="{" ".join(pixels)}"/>'
+    return drawn + (f'<path class="stroke dot {kind}" d="{dots}"/>' if dots else "")
 
 
 def _figure(
@@ -220,42 +248,36 @@ def _figure(
     name: str,
     x_label: str,
     y_label: str,
-    y_form: Callable[[float], str] = number,
+    y_form: Callable[[float], str],
 ) -> str:
     """Axes around the drawing, strips to hover over, and the legend."""
-    bottom, right = HEIGHT - BOTTOM, frame.right
-    parts = [f'<svg class="chart" viewBox="0 0 {frame.width} {HEIGHT}" role="img">']
-    parts.append(f"<title>{html.escape(name)}</title>")
-    for value in ticks(*frame.y_range, 4):
-        y = frame.y(value)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" class="end">{y_form(value)}</text>')
-    for value in ticks(*frame.x_range, 7):
-        if value == round(value):
-            x = frame.x(value)
-            parts.append(f'<text x="{x:.1f}" y="{bottom + 18}" class="mid">{number(value)}</text>')
-    parts.append(f'<line class="axis" x1="{LEFT}" x2="{right}" y1="{bottom}" y2="{bottom}"/>')
-    middle = (TOP + bottom) / 2
-    parts.append(
-        f'<text x="{(LEFT + right) / 2:.0f}" y="{HEIGHT - 6}" class="mid label">'
-        f"{html.escape(x_label)}</text>"
-        f'<text x="14" y="{middle:.0f}" class="mid label" '
-        f'transform="rotate(-90 14 {middle:.0f})">{html.escape(y_label)}</text>'
+    rows = [(frame.y(value), y_form(value)) for value in ticks(*frame.y_range, 4)]
+    columns = [(frame.x(v), number(v)) for v in ticks(*frame.x_range, 7) if v == round(v)]
+    grid = "".join(f'<line class="grid" x2="{SIDE}" y1="{y:.1f}" y2="{y:.1f}"/>' for y, _ in rows)
+    left = "".join(f'<span style="top:{y / SIDE:.2%}">{text}</span>' for y, text in rows)
+    below = "".join(f'<span style="left:{x / SIDE:.2%}">{text}</span>' for x, text in columns)
+    gutter = max((len(text) for _, text in rows), default=0)
+    return (
+        f'<figure class="plot">{legend(lines)}<p class="unit">{html.escape(y_label)}</p>'
+        f'<div class="chart" style="margin-left:{gutter}ch"><div class="ys">{left}</div>'
+        f'<svg viewBox="0 0 {SIDE} {SIDE}" preserveAspectRatio="none" role="img">'
+        f"<title>{html.escape(name)}</title>{grid}{drawn}</svg>"
+        f'<div class="xs">{below}</div>{_strips(frame, hover, x_label)}</div>'
+        f'<p class="unit mid">{html.escape(x_label)}</p></figure>'
     )
-    parts += [drawn, _strips(frame, hover, x_label), "</svg>"]
-    return '<figure class="plot">' + legend(lines) + "".join(parts) + "</figure>"
 
 
 def _strips(frame: Frame, hover: dict[float, list[str]], x_label: str) -> str:
     xs = sorted(hover)
-    pixels = [frame.x(x) for x in xs]
-    edges = [LEFT, *((a + b) / 2 for a, b in pairwise(pixels)), frame.right]
-    return "".join(
-        f'<rect class="hit" x="{left:.1f}" width="{max(right - left, 1):.1f}" y="{TOP}" '
-        f'height="{HEIGHT - TOP - BOTTOM}"><title>'
-        f"{html.escape(f'{x_label} {number(x)}' + chr(10) + chr(10).join(hover[x]))}</title></rect>"
+    middles = [frame.x(x) for x in xs]
+    edges = [0.0, *((a + b) / 2 for a, b in pairwise(middles)), float(SIDE)]
+    strips = "".join(
+        f'<div class="hit" style="left:{left / SIDE:.2%};width:{(right - left) / SIDE:.2%}">'
+        f'<span class="{"to" if left + right < SIDE else "back"}">'
+        f"{html.escape(chr(10).join([f'{x_label} {number(x)}', *hover[x]]))}</span></div>"
         for x, left, right in zip(xs, edges, edges[1:], strict=False)
     )
+    return f'<div class="hits">{strips}</div>'
 
 
 def legend(lines: Sequence[Line]) -> str:

@@ -57,6 +57,15 @@ def duration(seconds: float) -> str:
         return f"{seconds * 1000:.0f} ms"
     if seconds < 60:
         return f"{seconds:.1f} s"
+    return clock(seconds)
+
+
+def clock(seconds: float) -> str:
+    """Whole seconds as minutes, hours and days.
+
+    >>> clock(5), clock(75), clock(4000), clock(200000)
+    ('0:05', '1:15', '1:06:40', '2 d 7:33:20')
+    """
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sdp_lightning.config.atomic_files import atomic_file
-from sdp_lightning.observability.report import sections
+from sdp_lightning.observability.report import learning, sections
 from sdp_lightning.observability.report.advice import Advice, advice_on
 from sdp_lightning.observability.report.charts import number
 from sdp_lightning.observability.report.files import PAGE, Run, RunConfigs, read_run
@@ -66,7 +66,8 @@ def page(run: Run) -> str:
         section(
             "advice", "What to change", _advice(advice_on(run.steps, RunConfigs.read(run.settings)))
         ),
-        sections.rewards(run),
+        learning.rewards(run),
+        learning.signals(run),
         sections.times(run, breakdown),
         sections.lags(run),
         rollouts(run),
@@ -120,7 +121,12 @@ def _samples(state: Mapping[str, Any]) -> str:
             for name, reward in sample.get("rewards", {}).items():
                 facts += f"; {name} {number(reward)}"
             box = f'<div class="sample" data-sample="{kind}"><p class="sub">'
-            parts.append(f"{box}<b>{title}</b>: {escape(facts)}</p>{sample['html']}</div>")
+            row = "".join(
+                f"<div><dt>{escape(name)}</dt> <dd>{escape(text)}</dd></div> "
+                for name, text in (sample.get("row") or {}).items()
+            )
+            row = f'<dl class="row">{row}</dl>' if row else ""
+            parts.append(f"{box}<b>{title}</b>: {escape(facts)}</p>{row}{sample['html']}</div>")
     note = "Tokens are colored by the policy version that sampled them; hover for their numbers."
     return section("trajectories", "Trajectories", "".join(parts), note)
 

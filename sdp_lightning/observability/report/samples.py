@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from reprlib import Repr
 from typing import Any
 
-from sdp_lightning.observability.view.text import visible
-from sdp_lightning.types import Trajectory, TrajectoryGroup
+from sdp_lightning.observability.view.text import LONGEST, visible
+from sdp_lightning.types import Row, Trajectory, TrajectoryGroup
 
 NUM_EXTREME, NUM_RANDOM = 3, 6
+MOST_FIELDS = 12  # of a row on the page
 
 
 @dataclass(eq=False)
@@ -22,25 +25,31 @@ class Sample:
         row_id: id of the prompt's row, as it is shown.
         version: policy version of the trainer then.
         mean_reward: mean reward of its group.
+        row: the prompt's row.
         drawn: HTML, once it is drawn.
+        fields: fields of the row as short texts, once it is drawn.
     """
 
     trajectory: Trajectory
     row_id: str
     version: int
     mean_reward: float
+    row: Row = field(default_factory=dict[str, Any])
     drawn: str | None = None
+    fields: dict[str, str] | None = None
 
     def state(self, draw: Callable[[Sample], str]) -> dict[str, Any]:
         """Facts and HTML for a page; ``draw`` makes the HTML, once."""
         if self.drawn is None:
-            self.drawn = draw(self)
+            self.drawn, self.fields = draw(self), row_fields(self.row)
+            self.row = {}
         return {
             "row_id": self.row_id,
             "version": self.version,
             "reward": self.trajectory.reward,
             "mean_reward": self.mean_reward,
             "rewards": dict(self.trajectory.rewards),
+            "row": self.fields,
             "html": self.drawn,
         }
 
@@ -60,15 +69,22 @@ class SampleKeeper:
         self._generator = random.Random(seed)
         self._num_batches = 0
 
-    def see(self, groups: Sequence[TrajectoryGroup], version: int) -> None:
-        """Consider the groups of one batch, trained at ``version``."""
+    def see(
+        self,
+        groups: Sequence[TrajectoryGroup],
+        version: int,
+        rows: Mapping[int, Row] | None = None,
+    ) -> None:
+        """Consider the groups of one batch, trained at ``version``; ``rows`` by their ``order``."""
         members = [(group, trajectory) for group in groups for trajectory in group.trajectories]
         if not members:
             return
         self._generator.shuffle(members)
 
         def sample(chosen: tuple[TrajectoryGroup, Trajectory]) -> Sample:
-            return Sample(chosen[1], visible(chosen[0].row_id), version, chosen[0].reward)
+            group, trajectory = chosen
+            row = (rows or {}).get(group.order, {})
+            return Sample(trajectory, visible(group.row_id), version, group.reward, row)
 
         rewards = [trajectory.reward for _, trajectory in members]
         best, worst = rewards.index(max(rewards)), rewards.index(min(rewards))
@@ -90,6 +106,24 @@ class SampleKeeper:
         newest = sorted(self.random, key=lambda s: -s.version)
         kinds = {"best": self.best, "worst": self.worst, "mixed": self.mixed, "random": newest}
         return {kind: [sample.state(draw) for sample in kept] for kind, kept in kinds.items()}
+
+
+def row_fields(row: Row) -> dict[str, str]:
+    """Fields of a row as short texts, in their order; of more than ``MOST_FIELDS`` a count.
+
+    >>> row_fields({"answer": "012359", "digits": [3, 1]})
+    {'answer': '012359', 'digits': '[3, 1]'}
+    """
+    fields = {
+        visible(str(name)): visible(item if isinstance(item, str) else _SHORT.repr(item))
+        for name, item in islice(row.items(), MOST_FIELDS)
+    }
+    rest = len(row) - len(fields)
+    return fields | {"": f"and {rest} more fields"} if rest > 0 else fields
+
+
+_SHORT = Repr()  # looks at no more of a value than it shows
+_SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = LONGEST // 2, LONGEST, LONGEST
 
 
 def _num_versions(trajectory: Trajectory) -> int:

@@ -1,13 +1,14 @@
-"""Sections of the report page about reward, time and staleness: pure functions of metrics.
+"""Sections of the report page about key numbers, time and staleness: pure functions of metrics.
 
 A section without metrics is empty.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
-from sdp_lightning.observability.report.charts import WIDE, Line, area_chart, line_chart, number
+from sdp_lightning.observability.report.charts import Line, area_chart, line_chart, number
 from sdp_lightning.observability.report.files import VERSION, Run
 from sdp_lightning.observability.report.markup import (
     Cell,
@@ -25,8 +26,10 @@ from sdp_lightning.observability.report.series import (
     lag_mean,
     lag_points,
     lag_tokens,
-    moving,
-    points,
+    moving_mean,
+    token_points,
+    values_of,
+    when_of,
     window_mean,
 )
 from sdp_lightning.observability.report.time_breakdown import (
@@ -35,13 +38,7 @@ from sdp_lightning.observability.report.time_breakdown import (
     reward_share,
     time_breakdown,
 )
-from sdp_lightning.training.metrics.names import (
-    LAG_NAMES,
-    NAMED_EVALUATION,
-    NAMED_REWARD,
-    MetricRow,
-    reward_names,
-)
+from sdp_lightning.training.metrics.names import LAG_NAMES, MetricRow
 
 LAG_COLORS = dict(zip(LAG_NAMES, (2, 0, 4, 1, 3), strict=True))
 PHASE_COLORS = {
@@ -57,61 +54,38 @@ PHASE_COLORS = {
 
 
 def cards(run: Run, breakdown: TimeBreakdown | None) -> str:
-    """Cards with the most important numbers."""
+    """Cards with the most important numbers, each a sentence around its number."""
     rows = run.steps
     boxes: list[str] = []
 
-    def show(key: str, number: float, text: str, label: str) -> None:
-        shown = f"<b>{value(key, number, text)}</b><span>{escape(label)}</span>"
+    def show(key: str, number: float, before: str, text: str, after: str) -> None:
+        shown = f"<span>{before}</span> <b>{value(key, number, text)}</b> <span>{after}</span>"
         boxes.append(f'<div class="card">{shown}</div>')
 
-    if rewards := moving(points(rows, "train/reward")):
-        first, last = rewards[min(WINDOW, len(rewards)) - 1][1], rewards[-1][1]
-        label = f"reward, from {first:.3f} (means of {WINDOW} batches)"
-        show("reward.last", last, f"{last:.3f}", label)
-    if evaluated := points(run.evaluations, "val/reward", "val/version"):
-        version, reward = evaluated[-1]
-        show("val.last", reward, f"{reward:.3f}", f"validation reward at version {version:.0f}")
+    if rewards := moving_mean(values_of(rows, "train/reward")):
+        first, last = rewards[min(WINDOW, len(rewards)) - 1], rewards[-1]
+        after = f"lately; it was {first:.3f} at first (means of {WINDOW} batches)"
+        show("reward.last", last, "the reward is", f"{last:.3f}", after)
+    if evaluated := [row for row in run.evaluations if "val/reward" in row]:
+        first, last = evaluated[0]["val/reward"], evaluated[-1]["val/reward"]
+        after = when_of(evaluated[-1], rows)
+        if len(evaluated) > 1:
+            after += f"; it was {first:.3f} {when_of(evaluated[0], rows)}"
+        show("val.last", last, "validation gives", f"{last:.3f}", after)
     if breakdown is not None:
         step = breakdown.step_s
         wait, floor = breakdown.wait_share, breakdown.floor_share
-        show("step.mean", step, duration(step), "a step")
-        show("wait.share", wait, f"{wait:.0%}", "of the time the trainer waits")
-        show("floor.share", floor, f"{floor:.0%}", "of the floor is reached")
+        show("step.mean", step, "a step takes", duration(step), "in the mean")
+        show("wait.share", wait, "the trainer waits", f"{wait:.0%}", "of a step")
+        after = "of its time, if sampling and training overlapped without a gap"
+        show("floor.share", floor, "a step would take", f"{floor:.0%}", after)
     if (lag := window_mean(rows, "lag/mean")) is not None:
-        show("lag.mean", lag, f"{lag:.2f}", "mean lag lately, in versions")
-    for side, label in (("generated", "tokens/s sampled"), ("train", "tokens/s trained on")):
+        after = f"version{'' if f'{lag:.2f}' == '1.00' else 's'} old lately, in the mean"
+        show("lag.mean", lag, "tokens are", f"{lag:.2f}", after)
+    for side, before in (("generated", "the engine samples"), ("train", "the trainer trains on")):
         if (speed := window_mean(rows, f"speed/{side}_tokens_per_s")) is not None:
-            show(f"speed.{side}", speed, f"{speed:,.0f}", f"{label}, lately")
+            show(f"speed.{side}", speed, before, f"{speed:,.0f}", "tokens/s lately")
     return f'<div class="cards">{"".join(boxes)}</div>'
-
-
-def rewards(run: Run) -> str:
-    """Chart of the reward of batches and of evaluations."""
-    batch, key, at = points(run.steps, "train/reward"), NAMED_EVALUATION, "val/version"
-    chart = line_chart(
-        [
-            Line("batch", batch, 0, "faint"),
-            Line(f"mean of {WINDOW} batches", moving(batch), 0),
-            Line("validation", points(run.evaluations, "val/reward", "val/version"), 1, "marks"),
-            Line("pass at k", points(run.evaluations, "val/pass_at_k", "val/version"), 2, "marks"),
-        ],
-        name="Reward of batches and of evaluations",
-        width=WIDE,
-        y_label="reward",
-    )
-    lines = [
-        Line(name, moving(points(run.steps, NAMED_REWARD + name)), color % 7)
-        for color, name in enumerate(reward_names(run.steps))
-    ] + [
-        Line(f"{name}, validation", points(run.evaluations, key + name, at), color % 7, "marks")
-        for color, name in enumerate(reward_names(run.evaluations, key))
-    ]
-    body = f'<div class="card">{chart}</div>'
-    if lines:
-        named = line_chart(lines, name="Each of several rewards", width=WIDE, y_label="reward")
-        body += card("Each reward", named, f"means of {WINDOW} batches, unweighted")
-    return section("reward", "Reward", body)
 
 
 def times(run: Run, breakdown: TimeBreakdown | None) -> str:
@@ -163,11 +137,14 @@ def _waits(row: MetricRow) -> str:
 
 def _phase_chart(rows: Sequence[MetricRow]) -> str:
     steps = [(row[VERSION], time_breakdown([row])) for row in rows if VERSION in row]
-    known = [(version, step) for version, step in steps if step is not None]
     layers = [
-        Line(label, [(x, step.phases.get(label, 0.0)) for x, step in known], color)
+        Line(
+            label,
+            [(x, math.nan if step is None else step.phases.get(label, 0.0)) for x, step in steps],
+            color,
+        )
         for label, color in PHASE_COLORS.items()
-        if any(step.share(label) > 1e-4 for _, step in known)
+        if any(step is not None and step.share(label) > 1e-4 for _, step in steps)
     ]
     return area_chart(layers, name="Seconds of each phase", y_label="seconds", percent=False)
 
@@ -195,7 +172,10 @@ def lags(run: Run) -> str:
     if not used:
         return ""
     shares = area_chart(
-        [Line(lag_label(lag), points(rows, f"lag/share_{lag}"), LAG_COLORS[lag]) for lag in used],
+        [
+            Line(lag_label(lag), token_points(rows, f"lag/share_{lag}"), LAG_COLORS[lag])
+            for lag in used
+        ],
         name="Share of tokens by lag",
         y_label="share of tokens",
     )

@@ -1,11 +1,12 @@
 """Metrics over the steps of a run: series, means, and statistics of the tokens of one lag.
 
-Rows are the logged metrics of a step by name. A metric of a lag is 0 where a batch has no token of
-that lag, so such batches are left out and means are weighted by tokens.
+Rows are the logged metrics of a step by name. A metric of tokens is 0 where a batch has none (of
+that lag), so such batches are gaps in a series, which are NaN, and means are weighted by tokens.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 from sdp_lightning.observability.report.charts import Point
@@ -23,8 +24,26 @@ def values_of(rows: Iterable[MetricRow], name: str) -> list[float]:
 
 
 def points(rows: Iterable[MetricRow], name: str, key: str = VERSION) -> list[Point]:
-    """(policy version, value) of one metric, where it was logged."""
-    return [(row[key], row[name]) for row in rows if name in row and key in row]
+    """(policy version, value) of one metric, NaN where it was not logged; empty if it never was."""
+    series = [(row[key], row.get(name, math.nan)) for row in rows if key in row]
+    return [] if all(math.isnan(y) for _, y in series) else series
+
+
+def token_points(rows: Sequence[MetricRow], name: str) -> list[Point]:
+    """:func:`points` of a metric of all tokens, NaN for a batch that had none to train on."""
+    return points([row if any_tokens(row) else {**row, name: math.nan} for row in rows], name)
+
+
+def any_tokens(row: MetricRow) -> bool:
+    """Whether a batch had tokens to train on, as far as that is known."""
+    return row.get("train/tokens", 1) > 0
+
+
+def when_of(evaluation: MetricRow, steps: Sequence[MetricRow]) -> str:
+    """The version of an evaluation in words; one below that of the first step is before them."""
+    version = evaluation["val/version"]
+    is_before = bool(steps) and version < steps[0].get(VERSION, 0)
+    return "before training" if is_before else f"at version {version:.0f}"
 
 
 def moving_mean(values: Sequence[float], window: int = WINDOW) -> list[float]:
@@ -40,9 +59,9 @@ def moving_mean(values: Sequence[float], window: int = WINDOW) -> list[float]:
 
 
 def moving(series: Sequence[Point]) -> list[Point]:
-    """The moving mean of a series of points."""
-    means = moving_mean([y for _, y in series])
-    return [(x, mean) for (x, _), mean in zip(series, means, strict=True)]
+    """The moving mean of a series of points; gaps stay, and count in no mean."""
+    means = iter(moving_mean([y for _, y in series if not math.isnan(y)]))
+    return [(x, y if math.isnan(y) else next(means)) for x, y in series]
 
 
 def window_mean(rows: Sequence[MetricRow], name: str) -> float | None:
@@ -72,8 +91,10 @@ def lag_tokens(rows: Sequence[MetricRow]) -> dict[str, float]:
 
 
 def lag_points(rows: Sequence[MetricRow], name: str, lag: str) -> list[Point]:
-    """(policy version, value) of a metric in the batches with tokens of ``lag``."""
-    return [(row[VERSION], value) for row, value in _of_lag(rows, name, lag) if VERSION in row]
+    """(policy version, value) of a metric, NaN for a batch without tokens of ``lag``."""
+    values = {row[VERSION]: y for row, y in _of_lag(rows, name, lag) if VERSION in row}
+    xs = [row[VERSION] for row in rows if VERSION in row]
+    return [(x, values.get(x, math.nan)) for x in xs] if values else []
 
 
 def lag_mean(rows: Sequence[MetricRow], name: str, lag: str) -> float | None:

@@ -110,6 +110,7 @@ REFERENCE = "a KL term: `loss.kl_coefficient`"
 OTHERS: dict[str, tuple[Logged, ...]] = {
     "Training: means over the optimizer steps of a batch, of all ranks": (
         Logged("train/reward", "mean reward of the batch's trajectories; of several, their sum's"),
+        Logged("train/reward_std", "mean over groups of the standard deviation of their rewards"),
         Logged(f"{NAMED_REWARD}<name>", "mean of each of several rewards, unweighted", SEVERAL),
         Logged("train/loss", "the loss that is minimized"),
         Logged("train/kl", "mean estimate of the KL to the reference model, nats", REFERENCE),
@@ -118,6 +119,7 @@ OTHERS: dict[str, tuple[Logged, ...]] = {
         Logged("train/lr_scale", "what the rate was scaled by", "`optimizer.scale_lr_by_ess`"),
         Logged("train/skipped", "share of steps skipped, as the gradient was not finite"),
         Logged("train/tokens", "sampled tokens in the batch that are trained on"),
+        Logged("train/length", "mean sampled tokens of a trajectory, of masked ones, too"),
         Logged("train/truncated", "share of trajectories that ended at their token budget"),
         Logged("train/masked_truncated", "their number, if `update.mask_truncated` masks them"),
         Logged("train/uniform", "share of groups whose rewards are all equal: no learning signal"),
