@@ -16,6 +16,7 @@ from sdp_lightning.types import Row, SamplingParams, Trajectory
 from sdp_lightning.workflows.chat.messages import Message
 from sdp_lightning.workflows.chat.rendering import Tools
 from sdp_lightning.workflows.chat.row_kinds import refuse_unwritable_openings
+from sdp_lightning.workflows.chat.turn_ends import unstopped_turn
 from sdp_lightning.workflows.chat_template import (
     PLACEHOLDER,
     encode_aside,
@@ -152,6 +153,10 @@ class MultiTurnWorkflow(RolloutWorkflow):
             self._encode_turn([], tokenizer, tools=tools)
 
         refuse_unwritable_openings(rows, reset, write)
+
+    def unstopped(self, row: Row, tokenizer: Tokenizer, eos_token_ids: Sequence[int]) -> str:
+        params = with_stops(self._sampling, tokenizer, self.stop, eos_token_ids)
+        return "" if self.turn_format else unstopped_turn(tokenizer, self.chat, params)
 
     def prompt_lengths(
         self, rows: Sequence[Row], meter: PromptMeter
