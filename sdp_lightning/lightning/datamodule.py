@@ -33,6 +33,7 @@ from sdp_lightning.lightning.startup import (
     longest_sequence,
     make_trainer_ranks,
     open_engine,
+    say_unstopped,
     start_engine,
 )
 from sdp_lightning.lightning.stop_request import StopRequest
@@ -206,6 +207,8 @@ class RolloutDataModule(L.LightningDataModule):
             check.refuse()
             share = check.good_rows(self._ranks.rank, self._ranks.size)
             workflows[what].check_prompts(share, tokenizer)
+            if self._ranks.rank == 0:
+                say_unstopped(self._module(), workflows[what], check.good_rows())
         return checks
 
     def _num_predicted(self) -> int | None:

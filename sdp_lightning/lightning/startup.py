@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import lightning as L
@@ -20,6 +21,7 @@ from sdp_lightning.engines.remote.engine import RemoteInfEngine
 from sdp_lightning.engines.servers.placement import require_one_host
 from sdp_lightning.lightning.module import SegmentWisePPOModule
 from sdp_lightning.lightning.stop_request import StopRequest
+from sdp_lightning.types import Row
 from sdp_lightning.workflows.workflow import RolloutWorkflow
 
 logger = logging.getLogger(__name__)
@@ -100,6 +102,16 @@ def find_eos_tokens(module: SegmentWisePPOModule, workflow: RolloutWorkflow) -> 
             "" if workflow.sampling.stop_at_model_eos else ": left out by stop_at_model_eos=False",
         )
     return found.ids
+
+
+def say_unstopped(
+    module: SegmentWisePPOModule, workflow: RolloutWorkflow, rows: Iterable[tuple[int, Row]]
+) -> None:
+    """Warn if the chat template ends turns with a token that ends no completion of ``workflow``."""
+    for _, row in itertools.islice(rows, 1):
+        eos_token_ids = load_eos_tokens(module.source).ids
+        if text := workflow.unstopped(row, module.tokenizer, eos_token_ids):
+            logger.warning("%s", text)
 
 
 def longest_sequence(engine: InferenceEngine) -> int | None:

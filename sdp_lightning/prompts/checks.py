@@ -75,6 +75,31 @@ def duplicate_ids(ids: Iterable[tuple[int, str]]) -> list[RowFault]:
     return faults
 
 
+class SeenIds:
+    """Knows the ids of an epoch's rows that were read one after another: the last 100,000."""
+
+    def __init__(self, most: int = 100_000) -> None:
+        self._most, self._epoch, self._is_said = most, -1, False
+        self._first: dict[str, int] = {}
+
+    def fault_of(self, epoch: int, index: int, row: Row) -> RowFault | None:
+        """The fault of a row whose id an earlier one of its epoch has."""
+        if epoch != self._epoch:
+            self._epoch, self._first = epoch, {}
+        if "id" not in row:
+            return None
+        name = str(row["id"])
+        if (other := self._first.setdefault(name, index)) != index:
+            text = f"row {index}: its id {name!r} is that of row {other}."
+            return RowFault(index, "duplicate id", text)
+        if len(self._first) > self._most:
+            del self._first[next(iter(self._first))]
+            if not self._is_said:
+                self._is_said = True
+                logger.warning("duplicate ids are looked for in the last %d rows", self._most)
+        return None
+
+
 def refuse(faults: Sequence[RowFault], num_rows: int, what: str) -> None:
     """Raise ``ConfigError`` with the ``faults`` by cause, unless there are none.
 

@@ -15,7 +15,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from sdp_lightning.errors import ConfigError, RolloutError
-from sdp_lightning.prompts.checks import RowFault
+from sdp_lightning.prompts.checks import RowFault, SeenIds
 from sdp_lightning.prompts.iterable_rows import IterableRows
 from sdp_lightning.prompts.stream import RESTART, PromptRow
 from sdp_lightning.prompts.stream_position import (
@@ -47,7 +47,8 @@ class IterableStream:
         fills: whether rows of one more epoch may be wanted.
         timeout_s: longest wait in seconds for the next row while a position is restored.
         judge: the fault of a row and its index, if it cannot be trained on.
-        drops: whether such a row is left out, with a warning; else it ends the run.
+        drops: whether such a row is left out, with a warning, as is one with the id of an earlier
+            one of its epoch, as far as they were read here; else it ends the run.
 
     Raises:
         ConfigError: if a source that can be read once is to be read again, or ranks would read a
@@ -79,6 +80,7 @@ class IterableStream:
         self._rows, self._num_epochs, self._timeout_s = rows, num_epochs, timeout_s
         self._rank, self._num_ranks = rank, num_ranks
         self._judge, self._drops, self.num_dropped = judge, drops, 0
+        self._seen = SeenIds()
         self._changed = threading.Condition()
         self._on_ready: Callable[[], None] = lambda: None
         self._returned: deque[PromptRow] = deque()
@@ -283,16 +285,17 @@ class IterableStream:
 
     def _put(self, data: Row, position: Position) -> bool:
         """Keep a row of this rank when there is room. Returns whether to read on."""
-        number = position.count - 1
+        number, index = position.count - 1, position.index - 1
+        again = self._seen.fault_of(position.epoch, index, data) if self._drops else None
         with self._changed:
             self._read_at = time.monotonic()
             if number % self._num_ranks != self._rank or number in self._done:
                 return not self._is_closed
-        if not self._is_good(position.index - 1, data):
+        if not self._is_good(again or self._judge(index, data)):
             return not self._is_closed
         with self._changed:
             self._changed.wait_for(lambda: self._is_closed or len(self._ahead) < READ_AHEAD)
-            self._ahead.append((PromptRow(position.epoch, position.index - 1, data), position))
+            self._ahead.append((PromptRow(position.epoch, index, data), position))
             was_starved, self._is_starved = self._is_starved, False
             self._changed.notify_all()
             if self._is_closed:
@@ -301,9 +304,8 @@ class IterableStream:
             self._on_ready()
         return True
 
-    def _is_good(self, index: int, row: Row) -> bool:
+    def _is_good(self, fault: RowFault | None) -> bool:
         """Whether a row can be trained on. One that cannot is counted, or ends the run."""
-        fault = self._judge(index, row)
         if fault is None:
             return True
         if not self._drops:

@@ -83,14 +83,22 @@ class RowJudge:
         return RowFault(index, "prompt too long", f"{name_of(index, row)}: {text}{where}.")
 
     def fault_of(self, index: int, row: Row, max_length: int | None = None) -> RowFault | None:
-        """The fault of one row, as a stream gives it. Answers and other rows' ids are not read."""
+        """The fault of one row, as a stream gives it; other rows' ids are not known."""
         if not isinstance(row, Mapping):
             text = f"row {index} is {type(row).__name__}; rows must be mappings."
             return RowFault(index, "no mapping", text)
         lengths, faults = self.measure({index: row})
-        if faults or not lengths:
-            return faults[0] if faults else None
-        return self.too_long(index, row, lengths[index], max_length)
+        if index in lengths and (fault := self.too_long(index, row, lengths[index], max_length)):
+            faults.append(fault)
+        return faults[0] if faults else self._unscored(index, row)
+
+    def _unscored(self, index: int, row: Row) -> RowFault | None:
+        try:
+            self._workflow.check_rows([(index, row)])
+        except RowsError as error:
+            texts = list(error.faults.values())
+            return RowFault(index, "no score", f"{name_of(index, row)}: {' '.join(texts)}")
+        return None
 
 
 class RowChecks:

@@ -41,6 +41,7 @@ class Transcript:
         tokenizer: tokenizer of the policy.
         stop_token_ids: tokens that end a turn.
         stop_texts: texts that end a turn.
+        is_chat: whether a chat template writes the prompt, also one that is text.
     """
 
     def __init__(
@@ -48,8 +49,10 @@ class Transcript:
         tokenizer: Tokenizer,
         stop_token_ids: Sequence[int] = (),
         stop_texts: Sequence[str] = (),
+        *,
+        is_chat: bool = True,
     ) -> None:
-        self.tokenizer = tokenizer
+        self.tokenizer, self.is_chat = tokenizer, is_chat
         self._stop_token_ids, self._stop_texts = stop_token_ids, stop_texts
         self.hear("", (), ())
 
@@ -68,9 +71,9 @@ class Transcript:
             keep_special_tokens=True,
         )
 
-    def before(self) -> str:
-        """The text before the last turn, special tokens included."""
-        return self.tokenizer.decode(list(self._history), skip_special_tokens=False)
+    def before(self, num_tokens: int = 0) -> str:
+        """The text before the last turn, or of so many tokens of it, special tokens included."""
+        return self.tokenizer.decode(list(self._history[-num_tokens:]), skip_special_tokens=False)
 
 
 class Environment(ABC):

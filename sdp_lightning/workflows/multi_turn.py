@@ -16,6 +16,7 @@ from sdp_lightning.types import Row, SamplingParams, Trajectory
 from sdp_lightning.workflows.chat.messages import Message
 from sdp_lightning.workflows.chat.rendering import Tools
 from sdp_lightning.workflows.chat.row_kinds import refuse_unwritable_openings
+from sdp_lightning.workflows.chat.turn_ends import unstopped_turn
 from sdp_lightning.workflows.chat_template import (
     PLACEHOLDER,
     encode_aside,
@@ -140,7 +141,7 @@ class MultiTurnWorkflow(RolloutWorkflow):
 
     def check_prompts(self, rows: Iterable[tuple[int, Row]], tokenizer: Tokenizer) -> None:
         async def reset(row: Row) -> tuple[Any, Tools]:
-            world = self._make_world(Transcript(tokenizer))
+            world = self._make_world(self._transcript(tokenizer))
             try:
                 return await world.reset(await own_copy(row)), world.tools
             finally:
@@ -153,6 +154,10 @@ class MultiTurnWorkflow(RolloutWorkflow):
 
         refuse_unwritable_openings(rows, reset, write)
 
+    def unstopped(self, row: Row, tokenizer: Tokenizer, eos_token_ids: Sequence[int]) -> str:
+        params = with_stops(self._sampling, tokenizer, self.stop, eos_token_ids)
+        return "" if self.turn_format else unstopped_turn(tokenizer, self.chat, params)
+
     def prompt_lengths(
         self, rows: Sequence[Row], meter: PromptMeter
     ) -> Sequence[PromptLength | None]:
@@ -163,7 +168,7 @@ class MultiTurnWorkflow(RolloutWorkflow):
             return lengths
         world = environment
         if isinstance(world, ToolEnvironment) and type(world).reset is ToolEnvironment.reset:
-            world.begin(Transcript(meter.tokenizer))
+            world.begin(self._transcript(meter.tokenizer))
             lengths = meter.of_rows(
                 rows,
                 lambda row: Opening(world.reset(row), world.tools),
@@ -193,7 +198,7 @@ class MultiTurnWorkflow(RolloutWorkflow):
     async def _play(
         self, row: Row, tokenizer: Tokenizer, episode: Episode, params: SamplingParams
     ) -> Trajectory:
-        world = self._make_world(Transcript(tokenizer, params.stop_token_ids, params.stop_texts))
+        world = self._make_world(self._transcript(tokenizer, params))
         try:
             opening = await world.reset(await own_copy(row))
             tokens = await encode_aside(
@@ -209,6 +214,11 @@ class MultiTurnWorkflow(RolloutWorkflow):
             return await self._take_turns(world, tokenizer, episode, params, earlier)
         finally:
             await world.close()
+
+    def _transcript(self, tokenizer: Tokenizer, params: SamplingParams | None = None) -> Transcript:
+        ends = SamplingParams() if params is None else params
+        is_chat = self.turn_format is None
+        return Transcript(tokenizer, ends.stop_token_ids, ends.stop_texts, is_chat=is_chat)
 
     def _make_world(self, transcript: Transcript) -> BoundedEnvironment:
         environment: object = self._make_environment()

@@ -15,6 +15,7 @@ from sdp_lightning.workflows.chat.row_kinds import (
     refuse_unwritable,
     say_without_effect,
 )
+from sdp_lightning.workflows.chat.turn_ends import unstopped_turn
 from sdp_lightning.workflows.chat_template import encode_aside, encode_prompt, prompt_of
 from sdp_lightning.workflows.completion import (
     Completion,
@@ -158,9 +159,15 @@ class RLVRWorkflow(RolloutWorkflow):
         kinds = list(first_of_each_kind(rows, self.prompt_key))
         refuse_unwritable(kinds, lambda row: self._encode(row, tokenizer))
         for _, row in kinds[:1]:
-            prompt = row[self.prompt_key]
-            is_chat = self.use_chat_template or not isinstance(prompt, str)
-            say_without_effect(prompt if is_chat else None, tokenizer, self.chat)
+            prompt = row[self.prompt_key] if self._is_chat(row) else None
+            say_without_effect(prompt, tokenizer, self.chat)
+
+    def unstopped(self, row: Row, tokenizer: Tokenizer, eos_token_ids: Sequence[int]) -> str:
+        params = with_stops(self._sampling, tokenizer, self.stop, eos_token_ids)
+        return unstopped_turn(tokenizer, self.chat, params) if self._is_chat(row) else ""
+
+    def _is_chat(self, row: Row) -> bool:
+        return self.use_chat_template or not isinstance(row[self.prompt_key], str)
 
     def prompt_lengths(self, rows: Sequence[Row], meter: PromptMeter) -> Sequence[PromptLength]:
         return meter.of_rows(

@@ -212,6 +212,9 @@ class ShapedWorkflow(RolloutWorkflow):
     def check_prompts(self, rows: Iterable[tuple[int, Row]], tokenizer: Tokenizer) -> None:
         self.workflow.check_prompts(rows, tokenizer)
 
+    def unstopped(self, row: Row, tokenizer: Tokenizer, eos_token_ids: Sequence[int]) -> str:
+        return self.workflow.unstopped(row, tokenizer, eos_token_ids)
+
     def prompt_lengths(
         self, rows: Sequence[Row], meter: PromptMeter
     ) -> Sequence[PromptLength | None]:

@@ -10,11 +10,12 @@ import functools
 import itertools
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from sdp_lightning.errors import ConfigError
 from sdp_lightning.workflows.environment import Transcript, shown
+from sdp_lightning.workflows.thoughts import without_thoughts
 from sdp_lightning.workflows.tool_calls import (
     CallReader,
     ToolCall,
@@ -28,6 +29,7 @@ from sdp_lightning.workflows.tool_calls import (
 
 logger = logging.getLogger(__name__)
 
+_MOST_PIECES = 64  # of a turn that is read call by call
 _NAME, _VALUE, _SAID = "c95bd1b5e8", "d17e0a93b4", "e20f8c6a75"
 
 
@@ -38,11 +40,23 @@ class CallFormat(NamedTuple):
         read: finds them in a turn.
         example: a call, for a policy that is not told by its chat template.
         is_templates: whether the chat template writes calls so, too; None: it writes none.
+        reads_thoughts: whether ``read`` knows a thought from a call.
     """
 
     read: CallReader
     example: str
     is_templates: bool | None = False
+    reads_thoughts: bool = False
+
+    def calls(self, turn: str, before: str) -> list[ToolCall]:
+        """The calls of a turn, but for those in its thoughts; ``before`` is the text before it."""
+        if self.reads_thoughts:
+            return self.read(turn)
+        said = without_thoughts(turn, before, self.example.partition("{")[0].partition("name")[0])
+        calls = self.read(said)
+        if not calls and said != turn and self.read(turn):
+            _say_thought()
+        return calls
 
 
 FORMATS = {
@@ -54,6 +68,11 @@ FORMATS = {
     ),
     "json": CallFormat(read_bare, '{"name": ..., "arguments": {...}}'),
 }
+
+
+@functools.cache
+def _say_thought() -> None:
+    logger.warning("a call of a tool within a thought (<think>) is not run; this is said once")
 
 
 def check_format(tool_call_format: object) -> None:
@@ -94,7 +113,7 @@ def find_format(
     if not isinstance(wanted, str):
         _check_template(wanted)
         read = functools.partial(_read_by_template, transcript, wanted, tools)
-        return CallFormat(read, written.example, is_templates=True)
+        return CallFormat(read, written.example, is_templates=True, reads_thoughts=True)
     named = FORMATS.get(wanted, written)
     same = wanted == "auto" or written.read == named.read
     fits = written.is_templates if same or written.is_templates is None else False
@@ -145,7 +164,11 @@ def _check_template(template: Any) -> None:
 def _read_by_template(
     transcript: Transcript | None, template: Any, tools: Sequence[Mapping[str, Any]], text: str
 ) -> list[ToolCall]:
-    """The calls that transformers finds in a turn by a response template."""
+    """The calls that transformers finds in a turn by a response template.
+
+    It raises for the whole turn if one of them cannot be read. Then the turn is read from call to
+    call, without those.
+    """
     from transformers.utils.chat_parsing import parse_response
     from transformers.utils.chat_parsing.response_templates import load_response_template
 
@@ -153,11 +176,43 @@ def _read_by_template(
     prefix = "" if transcript is None else transcript.before()
     if not own.start_anchor_re.search(prefix):  # or the calls of earlier turns were this one's
         prefix = ""
+
+    def read(said: str) -> list[ToolCall]:
+        fresh = load_response_template(copy.deepcopy(dict(template)))
+        found = parse_response(said, fresh, prefix=prefix, tools=[dict(tool) for tool in tools])
+        return [call_of(call) for call in _flat(found.get("tool_calls", []))]
+
     try:
-        found = parse_response(text, own, prefix=prefix, tools=[dict(tool) for tool in tools])
+        return read(text)
     except Exception as error:  # of the template's patterns and parsers, over what was written
-        return [ToolCall(error=f"the calls cannot be read ({shown(error)})")]
-    return [call_of(call) for call in _flat(found.get("tool_calls", []))]
+        field = own.fields.get("tool_calls")
+        begins = None if field is None else field.open_re
+        places = [] if begins is None else [found.start() for found in begins.finditer(text)]
+        if not 1 < len(places) <= _MOST_PIECES:
+            return [_unreadable(error)]
+        ends = [*places[1:], len(text)]
+        return _read_pieces(
+            read, text[: places[0]], map(text.__getitem__, map(slice, places, ends))
+        )
+
+
+def _read_pieces(read: CallReader, said: str, pieces: Iterable[str]) -> list[ToolCall]:
+    """The calls of ``pieces`` that follow ``said``, each of which may begin one; with errors."""
+    num_good, calls = 0, list[ToolCall]()
+    for piece in pieces:
+        try:
+            found = read(said + piece)
+        except Exception as error:
+            calls.append(_unreadable(error))
+            continue
+        said += piece
+        calls += found[num_good:]
+        num_good = len(found)
+    return calls
+
+
+def _unreadable(error: Exception) -> ToolCall:
+    return ToolCall(error=f"the call cannot be read ({shown(error)})")
 
 
 def _flat(calls: Any) -> list[Any]:

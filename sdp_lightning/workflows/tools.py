@@ -6,8 +6,10 @@ wrong with one is told to the policy. The tools themselves run in the trainer's 
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
+import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +17,7 @@ from sdp_lightning.errors import ConfigError, InfrastructureError
 from sdp_lightning.rewards.foreign_code import refuse_without_workers
 from sdp_lightning.rewards.timeouts import call_with_timeout
 from sdp_lightning.types import Row
+from sdp_lightning.workflows.chat_template import prompt_of
 from sdp_lightning.workflows.environment import (
     Environment,
     Message,
@@ -26,7 +29,8 @@ from sdp_lightning.workflows.tool_calls import ToolCall
 from sdp_lightning.workflows.tool_format import check_format, find_format, shows_tools
 from sdp_lightning.workflows.tool_schema import Schema, Tool, read_arguments, tool_name, tool_schema
 
-_LONGEST = 2000  # characters of a result that the policy reads
+logger = logging.getLogger(__name__)
+
 _LONGEST_S = 1e9  # of one call of several: the deadline of the whole step ends it
 _WHAT = "You may call these functions, as often as you like:\n{functions}\n"
 _HOW = "To call one, write {example} and end your turn. A turn without a call is your answer."
@@ -53,6 +57,7 @@ class ToolEnvironment(Environment):
         prompt_key: key of the prompt in a row: text or messages.
         result_role: role of the message that holds a result, for chat templates.
         max_calls: number of calls that are run in one turn; the others are told to be too many.
+        max_result_characters: length of a result that the policy reads. It is told of a cut.
         tool_call_format: how the policy writes calls: ``"hermes"`` (also Qwen, GLM), ``"llama3"``,
             ``"mistral"``, ``"harmony"`` (gpt-oss), ``"json"``, or a response template of
             transformers. ``"auto"``: as the tokenizer's response template or chat template does.
@@ -70,13 +75,17 @@ class ToolEnvironment(Environment):
         prompt_key: str = "prompt",
         result_role: str = "tool",
         max_calls: int = 32,
+        max_result_characters: int = 2000,
         tool_call_format: str | Mapping[str, Any] = "auto",
     ) -> None:
         self._tools = {tool_name(tool): tool for tool in tools}
         if len(self._tools) < len(tools) or not tools:
             raise ConfigError(f"tools must be functions of different names, got {list(tools)!r}.")
-        if max_calls < 1:
-            raise ConfigError(f"max_calls must be at least 1, got {max_calls}.")
+        if max_calls < 1 or max_result_characters < 1:
+            raise ConfigError(
+                "max_calls must be at least 1, and max_result_characters, too: got "
+                f"{max_calls} and {max_result_characters}."
+            )
         check_format(tool_call_format)
         refuse_without_workers(reward, "pass a RewardPool, made once for all environments")
         for tool in tools:
@@ -84,7 +93,8 @@ class ToolEnvironment(Environment):
         self._schemas: dict[str, Schema] = {n: tool_schema(t) for n, t in self._tools.items()}
         self._all_schemas = list(self._schemas.values())
         self._reward, self._prompt_key, self._role = reward, prompt_key, result_role
-        self._max_calls, self._format_name = max_calls, tool_call_format
+        self._max_calls, self._max_result = max_calls, max_result_characters
+        self._format_name = tool_call_format
         self._format = find_format(tool_call_format, None, self._all_schemas)
         self._transcript: Transcript | None = None
         self._row: Row = {}
@@ -102,30 +112,40 @@ class ToolEnvironment(Environment):
         self._transcript = transcript
         self._format = find_format(self._format_name, transcript, self._all_schemas)
 
-    def reset(self, row: Row) -> list[Message]:
-        """The prompt of ``row``; its system message describes tools that nothing else shows."""
+    def reset(self, row: Row) -> str | list[Message]:
+        """The prompt of ``row``; its system message describes tools that nothing else shows.
+
+        A text that no chat template writes stays one, and follows what describes them.
+        """
         self._row, self._num_calls = row, 0
-        prompt: Any = row[self._prompt_key]
+        prompt: Any = prompt_of(row, self._prompt_key)
+        transcript = self._transcript
+        if isinstance(prompt, str) and transcript is not None and not transcript.is_chat:
+            return f"{self._described()}\n\n{prompt}"
         if isinstance(prompt, str | Mapping):
             prompt = [{"role": "user", "content": prompt} if isinstance(prompt, str) else prompt]
         messages: list[Message] = [dict(message) for message in prompt]
-        transcript = self._transcript
         if transcript is not None and self._format.is_templates is not False:
             self._is_shown = shows_tools(transcript.tokenizer, self._all_schemas, messages)
         if self._is_shown and self._format.is_templates:
             return messages
+        return _with_system(messages, self._described())
+
+    def _described(self) -> str:
+        """How calls are written and, unless the chat template shows them, what tools there are."""
         how = _HOW.replace("{example}", self._format.example)
         if self._is_shown:
-            return _with_system(messages, how.replace("one", "a function", 1))
+            return how.replace("one", "a function", 1)
         functions = "\n".join(_describe(name, tool) for name, tool in self._tools.items())
-        return _with_system(messages, _WHAT.replace("{functions}", functions) + how)
+        return _WHAT.replace("{functions}", functions) + how
 
     def step(self, completion: str) -> StepResult | Awaitable[StepResult]:
         """The results of the calls in ``completion``, or the reward of an answer."""
-        written = completion
+        written, before = completion, ""
         if self._transcript is not None:
             written = self._transcript.with_special_tokens(completion)
-        calls = self._format.read(written)
+            before = self._transcript.before(30)
+        calls = self._format.calls(written, before)
         if not calls:
             self.activity = "the reward"
             reward = self._reward(completion, self._row)
@@ -186,10 +206,24 @@ class ToolEnvironment(Environment):
         has_id = len(call.id) == 9 and call.id.isascii() and call.id.isalnum()  # as of Mistral
         return {
             "role": self._role,
-            "content": content[:_LONGEST],
+            "content": self._shortened(content),
             "name": call.name if call.name in self._tools else "unknown",
             "tool_call_id": call.id if has_id else f"{self._num_calls:09}",
         }
+
+    def _shortened(self, text: str) -> str:
+        """``text``, or as much of it as the policy reads, and a note of what is left out."""
+        if len(text) <= self._max_result:
+            return text
+        _say_cut(self._max_result)
+        note = f"... [cut: {len(text)} characters in all]"
+        return text[: max(self._max_result - len(note), 0)] + note
+
+
+@functools.cache
+def _say_cut(most: int) -> None:
+    text = "results of tools are cut to %d characters, which the policy is told each time: set "
+    logger.warning(text + "max_result_characters", most)
 
 
 def _with_system(messages: list[Message], text: str) -> list[Message]:

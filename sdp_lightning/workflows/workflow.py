@@ -203,6 +203,16 @@ class RolloutWorkflow(ABC):
         One row of each kind is tried, with the tokenizer of the policy.
         """
 
+    def unstopped(self, row: Row, tokenizer: Tokenizer, eos_token_ids: Sequence[int]) -> str:
+        """What is wrong if turns of the chat template end where no completion does; else empty.
+
+        Args:
+            row: a row that can be written.
+            tokenizer: tokenizer of the policy.
+            eos_token_ids: those of the model's folder.
+        """
+        return ""
+
     @property
     def reward_weights(self) -> Mapping[str, float]:
         """Weights of several rewards by name, as far as they are known; empty for one reward."""

@@ -90,8 +90,14 @@ def test_every_end_of_the_folder_ends_a_turn_and_is_logged_once(
     ]
 
 
-def test_those_of_the_folder_can_be_left_out(folder: str) -> None:
-    found = sampled(completions(folder, workflow(stop_at_model_eos=False)))
+def test_those_of_the_folder_can_be_left_out(
+    folder: str, played: tuple[Recorder, list[str]], caplog: pytest.LogCaptureFixture
+) -> None:
+    """That no turn ends where the chat template ends it is said then."""
+    with caplog.at_level(logging.WARNING):
+        found = sampled(completions(folder, workflow(stop_at_model_eos=False)))
+    ends = "the chat template ends a turn with <end_of_turn>, and no completion ends there"
+    assert caplog.text.count(ends) == 1 and not any(ends in line for line in played[1])
     assert any(NUM_TOKENS - 1 in tokens[:-1] for tokens in found)
     assert not any(1 in tokens[:-1] for tokens in found)
 

@@ -91,6 +91,25 @@ def take(prompts: IterableStream, count: int = 10**6) -> list[tuple[int, int]]:
     return places
 
 
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_row_with_the_id_of_an_earlier_one_of_its_epoch_is_dropped(num_ranks: int) -> None:
+    """Also where another rank takes that one; without ``drops``, ids say nothing."""
+
+    def rows() -> Iterator[Any]:
+        for n, name in enumerate("abacb"):
+            yield {"n": n, "id": name}
+        yield {"n": 5}
+
+    ranks = [stream(rows, rank=r, num_ranks=num_ranks, drops=True) for r in range(num_ranks)]
+    places = sorted(place for prompts in ranks for place in take(prompts))
+    assert places == [(epoch, index) for epoch in (0, 1) for index in (0, 1, 3, 5)]
+    assert sum(prompts.num_dropped for prompts in ranks) == 4
+    ranks.append(stream(rows))
+    assert len(take(ranks[-1])) == 12
+    for prompts in ranks:
+        prompts.close()
+
+
 def saved(prompts: IterableStream) -> dict[str, Any]:
     return decode(through_a_file({"state": encode(prompts.state_dict(), "it")})["state"])
 

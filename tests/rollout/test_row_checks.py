@@ -11,6 +11,7 @@ import pytest
 
 import sdp_lightning as sdp
 from sdp_lightning.errors import ConfigError, RowsError
+from sdp_lightning.prompts.checks import SeenIds
 from sdp_lightning.prompts.stream import PromptStream
 from sdp_lightning.rewards.text import exact_match
 from sdp_lightning.rollout import row_checks
@@ -174,10 +175,17 @@ def test_a_workflows_own_error_goes_on() -> None:
 def test_a_row_of_a_stream_is_judged_alone() -> None:
     judge = RowJudge(WORKFLOW, TOKENIZER)
     assert judge.fault_of(7, GOOD[0], LIMIT) is None
-    for cause in ("no mapping", "no prompt", "empty prompt", "prompt too long", "null id"):
+    causes = ("no mapping", "no prompt", "empty prompt", "prompt too long", "null id", "no score")
+    for cause in causes:
         for row in BAD[cause]:
             fault = judge.fault_of(7, row, LIMIT)
             assert fault is not None and (fault.index, fault.cause) == (7, cause)
+
+
+def test_ids_are_known_of_the_last_rows_alone() -> None:
+    seen = SeenIds(most=2)
+    found = [seen.fault_of(0, n, {"id": name}) for n, name in enumerate("abaca")]
+    assert [fault is not None for fault in found] == [False, False, True, False, False]
 
 
 def add(a: int, b: int) -> int:

@@ -62,7 +62,10 @@ CALLS = {
     "a sum that cannot be written": (call_of("add", a=10**4299 * 9, b=10**4299 * 9), "4300"),
     "a lone surrogate": (call_of("say", text="a\ud800b"), "a\ud800b"),
     "NUL": (call_of("say", text="\0"), "\0"),
-    "ten megabytes": (call_of("say", text="x" * 10**7), "x" * LONGEST),
+    "ten megabytes": (
+        call_of("say", text="x" * 10**7),
+        "x" * (LONGEST - 37) + "... [cut: 10000000 characters in all]",
+    ),
     "what cannot be shown": (call_of("refuse", value=DEEP), "ValueError"),
     "a tool that exits": (call_of("leave"), "SystemExit(3)"),
     "no JSON": (call("{"), "is no JSON"),
@@ -127,7 +130,7 @@ def test_calls_beyond_the_most_are_said_to_be_too_many() -> None:
     result: Any = tools.step(call_of("add", a=1) * 30_000)
     first, second, rest = (message["content"] for message in result.observation)
     assert (first, second, rest) == ("1", "1", "error: of 30000 calls, only 2 were run")
-    with pytest.raises(ConfigError, match="max_calls must be at least 1, got 0"):
+    with pytest.raises(ConfigError, match=r"max_calls must be at least 1, .*: got 0 and 2000"):
         sdp.ToolEnvironment([add], lambda answer, row: 0.0, max_calls=0)
 
 

@@ -245,7 +245,15 @@ def test_a_response_template_of_transformers_is_used(is_tokenizers: bool) -> Non
     assert step(f"{CALL}</think>3", "<|assistant|><think>") is True
     assert step("3", prompt=CALL) is True, "calls before the turn are not run again"
     [told] = step('<|calls|>call:add{"a": 1<|call_end|>')
-    assert told.startswith("error: the calls cannot be read (ValueError")
+    assert told.startswith("error: the call cannot be read (ValueError")
+    bad = CALL.replace(": 2", ": two")
+    told = step(f"{CALL}{bad}So{CALL}{bad}{CALL}")
+    assert [text.partition(" (")[0] for text in told] == [
+        *("3", "error: the call cannot be read", "3", "error: the call cannot be read", "3")
+    ], "the good ones are run, in their order"
+    assert step(f"<think>{CALL}{bad}</think>{CALL}{bad}")[0] == "3"
+    [told] = step(bad * 65)
+    assert "cannot be read" in told
     assert before == RESPONSE, "nothing is written to it"
 
 

@@ -14,6 +14,7 @@ import sdp_lightning as sdp
 from sdp_lightning.errors import InfrastructureError, RolloutError
 from sdp_lightning.workflows.environment import BoundedEnvironment
 from sdp_lightning.workflows.tool_schema import tool_name, tool_schema
+from support.conversations import make, roll, texts
 from support.rollouts import DEADLINE_S
 
 
@@ -216,3 +217,20 @@ def test_a_system_message_in_parts_keeps_them() -> None:
     first, *_ = tools.reset({"prompt": [{"role": "developer", "content": PARTS}, ASK]})
     own, described = first["content"]
     assert own == PARTS[0] and "search(query" in described["text"]
+
+
+# Prompts that are text ----------------------------------------------------------------------------
+
+
+def test_a_prompt_that_is_text_stays_text_with_a_turn_format() -> None:
+    """Also where the tokenizer has a chat template, which would write the prompt alone."""
+
+    def environment() -> sdp.Environment:
+        return sdp.ToolEnvironment([search], lambda answer, row: 1.0)
+
+    [trajectory, _] = roll(make(environment))
+    _, prompt = texts(trajectory)[0]
+    assert prompt.startswith("You may call these functions") and "Look it up." in prompt
+    assert prompt.endswith("A turn without a call is your answer.\n\n0+0=")
+    with pytest.raises(RolloutError, match=r"row has no 'prompt'; its keys are \['question'\]"):
+        environment().reset({"question": "?"})

@@ -139,6 +139,30 @@ def test_what_others_say_is_never_taken_for_a_thought(role: str) -> None:
         encode_opening(messages, tokenizer, use_chat_template=True)
 
 
+USER_AND_ELSE = (
+    "{% for m in messages %}{{ 'u:' if m.role == 'user' else 'a:' }}{{ m.content }}.{% endfor %}"
+    "{% if add_generation_prompt %}a:{% endif %}"
+)
+
+
+def test_what_others_say_is_never_written_as_the_assistants_words() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = USER_AND_ELSE
+    template = ChatSettings().template(tokenizer)
+    prompt = as_messages([system("s1"), user("q1"), said("a1"), system("s2"), user("q2")])
+    assert template.opening(prompt, tokenizer) == "u:s1\n\nq1.a:a1.u:s2\n\nq2.a:"
+    result = as_messages({"role": "tool", "content": "7"})
+    assert template.between(result, tokenizer).text == ".u:7.a:"
+    critic = as_messages([user("q1"), {"role": "critic", "content": "c1"}])
+    with pytest.raises(RolloutError, match="writes what the role 'critic' says as the assistant's"):
+        template.opening(critic, tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}.{% endfor %}"
+    plain = ChatSettings().template(tokenizer).opening(critic, tokenizer)
+    assert plain == "q1.c1.", "a template that tells no roles apart"
+    late = opening([system("S1"), user("Q1"), system("S2")], "llama 2")
+    assert late == "<s>[INST] <<SYS>>\nS1\n\nS2\n<</SYS>>\n\nQ1 [/INST]"
+
+
 # Errors name the message --------------------------------------------------------------------------
 
 NO_TOOL = "{% for m in messages if m.role in roles %}[{{ m.role }}]{{ m.content }}{% endfor %}"

@@ -25,6 +25,22 @@ def marked(messages: Sequence[Message]) -> list[Message]:
     return probes
 
 
+def others_of(probes: Sequence[Message], said: Sequence[Message]) -> list[tuple[int, str]]:
+    """Indices and roles in ``said`` of what neither the user nor the assistant says.
+
+    Args:
+        probes: messages with marks.
+        said: these messages, arranged, among others.
+    """
+    marks = [m["content"] for m in probes if m["content"]]
+    return [
+        (index, message["role"])
+        for index, message in enumerate(said)
+        if message["role"] not in ("user", "assistant")
+        and any(mark in str(message["content"]) for mark in marks)
+    ]
+
+
 def kind_of_messages(messages: Sequence[Message]) -> tuple[Any, ...]:
     """What matters of messages for their arrangement: roles, keys, calls, which are empty."""
     return tuple(

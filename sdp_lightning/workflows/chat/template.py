@@ -8,14 +8,13 @@ also of contents as short as ``4``. What was found is remembered for conversatio
 from __future__ import annotations
 
 import itertools
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from sdp_lightning.errors import ConfigError, RolloutError
 from sdp_lightning.workflows.chat.arrangement import Arrangement, arrange, arrangements
-from sdp_lightning.workflows.chat.marks import EARLIER, MARK, kind_of_messages, marked
+from sdp_lightning.workflows.chat.marks import EARLIER, MARK, kind_of_messages, marked, others_of
 from sdp_lightning.workflows.chat.messages import (
     SPEAKERS,
     Message,
@@ -23,24 +22,13 @@ from sdp_lightning.workflows.chat.messages import (
     calls_of,
     is_open,
 )
+from sdp_lightning.workflows.chat.notes import Notes
 from sdp_lightning.workflows.chat.rendering import REFUSES, RefusedError, Renderer, Tools
 from sdp_lightning.workflows.chat.shown import what_is_lost, written_as_python
 from sdp_lightning.workflows.chat.tokens import common_beginning
 from sdp_lightning.workflows.workflow import Tokenizer
 
-logger = logging.getLogger(__name__)
-
 _MOST_PROBES = 10_000
-# What is said once of an arrangement; the others change the form alone.
-_SAID = {
-    "system_first": "takes one system message at the head: later ones are joined with it",
-    "tools_in_system": "does not describe the tools: the system message does",
-    "system_as_user": "does not show the system: its message is the beginning of the user's next",
-    "calls_as_text": "does not show calls of tools: they are written as text",
-    "results_as_user": "does not show what answers the assistant in another role than the user's, "
-    "such as 'tool': it is written as the user's",
-    "thoughts": "leaves out %s, as it does with those of earlier turns",
-}
 _End = Literal["here", "before", "never"]
 
 
@@ -92,7 +80,7 @@ class ChatTemplate:
         self._renderer = Renderer(arguments)
         self._first: dict[Any, int] = {}  # way of each kind that marks come through
         self._probed: dict[Any, _Probed | str] = {}
-        self._said: set[str] = set()
+        self._notes = Notes()
         self._shows_turns = False
 
     def opening(self, messages: Sequence[Message], tokenizer: Tokenizer, tools: Tools = ()) -> str:
@@ -202,7 +190,7 @@ class ChatTemplate:
                 text = self._complete(messages, *way)
             except RefusedError:
                 continue
-            self._say(way[0].changes)
+            self._notes.say(way[0].changes)
             return Between(text, *probed)
         raise self._error(messages, places[0], tokenizer, what)
 
@@ -221,6 +209,7 @@ class ChatTemplate:
             try:
                 text, end = self._text(probes, *way)
                 _require_all(probes, way, text)
+                self._require_speakers(probes, way, text)
                 self._probed[key] = (text if first is None else text.partition(first)[0]), end
             except RefusedError as error:
                 self._probed[key] = str(error)
@@ -229,11 +218,29 @@ class ChatTemplate:
             raise RefusedError(probed)
         return probed
 
+    def _require_speakers(self, probes: Sequence[Message], way: _Way, text: str) -> None:
+        """Raise ``RefusedError`` if ``text`` has what another role says as the assistant's words.
+
+        A template that writes the user's words so, too, tells no roles apart.
+        """
+
+        def is_written_as(index: int, role: str) -> bool:
+            try:
+                return self._text(probes, *way, spoken=(index, role))[0] == text
+            except RefusedError:
+                return False
+
+        for index, role in others_of(
+            probes, arrange([*way[1].before, *probes], way[0], way[1].tools)
+        ):
+            if is_written_as(index, "assistant") and not is_written_as(index, "user"):
+                raise RefusedError(f"writes what the role {role!r} says as the assistant's words")
+
     def _complete(self, messages: Sequence[Message], *way: *_Way) -> str:
         """What the template writes of all ``messages``. ``RefusedError`` if something is lost."""
         text, _ = self._text(messages, *way)
         if trimmed := _require_all(messages, way, text):
-            self._say(("thoughts",), trimmed[0])
+            self._notes.say(("thoughts",), trimmed[0])
         return text
 
     def _text(
@@ -243,9 +250,16 @@ class ChatTemplate:
         place: _Place,
         tokenizer: Tokenizer,
         is_continued: bool,
+        *,
+        spoken: tuple[int, str] | None = None,
     ) -> tuple[str, _End]:
-        """The whole text, or what follows ``place.before`` in it, and how that ends."""
+        """The whole text, or what follows ``place.before`` in it, and how that ends.
+
+        ``spoken`` gives one of the messages, as they are arranged, another role.
+        """
         said = arrange([*place.before, *messages], how, place.tools)
+        if spoken is not None:
+            said[spoken[0]] |= {"role": spoken[1]}
         tools = () if how.tools_in_system else place.tools
         if is_continued:
             text = self._renderer.render_open(
@@ -274,13 +288,6 @@ class ChatTemplate:
             raise RefusedError("writes earlier messages again")
         return after, "here"
 
-    def _say(self, changes: Sequence[str], *details: str) -> None:
-        """Say once what is changed."""
-        for change in changes:
-            if change in _SAID and change not in self._said:
-                self._said.add(change)
-                logger.warning(f"the chat template {_SAID[change]}", *details)
-
     def _error(
         self, messages: Sequence[Message], place: _Place, tokenizer: Tokenizer, what: str
     ) -> RolloutError:
@@ -296,7 +303,8 @@ class ChatTemplate:
         fault = ""
         for said in (marked(messages), messages):
             try:
-                self._complete(said, *way)
+                text = self._complete(said, *way)
+                self._require_speakers(said, way, text)
             except RefusedError as error:
                 fault = str(error)
                 break
