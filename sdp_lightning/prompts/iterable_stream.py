@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 READ_AHEAD = 32  # rows of this rank
 _POLL_S, _END_S = 0.1, 2.0
+MOST_DROPPED = 10_000  # rows of this rank in a row, none of them good
 _SAID = {10**power for power in range(10)}  # numbers of dropped rows that are said
 
 
@@ -79,7 +80,8 @@ class IterableStream:
             )
         self._rows, self._num_epochs, self._timeout_s = rows, num_epochs, timeout_s
         self._rank, self._num_ranks = rank, num_ranks
-        self._judge, self._drops, self.num_dropped = judge, drops, 0
+        self._judge, self._drops = judge, drops
+        self.num_dropped = self._num_dropped_in_a_row = 0
         self._seen = SeenIds()
         self._changed = threading.Condition()
         self._on_ready: Callable[[], None] = lambda: None
@@ -307,6 +309,7 @@ class IterableStream:
     def _is_good(self, fault: RowFault | None) -> bool:
         """Whether a row can be trained on. One that cannot is counted, or ends the run."""
         if fault is None:
+            self._num_dropped_in_a_row = 0
             return True
         if not self._drops:
             raise RolloutError(
@@ -317,6 +320,13 @@ class IterableStream:
         if self.num_dropped in _SAID:
             text = "%d row(s) of the prompts %s are left out so far, the last one: %s"
             logger.warning(text, self.num_dropped, self._rows.name, fault.text)
+        self._num_dropped_in_a_row += 1
+        if self._num_dropped_in_a_row == MOST_DROPPED:
+            raise RolloutError(
+                f"the last {MOST_DROPPED} rows of the prompts {self._rows.name} were left out, the "
+                f"last one because: {fault.text} A source that begins again by itself needs ids "
+                "that differ, or no ids."
+            )
         return False
 
     def _may_begin(self, epoch: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -108,6 +109,14 @@ def test_a_row_with_the_id_of_an_earlier_one_of_its_epoch_is_dropped(num_ranks: 
     assert len(take(ranks[-1])) == 12
     for prompts in ranks:
         prompts.close()
+
+
+def test_a_source_that_repeats_itself_without_end_is_refused_when_repeats_are_dropped() -> None:
+    prompts = stream(lambda: itertools.cycle(rows_of(3)), drops=True)
+    assert len(take(prompts, 3)) == 3
+    with pytest.raises(RolloutError, match="the last 10000 rows .* were left out, .*begins again"):
+        prompts.next(WAIT_S)
+    prompts.close()
 
 
 def saved(prompts: IterableStream) -> dict[str, Any]:
