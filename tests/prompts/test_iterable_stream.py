@@ -114,7 +114,7 @@ def test_a_row_with_the_id_of_an_earlier_one_of_its_epoch_is_dropped(num_ranks: 
 def test_a_source_that_repeats_itself_without_end_is_refused_when_repeats_are_dropped() -> None:
     prompts = stream(lambda: itertools.cycle(rows_of(3)), drops=True)
     assert len(take(prompts, 3)) == 3
-    with pytest.raises(RolloutError, match="the last 10000 rows .* were left out, .*begins again"):
+    with pytest.raises(RolloutError, match=r"the last 10000 rows .* were left out, .*begins again"):
         prompts.next(WAIT_S)
     prompts.close()
 
