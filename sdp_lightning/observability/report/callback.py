@@ -80,8 +80,7 @@ class RunReport(Observer):
         if self._writer is not None:
             start = time.monotonic()
             executor = run_parts(trainer, pl_module, self)[1].executor
-            trained = [g for g in executor.registry.snapshot() if g.in_training]
-            groups = [g.finished for g in trained if g.finished is not None]
+            groups = [g.finished for g in executor.registry.in_hand() if g.finished is not None]
             self._keeper.see(groups, batch.version)
             self._own_s += time.monotonic() - start
 
