@@ -38,7 +38,13 @@ class SeesAll(Sees):
 
 
 class PlainLogger(Logger):
-    name, version = "plain", 0
+    @property
+    def name(self) -> str:
+        return "plain"
+
+    @property
+    def version(self) -> int:
+        return 0
 
     def log_metrics(self, metrics: Any, step: int | None = None) -> None: ...
 
