@@ -141,6 +141,13 @@ class RolloutCLI(LightningCLI):
         commands = LightningCLI.subcommands() | {"rollout": {"model", "datamodule"}}
         return {self._command: commands[self._command]}
 
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Those of Lightning; ``class_path`` in ``model.optimizer`` is a setting of its own."""
+        super().add_core_arguments_to_parser(parser)
+        for action in parser._actions:
+            if action.dest == "model.optimizer":
+                action.basetype = None  # type: ignore[attr-defined]
+
     def parse_arguments(self, parser: Any, args: Any) -> None:
         """Parse the arguments; the base class would warn if ``sys.argv`` has some, too."""
         self.config = parser.parse_args(args)

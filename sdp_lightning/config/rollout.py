@@ -57,6 +57,8 @@ class RolloutConfig:
         prompts_check: rows that cannot be trained on are an ``"error"`` before the run, or
             ``"drop"`` leaves them out, counted: prompts that are missing, empty, or too long for
             the engine with ``max_new_tokens``, answers that cannot be read, ids twice or null.
+        log_completions: completions of every batch that the Trainer's loggers get as a table, of
+            rank 0.
 
     Raises:
         ConfigError: naming the value.
@@ -81,6 +83,7 @@ class RolloutConfig:
     requeue_dropped: bool = False
     prompts_on_resume: PromptsOnResume = "continue"
     prompts_check: PromptsCheck = "error"
+    log_completions: int = 0
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -91,6 +94,7 @@ class RolloutConfig:
         at_least("max_rejected_in_a_row", self.max_rejected_in_a_row, 1)
         at_least("min_group_size", self.min_group_size, 1)
         at_least("lost_retries", self.lost_retries, 0)
+        at_least("log_completions", self.log_completions, 0)
         if self.max_concurrent is not None:
             at_least("max_concurrent", self.max_concurrent, 1)
         if self.num_epochs is not None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
 from sdp_lightning.config.validation import at_least, check_types
 from sdp_lightning.errors import ConfigError
@@ -14,7 +15,7 @@ StandardDeviation = Literal["population", "sample"]
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW and its schedule. Steps are optimizer steps.
+    """AdamW, or an optimizer by its path, and its schedule. Steps are optimizer steps.
 
     Args:
         lr: peak learning rate.
@@ -27,6 +28,9 @@ class OptimizerConfig:
         scale_lr_by_ess: multiply the learning rate of every step with the square root of the
             effective sample size of its tokens, as a share (``ess/token``); the factor is logged
             as ``train/lr_scale``.
+        class_path: another optimizer in place of AdamW: ``"bitsandbytes.optim.AdamW8bit"`` or
+            ``"path/to/file.py:name"``; clipping and schedule are as for AdamW.
+        init_args: its arguments beside the parameters; ``lr`` and the like stand here then.
 
     Raises:
         ConfigError: naming the value.
@@ -40,9 +44,12 @@ class OptimizerConfig:
     warmup_steps: int = 0
     total_steps: int | None = None
     scale_lr_by_ess: bool = False
+    class_path: str | None = None
+    init_args: Mapping[str, Any] = field(default_factory=dict[str, Any], hash=False)
 
     def __post_init__(self) -> None:
         check_types(self)
+        self._check_path()
         at_least("warmup_steps", self.warmup_steps, 0)
         if not 0 < self.lr < math.inf:
             raise ConfigError(f"lr must be positive and finite, got {self.lr}.")
@@ -56,6 +63,19 @@ class OptimizerConfig:
             )
         if self.total_steps is not None:
             at_least("total_steps", self.total_steps, 1)
+
+    def _check_path(self) -> None:
+        if self.class_path is None:
+            if self.init_args:
+                raise ConfigError(f"init_args={dict(self.init_args)} need a class_path.")
+            return
+        for setting in fields(self):
+            value = getattr(self, setting.name)
+            if setting.name in ("lr", "weight_decay", "betas") and value != setting.default:
+                raise ConfigError(
+                    f"{setting.name}={value} is AdamW's and has no effect on {self.class_path}: "
+                    f"put {setting.name} into its init_args."
+                )
 
     def factor(self, step: int, total: int) -> float:
         """Factor of the learning rate at optimizer step ``step`` of ``total``."""

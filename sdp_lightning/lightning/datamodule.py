@@ -27,6 +27,7 @@ from sdp_lightning.lightning.module import SegmentWisePPOModule
 from sdp_lightning.lightning.observer import say_set_aside
 from sdp_lightning.lightning.phase_timer import PhaseTimer
 from sdp_lightning.lightning.prediction_loader import GenerationLoader
+from sdp_lightning.lightning.rollout_hooks import add_tables
 from sdp_lightning.lightning.startup import (
     find_eos_tokens,
     leave_cores,
@@ -146,6 +147,7 @@ class RolloutDataModule(L.LightningDataModule):
             )
         self.stop = StopRequest()
         if self.trainer is not None:
+            add_tables(self.trainer, self.rollout.log_completions if stage == "fit" else 0)
             guard_callbacks(self.trainer)
         module = self._module()
         config = self.rollout.share(1 if self.trainer is None else self.trainer.world_size)
@@ -254,6 +256,7 @@ class RolloutDataModule(L.LightningDataModule):
             self.executor,
             self._rows["prompts"],
             self.workflow,
+            tokenizer=self._module().tokenizer,
             num_batches=limit if isinstance(limit, int) else None,
             trainer=self.trainer,
             ranks=self._ranks,

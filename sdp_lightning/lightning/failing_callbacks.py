@@ -15,7 +15,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping
 
 from sdp_lightning.errors import HangError
-from sdp_lightning.lightning.observer import HOOKS, Observer, say_set_aside
+from sdp_lightning.lightning.observer import HOOKS, ROLLOUT_HOOK, Observer, say_set_aside
 
 FailingCallbacks: TypeAlias = Literal["set_aside", "raise"]
 
@@ -36,11 +36,13 @@ def guard_hooks(trainer: L.Trainer, failing: FailingCallbacks) -> None:
         for name, guard in list(_guards(callback)):
             setattr(callback, name, guard.own)
         own = {name: getattr(callback, name) for name in HOOKS - {"on_exception"}}
+        if (hook := getattr(callback, ROLLOUT_HOOK, None)) is not None:  # foreign: few have it
+            own[ROLLOUT_HOOK] = hook
         codes = {
             name: getattr(hook, "__func__", hook)  # foreign: a hook may be a plain function
             for name, hook in own.items()
         }
-        changed = {name for name in own if codes[name] is not vars(Callback)[name]}
+        changed = {name for name in own if codes[name] is not vars(Callback).get(name)}
         if failing == "set_aside" and _is_users(callback, [codes[name] for name in changed]):
             place = _Place(type(callback).__name__, is_alone=trainer.world_size == 1)
             for name in changed | _MARKS:

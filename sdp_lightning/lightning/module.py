@@ -11,9 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.compile import to_uncompiled
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -25,9 +23,9 @@ from sdp_lightning.config.pretrained import count_tokens, load_tokenizer
 from sdp_lightning.distributed.rank_group import RankGroup
 from sdp_lightning.distributed.reductions import RankSums
 from sdp_lightning.errors import ConfigError
-from sdp_lightning.lightning.ending import guard_loggers
 from sdp_lightning.lightning.known_warnings import ignore_known_warnings
-from sdp_lightning.lightning.trainer_checks import check_trainer, only, refuse_both
+from sdp_lightning.lightning.stepping import SteppingModule
+from sdp_lightning.lightning.trainer_checks import check_trainer, refuse_both
 from sdp_lightning.training.batch import Batch, collate
 from sdp_lightning.training.metrics import HealthLog, LagMetrics
 from sdp_lightning.training.metrics.train_step import step_values
@@ -53,7 +51,7 @@ from sdp_lightning.weights.protocol import WeightStream
 _IN_BAR = ("reward", "pass_at_k")  # of an evaluation
 
 
-class SegmentWisePPOModule(L.LightningModule):
+class SegmentWisePPOModule(SteppingModule):
     """Trains a causal LM with the segment-wise PPO loss, one consumed batch a ``training_step``.
 
     The Trainer's ``max_steps`` counts optimizer steps: ``num_minibatches * num_epochs`` a batch.
@@ -64,7 +62,7 @@ class SegmentWisePPOModule(L.LightningModule):
             a revision, trust in its code, another tokenizer or chat template, which hold for all
             parts of a run. Of a vision-language model the text part is trained.
         loss: the objective.
-        optimizer: AdamW and its schedule.
+        optimizer: AdamW or another optimizer, and its schedule.
         update: minibatches, epochs, memory.
         trainable: regular expression; only parameters whose name it finds are trained. None is all.
         lora: train a LoRA adapter in place of the model's own weights; None trains these.
@@ -90,7 +88,6 @@ class SegmentWisePPOModule(L.LightningModule):
         model_kwargs: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        self.automatic_optimization = False
         refuse_both(trainable, lora)
         self.loss, self.optimizer, self.update, self.lora = loss, optimizer, update, lora
         self.trainable, self.gradient_checkpointing = trainable, gradient_checkpointing
@@ -124,11 +121,6 @@ class SegmentWisePPOModule(L.LightningModule):
     def tokenizer(self) -> Any:
         """The tokenizer, loaded when it is first read."""
         return load_tokenizer(self.source)
-
-    def configure_callbacks(self) -> list[Callback]:
-        """None of its own. The first hook of a run: from here on its loggers are guarded."""
-        guard_loggers(self.trainer)
-        return []
 
     def configure_model(self) -> None:
         if self.policy is None:
@@ -222,6 +214,7 @@ class SegmentWisePPOModule(L.LightningModule):
             if self._reference:
                 self._reference_runner.use_vocabulary(self._num_tokens)
         ignore_known_warnings(self.trainer)
+        self.read_optimizers()
 
     def configure_optimizers(self) -> Any:
         parameters = self.require_policy().parameters()
@@ -234,8 +227,10 @@ class SegmentWisePPOModule(L.LightningModule):
         metrics = LagMetrics(sync_on_compute=False)  # a kept one would be made bfloat16, too
         self._metrics = metrics.to(self.device)
         update, reference = self._policy_update, self._reference_logprobs
-        batch = update.prepare(batch, self._runner, reference, sums=self._sums)
-        self._log_step(batch, update.train(batch, self._training_loop()))
+        with self.optimizer_set().training():
+            batch = update.prepare(batch, self._runner, reference, sums=self._sums)
+            steps = update.train(batch, self._training_loop())
+        self._log_step(batch, steps)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Log the mean reward and pass@k of rollouts of the published version."""
@@ -295,12 +290,13 @@ class SegmentWisePPOModule(L.LightningModule):
         return TrainingLoop(
             policy=self.require_policy(),
             forward=self._runner,
-            optimizer=only(self.optimizers(), "optimizers"),
-            schedule=only(self.lr_schedulers(), "schedulers"),
+            optimizer=self.optimizer_set(),
+            schedule=self._schedules,
             sums=self._sums,
             observe=self._metrics.update,
             backward=self.manual_backward,
             sync=lambda last: gradient_sync(self.trainer.model, on=last),
+            extra=self.extra_loss if self.has_extra_loss else None,
         )
 
     def _reference_logprobs(self, batch: Batch) -> Tensor:

@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 # Hooks before the first step, in which an observer may still refuse a run by an SDPError.
 STARTS = frozenset({"setup", "on_fit_start", "on_train_start", "on_predict_start"})
 _OTHERS = ("setup", "teardown", "state_dict", "load_state_dict")
+ROLLOUT_HOOK = "on_rollouts"  # of this package; Lightning has no such hook
 HOOKS = frozenset(n for n in vars(Callback) if n.startswith("on_") or n in _OTHERS)
 
 
@@ -67,7 +68,7 @@ class Observer(Callback, ABC):
 
     def __init_subclass__(cls, **settings: Any) -> None:
         super().__init_subclass__(**settings)
-        for name in HOOKS & vars(cls).keys():
+        for name in (HOOKS | {ROLLOUT_HOOK}) & vars(cls).keys():
             setattr(cls, name, guarded(vars(cls)[name]))
 
     @abstractmethod

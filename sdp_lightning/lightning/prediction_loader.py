@@ -10,11 +10,12 @@ import lightning as L
 
 from sdp_lightning.distributed.rank_group import RankGroup
 from sdp_lightning.errors import RolloutError
+from sdp_lightning.lightning.rollout_hooks import texts_of
 from sdp_lightning.lightning.stop_request import ends_on_sigterm, require_published
 from sdp_lightning.prompts.stream import PromptRow, PromptStream
 from sdp_lightning.rollout.executor import WorkflowExecutor
 from sdp_lightning.types import Row, TrajectoryGroup
-from sdp_lightning.workflows.workflow import RolloutWorkflow
+from sdp_lightning.workflows.workflow import RolloutWorkflow, Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -26,14 +27,27 @@ class Rollouts:
         version: version of the policy that sampled them.
         groups: groups in the order of their prompts.
         places: (epoch, index) of the dataset row of every group.
+        rows: the dataset row of every group.
+        texts: of every group, the completions of its trajectories: what follows the prompt,
+            without special tokens.
     """
 
-    __slots__ = ("groups", "places", "version")
+    __slots__ = ("groups", "places", "rows", "texts", "version")
 
     def __init__(
-        self, version: int, groups: Sequence[TrajectoryGroup], places: Sequence[tuple[int, int]]
+        self,
+        version: int,
+        groups: Sequence[TrajectoryGroup],
+        prompts: Sequence[PromptRow],
+        tokenizer: Tokenizer,
     ) -> None:
-        self.version, self.groups, self.places = version, tuple(groups), tuple(places)
+        self.version, self.groups = version, tuple(groups)
+        self.places = tuple((prompt.epoch, prompt.index) for prompt in prompts)
+        self.rows: tuple[Row, ...] = tuple(prompt.data for prompt in prompts)
+        self.texts = tuple(
+            tuple(texts_of(each, tokenizer)[1] for each in group.trajectories)
+            for group in self.groups
+        )
 
     def to(self, device: Any, *, non_blocking: bool = False) -> Rollouts:
         """The object itself: it holds no tensors on a device."""
@@ -50,6 +64,7 @@ class GenerationLoader:
         executor: executor of this process.
         rows: dataset.
         workflow: workflow of every rollout.
+        tokenizer: of the policy.
         num_batches: number of batches; prompts repeat if they end before, at most ``num_epochs``
             times if that is set. None is one pass over them, or ``num_epochs``.
         trainer: polled for SIGTERM while waiting.
@@ -62,6 +77,7 @@ class GenerationLoader:
         rows: Sequence[Row],
         workflow: RolloutWorkflow,
         *,
+        tokenizer: Tokenizer,
         num_batches: int | None,
         trainer: L.Trainer,
         ranks: RankGroup,
@@ -69,6 +85,7 @@ class GenerationLoader:
         config = executor.config
         self._executor, self._trainer = executor, trainer
         self._workflow, self._size = workflow, config.batch_size
+        self._tokenizer = tokenizer
         passes = config.num_epochs or (1 if num_batches is None else None)
         self._stream = PromptStream(
             rows,
@@ -111,8 +128,8 @@ class GenerationLoader:
             batch, done = done[: self._size], done[self._size :]
             if not batch:
                 return
-            places = [(rows[g.order].epoch, rows[g.order].index) for g in batch]
-            yield Rollouts(self._executor.version, batch, places)
+            prompts = [rows[group.order] for group in batch]
+            yield Rollouts(self._executor.version, batch, prompts, self._tokenizer)
 
     def _draw(self, first: int, count: int) -> dict[int, PromptRow]:
         """The next prompts, numbered from ``first``; fewer if they end."""

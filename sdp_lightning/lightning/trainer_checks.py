@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import lightning as L
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from sdp_lightning.config import LoRAConfig, UpdateConfig
 from sdp_lightning.errors import ConfigError
@@ -45,21 +42,6 @@ def check_trainer(trainer: L.Trainer, update: UpdateConfig, stage: str) -> None:
             f"({update.num_minibatches} minibatches x {update.num_epochs} epochs): "
             f"use {' or '.join(near)}."
         )
-
-
-def only(chosen: Any, kind: str) -> Any:
-    """The one optimizer, or the one scheduler or None, that ``configure_optimizers`` returned.
-
-    Raises:
-        ConfigError: if it returned several, or a scheduler that waits for a metric; names ``kind``.
-    """
-    if isinstance(chosen, (list, ReduceLROnPlateau)):
-        count = f"{len(chosen)} {kind}" if isinstance(chosen, list) else type(chosen).__name__
-        raise ConfigError(
-            f"configure_optimizers() returned {count}: the policy is updated by one optimizer, and "
-            "at most one scheduler that needs no metric. SequentialLR or ChainedScheduler is one."
-        )
-    return chosen
 
 
 def refuse_both(trainable: str | None, lora: LoRAConfig | None) -> None:

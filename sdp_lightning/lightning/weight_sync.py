@@ -26,6 +26,7 @@ from sdp_lightning.lightning.failing_callbacks import (
 from sdp_lightning.lightning.graceful_stop import GracefulStop
 from sdp_lightning.lightning.module import SegmentWisePPOModule
 from sdp_lightning.lightning.phase_timer import PHASES
+from sdp_lightning.lightning.rollout_hooks import tell_rollouts
 from sdp_lightning.lightning.startup import tell_vocabulary
 from sdp_lightning.lightning.weight_check import WeightCheck
 from sdp_lightning.rollout.executor import WorkflowExecutor
@@ -129,7 +130,8 @@ class WeightSyncCallback(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._publish_first(trainer, pl_module)
-        _, data, executor = _parts(trainer, pl_module)
+        module, data, executor = _parts(trainer, pl_module)
+        module.optimizer_set()  # refused before anything is generated
         executor.resume()
         self._start = self.version
         if self._stop is not None:
@@ -141,6 +143,7 @@ class WeightSyncCallback(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
         module, data, executor = _parts(trainer, pl_module)
+        tell_rollouts(trainer, pl_module, executor.registry.in_hand())
         data.phase_timer.enter("score")
         if module.loss.needs_segment_scores:
             executor.recompute(module)

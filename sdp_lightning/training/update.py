@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from sdp_lightning.config import LossConfig, OptimizerConfig, UpdateConfig
 from sdp_lightning.config.compatibility import check_objective
 from sdp_lightning.distributed.reductions import RankSums
+from sdp_lightning.errors import ConfigError
 from sdp_lightning.objective import loss_denominator
 from sdp_lightning.objective.effective_sample_size import effective_share, ess_scale
 from sdp_lightning.training.batch import Batch, split_minibatches
@@ -30,6 +31,7 @@ from sdp_lightning.training.metrics.sums import drift_moments
 from sdp_lightning.training.policy.forward import SequenceLogprobs
 from sdp_lightning.training.policy.gradient_step import GradientStep
 from sdp_lightning.training.policy.logprob_runner import MicroBatch, add_idle
+from sdp_lightning.training.policy.optimizer import optimizer_kind
 
 
 class PolicyForward(Protocol):
@@ -62,6 +64,7 @@ class TrainingLoop:
         backward: adds the gradients of a loss.
         sync: context of the backward pass of a micro-batch; told whether it is the step's last,
             after which gradients are reduced over ranks.
+        extra: a further loss of a minibatch, [], whose gradients are added; None leaves it out.
     """
 
     policy: nn.Module
@@ -72,6 +75,7 @@ class TrainingLoop:
     observe: Callable[[Batch, BatchLoss, Tensor], object]
     backward: Callable[[Tensor], object] = Tensor.backward
     sync: Callable[[bool], AbstractContextManager[object]] = lambda last: nullcontext()
+    extra: Callable[[Batch], Tensor | None] | None = None
 
 
 class PolicyUpdate:
@@ -83,11 +87,12 @@ class PolicyUpdate:
         update: minibatches, epochs, advantages.
 
     Raises:
-        ConfigError: if ``update`` and ``loss`` contradict each other.
+        ConfigError: if ``update`` and ``loss`` contradict each other, or the optimizer is unknown.
     """
 
     def __init__(self, loss: LossConfig, optimizer: OptimizerConfig, update: UpdateConfig) -> None:
         check_objective(update, loss)
+        optimizer_kind(optimizer)
         self.loss, self.optimizer, self.update = loss, optimizer, update
         self._step = GradientStep(optimizer.gradient_clip_val, update.max_skipped_in_a_row)
         self._shuffler = torch.Generator().manual_seed(0)
@@ -154,7 +159,7 @@ class PolicyUpdate:
         if self.optimizer.scale_lr_by_ess:
             scale = ess_scale(effective_share(*loop.sums.add_up(moments)).item())
             values["lr_scale"] = torch.tensor(scale, dtype=torch.float32)
-        return values | self._step(loop.policy, loop.optimizer, loop.schedule, scale=scale)
+        return values | self._step(loop.optimizer, loop.schedule, scale=scale)
 
     def add_gradients(
         self, batch: Batch, loop: TrainingLoop, share_done: float = 0.0
@@ -177,6 +182,7 @@ class PolicyUpdate:
         denominator, num_tokens, _ = map(sum, zip(*counts, strict=True))
         pieces = add_idle(pieces, int(max(number for *_, number in counts)))
         device = batch.loss_mask.device
+        extra = _add_extra(batch, loop)
         total, kl = torch.zeros(2, dtype=torch.float32, device=device)
         known = batch.proximal_logprobs  # also of rows that no micro-batch has
         moments = torch.zeros(3, dtype=torch.float64, device=device)
@@ -201,4 +207,27 @@ class PolicyUpdate:
             if known is None:
                 moments += drift_moments(piece.batch, result.proximal)
         values = {"loss": total, "kl": kl} if self.loss.needs_reference else {"loss": total}
-        return values, moments
+        return values | extra, moments
+
+
+def _add_extra(batch: Batch, loop: TrainingLoop) -> dict[str, Tensor]:
+    """Add the gradients of the extra loss of a minibatch, before those that are reduced over ranks.
+
+    Raises:
+        ConfigError: if it is not one number that depends on a parameter.
+    """
+    if loop.extra is None:
+        return {}
+    loss = loop.extra(batch)
+    if loss is None:
+        return {"extra_loss": torch.zeros((), dtype=torch.float32)}
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+        found = type(loss).__name__
+        if isinstance(loss, Tensor):
+            found = f"one of shape {list(loss.shape)}, requires_grad={loss.requires_grad}"
+        raise ConfigError(
+            f"extra_loss() must return one number with a gradient, or None; got {found}."
+        )
+    with loop.sync(False):
+        loop.backward(loss)
+    return {"extra_loss": loss.detach().float().reshape(())}

@@ -75,8 +75,7 @@ class Recorder(Observer):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         _, data = run_parts(trainer, pl_module, self)
-        trained = [g for g in data.executor.registry.snapshot() if g.in_training]
-        trained.sort(key=lambda group: group.order)  # the order within a batch
+        trained = data.executor.registry.in_hand()
         self._taken = RecordedBatch(
             version=batch.version,
             step=trainer.global_step,

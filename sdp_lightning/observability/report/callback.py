@@ -84,7 +84,7 @@ class RunReport(Observer):
         if self._writer is not None:
             start = time.monotonic()
             executor = run_parts(trainer, pl_module, self)[1].executor
-            trained = [g for g in executor.registry.snapshot() if g.in_training]
+            trained = executor.registry.in_hand()
             groups = [g.finished for g in trained if g.finished is not None]
             rows = {g.order: g.row.data for g in trained}
             self._keeper.see(groups, batch.version, rows)

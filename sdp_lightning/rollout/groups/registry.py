@@ -69,6 +69,10 @@ class GroupRegistry:
         with self.changed:
             return list(self._in_flight.values())
 
+    def in_hand(self) -> list[InFlightGroup]:
+        """The groups that the trainer has and has not committed, in the order of their batch."""
+        return sorted((g for g in self.snapshot() if g.in_training), key=lambda group: group.order)
+
     def fail(self, error: Exception) -> None:
         """Keep the first error, for the trainer to raise."""
         with self.changed:

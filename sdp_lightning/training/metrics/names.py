@@ -106,6 +106,7 @@ class Logged:
 
 POOL = "`reward_workers` or a `RewardPool`"
 SEVERAL = "several rewards"
+EXTRA = "a module with `extra_loss`"
 REFERENCE = "a KL term: `loss.kl_coefficient`"
 OTHERS: dict[str, tuple[Logged, ...]] = {
     "Training: means over the optimizer steps of a batch, of all ranks": (
@@ -113,6 +114,7 @@ OTHERS: dict[str, tuple[Logged, ...]] = {
         Logged("train/reward_std", "mean over groups of the standard deviation of their rewards"),
         Logged(f"{NAMED_REWARD}<name>", "mean of each of several rewards, unweighted", SEVERAL),
         Logged("train/loss", "the loss that is minimized"),
+        Logged("train/extra_loss", "the loss of `extra_loss()`, which is not in it", EXTRA),
         Logged("train/kl", "mean estimate of the KL to the reference model, nats", REFERENCE),
         Logged("train/grad_norm", "norm of the gradient before it is clipped"),
         Logged("train/lr", "the learning rate, as it was applied"),

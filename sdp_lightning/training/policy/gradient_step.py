@@ -13,9 +13,12 @@ from torch.distributed.tensor import DTensor
 from sdp_lightning.errors import SDPError
 
 
-def clip_gradients(policy: nn.Module, limit: float | None) -> Tensor:
-    """Clips the gradients to ``limit`` and returns their norm before that, over all ranks."""
-    parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+def clip_gradients(optimizer: Any, limit: float | None) -> Tensor:
+    """Clips the gradients that are stepped with to ``limit``, and returns their norm before that.
+
+    The norm is over all ranks.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
     norm = nn.utils.clip_grad_norm_(parameters, math.inf if limit is None else limit)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
@@ -34,21 +37,18 @@ class GradientStep:
     max_skipped: int
     num_skipped: int = 0
 
-    def __call__(
-        self, policy: nn.Module, optimizer: Any, schedule: Any, *, scale: float = 1.0
-    ) -> dict[str, Tensor]:
+    def __call__(self, optimizer: Any, schedule: Any, *, scale: float = 1.0) -> dict[str, Tensor]:
         """Step, and return ``grad_norm``, the applied ``lr``, and ``skipped`` (0 or 1), each [].
 
         Args:
-            policy: model with gradients.
-            optimizer: optimizer of its parameters.
+            optimizer: optimizer of parameters with gradients.
             schedule: sets the learning rates, if there is one; advanced unless the step is skipped.
             scale: factor of the learning rates in this step only.
 
         Raises:
             SDPError: after ``max_skipped`` skipped steps in a row.
         """
-        norm = clip_gradients(policy, self.limit)
+        norm = clip_gradients(optimizer, self.limit)
         rates = [group["lr"] for group in optimizer.param_groups]
         self.num_skipped = 0 if torch.isfinite(norm) else self.num_skipped + 1
         if self.num_skipped == 0:
