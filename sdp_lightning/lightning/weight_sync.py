@@ -112,6 +112,8 @@ class WeightSyncCallback(Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         _parts(trainer, pl_module)
         use_atomic_checkpoints(trainer)
+        if stage == "fit":
+            _parts(trainer, pl_module)[1].stop.saves.guard(trainer)
         guard_hooks(trainer, self._failing)
 
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -132,6 +134,8 @@ class WeightSyncCallback(Callback):
         _, data, executor = _parts(trainer, pl_module)
         executor.resume()
         self._start = self.version
+        data.stop.saves.end_step()
+        data.stop.saves.take_requeue()
         if self._stop is not None:
             self._stop.begin(trainer, self.version)
         data.phase_timer.take_spent()
@@ -141,6 +145,7 @@ class WeightSyncCallback(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
         module, data, executor = _parts(trainer, pl_module)
+        data.stop.saves.begin_step()
         data.phase_timer.enter("score")
         if module.loss.needs_segment_scores:
             executor.recompute(module)
@@ -164,6 +169,7 @@ class WeightSyncCallback(Callback):
         weights = _weights_for(executor.engine, module, changed_only=True)
         report = executor.publish(weights, self.version + 1)
         self.version += 1
+        data.stop.saves.end_step()
         data.phase_timer.enter("rest")
         spent, busy_s = data.phase_timer.take_spent(), executor.gate.busy_s
         # A request that is in flight over a pause counts as busy.
@@ -193,6 +199,8 @@ class WeightSyncCallback(Callback):
             trainer.validating = True  # as Lightning's loop does, which skips the last version
             trainer.fit_loop.epoch_loop.val_loop.run()
             trainer.training = True
+        _, data, _ = _parts(trainer, pl_module)
+        data.stop.saves.finish(data.ranks)
         if self._stop is not None:
             self._stop.end()
 
@@ -201,6 +209,9 @@ class WeightSyncCallback(Callback):
     ) -> None:
         if self._stop is not None:
             self._stop.save(self.version)
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        if isinstance(data, RolloutDataModule):
+            data.stop.saves.abandon()
 
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
