@@ -24,8 +24,11 @@ from sdp_lightning.lightning.failing_callbacks import (
     num_set_aside,
 )
 from sdp_lightning.lightning.graceful_stop import GracefulStop
+from sdp_lightning.lightning.last_checkpoint import run_settings
 from sdp_lightning.lightning.module import SegmentWisePPOModule
 from sdp_lightning.lightning.phase_timer import PHASES
+from sdp_lightning.lightning.resumed import say_changes, say_nothing_trained
+from sdp_lightning.lightning.run_record import KEY, RunRecord
 from sdp_lightning.lightning.startup import tell_vocabulary
 from sdp_lightning.lightning.weight_check import WeightCheck
 from sdp_lightning.rollout.executor import WorkflowExecutor
@@ -95,6 +98,7 @@ class WeightSyncCallback(Callback):
         if failing_callbacks not in (choices := get_args(FailingCallbacks)):
             raise ConfigError(f"failing_callbacks={failing_callbacks!r} is none of {choices}.")
         self.version = 0
+        self._record = RunRecord({})
         self._failing: FailingCallbacks = failing_callbacks
         self._check_every = weight_check_every or 0
         keep = self._check_every > 0
@@ -103,6 +107,7 @@ class WeightSyncCallback(Callback):
         self._checked: dict[str, float] = {}
         self._times: dict[str, float] = {}
         self._learned, self._busy_s = 0, 0.0
+        self._num_trained = 0  # batches of the fit
         self._warned = False
         self._stop = GracefulStop(grace_s=stop_grace_s) if save_on_stop else None
         self._start = self._validated = (
@@ -114,6 +119,7 @@ class WeightSyncCallback(Callback):
         use_atomic_checkpoints(trainer)
         if stage == "fit":
             _parts(trainer, pl_module)[1].stop.saves.guard(trainer)
+            self._record, self._num_trained = RunRecord(run_settings(trainer)), 0
         guard_hooks(trainer, self._failing)
 
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -169,6 +175,7 @@ class WeightSyncCallback(Callback):
         weights = _weights_for(executor.engine, module, changed_only=True)
         report = executor.publish(weights, self.version + 1)
         self.version += 1
+        self._num_trained += 1
         data.stop.saves.end_step()
         data.phase_timer.enter("rest")
         spent, busy_s = data.phase_timer.take_spent(), executor.gate.busy_s
@@ -216,10 +223,27 @@ class WeightSyncCallback(Callback):
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Name the model in the checkpoint, for ``sdp-lightning export``."""
+        """Name the run in the checkpoint, and for ``sdp-lightning export`` the model."""
+        checkpoint[KEY] = self._record.text(self.version)
         if isinstance(pl_module, SegmentWisePPOModule):
             checkpoint["sdp_model_source"] = saved = pl_module.source.saved()
             checkpoint["sdp_model_id"] = saved["name"]
+
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Go on with the run of the checkpoint, and say which settings have changed since."""
+        if trainer.state.fn == "fit" and KEY in checkpoint:
+            run = RunRecord.parsed(checkpoint[KEY])
+            self._record = self._record.continued(run)
+            say_changes(run, self._record)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not self._num_trained:  # Lightning may have skipped the hooks of training
+            _, data, _ = _parts(trainer, pl_module)
+            data.stop.saves.end_step()
+            data.stop.saves.finish(data.ranks)
+            say_nothing_trained(trainer)
 
     def state_dict(self) -> dict[str, Any]:
         return {"version": self.version}
