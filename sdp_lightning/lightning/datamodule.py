@@ -224,7 +224,7 @@ class RolloutDataModule(RunDataModule):
         self.loader = RolloutLoader(
             self.executor,
             pad_token_id=module.tokenizer.pad_token_id or 0,
-            length=num_batches(trainer, self.rollout, module.update.steps_per_batch),
+            length=num_batches(trainer, self.rollout, module.update),
             trainer=trainer,
             ranks=self._ranks,
             stop=self.stop,

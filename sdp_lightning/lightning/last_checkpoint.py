@@ -22,8 +22,9 @@ logger = logging.getLogger(__name__)
 
 
 class RunDataModule(L.LightningDataModule):
-    """A data module whose fits go on with checkpoints of their own run only."""
+    """A data module whose fits go on with the last checkpoint of their own run only."""
 
+    chosen_checkpoint: Any = None  # of the Trainer's method under way
     _attached: L.Trainer | None = None
 
     @property
@@ -58,6 +59,13 @@ class _OfRun:
         self._trainer = trainer
 
     def __call__(self, state_fn: Any, ckpt_path: Any, **known: bool) -> Any:
+        chosen = self._choose(state_fn, ckpt_path, **known)
+        data: Any = self._trainer.datamodule  # type: ignore[attr-defined]
+        if isinstance(data, RunDataModule):
+            data.chosen_checkpoint = chosen
+        return chosen
+
+    def _choose(self, state_fn: Any, ckpt_path: Any, **known: bool) -> Any:
         connector: Any = self._trainer._checkpoint_connector  # type: ignore[reportPrivateUsage]
         is_fit = state_fn == "fit"
         is_requeued = is_fit and ckpt_path is None and SLURMEnvironment.detect()

@@ -2,20 +2,102 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import lightning as L
+from lightning.pytorch.callbacks import Timer
+from torch.optim.lr_scheduler import LambdaLR
 
-from sdp_lightning.lightning.run_record import RunRecord, changes, table
+from sdp_lightning.config.plain_settings import plain
+from sdp_lightning.lightning.last_checkpoint import run_settings
+from sdp_lightning.lightning.run_record import KEY, RunRecord, changes, table
 from sdp_lightning.lightning.stop_request import is_time_up
 
 logger = logging.getLogger(__name__)
 
 
-def say_changes(old: RunRecord, new: RunRecord) -> None:
-    """Print the settings that differ from those of the checkpoint."""
-    if changed := changes(old.settings, new.settings):
-        logger.warning("settings that are not those of the checkpoint:\n%s", table(changed))
+class RunOfFit:
+    """The run that a fit is of: a new one, or that of the checkpoint which it goes on with."""
+
+    def __init__(self, trainer: L.Trainer) -> None:
+        self._record = RunRecord(run_settings(trainer))
+        self._resumed: RunRecord | None = None
+        # Of each group of each optimizer, as configured. Only what an optimizer is made with:
+        # what it or a callback keeps beside that in a group is state.
+        self._groups: list[list[dict[str, Any]]] = []
+
+    def go_on_with(self, trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
+        """Go on with the run of ``checkpoint``, and print what is set otherwise now.
+
+        ``max_time`` counts this job, not those before it, whose time the checkpoint has.
+        """
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        for timer in callbacks:
+            if isinstance(timer, Timer):
+                checkpoint.get("callbacks", {}).pop(timer.state_key, None)
+        if KEY not in checkpoint:
+            return
+        self._resumed = RunRecord.parsed(checkpoint[KEY])
+        self._record = replace(self._record, id=self._resumed.id)
+        changed = changes(self._resumed.settings, self._record.settings)
+        if changed and trainer.global_rank == 0:
+            logger.warning("settings that are not those of the checkpoint:\n%s", table(changed))
+
+    def see_configured(self, trainer: L.Trainer) -> None:
+        """Look at the optimizers after they are made, and before Lightning loads their state."""
+        self._groups = [_groups(optimizer) for optimizer in trainer.optimizers]
+        self._record = replace(self._record, groups=plain(self._groups))
+
+    def write(self, checkpoint: dict[str, Any], version: int) -> None:
+        """Let ``checkpoint``, of ``version``, know its run."""
+        checkpoint[KEY] = self._record.text(version)
+
+    def put_in_force(self, trainer: L.Trainer) -> None:
+        """Set in the optimizers what was configured otherwise in the fit that is gone on with.
+
+        Without it an optimizer goes on with the learning rate of the checkpoint.
+        """
+        old = () if self._resumed is None else self._resumed.groups
+        factors: dict[int, list[float]] = {}
+        for optimizer, groups, before in zip(trainer.optimizers, self._groups, old, strict=False):
+            for group, new, saved in zip(optimizer.param_groups, groups, before, strict=False):
+                changed = {n: v for n, v in new.items() if n in saved and plain(v) != saved[n]}
+                factor = changed.pop("lr") / saved["lr"] if "lr" in changed else 1.0
+                group.update(changed)
+                group["lr"] *= factor
+                factors.setdefault(id(optimizer), []).append(factor)
+        for config in trainer.lr_scheduler_configs:
+            scheduler: Any = config.scheduler
+            _follow(scheduler, factors.get(id(scheduler.optimizer), []))
+
+
+def _groups(optimizer: Any) -> list[dict[str, Any]]:
+    made_with = inspect.signature(type(optimizer)).parameters.keys() - {"params"}
+    return [
+        {name: value for name, value in group.items() if name in made_with}
+        for group in optimizer.param_groups
+    ]
+
+
+def _follow(scheduler: Any, factors: Sequence[float]) -> None:
+    """Let a schedule go on from the new learning rates; a LambdaLR, which is new, by its own."""
+    bases: Any = getattr(scheduler, "base_lrs", None)  # foreign: ReduceLROnPlateau has none
+    if bases is None or len(bases) != len(factors):
+        return
+    scheduler.base_lrs = [base * factor for base, factor in zip(bases, factors, strict=True)]
+    groups = scheduler.optimizer.param_groups
+    if isinstance(scheduler, LambdaLR):
+        for group, base, function in zip(
+            groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
+        ):
+            group["lr"] = base * function(scheduler.last_epoch)
+    for group, base in zip(groups, scheduler.base_lrs, strict=True):
+        group["initial_lr"] = base
+    scheduler._last_lr = [group["lr"] for group in groups]
 
 
 def say_nothing_trained(trainer: L.Trainer) -> None:

@@ -10,7 +10,7 @@ import json
 import os
 import time
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ class RunRecord:
         started: when the fit began that wrote the checkpoint, in seconds since 1970.
         saved: when the checkpoint was written.
         version: policy version of the checkpoint.
+        groups: plain settings of the groups of each optimizer, as configured.
     """
 
     settings: Mapping[str, Any]
@@ -51,6 +52,7 @@ class RunRecord:
     started: float = field(default_factory=time.time)
     saved: float = 0.0
     version: int = 0
+    groups: Sequence[Sequence[Mapping[str, Any]]] = ()
 
     @property
     def digest(self) -> str:
@@ -62,10 +64,6 @@ class RunRecord:
     def order(self) -> tuple[float, int]:
         """Place of the checkpoint among those of its run: by version, in the latest fit first."""
         return self.started, self.version
-
-    def continued(self, run: RunRecord) -> RunRecord:
-        """The record of this fit, which goes on with ``run``."""
-        return replace(self, id=run.id)
 
     def text(self, version: int) -> str:
         """The line for a checkpoint of ``version`` that is written now."""

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import lightning as L
 from lightning.pytorch.callbacks import Timer
 
-from sdp_lightning.config import MissingProximal, RolloutConfig
+from sdp_lightning.config import MissingProximal, RolloutConfig, UpdateConfig
 from sdp_lightning.distributed.rank_group import RankGroup
 from sdp_lightning.errors import ConfigError, RolloutError, RolloutTimeout
 from sdp_lightning.lightning.phase_timer import PhaseTimer
@@ -21,6 +21,7 @@ from sdp_lightning.lightning.stop_request import (
     is_time_up,
     require_published,
 )
+from sdp_lightning.lightning.trainer_checks import check_steps
 from sdp_lightning.rewards.call_threads import THREADS
 from sdp_lightning.rollout.executor import WorkflowExecutor
 from sdp_lightning.rollout.groups.telemetry import RolloutCounts
@@ -255,14 +256,16 @@ def _is_over(told: Sequence[_Told]) -> bool:
     return any(each.is_time_up for each in told)
 
 
-def num_batches(trainer: L.Trainer, config: RolloutConfig, steps_per_batch: int) -> int:
+def num_batches(trainer: L.Trainer, config: RolloutConfig, update: UpdateConfig) -> int:
     """Batches until ``max_steps``; no end in sight if ``max_time`` or ``num_epochs`` ends the run.
 
     Raises:
-        ConfigError: if none of the three is set.
+        ConfigError: if none of the three is set, or whole batches do not reach ``max_steps``.
     """
     if trainer.max_steps > 0:
-        return trainer.max_steps // steps_per_batch
+        check_steps(trainer, update)
+        done = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        return done + max(0, trainer.max_steps - trainer.global_step) // update.steps_per_batch
     has_timer = any(isinstance(callback, Timer) for callback in trainer.callbacks)  # type: ignore
     if config.num_epochs is None and not has_timer:
         raise ConfigError(

@@ -24,11 +24,9 @@ from sdp_lightning.lightning.failing_callbacks import (
     num_set_aside,
 )
 from sdp_lightning.lightning.graceful_stop import GracefulStop
-from sdp_lightning.lightning.last_checkpoint import run_settings
 from sdp_lightning.lightning.module import SegmentWisePPOModule
 from sdp_lightning.lightning.phase_timer import PHASES
-from sdp_lightning.lightning.resumed import say_changes, say_nothing_trained
-from sdp_lightning.lightning.run_record import KEY, RunRecord
+from sdp_lightning.lightning.resumed import RunOfFit, say_nothing_trained
 from sdp_lightning.lightning.startup import tell_vocabulary
 from sdp_lightning.lightning.weight_check import WeightCheck
 from sdp_lightning.rollout.executor import WorkflowExecutor
@@ -98,7 +96,7 @@ class WeightSyncCallback(Callback):
         if failing_callbacks not in (choices := get_args(FailingCallbacks)):
             raise ConfigError(f"failing_callbacks={failing_callbacks!r} is none of {choices}.")
         self.version = 0
-        self._record = RunRecord({})
+        self._run: RunOfFit | None = None
         self._failing: FailingCallbacks = failing_callbacks
         self._check_every = weight_check_every or 0
         keep = self._check_every > 0
@@ -119,8 +117,12 @@ class WeightSyncCallback(Callback):
         use_atomic_checkpoints(trainer)
         if stage == "fit":
             _parts(trainer, pl_module)[1].stop.saves.guard(trainer)
-            self._record, self._num_trained = RunRecord(run_settings(trainer)), 0
+            self._run, self._num_trained = RunOfFit(trainer), 0
         guard_hooks(trainer, self._failing)
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._run is not None:
+            self._run.see_configured(trainer)
 
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._publish_first(trainer, pl_module)
@@ -136,6 +138,8 @@ class WeightSyncCallback(Callback):
         self._publish_first(trainer, pl_module)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._run is not None:
+            self._run.put_in_force(trainer)
         self._publish_first(trainer, pl_module)
         _, data, executor = _parts(trainer, pl_module)
         executor.resume()
@@ -224,7 +228,8 @@ class WeightSyncCallback(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Name the run in the checkpoint, and for ``sdp-lightning export`` the model."""
-        checkpoint[KEY] = self._record.text(self.version)
+        if self._run is not None:
+            self._run.write(checkpoint, self.version)
         if isinstance(pl_module, SegmentWisePPOModule):
             checkpoint["sdp_model_source"] = saved = pl_module.source.saved()
             checkpoint["sdp_model_id"] = saved["name"]
@@ -233,10 +238,8 @@ class WeightSyncCallback(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Go on with the run of the checkpoint, and say which settings have changed since."""
-        if trainer.state.fn == "fit" and KEY in checkpoint:
-            run = RunRecord.parsed(checkpoint[KEY])
-            self._record = self._record.continued(run)
-            say_changes(run, self._record)
+        if trainer.state.fn == "fit" and self._run is not None:
+            self._run.go_on_with(trainer, checkpoint)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not self._num_trained:  # Lightning may have skipped the hooks of training
