@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from torch.optim.lr_scheduler import LambdaLR
 
 from sdp_lightning.config.plain_settings import plain
@@ -98,6 +99,27 @@ def _follow(scheduler: Any, factors: Sequence[float]) -> None:
     for group, base in zip(groups, scheduler.base_lrs, strict=True):
         group["initial_lr"] = base
     scheduler._last_lr = [group["lr"] for group in groups]
+
+
+def say_if_unsaved(trainer: L.Trainer, steps_per_batch: int) -> None:
+    """Warn if the Trainer's checkpoints all come at the end of the fit that begins."""
+    savers: list[Any] = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+    left = trainer.max_steps - trainer.global_step if trainer.max_steps > 0 else math.inf
+    steps_of_epoch = trainer.num_training_batches * steps_per_batch
+    validates = trainer.enable_validation and trainer.val_check_batch < trainer.num_training_batches
+    for saver in savers:
+        by_steps = 0 < saver._every_n_train_steps < left
+        by_epochs = 0 < saver._every_n_epochs * steps_of_epoch < left < math.inf
+        by_validations = validates and not saver._should_save_on_train_epoch_end(trainer)
+        if by_steps or by_epochs or by_validations or saver._train_time_interval is not None:
+            return
+    if savers and trainer.global_rank == 0:
+        logger.warning(
+            "no checkpoint is saved before the end of this fit, so a kill loses all of it: add "
+            "ModelCheckpoint(every_n_train_steps=%d) to the Trainer's callbacks, or set "
+            "enable_checkpointing=False.",
+            10 * steps_per_batch,
+        )
 
 
 def say_nothing_trained(trainer: L.Trainer) -> None:

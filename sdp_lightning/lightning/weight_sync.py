@@ -26,7 +26,7 @@ from sdp_lightning.lightning.failing_callbacks import (
 from sdp_lightning.lightning.graceful_stop import GracefulStop
 from sdp_lightning.lightning.module import SegmentWisePPOModule
 from sdp_lightning.lightning.phase_timer import PHASES
-from sdp_lightning.lightning.resumed import RunOfFit, say_nothing_trained
+from sdp_lightning.lightning.resumed import RunOfFit, say_if_unsaved, say_nothing_trained
 from sdp_lightning.lightning.startup import tell_vocabulary
 from sdp_lightning.lightning.weight_check import WeightCheck
 from sdp_lightning.rollout.executor import WorkflowExecutor
@@ -141,7 +141,8 @@ class WeightSyncCallback(Callback):
         if self._run is not None:
             self._run.put_in_force(trainer)
         self._publish_first(trainer, pl_module)
-        _, data, executor = _parts(trainer, pl_module)
+        module, data, executor = _parts(trainer, pl_module)
+        say_if_unsaved(trainer, module.update.steps_per_batch)
         executor.resume()
         self._start = self.version
         data.stop.saves.end_step()

@@ -112,6 +112,18 @@ def test_a_run_that_trains_nothing_says_why(job: Job, caplog: pytest.LogCaptureF
     assert "not those of the checkpoint" not in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("saver", "is_said"),
+    [({}, True), ({"every_n_train_steps": 9}, True), ({"every_n_train_steps": 1}, False)],
+    ids=["at the end", "beyond the end", "every step"],
+)
+def test_a_fit_whose_checkpoints_all_come_at_its_end_says_so(
+    job: Job, caplog: pytest.LogCaptureFixture, saver: dict[str, Any], is_said: bool
+) -> None:
+    job.run(2, last=None, saver={"dirpath": job.folder} | saver)
+    assert ("no checkpoint is saved before the end" in caplog.text) is is_said
+
+
 def test_a_logger_with_a_folder_for_each_run_hides_none(job: Job) -> None:
     def logged() -> dict[str, Any]:
         return {"logger": CSVLogger(job.folder, name=None), "saver": {}, "log_every_n_steps": 1}
