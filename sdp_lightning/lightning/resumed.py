@@ -98,7 +98,7 @@ def _follow(scheduler: Any, factors: Sequence[float]) -> None:
             group["lr"] = base * function(scheduler.last_epoch)
     for group, base in zip(groups, scheduler.base_lrs, strict=True):
         group["initial_lr"] = base
-    scheduler._last_lr = [group["lr"] for group in groups]
+    vars(scheduler)["_last_lr"] = [group["lr"] for group in groups]
 
 
 def say_if_unsaved(trainer: L.Trainer, steps_per_batch: int) -> None:
@@ -106,7 +106,9 @@ def say_if_unsaved(trainer: L.Trainer, steps_per_batch: int) -> None:
     savers: list[Any] = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
     left = trainer.max_steps - trainer.global_step if trainer.max_steps > 0 else math.inf
     steps_of_epoch = trainer.num_training_batches * steps_per_batch
-    validates = trainer.enable_validation and trainer.val_check_batch < trainer.num_training_batches
+    validates = (
+        trainer.enable_validation and (trainer.val_check_batch or 0) < trainer.num_training_batches
+    )
     for saver in savers:
         by_steps = 0 < saver._every_n_train_steps < left
         by_epochs = 0 < saver._every_n_epochs * steps_of_epoch < left < math.inf
