@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from sdp_lightning.config.server_keys import hide_keys, without_keys
@@ -159,25 +158,6 @@ class RolloutCLI(LightningCLI):
         if not any(isinstance(callback, WeightSyncCallback) for callback in callbacks):
             callbacks.insert(0, WeightSyncCallback())
         return trainer
-
-    def before_fit(self) -> None:
-        """Resolve ``--ckpt_path last`` to the newest checkpoint of all runs; a Lightning hook."""
-        settings = self.config_init["fit"]
-        if settings.get("ckpt_path") == "last" and (path := _last_of_all_versions(self.trainer)):
-            settings["ckpt_path"] = str(path)
-
-
-def _last_of_all_versions(trainer: Trainer) -> Path | None:
-    """The newest ``last*.ckpt`` of all runs of a logger that gives each run its own folder.
-
-    Lightning looks in the folder of the new run only; None leaves the search to it.
-    """
-    savers = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
-    if trainer.logger is None or any(saver.dirpath for saver in savers):
-        return None
-    folder = Path(trainer.logger.save_dir or trainer.default_root_dir, str(trainer.logger.name))
-    checkpoints = folder.glob("version_*/checkpoints/last*.ckpt")
-    return max(checkpoints, key=lambda path: path.stat().st_mtime, default=None)
 
 
 def recording_of(trainer: Trainer) -> Recording:

@@ -55,6 +55,7 @@ class ModelSource:
         Raises:
             ConfigError: if both give a setting, with unlike values, or ``model`` is no source.
         """
+        model = cls.restored(model) if isinstance(model, Mapping) else model  # of hyperparameters
         if not isinstance(model, (str, Path, ModelSource)):
             raise ConfigError(
                 "model must be an id, a folder, the place of a function that returns one, or a "

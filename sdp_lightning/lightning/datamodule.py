@@ -11,17 +11,18 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
-import lightning as L
 import torch
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from sdp_lightning.config import RolloutConfig
 from sdp_lightning.config.compatibility import check_together
+from sdp_lightning.config.plain_settings import plain
 from sdp_lightning.distributed.rank_group import RankGroup
 from sdp_lightning.engines.protocol import InferenceEngine
 from sdp_lightning.errors import ConfigError
 from sdp_lightning.lightning.ending import guard_callbacks
 from sdp_lightning.lightning.evaluation_loader import EvaluationLoader
+from sdp_lightning.lightning.last_checkpoint import RunDataModule
 from sdp_lightning.lightning.leftover import Leftover
 from sdp_lightning.lightning.module import SegmentWisePPOModule
 from sdp_lightning.lightning.observer import say_set_aside
@@ -40,7 +41,7 @@ from sdp_lightning.lightning.startup import (
 from sdp_lightning.lightning.stop_request import StopRequest
 from sdp_lightning.lightning.train_loader import RolloutLoader, num_batches
 from sdp_lightning.prompts.iterable_rows import IterableRows
-from sdp_lightning.prompts.sources import NUM_CHECKED, first_rows, load_rows, read_rows
+from sdp_lightning.prompts.sources import NUM_CHECKED, first_rows, load_rows, name_of, read_rows
 from sdp_lightning.rollout.checkpoint.resharding import reshard
 from sdp_lightning.rollout.executor import WorkflowExecutor
 from sdp_lightning.rollout.factory import create_workflow_executor
@@ -49,7 +50,7 @@ from sdp_lightning.training.batch import SealedBatch
 from sdp_lightning.workflows.workflow import RolloutWorkflow
 
 
-class RolloutDataModule(L.LightningDataModule):
+class RolloutDataModule(RunDataModule):
     """Generates rollouts while the trainer trains, and hands them out as batches.
 
     Needs a :class:`SegmentWisePPOModule` (for model and tokenizer) and a ``WeightSyncCallback``.
@@ -104,6 +105,10 @@ class RolloutDataModule(L.LightningDataModule):
             else load_rows(val_prompts)
         )
         self._engine_source, self._engine_options = engine, dict(engine_options or {})
+        settings = {"workflow": workflow, "engine": engine, "engine_options": engine_options}
+        settings |= {"rollout": rollout, "val_workflow": val_workflow}
+        rows = {"prompts": name_of(self._prompts), "val_prompts": name_of(self._val_prompts)}
+        self.save_hyperparameters(plain(settings | rows))
         self._rows: dict[str, Any] = {}  # those that are used, by setting
         self._engine: InferenceEngine | None = None
         self._executor: WorkflowExecutor | None = None
@@ -224,7 +229,7 @@ class RolloutDataModule(L.LightningDataModule):
         self.loader = RolloutLoader(
             self.executor,
             pad_token_id=module.tokenizer.pad_token_id or 0,
-            length=num_batches(trainer, self.rollout, module.update.steps_per_batch),
+            length=num_batches(trainer, self.rollout, module.update),
             trainer=trainer,
             ranks=self._ranks,
             stop=self.stop,

@@ -5,7 +5,7 @@ It knows batches and log-probs, and nothing of rollouts or engines.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -24,8 +24,9 @@ from sdp_lightning.distributed.rank_group import RankGroup
 from sdp_lightning.distributed.reductions import RankSums
 from sdp_lightning.errors import ConfigError
 from sdp_lightning.lightning.known_warnings import ignore_known_warnings
+from sdp_lightning.lightning.saved_module import SavedModule
 from sdp_lightning.lightning.stepping import SteppingModule
-from sdp_lightning.lightning.trainer_checks import check_trainer, refuse_both
+from sdp_lightning.lightning.trainer_checks import check_trainer
 from sdp_lightning.training.batch import Batch, collate
 from sdp_lightning.training.metrics import HealthLog, LagMetrics
 from sdp_lightning.training.metrics.train_step import step_values
@@ -35,11 +36,6 @@ from sdp_lightning.training.policy.layers import compile_layers, refuse_wrapped
 from sdp_lightning.training.policy.loading import disable_noise, load, prepare, select_trainable
 from sdp_lightning.training.policy.logprob_runner import LogprobRunner
 from sdp_lightning.training.policy.lora import merged_alpha, without_adapter
-from sdp_lightning.training.policy.lora_checkpoint import (
-    AdapterRecord,
-    check_adapter,
-    leave_out_base,
-)
 from sdp_lightning.training.policy.optimizer import make_optimizer
 from sdp_lightning.training.policy.scoring import group_by_prompt, split_by_segment
 from sdp_lightning.training.policy.sharding import gradient_sync, is_sharded, shard
@@ -51,7 +47,7 @@ from sdp_lightning.weights.protocol import WeightStream
 _IN_BAR = ("reward", "pass_at_k")  # of an evaluation
 
 
-class SegmentWisePPOModule(SteppingModule):
+class SegmentWisePPOModule(SteppingModule, SavedModule):
     """Trains a causal LM with the segment-wise PPO loss, one consumed batch a ``training_step``.
 
     The Trainer's ``max_steps`` counts optimizer steps: ``num_minibatches * num_epochs`` a batch.
@@ -88,8 +84,17 @@ class SegmentWisePPOModule(SteppingModule):
         model_kwargs: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        refuse_both(trainable, lora)
-        self.loss, self.optimizer, self.update, self.lora = loss, optimizer, update, lora
+        self._source, self._model_kwargs = ModelSource.of(model, model_kwargs or {})
+        self.take_settings(
+            loss=loss,
+            optimizer=optimizer,
+            update=update,
+            lora=lora,
+            trainable=trainable,
+            gradient_checkpointing=gradient_checkpointing,
+            model=self._source,
+            model_kwargs=self._model_kwargs,
+        )
         self.trainable, self.gradient_checkpointing = trainable, gradient_checkpointing
         self.policy: PreTrainedModel | None = None
         self._ranks = RankGroup()
@@ -97,13 +102,9 @@ class SegmentWisePPOModule(SteppingModule):
         self._runner: LogprobRunner
         self._reference_runner: LogprobRunner
         self._reference: list[PreTrainedModel] = []  # in a list it is not a submodule
-        self._adapter: AdapterRecord | None = None
-        if lora is not None:
-            self.register_state_dict_post_hook(leave_out_base)
-        self._source, self._model_kwargs = ModelSource.of(model, model_kwargs or {})
         self._metrics, self._warner = LagMetrics(), HealthLog()
-        self._policy_update = PolicyUpdate(loss, optimizer, update)
-        self._uniform = UniformWatch(update.max_uniform_in_a_row)
+        self._policy_update = PolicyUpdate(self.loss, self.optimizer, self.update)
+        self._uniform = UniformWatch(self.update.max_uniform_in_a_row)
 
     # The model -----------------------------------------------------------------------------------
 
@@ -133,18 +134,6 @@ class SegmentWisePPOModule(SteppingModule):
             to_uncompiled(self)  # a step is bookkeeping around the layers
             for model in (self.policy, *self._reference):
                 compile_layers(model, compiled["dynamo_ctx"])
-
-    def load_state_dict(
-        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
-    ) -> Any:
-        """Load weights, and the model first if there is none: ``ddp_notebook`` loads so early.
-
-        Of a LoRA run that is the adapter: base weights of an earlier version must be the model's.
-        """
-        self.configure_model()
-        if self._adapter is not None:
-            state_dict = self._adapter.adapter_in(state_dict, self.state_dict())
-        return super().load_state_dict(state_dict, strict and self._adapter is None, assign)
 
     def _load(self, *, frozen: bool) -> tuple[PreTrainedModel, LogprobRunner]:
         """The model, sharded if the strategy shards. ``frozen``: a reference policy."""
@@ -185,17 +174,6 @@ class SegmentWisePPOModule(SteppingModule):
         """
         alpha = merged_alpha(self.lora, lora_alpha)
         return named_weights(self.require_policy(), changed_only=changed_only, merged_alpha=alpha)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if self._adapter is not None:
-            self._adapter.write(checkpoint)
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        check_adapter(checkpoint, self.lora)
-        if self.lora is not None:
-            self.configure_model()
-        if self._adapter is not None:
-            self._adapter.check(checkpoint, self.require_policy())
 
     # Training ------------------------------------------------------------------------------------
 

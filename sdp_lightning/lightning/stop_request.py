@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from sdp_lightning.errors import ConfigError, RankError, RolloutTimeout
+from sdp_lightning.lightning.put_off_saves import PutOffSaves
 from sdp_lightning.rollout.executor import WorkflowExecutor
 
 
@@ -22,12 +23,14 @@ class StopRequest:
         signum: number of the signal; None before any.
         agreed: whether all ranks know of it, each between two steps, and stop now.
         looked_at: time of the last poll, by ``time.monotonic``.
+        saves: checkpoints that wait for the end of the step.
     """
 
     def __init__(self) -> None:
         self.signum: int | None = None
         self.agreed = False
         self.looked_at = 0.0
+        self.saves = PutOffSaves()
 
     def look(self) -> bool:
         """Whether to stop."""

@@ -10,16 +10,18 @@ from typing import Any, NamedTuple
 import lightning as L
 from lightning.pytorch.callbacks import Timer
 
-from sdp_lightning.config import MissingProximal, RolloutConfig
+from sdp_lightning.config import MissingProximal, RolloutConfig, UpdateConfig
 from sdp_lightning.distributed.rank_group import RankGroup
 from sdp_lightning.errors import ConfigError, RolloutError, RolloutTimeout
 from sdp_lightning.lightning.phase_timer import PhaseTimer
+from sdp_lightning.lightning.put_off_saves import Ask
 from sdp_lightning.lightning.stop_request import (
     StopRequest,
     ends_on_sigterm,
     is_time_up,
     require_published,
 )
+from sdp_lightning.lightning.trainer_checks import check_steps
 from sdp_lightning.rewards.call_threads import THREADS
 from sdp_lightning.rollout.executor import WorkflowExecutor
 from sdp_lightning.rollout.groups.telemetry import RolloutCounts
@@ -52,6 +54,7 @@ class _Taken(NamedTuple):
     groups: list[TrajectoryGroup] | None
     signum: int | None = None
     is_time_up: bool = False
+    asked: tuple[Ask, ...] = ()
 
 
 class _Told(NamedTuple):
@@ -60,6 +63,7 @@ class _Told(NamedTuple):
     num_groups: int | None
     signum: int | None
     is_time_up: bool
+    asked: tuple[Ask, ...]  # to be saved before the batch
     counts: RolloutCounts
     rewards: tuple[str, tuple[str, ...]] | None  # the first row, and the names of its rewards
 
@@ -146,8 +150,12 @@ class RolloutLoader:
 
     def _meet(self, what: str, take: Callable[[], _Taken]) -> tuple[_Taken, list[_Told]]:
         taken, told = self._ranks.run_on_all_ranks(what, take, self._tell)
+        asked = [ask for each in told for ask in each.asked]
+        self._stop.saves.perform(asked)
         self._stop.obey(each.signum for each in told)
-        return taken, told
+        if not asked:
+            return taken, told
+        return self._meet(what, lambda: taken if taken.groups else take())
 
     def _tell(self, taken: _Taken) -> _Told:
         """What other ranks must know, and what is added up: no meeting of its own."""
@@ -162,16 +170,17 @@ class RolloutLoader:
         num_groups = None if taken.groups is None else len(taken.groups)
         first = taken.groups[0] if taken.groups else None
         rewards = first and (first.row_id, tuple(sorted(first.trajectories[0].rewards)))
-        return _Told(num_groups, taken.signum, taken.is_time_up, counts, rewards)
+        return _Told(num_groups, taken.signum, taken.is_time_up, taken.asked, counts, rewards)
 
     def _take_mine(self, *, fill: bool = False) -> _Taken:
+        saves = self._stop.saves
         try:
-            if self._stop.look():
-                return _Taken([], self._stop.signum)
+            if self._stop.look() or saves.asked:
+                return _Taken([], self._stop.signum, asked=tuple(saves.asked))
             return _Taken(self._executor.take(interrupted=self._is_interrupted, fill=fill))
         except RolloutTimeout:
-            if self._stop.signum is not None:
-                return _Taken([], self._stop.signum)
+            if self._stop.signum is not None or saves.asked:
+                return _Taken([], self._stop.signum, asked=tuple(saves.asked))
             if is_time_up(self._trainer):
                 return _Taken([], is_time_up=True)
             raise
@@ -186,7 +195,9 @@ class RolloutLoader:
             )
 
     def _is_interrupted(self) -> bool:
-        return self._stop.look() or self._trainer.received_sigterm or is_time_up(self._trainer)
+        if self._stop.look() or self._stop.saves.asked or self._trainer.received_sigterm:
+            return True
+        return is_time_up(self._trainer)
 
     def _collate(self, shares: Shares) -> Batch:
         config = self._executor.config
@@ -245,14 +256,16 @@ def _is_over(told: Sequence[_Told]) -> bool:
     return any(each.is_time_up for each in told)
 
 
-def num_batches(trainer: L.Trainer, config: RolloutConfig, steps_per_batch: int) -> int:
+def num_batches(trainer: L.Trainer, config: RolloutConfig, update: UpdateConfig) -> int:
     """Batches until ``max_steps``; no end in sight if ``max_time`` or ``num_epochs`` ends the run.
 
     Raises:
-        ConfigError: if none of the three is set.
+        ConfigError: if none of the three is set, or whole batches do not reach ``max_steps``.
     """
     if trainer.max_steps > 0:
-        return trainer.max_steps // steps_per_batch
+        check_steps(trainer, update)
+        done = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        return done + max(0, trainer.max_steps - trainer.global_step) // update.steps_per_batch
     has_timer = any(isinstance(callback, Timer) for callback in trainer.callbacks)  # type: ignore
     if config.num_epochs is None and not has_timer:
         raise ConfigError(

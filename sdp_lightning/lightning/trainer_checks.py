@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import lightning as L
 
 from sdp_lightning.config import LoRAConfig, UpdateConfig
 from sdp_lightning.errors import ConfigError
+from sdp_lightning.lightning.last_checkpoint import RunDataModule
 
 
 def check_trainer(trainer: L.Trainer, update: UpdateConfig, stage: str) -> None:
@@ -34,14 +37,35 @@ def check_trainer(trainer: L.Trainer, update: UpdateConfig, stage: str) -> None:
             "float32. A base model under an adapter may be in bfloat16: "
             "model_kwargs={'dtype': 'bfloat16'}."
         )
-    steps, every = trainer.max_steps, update.steps_per_batch
-    if stage == "fit" and steps > 0 and steps % every:
-        near = [str(n) for n in (steps // every * every, (steps // every + 1) * every) if n]
+    if stage == "fit" and not is_resumed(trainer):
+        check_steps(trainer, update)
+
+
+def check_steps(trainer: L.Trainer, update: UpdateConfig) -> None:
+    """Refuse a ``max_steps`` that whole batches do not reach from the present step on.
+
+    The steps before may be of another number of minibatches.
+
+    Raises:
+        ConfigError: naming the nearest that they reach.
+    """
+    done, most, every = trainer.global_step, trainer.max_steps, update.steps_per_batch
+    left = most - done
+    if most > 0 and left > 0 and left % every:
+        near = [str(done + n * every) for n in (left // every, left // every + 1) if done + n]
+        leaves = f" leaves {left} steps after step {done}, which" if done else ""
         raise ConfigError(
-            f"max_steps={steps} is no multiple of {every}, the optimizer steps of one batch "
+            f"max_steps={most}{leaves} is no multiple of {every}, the optimizer steps of one batch "
             f"({update.num_minibatches} minibatches x {update.num_epochs} epochs): "
             f"use {' or '.join(near)}."
         )
+
+
+def is_resumed(trainer: L.Trainer) -> bool:
+    """Whether the fit that begins goes on with a checkpoint, which is not loaded yet."""
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    chosen = data.chosen_checkpoint if isinstance(data, RunDataModule) else None
+    return (chosen or trainer.ckpt_path) is not None
 
 
 def refuse_both(trainable: str | None, lora: LoRAConfig | None) -> None:

@@ -26,6 +26,7 @@ from sdp_lightning.lightning.failing_callbacks import (
 from sdp_lightning.lightning.graceful_stop import GracefulStop
 from sdp_lightning.lightning.module import SegmentWisePPOModule
 from sdp_lightning.lightning.phase_timer import PHASES
+from sdp_lightning.lightning.resumed import RunOfFit, say_if_unsaved, say_nothing_trained
 from sdp_lightning.lightning.rollout_hooks import tell_rollouts
 from sdp_lightning.lightning.startup import tell_vocabulary
 from sdp_lightning.lightning.weight_check import WeightCheck
@@ -96,6 +97,7 @@ class WeightSyncCallback(Callback):
         if failing_callbacks not in (choices := get_args(FailingCallbacks)):
             raise ConfigError(f"failing_callbacks={failing_callbacks!r} is none of {choices}.")
         self.version = 0
+        self._run: RunOfFit | None = None
         self._failing: FailingCallbacks = failing_callbacks
         self._check_every = weight_check_every or 0
         keep = self._check_every > 0
@@ -104,6 +106,7 @@ class WeightSyncCallback(Callback):
         self._checked: dict[str, float] = {}
         self._times: dict[str, float] = {}
         self._learned, self._busy_s = 0, 0.0
+        self._num_trained = 0  # batches of the fit
         self._warned = False
         self._stop = GracefulStop(grace_s=stop_grace_s) if save_on_stop else None
         self._start = self._validated = (
@@ -113,7 +116,14 @@ class WeightSyncCallback(Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         _parts(trainer, pl_module)
         use_atomic_checkpoints(trainer)
+        if stage == "fit":
+            _parts(trainer, pl_module)[1].stop.saves.guard(trainer)
+            self._run, self._num_trained = RunOfFit(trainer), 0
         guard_hooks(trainer, self._failing)
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._run is not None:
+            self._run.see_configured(trainer)
 
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._publish_first(trainer, pl_module)
@@ -129,11 +139,16 @@ class WeightSyncCallback(Callback):
         self._publish_first(trainer, pl_module)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._run is not None:
+            self._run.put_in_force(trainer)
         self._publish_first(trainer, pl_module)
         module, data, executor = _parts(trainer, pl_module)
         module.optimizer_set()  # refused before anything is generated
+        say_if_unsaved(trainer, module.update.steps_per_batch)
         executor.resume()
         self._start = self.version
+        data.stop.saves.end_step()
+        data.stop.saves.take_requeue()
         if self._stop is not None:
             self._stop.begin(trainer, self.version)
         data.phase_timer.take_spent()
@@ -143,6 +158,7 @@ class WeightSyncCallback(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
         module, data, executor = _parts(trainer, pl_module)
+        data.stop.saves.begin_step()
         tell_rollouts(trainer, pl_module, executor.registry.in_hand())
         data.phase_timer.enter("score")
         if module.loss.needs_segment_scores:
@@ -167,6 +183,8 @@ class WeightSyncCallback(Callback):
         weights = _weights_for(executor.engine, module, changed_only=True)
         report = executor.publish(weights, self.version + 1)
         self.version += 1
+        self._num_trained += 1
+        data.stop.saves.end_step()
         data.phase_timer.enter("rest")
         spent, busy_s = data.phase_timer.take_spent(), executor.gate.busy_s
         # A request that is in flight over a pause counts as busy.
@@ -196,6 +214,8 @@ class WeightSyncCallback(Callback):
             trainer.validating = True  # as Lightning's loop does, which skips the last version
             trainer.fit_loop.epoch_loop.val_loop.run()
             trainer.training = True
+        _, data, _ = _parts(trainer, pl_module)
+        data.stop.saves.finish(data.ranks)
         if self._stop is not None:
             self._stop.end()
 
@@ -204,14 +224,33 @@ class WeightSyncCallback(Callback):
     ) -> None:
         if self._stop is not None:
             self._stop.save(self.version)
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        if isinstance(data, RolloutDataModule):
+            data.stop.saves.abandon()
 
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Name the model in the checkpoint, for ``sdp-lightning export``."""
+        """Name the run in the checkpoint, and for ``sdp-lightning export`` the model."""
+        if self._run is not None:
+            self._run.write(checkpoint, self.version)
         if isinstance(pl_module, SegmentWisePPOModule):
             checkpoint["sdp_model_source"] = saved = pl_module.source.saved()
             checkpoint["sdp_model_id"] = saved["name"]
+
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Go on with the run of the checkpoint, and say which settings have changed since."""
+        if trainer.state.fn == "fit" and self._run is not None:
+            self._run.go_on_with(trainer, checkpoint)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not self._num_trained:  # Lightning may have skipped the hooks of training
+            _, data, _ = _parts(trainer, pl_module)
+            data.stop.saves.end_step()
+            data.stop.saves.finish(data.ranks)
+            say_nothing_trained(trainer)
 
     def state_dict(self) -> dict[str, Any]:
         return {"version": self.version}

@@ -54,6 +54,14 @@ def load_rows(source: Source) -> Sequence[Row] | IterableRows:
     return IterableRows(source_of_rows)
 
 
+def name_of(rows: Source | None) -> str | None:
+    """What a run's settings say of rows: their name, or how many of what kind."""
+    if rows is None or isinstance(rows, str):
+        return rows
+    kind = type(rows).__name__
+    return f"{len(rows)} rows ({kind})" if isinstance(rows, Sized) else kind
+
+
 def read_rows(source: Source, count: int | None = None) -> Sequence[Row]:
     """Rows that are all needed at once, in order to evaluate: as :func:`load_rows`, or read.
 

@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from sdp_lightning.config.plain_settings import GivenSettings
 from sdp_lightning.types import Row, SamplingParams, Trajectory
 from sdp_lightning.workflows.episode import Episode
 from sdp_lightning.workflows.episode_log import Event
@@ -147,7 +148,7 @@ class RolloutSession:
             self._divergence = "it ended before it had repeated all saved steps"
 
 
-class RolloutWorkflow(ABC):
+class RolloutWorkflow(GivenSettings, ABC):
     """Turns one dataset row into the trajectories of one group.
 
     Holds settings only: the same object serves many groups at once.
@@ -173,7 +174,7 @@ class RolloutWorkflow(ABC):
             Exception: any; the group is counted as failed, others go on.
         """
 
-    def check_rows(self, rows: Iterable[tuple[int, Row]]) -> None:  # noqa: B027 # most take any
+    def check_rows(self, rows: Iterable[tuple[int, Row]]) -> None:  # most take any
         """Raise ``RowsError`` if there are ``rows`` (and indices) that cannot be scored."""
 
     def prompt_lengths(
@@ -195,7 +196,7 @@ class RolloutWorkflow(ABC):
         """
         return None
 
-    def check_prompts(  # noqa: B027 # most write their own
+    def check_prompts(  # most write their own
         self, rows: Iterable[tuple[int, Row]], tokenizer: Tokenizer
     ) -> None:
         """Raise ``ConfigError`` if a prompt of ``rows`` (and indices) cannot be written.
@@ -223,7 +224,7 @@ class RolloutWorkflow(ABC):
         """Counts over a run, logged by their names, which are the same on every rank."""
         return {}
 
-    def close(self) -> None:  # noqa: B027 # most hold nothing
+    def close(self) -> None:  # most hold nothing
         """Release processes at the end of a run. The next run may start them again."""
 
 

@@ -76,7 +76,7 @@ class TimeOfSteps(Timer):
     steps = 0
 
     def time_elapsed(self, stage: Any = "train") -> float:
-        return float(self.steps)
+        return float(self.steps) + self._offset
 
     def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
         self.steps += 1
@@ -90,3 +90,17 @@ def test_max_time_ends_a_fit_with_a_validation(model_folder: str, tmp_path: Path
     run.fit()
     assert run.sync.version == clock.steps >= 3
     assert seen.versions[-1] == run.sync.version
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* is not empty")
+def test_max_time_counts_each_job_of_a_chain(model_folder: str, tmp_path: Path) -> None:
+    versions, resume = [0], None
+    for job in range(3):
+        clock = TimeOfSteps({"seconds": 2})
+        run = Run(model_folder, tmp_path, clock, max_steps=-1)
+        run.fit(ckpt_path=resume)
+        resume = tmp_path / f"{job}.ckpt"
+        run.trainer.save_checkpoint(resume)
+        versions.append(run.sync.version)
+    assert versions == [0, 2, 4, 6]
