@@ -1,7 +1,8 @@
 """HTTP calls to servers from any thread: an event loop in its own thread, with keep-alive.
 
-Every call has a timeout. A call is retried only once, if the server closes the connection before it
-answers; further retries are up to the caller, who knows what may be sent twice.
+A call has a timeout, or None where its caller awaits it with a deadline. It is retried only once,
+if the server closes the connection before it answers; further retries are up to the caller, who
+knows what may be sent twice.
 """
 
 from __future__ import annotations
@@ -105,7 +106,7 @@ class HttpClient:
         return self._hand_over(work)
 
     async def request(
-        self, url: str, call: Call, *, timeout_s: float, max_bytes: int = MAX_BYTES
+        self, url: str, call: Call, *, timeout_s: float | None, max_bytes: int = MAX_BYTES
     ) -> Any:
         """Send ``call`` to the server at ``url``; await it in the client's event loop.
 
@@ -120,7 +121,7 @@ class HttpClient:
             return await read_whole(_where(url, call), answer, max_bytes, as_text=as_text)
 
     async def stream(
-        self, url: str, call: Call, *, timeout_s: float, max_bytes: int
+        self, url: str, call: Call, *, timeout_s: float | None, max_bytes: int
     ) -> AsyncGenerator[Any]:
         """Send ``call``, which is answered by server-sent events; in the client's event loop.
 
@@ -137,7 +138,7 @@ class HttpClient:
 
     @asynccontextmanager
     async def _sent(
-        self, url: str, call: Call, timeout_s: float
+        self, url: str, call: Call, timeout_s: float | None
     ) -> AsyncGenerator[aiohttp.ClientResponse]:
         """Context of an answer with status 200; errors while it is read become ``ServerError``."""
         if self._session is None:

@@ -20,7 +20,12 @@ class RemoteOptions:
 
     Args:
         min_replicas: a publish with fewer serving servers than this is an error.
-        request_timeout_s: timeout of one completion.
+        request_timeout_s: a completion is sent again, alone and with twice the time, when there was
+            no sign of sampling for so long: no token of it where answers are streamed, else no
+            answer of its server to any request, nor progress of the server's count of sampled
+            tokens (``/metrics``). Without a sign of its own a request is also sent again after one
+            second more for each of ``max_new_tokens``. A server is taken out when three requests in
+            a row had no sign.
         control_timeout_s: timeout of a load of weights, and of a probe.
         answer_timeout_s: timeout of short calls: pause, resume, version.
         recover_s: longest wait for servers to come back when none is left to sample on, or too
