@@ -66,11 +66,11 @@ class Server:
     @property
     def url(self) -> str:
         scheme = "https" if "--certificate" in self.arguments else "http"
-        return f"{scheme}://127.0.0.1:{self.port}"
+        return f"{scheme}://{self.host}"
 
     @property
     def host(self) -> str:
-        return f"127.0.0.1:{self.port}"
+        return f"{'[::1]' if '::1' in self.arguments else '127.0.0.1'}:{self.port}"
 
     def start(self) -> None:
         script = str(SUPPORT / self.script)

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import aiohttp
 
+from sdp_lightning.engines.remote.addresses import proxy_of
 from sdp_lightning.engines.remote.backend import Call
 from sdp_lightning.engines.remote.responses import (
     MAX_BYTES,
@@ -46,10 +47,17 @@ class HttpClient:
     Args:
         api_key: sent as a bearer token; None sends none.
         tls: whose certificates are believed at ``https`` addresses; None: the system's.
+        use_proxy: whether calls go through the proxy that the environment names for their server.
     """
 
-    def __init__(self, *, api_key: str | None = None, tls: ssl.SSLContext | None = None) -> None:
-        self._tls = tls
+    def __init__(
+        self,
+        *,
+        api_key: str | None = None,
+        tls: ssl.SSLContext | None = None,
+        use_proxy: bool = False,
+    ) -> None:
+        self._tls, self._use_proxy = tls, use_proxy
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._lock = threading.Lock()  # work is handed over before the shutdown
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -151,6 +159,7 @@ class HttpClient:
             json=call.body,
             timeout=aiohttp.ClientTimeout(total=timeout_s),
             allow_redirects=False,
+            proxy=proxy_of(url) if self._use_proxy else None,
         )
         with reading_answer(where):
             try:

@@ -57,6 +57,8 @@ class RemoteOptions:
             ``SDP_API_KEY``. Servers on other hosts need one; those that a run starts are given it.
         ca_file: PEM file of the certificate authorities that are believed at ``https`` addresses;
             None: those of the system.
+        use_proxy: send requests through the proxy of ``HTTP_PROXY`` or ``HTTPS_PROXY``, except to
+            servers of ``NO_PROXY`` or of this machine. Weights do not go through it.
         vocab_size: number of token ids of the model; a server that samples another one is set
             aside. None: a fit takes its model's; else any of 31 bits is accepted.
     """
@@ -82,6 +84,7 @@ class RemoteOptions:
     api_key: str | None = field(default=None, repr=False)
     ca_file: str | None = None
     vocab_size: int | None = None
+    use_proxy: bool = False
 
     def __post_init__(self) -> None:
         if self.api_key is not None and key_source(self.api_key) == "api_key":

@@ -13,6 +13,7 @@ from logging import getLogger
 from math import inf
 from time import monotonic
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from sdp_lightning.engines.protocol import GenerationRequest
 from sdp_lightning.engines.remote import answers
@@ -73,8 +74,8 @@ class ServerClient:
                 await self.handshake(replica)
         except EngineError as error:
             raise EngineError(
-                f"cannot use the {self.kind} server at {replica.url}: {error} Is it "
-                "running there? `sdp-lightning doctor --config FILE` asks; engine="
+                f"cannot use the {self.kind} server at {replica.url}: {error} {_port(replica)}"
+                "Is it running there? `sdp-lightning doctor --config FILE` asks; engine="
                 "'vllm://launch' starts one, and 'embedded' needs none."
             ) from error
 
@@ -309,6 +310,11 @@ class ServerClient:
                 raise
             text = f"{error} {remedy}"
             raise ServerError(text, error.status, error.retry_after_s) from error
+
+
+def _port(replica: Replica) -> str:
+    parts = urlsplit(replica.url)
+    return "" if parts.port else f"Without a port in its address it is {parts.scheme}'s own. "
 
 
 def _as_it_is(answer: Any) -> Any:
