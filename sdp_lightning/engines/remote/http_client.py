@@ -20,6 +20,7 @@ import aiohttp
 
 from sdp_lightning.engines.remote.addresses import proxy_of
 from sdp_lightning.engines.remote.backend import Call
+from sdp_lightning.engines.remote.open_files import open_files_error
 from sdp_lightning.engines.remote.responses import (
     MAX_BYTES,
     ServerError,
@@ -123,6 +124,7 @@ class HttpClient:
 
         Raises:
             ServerError: naming server and path; also if the answer has more than ``max_bytes``.
+            OpenFilesError: if this process cannot open a connection.
         """
         async with self._sent(url, call, timeout_s) as answer:
             as_text = call.answer == "text"
@@ -176,6 +178,8 @@ class HttpClient:
             except TimeoutError as error:
                 raise ServerError(f"{where} did not answer within {timeout_s:.1f} s.") from error
             except (aiohttp.ClientError, OSError) as error:
+                if isinstance(error, OSError) and (limit := open_files_error(error)):
+                    raise limit from error
                 remedy = f" {_CA_REMEDY}" if isinstance(error, aiohttp.ClientSSLError) else ""
                 cause = f"{type(error).__name__}: {printable(str(error))}"
                 raise ServerError(f"{where}: {cause}{remedy}") from error

@@ -33,7 +33,8 @@ class RemoteOptions:
         max_tries: number of times a request is sent, each to a healthy server, before its error
             fails the rollout.
         max_requests: outstanding requests over all servers; others wait here. Each has a
-            connection, so stay below ``ulimit -n``.
+            connection: the soft ``ulimit -n`` is raised as far as needed, and fewer are sent at a
+            time, with a warning, where the hard one does not allow them.
         settle_s: a pause waits until the latest request is this old, so that it has arrived.
         abort_grace_s: requests that have not returned this long after a pause had not arrived
             before it: they are cancelled, without a token, and sent again later.

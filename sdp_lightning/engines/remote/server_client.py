@@ -27,6 +27,7 @@ from sdp_lightning.engines.remote.backend import (
 )
 from sdp_lightning.engines.remote.completion_checks import assemble_valid, check_budget
 from sdp_lightning.engines.remote.http_client import HttpClient
+from sdp_lightning.engines.remote.open_files import OpenFilesError
 from sdp_lightning.engines.remote.options import RemoteOptions
 from sdp_lightning.engines.remote.replicas import Replica
 from sdp_lightning.engines.remote.responses import MAX_BYTES, ServerError, describe, reading_answer
@@ -36,6 +37,7 @@ from sdp_lightning.weights.protocol import Instruction, LoadAdapter, Target, Wei
 logger = getLogger(__name__)
 
 T = TypeVar("T")
+OPEN_FILES_S = 0.2  # before another call, while this process has too many files open
 LOADING = "loading"  # version label of a server whose weights are incomplete
 _NO_ROUTE = (403, 404, 405)
 _TOKEN_BYTES = 2048  # most that an answer needs for a token, with its log-prob, text and framing
@@ -72,6 +74,8 @@ class ServerClient:
                 replica.handshake_done = False
             else:
                 await self.handshake(replica)
+        except OpenFilesError:
+            raise
         except EngineError as error:
             raise EngineError(
                 f"cannot use the {self.kind} server at {replica.url}: {error} {_port(replica)}"
@@ -289,10 +293,12 @@ class ServerClient:
                 answer = await self._send(
                     replica, call, max(0.01, deadline - monotonic()), max_bytes
                 )
-            except ServerError as error:
-                if error.retry_after_s is None or monotonic() + error.retry_after_s >= deadline:
+            except (ServerError, OpenFilesError) as error:
+                is_ours = isinstance(error, OpenFilesError)
+                rest_s = OPEN_FILES_S if is_ours else error.retry_after_s
+                if rest_s is None or monotonic() + rest_s >= deadline:
                     raise
-                await asyncio.sleep(error.retry_after_s)
+                await asyncio.sleep(rest_s)
             else:
                 with reading_answer(replica.url):
                     return read(answer)

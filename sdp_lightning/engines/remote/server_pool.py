@@ -20,11 +20,12 @@ from sdp_lightning.engines.remote.completion_checks import (
     check_progress,
     check_versions,
 )
+from sdp_lightning.engines.remote.open_files import OpenFilesError, connections_allowed
 from sdp_lightning.engines.remote.options import RemoteOptions
 from sdp_lightning.engines.remote.prompt_scores import score_prompt
 from sdp_lightning.engines.remote.replicas import Replica, ReplicaSet
 from sdp_lightning.engines.remote.responses import ServerError, ServerLost
-from sdp_lightning.engines.remote.server_client import ServerClient
+from sdp_lightning.engines.remote.server_client import OPEN_FILES_S, ServerClient
 from sdp_lightning.engines.remote.silence import SEVERAL, ServerSilent, Silence, Tries
 from sdp_lightning.errors import ConfigError, EngineError
 from sdp_lightning.weights.protocol import WeightTransport
@@ -68,7 +69,7 @@ class ServerPool:
         self._set = ReplicaSet(urls, explain)
         self._client, self._transport, self._options = client, transport, options
         self._patience_s = min(_COUNT_S, options.request_timeout_s / 4)
-        self._slots = asyncio.Semaphore(options.max_requests)
+        self._slots = asyncio.Semaphore(connections_allowed(options.max_requests))
         self._interrupted = asyncio.Event()  # set while a publish takes requests back
 
     @property
@@ -106,6 +107,8 @@ class ServerPool:
         async def work(replica: Replica) -> None:
             try:
                 await greet(replica)
+            except OpenFilesError:
+                raise
             except (EngineError, ConfigError) as error:
                 failed[replica] = error
             else:
@@ -210,7 +213,7 @@ class ServerPool:
         replicas = self._set.serving
         results = await asyncio.gather(*map(work, replicas), return_exceptions=True)
         for replica, result in zip(replicas, results, strict=True):
-            if isinstance(result, EngineError):
+            if isinstance(result, EngineError) and not isinstance(result, OpenFilesError):
                 self._set.take_out(replica, result, phase=phase)
             elif isinstance(result, BaseException):
                 raise result
@@ -235,6 +238,10 @@ class ServerPool:
                 await self._set.rest(deadline, self._interrupted)
                 try:
                     completion = await self._try(request, tries)
+                except OpenFilesError:  # others close theirs
+                    if monotonic() > deadline:
+                        raise
+                    await asyncio.sleep(OPEN_FILES_S)
                 except ServerLost:
                     continue  # not the fault of this request; choosing a server has a deadline
                 except ServerError as error:
@@ -302,6 +309,8 @@ class ServerPool:
                     await self._client.listen(replica)
                 if not replica.serving and not self.publishing and self.version is not None:
                     await self._bring_back(replica, self.version)
+            except OpenFilesError as error:
+                logger.warning("%s was not asked whether it is well: %s", replica.url, error)
             except (EngineError, ConfigError) as error:
                 if not self.publishing:  # a publish has its own deadlines, and loads take long
                     self._set.take_out(replica, error)
