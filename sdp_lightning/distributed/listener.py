@@ -60,7 +60,7 @@ class Listener:
             self._server.listen(_BACKLOG)
         else:
             both = not host and socket.has_dualstack_ipv6()
-            family = socket.AF_INET6 if both or ":" in host else socket.AF_INET
+            family = socket.AF_INET6 if both else family_of(host)
             self._server = socket.create_server(
                 (host, 0), family=family, backlog=_BACKLOG, dualstack_ipv6=both
             )
@@ -204,6 +204,15 @@ def address_of(host: str) -> str:
         return str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
     except OSError:
         return ""
+
+
+def family_of(host: str) -> socket.AddressFamily:
+    """The family of the addresses of ``host``, IPv4 if it has both, or none at all."""
+    try:
+        found = {entry[0] for entry in socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)}
+    except OSError:
+        return socket.AF_INET
+    return socket.AF_INET6 if found == {socket.AF_INET6} else socket.AF_INET
 
 
 def listen_at(seen: Sequence[str]) -> Listener:

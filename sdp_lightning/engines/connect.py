@@ -28,11 +28,11 @@ def connect_engine(
     """Make an engine for ``url``, not started yet.
 
     Args:
-        url: ``"embedded"`` samples in this process; ``"vllm://h1:8000,h2:8000"`` on running
-            servers; ``"vllm://launch?replicas=2&max_model_len=512"`` starts servers, with the
-            fields of :class:`~sdp_lightning.engines.servers.managed.ServerConfig`, and ends them
-            with the run; ``"sglang://h1:30000"`` samples on running SGLang servers; ``"vllms://"``
-            and ``"sglangs://"`` speak https; an engine object is returned unchanged.
+        url: ``"embedded"`` samples in this process; ``"vllm://h1:8000,https://h2/prefix"`` on
+            running servers; ``"vllm://launch?replicas=2"`` starts servers, with the fields of
+            :class:`~sdp_lightning.engines.servers.managed.ServerConfig`, and ends them with the
+            run; ``"sglang://h1:30000"`` samples on running SGLang servers; ``"vllms://"`` and
+            ``"sglangs://"`` speak https; an engine object is returned unchanged.
         model: the model of ``"embedded"`` or of a launched server: a Hugging Face id, a folder or a
             ``ModelSource``; for ``"embedded"`` also a module, which is copied.
         **options: settings of ``EmbeddedEngine``, or of
@@ -55,20 +55,24 @@ def connect_engine(
         from sdp_lightning.engines.embedded import EmbeddedEngine
 
         return EmbeddedEngine(model, **options)
-    scheme, separator, rest = url.partition("://")
+    scheme, separator, rest = url.strip().partition("://")
+    scheme = scheme.lower()
     if separator and scheme in ("vllm", "vllms", "sglang", "sglangs"):
         return _connect_servers(scheme, rest, model=model, options=options)
     from sdp_lightning.engines.remote.addresses import redacted
 
+    kind = " Say the kind of server: 'vllm://https://host/path'." if "http" in scheme else ""
     raise ConfigError(
         f"engine {redacted(url)!r} is not known. Known are 'embedded', 'vllm://host:port,...', "
         "'vllm://launch?replicas=1', 'sglang://host:port,...' and any object that is an engine."
+        + kind
     )
 
 
 def _connect_servers(
     scheme: str, rest: str, *, model: Any, options: dict[str, Any]
 ) -> SharedServerEngine:
+    from sdp_lightning.engines.remote.addresses import server_urls
     from sdp_lightning.engines.remote.engine import RemoteInfEngine
     from sdp_lightning.engines.remote.options import RemoteOptions
     from sdp_lightning.engines.remote.sglang import SGLangBackend
@@ -77,30 +81,14 @@ def _connect_servers(
 
     settings = _from_fields(RemoteOptions, options)
     if scheme.startswith("sglang"):
-        urls = _server_urls(scheme, rest, "; SGLang servers are not started from here")
+        urls = server_urls(scheme, rest, "; SGLang servers are not started from here")
         return RemoteInfEngine(urls, SGLangBackend(), options=settings)
     address, _, query = rest.partition("?")
     if address == "launch" and scheme == "vllm":
         servers = ManagedServers(_server_config(query, model, settings.transport))
     else:
-        servers = _server_urls(scheme, rest, " or 'vllm://launch?replicas=1'")
+        servers = server_urls(scheme, rest, " or 'vllm://launch?replicas=1'")
     return RemoteInfEngine(servers, VLLMBackend(), options=settings)
-
-
-def _server_urls(scheme: str, rest: str, otherwise: str) -> list[str]:
-    """``http://host:port`` of each server in ``rest``; an error ends with ``otherwise``."""
-    from sdp_lightning.engines.remote.addresses import redacted, server_url
-
-    prefix = "https://" if scheme.endswith("s") else "http://"
-    if "@" in rest:
-        server_url(f"{scheme}://{rest}")  # its error does not show them
-    hosts = [host for host in rest.rstrip("/").split(",") if host]
-    if not hosts or "?" in rest or not all(h.rpartition(":")[2].isdigit() for h in hosts):
-        raise ConfigError(
-            f"{redacted(f'{scheme}://{rest}')!r} does not name servers. Write "
-            f"'{scheme}://host:port,host:port'{otherwise}."
-        )
-    return [server_url(prefix + host) for host in hosts]
 
 
 def _server_config(query: str, model: Any, transport: TransportName) -> ServerConfig:
@@ -112,6 +100,9 @@ def _server_config(query: str, model: Any, transport: TransportName) -> ServerCo
         pairs = parse_qsl(query, strict_parsing=bool(query))
     except ValueError as error:
         raise ConfigError(f"vllm://launch?{query}: write name=value&name=value.") from error
+    names = [name for name, _ in pairs]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ConfigError(f"vllm://launch?{query}: {', '.join(twice)} is given twice.")
     for name, text in pairs:
         kind = kinds.get(name, "")
         try:

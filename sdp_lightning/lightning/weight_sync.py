@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from sdp_lightning.engines.protocol import InferenceEngine, SharedServerEngine
 from sdp_lightning.errors import ConfigError, VersionError
 from sdp_lightning.lightning.checkpoint_io import use_atomic_checkpoints
+from sdp_lightning.lightning.checkpoint_names import keep_names_flat
 from sdp_lightning.lightning.datamodule import RolloutDataModule
 from sdp_lightning.lightning.failing_callbacks import (
     FailingCallbacks,
@@ -116,6 +117,7 @@ class WeightSyncCallback(Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         _parts(trainer, pl_module)
         use_atomic_checkpoints(trainer)
+        keep_names_flat(trainer)
         if stage == "fit":
             _parts(trainer, pl_module)[1].stop.saves.guard(trainer)
             self._run, self._num_trained = RunOfFit(trainer), 0
@@ -305,19 +307,22 @@ class WeightSyncCallback(Callback):
         waited = self._times["time/wait_s"] / step_s
         module.log("wait", waited, prog_bar=True, logger=False, batch_size=size)
         if module.global_rank == 0:
-            self._warn_of_drops(counts.dropped_groups, counts.trained_groups)
+            telemetry = _parts(module.trainer, module)[2].registry.telemetry
+            self._warn_of_drops(counts.dropped_groups, counts.trained_groups, telemetry.num_aside)
 
-    def _warn_of_drops(self, dropped: int, trained: int) -> None:
+    def _warn_of_drops(self, dropped: int, trained: int, num_aside: int) -> None:
         total = dropped + trained
         if self._warned or total < DROP_WARNING_GROUPS or dropped <= DROP_WARNING_SHARE * total:
             return
         self._warned = True
+        aside = f", {num_aside} of them while their reward or environment ran" if num_aside else ""
+        remedy = "Raise max_head_lag, lower max_concurrent, or use on_overdue='wait'."
+        if 2 * num_aside > dropped:
+            remedy = "Make the reward or environment faster, or lower reward_timeout_s."
         logger.warning(
-            "%d of %d finished or overdue groups went stale and were dropped: training is biased "
-            "against long rollouts. Raise max_head_lag, lower max_concurrent, or use "
-            "on_overdue='wait'.",
-            dropped,
-            total,
+            "%d of %d finished or overdue groups went stale and were dropped%s: training is biased "
+            "against long rollouts. %s",
+            *(dropped, total, aside, remedy),
         )
 
 

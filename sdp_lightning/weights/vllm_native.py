@@ -19,10 +19,12 @@ import torch
 from torch import Tensor, distributed
 
 from sdp_lightning.distributed.event_loop import settle
+from sdp_lightning.distributed.listener import family_of
 from sdp_lightning.errors import ConfigError, EngineError, SDPError
 from sdp_lightning.weights.protocol import EngineTransfer, Target, Weights
 
 NativeName = Literal["nccl", "ipc"]
+_IPV4_ONLY = ". vLLM 0.32 listens on IPv4 only: set trainer_host to such an address, or use 'tcp'."
 
 
 class NativeTransport:
@@ -104,7 +106,9 @@ class NativeTransport:
         except SDPError as error:
             failure = error
         except Exception as error:  # raised where the transfer is awaited
-            failure = EngineError(f"{target.url}: transferring by {self._kind} failed: {error!r}")
+            hint = _IPV4_ONLY if family_of(self._host) == socket.AF_INET6 else ""
+            text = f"{target.url}: transferring by {self._kind} failed: {error!r}{hint}"
+            failure = EngineError(text)
             failure.__cause__ = error
         settle(done, failure)
 
@@ -188,7 +192,7 @@ def _open(kind: NativeName, host: str, num_workers: int, client: _Client) -> _Se
             ipc, client=client, source=source
         )
     else:
-        with socket.create_server((host, 0)) as free:
+        with socket.create_server((host, 0), family=family_of(host)) as free:
             port = int(free.getsockname()[1])
         nccl = nccl_engine.NCCLTrainerInitInfo(
             master_address=host, master_port=port, world_size=num_workers + 1, rank=0

@@ -158,6 +158,7 @@ class Episode:
         start, before = time.monotonic(), self._num_sampled()
         if self._returned_at is not None:
             self._times += EpisodeTimes(tool_s=start - self._returned_at)
+            self._returned_at = None
         reason = self._begin_call(params)
         if reason is None:
             reason = await self._sample(params, self._make_completion(params, before))
@@ -166,6 +167,11 @@ class Episode:
         self._times += EpisodeTimes(sample_s=self._returned_at - start)
         self._finish_reason = reason
         return reason
+
+    @property
+    def aside_s(self) -> float | None:
+        """Seconds that its workflow has spent since the latest ``generate``; None during one."""
+        return None if self._returned_at is None else time.monotonic() - self._returned_at
 
     def finish(
         self,

@@ -33,6 +33,12 @@ def test_embedded_without_a_model_is_refused():
         ("vllm://localhost:8000", ["http://localhost:8000"]),
         ("vllm://127.0.0.1:8000/", ["http://127.0.0.1:8000"]),
         ("vllm://[::1]:1,localhost:2", ["http://[::1]:1", "http://localhost:2"]),
+        ("vllm://localhost:1, 127.0.0.1:2 ,", ["http://localhost:1", "http://127.0.0.1:2"]),
+        ("VLLM://LocalHost", ["http://localhost"]),
+        ("vllms://localhost,[::1]/a/", ["https://localhost", "https://[::1]/a"]),
+        ("sglang://https://localhost:1/team", ["https://localhost:1/team"]),
+        ("vllm://http://localhost:8000/v1", ["http://localhost:8000"]),
+        (" vllm://[0:0::1]:1/a/v1/,127.1.2.3", ["http://[::1]:1/a", "http://127.1.2.3"]),
     ],
 )
 def test_vllm_names_servers_that_run(url: str, urls: list[str]):
@@ -44,16 +50,48 @@ def test_vllm_names_servers_that_run(url: str, urls: list[str]):
 
 @pytest.mark.parametrize(
     "rest",
-    ["", ",", "localhost", "h:x", "localhost:8000?replicas=2", "localhost:1,other"],
+    ["", ",", " ", "h:x", "localhost:8000?replicas=2", "localhost:1,other:y", "https://h:x/a"],
 )
 def test_a_url_that_names_no_server_says_how_to(rest: str):
     with pytest.raises(ConfigError, match=r"does not name servers\. Write 'vllm://host:port"):
         connect_engine(f"vllm://{rest}", api_key="k")
 
 
-def test_a_server_named_twice_is_refused():
+@pytest.mark.parametrize(
+    "rest",
+    [
+        *("localhost:1,localhost:1", "localhost:1,LOCALHOST:1/", "localhost:1,127.0.0.1:1"),
+        *("[::1]:1,[0:0::1]:1", "localhost,localhost:80", "localhost:1/v1,localhost:1"),
+    ],
+)
+def test_a_server_named_twice_is_refused(rest: str):
     with pytest.raises(ConfigError, match="is named twice"):
-        connect_engine("vllm://localhost:1,localhost:1")
+        connect_engine(f"vllm://{rest}")
+
+
+@pytest.mark.parametrize(
+    ("url", "remedy"),
+    [
+        ("vllm://::1:8000", r"An IPv6 address goes into brackets"),
+        ("vllm://localhost:1;localhost:2", "Separate servers by commas"),
+        ("vllm://localhost:1 localhost:2", "Separate servers by commas"),
+        ("vllm://gateway/team:8000", "The port precedes the path"),
+        ("vllm://0.0.0.0:8000", "name one, as 127.0.0.1"),
+        ("sglang://[::]:8000", "name one, as 127.0.0.1"),
+        ("vllm://8000", "is not the address of a server"),
+        ("vllm://300.1.1.1:80", "is not the address of a server"),
+        ("vllm://-h:80", "is not the address of a server"),
+        ("vllm://ftp://h:80", "is not the address of a server"),
+        ("vllm://launch:8000", r"its settings follow a '\?'"),
+        ("vllms://http://h:80", "says https and http. Write 'vllm://"),
+        ("https://host/v1", "Say the kind of server: 'vllm://https://"),
+        ("vllm+https://host", "Say the kind of server"),
+    ],
+)
+def test_a_form_that_is_not_understood_is_refused_as_such(url: str, remedy: str):
+    with pytest.raises(ConfigError, match=remedy) as caught:
+        connect_engine(url)  # without a key, which other hosts need
+    assert "another host" not in str(caught.value)
 
 
 def test_servers_on_other_hosts_need_a_key():
@@ -86,6 +124,7 @@ def test_launch_gives_managed_servers_with_the_settings_of_the_url():
         ("model=m&replicas=two", "replicas='two' is no int"),
         ("model=m&gpus=2", "ServerConfig has no gpus"),
         ("model=m&replicas", "write name=value"),
+        ("model=m&replicas=1&replicas=2", "replicas is given twice"),
     ],
 )
 def test_a_launch_that_makes_no_sense_is_refused(query: str, message: str):

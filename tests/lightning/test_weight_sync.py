@@ -151,6 +151,10 @@ def test_dropped_groups_are_reported_with_their_length_and_warned_of_once(
     assert last["rollout/length_ratio"] == pytest.approx(6 / (6 + 6 * share), rel=1e-3)
     warned = [r for r in caplog.records if "biased against long rollouts" in r.getMessage()]
     assert len(warned) == 1
+    assert "of them while their reward or environment ran" in warned[0].getMessage()
+    assert "lower reward_timeout_s" in warned[0].getMessage()
+    aside = [r for r in caplog.records if "nothing of it was sampled for" in r.getMessage()]
+    assert len(aside) == 1 and aside[0].getMessage().startswith("row 'row1' went stale while its")
     trained = [row for step in recorder.steps for row in step.row_ids]
     assert all(int(row.removeprefix("row")) % 3 != 1 for row in trained)
 

@@ -59,6 +59,7 @@ class FakeVLLM(FakeWeights):
         self.max_length = int(settings.get("max_length", 4096))
         given = vars(self.options) | settings
         self.no_scale_out = bool(given.get("no_scale_out", False))
+        self.no_metrics, self.sampled = bool(given.get("no_metrics", False)), 0
         self.running: list[Running] = []
         self.seen: list[dict[str, Any]] = []
 
@@ -74,6 +75,12 @@ class FakeVLLM(FakeWeights):
 
     async def health(self, request: web.Request) -> web.Response:
         return web.Response(status=503 if self.dead else 200)
+
+    async def metrics(self, request: web.Request) -> web.Response:
+        if self.no_metrics:
+            return web.Response(status=404)
+        count = f'vllm:generation_tokens_total{{engine="0",model_name="{MODEL}"}} {self.sampled}.0'
+        return web.Response(text=f"# TYPE vllm:generation_tokens_total counter\n{count}\n")
 
     async def weight_info(self, request: web.Request) -> web.Response:
         wrong = self.take_fault("/weight_info", "wrong")
@@ -204,6 +211,7 @@ class FakeVLLM(FakeWeights):
                 running.spans.append({"version": self.version, "start": at, "end": at})
             running.spans[-1]["end"] = at + 1
             running.add((running.start + at) % 7 + 3, self.logprob)
+            self.sampled += 1
             if send is not None and running.is_due:
                 await send(running)
 
@@ -259,6 +267,7 @@ class FakeVLLM(FakeWeights):
                 web.get("/get_world_size", self.world_size),
                 web.get("/health", self.health),
                 web.get("/weight_info", self.weight_info),
+                web.get("/metrics", self.metrics),
                 web.get("/is_paused", self.is_paused),
                 web.post("/update_weight_version", self.set_version),
                 web.post("/pause", self.pause),

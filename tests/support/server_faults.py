@@ -166,6 +166,7 @@ def alter(answer: Any, values: dict[str, Any]) -> Any:
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--held", action="store_true", help="sample nothing until a step")
     parser.add_argument("--reply-s", type=float, default=0.0, help="before the first token")
@@ -183,7 +184,7 @@ async def serve(fake: FaultyServer) -> None:
         tls.load_cert_chain(certificate)
     runner = web.AppRunner(fake.app(), handler_cancellation=True, access_log=None)
     await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", fake.options.port, ssl_context=tls)
+    site = web.TCPSite(runner, fake.options.host, fake.options.port, ssl_context=tls)
     await site.start()
     print("ready", runner.addresses[0][1], flush=True)
     await asyncio.to_thread(sys.stdin.buffer.read)  # the parent's death ends it

@@ -32,7 +32,7 @@ from sdp_lightning.cli.doctor.model_size import ModelSize
 from sdp_lightning.cli.doctor.prompt_checks import check_prompts
 from sdp_lightning.cli.doctor.source_checks import check_source, model_folder, read_source
 from sdp_lightning.config.model_source import ModelSource
-from sdp_lightning.engines.remote.addresses import redacted, server_url, tls_context
+from sdp_lightning.engines.remote.addresses import server_urls, tls_context
 from sdp_lightning.errors import ConfigError
 from sdp_lightning.prompts.iterable_rows import IterableRows
 from sdp_lightning.prompts.sources import load_rows
@@ -215,8 +215,11 @@ def check_servers(engine: str, machine: Machine, ca_file: str | None = None) -> 
             else f"{python} is not there: make that environment, or change python= in data.engine."
         )
         return [Finding("problem", "servers", text)]
-    web = "https" if scheme in ("vllms", "sglangs") else "http"
-    return [_ask(f"{web}://{host}", ca_file) for host in rest.rstrip("/").split(",") if host]
+    try:
+        urls = server_urls(scheme.lower(), rest)
+    except ConfigError as error:
+        return [Finding("problem", "server", str(error))]
+    return [_ask(url, ca_file) for url in urls]
 
 
 def check_rows(name: str, data: Mapping[str, Any], source: ModelSource | Finding) -> Finding:
@@ -257,10 +260,9 @@ def _launches(engine: str) -> bool:
     return engine.partition("?")[0] == "vllm://launch"
 
 
-def _ask(address: str, ca_file: str | None) -> Finding:
-    host = redacted(address).partition("://")[2]
+def _ask(url: str, ca_file: str | None) -> Finding:
+    host = url.partition("://")[2]
     try:
-        url = server_url(address)
         tls = urllib.request.HTTPSHandler(context=tls_context(ca_file, [url]))
         # Requests to loopback never go through a proxy.
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), tls)

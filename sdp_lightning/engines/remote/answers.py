@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from sdp_lightning.engines.remote.backend import Call
 from sdp_lightning.engines.remote.responses import describe
 from sdp_lightning.errors import EngineError
 from sdp_lightning.types import FinishReason
@@ -17,6 +19,8 @@ FINISH_REASONS: Mapping[str | None, FinishReason | None] = {
 }
 MAX_LENGTH = 2**31  # tokens of a sequence that a server may say it takes
 MAX_WORKERS = 2**12  # processes that a server may say it has
+METRICS = Call("GET", "/metrics", answer="text")  # SGLang has it with --enable-metrics
+_SAMPLED = re.compile(r"^\w+:generation_tokens_total(?:\{.*\})? (\S+)", re.MULTILINE)
 # Raised where JSON has another form than expected.
 _MALFORMED = (KeyError, IndexError, TypeError, ValueError, OverflowError, AttributeError)
 
@@ -64,6 +68,17 @@ def check_temperature(
 def read_edges(spans: Any) -> tuple[tuple[str, int, int], ...]:
     """``(version, start, end)`` of each span of tokens that one version sampled."""
     return tuple((text(s["version"]), integer(s["start"]), integer(s["end"])) for s in spans)
+
+
+def read_sampled(metrics: Any) -> float:
+    """Tokens sampled since the server started, from what Prometheus would read.
+
+    >>> read_sampled('vllm:generation_tokens_total{engine="0"} 7.0')
+    7.0
+    """
+    with reading("the server", METRICS.path, "generation_tokens_total", metrics):
+        first, *others = map(float, _SAMPLED.findall(text(metrics)))
+        return first + sum(others)  # one for each engine of the server
 
 
 # Values of JSON: each raises ``TypeError`` or ``ValueError`` for one of another type or range. ----

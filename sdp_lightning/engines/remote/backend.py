@@ -274,6 +274,10 @@ class RemoteInfBackend(Protocol):
         """Refuse an answer to pause, resume, load or set_version that does not confirm it."""
         ...
 
+    def count_sampled(self) -> Call:
+        """Call for the tokens sampled since the server started, so that progress shows."""
+        ...
+
     def get_version(self) -> Call:
         """Call that asks for the version label."""
         ...

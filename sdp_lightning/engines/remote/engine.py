@@ -6,12 +6,10 @@ import time
 from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 
 from sdp_lightning.config.server_keys import key_source, read_key
-from sdp_lightning.distributed.messaging import LOOPBACK_HOSTS
 from sdp_lightning.engines.protocol import (
     GenerationRequest,
     NamedWeights,
@@ -19,7 +17,14 @@ from sdp_lightning.engines.protocol import (
     SegmentSink,
     require_next_version,
 )
-from sdp_lightning.engines.remote.addresses import check_api_key, server_url, tls_context
+from sdp_lightning.engines.remote.addresses import (
+    check_api_key,
+    check_proxy,
+    is_far,
+    same_server,
+    server_url,
+    tls_context,
+)
 from sdp_lightning.engines.remote.backend import Completion, RemoteInfBackend, sampled
 from sdp_lightning.engines.remote.http_client import HttpClient
 from sdp_lightning.engines.remote.make_transport import make_transport
@@ -72,10 +77,12 @@ class RemoteInfEngine:
                 f"{count} servers are fewer than min_replicas={self.options.min_replicas}."
             )
         tls = tls_context(self.options.ca_file, self._urls)
+        if self.options.use_proxy:
+            check_proxy(self._urls)
         self._key = read_key(self.options.api_key)
         if self._key is not None:
             check_api_key(key_source(self.options.api_key), self._key)
-        self._http = HttpClient(api_key=self._key, tls=tls)
+        self._http = HttpClient(api_key=self._key, tls=tls, use_proxy=self.options.use_proxy)
         self._client = ServerClient(self._http, backend, self.options)
         self._transport: WeightTransport | None = None
         self._pool: ServerPool | None = None
@@ -267,9 +274,10 @@ def _nothing(url: str) -> str:
 
 
 def _check_servers(urls: list[str], options: RemoteOptions) -> None:
-    if twice := sorted({url for url in urls if urls.count(url) > 1}):
+    servers = [same_server(url) for url in urls]
+    if twice := [url for n, url in enumerate(urls) if servers[n] in servers[:n]]:
         raise ConfigError(f"{', '.join(twice)} is named twice: name each server once.")
-    far = [url for url in urls if urlsplit(url).hostname not in LOOPBACK_HOSTS]
+    far = [url for url in urls if is_far(url)]
     if far and read_key(options.api_key) is None:
         raise ConfigError(
             f"{', '.join(far)} is on another host. Start it with VLLM_API_KEY in its environment, "

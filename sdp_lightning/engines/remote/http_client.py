@@ -1,7 +1,8 @@
 """HTTP calls to servers from any thread: an event loop in its own thread, with keep-alive.
 
-Every call has a timeout. A call is retried only once, if the server closes the connection before it
-answers; further retries are up to the caller, who knows what may be sent twice.
+A call has a timeout, or None where its caller awaits it with a deadline. It is retried only once,
+if the server closes the connection before it answers; further retries are up to the caller, who
+knows what may be sent twice.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from typing import Any, TypeVar
 
 import aiohttp
 
+from sdp_lightning.engines.remote.addresses import proxy_of
 from sdp_lightning.engines.remote.backend import Call
+from sdp_lightning.engines.remote.open_files import open_files_error
 from sdp_lightning.engines.remote.responses import (
     MAX_BYTES,
     ServerError,
@@ -45,10 +48,17 @@ class HttpClient:
     Args:
         api_key: sent as a bearer token; None sends none.
         tls: whose certificates are believed at ``https`` addresses; None: the system's.
+        use_proxy: whether calls go through the proxy that the environment names for their server.
     """
 
-    def __init__(self, *, api_key: str | None = None, tls: ssl.SSLContext | None = None) -> None:
-        self._tls = tls
+    def __init__(
+        self,
+        *,
+        api_key: str | None = None,
+        tls: ssl.SSLContext | None = None,
+        use_proxy: bool = False,
+    ) -> None:
+        self._tls, self._use_proxy = tls, use_proxy
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._lock = threading.Lock()  # work is handed over before the shutdown
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -105,7 +115,7 @@ class HttpClient:
         return self._hand_over(work)
 
     async def request(
-        self, url: str, call: Call, *, timeout_s: float, max_bytes: int = MAX_BYTES
+        self, url: str, call: Call, *, timeout_s: float | None, max_bytes: int = MAX_BYTES
     ) -> Any:
         """Send ``call`` to the server at ``url``; await it in the client's event loop.
 
@@ -114,13 +124,14 @@ class HttpClient:
 
         Raises:
             ServerError: naming server and path; also if the answer has more than ``max_bytes``.
+            OpenFilesError: if this process cannot open a connection.
         """
         async with self._sent(url, call, timeout_s) as answer:
             as_text = call.answer == "text"
             return await read_whole(_where(url, call), answer, max_bytes, as_text=as_text)
 
     async def stream(
-        self, url: str, call: Call, *, timeout_s: float, max_bytes: int
+        self, url: str, call: Call, *, timeout_s: float | None, max_bytes: int
     ) -> AsyncGenerator[Any]:
         """Send ``call``, which is answered by server-sent events; in the client's event loop.
 
@@ -137,7 +148,7 @@ class HttpClient:
 
     @asynccontextmanager
     async def _sent(
-        self, url: str, call: Call, timeout_s: float
+        self, url: str, call: Call, timeout_s: float | None
     ) -> AsyncGenerator[aiohttp.ClientResponse]:
         """Context of an answer with status 200; errors while it is read become ``ServerError``."""
         if self._session is None:
@@ -150,6 +161,7 @@ class HttpClient:
             json=call.body,
             timeout=aiohttp.ClientTimeout(total=timeout_s),
             allow_redirects=False,
+            proxy=proxy_of(url) if self._use_proxy else None,
         )
         with reading_answer(where):
             try:
@@ -166,6 +178,8 @@ class HttpClient:
             except TimeoutError as error:
                 raise ServerError(f"{where} did not answer within {timeout_s:.1f} s.") from error
             except (aiohttp.ClientError, OSError) as error:
+                if isinstance(error, OSError) and (limit := open_files_error(error)):
+                    raise limit from error
                 remedy = f" {_CA_REMEDY}" if isinstance(error, aiohttp.ClientSSLError) else ""
                 cause = f"{type(error).__name__}: {printable(str(error))}"
                 raise ServerError(f"{where}: {cause}{remedy}") from error

@@ -6,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from sdp_lightning.distributed.messaging import LOOPBACK_HOSTS
+from sdp_lightning.engines.remote.addresses import is_far
 from sdp_lightning.engines.remote.options import RemoteOptions
 from sdp_lightning.errors import EngineError
 from sdp_lightning.weights.protocol import WeightTransport
@@ -46,10 +46,10 @@ def _trainer_host(options: RemoteOptions, urls: list[str]) -> str:
     from sdp_lightning.weights.tcp import address_towards
 
     if options.trainer_host is not None:
-        return options.trainer_host
-    hosts = [(str(parts.hostname), parts.port or 80) for parts in map(urlsplit, urls)]
-    far = [address for address in hosts if address[0] not in LOOPBACK_HOSTS]
-    *others, last = far or hosts
+        return options.trainer_host.strip("[]")  # of an IPv6 address, as in a URL
+    far = [url for url in urls if is_far(url)]
+    parts = map(urlsplit, far or urls)
+    *others, last = [(str(part.hostname), part.port or 80) for part in parts]
     for address in others:
         with suppress(EngineError):  # one server may be out of reach, and another one not
             return address_towards(*address)

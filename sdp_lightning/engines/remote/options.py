@@ -20,7 +20,12 @@ class RemoteOptions:
 
     Args:
         min_replicas: a publish with fewer serving servers than this is an error.
-        request_timeout_s: timeout of one completion.
+        request_timeout_s: a completion is sent again, alone and with twice the time, when there was
+            no sign of sampling for so long: no token of it where answers are streamed, else no
+            answer of its server to any request, nor progress of the server's count of sampled
+            tokens (``/metrics``). Without a sign of its own a request is also sent again after one
+            second more for each of ``max_new_tokens``. A server is taken out when three requests in
+            a row had no sign.
         control_timeout_s: timeout of a load of weights, and of a probe.
         answer_timeout_s: timeout of short calls: pause, resume, version.
         recover_s: longest wait for servers to come back when none is left to sample on, or too
@@ -28,7 +33,8 @@ class RemoteOptions:
         max_tries: number of times a request is sent, each to a healthy server, before its error
             fails the rollout.
         max_requests: outstanding requests over all servers; others wait here. Each has a
-            connection, so stay below ``ulimit -n``.
+            connection: the soft ``ulimit -n`` is raised as far as needed, and fewer are sent at a
+            time, with a warning, where the hard one does not allow them.
         settle_s: a pause waits until the latest request is this old, so that it has arrived.
         abort_grace_s: requests that have not returned this long after a pause had not arrived
             before it: they are cancelled, without a token, and sent again later.
@@ -52,6 +58,8 @@ class RemoteOptions:
             ``SDP_API_KEY``. Servers on other hosts need one; those that a run starts are given it.
         ca_file: PEM file of the certificate authorities that are believed at ``https`` addresses;
             None: those of the system.
+        use_proxy: send requests through the proxy of ``HTTP_PROXY`` or ``HTTPS_PROXY``, except to
+            servers of ``NO_PROXY`` or of this machine. Weights do not go through it.
         vocab_size: number of token ids of the model; a server that samples another one is set
             aside. None: a fit takes its model's; else any of 31 bits is accepted.
     """
@@ -77,6 +85,7 @@ class RemoteOptions:
     api_key: str | None = field(default=None, repr=False)
     ca_file: str | None = None
     vocab_size: int | None = None
+    use_proxy: bool = False
 
     def __post_init__(self) -> None:
         if self.api_key is not None and key_source(self.api_key) == "api_key":

@@ -30,6 +30,10 @@ class Replica:
         adapter: name of the LoRA adapter that it samples with; None: the model without one.
         serving: whether requests are sent to it.
         outstanding: requests without an answer; a cancelled one is sent elsewhere, or later.
+        heard_s: time of its latest sign of sampling: an answer, or progress of its count.
+        num_sampled: its own count of tokens; None: it was not asked, or has none.
+        counted_s: time at which it was last asked for the count; ``inf`` if it has none.
+        silent: requests that got no token for too long since ``heard_s``.
         num_losses: number of times it was taken out of service.
         num_returns: number of attempts to bring it back since it last completed a request.
         tried_s: time of the last such attempt.
@@ -47,6 +51,10 @@ class Replica:
     outstanding: set[asyncio.Future[Completion]] = field(
         default_factory=set["asyncio.Future[Completion]"]
     )
+    heard_s: float = 0.0
+    num_sampled: float | None = None
+    counted_s: float = 0.0
+    silent: set[object] = field(default_factory=set[object])
     num_losses: int = 0
     num_returns: int = 0
     tried_s: float = 0.0
@@ -56,6 +64,11 @@ class Replica:
     busy_until_s: float = 0.0
     why_busy: str = ""
     why_out: str = "it was never reached"
+
+    def hear(self) -> None:
+        """Note a sign of sampling."""
+        self.heard_s = time.monotonic()
+        self.silent.clear()
 
     @property
     def serves(self) -> ServerInfo:
@@ -179,6 +192,7 @@ class ReplicaSet:
     def take_out(self, replica: Replica, error: Exception, *, phase: str = "serving") -> None:
         """Send no more requests to ``replica``; cancel its outstanding ones."""
         replica.why_out = str(error)
+        replica.silent.clear()
         replica.waits_for_publish = False
         if replica.serving:
             logger.warning("%s is taken out while %s: %s", replica.url, phase, error)

@@ -16,6 +16,7 @@ from typing import Any
 
 import aiohttp
 
+from sdp_lightning.engines.remote.open_files import OpenFilesError
 from sdp_lightning.errors import EngineError, SDPError
 
 MAX_BYTES = 2**20  # largest answer whose size does not depend on a request
@@ -63,7 +64,7 @@ def reading_answer(where: str) -> Generator[None]:
     """Context in which whatever reading an answer raises becomes an error of that server."""
     try:
         yield
-    except ServerError:
+    except (ServerError, OpenFilesError):
         raise
     except Exception as error:
         text = printable(str(error))

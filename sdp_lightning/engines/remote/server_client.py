@@ -9,10 +9,14 @@ import asyncio
 from collections.abc import Callable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
+from logging import getLogger
+from math import inf
 from time import monotonic
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from sdp_lightning.engines.protocol import GenerationRequest
+from sdp_lightning.engines.remote import answers
 from sdp_lightning.engines.remote.backend import (
     Call,
     Chunk,
@@ -20,17 +24,20 @@ from sdp_lightning.engines.remote.backend import (
     OnUpdate,
     RemoteInfBackend,
     ServerInfo,
-    assemble,
-    server_stop_texts,
 )
+from sdp_lightning.engines.remote.completion_checks import assemble_valid, check_budget
 from sdp_lightning.engines.remote.http_client import HttpClient
+from sdp_lightning.engines.remote.open_files import OpenFilesError
 from sdp_lightning.engines.remote.options import RemoteOptions
 from sdp_lightning.engines.remote.replicas import Replica
 from sdp_lightning.engines.remote.responses import MAX_BYTES, ServerError, describe, reading_answer
 from sdp_lightning.errors import ConfigError, EngineError
 from sdp_lightning.weights.protocol import Instruction, LoadAdapter, Target, WeightTransport
 
+logger = getLogger(__name__)
+
 T = TypeVar("T")
+OPEN_FILES_S = 0.2  # before another call, while this process has too many files open
 LOADING = "loading"  # version label of a server whose weights are incomplete
 _NO_ROUTE = (403, 404, 405)
 _TOKEN_BYTES = 2048  # most that an answer needs for a token, with its log-prob, text and framing
@@ -67,10 +74,12 @@ class ServerClient:
                 replica.handshake_done = False
             else:
                 await self.handshake(replica)
+        except OpenFilesError:
+            raise
         except EngineError as error:
             raise EngineError(
-                f"cannot use the {self.kind} server at {replica.url}: {error} Is it "
-                "running there? `sdp-lightning doctor --config FILE` asks; engine="
+                f"cannot use the {self.kind} server at {replica.url}: {error} {_port(replica)}"
+                "Is it running there? `sdp-lightning doctor --config FILE` asks; engine="
                 "'vllm://launch' starts one, and 'embedded' needs none."
             ) from error
 
@@ -184,33 +193,53 @@ class ServerClient:
         limit = self._options.control_timeout_s
         return await self._ask(replica, call, limit, read, max_bytes=max_bytes)
 
+    async def listen(self, replica: Replica) -> None:
+        """Note whether ``replica`` has sampled since it was last asked, by its own count."""
+        limit, call = self._options.answer_timeout_s, self._backend.count_sampled()
+        replica.counted_s = monotonic()
+        try:
+            num_sampled = await self._ask(replica, call, limit, answers.read_sampled)
+        except ServerError as error:
+            logger.info("%s does not count what it samples: %s", replica.url, error)
+            replica.num_sampled, replica.counted_s = None, inf
+            return
+        if replica.num_sampled is not None and num_sampled != replica.num_sampled:
+            replica.hear()
+        replica.num_sampled = num_sampled
+
     async def complete(
-        self, replica: Replica, request: GenerationRequest, version: int, chunks: list[Chunk]
+        self,
+        replica: Replica,
+        request: GenerationRequest,
+        version: int,
+        chunks: list[Chunk],
+        on_chunk: Callable[[Chunk], None] = lambda _: None,
     ) -> Completion:
-        """Sample a completion.
+        """Sample a completion. It has no deadline here: the caller cancels it.
 
         Args:
             replica: the server to sample on.
             request: the prompt and how to continue it.
             version: version that the request is sent under.
             chunks: receives the chunks of a streamed answer as they arrive.
+            on_chunk: called with each of them.
 
         Raises:
             ServerError: also if the answer has an unexpected form, or says what cannot be.
         """
-        backend, limit = self._backend, self._options.request_timeout_s
+        backend = self._backend
         info = replace(replica.serves, num_embeddings=self.vocab_size)
         call = backend.generate(request, info, stream=self._options.stream)
         budget = request.params.max_new_tokens
         max_bytes = MAX_BYTES + budget * _TOKEN_BYTES + request.token_ids.size * _PROMPT_TOKEN_BYTES
         if not self._options.stream:
-            answer = await self._send(replica, call, limit, max_bytes)
+            answer = await self._send(replica, call, None, max_bytes)
             with reading_answer(replica.url):
                 completion = backend.read_completion(answer, info, version)
                 for span in completion.spans:
                     self._check_tokens(span.token_ids, request)
         else:
-            answers = self._http.stream(replica.url, call, timeout_s=limit, max_bytes=max_bytes)
+            answers = self._http.stream(replica.url, call, timeout_s=None, max_bytes=max_bytes)
             async with aclosing(answers) as stream:
                 async for data in stream:
                     with reading_answer(replica.url):
@@ -221,6 +250,7 @@ class ServerClient:
                             chunks.clear()  # none of it is believed
                             raise EngineError("the server goes on after the end of a completion.")
                         chunks.append(chunk)
+                        on_chunk(chunk)
             completion = assemble_valid(chunks, version, replica)
         check_budget(completion, request, replica)
         return completion
@@ -263,15 +293,19 @@ class ServerClient:
                 answer = await self._send(
                     replica, call, max(0.01, deadline - monotonic()), max_bytes
                 )
-            except ServerError as error:
-                if error.retry_after_s is None or monotonic() + error.retry_after_s >= deadline:
+            except (ServerError, OpenFilesError) as error:
+                is_ours = isinstance(error, OpenFilesError)
+                rest_s = OPEN_FILES_S if is_ours else error.retry_after_s
+                if rest_s is None or monotonic() + rest_s >= deadline:
                     raise
-                await asyncio.sleep(error.retry_after_s)
+                await asyncio.sleep(rest_s)
             else:
                 with reading_answer(replica.url):
                     return read(answer)
 
-    async def _send(self, replica: Replica, call: Call, timeout_s: float, max_bytes: int) -> Any:
+    async def _send(
+        self, replica: Replica, call: Call, timeout_s: float | None, max_bytes: int
+    ) -> Any:
         try:
             return await self._http.request(
                 replica.url, call, timeout_s=timeout_s, max_bytes=max_bytes
@@ -284,59 +318,10 @@ class ServerClient:
             raise ServerError(text, error.status, error.retry_after_s) from error
 
 
+def _port(replica: Replica) -> str:
+    parts = urlsplit(replica.url)
+    return "" if parts.port else f"Without a port in its address it is {parts.scheme}'s own. "
+
+
 def _as_it_is(answer: Any) -> Any:
     return answer
-
-
-def check_length(request: GenerationRequest, replica: Replica) -> None:
-    """Refuse a request that is longer than the server allows."""
-    assert replica.info is not None
-    tokens, budget = int(request.token_ids.size), request.params.max_new_tokens
-    if tokens + budget > replica.info.max_length:
-        raise EngineError(
-            f"a prompt of {tokens} tokens and max_new_tokens={budget} do not fit the "
-            f"{replica.info.max_length} tokens of {replica.url}. Shorten one of them, or start the "
-            "server with a larger --max-model-len (vLLM) or --context-length (SGLang)."
-        )
-
-
-def assemble_valid(chunks: Sequence[Chunk], version: int, replica: Replica) -> Completion:
-    """Join chunks of ``replica``, whose error it is if they do not fit together."""
-    with reading_answer(replica.url):
-        return assemble(chunks, version)
-
-
-def check_progress(completion: Completion, replica: Replica) -> None:
-    """Refuse an interruption without a token: outside a publish it would be followed by others."""
-    if completion.finish_reason == "abort" and not completion.spans:
-        raise ServerError(f"{replica.url} ended a request without a token outside a publish.")
-
-
-def check_budget(completion: Completion, request: GenerationRequest, replica: Replica) -> None:
-    """Refuse more tokens than asked, fewer that end by length, none or a text that end at a stop.
-
-    The text is one that was not asked for.
-    """
-    found = sum(len(span.token_ids) for span in completion.spans)
-    asked, reason = request.params.max_new_tokens, completion.finish_reason
-    least = {"length": asked, "stop": 1}.get(reason, 0)
-    if not least <= found <= asked:
-        raise ServerError(
-            f"{replica.url} answered {found} tokens that end by {reason!r}, of {asked} asked for."
-        )
-    text = completion.stop_text
-    if text is not None and text not in server_stop_texts(request):
-        raise ServerError(
-            f"{replica.url} ended a request at {describe(text)}, which is none of its stop texts."
-        )
-
-
-def check_versions(completion: Completion, oldest: int, newest: int, replica: Replica) -> None:
-    """Refuse tokens whose version is not among ``oldest`` to ``newest``."""
-    possible = {str(version) for version in range(oldest, newest + 1)}
-    for span in completion.spans:
-        if span.version not in possible:
-            raise ServerError(
-                f"{replica.url} sampled under version {describe(span.version)} and not under "
-                f"{oldest} to {newest}: it was restarted, or another client updates it."
-            )

@@ -14,17 +14,19 @@ from time import monotonic
 
 from sdp_lightning.engines.protocol import GenerationRequest
 from sdp_lightning.engines.remote.backend import Chunk, Completion
-from sdp_lightning.engines.remote.options import RemoteOptions
-from sdp_lightning.engines.remote.prompt_scores import score_prompt
-from sdp_lightning.engines.remote.replicas import Replica, ReplicaSet
-from sdp_lightning.engines.remote.responses import ServerError, ServerLost
-from sdp_lightning.engines.remote.server_client import (
-    ServerClient,
+from sdp_lightning.engines.remote.completion_checks import (
     assemble_valid,
     check_length,
     check_progress,
     check_versions,
 )
+from sdp_lightning.engines.remote.open_files import OpenFilesError, connections_allowed
+from sdp_lightning.engines.remote.options import RemoteOptions
+from sdp_lightning.engines.remote.prompt_scores import score_prompt
+from sdp_lightning.engines.remote.replicas import Replica, ReplicaSet
+from sdp_lightning.engines.remote.responses import ServerError, ServerLost
+from sdp_lightning.engines.remote.server_client import OPEN_FILES_S, ServerClient
+from sdp_lightning.engines.remote.silence import SEVERAL, ServerSilent, Silence, Tries
 from sdp_lightning.errors import ConfigError, EngineError
 from sdp_lightning.weights.protocol import WeightTransport
 
@@ -32,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 _INTERRUPTED = Completion((), "abort")
 _MOST_DOUBLINGS = 5
+_COUNT_S = 30.0  # between two looks at the count of a server whose requests take long
 
 
 class ServerPool:
@@ -65,7 +68,8 @@ class ServerPool:
         self.error: EngineError | None = None
         self._set = ReplicaSet(urls, explain)
         self._client, self._transport, self._options = client, transport, options
-        self._slots = asyncio.Semaphore(options.max_requests)
+        self._patience_s = min(_COUNT_S, options.request_timeout_s / 4)
+        self._slots = asyncio.Semaphore(connections_allowed(options.max_requests))
         self._interrupted = asyncio.Event()  # set while a publish takes requests back
 
     @property
@@ -103,6 +107,8 @@ class ServerPool:
         async def work(replica: Replica) -> None:
             try:
                 await greet(replica)
+            except OpenFilesError:
+                raise
             except (EngineError, ConfigError) as error:
                 failed[replica] = error
             else:
@@ -207,7 +213,7 @@ class ServerPool:
         replicas = self._set.serving
         results = await asyncio.gather(*map(work, replicas), return_exceptions=True)
         for replica, result in zip(replicas, results, strict=True):
-            if isinstance(result, EngineError):
+            if isinstance(result, EngineError) and not isinstance(result, OpenFilesError):
                 self._set.take_out(replica, result, phase=phase)
             elif isinstance(result, BaseException):
                 raise result
@@ -226,45 +232,52 @@ class ServerPool:
         server refuses is asked of another one before it is taken for the request's fault.
         """
         async with self._slots:
-            tries, refusals = 0, dict[Replica, ServerError]()
+            tries = Tries()
             deadline = monotonic() + self._options.request_timeout_s
             while True:
                 await self._set.rest(deadline, self._interrupted)
                 try:
-                    completion = await self._try(request, refusals)
+                    completion = await self._try(request, tries)
+                except OpenFilesError:  # others close theirs
+                    if monotonic() > deadline:
+                        raise
+                    await asyncio.sleep(OPEN_FILES_S)
                 except ServerLost:
                     continue  # not the fault of this request; choosing a server has a deadline
                 except ServerError as error:
-                    tries += error.retry_after_s is None
-                    asked_all = len(refusals) > 1 or refusals.keys() >= {*self._set.serving}
-                    if (error.is_refusal and asked_all) or tries == self._options.max_tries:
+                    tries.num_failed += error.retry_after_s is None
+                    if error.is_refusal and tries.has_asked(self._set.serving):
+                        raise
+                    if tries.num_failed == self._options.max_tries:
                         raise
                 else:
-                    for replica, error in refusals.items() if completion.spans else ():
+                    for replica, error in tries.refusals.items() if completion.spans else ():
                         self._set.take_out(replica, error)  # another one accepts it
                     return completion
 
-    async def _try(
-        self, request: GenerationRequest, refusals: dict[Replica, ServerError]
-    ) -> Completion:
+    async def _try(self, request: GenerationRequest, tries: Tries) -> Completion:
         self.raise_if_unusable()
         if self.version is None:
             raise EngineError("nothing was published yet: publish with reset=True first.")
-        replica = await self._set.choose(request.group_key, self._options.recover_s, refusals)
+        replica = await self._set.choose(request.group_key, self._options.recover_s, tries.to_avoid)
         if self._interrupted.is_set():
             return _INTERRUPTED  # it came after the pause: resent after the resume
         check_length(request, replica)
         oldest, num_losses, chunks = self.version, replica.num_losses, list[Chunk]()
         try:
-            completion = await self._complete(replica, request, oldest, chunks)
+            silence = Silence(replica, request, tries, self._options.request_timeout_s)
+            completion = await silence.complete(self._client, self._set, oldest, chunks)
             newest = self.version if self._options.on_update == "keep" else oldest
             check_versions(completion, oldest, newest, replica)
             if self._transport is not None and not self.publishing:
                 check_progress(completion, replica)  # else another rank may have paused it
             replica.num_returns = 0
+            replica.hear()
         except ServerError as error:
-            if error.is_refusal:
-                refusals[replica] = error
+            if isinstance(error, ServerSilent):
+                self._note_silence(replica, error)
+            elif error.is_refusal:
+                tries.refusals[replica] = error
             elif error.retry_after_s is not None:
                 self._set.leave_alone(replica, error, error.retry_after_s)
             elif replica.num_losses == num_losses:
@@ -276,22 +289,13 @@ class ServerPool:
             check_versions(completion, oldest, oldest, replica)
         return completion
 
-    async def _complete(
-        self, replica: Replica, request: GenerationRequest, version: int, chunks: list[Chunk]
-    ) -> Completion:
-        """Await the completion; raises ``ServerError`` as soon as the replica is lost."""
-        work = self._client.complete(replica, request, version, chunks)
-        answer = asyncio.ensure_future(work)
-        with self._set.sending(replica, answer):
-            try:
-                return await answer
-            except asyncio.CancelledError:
-                task = asyncio.current_task()
-                if task is None or task.cancelling():
-                    raise
-                if not replica.serving:
-                    raise ServerLost(f"{replica.url} was lost: {replica.why_out}") from None
-                return assemble_valid(chunks, version, replica)  # cancelled by ``drain``
+    def _note_silence(self, replica: Replica, error: ServerError) -> None:
+        """The request is sent again, alone: its server is out only if several say the same."""
+        if len(replica.silent) < SEVERAL:
+            logger.warning("%s The request alone is sent again.", error)
+        elif replica.serving:
+            several = f"{len(replica.silent)} requests in a row were silent. The latest: {error}"
+            self._set.take_out(replica, EngineError(several))
 
     # Health --------------------------------------------------------------------------------------
 
@@ -301,11 +305,20 @@ class ServerPool:
             await asyncio.sleep(self._options.health_interval_s)
             try:
                 await self._client.check(replica)
+                if not self.publishing and self._is_overdue(replica):
+                    await self._client.listen(replica)
                 if not replica.serving and not self.publishing and self.version is not None:
                     await self._bring_back(replica, self.version)
+            except OpenFilesError as error:
+                logger.warning("%s was not asked whether it is well: %s", replica.url, error)
             except (EngineError, ConfigError) as error:
                 if not self.publishing:  # a publish has its own deadlines, and loads take long
                     self._set.take_out(replica, error)
+
+    def _is_overdue(self, replica: Replica) -> bool:
+        """Whether requests wait at ``replica``, which has given no sign of sampling for a while."""
+        latest_s = max(replica.heard_s, replica.counted_s)
+        return bool(replica.outstanding) and latest_s + self._patience_s < monotonic()
 
     async def _bring_back(self, replica: Replica, version: int) -> None:
         """Bring ``replica`` to ``version``, whatever it held, and let it serve.

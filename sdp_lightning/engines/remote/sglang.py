@@ -186,6 +186,9 @@ class SGLangBackend:
     def read_done(self, call: Call, answer: Any) -> None:
         answers.check_done("SGLang", call.path, answer, *_DONE[call.path])
 
+    def count_sampled(self) -> Call:
+        return answers.METRICS
+
     def get_version(self) -> Call:
         return Call("GET", "/model_info")
 

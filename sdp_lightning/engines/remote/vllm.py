@@ -197,6 +197,9 @@ class VLLMBackend:
             return
         answers.check_done("vLLM", path, answer, *_DONE[path])
 
+    def count_sampled(self) -> Call:
+        return answers.METRICS
+
     def get_version(self) -> Call:
         return Call("GET", "/weight_info")
 

@@ -58,6 +58,16 @@ class InFlightGroup:
         """Tokens sampled so far."""
         return sum(len(p) for parts in self.parts for p in parts if isinstance(p, Segment))
 
+    @property
+    def aside_s(self) -> float | None:
+        """Seconds since any of its trajectories was sampled: what runs is a reward or a tool.
+
+        None if one is sampled, or has not begun.
+        """
+        aside = [episode.aside_s for episode in self.session.episodes]
+        known = [seconds for seconds in aside if seconds is not None]
+        return min(known) if known and len(known) == len(aside) else None
+
     def make_group(self, trajectories: Sequence[Trajectory]) -> TrajectoryGroup:
         """The finished group of the trajectories that its workflow returned."""
         return TrajectoryGroup(

@@ -276,6 +276,16 @@ class GroupRegistry:
     def _drop_running(self, group: InFlightGroup) -> None:
         self._count_errors(group)
         self.manager.on_overdue()
+        if group.finished is None and (aside_s := group.aside_s) is not None:
+            self.telemetry.num_aside += 1
+            if self.telemetry.num_aside == 1:
+                logger.warning(
+                    "row %r went stale while its reward or environment ran: nothing of it was "
+                    "sampled for %.1f s. Make that faster, or lower its deadline "
+                    "(reward_timeout_s): no max_head_lag helps one that hangs. Further ones are "
+                    "only counted.",
+                    *(group.row.row_id, aside_s),
+                )
         self._record_drop(self._in_flight.pop(group.order), "overdue")
 
     def _record_drop(self, group: InFlightGroup, fate: Literal["stale", "overdue"]) -> None:

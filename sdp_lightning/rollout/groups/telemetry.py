@@ -58,6 +58,7 @@ class RolloutTelemetry:
         rejections: rejected groups by reason.
         num_left_out: samples that their groups went on, or were rejected, without.
         errors: infrastructure errors by cause.
+        num_aside: overdue groups of which only a reward or an environment still ran.
         num_diverged: groups of a checkpoint that were sampled from scratch, because their workflow
             did not repeat its saved steps.
         num_discarded: groups of a checkpoint that were not resumed, as the prompts began anew.
@@ -68,6 +69,7 @@ class RolloutTelemetry:
     """
 
     num_overdue: int = 0
+    num_aside: int = 0
     trained_groups: int = 0
     trained_tokens: int = 0
     dropped_groups: int = 0

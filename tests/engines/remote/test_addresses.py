@@ -184,3 +184,60 @@ def refused(server: Server, url: str, message: str) -> None:
     engine = make(url, **QUICK)
     with pytest.raises(EngineError, match=f"{server.host}.*{message}"):
         engine.start()
+
+
+# Where servers are --------------------------------------------------------------------------------
+
+
+def test_a_server_on_ipv6_gets_its_weights_on_ipv6():
+    with servers(1, "--host", "::1") as [server]:
+        options = QUICK | {"transport": "tcp", "trainer_host": "[::1]"}
+        for given in (options, QUICK | {"transport": "tcp"}):
+            engine = connect_engine(f"vllm://{server.host}", **given)
+            try:
+                engine.start()
+                publish(engine, 0, reset=True)
+                assert server.do()["weights"] == {"a": 0.0, "b": 0.0}
+                assert [len(s) for s in generate(engine, request())] == [4]
+            finally:
+                engine.close()
+    assert_nothing_left()
+
+
+def test_a_prefix_precedes_every_route(one: Server):
+    engine = make(f"{one.url}/fake", **QUICK, api_key="k")
+    with pytest.raises(EngineError, match=rf"{one.url}/fake/health answered 404"):
+        engine.start()
+
+
+def test_an_address_without_a_port_says_so_when_nobody_answers():
+    with pytest.raises(EngineError, match="Without a port in its address it is http's own"):
+        make("http://127.1.2.3", **QUICK).start()
+
+
+def test_a_proxy_is_used_where_it_is_asked_for(one: Server, monkeypatch: pytest.MonkeyPatch):
+    for name in ("no_proxy", "https_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    monkeypatch.setenv("http_proxy", one.host)  # it answers whatever host is asked for
+    options = QUICK | {"api_key": "k", "transport": "tcp", "trainer_host": "127.0.0.1"}
+    url = "http://sdp-server.invalid:8000"
+    engine = make(url, **options, use_proxy=True)
+    try:
+        engine.start()
+        publish(engine, 0, reset=True)
+        assert [len(s) for s in generate(engine, request())] == [4]
+    finally:
+        engine.close()
+    with pytest.raises(EngineError, match=r"invalid:8000/health: ClientConnector"):
+        make(url, **options).start()
+    with pytest.raises(ConfigError, match="use_proxy=True has no effect"):
+        make(one.url, use_proxy=True)
+    monkeypatch.setenv("no_proxy", "sdp-server.invalid")
+    with pytest.raises(ConfigError, match="use_proxy=True has no effect"):
+        make(url, **options, use_proxy=True)
+    monkeypatch.setenv("no_proxy", "")
+    monkeypatch.setenv("http_proxy", "socks5://user:hunter2@h:1")
+    with pytest.raises(ConfigError, match="is no http:// proxy") as caught:
+        make(url, **options, use_proxy=True)
+    assert "hunter2" not in str(caught.value)
