@@ -22,6 +22,7 @@ from sdp_lightning.cli.doctor.machine import check_together
 from sdp_lightning.cli.doctor.model_size import ModelSize, cache_bytes, trainer_memory
 from sdp_lightning.config.model_source import ModelSource
 from sdp_lightning.errors import ConfigError
+from sdp_lightning.training.policy.loading import recompute_activations
 
 GIB = 2**30
 SMALL = {"vocab_size": 300, "num_attention_heads": 4, "max_position_embeddings": 512}
@@ -68,8 +69,7 @@ def test_activations_are_what_autograd_keeps(kind: str, half: bool, checkpointin
     shape = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 4}
     model = model_class(config_class(**SMALL, **shape, num_key_value_heads=2)).train()
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.disable_input_require_grads()
+        recompute_activations(model)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, Tensor] = {}
 

@@ -21,6 +21,7 @@ BY_HAND = "01_the_loss_by_hand.ipynb"
 LIFE = "02_life_of_a_rollout.ipynb"
 TRAIN = "03_train_in_a_notebook.ipynb"
 READING = "04_reading_the_metrics.ipynb"
+FROM_TRL = "05_from_trl.ipynb"
 
 
 @pytest.fixture
@@ -150,11 +151,35 @@ def check_reading_the_metrics(notebook: Any) -> None:
     assert "large_bridge" not in segment
 
 
+def table_rows(text: str) -> set[tuple[str, str]]:
+    """The first two cells of every row of its tables, below their heads."""
+    cells = re.findall(r"^\| ([^|]+?) \| ([^|]+?) \|", text, re.M)
+    return {(here, there) for here, there in cells if (here, there) != ("here", "TRL")}
+
+
+def check_from_trl(notebook: Any) -> None:
+    text = printed(notebook)
+    assert pictures(notebook) == 1
+    assert "correct: [1.0, 0.0, 0.0]\nform: [1.0, 0.0, 1.0]\n" in text
+    found = re.findall(r"^(\w+): (\w+) (\d\.\d\d) in .*, (\d\.\d\d) in", text, re.M)
+    runs = ("synchronous", "asynchronous")
+    assert [f[:2] for f in found] == [(run, r) for run in runs for r in ("correct", "form")]
+    assert all(float(last) > float(first) + 0.1 for *_, first, last in found)
+    old, stale = map(int, re.findall(r"(\d+)% of the tokens are older", text))
+    assert old == 0 < stale
+    sources = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    page = (ROOT / "docs/coming-from.md").read_text(encoding="utf-8")
+    settings = table_rows(sources)
+    assert len(settings) >= 8 and settings <= table_rows(page)
+    assert text.endswith("threads left: 0\n")
+
+
 CLAIMS = {
     BY_HAND: check_the_loss_by_hand,
     LIFE: check_life_of_a_rollout,
     TRAIN: check_train_in_a_notebook,
     READING: check_reading_the_metrics,
+    FROM_TRL: check_from_trl,
 }
 
 

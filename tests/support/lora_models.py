@@ -39,6 +39,17 @@ _LATENT: dict[str, Any] = {
 }
 _MAMBA: dict[str, Any] = {"mamba_d_state": 8, "chunk_size": 16}
 LORA_MODELS: dict[str, dict[str, Any]] = {
+    "afmoe": _COMMON  # its router is a linear layer
+    | {
+        "head_dim": 8,
+        "moe_intermediate_size": 24,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "num_shared_experts": 1,
+        "num_dense_layers": 1,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_window": 8,
+    },
     "deepseek_v3": _COMMON | _EXPERTS | _LATENT,
     "dots1": _COMMON | _EXPERTS | {"head_dim": 8},
     "ernie4_5_moe": _COMMON

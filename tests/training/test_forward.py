@@ -14,6 +14,7 @@ from sdp_lightning.errors import ConfigError
 from sdp_lightning.testing import tiny_model
 from sdp_lightning.training.batch import Layout, collate
 from sdp_lightning.training.policy.forward import SequenceLogprobs, check_model, sequence_logprobs
+from sdp_lightning.training.policy.loading import recompute_activations
 from sdp_lightning.types import Context, Segment, Trajectory, TrajectoryGroup
 from support.plain_forwards import LAYOUTS, build, gradients, plain, random_batch
 
@@ -142,8 +143,7 @@ def test_frozen_layers_keep_no_graph(layout: Layout, checkpointing: bool) -> Non
     model.requires_grad_(False)
     model.model.layers[2].requires_grad_()
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.disable_input_require_grads()
+        recompute_activations(model)
     graph: list[bool] = []
 
     def record(module: Any, args: Any, output: Any) -> None:

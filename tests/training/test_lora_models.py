@@ -87,7 +87,7 @@ def test_by_default_an_adapter_lies_on_attention_dense_and_shared_mlps(
         ("glm4_moe", ("experts.down_proj", "q_proj"), {"experts.down_proj", "q_proj"}),
         ("qwen3_moe", ("gate_up_proj",), {"gate_up_proj"}),
         ("gpt_oss", ("experts",), {"gate_up_proj", "experts.down_proj"}),
-        ("jamba", ("router", "feed_forward.up_proj"), {"router", "feed_forward.up_proj"}),
+        ("afmoe", ("router.gate", "shared_experts.up_proj"), {"gate", "shared_experts.up_proj"}),
     ],
     ids=["a leaf", "a stack and a leaf", "a stack", "experts", "a router"],
 )
@@ -130,12 +130,13 @@ def test_what_takes_no_adapter_is_refused_by_name(kind: str, asked: str, message
 
 def test_what_is_left_out_by_default_is_said(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="sdp_lightning")
-    model = lora_model("jamba")
-    add_adapter(model, LORA)
+    models = [lora_model("jamba"), lora_model("afmoe")]
+    for model in models:
+        add_adapter(model, LORA)
+        assert not places(model) & {"dt_proj", "gate", "gate_up_proj"}
     said = "\n".join(caplog.messages)
     assert re.search(r"no adapter on dt_proj of model type 'jamba': its block reads", said)
-    assert "routers and experts: experts.down_proj, experts.gate_up_proj, feed_forward.r" in said
-    assert not places(model) & {"dt_proj", "router", "gate_up_proj"}
+    assert "routers and experts: experts.down_proj, experts.gate_up_proj, router.gate;" in said
 
 
 class OneExpert(nn.Module):

@@ -15,6 +15,7 @@ from sdp_lightning.errors import ConfigError
 from sdp_lightning.testing import tiny_model
 from sdp_lightning.training.batch import Batch, Layout, collate
 from sdp_lightning.training.policy.forward import sequence_logprobs
+from sdp_lightning.training.policy.loading import recompute_activations
 from sdp_lightning.training.policy.packing import Pack, PackMask
 from sdp_lightning.types import Context, Segment, Trajectory, TrajectoryGroup
 from support.plain_forwards import LAYOUTS, build, gradients, plain, random_batch
@@ -62,7 +63,7 @@ def test_packed_rows_equal_separate_ones_with_gradients(
     wanted = gradients(model, expected)
     model.config._attn_implementation_internal = attention
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute_activations(model)
     result = sequence_logprobs(model, batch, layout="packed")
     torch.testing.assert_close(result.logprobs, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(result.entropy, entropy.detach(), rtol=1e-5, atol=1e-5)

@@ -11,6 +11,7 @@ from torch import Tensor
 from sdp_lightning.errors import ConfigError
 from sdp_lightning.training.batch import Layout
 from sdp_lightning.training.policy.forward import own_logprobs, sequence_logprobs
+from sdp_lightning.training.policy.loading import recompute_activations
 from sdp_lightning.training.policy.packing import Pack
 from support.plain_forwards import LAYOUTS, plain, random_batch, uneven_sum
 from support.score_runners import runner_of
@@ -39,7 +40,7 @@ def test_rows_past_a_window_equal_separate_ones_with_gradients(kind: str, attent
     wanted = gradients(model, expected)
     model.set_attn_implementation(attention)
     model.train()
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    recompute_activations(model)
     for layout in LAYOUTS:
         found = sequence_logprobs(model, batch, layout=layout).logprobs
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

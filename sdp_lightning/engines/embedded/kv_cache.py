@@ -8,8 +8,9 @@ B rows of one forward, W new tokens of each (left-padded), L the KV length in us
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,23 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from sdp_lightning.types import IntArray
 
 _GROWTH = 64  # tokens; KV length is allocated in multiples of this
+_CACHE_NAMES = ("cache", "past_key_values")  # since transformers 5.24, and before
+
+
+def cache_argument(model: Any) -> str:
+    """Name of the argument by which a causal LM takes its cache.
+
+    That of its own forward, since a model with code of its own keeps the name that it was written
+    with; if the forward hides its arguments, that of this release of transformers.
+    """
+    returned = (field.name for field in fields(CausalLMOutputWithPast))
+    named = [*inspect.signature(model.forward).parameters, *returned]
+    return next(name for name in named if name in _CACHE_NAMES)
 
 
 @dataclass
@@ -185,9 +199,9 @@ class KVCache:
         output = model(
             input_ids=batch[0],
             position_ids=batch[1].clamp(min=0),
-            past_key_values=self._cache,
             use_cache=True,
             logits_to_keep=1,
+            **{cache_argument(model): self._cache},
         )
         return output.logits[:, -1]
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from sdp_lightning.engines.embedded.kv_cache import cache_argument
 from sdp_lightning.types import IntArray
 
 Cache = dict[str, Any]  # arguments of the next forward pass, by name
@@ -72,6 +73,7 @@ class RowDecoder:
         self.model = model
         self._mode = mode
         self._parameters = inspect.signature(model.forward).parameters
+        self._cache_argument = cache_argument(model)
         self._kept: list[tuple[nn.Module, str, Any]] = []
         self._makes_cache = True
         self._find_cache()
@@ -104,7 +106,7 @@ class RowDecoder:
         ids = torch.from_numpy(tokens).to(model.device)[None]
         options: dict[str, Any] = {name: cache[name] for name in cache if name != _IN_MODULES}
         if not cache and not self._makes_cache:
-            options["past_key_values"] = DynamicCache(config=model.config)
+            options[self._cache_argument] = DynamicCache(config=model.config)
         if self._mode.positions and "position_ids" in self._parameters:
             positions = torch.arange(start, start + tokens.size, device=ids.device)
             options["position_ids"] = positions[None]
@@ -113,9 +115,10 @@ class RowDecoder:
         at_rest = [value for *_, value in self._kept]
         self._place(cache.get(_IN_MODULES, at_rest))
         output = model(input_ids=ids, use_cache=True, **options)
-        cache.update({name: output[name] for name in output if name in self._parameters})
+        # asked of the output, which knows by which old names a forward may take what it returns
+        cache.update({name: output[name] for name in self._parameters if name in output})
         if not self._makes_cache:
-            cache["past_key_values"] = options["past_key_values"]
+            cache[self._cache_argument] = options[self._cache_argument]
         if self._kept:
             cache[_IN_MODULES] = [vars(module)[name] for module, name, _ in self._kept]
             self._place(at_rest)
@@ -138,7 +141,7 @@ class RowDecoder:
         tokens = torch.zeros(1, 2, dtype=torch.long).numpy()[0]
         self._forward(cache, tokens, 0)
         if not cache:
-            if "past_key_values" not in self._parameters:
+            if self._cache_argument not in self._parameters:
                 raise ValueError("it returns no cache")
             self._makes_cache = False
             self._forward(cache, tokens, 0)

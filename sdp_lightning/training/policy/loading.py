@@ -173,8 +173,10 @@ def recompute_activations(policy: PreTrainedModel) -> None:
     Raises:
         ConfigError: if the model has no such thing; names its type.
     """
+    # foreign: transformers 5.24 renamed the method, and warns of its former name
+    enable = getattr(policy, "activation_checkpointing_enable", None)
     try:
-        policy.gradient_checkpointing_enable({"use_reentrant": False})
+        (enable or policy.gradient_checkpointing_enable)({"use_reentrant": False})
     except ValueError as error:
         raise ConfigError(
             f"model type {policy.config.model_type!r} cannot recompute activations ({error}). Use "

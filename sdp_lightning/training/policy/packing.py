@@ -166,12 +166,14 @@ class PackMask(Tensor):
 def pack_mask(*, attention_mask: Any, mask_function: MaskRule, **options: Any) -> Tensor | None:
     """A pack's mask for one kind of layer, or None if ``attention_mask`` is of no pack.
 
-    ``scaled_dot_product_attention`` on a CPU attends by spans.
+    ``scaled_dot_product_attention`` on a CPU attends by spans; not to a single token, whose heads
+    transformers 5.24 lays out where the tokens of others are.
     """
     if not isinstance(attention_mask, PackMask):
         return None
     pack = attention_mask.pack
-    if options["config"]._attn_implementation == "sdpa" and pack.row.device.type == "cpu":
+    by_spans = options["config"]._attn_implementation == "sdpa" and len(pack.row) > 1
+    if by_spans and pack.row.device.type == "cpu":
         return pack.span_mask(mask_function)
     return pack.dense_mask(mask_function)[None, None]
 

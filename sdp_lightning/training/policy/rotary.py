@@ -48,5 +48,6 @@ def _start_anew(module: Any) -> None:
     for name, frequencies in [*module.named_buffers()]:
         kind, found, _ = name.partition(_ORIGINAL)
         if found:
-            module.register_buffer(f"{kind}inv_freq", frequencies, persistent=False)
+            current = frequencies.clone()  # transformers may write into it
+            module.register_buffer(f"{kind}inv_freq", current, persistent=False)
             setattr(module, f"{kind}max_seq_len_cached", module.original_max_seq_len)

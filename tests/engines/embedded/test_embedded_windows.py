@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
+from sdp_lightning.engines.embedded.kv_cache import cache_argument
 from sdp_lightning.errors import EngineError
 from support.embedded_engines import (
     Control,
@@ -85,7 +86,7 @@ def test_a_window_that_the_engine_cannot_apply_is_found_beyond_it(make_engine):
     model = windowed_model("mistral", sliding_window=30)
 
     def forget(module, args, kwargs):
-        far = kwargs.get("past_key_values") is None and kwargs["input_ids"].shape[1] > 30
+        far = kwargs.get(cache_argument(module)) is None and kwargs["input_ids"].shape[1] > 30
         ids = kwargs["input_ids"].clone()
         ids[:, : 1 if far else 0] = 0
         return args, kwargs | {"input_ids": ids}

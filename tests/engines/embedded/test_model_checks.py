@@ -6,6 +6,7 @@ import torch
 from transformers import MistralConfig, MistralForCausalLM, Phi3Config, Phi3ForCausalLM
 
 from sdp_lightning.engines.embedded import EmbeddedEngine
+from sdp_lightning.engines.embedded.kv_cache import cache_argument
 from sdp_lightning.errors import ConfigError, EngineError
 from sdp_lightning.testing import tiny_model
 from support.embedded_engines import MakeEngine, engine_maker, full_logprobs, generate, request
@@ -88,11 +89,35 @@ def test_a_model_that_gives_all_logits_is_decoded(make_engine):
     np.testing.assert_allclose(segment.logprobs, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["cache", "past_key_values", "hidden"])
+def test_a_model_takes_its_cache_by_the_name_of_its_own_forward(make_engine, name: str, caplog):
+    """Code of a model's own keeps the name of the transformers that it was written with."""
+    model = tiny_model()
+    own, release = model.forward, cache_argument(model)
+
+    def with_cache(*, cache=None, **options):
+        return own(**options, **{release: cache})
+
+    def with_past(*, past_key_values=None, **options):
+        return own(**options, **{release: past_key_values})
+
+    def hidden(**options):
+        return own(**options)
+
+    forwards = {"cache": with_cache, "past_key_values": with_past, "hidden": hidden}
+    model.forward = forwards[name]
+    assert cache_argument(model) == (release if name == "hidden" else name)
+    _, ((segment,),) = generate(make_engine(model), [request([5, 6], 8)])
+    assert "row by row" not in caplog.text
+    expected = full_logprobs(tiny_model(), [5, 6], segment.token_ids)
+    np.testing.assert_allclose(segment.logprobs, expected, atol=1e-5)
+
+
 def test_a_model_that_cannot_run_by_slots_is_refused(make_engine):
     model = tiny_model()
 
     def refuse(module, args, kwargs) -> None:
-        if kwargs.get("past_key_values") is not None:
+        if kwargs.get(cache_argument(module)) is not None:
             raise TypeError("no cache, please")
 
     model.register_forward_pre_hook(refuse, with_kwargs=True)
