@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from staleness.measures import StepSums, success
 from staleness.methods import METHODS, Method
-from staleness.net import Layout, TinyLlama
+from staleness.net import Layout, TinyLlama, Trunk
 from staleness.rollouts import (
     History,
     Rollouts,
@@ -23,7 +23,7 @@ from staleness.rollouts import (
     segment_scores,
     to_batch,
 )
-from staleness.task import Judge, judge, test_rows, train_rows
+from staleness.task import SORTING, Task
 from torch import Tensor
 
 from sdp_lightning.config import OptimizerConfig, UpdateConfig
@@ -106,17 +106,45 @@ class NetForward:
         return SequenceLogprobs(logprobs, torch.zeros_like(logprobs))
 
 
+class Nets:
+    """Policies over one model, which share its frozen layers.
+
+    Args:
+        model: where they start.
+        task: how long prompts and answers are, and how many layers are frozen.
+        num_answers: of a group.
+    """
+
+    def __init__(self, model: Any, task: Task, num_answers: int) -> None:
+        self._model = model
+        self.layout = Layout(num_answers, task.prompt_length, task.max_new_tokens)
+        alone = Layout(1, task.prompt_length, task.max_new_tokens)
+        self._alone, self._trunks = alone, dict[Layout, Trunk]()
+        if task.num_frozen:
+            tests = len(task.test_rows)
+            self._trunks[self.layout] = Trunk(model, self.layout, task.num_frozen)
+            self._trunks[alone] = Trunk(model, alone, task.num_frozen, num_kept=tests)
+
+    def policy(self) -> TinyLlama:
+        """One that samples and learns groups."""
+        return TinyLlama(self._model, self.layout, self._trunks.get(self.layout))
+
+    def tester(self) -> TinyLlama:
+        """One whose groups have one answer."""
+        return TinyLlama(self._model, self._alone, self._trunks.get(self._alone))
+
+
 class Learner:
     """The policy that is trained, and its optimizer.
 
     Args:
-        model: where it starts.
+        net: where it starts.
         cell: what it learns with.
         scale: of the run.
     """
 
-    def __init__(self, model: Any, cell: Cell, scale: Scale) -> None:
-        self.net = TinyLlama(model, Layout(num_answers=scale.group_size))
+    def __init__(self, net: TinyLlama, cell: Cell, scale: Scale) -> None:
+        self.net = net
         self.method = METHODS[cell.method]
         by_ess, exact = self.method.scale_lr_by_ess, cell.engine_bits is None
         optimizer = OptimizerConfig(lr=cell.rate * scale.learning_rate, scale_lr_by_ess=by_ess)
@@ -160,9 +188,10 @@ def prepare(update: PolicyUpdate, forward: NetForward, batch: Batch, method: Met
 
 
 def acting_rows(batch: Batch) -> list[int]:
-    """Indices of the rows with an advantage; the others have no gradient."""
+    """Indices of the rows of groups with advantages; the others have no gradient."""
     assert batch.advantages is not None
-    return (batch.advantages[:, -1] != 0).nonzero()[:, 0].tolist()
+    groups = batch.group_ids[batch.advantages[:, -1] != 0]
+    return torch.isin(batch.group_ids, groups).nonzero()[:, 0].tolist()
 
 
 def policy_logprobs(net: TinyLlama, batch: Batch) -> Tensor:
@@ -201,34 +230,35 @@ class Run:
         model: the warm model.
         cell: what is run.
         scale: how long and wide.
-        judge: gives rewards.
+        task: what is learned.
     """
 
-    def __init__(self, model: Any, cell: Cell, scale: Scale, judge: Judge = judge) -> None:
-        self._judge = judge
+    def __init__(self, model: Any, cell: Cell, scale: Scale, task: Task = SORTING) -> None:
+        self.task = task
         self.cell, self.scale, self.method = cell, scale, METHODS[cell.method]
-        self.learner = Learner(model, cell, scale)
-        reader = TinyLlama(model, Layout(num_answers=scale.group_size))
-        self.history = History(reader, cell.engine_bits)
+        nets = Nets(model, task, scale.group_size)
+        self.learner = Learner(nets.policy(), cell, scale)
+        self.history = History(nets.policy(), cell.engine_bits, num_kept=cell.lag + 2)
         self.history.append(self.learner.net)
-        self._tester = TinyLlama(model, Layout(num_answers=1, max_new_tokens=8))
+        self._tester = nets.tester()
 
     def rollouts(self, step: int, stream: int = 0) -> Rollouts:
         """What step ``step`` trains on; a ``stream`` above 0 is another draw of the same age."""
         seed = (self.cell.seed * 10_000 + step) * 1_000 + stream
         generator = torch.Generator().manual_seed(seed)
-        index = torch.randperm(len(train_rows), generator=generator)[: self.scale.num_groups]
-        layout = self.learner.net.layout
+        layout, known = self.learner.net.layout, self.task.train_rows
+        index = torch.randperm(len(known), generator=generator)[: self.scale.num_groups]
         shape = self.scale.num_groups, self.scale.group_size, layout.max_new_tokens
         uniforms = torch.rand(shape, generator=generator)
         lags = lags_of_tokens(self.cell.staleness, self.cell.lag, layout.max_new_tokens, generator)
-        return sample(self.history, [train_rows[i] for i in index.tolist()], lags, uniforms)
+        rows = [known[i] for i in index.tolist()]
+        return sample(self.history, self.task, rows, lags, uniforms)
 
     def batch(self, rollouts: Rollouts) -> Batch:
         """Collated, with the scores that the method reads."""
         needed = self.method.loss.needs_segment_scores
         scores = segment_scores(self.history, rollouts) if needed else ()
-        return to_batch(rollouts, scores, self.history.version, self._judge)
+        return to_batch(rollouts, scores, self.history.version, self.task)
 
     def step(self, step: int) -> tuple[Batch, StepSums]:
         """Sample, learn, commit."""
@@ -253,12 +283,13 @@ class Run:
         """Chance of a right answer under the present weights, over the test prompts."""
         weights = torch.nn.utils.parameters_to_vector(self.learner.net.parameters()).detach()
         torch.nn.utils.vector_to_parameters(weights, self._tester.parameters())
-        return float(success(self._tester, test_rows[: self.scale.num_tests]).mean())
+        rows = self.task.test_rows[: self.scale.num_tests]
+        return float(success(self._tester, self.task, rows).mean())
 
 
-def run(model: Any, cell: Cell, scale: Scale, judge: Judge = judge) -> Course:
+def run(model: Any, cell: Cell, scale: Scale, task: Task = SORTING) -> Course:
     """Train, and evaluate every few steps and at the end."""
-    this, course, total = Run(model, cell, scale, judge), Course(), StepSums()
+    this, course, total = Run(model, cell, scale, task), Course(), StepSums()
     for step in range(scale.num_steps + 1):
         if step % scale.evaluate_every == 0 or step == scale.num_steps:
             course.steps.append(step)
