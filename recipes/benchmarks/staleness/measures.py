@@ -50,6 +50,7 @@ class StepSums:
     sums: dict[str, float] = field(default_factory=dict[str, float])
     tokens: float = 0.0
     steps: float = 0.0
+    exponents: list[float] = field(default_factory=list[float])
 
     def add(self, batch: Batch, result: BatchLoss, entropy: Tensor) -> None:
         """Add the tokens of one micro-batch."""
@@ -81,9 +82,14 @@ class StepSums:
             value = float(values[name]) if name in values else 1.0
             self.sums[name] = self.sums.get(name, 0.0) + value
 
+    def note_exponent(self, exponent: float) -> None:
+        """Add the exponent of the bridge that was chosen for a batch."""
+        self.exponents.append(exponent)
+
     def means(self) -> dict[str, float]:
-        """Means over tokens, or over optimizer steps."""
-        return {
+        """Means over tokens, over optimizer steps, or over batches."""
+        chosen = {"exponent": sum(self.exponents) / len(self.exponents)} if self.exponents else {}
+        return chosen | {
             name: value / max(self.steps if name in PER_STEP else self.tokens, 1)
             for name, value in self.sums.items()
         }
@@ -91,4 +97,5 @@ class StepSums:
     def __add__(self, other: StepSums) -> StepSums:
         names = {*self.sums, *other.sums}
         sums = {name: self.sums.get(name, 0.0) + other.sums.get(name, 0.0) for name in names}
-        return StepSums(sums, self.tokens + other.tokens, self.steps + other.steps)
+        counts = self.tokens + other.tokens, self.steps + other.steps
+        return StepSums(sums, *counts, [*self.exponents, *other.exponents])

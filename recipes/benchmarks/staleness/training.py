@@ -6,14 +6,15 @@ forward pass; a test compares the weights after it with the module's.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from staleness.measures import StepSums, success
 from staleness.methods import METHODS, Method
-from staleness.net import Layout, TinyLlama, Trunk
+from staleness.net import TinyLlama
+from staleness.policies import Shared, tempered_exponent
 from staleness.rollouts import (
     History,
     Rollouts,
@@ -23,7 +24,7 @@ from staleness.rollouts import (
     segment_scores,
     to_batch,
 )
-from staleness.task import SORTING, Task
+from staleness.task import SORTING, Row, Task
 from torch import Tensor
 
 from sdp_lightning.config import OptimizerConfig, UpdateConfig
@@ -47,6 +48,7 @@ class Cell:
         seed: of prompts, random numbers and cuts.
         rate: what the learning rate of the recipe is multiplied with.
         engine_bits: of the mantissa of the weights that sample; None: they are the trainer's.
+        task: what is learned.
     """
 
     method: str
@@ -56,6 +58,7 @@ class Cell:
     seed: int = 0
     rate: float = 1.0
     engine_bits: int | None = None
+    task: str = "sorting"
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,7 @@ class Scale:
     evaluate_every: int = 4
     num_final: int = 3  # evaluations that the final reward is the mean of
     num_tests: int = 128
+    num_trained: int = 0  # prompts of the training that are judged, too
 
 
 class NetForward:
@@ -106,34 +110,6 @@ class NetForward:
         return SequenceLogprobs(logprobs, torch.zeros_like(logprobs))
 
 
-class Nets:
-    """Policies over one model, which share its frozen layers.
-
-    Args:
-        model: where they start.
-        task: how long prompts and answers are, and how many layers are frozen.
-        num_answers: of a group.
-    """
-
-    def __init__(self, model: Any, task: Task, num_answers: int) -> None:
-        self._model = model
-        self.layout = Layout(num_answers, task.prompt_length, task.max_new_tokens)
-        alone = Layout(1, task.prompt_length, task.max_new_tokens)
-        self._alone, self._trunks = alone, dict[Layout, Trunk]()
-        if task.num_frozen:
-            tests = len(task.test_rows)
-            self._trunks[self.layout] = Trunk(model, self.layout, task.num_frozen)
-            self._trunks[alone] = Trunk(model, alone, task.num_frozen, num_kept=tests)
-
-    def policy(self) -> TinyLlama:
-        """One that samples and learns groups."""
-        return TinyLlama(self._model, self.layout, self._trunks.get(self.layout))
-
-    def tester(self) -> TinyLlama:
-        """One whose groups have one answer."""
-        return TinyLlama(self._model, self._alone, self._trunks.get(self._alone))
-
-
 class Learner:
     """The policy that is trained, and its optimizer.
 
@@ -160,6 +136,10 @@ class Learner:
         sums = StepSums()
         loop = training_loop(self.net, self._forward, self._optimizer, self._schedule, sums.add)
         batch = prepare(self._update, self._forward, batch, self.method)
+        if (bound := self.method.least_ess) is not None:
+            exponent = tempered_exponent(batch, bound)
+            self._update.loss = replace(self.method.loss, bridge_exponent=exponent)
+            sums.note_exponent(exponent)
         for values in self._update.train(batch, loop):
             sums.note(values)
         return sums
@@ -213,6 +193,7 @@ class Course:
 
     steps: list[int] = field(default_factory=list[int])
     success: list[float] = field(default_factory=list[float])
+    trained: list[float] = field(default_factory=list[float])
     sampled: list[float] = field(default_factory=list[float])
     max_lags: list[int] = field(default_factory=list[int])
     mismatches: list[float] = field(default_factory=list[float])
@@ -231,12 +212,20 @@ class Run:
         cell: what is run.
         scale: how long and wide.
         task: what is learned.
+        shared: what this run has in common with others of the same model, task and scale.
     """
 
-    def __init__(self, model: Any, cell: Cell, scale: Scale, task: Task = SORTING) -> None:
-        self.task = task
+    def __init__(
+        self,
+        model: Any,
+        cell: Cell,
+        scale: Scale,
+        task: Task = SORTING,
+        shared: Shared | None = None,
+    ) -> None:
+        self.task, self._shared = task, shared or Shared(model, task, scale.group_size)
         self.cell, self.scale, self.method = cell, scale, METHODS[cell.method]
-        nets = Nets(model, task, scale.group_size)
+        nets = self._shared.nets
         self.learner = Learner(nets.policy(), cell, scale)
         self.history = History(nets.policy(), cell.engine_bits, num_kept=cell.lag + 2)
         self.history.append(self.learner.net)
@@ -252,7 +241,13 @@ class Run:
         uniforms = torch.rand(shape, generator=generator)
         lags = lags_of_tokens(self.cell.staleness, self.cell.lag, layout.max_new_tokens, generator)
         rows = [known[i] for i in index.tolist()]
-        return sample(self.history, self.task, rows, lags, uniforms)
+
+        def draw() -> Rollouts:
+            return sample(self.history, self.task, rows, lags, uniforms)
+
+        if stream or self.history.version > min(lags):
+            return draw()
+        return self._shared.rollouts((seed, *lags, self.cell.engine_bits), draw)
 
     def batch(self, rollouts: Rollouts) -> Batch:
         """Collated, with the scores that the method reads."""
@@ -281,19 +276,29 @@ class Run:
 
     def evaluate(self) -> float:
         """Chance of a right answer under the present weights, over the test prompts."""
+        return self._chance(self.task.test_rows[: self.scale.num_tests])
+
+    def evaluate_trained(self) -> float:
+        """The same over the first prompts of the training."""
+        return self._chance(self.task.train_rows[: self.scale.num_trained])
+
+    def _chance(self, rows: Sequence[Row]) -> float:
         weights = torch.nn.utils.parameters_to_vector(self.learner.net.parameters()).detach()
         torch.nn.utils.vector_to_parameters(weights, self._tester.parameters())
-        rows = self.task.test_rows[: self.scale.num_tests]
         return float(success(self._tester, self.task, rows).mean())
 
 
-def run(model: Any, cell: Cell, scale: Scale, task: Task = SORTING) -> Course:
+def run(
+    model: Any, cell: Cell, scale: Scale, task: Task = SORTING, shared: Shared | None = None
+) -> Course:
     """Train, and evaluate every few steps and at the end."""
-    this, course, total = Run(model, cell, scale, task), Course(), StepSums()
+    this, course, total = Run(model, cell, scale, task, shared), Course(), StepSums()
     for step in range(scale.num_steps + 1):
         if step % scale.evaluate_every == 0 or step == scale.num_steps:
             course.steps.append(step)
             course.success.append(this.evaluate())
+            if scale.num_trained:
+                course.trained.append(this.evaluate_trained())
         if step == scale.num_steps:
             break
         if cell.engine_bits is not None and step % scale.evaluate_every == 0:
@@ -315,6 +320,7 @@ def record(cell: Cell, scale: Scale, course: Course) -> dict[str, Any]:
         "final": round(course.final(scale.num_final), 5),
         "steps": course.steps,
         "success": [round(value, 5) for value in course.success],
+        **({"trained": [round(value, 5) for value in course.trained]} if course.trained else {}),
         "max_lag": max(course.max_lags),
         **{name: round(value, 6) for name, value in course.measures.items()},
     }
