@@ -88,6 +88,9 @@ def load_model(path_function: str) -> Any:
         return LlamaForCausalLM.from_pretrained(path(), dtype=torch.float32)
 
 
+REAL_TASKS = ("sums", "counting")
+
+
 def real_task(name: str) -> Task:
     """A task of SmolLM2-135M, of which the last 8 layers are trained, as the demo trains them.
 
