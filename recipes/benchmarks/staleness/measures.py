@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 from staleness.net import TinyLlama
-from staleness.rollouts import EOS, NEWLINE, encode
-from staleness.task import Row
+from staleness.task import Row, Task
 from torch import Tensor
 
 from sdp_lightning.objective.kl import kl_estimate
@@ -19,20 +18,29 @@ PER_STEP = ("grad_norm", "lr_scale")
 
 
 @torch.no_grad()
-def success(net: TinyLlama, rows: Sequence[Row]) -> Tensor:
+def success(net: TinyLlama, task: Task, rows: Sequence[Row]) -> Tensor:
     """[n] the chance that a sample of the policy is right, by the chain rule: nothing is sampled.
+
+    Rows are taken together with others whose answers are as long.
 
     Args:
         net: its layout has one answer a group.
+        task: tokens of prompts and answers, and where answers end.
         rows: prompts with answers.
     """
-    prompts, answers = (encode([row[key] for row in rows]) for key in ("prompt", "answer"))
-    tokens = torch.cat([prompts, answers], 1)
-    hidden = net.hidden(tokens, torch.ones_like(tokens, dtype=torch.bool))
-    logprobs = net.logits(hidden[:, prompts.shape[1] - 1 :]).log_softmax(-1)
-    digits = logprobs[:, :-1].gather(-1, answers[..., None])[..., 0].sum(-1)
-    ends = logprobs[:, -1, [NEWLINE, EOS]].logsumexp(-1)
-    return (digits + ends).exp()
+    found = torch.zeros(len(rows))
+    answers = [task.encode([row["answer"]])[0] for row in rows]
+    for length in {len(answer) for answer in answers}:
+        index = [i for i, answer in enumerate(answers) if len(answer) == length]
+        prompts = task.encode([rows[i]["prompt"] for i in index])
+        own = torch.stack([answers[i] for i in index])
+        tokens = torch.cat([prompts, own], 1)
+        hidden = net.hidden(net.inputs(tokens), torch.ones_like(tokens, dtype=torch.bool))
+        logprobs = net.logits(hidden[:, prompts.shape[1] - 1 :]).log_softmax(-1)
+        digits = logprobs[:, :-1].gather(-1, own[..., None])[..., 0].sum(-1)
+        ends = logprobs[:, -1, task.ends].logsumexp(-1)
+        found[index] = (digits + ends).exp()
+    return found
 
 
 @dataclass
@@ -42,6 +50,7 @@ class StepSums:
     sums: dict[str, float] = field(default_factory=dict[str, float])
     tokens: float = 0.0
     steps: float = 0.0
+    exponents: list[float] = field(default_factory=list[float])
 
     def add(self, batch: Batch, result: BatchLoss, entropy: Tensor) -> None:
         """Add the tokens of one micro-batch."""
@@ -73,9 +82,14 @@ class StepSums:
             value = float(values[name]) if name in values else 1.0
             self.sums[name] = self.sums.get(name, 0.0) + value
 
+    def note_exponent(self, exponent: float) -> None:
+        """Add the exponent of the bridge that was chosen for a batch."""
+        self.exponents.append(exponent)
+
     def means(self) -> dict[str, float]:
-        """Means over tokens, or over optimizer steps."""
-        return {
+        """Means over tokens, over optimizer steps, or over batches."""
+        chosen = {"exponent": sum(self.exponents) / len(self.exponents)} if self.exponents else {}
+        return chosen | {
             name: value / max(self.steps if name in PER_STEP else self.tokens, 1)
             for name, value in self.sums.items()
         }
@@ -83,4 +97,5 @@ class StepSums:
     def __add__(self, other: StepSums) -> StepSums:
         names = {*self.sums, *other.sums}
         sums = {name: self.sums.get(name, 0.0) + other.sums.get(name, 0.0) for name in names}
-        return StepSums(sums, self.tokens + other.tokens, self.steps + other.steps)
+        counts = self.tokens + other.tokens, self.steps + other.steps
+        return StepSums(sums, *counts, [*self.exponents, *other.exponents])

@@ -15,11 +15,14 @@ class Method:
         loss: the estimator.
         scale_lr_by_ess: as :class:`~sdp_lightning.config.OptimizerConfig` has it.
         corrected: False takes the samples for fresh ones: b is replaced by x.
+        least_ess: the exponent of the bridge is chosen for each batch so that the effective sample
+            size, as a share of its tokens, stays above this; None leaves it.
     """
 
     loss: LossConfig
     scale_lr_by_ess: bool = False
     corrected: bool = True
+    least_ess: float | None = None
 
     def kind(self, lag: int) -> Method | tuple[object, ...]:
         """What it shares with all methods that are the same at this lag.
@@ -40,7 +43,7 @@ class Method:
                 bridge_cap=None,
                 segment_proximal="scored",
             )
-            return replace(self, loss=plain)
+            return replace(self, loss=plain, least_ess=None)
         return self
 
 
@@ -55,6 +58,11 @@ METHODS = {
         LossConfig(trust_region="proximal", bridge_exponent=0.0, rejection_on="weight")
     ),
     "bridge^0": Method(LossConfig(trust_region="proximal", bridge_exponent=0.0)),
+    "bridge^0.25": Method(LossConfig(trust_region="proximal", bridge_exponent=0.25)),
+    "bridge^0.75": Method(LossConfig(trust_region="proximal", bridge_exponent=0.75)),
+    "tempered bridge": Method(
+        LossConfig(trust_region="proximal", bridge_exponent=0.5), least_ess=0.95
+    ),
     "bridge^0.5": Method(LossConfig(trust_region="proximal", bridge_exponent=0.5)),
     "bridge cap 2": Method(LossConfig(trust_region="proximal", bridge_cap=2.0)),
     "segment, log-linear q": Method(

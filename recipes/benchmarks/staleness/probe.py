@@ -85,7 +85,7 @@ def renewed(this: Run, rollouts: Rollouts) -> Rollouts:
     """Other answers to the same prompts, sampled by the present policy."""
     generator = torch.Generator().manual_seed(int(rollouts.behavior.abs().sum() * 1e4))
     uniforms = torch.rand(rollouts.answers.shape, generator=generator)
-    return sample(this.history, rollouts.rows, [0] * len(rollouts.versions), uniforms)
+    return sample(this.history, this.task, rollouts.rows, [0] * len(rollouts.versions), uniforms)
 
 
 def gradient(this: Run, batch: Batch, method: Method) -> tuple[Tensor, float]:

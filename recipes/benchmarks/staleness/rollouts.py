@@ -11,28 +11,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from staleness.net import TinyLlama
-from staleness.task import Judge, Row
+from staleness.net import KVCache, TinyLlama, columns_of
+from staleness.task import Row, Task
 from torch import Tensor
 
-from sdp_lightning.testing import TINY_CHARACTERS
 from sdp_lightning.training.batch import Batch, collate
 from sdp_lightning.types import Context, Segment, Trajectory, TrajectoryGroup
 
-EOS, FIRST_CHARACTER = 1, 3
-NEWLINE = FIRST_CHARACTER + TINY_CHARACTERS.index("\n")
-
 Staleness = Literal["whole", "mixed"]
-
-
-def encode(texts: Sequence[str]) -> Tensor:
-    """[n, length] token ids of texts of one length."""
-    return torch.tensor([[FIRST_CHARACTER + TINY_CHARACTERS.index(c) for c in t] for t in texts])
-
-
-def decode(token_ids: Sequence[int]) -> str:
-    """The text without special tokens."""
-    return "".join(TINY_CHARACTERS[i - FIRST_CHARACTER] for i in token_ids if i >= FIRST_CHARACTER)
 
 
 def lags_of_tokens(
@@ -86,14 +72,14 @@ class Rollouts:
     def _changes(self, place: int) -> bool:
         return self.versions[place] != self.versions[place - 1]
 
-    def rewards(self, judge: Judge) -> Tensor:
+    def rewards(self, task: Task) -> Tensor:
         """[G, R]."""
         texts = [
-            [decode(answer[:n]) for answer, n in zip(answers, lengths, strict=True)]
+            [task.decode(answer[:n]) for answer, n in zip(answers, lengths, strict=True)]
             for answers, lengths in zip(self.answers.tolist(), self.lengths.tolist(), strict=True)
         ]
         pairs = zip(texts, self.rows, strict=True)
-        return torch.tensor([[judge(text, row) for text in group] for group, row in pairs])
+        return torch.tensor([[task.judge(text, row) for text in group] for group, row in pairs])
 
 
 class History:
@@ -102,16 +88,25 @@ class History:
     Args:
         reader: takes on the weights of a version.
         engine_bits: of the mantissa of the engine's weights; None is all.
+        num_kept: versions that are kept, the newest; None is all.
+
+    Attributes:
+        version: the newest one.
     """
 
-    def __init__(self, reader: TinyLlama, engine_bits: int | None = None) -> None:
-        self._reader, self._weights = reader, list[Tensor]()
-        self._engine_bits = engine_bits
+    def __init__(
+        self, reader: TinyLlama, engine_bits: int | None = None, num_kept: int | None = None
+    ) -> None:
+        self._reader, self._weights, self.version = reader, dict[int, Tensor](), -1
+        self._engine_bits, self._num_kept = engine_bits, num_kept
 
     def append(self, net: TinyLlama) -> None:
         """Commit the next version."""
         weights = torch.nn.utils.parameters_to_vector(net.parameters())
-        self._weights.append(weights.detach().clone())
+        self.version += 1
+        self._weights[self.version] = weights.detach().clone()
+        if self._num_kept is not None:
+            self._weights.pop(self.version - self._num_kept, None)
 
     def at(self, version: int) -> TinyLlama:
         """The net of a version as the trainer has it, valid until the next call."""
@@ -128,11 +123,6 @@ class History:
         torch.nn.utils.vector_to_parameters(weights, self._reader.parameters())
         return self._reader
 
-    @property
-    def version(self) -> int:
-        """The newest version."""
-        return len(self._weights) - 1
-
 
 def rounded(values: Tensor, bits: int) -> Tensor:
     """The nearest values with ``bits`` bits of mantissa, the leading one included."""
@@ -141,39 +131,76 @@ def rounded(values: Tensor, bits: int) -> Tensor:
 
 
 @torch.no_grad()
-def sample(history: History, rows: list[Row], lags: Sequence[int], uniforms: Tensor) -> Rollouts:
+def sample(
+    history: History, task: Task, rows: list[Row], lags: Sequence[int], uniforms: Tensor
+) -> Rollouts:
     """Sample groups, each token from the version ``lags`` says, with a KV cache of that version.
 
     Args:
         history: versions up to the present.
+        task: tokens of prompts, and where answers end.
         rows: G prompts.
         lags: [T], of each place; a version before the first is the first.
         uniforms: [G, R, T] random numbers, one a token.
     """
     versions = [max(0, history.version - lag) for lag in lags]
-    prompts = encode([row["prompt"] for row in rows])
+    prompts = task.encode([row["prompt"] for row in rows])
     groups, num_answers, budget = uniforms.shape
     answers = torch.zeros(uniforms.shape, dtype=torch.long)
     behavior, lengths = torch.zeros(uniforms.shape), torch.zeros(groups, num_answers).long()
     alive = torch.ones(groups, num_answers, dtype=torch.bool)
     net = history.engine(versions[0])
-    cache = net.new_cache(groups)
+    below, cache = Below(net, groups), net.new_cache(groups)
     for place in range(budget):
         changed = place == 0 or versions[place] != versions[place - 1]
         net = history.engine(versions[place])
         start = 0 if changed else net.layout.end(place - 1)
         tokens, real = _columns(prompts, answers, alive, start, place, net)
-        hidden = net.hidden(tokens, real, start=start, cache=cache)
+        hidden = net.hidden(below(tokens, real, start, place), real, start=start, cache=cache)
         last = hidden[:, -1:] if place == 0 else hidden[:, -num_answers:]
         logprobs = net.logits(last.expand(-1, num_answers, -1)[alive]).log_softmax(-1)
         chosen = _chosen(logprobs, uniforms[:, :, place][alive])
         answers[:, :, place][alive] = chosen
         behavior[:, :, place][alive] = logprobs.gather(-1, chosen[:, None])[:, 0]
         lengths += alive
-        alive[alive.clone()] = (chosen != NEWLINE) & (chosen != EOS)
+        alive[alive.clone()] = ~task.ends[chosen]
         if not alive.any():
             break
+    below.keep(prompts, answers)
     return Rollouts(rows, prompts, answers, lengths, behavior, versions)
+
+
+class Below:
+    """States of the trunk while groups are sampled; tokens themselves where there is none.
+
+    Args:
+        net: with the trunk.
+        groups: number of groups.
+    """
+
+    def __init__(self, net: TinyLlama, groups: int) -> None:
+        self._trunk = net.trunk[0] if net.trunk else None
+        self._cache: KVCache = []
+        self._states = torch.zeros(0)
+        if self._trunk is not None:
+            self._cache = self._trunk.new_cache(groups)
+            self._states = torch.zeros(groups, net.layout.num_columns, net.embedding.shape[1])
+
+    def __call__(self, tokens: Tensor, real: Tensor, start: int, place: int) -> Tensor:
+        """Inputs of the columns [G, S'] from ``start`` on; those of ``place`` are new."""
+        if self._trunk is None:
+            return tokens
+        new = 0 if place == 0 else self._trunk.layout.end(place - 1)
+        end, skip = start + tokens.shape[1], new - start
+        self._states[:, new:end] = self._trunk.extend(
+            tokens[:, skip:], real[:, skip:], new, self._cache
+        )
+        return self._states[:, start:end]
+
+    def keep(self, prompts: Tensor, answers: Tensor) -> None:
+        """Keep the states for whoever scores these answers."""
+        if self._trunk is not None:
+            self._trunk.keep(columns_of(prompts, answers), self._states)
 
 
 def _columns(
@@ -216,7 +243,7 @@ def segment_scores(history: History, rollouts: Rollouts) -> list[Tensor | None]:
 
 
 def to_batch(
-    rollouts: Rollouts, scores: Sequence[Tensor | None], version: int, judge: Judge
+    rollouts: Rollouts, scores: Sequence[Tensor | None], version: int, task: Task
 ) -> Batch:
     """The library's trajectories, collated by it.
 
@@ -224,10 +251,10 @@ def to_batch(
         rollouts: what was sampled.
         scores: of its segments; empty for a method that reads none.
         version: that trains.
-        judge: gives rewards.
+        task: gives rewards.
     """
     scores = scores or [None] * len(rollouts.segments)
-    rewards = rollouts.rewards(judge).tolist()
+    rewards = rollouts.rewards(task).tolist()
     arrays = rollouts.answers.numpy(), rollouts.behavior.numpy(), rollouts.lengths.tolist()
     tables = [None if score is None else score.numpy() for score in scores]
     groups: list[TrajectoryGroup] = []

@@ -6,14 +6,15 @@ forward pass; a test compares the weights after it with the module's.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from staleness.measures import StepSums, success
 from staleness.methods import METHODS, Method
-from staleness.net import Layout, TinyLlama
+from staleness.net import TinyLlama
+from staleness.policies import Shared, tempered_exponent
 from staleness.rollouts import (
     History,
     Rollouts,
@@ -23,7 +24,7 @@ from staleness.rollouts import (
     segment_scores,
     to_batch,
 )
-from staleness.task import Judge, judge, test_rows, train_rows
+from staleness.task import SORTING, Row, Task
 from torch import Tensor
 
 from sdp_lightning.config import OptimizerConfig, UpdateConfig
@@ -47,6 +48,7 @@ class Cell:
         seed: of prompts, random numbers and cuts.
         rate: what the learning rate of the recipe is multiplied with.
         engine_bits: of the mantissa of the weights that sample; None: they are the trainer's.
+        task: what is learned.
     """
 
     method: str
@@ -56,6 +58,7 @@ class Cell:
     seed: int = 0
     rate: float = 1.0
     engine_bits: int | None = None
+    task: str = "sorting"
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,7 @@ class Scale:
     evaluate_every: int = 4
     num_final: int = 3  # evaluations that the final reward is the mean of
     num_tests: int = 128
+    num_trained: int = 0  # prompts of the training that are judged, too
 
 
 class NetForward:
@@ -110,13 +114,13 @@ class Learner:
     """The policy that is trained, and its optimizer.
 
     Args:
-        model: where it starts.
+        net: where it starts.
         cell: what it learns with.
         scale: of the run.
     """
 
-    def __init__(self, model: Any, cell: Cell, scale: Scale) -> None:
-        self.net = TinyLlama(model, Layout(num_answers=scale.group_size))
+    def __init__(self, net: TinyLlama, cell: Cell, scale: Scale) -> None:
+        self.net = net
         self.method = METHODS[cell.method]
         by_ess, exact = self.method.scale_lr_by_ess, cell.engine_bits is None
         optimizer = OptimizerConfig(lr=cell.rate * scale.learning_rate, scale_lr_by_ess=by_ess)
@@ -132,6 +136,10 @@ class Learner:
         sums = StepSums()
         loop = training_loop(self.net, self._forward, self._optimizer, self._schedule, sums.add)
         batch = prepare(self._update, self._forward, batch, self.method)
+        if (bound := self.method.least_ess) is not None:
+            exponent = tempered_exponent(batch, bound)
+            self._update.loss = replace(self.method.loss, bridge_exponent=exponent)
+            sums.note_exponent(exponent)
         for values in self._update.train(batch, loop):
             sums.note(values)
         return sums
@@ -160,9 +168,10 @@ def prepare(update: PolicyUpdate, forward: NetForward, batch: Batch, method: Met
 
 
 def acting_rows(batch: Batch) -> list[int]:
-    """Indices of the rows with an advantage; the others have no gradient."""
+    """Indices of the rows of groups with advantages; the others have no gradient."""
     assert batch.advantages is not None
-    return (batch.advantages[:, -1] != 0).nonzero()[:, 0].tolist()
+    groups = batch.group_ids[batch.advantages[:, -1] != 0]
+    return torch.isin(batch.group_ids, groups).nonzero()[:, 0].tolist()
 
 
 def policy_logprobs(net: TinyLlama, batch: Batch) -> Tensor:
@@ -184,6 +193,7 @@ class Course:
 
     steps: list[int] = field(default_factory=list[int])
     success: list[float] = field(default_factory=list[float])
+    trained: list[float] = field(default_factory=list[float])
     sampled: list[float] = field(default_factory=list[float])
     max_lags: list[int] = field(default_factory=list[int])
     mismatches: list[float] = field(default_factory=list[float])
@@ -201,34 +211,49 @@ class Run:
         model: the warm model.
         cell: what is run.
         scale: how long and wide.
-        judge: gives rewards.
+        task: what is learned.
+        shared: what this run has in common with others of the same model, task and scale.
     """
 
-    def __init__(self, model: Any, cell: Cell, scale: Scale, judge: Judge = judge) -> None:
-        self._judge = judge
+    def __init__(
+        self,
+        model: Any,
+        cell: Cell,
+        scale: Scale,
+        task: Task = SORTING,
+        shared: Shared | None = None,
+    ) -> None:
+        self.task, self._shared = task, shared or Shared(model, task, scale.group_size)
         self.cell, self.scale, self.method = cell, scale, METHODS[cell.method]
-        self.learner = Learner(model, cell, scale)
-        reader = TinyLlama(model, Layout(num_answers=scale.group_size))
-        self.history = History(reader, cell.engine_bits)
+        nets = self._shared.nets
+        self.learner = Learner(nets.policy(), cell, scale)
+        self.history = History(nets.policy(), cell.engine_bits, num_kept=cell.lag + 2)
         self.history.append(self.learner.net)
-        self._tester = TinyLlama(model, Layout(num_answers=1, max_new_tokens=8))
+        self._tester = nets.tester()
 
     def rollouts(self, step: int, stream: int = 0) -> Rollouts:
         """What step ``step`` trains on; a ``stream`` above 0 is another draw of the same age."""
         seed = (self.cell.seed * 10_000 + step) * 1_000 + stream
         generator = torch.Generator().manual_seed(seed)
-        index = torch.randperm(len(train_rows), generator=generator)[: self.scale.num_groups]
-        layout = self.learner.net.layout
+        layout, known = self.learner.net.layout, self.task.train_rows
+        index = torch.randperm(len(known), generator=generator)[: self.scale.num_groups]
         shape = self.scale.num_groups, self.scale.group_size, layout.max_new_tokens
         uniforms = torch.rand(shape, generator=generator)
         lags = lags_of_tokens(self.cell.staleness, self.cell.lag, layout.max_new_tokens, generator)
-        return sample(self.history, [train_rows[i] for i in index.tolist()], lags, uniforms)
+        rows = [known[i] for i in index.tolist()]
+
+        def draw() -> Rollouts:
+            return sample(self.history, self.task, rows, lags, uniforms)
+
+        if stream or self.history.version > min(lags):
+            return draw()
+        return self._shared.rollouts((seed, *lags, self.cell.engine_bits), draw)
 
     def batch(self, rollouts: Rollouts) -> Batch:
         """Collated, with the scores that the method reads."""
         needed = self.method.loss.needs_segment_scores
         scores = segment_scores(self.history, rollouts) if needed else ()
-        return to_batch(rollouts, scores, self.history.version, self._judge)
+        return to_batch(rollouts, scores, self.history.version, self.task)
 
     def step(self, step: int) -> tuple[Batch, StepSums]:
         """Sample, learn, commit."""
@@ -251,18 +276,29 @@ class Run:
 
     def evaluate(self) -> float:
         """Chance of a right answer under the present weights, over the test prompts."""
+        return self._chance(self.task.test_rows[: self.scale.num_tests])
+
+    def evaluate_trained(self) -> float:
+        """The same over the first prompts of the training."""
+        return self._chance(self.task.train_rows[: self.scale.num_trained])
+
+    def _chance(self, rows: Sequence[Row]) -> float:
         weights = torch.nn.utils.parameters_to_vector(self.learner.net.parameters()).detach()
         torch.nn.utils.vector_to_parameters(weights, self._tester.parameters())
-        return float(success(self._tester, test_rows[: self.scale.num_tests]).mean())
+        return float(success(self._tester, self.task, rows).mean())
 
 
-def run(model: Any, cell: Cell, scale: Scale, judge: Judge = judge) -> Course:
+def run(
+    model: Any, cell: Cell, scale: Scale, task: Task = SORTING, shared: Shared | None = None
+) -> Course:
     """Train, and evaluate every few steps and at the end."""
-    this, course, total = Run(model, cell, scale, judge), Course(), StepSums()
+    this, course, total = Run(model, cell, scale, task, shared), Course(), StepSums()
     for step in range(scale.num_steps + 1):
         if step % scale.evaluate_every == 0 or step == scale.num_steps:
             course.steps.append(step)
             course.success.append(this.evaluate())
+            if scale.num_trained:
+                course.trained.append(this.evaluate_trained())
         if step == scale.num_steps:
             break
         if cell.engine_bits is not None and step % scale.evaluate_every == 0:
@@ -284,6 +320,7 @@ def record(cell: Cell, scale: Scale, course: Course) -> dict[str, Any]:
         "final": round(course.final(scale.num_final), 5),
         "steps": course.steps,
         "success": [round(value, 5) for value in course.success],
+        **({"trained": [round(value, 5) for value in course.trained]} if course.trained else {}),
         "max_lag": max(course.max_lags),
         **{name: round(value, 6) for name, value in course.measures.items()},
     }
