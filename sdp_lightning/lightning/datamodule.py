@@ -27,6 +27,7 @@ from sdp_lightning.lightning.module import SegmentWisePPOModule
 from sdp_lightning.lightning.observer import say_set_aside
 from sdp_lightning.lightning.phase_timer import PhaseTimer
 from sdp_lightning.lightning.prediction_loader import GenerationLoader
+from sdp_lightning.lightning.prompt_epochs import PromptEpochs, with_passes
 from sdp_lightning.lightning.startup import (
     find_eos_tokens,
     leave_cores,
@@ -36,7 +37,7 @@ from sdp_lightning.lightning.startup import (
     start_engine,
 )
 from sdp_lightning.lightning.stop_request import StopRequest
-from sdp_lightning.lightning.train_loader import RolloutLoader, num_batches
+from sdp_lightning.lightning.train_loader import RolloutLoader
 from sdp_lightning.prompts.iterable_rows import IterableRows
 from sdp_lightning.prompts.sources import NUM_CHECKED, first_rows, load_rows, read_rows
 from sdp_lightning.rollout.checkpoint.resharding import reshard
@@ -110,6 +111,7 @@ class RolloutDataModule(L.LightningDataModule):
         self._leftover = Leftover()
         self._engine_spent = False
         self._ranks = RankGroup()
+        self._epochs = PromptEpochs((), rollout.batch_size)
         self.stop = StopRequest()
         self.phase_timer = PhaseTimer()  # of the trainer's thread
 
@@ -148,6 +150,8 @@ class RolloutDataModule(L.LightningDataModule):
             guard_callbacks(self.trainer)
         module = self._module()
         config = self.rollout.share(1 if self.trainer is None else self.trainer.world_size)
+        if self.trainer is not None and stage == "fit":
+            config = with_passes(config, self.trainer, goes_on=self._leftover.is_resumable)
         check_together(config, module.update, module.loss)
         engine = open_engine(
             self._engine_source, self._engine_options, module=module, trainer=self.trainer
@@ -173,6 +177,7 @@ class RolloutDataModule(L.LightningDataModule):
             eos_token_ids=find_eos_tokens(module, self.workflow),
             max_length=longest_sequence(engine),
         )
+        self._epochs = PromptEpochs(self._rows["prompts"], self.rollout.batch_size)
         if self._val_prompts is None and stage == "fit" and self.trainer is not None:
             self.trainer.limit_val_batches = 0
         self._trainer_threads = leave_cores(engine)
@@ -216,15 +221,18 @@ class RolloutDataModule(L.LightningDataModule):
     def train_dataloader(self) -> RolloutLoader:
         module, trainer = self._module(), self.trainer
         assert trainer is not None
-        self.loader = RolloutLoader(
-            self.executor,
-            pad_token_id=module.tokenizer.pad_token_id or 0,
-            length=num_batches(trainer, self.rollout, module.update.steps_per_batch),
-            trainer=trainer,
-            ranks=self._ranks,
-            stop=self.stop,
-            phase_timer=self.phase_timer,
-        )
+        trainer.reload_dataloaders_every_n_epochs = 1  # an epoch has a length of its own
+        if self.loader is None:
+            self.loader = RolloutLoader(
+                self.executor,
+                pad_token_id=module.tokenizer.pad_token_id or 0,
+                epochs=self._epochs,
+                trainer=trainer,
+                ranks=self._ranks,
+                stop=self.stop,
+                phase_timer=self.phase_timer,
+            )
+        self.loader.begin_epoch(module.update.steps_per_batch)
         return self.loader
 
     def val_dataloader(self) -> EvaluationLoader:
@@ -267,7 +275,7 @@ class RolloutDataModule(L.LightningDataModule):
         if self._executor is None:
             return self._leftover.checkpoint
         parts = self._ranks.gather("saving rollouts", self._executor.state_dict())
-        return {} if parts is None else {"ranks": parts}
+        return {} if parts is None else {"ranks": parts, "epoch_left": self._epochs.left}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if not state_dict or self.trainer is None or self.trainer.state.fn != "fit":
@@ -277,6 +285,7 @@ class RolloutDataModule(L.LightningDataModule):
             if self._ranks.rank == 0:
                 self.executor.discard(state_dict["ranks"])
             return
+        self._epochs.left = state_dict.get("epoch_left")
         parts = reshard(state_dict["ranks"], self._ranks.size)
         self.executor.load_state_dict(parts[self._ranks.rank])
 
@@ -328,6 +337,7 @@ class RolloutDataModule(L.LightningDataModule):
                 self._module(),
                 num_ranks=self._ranks.size,
                 is_resumable=is_consistent and executor.is_published and not loader.ended,
+                epoch_left=self._epochs.left,
             )
 
     def _module(self) -> SegmentWisePPOModule:

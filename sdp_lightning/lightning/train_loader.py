@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import lightning as L
-from lightning.pytorch.callbacks import Timer
 
-from sdp_lightning.config import MissingProximal, RolloutConfig
+from sdp_lightning.config import MissingProximal
 from sdp_lightning.distributed.rank_group import RankGroup
-from sdp_lightning.errors import ConfigError, RolloutError, RolloutTimeout
+from sdp_lightning.errors import RolloutError, RolloutTimeout
 from sdp_lightning.lightning.phase_timer import PhaseTimer
+from sdp_lightning.lightning.prompt_epochs import PromptEpochs, count_over_run
 from sdp_lightning.lightning.stop_request import (
     StopRequest,
     ends_on_sigterm,
@@ -27,8 +27,6 @@ from sdp_lightning.training.batch import Batch, SealedBatch, blank_batch, collat
 from sdp_lightning.types import TrajectoryGroup
 
 logger = logging.getLogger(__name__)
-
-_ENDLESS = 10**9  # batches
 
 
 @dataclass(frozen=True)
@@ -47,11 +45,12 @@ class Shares:
 
 
 class _Taken(NamedTuple):
-    """What a rank took: ``groups`` is None if its prompts have ended."""
+    """What a rank took: ``groups`` is None if its prompts have ended, with these ``is_last``."""
 
     groups: list[TrajectoryGroup] | None
     signum: int | None = None
     is_time_up: bool = False
+    is_last: bool = False
 
 
 class _Told(NamedTuple):
@@ -60,6 +59,7 @@ class _Told(NamedTuple):
     num_groups: int | None
     signum: int | None
     is_time_up: bool
+    is_last: bool
     counts: RolloutCounts
     rewards: tuple[str, tuple[str, ...]] | None  # the first row, and the names of its rewards
 
@@ -70,7 +70,7 @@ class RolloutLoader:
     Args:
         executor: source of the groups.
         pad_token_id: token that pads a batch.
-        length: batches of an epoch.
+        epochs: counts the groups of each epoch.
         trainer: polled for SIGTERM while waiting; stopped when prompts or time have ended.
         ranks: rank group; either all of its ranks train a batch or none.
         stop: polled before a batch is taken and while waiting for it.
@@ -86,7 +86,7 @@ class RolloutLoader:
         executor: WorkflowExecutor,
         *,
         pad_token_id: int,
-        length: int,
+        epochs: PromptEpochs,
         trainer: L.Trainer,
         ranks: RankGroup,
         stop: StopRequest,
@@ -97,10 +97,16 @@ class RolloutLoader:
         self._generated = executor.engine.num_generated
         self._ranks, self._stop, self._phase_timer = ranks, stop, phase_timer
         self._executor, self._pad_token_id = executor, pad_token_id
-        self._length, self._trainer = length, trainer
+        self._epochs, self._trainer = epochs, trainer
+        self._length = 0
 
     def __len__(self) -> int:
         return self._length
+
+    def begin_epoch(self, steps_per_batch: int) -> None:
+        """Find the length of the epoch that the trainer begins, or goes on with."""
+        self._length = self._epochs.next_length(self._trainer, steps_per_batch)
+        count_over_run(self._trainer, self._length)
 
     def __iter__(self) -> Iterator[SealedBatch]:
         require_published(self._executor)
@@ -109,7 +115,10 @@ class RolloutLoader:
                 "the prompts have ended, but the Trainer goes on: leave out its min_steps and "
                 "min_epochs, or raise num_epochs of the RolloutConfig."
             )
-        while (shares := self._take()) is not None:
+        while not self.ended and (shares := self._take()) is not None:
+            self._epochs.take(sum(shares.sizes))
+            if self.ended:  # with this batch, after which Lightning validates once more
+                self._trainer.should_stop = True
             yield SealedBatch(self._collate(shares))
         self._trainer.should_stop = True  # or Lightning would begin one empty epoch after another
 
@@ -141,6 +150,7 @@ class RolloutLoader:
             self._warn_of_rest(told)
         if self.ended or _is_over(told):
             return None
+        self.ended = all(each.is_last or each.num_groups is None for each in told)
         names = _common_names([each.rewards for each in told])
         return Shares(taken.groups or [], [each.num_groups or 0 for each in told], names)
 
@@ -162,13 +172,14 @@ class RolloutLoader:
         num_groups = None if taken.groups is None else len(taken.groups)
         first = taken.groups[0] if taken.groups else None
         rewards = first and (first.row_id, tuple(sorted(first.trajectories[0].rewards)))
-        return _Told(num_groups, taken.signum, taken.is_time_up, counts, rewards)
+        return _Told(num_groups, taken.signum, taken.is_time_up, taken.is_last, counts, rewards)
 
     def _take_mine(self, *, fill: bool = False) -> _Taken:
         try:
             if self._stop.look():
                 return _Taken([], self._stop.signum)
-            return _Taken(self._executor.take(interrupted=self._is_interrupted, fill=fill))
+            groups = self._executor.take(interrupted=self._is_interrupted, fill=fill)
+            return _Taken(groups, is_last=self._executor.is_finished)
         except RolloutTimeout:
             if self._stop.signum is not None:
                 return _Taken([], self._stop.signum)
@@ -243,20 +254,3 @@ def make_batch(
 
 def _is_over(told: Sequence[_Told]) -> bool:
     return any(each.is_time_up for each in told)
-
-
-def num_batches(trainer: L.Trainer, config: RolloutConfig, steps_per_batch: int) -> int:
-    """Batches until ``max_steps``; no end in sight if ``max_time`` or ``num_epochs`` ends the run.
-
-    Raises:
-        ConfigError: if none of the three is set.
-    """
-    if trainer.max_steps > 0:
-        return trainer.max_steps // steps_per_batch
-    has_timer = any(isinstance(callback, Timer) for callback in trainer.callbacks)  # type: ignore
-    if config.num_epochs is None and not has_timer:
-        raise ConfigError(
-            "nothing ends this run: set the Trainer's max_steps or max_time, or num_epochs of the "
-            "RolloutConfig."
-        )
-    return _ENDLESS
