@@ -9,7 +9,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -219,8 +219,7 @@ class RolloutDataModule(L.LightningDataModule):
         return limit * self.rollout.batch_size if isinstance(limit, int) else None
 
     def train_dataloader(self) -> RolloutLoader:
-        module, trainer = self._module(), self.trainer
-        assert trainer is not None
+        module, trainer = self._module(), cast(Any, self.trainer)
         trainer.reload_dataloaders_every_n_epochs = 1  # an epoch has a length of its own
         if self.loader is None:
             self.loader = RolloutLoader(

@@ -50,8 +50,6 @@ from sdp_lightning.training.update import PolicyUpdate, TrainingLoop
 from sdp_lightning.types import Context, FloatArray, Segment, Trajectory, TrajectoryGroup
 from sdp_lightning.weights.protocol import WeightStream
 
-_IN_BAR = ("reward", "pass_at_k")  # of an evaluation
-
 
 class SegmentWisePPOModule(L.LightningModule):
     """Trains a causal LM with the segment-wise PPO loss, one consumed batch a ``training_step``.
@@ -239,11 +237,11 @@ class SegmentWisePPOModule(L.LightningModule):
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Log the mean reward and pass@k of rollouts of the published version."""
-        self._log_evaluation("val", batch)
+        batch.log(self.log, "val")
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """Log the same as ``validation_step``, under ``test/``."""
-        self._log_evaluation("test", batch)
+        batch.log(self.log, "test")
 
     def predict_step(self, batch: Any, batch_idx: int) -> Any:
         """The rollouts of the published version, unchanged."""
@@ -331,11 +329,6 @@ class SegmentWisePPOModule(L.LightningModule):
         if rank == 0:
             numbers = dict(zip(metrics, torch.stack([*metrics.values()]).tolist(), strict=True))
             self._warner.warn(numbers, leaves_bridge_out=self.loss.bends_bridge)
-
-    def _log_evaluation(self, stage: str, batch: Any) -> None:
-        settings: dict[str, Any] = {"batch_size": batch.num_trajectories, "sync_dist": True}
-        for name, value in batch.metrics.items():  # all ranks have the same: else Lightning warns
-            self.log(f"{stage}/{name}", value, prog_bar=name in _IN_BAR, **settings)
 
     def _precision(self) -> AbstractContextManager[Any]:
         plain = self._trainer is None

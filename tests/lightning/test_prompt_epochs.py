@@ -35,7 +35,9 @@ class Epochs(Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.validations.append(trainer.global_step)
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any, **kwargs: Any
+    ) -> None:
         if trainer.global_step == self._stop:
             data: Any = trainer.datamodule  # type: ignore[attr-defined]
             data.stop.signum = 2  # as Ctrl-C
@@ -63,12 +65,9 @@ class Run:
             enable_checkpointing=savers,
             **({"num_sanity_val_steps": 0} | settings),
         )
-        data = make_data(
-            rows=make_rows(10),
-            engine=FakeEngine(),
-            val_prompts=make_rows(2),
-            **({"batch_size": 4} | (rollout or {})),
-        )
+        sizes: dict[str, Any] = {"batch_size": 4} | (rollout or {})
+        rows = make_rows(10)
+        data = make_data(rows=rows, engine=FakeEngine(), val_prompts=make_rows(2), **sizes)
         try:
             self.trainer.fit(make_module(folder), data, ckpt_path=ckpt_path)
         except SystemExit:
