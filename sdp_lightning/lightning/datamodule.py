@@ -27,7 +27,7 @@ from sdp_lightning.lightning.module import SegmentWisePPOModule
 from sdp_lightning.lightning.observer import say_set_aside
 from sdp_lightning.lightning.phase_timer import PhaseTimer
 from sdp_lightning.lightning.prediction_loader import GenerationLoader
-from sdp_lightning.lightning.prompt_epochs import PromptEpochs, with_passes
+from sdp_lightning.lightning.prompt_epochs import PromptEpochs, overfitted, with_passes
 from sdp_lightning.lightning.startup import (
     find_eos_tokens,
     leave_cores,
@@ -188,7 +188,7 @@ class RolloutDataModule(L.LightningDataModule):
         Of rows that are read one after another, the first few are checked here, and each of the
         others when it comes.
         """
-        self._rows = {"prompts": load_rows(self._prompts)}
+        self._rows = {"prompts": overfitted(load_rows(self._prompts), self.trainer, self.rollout)}
         workflows = {"prompts": self.workflow} if stage in ("fit", "predict") else {}
         if stage == "predict":
             self._rows["prompts"] = read_rows(self._prompts, self._num_predicted())

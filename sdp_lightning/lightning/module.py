@@ -28,6 +28,7 @@ from sdp_lightning.errors import ConfigError
 from sdp_lightning.lightning.ending import guard_loggers
 from sdp_lightning.lightning.known_warnings import ignore_known_warnings
 from sdp_lightning.lightning.trainer_checks import check_trainer, only, refuse_both
+from sdp_lightning.lightning.trainer_flags import prepare_trainer
 from sdp_lightning.training.batch import Batch, collate
 from sdp_lightning.training.metrics import HealthLog, LagMetrics
 from sdp_lightning.training.metrics.train_step import step_values
@@ -124,8 +125,12 @@ class SegmentWisePPOModule(L.LightningModule):
         return load_tokenizer(self.source)
 
     def configure_callbacks(self) -> list[Callback]:
-        """None of its own. The first hook of a run: from here on its loggers are guarded."""
+        """None of its own. The first hook of a run, in which the Trainer's flags are looked at."""
         guard_loggers(self.trainer)
+        optimizer = prepare_trainer(self.trainer, self.update, self.optimizer)
+        if optimizer != self.optimizer:
+            self.optimizer = optimizer
+            self._policy_update = PolicyUpdate(self.loss, optimizer, self.update)
         return []
 
     def configure_model(self) -> None:

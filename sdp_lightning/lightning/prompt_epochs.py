@@ -18,6 +18,8 @@ from lightning.pytorch.callbacks import Timer
 from sdp_lightning.config import RolloutConfig
 from sdp_lightning.errors import ConfigError
 from sdp_lightning.prompts.iterable_rows import IterableRows
+from sdp_lightning.prompts.sources import first_rows
+from sdp_lightning.types import Row
 
 logger = logging.getLogger(__name__)
 
@@ -141,6 +143,27 @@ def with_passes(config: RolloutConfig, trainer: L.Trainer, *, goes_on: bool) -> 
             *(epochs, passes),
         )
     return replace(config, num_epochs=epochs if passes is None else min(epochs, passes))
+
+
+def overfitted(
+    rows: Sequence[Row] | IterableRows, trainer: L.Trainer | None, config: RolloutConfig
+) -> Sequence[Row] | IterableRows:
+    """The first rows, of as many batches as ``overfit_batches`` says: they come again and again.
+
+    Raises:
+        ConfigError: if it is a fraction of rows whose number is not known.
+    """
+    limit: Any = 0 if trainer is None or trainer.state.fn != "fit" else trainer.overfit_batches  # type: ignore
+    if not limit:
+        return rows
+    if isinstance(limit, float):
+        if isinstance(rows, IterableRows):
+            raise ConfigError(
+                f"overfit_batches={limit} is a fraction of prompts that are read one after "
+                "another, whose number is not known: give a number of batches."
+            )
+        limit = max(1, int(-(-len(rows) // config.batch_size) * limit))
+    return first_rows(rows, limit * config.batch_size)
 
 
 def count_over_run(trainer: L.Trainer, num_batches: int) -> None:
