@@ -134,9 +134,7 @@ def _take_clipping(trainer: L.Trainer, optimizer: OptimizerConfig) -> OptimizerC
     if clip is None:
         return optimizer
     algorithm: Any = trainer.gradient_clip_algorithm  # type: ignore[attr-defined]
-    if (
-        clip and algorithm is not None and str(getattr(algorithm, "value", algorithm)) != "norm"
-    ):  # foreign: an enum or a text
+    if clip and algorithm not in (None, "norm"):
         raise ConfigError(
             f"gradient_clip_algorithm={str(algorithm)!r}: gradients are clipped by their norm. "
             "Leave it out, and set gradient_clip_val of the OptimizerConfig."

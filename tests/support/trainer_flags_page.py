@@ -189,8 +189,8 @@ at its start, by the name of the setting to use. This page is made by
 
 **Epochs.** An epoch of the Trainer is a pass over the prompts: as many trained groups as there are
 rows. Its last batch may reach into the next pass, which is shorter then. A dropped or rejected
-group is made up for by the next row. `max_epochs`, or `num_epochs` of the `RolloutConfig`, ends the run
-when every row was handed out so often. A run that `max_steps` ends within its first pass is one
+group is made up for by the next row. `max_epochs`, or `num_epochs` of the `RolloutConfig`, ends the
+run when every row was handed out so often. A run that `max_steps` ends within its first pass is one
 epoch of these steps. Prompts that are read one after another have no known number: the run is one
 epoch.
 
