@@ -9,7 +9,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -28,6 +28,7 @@ from sdp_lightning.lightning.module import SegmentWisePPOModule
 from sdp_lightning.lightning.observer import say_set_aside
 from sdp_lightning.lightning.phase_timer import PhaseTimer
 from sdp_lightning.lightning.prediction_loader import GenerationLoader
+from sdp_lightning.lightning.prompt_epochs import PromptEpochs, overfitted, with_passes
 from sdp_lightning.lightning.rollout_hooks import add_tables
 from sdp_lightning.lightning.startup import (
     find_eos_tokens,
@@ -39,7 +40,7 @@ from sdp_lightning.lightning.startup import (
     start_engine,
 )
 from sdp_lightning.lightning.stop_request import StopRequest
-from sdp_lightning.lightning.train_loader import RolloutLoader, num_batches
+from sdp_lightning.lightning.train_loader import RolloutLoader
 from sdp_lightning.prompts.iterable_rows import IterableRows
 from sdp_lightning.prompts.sources import NUM_CHECKED, first_rows, load_rows, name_of, read_rows
 from sdp_lightning.rollout.checkpoint.resharding import reshard
@@ -117,6 +118,7 @@ class RolloutDataModule(RunDataModule):
         self._leftover = Leftover()
         self._engine_spent = False
         self._ranks = RankGroup()
+        self._epochs = PromptEpochs((), rollout.batch_size)
         self.stop = StopRequest()
         self.phase_timer = PhaseTimer()  # of the trainer's thread
 
@@ -156,6 +158,8 @@ class RolloutDataModule(RunDataModule):
             guard_callbacks(self.trainer)
         module = self._module()
         config = self.rollout.share(1 if self.trainer is None else self.trainer.world_size)
+        if self.trainer is not None and stage == "fit":
+            config = with_passes(config, self.trainer, goes_on=self._leftover.is_resumable)
         check_together(config, module.update, module.loss)
         engine = open_engine(
             self._engine_source, self._engine_options, module=module, trainer=self.trainer
@@ -181,6 +185,7 @@ class RolloutDataModule(RunDataModule):
             eos_token_ids=find_eos_tokens(module, self.workflow),
             max_length=longest_sequence(engine),
         )
+        self._epochs = PromptEpochs(self._rows["prompts"], self.rollout.batch_size)
         if self._val_prompts is None and stage == "fit" and self.trainer is not None:
             self.trainer.limit_val_batches = 0
         self._trainer_threads = leave_cores(engine)
@@ -191,7 +196,7 @@ class RolloutDataModule(RunDataModule):
         Of rows that are read one after another, the first few are checked here, and each of the
         others when it comes.
         """
-        self._rows = {"prompts": load_rows(self._prompts)}
+        self._rows = {"prompts": overfitted(load_rows(self._prompts), self.trainer, self.rollout)}
         workflows = {"prompts": self.workflow} if stage in ("fit", "predict") else {}
         if stage == "predict":
             self._rows["prompts"] = read_rows(self._prompts, self._num_predicted())
@@ -224,17 +229,19 @@ class RolloutDataModule(RunDataModule):
         return limit * self.rollout.batch_size if isinstance(limit, int) else None
 
     def train_dataloader(self) -> RolloutLoader:
-        module, trainer = self._module(), self.trainer
-        assert trainer is not None
-        self.loader = RolloutLoader(
-            self.executor,
-            pad_token_id=module.tokenizer.pad_token_id or 0,
-            length=num_batches(trainer, self.rollout, module.update),
-            trainer=trainer,
-            ranks=self._ranks,
-            stop=self.stop,
-            phase_timer=self.phase_timer,
-        )
+        module, trainer = self._module(), cast(Any, self.trainer)
+        trainer.reload_dataloaders_every_n_epochs = 1  # an epoch has a length of its own
+        if self.loader is None:
+            self.loader = RolloutLoader(
+                self.executor,
+                pad_token_id=module.tokenizer.pad_token_id or 0,
+                epochs=self._epochs,
+                trainer=trainer,
+                ranks=self._ranks,
+                stop=self.stop,
+                phase_timer=self.phase_timer,
+            )
+        self.loader.begin_epoch(module.update)
         return self.loader
 
     def val_dataloader(self) -> EvaluationLoader:
@@ -278,7 +285,7 @@ class RolloutDataModule(RunDataModule):
         if self._executor is None:
             return self._leftover.checkpoint
         parts = self._ranks.gather("saving rollouts", self._executor.state_dict())
-        return {} if parts is None else {"ranks": parts}
+        return {} if parts is None else {"ranks": parts, "epoch_left": self._epochs.left}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if not state_dict or self.trainer is None or self.trainer.state.fn != "fit":
@@ -288,6 +295,7 @@ class RolloutDataModule(RunDataModule):
             if self._ranks.rank == 0:
                 self.executor.discard(state_dict["ranks"])
             return
+        self._epochs.left = state_dict.get("epoch_left")
         parts = reshard(state_dict["ranks"], self._ranks.size)
         self.executor.load_state_dict(parts[self._ranks.rank])
 
@@ -339,6 +347,7 @@ class RolloutDataModule(RunDataModule):
                 self._module(),
                 num_ranks=self._ranks.size,
                 is_resumable=is_consistent and executor.is_published and not loader.ended,
+                epoch_left=self._epochs.left,
             )
 
     def _module(self) -> SegmentWisePPOModule:

@@ -23,6 +23,11 @@ class Leftover:
         self._version = 0
         self._module: weakref.ReferenceType[SegmentWisePPOModule] | None = None
 
+    @property
+    def is_resumable(self) -> bool:
+        """Whether another fit may go on with these rollouts."""
+        return self._module is not None
+
     def keep(
         self,
         executor: WorkflowExecutor,
@@ -30,11 +35,12 @@ class Leftover:
         *,
         num_ranks: int,
         is_resumable: bool,
+        epoch_left: int | None,
     ) -> None:
         """Keep the state of ``executor``; another fit of ``module`` may resume a resumable one."""
         state = executor.state_dict()
         if num_ranks == 1:
-            self.checkpoint = {"ranks": [state]}
+            self.checkpoint = {"ranks": [state], "epoch_left": epoch_left}
         if is_resumable:
             self._rollouts, self._version = state, executor.version
             self._module = weakref.ref(module)

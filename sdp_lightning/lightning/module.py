@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.compile import to_uncompiled
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -27,6 +28,7 @@ from sdp_lightning.lightning.known_warnings import ignore_known_warnings
 from sdp_lightning.lightning.saved_module import SavedModule
 from sdp_lightning.lightning.stepping import SteppingModule
 from sdp_lightning.lightning.trainer_checks import check_trainer
+from sdp_lightning.lightning.trainer_flags import prepare_trainer
 from sdp_lightning.training.batch import Batch, collate
 from sdp_lightning.training.metrics import HealthLog, LagMetrics
 from sdp_lightning.training.metrics.train_step import step_values
@@ -43,8 +45,6 @@ from sdp_lightning.training.policy.weight_export import named_weights
 from sdp_lightning.training.update import PolicyUpdate, TrainingLoop
 from sdp_lightning.types import Context, FloatArray, Segment, Trajectory, TrajectoryGroup
 from sdp_lightning.weights.protocol import WeightStream
-
-_IN_BAR = ("reward", "pass_at_k")  # of an evaluation
 
 
 class SegmentWisePPOModule(SteppingModule, SavedModule):
@@ -122,6 +122,15 @@ class SegmentWisePPOModule(SteppingModule, SavedModule):
     def tokenizer(self) -> Any:
         """The tokenizer, loaded when it is first read."""
         return load_tokenizer(self.source)
+
+    def configure_callbacks(self) -> list[Callback]:
+        """The schedules. The first hook of a run, in which the Trainer's flags are looked at."""
+        own = super().configure_callbacks()
+        optimizer = prepare_trainer(self.trainer, self.update, self.optimizer)
+        if optimizer != self.optimizer:
+            self.optimizer = optimizer
+            self._policy_update = PolicyUpdate(self.loss, optimizer, self.update)
+        return own
 
     def configure_model(self) -> None:
         if self.policy is None:
@@ -212,11 +221,11 @@ class SegmentWisePPOModule(SteppingModule, SavedModule):
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Log the mean reward and pass@k of rollouts of the published version."""
-        self._log_evaluation("val", batch)
+        batch.log(self.log, "val")
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """Log the same as ``validation_step``, under ``test/``."""
-        self._log_evaluation("test", batch)
+        batch.log(self.log, "test")
 
     def predict_step(self, batch: Any, batch_idx: int) -> Any:
         """The rollouts of the published version, unchanged."""
@@ -305,11 +314,6 @@ class SegmentWisePPOModule(SteppingModule, SavedModule):
         if rank == 0:
             numbers = dict(zip(metrics, torch.stack([*metrics.values()]).tolist(), strict=True))
             self._warner.warn(numbers, leaves_bridge_out=self.loss.bends_bridge)
-
-    def _log_evaluation(self, stage: str, batch: Any) -> None:
-        settings: dict[str, Any] = {"batch_size": batch.num_trajectories, "sync_dist": True}
-        for name, value in batch.metrics.items():  # all ranks have the same: else Lightning warns
-            self.log(f"{stage}/{name}", value, prog_bar=name in _IN_BAR, **settings)
 
     def _precision(self) -> AbstractContextManager[Any]:
         plain = self._trainer is None

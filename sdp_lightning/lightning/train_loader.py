@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import lightning as L
-from lightning.pytorch.callbacks import Timer
 
-from sdp_lightning.config import MissingProximal, RolloutConfig, UpdateConfig
+from sdp_lightning.config import MissingProximal, UpdateConfig
 from sdp_lightning.distributed.rank_group import RankGroup
-from sdp_lightning.errors import ConfigError, RolloutError, RolloutTimeout
+from sdp_lightning.errors import RolloutError, RolloutTimeout
 from sdp_lightning.lightning.phase_timer import PhaseTimer
+from sdp_lightning.lightning.prompt_epochs import PromptEpochs, count_over_run
 from sdp_lightning.lightning.put_off_saves import Ask
 from sdp_lightning.lightning.stop_request import (
     StopRequest,
@@ -29,8 +29,6 @@ from sdp_lightning.training.batch import Batch, SealedBatch, blank_batch, collat
 from sdp_lightning.types import TrajectoryGroup
 
 logger = logging.getLogger(__name__)
-
-_ENDLESS = 10**9  # batches
 
 
 @dataclass(frozen=True)
@@ -49,11 +47,12 @@ class Shares:
 
 
 class _Taken(NamedTuple):
-    """What a rank took: ``groups`` is None if its prompts have ended."""
+    """What a rank took: ``groups`` is None if its prompts have ended, with these ``is_last``."""
 
     groups: list[TrajectoryGroup] | None
     signum: int | None = None
     is_time_up: bool = False
+    is_last: bool = False
     asked: tuple[Ask, ...] = ()
 
 
@@ -63,6 +62,7 @@ class _Told(NamedTuple):
     num_groups: int | None
     signum: int | None
     is_time_up: bool
+    is_last: bool
     asked: tuple[Ask, ...]  # to be saved before the batch
     counts: RolloutCounts
     rewards: tuple[str, tuple[str, ...]] | None  # the first row, and the names of its rewards
@@ -74,7 +74,7 @@ class RolloutLoader:
     Args:
         executor: source of the groups.
         pad_token_id: token that pads a batch.
-        length: batches of an epoch.
+        epochs: counts the groups of each epoch.
         trainer: polled for SIGTERM while waiting; stopped when prompts or time have ended.
         ranks: rank group; either all of its ranks train a batch or none.
         stop: polled before a batch is taken and while waiting for it.
@@ -90,7 +90,7 @@ class RolloutLoader:
         executor: WorkflowExecutor,
         *,
         pad_token_id: int,
-        length: int,
+        epochs: PromptEpochs,
         trainer: L.Trainer,
         ranks: RankGroup,
         stop: StopRequest,
@@ -101,10 +101,21 @@ class RolloutLoader:
         self._generated = executor.engine.num_generated
         self._ranks, self._stop, self._phase_timer = ranks, stop, phase_timer
         self._executor, self._pad_token_id = executor, pad_token_id
-        self._length, self._trainer = length, trainer
+        self._epochs, self._trainer = epochs, trainer
+        self._length = 0
 
     def __len__(self) -> int:
         return self._length
+
+    def begin_epoch(self, update: UpdateConfig) -> None:
+        """Find the length of the epoch that the trainer begins, or goes on with.
+
+        Raises:
+            ConfigError: if whole batches do not reach ``max_steps``.
+        """
+        check_steps(self._trainer, update)
+        self._length = self._epochs.next_length(self._trainer, update.steps_per_batch)
+        count_over_run(self._trainer, self._length)
 
     def __iter__(self) -> Iterator[SealedBatch]:
         require_published(self._executor)
@@ -113,7 +124,10 @@ class RolloutLoader:
                 "the prompts have ended, but the Trainer goes on: leave out its min_steps and "
                 "min_epochs, or raise num_epochs of the RolloutConfig."
             )
-        while (shares := self._take()) is not None:
+        while not self.ended and (shares := self._take()) is not None:
+            self._epochs.take(sum(shares.sizes))
+            if self.ended:  # with this batch, after which Lightning validates once more
+                self._trainer.should_stop = True
             yield SealedBatch(self._collate(shares))
         self._trainer.should_stop = True  # or Lightning would begin one empty epoch after another
 
@@ -145,6 +159,7 @@ class RolloutLoader:
             self._warn_of_rest(told)
         if self.ended or _is_over(told):
             return None
+        self.ended = all(each.is_last or each.num_groups is None for each in told)
         names = _common_names([each.rewards for each in told])
         return Shares(taken.groups or [], [each.num_groups or 0 for each in told], names)
 
@@ -170,14 +185,16 @@ class RolloutLoader:
         num_groups = None if taken.groups is None else len(taken.groups)
         first = taken.groups[0] if taken.groups else None
         rewards = first and (first.row_id, tuple(sorted(first.trajectories[0].rewards)))
-        return _Told(num_groups, taken.signum, taken.is_time_up, taken.asked, counts, rewards)
+        ends = taken.is_time_up, taken.is_last
+        return _Told(num_groups, taken.signum, *ends, taken.asked, counts, rewards)
 
     def _take_mine(self, *, fill: bool = False) -> _Taken:
         saves = self._stop.saves
         try:
             if self._stop.look() or saves.asked:
                 return _Taken([], self._stop.signum, asked=tuple(saves.asked))
-            return _Taken(self._executor.take(interrupted=self._is_interrupted, fill=fill))
+            groups = self._executor.take(interrupted=self._is_interrupted, fill=fill)
+            return _Taken(groups, is_last=self._executor.is_finished)
         except RolloutTimeout:
             if self._stop.signum is not None or saves.asked:
                 return _Taken([], self._stop.signum, asked=tuple(saves.asked))
@@ -254,22 +271,3 @@ def make_batch(
 
 def _is_over(told: Sequence[_Told]) -> bool:
     return any(each.is_time_up for each in told)
-
-
-def num_batches(trainer: L.Trainer, config: RolloutConfig, update: UpdateConfig) -> int:
-    """Batches until ``max_steps``; no end in sight if ``max_time`` or ``num_epochs`` ends the run.
-
-    Raises:
-        ConfigError: if none of the three is set, or whole batches do not reach ``max_steps``.
-    """
-    if trainer.max_steps > 0:
-        check_steps(trainer, update)
-        done = trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        return done + max(0, trainer.max_steps - trainer.global_step) // update.steps_per_batch
-    has_timer = any(isinstance(callback, Timer) for callback in trainer.callbacks)  # type: ignore
-    if config.num_epochs is None and not has_timer:
-        raise ConfigError(
-            "nothing ends this run: set the Trainer's max_steps or max_time, or num_epochs of the "
-            "RolloutConfig."
-        )
-    return _ENDLESS

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 
 from sdp_lightning.errors import InfrastructureError, RolloutError, error_text
 from sdp_lightning.prompts.stream import EVALUATION_EPOCH, PromptRow
@@ -66,19 +67,43 @@ class Evaluator:
             RolloutError: if a rollout failed, naming the row.
             VersionError: before the first publish.
         """
+        parts = self.roll_out_in_parts(
+            *(prompts, workflow, [len(prompts)]),
+            first_order=first_order,
+            timeout_s=timeout_s,
+            interrupted=interrupted,
+        )
+        return sorted(next(parts), key=lambda group: group.order)
+
+    def roll_out_in_parts(
+        self,
+        prompts: Sequence[PromptRow],
+        workflow: RolloutWorkflow,
+        sizes: Sequence[int],
+        *,
+        first_order: int = 0,
+        timeout_s: float | None = None,
+        interrupted: Callable[[], bool] = lambda: False,
+    ) -> Generator[list[TrajectoryGroup]]:
+        """As :meth:`roll_out`, all at once, in parts of ``sizes`` rows, as they finish."""
         version, sessions = self._clock.version, list[RolloutSession]()
+        deadline = time.monotonic() + (self._timeout_s if timeout_s is None else timeout_s)
         runner = AsyncTaskRunner(name="sdp-evaluation", interrupted=interrupted)
         try:
             for order, prompt in enumerate(prompts, first_order):
                 session = self._source.new_session(prompt)
                 sessions.append(session)
                 runner.submit(_roll_out, InFlightGroup(order, prompt, version, session), workflow)
-            limit = self._timeout_s if timeout_s is None else timeout_s
-            groups: list[TrajectoryGroup | None] = runner.wait(len(prompts), limit)
+            for number, size in enumerate(sizes, 1):
+                found: list[TrajectoryGroup | None] = runner.wait(
+                    size, max(0.0, deadline - time.monotonic())
+                )
+                if number == len(sizes):  # the consumer may not ask again
+                    runner.close()
+                    _warn_of_errors(sessions)
+                yield [group for group in found if group is not None]
         finally:
             runner.close()
-        _warn_of_errors(sessions)
-        return sorted((g for g in groups if g is not None), key=lambda group: group.order)
 
 
 def _warn_of_errors(sessions: Sequence[RolloutSession]) -> None:

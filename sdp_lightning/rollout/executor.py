@@ -86,6 +86,12 @@ class WorkflowExecutor:
         return self.registry.clock.is_set
 
     @property
+    def is_finished(self) -> bool:
+        """Whether the prompts have ended and no group is left to be taken."""
+        with self.registry.changed:
+            return self._is_exhausted() and self.stat.pending == 0
+
+    @property
     def stat(self) -> RolloutStat:
         """The counters of the ledger, all of the same instant."""
         return self.manager.stat

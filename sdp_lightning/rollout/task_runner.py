@@ -133,7 +133,7 @@ class AsyncTaskRunner:
                 left = None if deadline is None else deadline - time.monotonic()
                 stopped = self._interrupted is not None and self._interrupted()
                 if stopped or (left is not None and left <= 0):
-                    why = "interrupted while waiting" if stopped else f"waited {timeout} s"
+                    why = "interrupted while waiting" if stopped else f"waited {timeout:.4g} s"
                     raise RolloutTimeout(
                         f"{why} for {count} results: {len(self._results)} are ready, "
                         f"{len(self._running)} run, {len(self._inputs)} wait to start."

@@ -69,10 +69,9 @@ def test_a_greedy_validation_is_allowed() -> None:
     assert data.val_workflow is greedy
 
 
-@pytest.mark.parametrize("settings", [{}, {"max_epochs": -1}])
-def test_a_run_that_nothing_ends_is_refused(model_folder: str, settings: dict[str, Any]) -> None:
-    trainer = make_trainer(sdp.WeightSyncCallback(), **({"max_epochs": 3} | settings))
-    with pytest.raises(sdp.ConfigError, match=r"max_steps or max_time, or num_epochs"):
+def test_a_run_that_nothing_ends_is_refused(model_folder: str) -> None:
+    trainer = make_trainer(sdp.WeightSyncCallback(), max_epochs=-1)
+    with pytest.raises(sdp.ConfigError, match=r"max_steps, max_epochs or max_time, or num_epochs"):
         trainer.fit(make_module(model_folder), make_data(engine=FakeEngine()))
 
 
@@ -192,7 +191,7 @@ def test_prompts_are_found_by_name(model_folder: str, tmp_path: Path, name: str)
     ("settings", "rollout", "length"),
     [
         ({"max_steps": 6}, {}, 3),
-        ({"max_steps": -1, "max_epochs": -1}, {"num_epochs": 2}, 10**9),
+        ({"max_steps": -1, "max_epochs": -1}, {"num_epochs": 2}, 8),
     ],
 )
 def test_the_loader_has_a_length_so_nothing_is_fetched_ahead(

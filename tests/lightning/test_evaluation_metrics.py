@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
+from lightning.pytorch.callbacks import Callback
 
 import sdp_lightning as sdp
 from sdp_lightning.testing import FakeEngine
@@ -13,7 +15,7 @@ from support.stopped_runs import (
     WAIT_S,
     Validations,
 )
-from support.trainers import make_module, make_rows, make_trainer
+from support.trainers import make_data, make_module, make_rows, make_trainer
 
 
 def passes_for_some(completion: str, row: Any) -> float:
@@ -57,3 +59,45 @@ def test_an_evaluation_logs_reward_version_and_pass_at_k(
 
 def greedy_off() -> sdp.SamplingParams:
     return sdp.SamplingParams(max_new_tokens=4)
+
+
+class Batches(Callback):
+    """Counts the batches of the validations, with those of the sanity check apart."""
+
+    def __init__(self) -> None:
+        self.rows: list[str] = []
+        self.batches: dict[bool, int] = {False: 0, True: 0}
+
+    def reward(self, completion: str, row: Any) -> float:
+        self.rows.append(row["id"])
+        return float(int(row["id"].removeprefix("row")) < 4)
+
+    def on_validation_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any, **kwargs: Any
+    ) -> None:
+        self.batches[trainer.sanity_checking] += 1
+
+
+@pytest.mark.parametrize(
+    ("limits", "num_rows", "batches"),
+    [
+        ({"limit_val_batches": 2, "num_sanity_val_steps": 1}, 2 + 4, {True: 1, False: 2}),
+        ({"limit_val_batches": 0.7, "num_sanity_val_steps": 0}, 4, {True: 0, False: 2}),
+        ({"num_sanity_val_steps": -1}, 7 + 7, {True: 4, False: 4}),
+    ],
+    ids=["an int", "a fraction of four", "all"],
+)
+def test_limits_of_validation_count_batches_of_rows(
+    model_folder: str, limits: dict[str, Any], num_rows: int, batches: dict[bool, int]
+) -> None:
+    seen, found = Batches(), Validations()
+    workflow = sdp.RLVRWorkflow(seen.reward, group_size=2, sampling=greedy_off())
+    data = make_data(
+        engine=FakeEngine(), val_prompts=make_rows(7), val_workflow=workflow, batch_size=2
+    )
+    trainer = make_trainer(sdp.WeightSyncCallback(), seen, found, max_steps=1, **limits)
+    trainer.fit(make_module(model_folder), data)
+    assert len(seen.rows) == 2 * num_rows and seen.batches == batches
+    if num_rows == 14:  # the mean is over rows, not over batches, of which the last has one
+        assert found.found[-1]["val/reward"] == pytest.approx(4 / 7)
+        assert found.found[-1]["val/pass_at_k"] == pytest.approx(4 / 7)

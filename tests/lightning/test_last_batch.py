@@ -15,7 +15,7 @@ from support.trainers import Recorder, make_data, make_module, make_rows, make_t
 def fit(folder: str, **rollout: Any) -> tuple[list[list[str]], int]:
     """The rows of every batch of 5 rows in 2 passes, 3 a batch in 2 minibatches, and the steps."""
     recorder = Recorder()
-    trainer = make_trainer(sdp.WeightSyncCallback(), recorder, max_epochs=1)
+    trainer = make_trainer(sdp.WeightSyncCallback(), recorder, max_epochs=-1)
     module = make_module(folder, update=sdp.UpdateConfig(num_minibatches=2))
     data = make_data(rows=make_rows(5), engine=FakeEngine(), batch_size=3, shuffle=False, **rollout)
     trainer.fit(module, data)

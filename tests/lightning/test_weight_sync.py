@@ -175,9 +175,13 @@ def test_the_callback_needs_the_module_and_the_data_module_of_this_package(
 
 
 @pytest.mark.parametrize("stage", ["fit", "validate"])
-def test_a_trainer_without_the_callback_is_told_to_add_it(model_folder: str, stage: str) -> None:
-    data = make_data(engine=FakeEngine(), val_prompts=make_rows(2))
-    with pytest.raises(sdp.ConfigError, match=r"published.*add WeightSyncCallback\(\)"):
-        getattr(make_trainer(max_steps=1, num_sanity_val_steps=0), stage)(
-            make_module(model_folder), data
-        )
+def test_a_trainer_without_the_callback_gets_one(model_folder: str, stage: str) -> None:
+    trainer = make_trainer(max_steps=1, num_sanity_val_steps=0)
+    versions: list[Any] = []
+    for _ in "12":  # and no second one in the next run
+        data = make_data(engine=FakeEngine(), val_prompts=make_rows(2))
+        getattr(trainer, stage)(make_module(model_folder), data)
+        versions.append(trainer.callback_metrics.get("val/version"))
+    kinds = [type(callback) for callback in trainer.callbacks]  # type: ignore[attr-defined]
+    assert kinds.count(sdp.WeightSyncCallback) == 1
+    assert versions[0] == (1 if stage == "fit" else 0)

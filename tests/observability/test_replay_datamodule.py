@@ -329,10 +329,3 @@ def test_rejected_prompts_are_replaced_and_endless_rejection_is_an_error(model_f
     assert all(int(g.row_id[3:]) % 2 == 0 for r in odd for g in r.groups)
     with pytest.raises(sdp.RolloutError, match="groups in a row were rejected"):
         predict(lambda row: "reject")
-
-
-def test_generating_needs_published_weights(model_folder: str) -> None:
-    with pytest.raises(sdp.ConfigError, match="no weights were published"):
-        make_trainer(limit_predict_batches=1).predict(
-            make_recorded_module(model_folder), datamodule=make_data(engine=FakeEngine())
-        )

@@ -47,6 +47,7 @@ def make_data(
     engine: str | InferenceEngine = "embedded",
     engine_options: dict[str, Any] | None = None,
     val_prompts: Sequence[Row] | None = None,
+    val_workflow: sdp.RolloutWorkflow | None = None,
     **rollout: Any,
 ) -> sdp.RolloutDataModule:
     settings = {"batch_size": 2, "timeout_s": WAIT_S} | rollout
@@ -58,6 +59,7 @@ def make_data(
         engine_options=on_cpu if engine == "embedded" and not engine_options else engine_options,
         rollout=sdp.RolloutConfig(**settings),
         val_prompts=val_prompts,
+        val_workflow=val_workflow,
     )
 
 
