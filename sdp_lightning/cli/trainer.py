@@ -37,8 +37,14 @@ class OneLineParser(LightningArgumentParser):
     """A parser whose errors are one line with the nearest setting, without the long usage."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Exit with status 2."""
-        sys.stderr.write(f"sdp-lightning: {self.one_line(message, ex)}\n")
+        """Exit with status 2; ``ArgumentError`` where jsonargparse tries one type of several."""
+        if not self.exit_on_error:
+            super().error(message, ex)
+        self.refuse(self.one_line(message, ex), ex)
+
+    def refuse(self, reason: str, ex: Exception | None) -> NoReturn:
+        """Exit with status 2 and one line."""
+        sys.stderr.write(f"sdp-lightning: {reason}\n")
         sys.exit(2)
 
     def one_line(self, message: str, ex: Exception | None) -> str:
