@@ -13,6 +13,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
+from sdp_lightning.cli.kept_texts import keeping_mode
 from sdp_lightning.config.server_keys import hide_keys, without_keys
 from sdp_lightning.errors import ConfigError
 from sdp_lightning.lightning.datamodule import RolloutDataModule
@@ -135,7 +136,7 @@ class RolloutCLI(LightningCLI):
             seed_everything_default=0,
             save_config_callback=SaveConfigCallback if run else None,
             save_config_kwargs={"overwrite": True},
-            parser_kwargs={"allow_abbrev": False},
+            parser_kwargs={"allow_abbrev": False, "parser_mode": keeping_mode()},
             parser_class=type(self).parser_kind,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
