@@ -8,6 +8,7 @@ from urllib.parse import parse_qs
 
 from jsonargparse import ArgumentError, ArgumentParser
 
+from sdp_lightning.cli.kept_texts import keep_texts
 from sdp_lightning.config.model_limits import max_positions
 from sdp_lightning.config.model_source import ModelSource
 from sdp_lightning.config.pretrained import load_config, load_tokenizer
@@ -65,7 +66,7 @@ def make_workflow(settings: Any) -> RolloutWorkflow:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(RolloutWorkflow, "workflow", required=True)
     try:
-        config = parser.parse_object({"workflow": settings})
+        config = parser.parse_object({"workflow": keep_texts(settings)})
         made: Any = parser.instantiate(config)
         return made.workflow
     except ArgumentError as error:

@@ -20,6 +20,7 @@ from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from transformers import GenerationConfig, PreTrainedConfig
 
 from sdp_lightning.cli.config_rows import checked_rows, longest_sequence
+from sdp_lightning.cli.kept_texts import keep_texts
 from sdp_lightning.cli.trainer import RolloutCLI
 from sdp_lightning.config.eos_tokens import load_eos_tokens
 from sdp_lightning.config.import_path import load_object
@@ -110,7 +111,7 @@ def _cut(config: Any, folder: Path) -> None:
     data.rollout.batch_size = max(2, update.num_minibatches)
     data.rollout.max_concurrent = None
     for name, rows in whole.items():
-        data[name] = few_rows(rows)
+        data[name] = keep_texts(few_rows(rows))
     for name in ("workflow", "val_workflow"):
         sampling = data[name] and data[name].get("init_args", {}).get("sampling")
         if sampling:

@@ -20,8 +20,8 @@ _FIT_ONLY = ("ckpt_path", "weights_only")  # keys of a config that a run has sav
 class _RaisingParser(OneLineParser):
     """A parser whose errors are exceptions: the caller is a program."""
 
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise ConfigError(self.one_line(message, ex)) from ex
+    def refuse(self, reason: str, ex: Exception | None) -> NoReturn:
+        raise ConfigError(reason) from ex
 
 
 class _ConfigCLI(RolloutCLI):

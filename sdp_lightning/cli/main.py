@@ -1,7 +1,7 @@
 """The command ``sdp-lightning``.
 
-``--version`` and ``doctor`` import neither Lightning nor transformers, ``export`` and ``report`` no
-Lightning; ``fit``, ``validate``, ``test`` and ``rollout`` run a ``LightningCLI``.
+``--version``, ``init`` and ``doctor`` import neither Lightning nor transformers, ``export`` and
+``report`` no Lightning; ``fit``, ``validate``, ``test`` and ``rollout`` run a ``LightningCLI``.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if command in TRAINER_COMMANDS:
         return run_trainer(arguments)
-    others = {"export": export, "report": report, "doctor": doctor}
+    others = {"export": export, "report": report, "doctor": doctor, "init": init}
     if command in others:
         return others[command](arguments[1:])
     near = difflib.get_close_matches(command, (*TRAINER_COMMANDS, *others, "--version"), n=1)
@@ -108,6 +108,23 @@ def report(arguments: Sequence[str]) -> int:
     try:
         print(write_report(options.folder))
     except ConfigError as error:
+        return refuse(error)
+    return 0
+
+
+def init(arguments: Sequence[str]) -> int:
+    """Write the folder of a task. Status 2: there is no such template, or something is there."""
+    from sdp_lightning.cli.init import TEMPLATES, write_task
+
+    parser = argparse.ArgumentParser(prog="sdp-lightning init", allow_abbrev=False)
+    parser.add_argument("folder", metavar="FOLDER", help="the new folder of the task")
+    parser.add_argument(
+        "--from", dest="name", default="sorting", metavar="TEMPLATE", help=", ".join(TEMPLATES)
+    )
+    options = parser.parse_args(arguments)
+    try:
+        print(write_task(options.folder, options.name))
+    except (ConfigError, OSError) as error:
         return refuse(error)
     return 0
 

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
+from sdp_lightning.cli.kept_texts import keeping_mode
 from sdp_lightning.config.server_keys import hide_keys, without_keys
 from sdp_lightning.errors import ConfigError
 from sdp_lightning.lightning.datamodule import RolloutDataModule
@@ -36,8 +37,14 @@ class OneLineParser(LightningArgumentParser):
     """A parser whose errors are one line with the nearest setting, without the long usage."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Exit with status 2."""
-        sys.stderr.write(f"sdp-lightning: {self.one_line(message, ex)}\n")
+        """Exit with status 2; ``ArgumentError`` where jsonargparse tries one type of several."""
+        if not self.exit_on_error:
+            super().error(message, ex)
+        self.refuse(self.one_line(message, ex), ex)
+
+    def refuse(self, reason: str, ex: Exception | None) -> NoReturn:
+        """Exit with status 2 and one line."""
+        sys.stderr.write(f"sdp-lightning: {reason}\n")
         sys.exit(2)
 
     def one_line(self, message: str, ex: Exception | None) -> str:
@@ -128,7 +135,7 @@ class RolloutCLI(LightningCLI):
             seed_everything_default=0,
             save_config_callback=SaveConfigCallback if run else None,
             save_config_kwargs={"overwrite": True},
-            parser_kwargs={"allow_abbrev": False},
+            parser_kwargs={"allow_abbrev": False, "parser_mode": keeping_mode()},
             parser_class=type(self).parser_kind,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
