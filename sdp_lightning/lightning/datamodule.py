@@ -7,7 +7,6 @@ before it has been published.
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, cast
 
@@ -28,25 +27,23 @@ from sdp_lightning.lightning.module import SegmentWisePPOModule
 from sdp_lightning.lightning.observer import say_set_aside
 from sdp_lightning.lightning.phase_timer import PhaseTimer
 from sdp_lightning.lightning.prediction_loader import GenerationLoader
-from sdp_lightning.lightning.prompt_epochs import PromptEpochs, overfitted, with_passes
+from sdp_lightning.lightning.prompt_epochs import PromptEpochs, with_passes
 from sdp_lightning.lightning.rollout_hooks import add_tables
+from sdp_lightning.lightning.run_rows import PROMPTS, VAL_PROMPTS, RunRows
 from sdp_lightning.lightning.startup import (
     find_eos_tokens,
     leave_cores,
     longest_sequence,
     make_trainer_ranks,
     open_engine,
-    say_unstopped,
     start_engine,
 )
 from sdp_lightning.lightning.stop_request import StopRequest
 from sdp_lightning.lightning.train_loader import RolloutLoader
-from sdp_lightning.prompts.iterable_rows import IterableRows
-from sdp_lightning.prompts.sources import NUM_CHECKED, first_rows, load_rows, name_of, read_rows
+from sdp_lightning.prompts.sources import Prompts
 from sdp_lightning.rollout.checkpoint.resharding import reshard
 from sdp_lightning.rollout.executor import WorkflowExecutor
 from sdp_lightning.rollout.factory import create_workflow_executor
-from sdp_lightning.rollout.row_checks import RowChecks
 from sdp_lightning.training.batch import SealedBatch
 from sdp_lightning.workflows.workflow import RolloutWorkflow
 
@@ -77,17 +74,13 @@ class RolloutDataModule(RunDataModule):
 
     def __init__(
         self,
-        prompts: str | Sequence[Mapping[str, Any]] | Iterable[Any] | Callable[[], Iterable[Any]],
+        prompts: Prompts,
         workflow: RolloutWorkflow,
         *,
         engine: str | InferenceEngine = "embedded",
         engine_options: dict[str, Any] | None = None,
         rollout: RolloutConfig = RolloutConfig(),
-        val_prompts: str
-        | Sequence[Mapping[str, Any]]
-        | Iterable[Any]
-        | Callable[[], Iterable[Any]]
-        | None = None,
+        val_prompts: Prompts | None = None,
         val_workflow: RolloutWorkflow | None = None,
     ) -> None:
         super().__init__()
@@ -98,19 +91,11 @@ class RolloutDataModule(RunDataModule):
             )
         self.rollout, self.workflow = rollout, workflow
         self.val_workflow = workflow if val_workflow is None else val_workflow
-        # A generator can be wrapped, and read, only once.
-        self._prompts = prompts if isinstance(prompts, str) else load_rows(prompts)
-        self._val_prompts = (
-            val_prompts
-            if val_prompts is None or isinstance(val_prompts, str)
-            else load_rows(val_prompts)
-        )
+        self._rows = RunRows(prompts, val_prompts)
         self._engine_source, self._engine_options = engine, dict(engine_options or {})
         settings = {"workflow": workflow, "engine": engine, "engine_options": engine_options}
         settings |= {"rollout": rollout, "val_workflow": val_workflow}
-        rows = {"prompts": name_of(self._prompts), "val_prompts": name_of(self._val_prompts)}
-        self.save_hyperparameters(plain(settings | rows))
-        self._rows: dict[str, Any] = {}  # those that are used, by setting
+        self.save_hyperparameters(plain(settings | self._rows.names))
         self._engine: InferenceEngine | None = None
         self._executor: WorkflowExecutor | None = None
         self.loader: RolloutLoader | None = None  # of the fit under way
@@ -166,67 +151,32 @@ class RolloutDataModule(RunDataModule):
         )
         self._ranks = make_trainer_ranks(self.trainer, self.stop, batch_timeout_s=config.timeout_s)
         module.use_ranks(self._ranks)
-        checks = self._check_rows(stage)
+        self._rows.load(stage, self.trainer, self.rollout, self._num_predicted())
+        used = {PROMPTS: self.workflow} if stage in ("fit", "predict") else {}
+        used |= {VAL_PROMPTS: self.val_workflow} if stage != "predict" else {}
+        self._rows.check(used, module, self.rollout, self._ranks)
         self._engine = engine
         start_engine(engine, self._ranks)
-        for what, check in checks.items():
-            check.max_length = longest_sequence(engine)
-            if isinstance(self._rows[what], IterableRows):
-                check.refuse()
-            else:
-                self._rows[what] = check.kept()
+        self._rows.keep(longest_sequence(engine))
         self._executor = create_workflow_executor(
             config=config,
             engine=engine,
             workflow=self.workflow,
-            prompts=self._rows["prompts"],
+            prompts=self._rows.used[PROMPTS],
             tokenizer=module.tokenizer,
             ranks=self._ranks,
             eos_token_ids=find_eos_tokens(module, self.workflow),
             max_length=longest_sequence(engine),
         )
-        self._epochs = PromptEpochs(self._rows["prompts"], self.rollout.batch_size)
-        if self._val_prompts is None and stage == "fit" and self.trainer is not None:
+        self._epochs = PromptEpochs(self._rows.used[PROMPTS], self.rollout.batch_size)
+        if not self._rows.has_val and stage == "fit" and self.trainer is not None:
             self.trainer.limit_val_batches = 0
         self._trainer_threads = leave_cores(engine)
 
-    def _check_rows(self, stage: str) -> dict[str, RowChecks]:
-        """Load the rows, and check those that ``stage`` rolls out, all ranks together.
-
-        Of rows that are read one after another, the first few are checked here, and each of the
-        others when it comes.
-        """
-        self._rows = {"prompts": overfitted(load_rows(self._prompts), self.trainer, self.rollout)}
-        workflows = {"prompts": self.workflow} if stage in ("fit", "predict") else {}
-        if stage == "predict":
-            self._rows["prompts"] = read_rows(self._prompts, self._num_predicted())
-        if self._val_prompts is not None and stage != "predict":
-            self._rows["val_prompts"] = read_rows(self._val_prompts)
-            workflows["val_prompts"] = self.val_workflow
-        checks: dict[str, RowChecks] = {}
-        tokenizer = self._module().tokenizer
-        for what, workflow in workflows.items():
-            rows = self._rows[what]
-            checks[what] = RowChecks(
-                first_rows(rows, NUM_CHECKED) if isinstance(rows, IterableRows) else rows,
-                workflow,
-                tokenizer,
-                mode=self.rollout.prompts_check,
-                ranks=self._ranks,
-                what=what,
-            )
-        for what, check in checks.items():
-            check.refuse()
-            share = check.good_rows(self._ranks.rank, self._ranks.size)
-            workflows[what].check_prompts(share, tokenizer)
-            if self._ranks.rank == 0:
-                say_unstopped(self._module(), workflows[what], check.good_rows())
-        return checks
-
     def _num_predicted(self) -> int | None:
-        """Rows that ``predict`` needs at most; None is all."""
+        """Batches that ``predict`` makes at most; None is all."""
         limit: Any = None if self.trainer is None else self.trainer.limit_predict_batches
-        return limit * self.rollout.batch_size if isinstance(limit, int) else None
+        return limit if isinstance(limit, int) else None
 
     def train_dataloader(self) -> RolloutLoader:
         module, trainer = self._module(), cast(Any, self.trainer)
@@ -245,12 +195,12 @@ class RolloutDataModule(RunDataModule):
         return self.loader
 
     def val_dataloader(self) -> EvaluationLoader:
-        if self._val_prompts is None:
+        if not self._rows.has_val:
             raise ConfigError("there is nothing to evaluate: pass val_prompts.")
         assert self.trainer is not None
         return EvaluationLoader(
             self.executor,
-            self._rows["val_prompts"],
+            self._rows.used[VAL_PROMPTS],
             self.val_workflow,
             trainer=self.trainer,
             ranks=self._ranks,
@@ -263,13 +213,12 @@ class RolloutDataModule(RunDataModule):
     def predict_dataloader(self) -> GenerationLoader:
         """Rollouts of the training prompts: only generated, nothing is learned from them."""
         assert self.trainer is not None
-        limit: Any = self.trainer.limit_predict_batches
         return GenerationLoader(
             self.executor,
-            self._rows["prompts"],
+            self._rows.used[PROMPTS],
             self.workflow,
             tokenizer=self._module().tokenizer,
-            num_batches=limit if isinstance(limit, int) else None,
+            num_batches=self._num_predicted(),
             trainer=self.trainer,
             ranks=self._ranks,
         )

@@ -19,6 +19,7 @@ from sdp_lightning.errors import ConfigError, VersionError
 from sdp_lightning.lightning.checkpoint_io import use_atomic_checkpoints
 from sdp_lightning.lightning.checkpoint_names import keep_names_flat
 from sdp_lightning.lightning.datamodule import RolloutDataModule
+from sdp_lightning.lightning.drop_warning import DropWarning
 from sdp_lightning.lightning.failing_callbacks import (
     FailingCallbacks,
     guard_hooks,
@@ -38,9 +39,6 @@ from sdp_lightning.training.policy.checkpoint_names import as_in_checkpoint
 from sdp_lightning.weights.protocol import WeightStream
 
 logger = logging.getLogger(__name__)
-
-DROP_WARNING_SHARE = 0.05
-DROP_WARNING_GROUPS = 50
 
 
 class WeightSyncCallback(Callback):
@@ -108,7 +106,7 @@ class WeightSyncCallback(Callback):
         self._times: dict[str, float] = {}
         self._learned, self._busy_s = 0, 0.0
         self._num_trained = 0  # batches of the fit
-        self._warned = False
+        self._drops = DropWarning()
         self._stop = GracefulStop(grace_s=stop_grace_s) if save_on_stop else None
         self._start = self._validated = (
             0  # versions at the start of the fit and of the last validation
@@ -308,22 +306,7 @@ class WeightSyncCallback(Callback):
         module.log("wait", waited, prog_bar=True, logger=False, batch_size=size)
         if module.global_rank == 0:
             telemetry = _parts(module.trainer, module)[2].registry.telemetry
-            self._warn_of_drops(counts.dropped_groups, counts.trained_groups, telemetry.num_aside)
-
-    def _warn_of_drops(self, dropped: int, trained: int, num_aside: int) -> None:
-        total = dropped + trained
-        if self._warned or total < DROP_WARNING_GROUPS or dropped <= DROP_WARNING_SHARE * total:
-            return
-        self._warned = True
-        aside = f", {num_aside} of them while their reward or environment ran" if num_aside else ""
-        remedy = "Raise max_head_lag, lower max_concurrent, or use on_overdue='wait'."
-        if 2 * num_aside > dropped:
-            remedy = "Make the reward or environment faster, or lower reward_timeout_s."
-        logger.warning(
-            "%d of %d finished or overdue groups went stale and were dropped%s: training is biased "
-            "against long rollouts. %s",
-            *(dropped, total, aside, remedy),
-        )
+            self._drops.see(counts.dropped_groups, counts.trained_groups, telemetry.num_aside)
 
 
 def _warn_of_rename(former: str, present: str) -> None:

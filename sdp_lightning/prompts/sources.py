@@ -14,7 +14,8 @@ from sdp_lightning.types import Row
 
 MOST_AT_ONCE = 100_000  # rows of an iterable that are read whole
 NUM_CHECKED = 16  # rows of an iterable that are checked before the run
-Source = str | Sequence[Row] | Iterable[Any] | Callable[[], Iterable[Any]] | IterableRows
+Prompts = str | Sequence[Mapping[str, Any]] | Iterable[Any] | Callable[[], Iterable[Any]]
+Source = Prompts | IterableRows
 
 
 def load_rows(source: Source) -> Sequence[Row] | IterableRows:
