@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from sdp_lightning.config.model_source import ModelSource, quiet_transformers
+from sdp_lightning.config.model_source import ModelObject, ModelSource, quiet_transformers
 from sdp_lightning.errors import ConfigError
 
 GENERATION_FILE, CONFIG_FILE = "generation_config.json", "config.json"
@@ -33,6 +33,9 @@ def load_eos_tokens(source: ModelSource) -> EosTokens:
     Raises:
         ConfigError: if a file names what is no token id.
     """
+    if isinstance(source, ModelObject):
+        return EosTokens(tuple(source.eos_token_ids), "the model object")
+
     from transformers.utils.hub import cached_file
 
     def find(name: str) -> Path | None:
@@ -65,12 +68,26 @@ def describe_tokens(ids: Sequence[int], folder: Path) -> str:
 
 
 def _read(generation: Path | None, config: Path | None) -> EosTokens:
-    """Those of the first of the files that has some, as transformers chooses."""
-    settings = {} if config is None else _settings(config)
+    return eos_tokens_in(
+        {} if generation is None else _settings(generation),
+        {} if config is None else _settings(config),
+    )
+
+
+def eos_tokens_in(generation: Mapping[str, Any], settings: Mapping[str, Any]) -> EosTokens:
+    """Those of the first configuration that has some, as transformers chooses.
+
+    Args:
+        generation: the generation configuration.
+        settings: the model's.
+
+    Raises:
+        ConfigError: if one names what is no token id.
+    """
     text_part: Any = settings.get("text_config") or {}  # of a vision-language model
     known = settings.get("vocab_size", text_part.get("vocab_size"))
     places: list[tuple[str, Any]] = [
-        (GENERATION_FILE, {} if generation is None else _settings(generation)),
+        (GENERATION_FILE, generation),
         (CONFIG_FILE, settings),
         (CONFIG_FILE, text_part),
     ]

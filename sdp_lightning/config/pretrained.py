@@ -6,11 +6,15 @@ What transformers refuses is a ``ConfigError`` of one line, with the remedy.
 from __future__ import annotations
 
 import contextlib
+import copy
+import hashlib
+import json
 from collections.abc import Generator, Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from sdp_lightning.config.model_source import ModelSource, quiet_transformers
+from sdp_lightning.config.model_source import ModelObject, ModelSource, quiet_transformers
+from sdp_lightning.config.weights_digest import weights_digest
 from sdp_lightning.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -18,6 +22,11 @@ if TYPE_CHECKING:
 
 _NUM_NAMED = 4
 _SHOWN = 300  # characters of an error of transformers
+# Of a configuration, what is no part of the model: where it is from, and what a forward returns.
+_NO_PART = (
+    *("_name_or_path", "transformers_version", "architectures", "dtype", "use_cache"),
+    *("output_attentions", "output_hidden_states", "return_dict"),
+)
 _CAPPED_SCORES = "attn_logit_softcapping"  # of configurations; transformers' sdpa leaves it out
 # Arguments of from_pretrained that say where the files of a model are.
 _PLACES = (
@@ -59,11 +68,17 @@ def load_config(source: ModelSource, options: Mapping[str, Any] | None = None) -
         ConfigError: if it cannot be read, or comes with code that is not trusted.
         OSError: if there is no such model.
     """
+    if isinstance(source, ModelObject) and source.given is not None:
+        return copy.deepcopy(source.given[0].config)
+
     from transformers import AutoConfig
 
     where = {name: value for name, value in (options or {}).items() if name in _PLACES}
     with _explained("the configuration", str(source.name)):
-        return AutoConfig.from_pretrained(source.name, **source.options, **where)
+        config: Any = AutoConfig.from_pretrained(source.name, **source.options, **where)
+    if isinstance(source, ModelObject):
+        source.require("config", config_digest(config))
+    return config
 
 
 def load_tokenizer(source: ModelSource) -> Any:
@@ -74,6 +89,9 @@ def load_tokenizer(source: ModelSource) -> Any:
             template is no Jinja.
         OSError: if there is no such repository.
     """
+    if isinstance(source, ModelObject) and source.given is not None:
+        return source.given[1]
+
     from jinja2 import TemplateError, TemplateSyntaxError
     from transformers import AutoTokenizer
 
@@ -93,7 +111,23 @@ def load_tokenizer(source: ModelSource) -> Any:
             ) from error
         except TemplateError:
             pass  # it refuses this conversation, and may write others
+    if isinstance(source, ModelObject):
+        source.require("tokens", tokens_digest(tokenizer))
     return tokenizer
+
+
+def config_digest(config: Any) -> str:
+    """Digest of a model's configuration, but for where it is from and what training leaves out."""
+    settings = {n: v for n, v in config.to_dict().items() if n not in _NO_PART}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def tokens_digest(tokenizer: Any) -> str:
+    """Digest of the tokens of a tokenizer; of its class, if it does not list them."""
+    # foreign: see count_tokens
+    get_vocab = getattr(tokenizer, "get_vocab", None)
+    known = type(tokenizer).__name__ if get_vocab is None else sorted(get_vocab().items())
+    return hashlib.sha256(json.dumps(known).encode()).hexdigest()
 
 
 def count_tokens(tokenizer: Any) -> int | None:
@@ -206,6 +240,10 @@ def load_causal_lm(
             the embedding is not lacking.
     """
     source = ModelSource(source) if isinstance(source, str) else source
+    if isinstance(source, ModelObject):
+        options = {"dtype": source.dtype, **options}
+        if source.given is not None:
+            return _keep_score_cap(copy.deepcopy(source.given[0]), options)
     name = str(source.name)
     settings = {"dtype": dtype, **source.options, **options, "output_loading_info": True}
     refusal: ConfigError | None = None
@@ -222,6 +260,13 @@ def load_causal_lm(
     else:
         assert refusal is not None
         raise refusal
+    if isinstance(source, ModelObject):
+        source.require("weights", weights_digest(model.state_dict()))
+    return _keep_score_cap(model, options)
+
+
+def _keep_score_cap(model: Any, options: Mapping[str, Any]) -> PreTrainedModel:
+    """The model with an attention that caps its scores as its configuration says."""
     config: Any = model.config.get_text_config(decoder=True)
     # foreign: model configurations differ
     capped = getattr(config, _CAPPED_SCORES, None) is not None

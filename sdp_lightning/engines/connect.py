@@ -6,7 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import parse_qsl
 
-from sdp_lightning.config.model_source import ModelSource
+from sdp_lightning.config.model_source import ModelObject, ModelSource
 from sdp_lightning.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -118,6 +118,12 @@ def _server_config(query: str, model: Any, transport: TransportName) -> ServerCo
             raise ConfigError(f"vllm://launch: {name}={text!r} is no {kind}.") from error
     if isinstance(model, (str, ModelSource)) and "model" not in values:
         source = ModelSource.of(model, {})[0].resolved()
+        if isinstance(source, ModelObject):
+            raise ConfigError(
+                "vllm://launch starts servers, which read the model from a folder, and this one is "
+                "an object of this process: save model and tokenizer with save_pretrained(folder), "
+                "and give the module that folder."
+            )
         known = {"model": source.name, "tokenizer": source.tokenizer, **source.options}
         values = known | values
     if "model" not in values:

@@ -56,7 +56,8 @@ class SegmentWisePPOModule(SteppingModule, SavedModule):
         model: id or path of a transformers causal LM, or the import path of a function that returns
             one: ``"package.module:name"`` or ``"path/to/file.py:name"``; or a ``ModelSource``, with
             a revision, trust in its code, another tokenizer or chat template, which hold for all
-            parts of a run. Of a vision-language model the text part is trained.
+            parts of a run. Of a vision-language model the text part is trained. A model object of
+            transformers is copied, and stays as it is: ``policy`` is trained.
         loss: the objective.
         optimizer: AdamW or another optimizer, and its schedule.
         update: minibatches, epochs, memory.
@@ -73,7 +74,7 @@ class SegmentWisePPOModule(SteppingModule, SavedModule):
 
     def __init__(
         self,
-        model: str | Path | ModelSource,
+        model: str | Path | ModelSource | PreTrainedModel,
         *,
         loss: LossConfig = LossConfig(),
         optimizer: OptimizerConfig = OptimizerConfig(),

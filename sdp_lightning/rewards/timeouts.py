@@ -80,14 +80,16 @@ async def call_reward(
     # foreign: a callable may have no name
     name = str(getattr(function, "__name__", function))
     call = functools.partial(function, **asked) if asked else function
-    value = await call_with_timeout(call, *args, timeout_s=timeout_s, what=f"reward {name!r}")
+    what, setting = f"reward {name!r}", " (reward_timeout_s)"
+    limits: Any = {"timeout_s": timeout_s, "what": what, "setting": setting}
+    value = await call_with_timeout(call, *args, **limits)
     if args and isinstance(args[0], list):
         return as_scores(value, name, len(cast("list[str]", args[0])))
     return as_score(value, name)
 
 
 async def call_with_timeout(
-    function: Callable[..., Any], *args: Any, timeout_s: float, what: str
+    function: Callable[..., Any], *args: Any, timeout_s: float, what: str, setting: str = ""
 ) -> Any:
     """The result of ``function(*args)``, awaited if it is async.
 
@@ -100,10 +102,12 @@ async def call_with_timeout(
         args: arguments of ``function``.
         timeout_s: longest run in seconds.
         what: subject of the error message.
+        setting: what it says behind the seconds.
 
     Raises:
         RolloutError: if it takes longer than ``timeout_s``, or raises what is no ``Exception``
-            (``SystemExit``, ``KeyboardInterrupt``). Its own errors pass through.
+            (``SystemExit``, ``KeyboardInterrupt``), or what means something else to its caller
+            (``TimeoutError``, ``StopIteration``). Its other errors pass through.
     """
     deadline = asyncio.timeout(None)
     loop = asyncio.get_running_loop()
@@ -119,8 +123,11 @@ async def call_with_timeout(
             return await _in_thread(function, args, start, what)
     except TimeoutError as error:
         if not deadline.expired():
-            raise
-        raise RolloutError(f"{what} took longer than {timeout_s} s.") from error
+            raise RolloutError(
+                f"{what} raised {error!r} itself: a deadline of its own, not the {timeout_s} s "
+                f"that it is given{setting}."
+            ) from error
+        raise RolloutError(f"{what} took longer than {timeout_s} s{setting}.") from error
 
 
 async def _in_thread(
@@ -133,9 +140,10 @@ async def _in_thread(
         value, failure = await call.finished
     finally:
         THREADS.give_up(call)  # does nothing if it has ended
-    if isinstance(failure, Exception):
+    if isinstance(failure, Exception) and not isinstance(failure, StopIteration):
         raise failure
-    if failure is not None:  # it would end another thread than its own, or cancel the waiter
+    # Others would end another thread than their own, cancel the waiter, or end its coroutine.
+    if failure is not None:
         _raise_as_error(failure, what)
     return await _awaited(value, what) if inspect.isawaitable(value) else value
 
@@ -144,6 +152,11 @@ async def _awaited(value: Awaitable[Any], what: str) -> Any:
     try:
         return await value
     except (SystemExit, KeyboardInterrupt) as error:  # either would end the event loop
+        _raise_as_error(error, what)
+    except asyncio.CancelledError as error:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():  # from outside, or by the deadline
+            raise
         _raise_as_error(error, what)
 
 

@@ -108,23 +108,40 @@ def test_no_finite_number_is_an_error(value: Any, message: str) -> None:
         run(lambda: call_reward(lambda: value, timeout_s=DEADLINE_S))
 
 
-@pytest.mark.parametrize("error", [ValueError("bad row"), TimeoutError("its own"), StopIteration()])
 @pytest.mark.fault("exception", "reward")
-def test_an_error_of_the_reward_goes_on_as_it_is(error: Exception) -> None:
+def test_an_error_of_the_reward_goes_on_as_it_is() -> None:
     def fail() -> float:
+        raise ValueError("bad row")
+
+    with pytest.raises(ValueError, match="bad row"):
+        run(lambda: call_reward(fail, timeout_s=DEADLINE_S))
+
+
+@pytest.mark.parametrize(
+    "error", [TimeoutError("its own"), asyncio.CancelledError("its own"), StopIteration("its own")]
+)
+@pytest.mark.parametrize("kind", ["plain", "async"])
+@pytest.mark.fault("exception", "reward")
+def test_an_error_that_means_something_else_to_a_caller_names_the_reward(
+    error: BaseException, kind: str
+) -> None:
+    """A deadline of its own is not that of the run, nor a client that was closed its end."""
+
+    def judge() -> float:
         raise error
 
-    expected = RuntimeError if isinstance(error, StopIteration) else type(error)
-    with pytest.raises(expected):
-        run(lambda: call_reward(fail, timeout_s=DEADLINE_S))
+    async def async_judge() -> float:
+        return judge()
 
-
-def test_a_timeout_error_of_an_async_reward_is_not_taken_for_the_deadline() -> None:
-    async def fail() -> float:
-        raise TimeoutError("its own")
-
-    with pytest.raises(TimeoutError, match="its own"):
-        run(lambda: call_reward(fail, timeout_s=DEADLINE_S))
+    reward = judge if kind == "plain" else async_judge
+    if (kind, type(error)) == ("async", StopIteration):  # Python turns it into its own kind
+        expected, pattern = RuntimeError, "coroutine raised StopIteration"
+    else:
+        expected, pattern = RolloutError, rf"reward '{reward.__name__}' raised .*its own"
+    with pytest.raises(expected, match=pattern) as found:
+        run(lambda: call_reward(reward, timeout_s=DEADLINE_S))
+    if isinstance(error, TimeoutError):
+        assert "not the 60.0 s that it is given (reward_timeout_s)" in str(found.value)
 
 
 @pytest.mark.fault("hang", "reward")

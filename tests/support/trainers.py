@@ -63,9 +63,7 @@ def make_data(
     )
 
 
-def make_module(
-    folder: str | sdp.ModelSource, *, lr: float = 1e-3, **settings: Any
-) -> sdp.SegmentWisePPOModule:
+def make_module(folder: Any, *, lr: float = 1e-3, **settings: Any) -> sdp.SegmentWisePPOModule:
     settings = {"optimizer": sdp.OptimizerConfig(lr=lr)} | settings
     return sdp.SegmentWisePPOModule(folder, **settings)
 

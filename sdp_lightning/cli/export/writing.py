@@ -167,8 +167,9 @@ def _base_model(
     if isinstance(model, ModelSource):
         found = model
     elif model is not None:
-        found = ModelSource(model) if saved is None else replace(saved, name=model, revision=None)
-    elif saved is None:
+        others = {} if saved is None else {**saved.saved(), "digests": None, "revision": None}
+        found = ModelSource.restored({**others, "name": model})
+    elif saved is None or not saved.name:
         raise ConfigError(f"{path} does not say which model was trained. Pass it as --model.")
     elif (name := str(saved.name))[:1] in "/.~" and not Path(name).expanduser().is_dir():
         raise ConfigError(f"{path} is of {name!r}, which is missing. Pass --model.")

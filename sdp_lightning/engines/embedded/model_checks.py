@@ -58,8 +58,8 @@ def load_model(
         loaded: Any = load_causal_lm(model.resolved(), dtype=wanted, options=model_kwargs)
     else:
         loaded = copy.deepcopy(model)
-        if dtype is not None:
-            loaded = loaded.to(dtype)
+    if dtype is not None:
+        loaded = loaded.to(dtype)
     loaded = loaded.to(device).eval().requires_grad_(False)
     return loaded
 

@@ -6,18 +6,16 @@ or an export, has the same.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from sdp_lightning.config import LoRAConfig
+from sdp_lightning.config.weights_digest import weights_digest
 from sdp_lightning.errors import ConfigError
 from sdp_lightning.training.policy.lora import is_adapter, merged_name
 from sdp_lightning.training.policy.lora_targets import Targets
@@ -26,7 +24,6 @@ from sdp_lightning.training.policy.sharding import is_sharded
 LORA_KEY = "sdp_lora"  # where a checkpoint says what adapter it holds
 BASE_KEY = "sdp_lora_base"  # where it says what the adapter lies on, if it holds no base weights
 PLACES_KEY = "sdp_lora_places"  # where it says on which weights
-_NUM_SAMPLES = 256  # numbers of each weight that the digest covers
 _NUM_NAMED = 3
 
 
@@ -169,25 +166,13 @@ def _require_same(saved: set[str], own: set[str]) -> None:
         )
 
 
-@torch.no_grad()
 def base_digest(state: Mapping[str, Tensor]) -> str:
-    """Digest of a base model: names, shapes and dtypes of its weights, and numbers of each.
-
-    The numbers are taken at equal distances. Sharded weights are gathered one at a time: all ranks
-    must call this.
+    """Digest of a base model, by :func:`weights_digest`.
 
     Args:
         state: its ``state_dict``, with or without an adapter.
     """
-    digest = hashlib.sha256()
-    weights = {merged_name(name): w for name, w in state.items() if not is_adapter(name)}
-    for name in sorted(weights):
-        weight = weights[name]
-        flat = (weight.full_tensor() if isinstance(weight, DTensor) else weight).flatten()
-        sample = flat[:: max(1, flat.numel() // _NUM_SAMPLES)].contiguous().cpu()
-        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype} ".encode())
-        digest.update(sample.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    return weights_digest({merged_name(n): w for n, w in state.items() if not is_adapter(n)})
 
 
 def adapter_settings(config: LoRAConfig) -> dict[str, Any]:
