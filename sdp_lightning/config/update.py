@@ -24,7 +24,8 @@ class OptimizerConfig:
         gradient_clip_val: largest L2 norm of the gradient; None is off.
         schedule: after the warm-up: ``"constant"``, or ``"linear"`` or ``"cosine"`` decay to 0.
         warmup_steps: steps of linear warm-up.
-        total_steps: step at which the decay ends; None is the Trainer's ``max_steps``.
+        total_steps: step at which the decay ends; None is where ``max_steps`` of the Trainer or the
+            epochs end the run.
         scale_lr_by_ess: multiply the learning rate of every step with the square root of the
             effective sample size of its tokens, as a share (``ess/token``); the factor is logged
             as ``train/lr_scale``.

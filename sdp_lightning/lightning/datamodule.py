@@ -169,6 +169,8 @@ class RolloutDataModule(RunDataModule):
             max_length=longest_sequence(engine),
         )
         self._epochs = PromptEpochs(self._rows.used[PROMPTS], self.rollout.batch_size)
+        if self.trainer is not None:
+            self.planned_batches = self._epochs.plan(self.trainer, self.rollout)
         if not self._rows.has_val and stage == "fit" and self.trainer is not None:
             self.trainer.limit_val_batches = 0
         self._trainer_threads = leave_cores(engine)

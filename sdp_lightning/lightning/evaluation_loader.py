@@ -54,6 +54,9 @@ class Evaluation:
         passed = sum(max(reward for reward, _ in group) >= 1 for group in groups) / len(groups)
         self.pass_at_k = passed if len(samples) > len(groups) else None
 
+    def __len__(self) -> int:
+        return self.num_trajectories
+
     @property
     def metrics(self) -> dict[str, float]:
         """Metrics to log, by name."""

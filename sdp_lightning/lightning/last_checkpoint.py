@@ -25,6 +25,7 @@ class RunDataModule(L.LightningDataModule):
     """A data module whose fits go on with the last checkpoint of their own run only."""
 
     chosen_checkpoint: Any = None  # of the Trainer's method under way
+    planned_batches: int | None = None  # of the run; None: no epoch ends it
     _attached: L.Trainer | None = None
 
     @property
@@ -70,8 +71,13 @@ class _OfRun:
         is_fit = state_fn == "fit"
         is_requeued = is_fit and ckpt_path is None and SLURMEnvironment.detect()
         is_requeued = is_requeued and connector._hpc_resume_path is not None
+        savers: list[Any] = self._trainer.callbacks  # type: ignore[attr-defined]
+        failed = [c.ckpt_path for c in savers if isinstance(c, OnExceptionCheckpoint)]
+        is_retried = is_fit and ckpt_path is None and not is_requeued and bool(failed)
+        if is_retried and not any(Path(path).exists() for path in failed):
+            return None  # Lightning would take it for "last", and warn that there is none
         data: Any = self._trainer.datamodule  # type: ignore[attr-defined]
-        if isinstance(data, RunDataModule) and (ckpt_path == "last" or is_requeued):
+        if isinstance(data, RunDataModule) and (ckpt_path == "last" or is_requeued or is_retried):
             records = dict(_records(_folders(self._trainer)))
             if records:
                 return self._newest(records, is_fit=is_fit)

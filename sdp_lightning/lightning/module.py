@@ -25,6 +25,7 @@ from sdp_lightning.distributed.rank_group import RankGroup
 from sdp_lightning.distributed.reductions import RankSums
 from sdp_lightning.errors import ConfigError
 from sdp_lightning.lightning.known_warnings import ignore_known_warnings
+from sdp_lightning.lightning.prompt_epochs import planned_steps
 from sdp_lightning.lightning.saved_module import SavedModule
 from sdp_lightning.lightning.stepping import SteppingModule
 from sdp_lightning.lightning.trainer_checks import check_trainer
@@ -206,7 +207,7 @@ class SegmentWisePPOModule(SteppingModule, SavedModule):
 
     def configure_optimizers(self) -> Any:
         parameters = self.require_policy().parameters()
-        steps = self.trainer.max_steps
+        steps = planned_steps(self.trainer, self.update.steps_per_batch)
         optimizer, schedule = make_optimizer(parameters, self.optimizer, max_steps=steps)
         return [optimizer], [schedule]
 
@@ -307,6 +308,7 @@ class SegmentWisePPOModule(SteppingModule, SavedModule):
         total, weight = pooled.view_as(mine)
         metrics = dict(zip(values, (total / weight).float(), strict=True))
         metrics |= self._metrics.compute()
+        metrics["train/optimizer_step"] = total.new_tensor(float(self.trainer.global_step))
         uniform, reward = metrics["train/uniform"].item(), metrics["train/reward"].item()
         self._uniform.note(uniform, reward=reward, rank=rank)
         self.log_dict(metrics, batch_size=len(batch))

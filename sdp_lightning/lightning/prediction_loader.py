@@ -49,6 +49,10 @@ class Rollouts:
             for group in self.groups
         )
 
+    def __len__(self) -> int:
+        """Number of trajectories."""
+        return sum(len(group.trajectories) for group in self.groups)
+
     def to(self, device: Any, *, non_blocking: bool = False) -> Rollouts:
         """The object itself: it holds no tensors on a device."""
         return self

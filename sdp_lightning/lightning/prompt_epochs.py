@@ -13,10 +13,11 @@ from dataclasses import replace
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer
 
 from sdp_lightning.config import RolloutConfig
 from sdp_lightning.errors import ConfigError
+from sdp_lightning.lightning.last_checkpoint import RunDataModule
 from sdp_lightning.prompts.iterable_rows import IterableRows
 from sdp_lightning.prompts.sources import first_rows
 from sdp_lightning.types import Row
@@ -53,6 +54,32 @@ class PromptEpochs:
         if self.left is not None:
             self.left -= count
 
+    def plan(self, trainer: L.Trainer, config: RolloutConfig) -> int | None:
+        """Batches that all epochs of the run have together; None if they are not known.
+
+        They are fewer if groups are dropped in the last pass, which no row makes up for.
+
+        Args:
+            trainer: its ``max_epochs``, ``limit_train_batches`` and ``overfit_batches`` count.
+            config: its ``num_epochs`` and ``last_batch`` count.
+        """
+        epochs, passes = trainer.max_epochs, config.num_epochs
+        epochs = None if epochs is None or epochs < 0 else epochs
+        if self._num_rows is None:
+            return None
+        ends: list[int] = []
+        if epochs is not None and is_limited(trainer):
+            limit, whole = trainer.limit_train_batches, self._batches(self._num_rows)
+            share = limit * whole if type(limit) is float else min(limit, whole)
+            ends.append(epochs * int(share))
+        elif epochs is not None:
+            passes = min(epochs, epochs if passes is None else passes)
+        if passes is not None:
+            groups = self._num_rows * passes
+            is_short = config.last_batch != "drop"
+            ends.append(self._batches(groups) if is_short else groups // self._batch_size)
+        return min(ends, default=None)
+
     def next_length(self, trainer: L.Trainer, steps_per_batch: int) -> int:
         """Batches of the epoch that ``trainer`` begins, or goes on with, now.
 
@@ -60,6 +87,9 @@ class PromptEpochs:
         """
         room = -(-(trainer.max_steps - trainer.global_step) // steps_per_batch)
         if self._num_rows is None:
+            if not self._is_begun:
+                _say_without_effect(trainer)
+            self._is_begun = True
             return max(1, room) if trainer.max_steps > 0 else ENDLESS
         loop = trainer.fit_loop
         progress = loop.epoch_loop.batch_progress
@@ -105,6 +135,43 @@ def _end_processed_epoch(loop: Any) -> None:
     if epoch.current.processed == epoch.current.started > epoch.current.completed:
         epoch.increment_completed()
         loop.epoch_loop.batch_progress.reset_on_run()
+
+
+def _say_without_effect(trainer: L.Trainer) -> None:
+    """Warn of what waits for an epoch's end, of a run whose only epoch ends with it."""
+    interval: Any = trainer.val_check_interval
+    flags = {
+        "min_epochs": (trainer.min_epochs or 0) > 1,
+        "check_val_every_n_epoch": trainer.check_val_every_n_epoch not in (None, 1),
+    }
+    validates_within = type(interval) is int or (interval != 1.0 and trainer.max_steps > 0)
+    if trainer.max_steps <= 0:  # a fraction of nothing known
+        limit: Any = trainer.limit_train_batches
+        flags["limit_train_batches"] = type(limit) is float and 0 < limit < 1
+        flags["val_check_interval"] = type(interval) is float and interval != 1.0
+    lost = [f"{name}={getattr(trainer, name)}" for name, is_lost in flags.items() if is_lost]
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    for callback in callbacks:
+        name, waits = type(callback).__name__, not validates_within
+        if isinstance(callback, ModelCheckpoint) and (every := callback._every_n_epochs) > 1:  # type: ignore
+            lost.append(f"every_n_epochs={every} of {name}")
+        if isinstance(callback, EarlyStopping) and (waits or callback._check_on_train_epoch_end):  # type: ignore
+            lost.append(name)
+    if lost and trainer.global_rank == 0:
+        logger.warning(
+            "the prompts are read one after another and their number is not known, so the run is "
+            "one epoch: no effect have %s. Count in batches: val_check_interval=<batches>, "
+            "limit_train_batches=<batches>, ModelCheckpoint(every_n_train_steps=<steps>).",
+            ", ".join(lost),
+        )
+
+
+def planned_steps(trainer: L.Trainer, steps_per_batch: int) -> int | None:
+    """Optimizer steps at which ``max_steps`` or the epochs end the run; None if it is not known."""
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    batches = data.planned_batches if isinstance(data, RunDataModule) else None
+    ends = [] if batches is None else [batches * steps_per_batch]
+    return min([*ends, *([trainer.max_steps] if trainer.max_steps > 0 else [])], default=None)
 
 
 def is_limited(trainer: L.Trainer) -> bool:

@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from sdp_lightning.config.plain_settings import plain
 from sdp_lightning.lightning.last_checkpoint import run_settings
+from sdp_lightning.lightning.prompt_epochs import planned_steps
 from sdp_lightning.lightning.run_record import KEY, RunRecord, changes, table
 from sdp_lightning.lightning.stop_request import is_time_up
 
@@ -104,7 +105,8 @@ def _follow(scheduler: Any, factors: Sequence[float]) -> None:
 def say_if_unsaved(trainer: L.Trainer, steps_per_batch: int) -> None:
     """Warn if the Trainer's checkpoints all come at the end of the fit that begins."""
     savers: list[Any] = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
-    left = trainer.max_steps - trainer.global_step if trainer.max_steps > 0 else math.inf
+    end = planned_steps(trainer, steps_per_batch)
+    left = math.inf if end is None else end - trainer.global_step
     steps_of_epoch = trainer.num_training_batches * steps_per_batch
     validates = (
         trainer.enable_validation and (trainer.val_check_batch or 0) < trainer.num_training_batches

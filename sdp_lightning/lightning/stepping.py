@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sdp_lightning.lightning.ending import guard_loggers
 from sdp_lightning.lightning.schedules import ReadOptimizers, Schedules
+from sdp_lightning.lightning.trainer_checks import refuse_spawn
 from sdp_lightning.training.batch import Batch
 from sdp_lightning.training.policy.optimizer_set import OptimizerSet
 
@@ -24,6 +25,10 @@ class SteppingModule(L.LightningModule, ABC):
         self.automatic_optimization = False
         self._schedules = Schedules()
         self._optimizer_set: OptimizerSet | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        refuse_spawn()
+        return super().__getstate__()
 
     @abstractmethod
     def require_policy(self) -> nn.Module:
@@ -80,6 +85,8 @@ class SteppingModule(L.LightningModule, ABC):
 
     def log(self, name: str, value: Any, *args: Any, **settings: Any) -> None:
         """Log a metric, as Lightning does; schedules that wait for it learn of it."""
+        if self._trainer is not None and self._trainer.barebones:
+            return  # Lightning has said so, and would warn of every name
         super().log(name, value, *args, **settings)
         is_mean = bool(settings.get("on_epoch")) and not settings.get("on_step")
         in_training = self._trainer is not None and self.trainer.training

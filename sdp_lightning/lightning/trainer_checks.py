@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from multiprocessing.context import get_spawning_popen
 from typing import Any
 
 import lightning as L
@@ -39,6 +40,20 @@ def check_trainer(trainer: L.Trainer, update: UpdateConfig, stage: str) -> None:
         )
     if stage == "fit" and not is_resumed(trainer):
         check_steps(trainer, update)
+
+
+def refuse_spawn() -> None:
+    """Refuse to be pickled for a process that is being spawned, before there is one.
+
+    Raises:
+        ConfigError: naming the strategies to use.
+    """
+    if get_spawning_popen() is not None:
+        raise ConfigError(
+            "strategy='ddp_spawn' starts its ranks from pickled copies of the run, which its "
+            "rollouts and models do not survive. Use strategy='ddp', which starts the script once "
+            "a rank, or 'ddp_fork' or 'ddp_notebook', which fork this process."
+        )
 
 
 def check_steps(trainer: L.Trainer, update: UpdateConfig) -> None:

@@ -7,6 +7,7 @@ table of all flags and callbacks is docs/reference/trainer-flags.md.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -68,6 +69,25 @@ class _AnyStepOf(int):
         return 0 if rest < self.steps_per_batch else rest
 
 
+class _AfterInterval(int):
+    """``every_n_train_steps`` of a ModelCheckpoint that saves every ``train_time_interval``.
+
+    Under manual optimization Lightning asks only for the steps, ``every < 1 or global_step % every
+    != 0``, and saves by time never. The clock is rank 0's.
+    """
+
+    saver: Any
+    trainer: Any
+
+    def __lt__(self, other: int) -> bool:
+        return False
+
+    def __rmod__(self, step: int) -> int:
+        seconds = time.monotonic() - self.saver._last_time_checked
+        is_due = seconds >= self.saver._train_time_interval.total_seconds()
+        return 0 if self.trainer.strategy.broadcast(is_due) else 1
+
+
 def prepare_trainer(
     trainer: L.Trainer, update: UpdateConfig, optimizer: OptimizerConfig
 ) -> OptimizerConfig:
@@ -92,7 +112,7 @@ def prepare_trainer(
         trainer.log_every_n_steps = 1  # type: ignore[attr-defined]
     for callback in callbacks:
         if isinstance(callback, ModelCheckpoint):
-            _save_at_ends_of_batches(callback, update.steps_per_batch)
+            _save_at_ends_of_batches(callback, update.steps_per_batch, trainer)
     return _take_clipping(trainer, optimizer)
 
 
@@ -144,8 +164,12 @@ def _take_clipping(trainer: L.Trainer, optimizer: OptimizerConfig) -> OptimizerC
     return replace(optimizer, gradient_clip_val=clip or None)
 
 
-def _save_at_ends_of_batches(saver: Any, steps_per_batch: int) -> None:
+def _save_at_ends_of_batches(saver: Any, steps_per_batch: int, trainer: L.Trainer) -> None:
     every = saver._every_n_train_steps
+    if saver._train_time_interval is not None:
+        saver._every_n_train_steps = timed = _AfterInterval(every)
+        timed.saver, timed.trainer = saver, trainer
+        return
     if steps_per_batch > 1 and every > 1:
         saver._every_n_train_steps = due = _AnyStepOf(every)
         due.steps_per_batch = steps_per_batch

@@ -139,9 +139,10 @@ def test_a_damaged_checkpoint_is_named_and_left_out(
 ) -> None:
     job.run(2, last=None)
     job.run(3)
-    (job.folder / "epoch=0-step=3.ckpt").write_bytes(b"half")
+    (path,) = job.folder.glob("*step=3.ckpt")
+    path.write_bytes(b"half")
     assert job.run(4) == (2, 4)
-    assert "epoch=0-step=3.ckpt' cannot be read" in caplog.text
+    assert f"{path.name}' cannot be read" in caplog.text
 
 
 def test_a_record_is_read_without_running_what_the_file_holds(tmp_path: Path) -> None:

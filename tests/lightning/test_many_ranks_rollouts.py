@@ -39,6 +39,12 @@ ROLLOUTS: dict[str, dict[str, Any]] = {
         "trouble": {"what": "port scan", "rank": 1, "step": 1},
     },
     "to the end": {"steps": 0, "num_rows": 15, "num_epochs": 1},
+    "epochs": {
+        "steps": 0,
+        "num_rows": 7,
+        "num_val": 5,
+        "flags": {"max_epochs": 3, "limit_val_batches": 1},
+    },
     "a stream": {"steps": 0, "num_rows": 15, "num_epochs": 1, "stream": True},
     **{f"rank 1 ends first: {last}": ENDS_FIRST | {"last_batch": last} for last in LAST},
     "rank 1 is late": {
@@ -115,7 +121,7 @@ def test_on_policy_every_lag_is_0_on_every_rank(both: Results) -> None:
 
 
 def test_every_row_is_trained_on_once_by_one_rank(both: Results) -> None:
-    for name in set(ROLLOUTS) - {"rank 1 ends first: fill"}:
+    for name in set(ROLLOUTS) - {"rank 1 ends first: fill", "epochs"}:
         rows = [row for rank in both for step in rank[name]["rows"] for row in step]
         assert len(rows) == len(set(rows)), name
         assert all(
@@ -131,6 +137,17 @@ def test_the_last_rows_are_a_batch_of_which_ranks_have_unlike_shares(both: Resul
     assert [rank["to the end"]["rows"][3] for rank in both] == [["row12", "row14"], ["row13"]]
     for rank in both:
         assert rank["to the end"]["versions"] == [1, 2, 3, 4]
+
+
+def test_ranks_end_their_epochs_together_and_each_row_is_trained_so_often(both: Results) -> None:
+    """7 rows, 2 a step for each rank: epochs reach into the next, and of 21 one is left over."""
+    first, second = (rank["epochs"] for rank in both)
+    for number, found in enumerate((first, second)):
+        rows = [f"row{place % 7}" for place in range(number, 21, 2)]
+        assert found["rows"] == [rows[start : start + 2] for start in range(0, 12, 2)]
+    assert first["digest"] == second["digest"]
+    assert [version for _, version in first["val"]] == [2, 4, 6] and first["val"] == second["val"]
+    assert sorted({*first["val_rows"], *second["val_rows"]}) == ["val0", "val1", "val2", "val3"]
 
 
 @pytest.mark.parametrize("last", LAST)

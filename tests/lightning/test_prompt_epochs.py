@@ -53,6 +53,7 @@ class Run:
         ckpt_path: Path | None = None,
         stop: int | None = None,
         rollout: dict[str, Any] | None = None,
+        module: dict[str, Any] | None = None,
         **settings: Any,
     ) -> None:
         self.recorder, self.epochs = Recorder(), Epochs(stop)
@@ -69,7 +70,7 @@ class Run:
         rows = make_rows(10)
         data = make_data(rows=rows, engine=FakeEngine(), val_prompts=make_rows(2), **sizes)
         try:
-            self.trainer.fit(make_module(folder), data, ckpt_path=ckpt_path)
+            self.trainer.fit(make_module(folder, **module or {}), data, ckpt_path=ckpt_path)
         except SystemExit:
             assert stop is not None
 
@@ -124,6 +125,33 @@ def test_early_stopping_counts_epochs(model_folder: str) -> None:
 def test_a_run_within_its_first_epoch_is_that_epoch(model_folder: str) -> None:
     run = Run(model_folder, max_steps=2, val_check_interval=0.5, rollout={"batch_size": 1})
     assert run.epochs.lengths == [2] and run.epochs.validations == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("flags", "rollout", "num_batches"),
+    [
+        ({"max_epochs": 3}, {}, 8),  # ceil(30 / 4)
+        ({"max_epochs": 3, "max_steps": 6}, {}, 3),  # the earlier end of two
+        ({"max_epochs": -1}, {"num_epochs": 1, "last_batch": "drop"}, 2),
+        ({"max_epochs": 2, "limit_train_batches": 0.7}, {}, 4),
+    ],
+)
+def test_a_decay_ends_with_the_run_and_steps_have_an_axis(
+    model_folder: str, flags: dict[str, Any], rollout: dict[str, Any], num_batches: int
+) -> None:
+    decay = {"optimizer": sdp.OptimizerConfig(lr=1.0e-3, schedule="linear")}
+    update = sdp.UpdateConfig(num_minibatches=2)
+    run = Run(model_folder, module=decay | {"update": update}, rollout=rollout, **flags)
+    ends = [2 * number for number in range(1, num_batches + 1)]
+    assert [metrics["train/optimizer_step"] for metrics in run.recorder.metrics] == ends
+    rates = [1e-3 * (1 - (end - 1.5) / ends[-1]) for end in ends]  # the mean of two steps
+    assert [metrics["train/lr"] for metrics in run.recorder.metrics] == pytest.approx(rates)
+
+
+def test_a_decay_without_an_end_is_refused(model_folder: str) -> None:
+    decay = {"optimizer": sdp.OptimizerConfig(schedule="cosine")}
+    with pytest.raises(sdp.ConfigError, match=r"'cosine' needs total_steps.*nor a known number"):
+        Run(model_folder, module=decay, max_epochs=-1, max_time="00:01:00:00")
 
 
 @pytest.mark.parametrize("stop", [1, pytest.param(3, marks=pytest.mark.slow), 4, 5])

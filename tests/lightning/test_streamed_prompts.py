@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import EarlyStopping
 
 import sdp_lightning as sdp
 from sdp_lightning.errors import ConfigError
@@ -136,3 +137,17 @@ def test_rows_to_validate_are_read_one_by_one(model_folder: str) -> None:
     trainer = make_trainer(sdp.WeightSyncCallback(), max_steps=1, num_sanity_val_steps=0)
     trainer.fit(make_module(model_folder), data)
     assert "val/reward" in trainer.callback_metrics
+
+
+def test_what_waits_for_an_epoch_of_a_stream_is_named_once(
+    model_folder: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings: dict[str, Any] = {"max_epochs": 1, "check_val_every_n_epoch": 2}
+    stop = EarlyStopping("train/reward", check_on_train_epoch_end=True)
+    trainer = make_trainer(sdp.WeightSyncCallback(), stop, **settings)
+    trainer.fit(make_module(model_folder), make_data(rows=rows, engine=FakeEngine()))
+    assert trainer.global_step == 6
+    (said,) = [r.getMessage() for r in caplog.records if "one epoch" in r.getMessage()]
+    assert "no effect have check_val_every_n_epoch=2, EarlyStopping." in said
+    fit(model_folder, rows, 2)
+    assert caplog.text.count("no effect have") == 1  # of flags that are as they were

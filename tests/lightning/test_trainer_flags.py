@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import lightning as L
 import pytest
 from lightning.pytorch import callbacks as lc
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 
 import sdp_lightning as sdp
 from sdp_lightning.lightning.trainer_flags import refuse_callbacks
@@ -92,7 +94,6 @@ RUN = {name: case for name, case in FLAGS.items() if case.settings is not None}
     ],
 )
 @pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning")
-@pytest.mark.filterwarnings("ignore:You are trying to .self.log.. but .Trainer.barebones")
 def test_a_flag_does_what_the_page_says(model_folder: str, name: str) -> None:
     case = RUN[name]
     settings = dict(case.settings or {})
@@ -113,10 +114,89 @@ RUN_CALLBACKS: dict[str, tuple[Case, Any]] = {
     for name, (case, make) in CALLBACKS.items()
     if make is not None and case.status == "works"
 }
+LOGGED = {  # a name that a callback logs
+    "DeviceStatsMonitor": "DeviceStatsMonitor.on_train_batch_end/cpu_percent",
+    "LearningRateMonitor": "lr-AdamW",
+    "ThroughputMonitor": "train/device/samples_per_sec",
+}
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:When using the .ThroughputMonitor.")
 @pytest.mark.parametrize("name", RUN_CALLBACKS)
-def test_a_callback_that_works_goes_through_a_fit(model_folder: str, name: str) -> None:
+def test_a_callback_that_works_goes_through_a_fit(
+    model_folder: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     case, make = RUN_CALLBACKS[name]
-    assert fit(model_folder, make(), max_steps=2).global_step == case.steps
+    callback = make()
+    shown: dict[str, Any] = {
+        "enable_progress_bar": isinstance(callback, lc.ProgressBar),
+        "enable_model_summary": isinstance(callback, lc.ModelSummary),
+        "enable_checkpointing": isinstance(callback, lc.Checkpoint),
+        "logger": CSVLogger(tmp_path, "", ""),
+    }
+    assert fit(model_folder, callback, max_steps=2, **shown).global_step == case.steps
+    metrics = (tmp_path / "metrics.csv").read_text()
+    assert LOGGED.get(name, "train/loss") in metrics
+    if name == "ModelCheckpoint":
+        assert [*tmp_path.rglob("*.ckpt")]
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using .ckpt_path.")
+def test_checkpoints_by_time_are_saved_at_ends_of_batches(
+    model_folder: str, tmp_path: Path
+) -> None:
+    """Lightning leaves them out of a module that steps its optimizer itself."""
+    savers = [
+        ModelCheckpoint(
+            tmp_path / name, "{step}", train_time_interval=timedelta(**interval), save_top_k=-1
+        )
+        for name, interval in {"always": {"microseconds": 1}, "later": {"days": 1}}.items()
+    ]
+    fit(model_folder, *savers, minibatches=2, max_steps=4, enable_checkpointing=True)
+    names = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.ckpt"))
+    assert names == ["always/step=2.ckpt", "always/step=4.ckpt"]
+
+
+class FailAt(Callback):
+    """Raises at the end of the epoch that ends with step ``step``."""
+
+    def __init__(self, step: int) -> None:
+        self._step = step
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.global_step == self._step:
+            raise RuntimeError("of the user")
+
+
+def test_an_on_exception_checkpoint_is_gone_on_with_by_its_own_run_only(
+    model_folder: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without a ``ckpt_path``: Lightning takes whatever lies in the folder."""
+    settings: dict[str, Any] = {"max_epochs": 2, "limit_train_batches": 2}
+
+    def fit_some(*callbacks: Callback, minibatches: int = 1) -> L.Trainer:
+        saver, publish = lc.OnExceptionCheckpoint(tmp_path), sdp.WeightSyncCallback
+        own = (publish(failing_callbacks="raise"), saver, *callbacks)
+        kept: dict[str, Any] = settings | {"enable_checkpointing": True}
+        return fit(model_folder, *own, minibatches=minibatches, **kept)
+
+    with pytest.raises(RuntimeError, match="of the user"):
+        fit_some(FailAt(2))
+    assert (tmp_path / "on_exception.ckpt").is_file()
+    recorder = Recorder()
+    with pytest.raises(RuntimeError, match="of the user"):
+        fit_some(recorder, FailAt(4), minibatches=2)
+    assert len(recorder.steps) == 2 and "begins anew" in caplog.text
+    recorder = Recorder()
+    trainer = fit_some(recorder, minibatches=2)
+    assert trainer.global_step == 8 and len(recorder.steps) == 2
+    assert not [*tmp_path.iterdir()]  # a run that ends well needs none
+
+
+def test_ranks_that_would_be_spawned_are_refused_with_the_strategy_to_use(
+    model_folder: str,
+) -> None:
+    with pytest.raises(sdp.ConfigError, match=r"'ddp_spawn'.*'ddp', which"):
+        fit(model_folder, strategy="ddp_spawn", devices=2, max_steps=2)

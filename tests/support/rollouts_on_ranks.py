@@ -214,12 +214,13 @@ def rollouts(
     save_in: str = "",
     resume: str = "",
     stream: bool = False,
+    flags: Mapping[str, Any] | None = None,
     **rollout: Any,
 ) -> dict[str, Any]:
     """A fit on a fake engine. ``rows``: what is said in those rows, by index.
 
     A ``stream`` of rows has no length. Every step is saved in ``save_in``, and the fit goes on
-    from the checkpoint ``resume``.
+    from the checkpoint ``resume``. ``flags`` are of the Trainer.
     """
     sdp_lightning.lightning.startup.MARGIN_S = margin_s
     quick = {"grace_s": 1.0, "look_s": 0.01}
@@ -274,9 +275,8 @@ def rollouts(
         max_steps=steps * minibatches if steps else -1,
         devices=place.size,
         strategy=make_strategy(strategy, place.size),
-        val_check_interval=1 if num_val else None,
-        check_val_every_n_epoch=None if num_val else 1,
         num_sanity_val_steps=0,
+        **flags or ({"val_check_interval": 1, "check_val_every_n_epoch": None} if num_val else {}),
     )
     trainer.fit(module, data, ckpt_path=resume or None, weights_only=True)
     weights = weights_of(module)

@@ -39,7 +39,10 @@ EPOCH = "an epoch is one pass over the prompts"
 FLAGS: dict[str, Case] = {
     "accelerator": Case("works", "`cpu`, `gpu`", None),
     "strategy": Case(
-        "works", "`ddp`, `ModelParallelStrategy` (FSDP2); `fsdp` is refused by name", None
+        "works",
+        "`ddp`, `ddp_fork`, `ddp_notebook`, `ModelParallelStrategy` (FSDP2); `fsdp` and `ddp_spawn`"
+        " are refused by name",
+        None,
     ),
     "devices": Case("works", "ranks share every batch: counts are over all of them", None),
     "num_nodes": Case("works", "servers must be reachable by all", None),
@@ -136,7 +139,7 @@ CALLBACKS: dict[str, tuple[Case, Made | None]] = {
     ),
     "Callback": (Case("works", "the base class"), lc.Callback),
     "Checkpoint": (Case("works", "a base class", None), None),
-    "DeviceStatsMonitor": (Case("works", "needs a logger", None), None),
+    "DeviceStatsMonitor": (Case("works", "needs a logger"), lambda: lc.DeviceStatsMonitor(True)),
     "EarlyStopping": (
         Case("works", f"on `val/reward` or `train/reward`; {EPOCH}"),
         lambda: lc.EarlyStopping("val/reward", mode="max"),
@@ -147,31 +150,38 @@ CALLBACKS: dict[str, tuple[Case, Made | None]] = {
     ),
     "LambdaCallback": (Case("works", ""), lc.LambdaCallback),
     "LearningRateFinder": (Case("refused", "`lr` of the `OptimizerConfig`"), lc.LearningRateFinder),
-    "LearningRateMonitor": (Case("works", "needs a logger; `train/lr` says the same", None), None),
+    "LearningRateMonitor": (
+        Case("works", "needs a logger; `train/lr` says the same"),
+        lc.LearningRateMonitor,
+    ),
     "ModelCheckpoint": (
-        Case("works", "`every_n_train_steps` saves at the next end of a batch", None),
-        None,
+        Case("works", "by steps or by time: saves at the next end of a batch"),
+        lambda: lc.ModelCheckpoint(every_n_train_steps=1),
     ),
     "ModelPruning": (Case("refused", "leave it out"), lambda: lc.ModelPruning("l1_unstructured")),
     "ModelSummary": (Case("works", ""), lc.ModelSummary),
     "OnExceptionCheckpoint": (
-        Case("works", "between two steps; `save_on_stop` does it already", None),
-        None,
+        Case("works", "saves between two steps; the next fit of the same run goes on with it"),
+        lambda: lc.OnExceptionCheckpoint("failed"),
     ),
     "ProgressBar": (Case("works", "a base class", None), None),
-    "RichModelSummary": (Case("works", "needs `rich`", None), None),
-    "RichProgressBar": (Case("works", "needs `rich`", None), None),
+    "RichModelSummary": (Case("works", "needs `rich`"), lc.RichModelSummary),
+    "RichProgressBar": (Case("works", "needs `rich`"), lc.RichProgressBar),
     "StochasticWeightAveraging": (
         Case("refused", "rollouts are sampled from the weights of the last step"),
         lambda: lc.StochasticWeightAveraging(1e-4),
     ),
     "SpikeDetection": (Case("refused", "watch `train/loss`"), lc.SpikeDetection),
     "ThroughputMonitor": (
-        Case("works", "`speed/*` says the same, of both sides; needs a logger", None),
-        None,
+        Case(
+            "works",
+            "`batch_size_fn=len` counts trajectories, of evaluations, too; needs a logger; "
+            "`speed/*` says more",
+        ),
+        lambda: lc.ThroughputMonitor(batch_size_fn=len, window_size=2),
     ),
     "Timer": (Case("works", "as `max_time`"), lambda: lc.Timer("00:01:00:00")),
-    "TQDMProgressBar": (Case("works", "", None), None),
+    "TQDMProgressBar": (Case("works", ""), lc.TQDMProgressBar),
     "EMAWeightAveraging": (
         Case("refused", "as `StochasticWeightAveraging`"),
         lc.EMAWeightAveraging,
@@ -191,12 +201,14 @@ at its start, by the name of the setting to use. This page is made by
 rows. Its last batch may reach into the next pass, which is shorter then. A dropped or rejected
 group is made up for by the next row. `max_epochs`, or `num_epochs` of the `RolloutConfig`, ends the
 run when every row was handed out so often. A run that `max_steps` ends within its first pass is one
-epoch of these steps. Prompts that are read one after another have no known number: the run is one
-epoch.
+epoch of these steps. A decay of the learning rate (`schedule="cosine"`) ends where `max_steps` or
+the epochs end the run. Prompts that are read one after another have no known number: the run is one
+epoch, and a warning names the flags that wait for another.
 
 **Steps.** Loggers count batches (`step` in metrics.csv, the x axis, from 0). Checkpoints' names,
 `max_steps` and `every_n_train_steps` count optimizer steps: `num_minibatches * num_epochs` of the
-`UpdateConfig` a batch. `rollout/version` is logged with every batch, and is its number from 1.
+`UpdateConfig` a batch. Both are logged with every batch, for an x axis of your choice:
+`train/optimizer_step`, and `rollout/version`, the number of the batch from 1.
 """
 
 

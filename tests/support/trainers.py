@@ -50,7 +50,7 @@ def make_data(
     val_workflow: sdp.RolloutWorkflow | None = None,
     **rollout: Any,
 ) -> sdp.RolloutDataModule:
-    settings = {"batch_size": 2, "timeout_s": WAIT_S} | rollout
+    settings: dict[str, Any] = {"batch_size": 2, "timeout_s": WAIT_S} | rollout
     on_cpu: dict[str, Any] = {"device": "cpu", "max_slots": 16}
     return sdp.RolloutDataModule(
         make_rows() if rows is None else rows,
@@ -64,12 +64,12 @@ def make_data(
 
 
 def make_module(folder: Any, *, lr: float = 1e-3, **settings: Any) -> sdp.SegmentWisePPOModule:
-    settings = {"optimizer": sdp.OptimizerConfig(lr=lr)} | settings
-    return sdp.SegmentWisePPOModule(folder, **settings)
+    chosen: dict[str, Any] = {"optimizer": sdp.OptimizerConfig(lr=lr)} | settings
+    return sdp.SegmentWisePPOModule(folder, **chosen)
 
 
 def make_trainer(*callbacks: Callback, **settings: Any) -> L.Trainer:
-    quiet = {
+    quiet: dict[str, Any] = {
         "accelerator": "cpu",
         "devices": 1,
         "logger": False,

@@ -119,6 +119,7 @@ OTHERS: dict[str, tuple[Logged, ...]] = {
         Logged("train/grad_norm", "norm of the gradient before it is clipped"),
         Logged("train/lr", "the learning rate, as it was applied"),
         Logged("train/lr_scale", "what the rate was scaled by", "`optimizer.scale_lr_by_ess`"),
+        Logged("train/optimizer_step", "steps of the run when the batch had been trained on"),
         Logged("train/skipped", "share of steps skipped, as the gradient was not finite"),
         Logged("train/tokens", "sampled tokens in the batch that are trained on"),
         Logged("train/length", "mean sampled tokens of a trajectory, of masked ones, too"),

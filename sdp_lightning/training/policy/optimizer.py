@@ -17,14 +17,15 @@ from sdp_lightning.errors import ConfigError
 
 
 def make_optimizer(
-    parameters: Iterable[nn.Parameter], config: OptimizerConfig, *, max_steps: int
+    parameters: Iterable[nn.Parameter], config: OptimizerConfig, *, max_steps: int | None
 ) -> tuple[Optimizer, LambdaLR]:
     """The optimizer of the trainable ``parameters``, and its schedule.
 
     Args:
         parameters: parameters of the model.
         config: the settings.
-        max_steps: the Trainer's ``max_steps``, where a decay ends unless ``config`` sets its end.
+        max_steps: steps of the run, where a decay ends unless ``config`` sets its end; None if they
+            are not known.
 
     Raises:
         ConfigError: if a decay would end before its warm-up, or the optimizer of ``class_path``
@@ -45,11 +46,12 @@ def make_optimizer(
             f"class_path={config.class_path!r} makes no torch.optim.Optimizer, but "
             f"{type(optimizer).__name__}."
         )
-    total = config.total_steps or max_steps
+    total = config.total_steps or max_steps or 0
     if config.schedule != "constant" and total <= config.warmup_steps:
+        found = f"got {total}" if total else "which neither says, nor a known number of epochs"
         raise ConfigError(
             f"schedule={config.schedule!r} needs total_steps (or the Trainer's max_steps) "
-            f"above warmup_steps={config.warmup_steps}, got {total}."
+            f"above warmup_steps={config.warmup_steps}, {found}."
         )
     return optimizer, LambdaLR(optimizer, lambda step: config.factor(step, total))
 
