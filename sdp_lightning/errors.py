@@ -78,7 +78,7 @@ class RecordingError(SDPError):
 _PACKAGE = Path(__file__).parent
 
 
-_INSTALLED = ("site-packages", "dist-packages", "lib/python3", "<frozen")
+_INSTALLED = ("site-packages", "dist-packages", "lib/python3", "<frozen", "<string>")
 
 
 TRACEBACK = "SDP_TRACEBACK"  # environment variable: show the traceback instead

@@ -1,16 +1,21 @@
 """A 0.4 M-parameter model learns to find a digit, told `up` or `down`, in about a minute."""
 
+import argparse
 import os
+import sys
 from pathlib import Path
 
 import sdp_lightning as sdp
+from sdp_lightning.cli.main import in_one_line
 from sdp_lightning.cli.quiet_logs import quiet_logs
 
 
 def main() -> None:
+    more = "Settings of `sdp-lightning fit` are passed on: --trainer.max_steps=2"
+    _, flags = argparse.ArgumentParser(description=__doc__, epilog=more).parse_known_args()
     quiet_logs()
     os.chdir(Path(__file__).parents[2])  # the config names files from the repository's root
-    trainer, model, data = sdp.from_config("recipes/multi_turn/config.yaml")
+    trainer, model, data = sdp.from_config("recipes/multi_turn/config.yaml", flags)
     before = trainer.validate(model, data, verbose=False)[0]["val/reward"]
     trainer.fit(model, data)  # ends with a validation
     after = float(trainer.callback_metrics["val/reward"])
@@ -18,4 +23,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(in_one_line(main))

@@ -35,7 +35,8 @@ class _ConfigCLI(RolloutCLI):
 
 
 def from_config(
-    config: str | Path | Sequence[str | Path], overrides: Mapping[str, object] | None = None
+    config: str | Path | Sequence[str | Path],
+    overrides: Mapping[str, object] | Sequence[str] | None = None,
 ) -> tuple[Trainer, SegmentWisePPOModule, RolloutDataModule]:
     """The trainer, module and data module of a config file, as ``sdp-lightning fit`` makes them.
 
@@ -45,7 +46,7 @@ def from_config(
     Args:
         config: a file, or several of which later ones take precedence.
         overrides: settings by dotted name, such as ``{"trainer.max_steps": 2}``: texts, numbers,
-            booleans, None, or lists and dicts of these.
+            booleans, None, or lists and dicts of these; or flags of ``sdp-lightning fit``.
 
     Raises:
         ConfigError: if a setting is unknown or refused, or the config names a checkpoint, which
@@ -53,6 +54,9 @@ def from_config(
     """
     files = [config] if isinstance(config, str | Path) else config
     flags = [f"--config={file}" for file in files]
+    if overrides is not None and not isinstance(overrides, Mapping):
+        flags += overrides
+        overrides = None
     for name, value in (overrides or {}).items():
         text = value if isinstance(value, str) else json.dumps(value)
         flags.append(f"--{name}={text}")

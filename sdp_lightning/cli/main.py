@@ -8,20 +8,13 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from importlib.resources import files
 
-from sdp_lightning.errors import (
-    TRACEBACK,
-    CheckpointError,
-    ConfigError,
-    RecordingError,
-    SDPError,
-    explain,
-)
+from sdp_lightning.cli.failures import status_of
+from sdp_lightning.errors import CheckpointError, ConfigError
 
 TRAINER_COMMANDS = ("fit", "validate", "test", "rollout")
 HELP = (files("sdp_lightning.cli") / "help.txt").read_text("utf-8")
@@ -130,36 +123,65 @@ def init(arguments: Sequence[str]) -> int:
 
 
 def run_trainer(arguments: list[str]) -> int:
-    """Run a command of the Trainer; errors of this package and the system are printed as one line.
+    """Run a command of the Trainer; expected errors are printed as one line.
 
     Status 2: a setting is refused. Status 1: the run ended with an error, or its recording is not
     whole.
     """
-    from sdp_lightning.cli.quiet_logs import quiet_logs
-    from sdp_lightning.cli.trainer import RolloutCLI, describe, recording_of
+    return in_one_line(lambda: _run_trainer(arguments))
+
+
+def in_one_line(run: Callable[[], int | None]) -> int:
+    """Exit status of ``run``. An expected error is printed as one line; others are raised."""
+    try:
+        return run() or 0
+    except Exception as error:
+        if (failure := status_of(error)) is None:
+            raise
+        print(f"sdp-lightning: {failure[1]}", file=sys.stderr)
+        return failure[0]
+
+
+def require_interpreter(engine: str) -> None:
+    """Refuse to launch servers with an interpreter that has no vLLM, before anything slow."""
+    from urllib.parse import parse_qs
+
+    from sdp_lightning.engines.servers.interpreter import require_vllm
+
+    address, _, query = engine.partition("?")
+    if address == "vllm://launch":
+        require_vllm(*parse_qs(query).get("python", [])[-1:])
+
+
+def _run_trainer(arguments: list[str]) -> int:
+    from sdp_lightning.cli.settings_check import check_settings
     from sdp_lightning.config.server_keys import hide_keys
 
-    quiet_logs()
     typed = "=".join(arguments)
     if hide_keys(typed) != typed:
-        return refuse(
+        raise ConfigError(
             "everybody on this machine sees the api_key of a command line. Set SDP_API_KEY, or "
             "write env:NAME or file:PATH in place of the key."
         )
-    try:
-        if "--dry-run" in arguments:
-            from sdp_lightning.cli.dry_run import dry_run
+    is_dry = "--dry-run" in arguments
+    arguments = [argument for argument in arguments if argument != "--dry-run"]
+    given = check_settings(arguments)
+    if not is_dry and "--print_config" not in arguments:
+        require_interpreter(str(given.get("data.engine", "")))
 
-            print(dry_run([argument for argument in arguments if argument != "--dry-run"]))
-            return 0
-        trainer = RolloutCLI(arguments).trainer
-        if arguments[0] == "rollout" and trainer.is_global_zero:
-            recording = recording_of(trainer)
-            print(describe(recording))
-            return int(not recording.is_whole)
-    except (SDPError, OSError) as error:
-        if os.environ.get(TRACEBACK):
-            raise
-        refused = refuse(explain(error))
-        return refused if isinstance(error, ConfigError | RecordingError) else 1
+    from sdp_lightning.cli.quiet_logs import quiet_logs  # slow to import, from here on
+
+    quiet_logs()
+    if is_dry:
+        from sdp_lightning.cli.dry_run import dry_run
+
+        print(dry_run(arguments))
+        return 0
+    from sdp_lightning.cli.trainer import RolloutCLI, describe, recording_of
+
+    trainer = RolloutCLI(arguments).trainer
+    if arguments[0] == "rollout" and trainer.is_global_zero:
+        recording = recording_of(trainer)
+        print(describe(recording))
+        return int(not recording.is_whole)
     return 0

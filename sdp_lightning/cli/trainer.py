@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import re
 import sys
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from typing import Any, NoReturn
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
+from sdp_lightning.cli.failures import condensed, refusal
 from sdp_lightning.cli.kept_texts import keeping_mode
 from sdp_lightning.config.server_keys import hide_keys, without_keys
 from sdp_lightning.errors import ConfigError
@@ -28,6 +30,7 @@ TRAINER_DEFAULTS: dict[str, Any] = {
         "init_args": {"save_dir": "runs", "name": None},
     },
     "log_every_n_steps": 1,
+    "max_epochs": -1,  # Lightning's None is 1000 where nothing else ends the run
     "num_sanity_val_steps": 0,
     "enable_model_summary": False,
 }
@@ -50,7 +53,7 @@ class OneLineParser(LightningArgumentParser):
     def one_line(self, message: str, ex: Exception | None) -> str:
         """A message on one line, with the nearest setting."""
         parser: Any = vars(ex).get("subcommand_parser") if ex is not None else None
-        text = hide_keys(" ".join(line.strip() for line in str(message).splitlines()))
+        text = hide_keys(" ".join(condensed(str(message)).split()))
         return text + _nearest(text, parser or self)
 
     def dump(self, namespace: Any, *args: Any, **settings: Any) -> str:
@@ -158,9 +161,39 @@ class RolloutCLI(LightningCLI):
         """Parse the arguments; the base class would warn if ``sys.argv`` has some, too."""
         self.config = parser.parse_args(args)
 
+    def _parse_ckpt_path(self) -> None:
+        """Leave the settings as they are: Lightning's CLI would take those of the checkpoint."""
+
+    def instantiate_classes(self) -> None:
+        """Make the objects; what a library refuses is a ``ConfigError`` of one line."""
+        try:
+            super().instantiate_classes()
+        except Exception as error:
+            if (refused := refusal(error, self._given_to_trainer())) is None:
+                raise
+            raise refused from error
+
+    def _given_to_trainer(self) -> dict[str, str | int | float]:
+        """The Trainer's plain settings that differ from its defaults."""
+        defaults = inspect.signature(Trainer.__init__).parameters
+        given: dict[str, Any] = dict(self._get(self.config, "trainer").items())
+        return {
+            name: value
+            for name, value in given.items()
+            if isinstance(value, str | int | float)
+            and name in defaults
+            and value != defaults[name].default
+        }
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The Trainer, with a ``WeightSyncCallback`` before the callbacks of the config."""
         trainer = super().instantiate_trainer(**kwargs)
+        # foreign: launchers differ
+        if getattr(trainer.strategy.launcher, "_start_method", None) == "spawn":
+            raise ConfigError(
+                "this strategy sends model and data to its processes as pickles, which those of a "
+                "run cannot be: use trainer.strategy=ddp, which starts the command once a process."
+            )
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         if not any(isinstance(callback, WeightSyncCallback) for callback in callbacks):
             callbacks.insert(0, WeightSyncCallback())

@@ -248,8 +248,14 @@ def load_causal_lm(
     settings = {"dtype": dtype, **source.options, **options, "output_loading_info": True}
     refusal: ConfigError | None = None
     for auto in auto_classes(load_config(source, options)):
-        with _explained("the model", name):
-            model, report = auto.from_pretrained(name, **settings)
+        try:
+            with _explained("the model", name):
+                model, report = auto.from_pretrained(name, **settings)
+        except (TypeError, AttributeError) as error:
+            if not options:
+                raise
+            text = f"model_kwargs={dict(options)!r} do not fit the model {name!r}: {error}"
+            raise ConfigError(text) from error
         lacking = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
         found = _refusal_of(name, type(model).__name__, lacking, report["unexpected_keys"])
         if found is None:

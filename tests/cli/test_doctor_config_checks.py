@@ -180,6 +180,24 @@ def test_a_server_that_speaks_no_http_is_a_problem() -> None:
     assert found.state == "problem" and "does not answer" in found.text
 
 
+def test_servers_are_asked_through_the_proxy_that_the_run_would_use(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("no_proxy", "http_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    with raw_server() as proxy:
+        proxy.answer = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"
+        monkeypatch.setenv("http_proxy", proxy.url)
+        far = "vllm://sdp-server.invalid:8000"
+        [through] = check_servers(far, Machine(), {"use_proxy": True})
+        [direct] = check_servers(far, Machine(), {})
+    assert (through.state, direct.state) == ("ok", "problem")
+    monkeypatch.setenv("http_proxy", "socks5://h:1")
+    [found] = check_servers(far, Machine(), {"use_proxy": True})
+    assert found.state == "problem" and "is no http:// proxy" in found.text
+
+
 def test_servers_to_be_started_need_their_interpreter(tmp_path: Path) -> None:
     [missing] = check_servers(f"vllm://launch?python={tmp_path}/bin/python", EIGHT)
     assert missing.state == "problem" and f"{tmp_path}/bin/python is not there" in missing.text

@@ -5,11 +5,14 @@ from __future__ import annotations
 import csv
 import doctest
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import sdp_lightning as sdp
 from sdp_lightning.cli.main import main
 from sdp_lightning.config.import_path import load_object
 from support.paths import ROOT
@@ -75,3 +78,31 @@ def test_players_that_are_shown_heed_every_answer_and_waste_some_turns() -> None
                 high = int(text) - 1 if answer == "down\n" else high
         won += parts[-1][1]
     assert 300 < wasted < 700 and 90 < won < 210
+
+
+def test_every_train_py_prints_help_without_large_imports() -> None:
+    scripts = sorted(ROOT.glob("recipes/*/train.py"))
+    assert len(scripts) >= 5
+    code = (
+        "import runpy, sys\n"
+        f"for script in {list(map(str, scripts))!r}:\n"
+        "    sys.argv = [script, '--help']\n"
+        "    try: runpy.run_path(script, run_name='__main__')\n"
+        "    except SystemExit as done: assert not done.code\n"
+        "    else: raise AssertionError(script)\n"
+        "assert not {'torch', 'lightning', 'transformers'} & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("usage: train.py") == len(scripts)
+
+
+def test_flags_of_the_command_line_are_passed_on_to_from_config(
+    model_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    flags = ["--trainer.max_steps=3", "--data.rollout.batch_size", "4"]
+    flags += [f"--model.model={model_folder}", "--model.trainable=.*"]
+    trainer, _, data = sdp.from_config("recipes/multi_turn/config.yaml", flags)
+    assert (trainer.max_steps, data.rollout.batch_size) == (3, 4)

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, cast
 from urllib.parse import parse_qs
 
@@ -32,7 +33,7 @@ from sdp_lightning.cli.doctor.model_size import ModelSize
 from sdp_lightning.cli.doctor.prompt_checks import check_prompts
 from sdp_lightning.cli.doctor.source_checks import check_source, model_folder, read_source
 from sdp_lightning.config.model_source import ModelSource
-from sdp_lightning.engines.remote.addresses import server_urls, tls_context
+from sdp_lightning.engines.remote.addresses import proxy_of, server_urls, tls_context
 from sdp_lightning.errors import ConfigError
 from sdp_lightning.prompts.iterable_rows import IterableRows
 from sdp_lightning.prompts.sources import load_rows
@@ -99,7 +100,7 @@ def examine_configs(files: Sequence[str], machine: Machine) -> list[Finding]:
     size = size_of_model(source) if isinstance(source, ModelSource) else None
     return [
         *check_devices(trainer, _engine(config), machine),
-        *check_servers(_engine(config), machine, part_of(data, "engine_options").get("ca_file")),
+        *check_servers(_engine(config), machine, part_of(data, "engine_options")),
         *(check_source(source) if isinstance(source, ModelSource) else [source]),
         *(check_rows(name, data, source) for name in ("prompts", "val_prompts") if data.get(name)),
         *(check_prompts(source, data) if isinstance(source, ModelSource) else []),
@@ -196,10 +197,12 @@ def launch_query(engine: str) -> dict[str, str]:
     return {k: v[-1] for k, v in parse_qs(query).items()} if _launches(engine) else {}
 
 
-def check_servers(engine: str, machine: Machine, ca_file: str | None = None) -> list[Finding]:
+def check_servers(
+    engine: str, machine: Machine, options: Mapping[str, Any] = MappingProxyType({})
+) -> list[Finding]:
     """Checks that running servers answer, and that launched ones have an interpreter with vLLM.
 
-    ``ca_file`` has the certificates that are believed; None: the system's.
+    Of ``options``, the config's engine_options, ``ca_file`` and ``use_proxy`` are used.
     """
     scheme, separator, rest = engine.partition("://")
     if not separator:
@@ -219,7 +222,8 @@ def check_servers(engine: str, machine: Machine, ca_file: str | None = None) -> 
         urls = server_urls(scheme.lower(), rest)
     except ConfigError as error:
         return [Finding("problem", "server", str(error))]
-    return [_ask(url, ca_file) for url in urls]
+    proxied = options.get("use_proxy") is True
+    return [_ask(url, options.get("ca_file"), proxied=proxied) for url in urls]
 
 
 def check_rows(name: str, data: Mapping[str, Any], source: ModelSource | Finding) -> Finding:
@@ -260,12 +264,13 @@ def _launches(engine: str) -> bool:
     return engine.partition("?")[0] == "vllm://launch"
 
 
-def _ask(url: str, ca_file: str | None) -> Finding:
+def _ask(url: str, ca_file: str | None, *, proxied: bool) -> Finding:
     host = url.partition("://")[2]
     try:
         tls = urllib.request.HTTPSHandler(context=tls_context(ca_file, [url]))
-        # Requests to loopback never go through a proxy.
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), tls)
+        proxy = proxy_of(url) if proxied else None  # as the run's requests
+        by = urllib.request.ProxyHandler({url.partition(":")[0]: proxy} if proxy else {})
+        opener = urllib.request.build_opener(by, tls)
         with opener.open(f"{url}/health", timeout=_ANSWER_S) as answer:
             return Finding("ok", "server", f"{host} answers {answer.status}")
     except ConfigError as error:

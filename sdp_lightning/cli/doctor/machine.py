@@ -170,7 +170,11 @@ def check_vllm_environment(folder: Path) -> Finding:
             version = path.name.removesuffix(".dist-info").partition("-")[2]
             python = folder / "bin" / "python"
             return _judge_vllm(subject, f"{name.replace('_', '-')} for {python}:", version)
-    return Finding("note", subject, "not there; `make setup-vllm` makes it for servers on the CPU.")
+    text = (
+        "not there; servers can have an environment of their own: `python -m venv .venv-vllm`, "
+        f"`.venv-vllm/bin/pip install 'vllm>={OLDEST_VLLM}'`, and python= in data.engine."
+    )
+    return Finding("note", subject, text)
 
 
 def _judge_vllm(subject: str, name: str, version: str) -> Finding:
@@ -216,7 +220,10 @@ def check_recipe_model(folder: Path) -> Finding:
     """Whether the arithmetic recipe's first run has made its model."""
     if (folder / RECIPE_MODEL).is_dir():
         return Finding("ok", "recipe model", str(folder / RECIPE_MODEL))
-    return Finding("note", "recipe model", f"{RECIPE_MODEL} is made by the first `make demo`.")
+    text = (
+        f"{RECIPE_MODEL} is made by the first run of `sdp-lightning init FOLDER --from arithmetic`."
+    )
+    return Finding("note", "recipe model", text)
 
 
 def check_sandbox(sandbox: Sandbox) -> Finding:
