@@ -153,6 +153,22 @@ def test_the_last_checkpoint_of_an_earlier_run_is_found(config: dict[str, Any]):
     assert versions == [["1.0", "2.0"], ["3.0", "4.0", "5.0"]]
 
 
+@pytest.mark.filterwarnings("ignore:Checkpoint directory:UserWarning")
+def test_settings_of_a_config_are_in_force_before_those_of_the_checkpoint(config: dict[str, Any]):
+    from sdp_lightning.cli.trainer import RolloutCLI
+
+    saver = "lightning.pytorch.callbacks.ModelCheckpoint"
+    config["trainer"] |= {
+        "enable_checkpointing": True,
+        "callbacks": [{"class_path": saver, "init_args": {"dirpath": "kept"}}],
+    }
+    assert run("fit", config) == 0
+    (kept,) = Path("kept").glob("*.ckpt")
+    flags = [f"--ckpt_path={kept}", "--model.optimizer.lr=0.5", "--trainer.max_steps=3"]
+    cli = RolloutCLI(["fit", "--config=config.yaml", *flags])
+    assert (cli.model.optimizer.lr, cli.trainer.global_step) == (0.5, 3)
+
+
 def test_the_callback_that_publishes_is_added_only_if_the_config_has_none(
     config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ):
