@@ -66,6 +66,8 @@ class OptimizerConfig:
             at_least("total_steps", self.total_steps, 1)
 
     def _check_path(self) -> None:
+        if not isinstance(self.init_args, Mapping):
+            raise ConfigError(f"init_args must be a mapping, got {self.init_args!r}.")
         if self.class_path is None:
             if self.init_args:
                 raise ConfigError(f"init_args={dict(self.init_args)} need a class_path.")

@@ -13,6 +13,7 @@ import lightning as L
 import pytest
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from torch import Tensor
 
 import sdp_lightning as sdp
 from sdp_lightning.cli.main import main
@@ -21,6 +22,7 @@ from sdp_lightning.observability.report.callback import run_folder
 from sdp_lightning.observability.report.files import read_run
 from sdp_lightning.observability.report.learning import SIGNALS
 from sdp_lightning.testing import FakeEngine
+from sdp_lightning.training.batch import Batch
 from sdp_lightning.training.metrics.names import POOL, SEVERAL, logged_names
 from support.reports import Page, make_step, write_run
 from support.trainers import Recorder, make_data, make_module, make_rows, make_trainer
@@ -28,6 +30,13 @@ from support.trainers import Recorder, make_data, make_module, make_rows, make_t
 SECTIONS = [
     *("advice", "reward", "learning", "time", "floor", "lag", "rollouts", "trajectories", "all")
 ]
+
+
+class WithExtraLoss(sdp.SegmentWisePPOModule):
+    """Adds a small loss of its own."""
+
+    def extra_loss(self, batch: Batch) -> Tensor:
+        return 1e-6 * self.require_policy().get_input_embeddings().weight.square().sum()
 
 
 @dataclass
@@ -43,7 +52,7 @@ class Fit:
 @pytest.fixture(scope="module")
 def fit(tmp_path_factory: pytest.TempPathFactory, model_folder: str) -> Fit:
     folder, recorder = tmp_path_factory.mktemp("runs"), Recorder()
-    module = make_module(
+    module = WithExtraLoss(
         model_folder,
         loss=sdp.LossConfig(kl_coefficient=0.01),
         optimizer=sdp.OptimizerConfig(lr=1e-3, scale_lr_by_ess=True),
@@ -57,7 +66,7 @@ def fit(tmp_path_factory: pytest.TempPathFactory, model_folder: str) -> Fit:
         log_every_n_steps=1,
         val_check_interval=3,
         check_val_every_n_epoch=None,
-        num_sanity_val_steps=1,
+        num_sanity_val_steps=-1,
     )
     trainer.fit(module, data)
     validated = float(trainer.callback_metrics["val/reward"])
@@ -108,7 +117,7 @@ def test_tensorboard_holds_what_the_csv_file_does(fit: Fit) -> None:
     for name in ("train/reward", "lag/mean", "time/step_s", "rollout/version", "ess/token_0"):
         told = [event.value for event in board.Scalars(name)]
         assert told == pytest.approx([row[name] for row in rows if name in row], rel=1e-5)
-    assert set(board.Tags()["scalars"]) - {"epoch"} == {
+    assert set(board.Tags()["scalars"]) - {"epoch", "hp_metric"} == {
         name for row in csv_rows(fit.folder) for name in row
     } - {"epoch", "step"}
 

@@ -58,11 +58,6 @@ METHODS = {
         LossConfig(trust_region="proximal", bridge_exponent=0.0, rejection_on="weight")
     ),
     "bridge^0": Method(LossConfig(trust_region="proximal", bridge_exponent=0.0)),
-    "bridge^0.25": Method(LossConfig(trust_region="proximal", bridge_exponent=0.25)),
-    "bridge^0.75": Method(LossConfig(trust_region="proximal", bridge_exponent=0.75)),
-    "tempered bridge": Method(
-        LossConfig(trust_region="proximal", bridge_exponent=0.5), least_ess=0.95
-    ),
     "bridge^0.5": Method(LossConfig(trust_region="proximal", bridge_exponent=0.5)),
     "bridge cap 2": Method(LossConfig(trust_region="proximal", bridge_cap=2.0)),
     "segment, log-linear q": Method(
@@ -90,5 +85,12 @@ METHODS = {
     ),
     "behavior 0.3, ESS rate": Method(
         LossConfig(trust_region="behavior", clip_epsilon=0.3), scale_lr_by_ess=True
+    ),
+}
+ON_REAL_MODELS = METHODS | {
+    "bridge^0.25": Method(LossConfig(trust_region="proximal", bridge_exponent=0.25)),
+    "bridge^0.75": Method(LossConfig(trust_region="proximal", bridge_exponent=0.75)),
+    "tempered bridge": Method(
+        LossConfig(trust_region="proximal", bridge_exponent=0.5), least_ess=0.95
     ),
 }

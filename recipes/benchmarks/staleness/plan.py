@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from staleness.methods import METHODS
+from staleness.methods import METHODS, ON_REAL_MODELS
 from staleness.training import Cell
 
 STALENESS = ("whole", "mixed")
@@ -63,7 +63,7 @@ def representative(cell: Cell) -> Cell:
     With an engine that rounds b is not x at lag 0, as which every run begins.
     """
     rounds = cell.engine_bits is not None
-    if rounds and (cell.lag == 0 or METHODS[cell.method].loss.trust_region == "past"):
+    if rounds and (cell.lag == 0 or ON_REAL_MODELS[cell.method].loss.trust_region == "past"):
         return cell
     return replace(
         cell,
@@ -74,8 +74,8 @@ def representative(cell: Cell) -> Cell:
 
 @cache  # the tables ask for it 80,000 times
 def _first_of_kind(method: str, lag: int) -> str:
-    kind = METHODS[method].kind(lag)
-    return next(name for name, other in METHODS.items() if other.kind(lag) == kind)
+    kind = ON_REAL_MODELS[method].kind(lag)
+    return next(name for name, other in ON_REAL_MODELS.items() if other.kind(lag) == kind)
 
 
 class Results:

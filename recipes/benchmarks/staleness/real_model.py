@@ -26,7 +26,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the folder of the package `staleness`
 
-from staleness.methods import METHODS
+from staleness.methods import ON_REAL_MODELS
 from staleness.plan import STALENESS, Results, representative
 from staleness.policies import Shared
 from staleness.summary import Table
@@ -47,7 +47,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--task", choices=REAL_TASKS, default="sums")
     parser.add_argument("--stage", choices=("1", "2", "report"), default="1")
-    parser.add_argument("--methods", nargs="*", choices=list(METHODS), help="only these")
+    parser.add_argument("--methods", nargs="*", choices=list(ON_REAL_MODELS), help="only these")
     parser.add_argument("--lags", nargs="*", type=int, help="only these; those of the stage else")
     parser.add_argument("--rates", nargs="*", type=float, default=[1.0, 2.0], help="of 5e-5")
     parser.add_argument("--minibatches", nargs="*", type=int, default=[2])

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from staleness.measures import StepSums, success
-from staleness.methods import METHODS, Method
+from staleness.methods import ON_REAL_MODELS, Method
 from staleness.net import TinyLlama
 from staleness.policies import Shared, tempered_exponent
 from staleness.rollouts import (
@@ -41,7 +41,7 @@ class Cell:
     """What one run is.
 
     Args:
-        method: a name in METHODS.
+        method: a name in ON_REAL_MODELS.
         staleness: whole trajectories ``lag`` versions old, or mixed ones that start so.
         lag: of the first token, from step ``lag`` on; before, the weights are not that old.
         minibatches: optimizer steps a batch.
@@ -121,7 +121,7 @@ class Learner:
 
     def __init__(self, net: TinyLlama, cell: Cell, scale: Scale) -> None:
         self.net = net
-        self.method = METHODS[cell.method]
+        self.method = ON_REAL_MODELS[cell.method]
         by_ess, exact = self.method.scale_lr_by_ess, cell.engine_bits is None
         optimizer = OptimizerConfig(lr=cell.rate * scale.learning_rate, scale_lr_by_ess=by_ess)
         update = UpdateConfig(num_minibatches=cell.minibatches, max_skipped_in_a_row=1)
@@ -224,7 +224,7 @@ class Run:
         shared: Shared | None = None,
     ) -> None:
         self.task, self._shared = task, shared or Shared(model, task, scale.group_size)
-        self.cell, self.scale, self.method = cell, scale, METHODS[cell.method]
+        self.cell, self.scale, self.method = cell, scale, ON_REAL_MODELS[cell.method]
         nets = self._shared.nets
         self.learner = Learner(nets.policy(), cell, scale)
         self.history = History(nets.policy(), cell.engine_bits, num_kept=cell.lag + 2)

@@ -47,8 +47,7 @@ def _trainer_host(options: RemoteOptions, urls: list[str]) -> str:
 
     if options.trainer_host is not None:
         return options.trainer_host.strip("[]")  # of an IPv6 address, as in a URL
-    far = [url for url in urls if is_far(url)]
-    parts = map(urlsplit, far or urls)
+    parts = map(urlsplit, sorted(urls, key=is_far, reverse=True))
     *others, last = [(str(part.hostname), part.port or 80) for part in parts]
     for address in others:
         with suppress(EngineError):  # one server may be out of reach, and another one not
