@@ -67,16 +67,16 @@ class OptimizerConfig:
 
     def _check_path(self) -> None:
         if not isinstance(self.init_args, Mapping):
-            raise ConfigError(f"init_args must be a mapping, got {self.init_args!r}.")
+            raise ConfigError(f"init_args must be a mapping, not {type(self.init_args).__name__}.")
         if self.class_path is None:
             if self.init_args:
-                raise ConfigError(f"init_args={dict(self.init_args)} need a class_path.")
+                raise ConfigError(f"init_args of {list(self.init_args)} need a class_path.")
             return
         for setting in fields(self):
             value = getattr(self, setting.name)
             if setting.name in ("lr", "weight_decay", "betas") and value != setting.default:
                 raise ConfigError(
-                    f"{setting.name}={value} is AdamW's and has no effect on {self.class_path}: "
+                    f"{setting.name} is AdamW's and has no effect on {self.class_path}: "
                     f"put {setting.name} into its init_args."
                 )
 
