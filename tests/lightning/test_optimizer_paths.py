@@ -50,7 +50,7 @@ def test_an_optimizer_by_its_path_steps_with_its_arguments_clipping_and_schedule
         ({"class_path": "Adam"}, "no module 'Adam' here"),
         ({"class_path": "torch.optim.SGD", "init_args": {"rate": 1}}, "'rate'; it has lr, mom"),
         ({"class_path": "torch.pi"}, "names no class, but float"),
-        ({"class_path": "torch.optim.SGD", "lr": 0.1}, "lr=0.1 is AdamW's.*init_args"),
+        ({"class_path": "torch.optim.SGD", "lr": 0.1}, "lr is AdamW's.*init_args"),
         ({"init_args": {"lr": 0.1}}, "need a class_path"),
     ],
 )

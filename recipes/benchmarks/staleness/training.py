@@ -125,8 +125,8 @@ class Learner:
         by_ess, exact = self.method.scale_lr_by_ess, cell.engine_bits is None
         optimizer = OptimizerConfig(lr=cell.rate * scale.learning_rate, scale_lr_by_ess=by_ess)
         update = UpdateConfig(num_minibatches=cell.minibatches, max_skipped_in_a_row=1)
-        self._forward = NetForward(self.net, every_row=by_ess, is_engine_exact=exact)
-        self._update = PolicyUpdate(self.method.loss, optimizer, update)
+        self.forward = NetForward(self.net, every_row=by_ess, is_engine_exact=exact)
+        self.update = PolicyUpdate(self.method.loss, optimizer, update)
         self._optimizer, self._schedule = make_optimizer(
             self.net.parameters(), optimizer, max_steps=scale.num_steps * cell.minibatches
         )
@@ -134,13 +134,13 @@ class Learner:
     def learn(self, batch: Batch) -> StepSums:
         """One batch, as the module's ``training_step``."""
         sums = StepSums()
-        loop = training_loop(self.net, self._forward, self._optimizer, self._schedule, sums.add)
-        batch = prepare(self._update, self._forward, batch, self.method)
+        loop = training_loop(self.net, self.forward, self._optimizer, self._schedule, sums.add)
+        batch = prepare(self.update, self.forward, batch, self.method)
         if (bound := self.method.least_ess) is not None:
             exponent = tempered_exponent(batch, bound)
-            self._update.loss = replace(self.method.loss, bridge_exponent=exponent)
+            self.update.loss = replace(self.method.loss, bridge_exponent=exponent)
             sums.note_exponent(exponent)
-        for values in self._update.train(batch, loop):
+        for values in self.update.train(batch, loop):
             sums.note(values)
         return sums
 
