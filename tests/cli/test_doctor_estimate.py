@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+from sdp_lightning.cli.doctor.absent_models import _known, known_size, size_of_config
 from sdp_lightning.cli.doctor.estimate import (
     check_division,
     check_engine_memory,
@@ -191,3 +194,69 @@ def test_versions_that_do_not_go_together_are_named() -> None:
     assert [(f.state, f.subject) for f in found] == [("problem", "vllm")]
     assert found[0].text == "0.33.0 needs torch==2.14.0, and 2.13.0 is installed."
     assert check_together({**here, "torch": "2.14.0+cpu"}.get, needs.get) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [
+        ("Qwen/Qwen2.5-7B-Instruct", 7.62),
+        ("Qwen/Qwen2.5-Math-1.5B", 1.54),
+        ("Qwen/Qwen3-30B-A3B-Instruct-2507", 30.5),
+        ("Qwen/Qwen3-4B-Base", 4.02),
+        ("meta-llama/Llama-3.1-8B-Instruct", 8.03),
+        ("meta-llama/Meta-Llama-3-8B", 8.03),
+        ("meta-llama/Llama-3.3-70B-Instruct", 70.6),
+        ("mistralai/Mixtral-8x7B-Instruct-v0.1", 46.7),
+        ("mistralai/Mistral-7B-Instruct-v0.3", 7.25),
+        ("google/gemma-2-9b-it", 9.24),
+        ("google/gemma-3-1b-it", 1.0),
+        ("openai/gpt-oss-20b", 20.9),
+        ("microsoft/phi-4", 14.7),
+        ("HuggingFaceTB/SmolLM2-135M-Instruct", 0.1345),
+        ("deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", 1.78),
+    ],
+)
+def test_well_known_models_have_their_published_size(name: str, billions: float) -> None:
+    size = known_size(name)
+    assert size is not None and size.num_parameters / 1e9 == pytest.approx(billions, rel=0.01)
+    assert "not on this machine" in size.origin
+    assert size.num_trained(r"layers\.0\.") < size.num_parameters / size.num_layers
+
+
+NOBODYS = ("Qwen/Qwen9-7B", "someone/merge-of-7b", "qwen2.5-7", "a:b", "/x/y")
+
+
+@pytest.mark.parametrize("name", NOBODYS)
+def test_a_model_that_nobody_knows_has_no_size(name: str) -> None:
+    assert known_size(name) is None
+    assert len(_known()) >= 40
+
+
+def test_a_config_is_counted_as_its_folder_is(model_folder: str) -> None:
+    config = json.loads(Path(model_folder, "config.json").read_text())
+    by_config, by_folder = size_of_config(config), ModelSize.read(Path(model_folder))
+    assert by_config.num_parameters == by_folder.num_parameters
+    assert replace(by_config, weights={}) == replace(by_folder, weights={})
+    for broken in ({"model_type": "no such"}, {**config, "hidden_size": "many"}, {}):
+        with pytest.raises(ConfigError):
+            size_of_config(broken)
+
+
+def test_the_hub_is_asked_before_the_table(
+    model_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder of files stands for the hub, which a name's config is read from by its address."""
+    from huggingface_hub import constants
+
+    there = tmp_path / "Qwen/Qwen2.5-7B/resolve/main"
+    there.mkdir(parents=True)
+    (there / "config.json").write_text(Path(model_folder, "config.json").read_text())
+    monkeypatch.setattr(constants, "ENDPOINT", tmp_path.as_uri())
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    found = size_of_model(ModelSource("Qwen/Qwen2.5-7B"))
+    assert found is not None and found.origin == "by its config on the hub"
+    assert found.num_parameters == ModelSize.read(Path(model_folder)).num_parameters
+    (there / "config.json").write_text("{")
+    known = size_of_model(ModelSource("Qwen/Qwen2.5-7B"))
+    assert known == known_size("Qwen/Qwen2.5-7B")
+    assert size_of_model(ModelSource("Qwen/Qwen9")) is None

@@ -120,9 +120,12 @@ def world_size(trainer: Mapping[str, Any], machine: Machine) -> int:
 def check_memory(config: Tree, machine: Machine, size: ModelSize | None) -> Iterator[Finding]:
     """Findings about the memory of trainer and servers, if the model's size is known."""
     if size is None:
-        text = "not estimated: the model is not on this machine yet, or is made by a function."
+        text = "not estimated: the model is not on this machine, nor known, or made by a function."
         yield Finding("note", "trainer memory", text)
         return
+    if size.origin:
+        text = f"{size.num_parameters / 1e9:.2f} billion weights, {size.origin}"
+        yield Finding("ok", "model size", text)
     trainer, query = part_of(config, "trainer"), launch_query(_engine(config))
     share = float(query.get("gpu_memory_utilization", 0))
     gib = machine.gpu_gib

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar, cast
 
+from sdp_lightning.cli.doctor.absent_models import size_of_absent
 from sdp_lightning.cli.doctor.finding import Finding
 from sdp_lightning.cli.doctor.model_size import BYTES, ModelSize, cache_bytes, trainer_memory
 from sdp_lightning.cli.doctor.source_checks import model_folder
@@ -141,12 +142,12 @@ def check_engine_memory(
 
 
 def size_of_model(source: ModelSource) -> ModelSize | None:
-    """Size of a model folder, or of an id in the hub's cache; None if there is neither."""
+    """Size of a model folder, or of an id of the hub; None if it is not known."""
     folder = model_folder(source)
     try:
-        return None if folder is None else ModelSize.read(folder)
-    except ConfigError:
-        return None
+        return size_of_absent(source) if folder is None else ModelSize.read(folder)
+    except ConfigError:  # a folder without its weights
+        return size_of_absent(source)
 
 
 def num_shards(trainer: Tree, world_size: int) -> int:

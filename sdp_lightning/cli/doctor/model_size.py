@@ -30,6 +30,7 @@ class ModelSize:
         num_layers: L.
         kv_units: units of keys and values that a layer keeps of a token.
         vocabulary: V.
+        origin: where the size is known from, if the weights are not here.
     """
 
     weights: Mapping[str, int]
@@ -38,6 +39,7 @@ class ModelSize:
     num_layers: int
     kv_units: int
     vocabulary: int
+    origin: str = ""
 
     @classmethod
     def read(cls, folder: Path) -> ModelSize:
@@ -47,20 +49,32 @@ class ModelSize:
             ConfigError: if it has no ``config.json`` or no safetensors files that can be read.
         """
         try:
-            read = cast("dict[str, Any]", json.loads((folder / "config.json").read_text()))
+            config = json.loads((folder / "config.json").read_text())
+            return cls.from_config(config, _weights(folder))
+        except (OSError, ValueError, struct.error) as error:
+            raise ConfigError(f"the size of {folder} cannot be read: {error!r}") from error
+
+    @classmethod
+    def from_config(cls, read: Mapping[str, Any], weights: Mapping[str, int]) -> ModelSize:
+        """The size of a model by its ``config.json`` and the number of elements of its weights.
+
+        Raises:
+            ConfigError: if the config is not that of a decoder.
+        """
+        try:
             config = cast("dict[str, Any]", read.get("text_config", read))
             heads = int(config["num_attention_heads"])
             head = int(config.get("head_dim") or config["hidden_size"] // heads)
             return cls(
-                weights=_weights(folder),
+                weights=weights,
                 hidden=int(config["hidden_size"]),
                 intermediate=int(config.get("intermediate_size") or 4 * config["hidden_size"]),
                 num_layers=int(config["num_hidden_layers"]),
                 kv_units=2 * head * int(config.get("num_key_value_heads") or heads),
                 vocabulary=int(config["vocab_size"]),
             )
-        except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
-            raise ConfigError(f"the size of {folder} cannot be read: {error!r}") from error
+        except (AttributeError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"the model's config cannot be read: {error!r}") from error
 
     @property
     def num_parameters(self) -> int:
