@@ -80,6 +80,13 @@ def test_sampling_params_are_validated(settings: dict[str, Any], message: str) -
         SamplingParams(**settings)
 
 
+def test_stop_texts_of_a_subclass_are_plain_texts() -> None:
+    kept = type("Kept", (str,), {})("\n")
+    for given in (kept, [kept]):
+        (text,) = SamplingParams(stop_texts=given).stop_texts
+        assert type(text) is str and text == "\n"
+
+
 def test_truncated_sampling_can_be_accepted() -> None:
     assert SamplingParams(top_p=0.9, top_k=5, allow_truncated_sampling=True).top_k == 5
 

@@ -41,7 +41,9 @@ class SamplingParams:
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         texts = (self.stop_texts,) if isinstance(self.stop_texts, str) else tuple(self.stop_texts)
-        object.__setattr__(self, "stop_texts", texts)
+        # A config's texts may be of a subclass, which a checkpoint would name.
+        plain = tuple(str(text) if isinstance(text, str) else text for text in texts)
+        object.__setattr__(self, "stop_texts", plain)
         if bad := [text for text in texts if not text or "\ufffd" in text]:
             raise ConfigError(f"a stop text must have characters, none U+FFFD, got {bad[0]!r}.")
         if self.max_new_tokens < 1:

@@ -141,4 +141,4 @@ def test_a_second_signal_ends_a_run_at_once_and_saves_nothing(tmp_path: Path) ->
     run, status = end(tmp_path, ("SIGTERM", "SIGTERM"))
     assert status == 128 + signal.SIGTERM, run.words[-3000:]
     assert not list(tmp_path.rglob("*.ckpt"))
-    assert "is saved" not in run.words and "Traceback" not in run.words, run.words
+    assert "is saved:" not in run.words and "Traceback" not in run.words, run.words
