@@ -108,7 +108,7 @@ class _OfRun:
 
 
 def _folders(trainer: L.Trainer) -> set[Path]:
-    """Where checkpoints of the run may lie; no address of a store."""
+    """The folders in which checkpoints of the run may lie; a store's address is none."""
     places = {str(trainer.default_root_dir)}
     for saver in trainer.checkpoint_callbacks:
         if isinstance(saver, OnExceptionCheckpoint):

@@ -111,7 +111,7 @@ class PutOffSaves:
     def _save(
         self, filepath: Any, weights_only: bool | None = None, storage_options: Any | None = None
     ) -> None:
-        """As ``Trainer.save_checkpoint``, at the end of the step.
+        """Do what ``Trainer.save_checkpoint`` does, within a step at its end.
 
         Raises:
             CheckpointError: if an error has ended the fit in the middle of a step.

@@ -112,7 +112,8 @@ def say_if_unsaved(trainer: L.Trainer, steps_per_batch: int) -> None:
         trainer.enable_validation and (trainer.val_check_batch or 0) < trainer.num_training_batches
     )
     for saver in savers:
-        by_steps = 0 < saver._every_n_train_steps < left
+        every = saver._every_n_train_steps
+        by_steps = every > 0 and every - trainer.global_step % int(every) < left
         by_epochs = 0 < saver._every_n_epochs * steps_of_epoch < left < math.inf
         by_validations = validates and not saver._should_save_on_train_epoch_end(trainer)
         if by_steps or by_epochs or by_validations or saver._train_time_interval is not None:

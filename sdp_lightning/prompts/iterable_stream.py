@@ -181,7 +181,7 @@ class IterableStream:
         return self._state_at(self._position)
 
     def state_by_count(self) -> dict[str, Any]:
-        """As :meth:`state_dict`, without the source's own: all rows before are read again."""
+        """The same without the source's own state: all rows before are read again."""
         return self._state_at(self._position.by_count)
 
     def _state_at(self, position: Position) -> dict[str, Any]:

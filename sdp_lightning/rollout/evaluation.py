@@ -85,7 +85,10 @@ class Evaluator:
         timeout_s: float | None = None,
         interrupted: Callable[[], bool] = lambda: False,
     ) -> Generator[list[TrajectoryGroup]]:
-        """As :meth:`roll_out`, all at once, in parts of ``sizes`` rows, as they finish."""
+        """Roll all prompts out at once, and give their groups in parts of ``sizes`` as they finish.
+
+        Arguments and errors are those of :meth:`roll_out`.
+        """
         version, sessions = self._clock.version, list[RolloutSession]()
         deadline = time.monotonic() + (self._timeout_s if timeout_s is None else timeout_s)
         runner = AsyncTaskRunner(name="sdp-evaluation", interrupted=interrupted)

@@ -162,3 +162,16 @@ def test_a_record_is_read_without_running_what_the_file_holds(tmp_path: Path) ->
     (tmp_path / "text.ckpt").write_text("none")
     with pytest.raises(CheckpointError, match="cannot be read"):
         read_record(tmp_path / "text.ckpt")
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")  # another saver
+def test_a_resumed_fit_that_saves_at_a_multiple_on_its_way_says_nothing(
+    job: Job, caplog: pytest.LogCaptureFixture
+) -> None:
+    saver = {"dirpath": job.folder, "every_n_train_steps": 3}
+    job.run(2, last=None, saver=saver | {"every_n_train_steps": 1})
+    caplog.clear()
+    assert job.run(4, saver=saver) == (2, 4)  # saved at 3, although only 2 steps are left
+    assert "no checkpoint is saved" not in caplog.text
+    assert job.run(6, saver=saver) == (3, 6)
+    assert "no checkpoint is saved" in caplog.text

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
@@ -118,10 +119,22 @@ def size_on_hub(name: str, revision: str | None) -> ModelSize | None:
     try:
         asked = urllib.request.Request(url, headers=headers)
         with urllib.request.urlopen(asked, timeout=_HUB_S) as answer:
-            text = answer.read(_MOST_BYTES)
+            text = _read_in_time(answer)
         return replace(size_of_config(json.loads(text)), origin="by its config on the hub")
     except (OSError, ValueError, ConfigError, urllib.error.URLError):
         return None
+
+
+def _read_in_time(answer: Any) -> bytes:
+    """All of a config. ``TimeoutError`` if it comes drop by drop, ``ValueError`` if it is large."""
+    deadline, text = time.monotonic() + _HUB_S, b""
+    while part := answer.read1(_MOST_BYTES):
+        text += part
+        if time.monotonic() > deadline:
+            raise TimeoutError
+        if len(text) > _MOST_BYTES:
+            raise ValueError("this is no config")
+    return text
 
 
 def size_of_config(config: Mapping[str, Any]) -> ModelSize:

@@ -34,7 +34,7 @@ _End = Literal["here", "before", "never"]
 
 @dataclass(frozen=True)
 class _Place:
-    """Where messages are to stand.
+    """A place where messages are to stand.
 
     Attributes:
         before: messages of which only the roles matter; the last one is the assistant's turn.
