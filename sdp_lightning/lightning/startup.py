@@ -51,8 +51,8 @@ def open_engine(
     engine = connect_engine(source, **settings)
     servers = engine.server_config if isinstance(engine, RemoteInfEngine) else None
     if servers is not None and trainer is not None:
-        require_vllm(servers.python)
         require_one_host(trainer.num_nodes, os.environ)
+        require_vllm(servers.python)
         if trainer.strategy.root_device.type == "cuda":
             visible = os.environ.get("CUDA_VISIBLE_DEVICES")
             servers.check_trainer_devices(trainer.device_ids, visible=visible)
