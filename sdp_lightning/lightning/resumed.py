@@ -118,12 +118,13 @@ def say_if_unsaved(trainer: L.Trainer, steps_per_batch: int) -> None:
         by_validations = validates and not saver._should_save_on_train_epoch_end(trainer)
         if by_steps or by_epochs or by_validations or saver._train_time_interval is not None:
             return
-    if savers and trainer.global_rank == 0:
+    batches = left / steps_per_batch
+    if savers and batches > 1 and trainer.global_rank == 0:
         logger.warning(
             "no checkpoint is saved before the end of this fit, so a kill loses all of it: add "
             "ModelCheckpoint(every_n_train_steps=%d) to the Trainer's callbacks, or set "
             "enable_checkpointing=False.",
-            10 * steps_per_batch,
+            steps_per_batch * (10 if batches > 20 else math.ceil(batches / 2)),
         )
 
 
