@@ -25,7 +25,8 @@ from sdp_lightning.workflows.workflow import gather_or_cancel
 
 Value = float | Sequence[float] | Mapping[str, float] | Sequence[Mapping[str, float]]
 Reward = Callable[..., Value | Mapping[str, Sequence[float]] | Awaitable[Any]]
-Rewards = str | Reward | Mapping[str, str | Reward]
+# jsonargparse writes a config by the first type that takes a value: Callable takes a mapping.
+Rewards = str | Mapping[str, str | Reward] | Reward
 
 LONE = ""  # key of a reward that has no name of its own
 Scores = Mapping[str, Score]  # of one sample, by the keys of its rewards

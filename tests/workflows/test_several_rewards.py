@@ -228,7 +228,9 @@ def test_a_config_sets_rewards_and_weights() -> None:
         "reward_weights": {"correct": 1, "form": 0.2},
     }
     config = {"class_path": "sdp_lightning.RLVRWorkflow", "init_args": init}
-    made = parser.instantiate(parser.parse_object({"workflow": config})).workflow
+    parsed = parser.parse_object({"workflow": config})
+    assert parser.parse_string(parser.dump(parsed)) == parsed and "Unable" not in parser.dump(parsed)
+    made = parser.instantiate(parsed).workflow
     with closing(made):
         assert made.reward_weights == WEIGHTS and set(made.reward_pools) == {"form"}
 
