@@ -26,7 +26,6 @@ NAMED = re.compile(r"[\w/]+\.py:\w+")
 @pytest.fixture(autouse=True)
 def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delitem(sys.modules, "task", raising=False)  # of another test's folder
 
 
 def texts_of(value: Any) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -52,9 +53,68 @@ def test_a_file_imports_its_neighbours_and_leaves_the_path_as_it_was(tmp_path: P
     assert sys.path == before
 
 
-def test_classes_of_a_file_can_be_pickled(tmp_path: Path):
-    import pickle
+def folder_with(folder: Path, **texts: str) -> Path:
+    for name, text in texts.items():
+        file = folder / f"{name.replace('__', '/')}.py"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    return folder
 
+
+def test_files_beside_a_file_are_its_own_whatever_else_has_their_names(tmp_path: Path):
+    imports = "import helper_of_task as h\nfrom task import name\n\ndef later():\n    import task\n"
+    model = f"{imports}    return task\n"
+    for letter in "ab":
+        folder_with(
+            tmp_path / letter,
+            model=model,
+            task=f"from helper_of_task import name\nclass Kind: pass\nnames = '{letter}'\n",
+            helper_of_task=f"name = {letter!r}\n",
+        )
+    for letter in "abab":
+        place = f"{tmp_path}/{letter}"
+        assert load_object(f"{place}/model.py:name") == letter
+        later: Any = load_object(f"{place}/model.py:later")
+        assert later().names == letter
+        kind = load_object(f"{place}/task.py:Kind")
+        assert later().Kind is kind and pickle.loads(pickle.dumps(kind)) is kind  # one module
+    assert "helper_of_task" not in sys.modules
+
+
+def test_a_neighbour_that_the_process_has_imported_is_that_module(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder_with(
+        tmp_path, shared_by_both="class Kind: pass\n", task="from shared_by_both import Kind"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    import shared_by_both  # type: ignore[import-not-found]  # pyright: ignore
+
+    assert load_object(f"{tmp_path}/task.py:Kind") is shared_by_both.Kind
+    monkeypatch.delitem(sys.modules, "shared_by_both")
+
+
+def test_the_standard_librarys_names_are_its_own(tmp_path: Path):
+    folder_with(tmp_path, math="tau = 0\n", task="import math\n")
+    assert load_object(f"{tmp_path}/task.py:math.tau") > 6
+
+
+def test_packages_of_one_name_beside_two_files_are_an_error_that_names_both(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    for letter in "ab":
+        folder_with(
+            tmp_path / letter, task="from helpers_of_task.x import y", helpers_of_task__x="y=1"
+        )
+        (tmp_path / letter / "helpers_of_task/__init__.py").touch()
+    assert load_object(f"{tmp_path}/a/task.py:y") == 1
+    with pytest.raises(ConfigError, match=r"b/helpers_of_task/.*a/helpers_of_task/.*Rename one"):
+        load_object(f"{tmp_path}/b/task.py:y")
+    for name in ("helpers_of_task", "helpers_of_task.x"):
+        monkeypatch.delitem(sys.modules, name)
+
+
+def test_classes_of_a_file_can_be_pickled(tmp_path: Path):
     (tmp_path / "kinds.py").write_text("class Kind:\n    pass\n")
     kind = load_object(f"{tmp_path}/kinds.py:Kind")
     assert pickle.loads(pickle.dumps(kind)) is kind
