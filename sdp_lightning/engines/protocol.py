@@ -78,9 +78,12 @@ class PublishReport:
     Attributes:
         version: the version that the engine now reports.
         num_bytes: bytes of weights transferred to each server.
-        transfer_s: seconds from the first byte until all servers report the version.
-        paused_s: seconds in which no token was sampled.
-        exposed_s: seconds that the trainer waited, from closing the gate to opening it.
+        transfer_s: seconds of ``stage_s``, and of loading until all servers report the version.
+        paused_s: seconds in which no token was sampled: ``drain_s``, loading, and ``resume_s``.
+        exposed_s: seconds that the trainer waited, from the beginning to opening the gate.
+        stage_s: seconds of gathering, casting and writing, while servers sampled.
+        drain_s: seconds from closing the gate until no request was under way.
+        resume_s: seconds from the last server's report until the gate was open.
     """
 
     version: int
@@ -88,6 +91,14 @@ class PublishReport:
     transfer_s: float = 0.0
     paused_s: float = 0.0
     exposed_s: float = 0.0
+    stage_s: float = 0.0
+    drain_s: float = 0.0
+    resume_s: float = 0.0
+
+    @property
+    def load_s(self) -> float:
+        """Seconds of ``transfer_s`` in which no token was sampled."""
+        return self.transfer_s - self.stage_s
 
     @property
     def bytes_per_s(self) -> float:
@@ -193,8 +204,9 @@ class SharedServerEngine(InferenceEngine, Protocol):
     """An engine of servers that the engines of all ranks share.
 
     Rank 0's engine leads: it alone starts, pauses, updates and resumes the servers. The engines of
-    the other ranks ``join`` its servers and ``follow`` its updates. In a publish the followers call
-    ``pause`` before the leader does, and every rank calls ``drain`` after it.
+    the other ranks ``join`` its servers and ``follow`` its updates. In a publish the leader calls
+    ``stage_weights``, the followers ``pause`` before the leader does, every rank calls ``drain``
+    after it, and the leader ``load_weights``. ``update_weights`` is both of its calls in one.
     """
 
     @property
@@ -205,6 +217,22 @@ class SharedServerEngine(InferenceEngine, Protocol):
     @property
     def lora_alpha(self) -> float | None:
         """``alpha`` of the LoRA adapters that the servers take; None: they need merged weights."""
+        ...
+
+    @property
+    def stages_copies(self) -> bool:
+        """Whether weights may change between ``stage_weights`` and ``load_weights``."""
+        ...
+
+    def stage_weights(self, weights: NamedWeights, version: int, *, reset: bool = False) -> None:
+        """Gather, cast and write ``weights`` for :meth:`load_weights`; servers sample meanwhile.
+
+        Arguments and errors are those of ``update_weights``; the servers' weights are unchanged.
+        """
+        ...
+
+    def load_weights(self, version: int, *, reset: bool = False) -> PublishReport:
+        """Let all paused servers, at once, load what was staged as ``version``."""
         ...
 
     def join(self, urls: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""The order of a publish: gate, pause, drain, transfer, verify, commit, resume. On all ranks."""
+"""The order of a publish: stage, gate, pause, drain, load, verify, commit, resume. On all ranks."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from sdp_lightning.engines.protocol import (
 from sdp_lightning.errors import VersionError
 from sdp_lightning.workflows.send_gate import SendGate
 
+Load = Callable[[Callable[[], None]], PublishReport]
+
 
 def publish(
     engine: InferenceEngine,
@@ -30,9 +32,10 @@ def publish(
 ) -> PublishReport:
     """Give ``engine`` the weights of ``version`` while no request is under way to it.
 
-    Where the engines of all ranks share servers, rank 0 pauses, loads and resumes them for all. If
-    it raises, gate and engine stay closed, on every rank: nothing is sampled by weights of which
-    nobody knows the version.
+    Where the engines of all ranks share servers, rank 0 stages the weights while they sample, and
+    then pauses, loads and resumes them for all. If it raises after that, gate and engine stay
+    closed, on every rank: nothing is sampled by weights of which nobody knows the version. If the
+    staging fails, the version before is still sampled.
 
     Args:
         engine: samples, and gets the weights.
@@ -45,53 +48,65 @@ def publish(
         drain_s: seconds that outstanding requests may take to return; then they are cancelled.
         commit: moves the clock and the ledger, once the engine reports the version.
     """
-    shared = engine if isinstance(engine, SharedServerEngine) else None
-    phases = _Publish(
-        engine, shared, gate, version, drain_s, leads=ranks.rank == 0 or shared is None
-    )
-    start = time.monotonic()
-    if shared is None:  # each rank's engine is its own
-        paused = time.monotonic()
-        work, what = (lambda: phases.swap(weights, reset=reset)), f"publishing version {version}"
-        report, _ = ranks.run_on_all_ranks(what, work)
-        phases.verify(())
-        commit()
-        phases.resume_servers()
-    else:
-        report, paused = _to_shared_servers(
-            phases, shared, ranks, version, lambda: phases.transfer(weights, reset=reset), commit
-        )
-        if not phases.leads:
-            engine.resume()
-    resumed = time.monotonic()
-    gate.open()
-    return replace(report, paused_s=resumed - paused, exposed_s=time.monotonic() - start)
-
-
-def _to_shared_servers(
-    phases: _Publish,
-    servers: SharedServerEngine,
-    ranks: RankGroup,
-    version: int,
-    transfer: Callable[[], PublishReport],
-    commit: Callable[[], None],
-) -> tuple[PublishReport, float]:
-    """Every phase on all ranks, one after another; the report, and when the servers were paused."""
-    ranks.run_on_all_ranks(f"closing the gates for version {version}", phases.close_gate)
-    paused = time.monotonic()
-    ranks.run_on_all_ranks(f"pausing for version {version}", phases.pause_servers)
-    ranks.run_on_all_ranks(f"draining for version {version}", phases.drain)
-    report, serving = ranks.run_on_all_ranks(
-        f"transferring version {version}", transfer, lambda _: list(servers.server_urls)
-    )
-    ranks.run_on_all_ranks(f"verifying version {version}", lambda: phases.verify(serving[0]))
+    if isinstance(engine, SharedServerEngine):
+        return stage(engine, gate, ranks, weights, version, reset=reset, drain_s=drain_s)(commit)
+    phases = _Publish(engine, None, gate, version, drain_s, leads=True)
+    start = time.monotonic()  # each rank's engine is its own
+    work, what = (lambda: phases.swap(weights, reset=reset)), f"publishing version {version}"
+    report, _ = ranks.run_on_all_ranks(what, work)
+    phases.verify(())
     commit()
-    ranks.run_on_all_ranks(f"resuming at version {version}", phases.resume_servers)
-    return report, paused
+    phases.resume_servers()
+    return phases.report(report, since=start, paused=start)
+
+
+def stage(
+    servers: SharedServerEngine,
+    gate: SendGate,
+    ranks: RankGroup,
+    weights: NamedWeights,
+    version: int,
+    *,
+    reset: bool,
+    drain_s: float,
+) -> Load:
+    """Do what servers need not stand still for; returns a function that does the rest.
+
+    Arguments are those of :func:`publish`, and the function's is its ``commit``. Both are
+    collectives; the weights may change as soon as this returns, unless ``servers`` send them live.
+    """
+    start = time.monotonic()
+    phases = _Publish(servers, servers, gate, version, drain_s, leads=ranks.rank == 0)
+    what = f"staging version {version}"
+    ranks.run_on_all_ranks(what, lambda: phases.stage(servers, weights, reset=reset))
+    staged_s = time.monotonic() - start
+
+    def load(commit: Callable[[], None]) -> PublishReport:
+        ranks.run_on_all_ranks(f"closing the gates for version {version}", phases.close_gate)
+        paused = time.monotonic()
+        ranks.run_on_all_ranks(f"pausing for version {version}", phases.pause_servers)
+        ranks.run_on_all_ranks(f"draining for version {version}", phases.drain)
+        report, serving = ranks.run_on_all_ranks(
+            f"transferring version {version}",
+            lambda: phases.load(servers, reset=reset),
+            lambda _: list(servers.server_urls),
+        )
+        what = f"verifying version {version}"
+        ranks.run_on_all_ranks(what, lambda: phases.verify(serving[0]))
+        commit()
+        ranks.run_on_all_ranks(f"resuming at version {version}", phases.resume_servers)
+        if not phases.leads:
+            servers.resume()
+        return phases.report(report, since=paused - staged_s, paused=paused)
+
+    return load
 
 
 class _Publish:
-    """One rank's part in each phase. ``leads``: whether its engine changes the servers."""
+    """One rank's part in each phase. ``leads``: whether its engine changes the servers.
+
+    ``drained`` is the time at which no request was under way any more.
+    """
 
     def __init__(
         self,
@@ -103,7 +118,7 @@ class _Publish:
         *,
         leads: bool,
     ) -> None:
-        self.leads = leads
+        self.leads, self.drained = leads, 0.0
         self._engine, self._shared, self._gate = engine, shared, gate
         self._version, self._drain_s = version, drain_s
 
@@ -122,6 +137,7 @@ class _Publish:
             self._shared.drain()
         if not self._engine.updates_in_flight:
             self._gate.drain(self._drain_s)
+        self.drained = time.monotonic()
 
     def swap(self, weights: NamedWeights, *, reset: bool) -> PublishReport:
         """All phases up to the transfer, for an engine that no other rank shares."""
@@ -134,14 +150,18 @@ class _Publish:
         finally:
             _exhaust(source)
 
-    def transfer(self, weights: NamedWeights, *, reset: bool) -> PublishReport:
+    def stage(self, servers: SharedServerEngine, weights: NamedWeights, *, reset: bool) -> None:
         source = iter(weights)
         try:
             if self.leads:
-                return self._engine.update_weights(source, self._version, reset=reset)
-            return PublishReport(self._version, 0)
+                servers.stage_weights(source, self._version, reset=reset)
         finally:
             _exhaust(source)
+
+    def load(self, servers: SharedServerEngine, *, reset: bool) -> PublishReport:
+        if self.leads:
+            return servers.load_weights(self._version, reset=reset)
+        return PublishReport(self._version, 0)
 
     def verify(self, server_urls: Sequence[str]) -> None:
         if self._shared is not None and not self.leads:
@@ -155,6 +175,18 @@ class _Publish:
     def resume_servers(self) -> None:
         if self.leads:
             self._engine.resume()
+
+    def report(self, report: PublishReport, *, since: float, paused: float) -> PublishReport:
+        """Open the gate, and complete ``report``: the trainer waited since time ``since``."""
+        resumed = time.monotonic()
+        self._gate.open()
+        return replace(
+            report,
+            paused_s=resumed - paused,
+            exposed_s=time.monotonic() - since,
+            drain_s=self.drained - paused,
+            resume_s=max(0.0, resumed - self.drained - report.load_s),
+        )
 
 
 def _exhaust(source: Iterator[object]) -> None:

@@ -18,17 +18,23 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from sdp_lightning.errors import EngineError
-from sdp_lightning.weights.protocol import LoadFolder, Target, Weights
+from sdp_lightning.weights.protocol import LoadFolder, ServedType, Target, Weights
 
 BUCKET_BYTES = 256 * 2**20
 _PREFIX = "sdp-weights-"
 _LOCK = "lock"
 _UPDATE = "update-"
+_TYPES: dict[ServedType, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 
 
 class WeightFolder:
@@ -56,6 +62,7 @@ class WeightFolder:
         self._bucket_bytes = bucket_bytes
         self._present: tuple[Path, ...] = ()
         self._replacing = threading.Lock()
+        self._staged: tuple[Path, bool] | None = None  # its folder once in force; is it full?
         self._number = 0  # number of the latest update
         self.path = parent / f"{_PREFIX}{os.getpid()}-{uuid.uuid4().hex[:8]}"
         try:
@@ -63,38 +70,74 @@ class WeightFolder:
         except OSError as error:
             raise EngineError(f"no folder for weights can be made in {parent}: {error}") from error
 
-    def write(self, weights: Weights, *, full: bool) -> tuple[Path, int]:
-        """Write ``weights``, a tied tensor once; returns the folder to load, and its bytes.
+    def stage(
+        self, weights: Weights, *, full: bool, dtype: ServedType | None = None
+    ) -> tuple[Path, int]:
+        """Write ``weights``, a tied tensor once; ``activate`` puts them in force.
 
         At most ``bucket_bytes`` of them (or one tensor) are copied in this process at a time. An
         update without weights makes no folder.
 
+        Returns:
+            The folder to load once they are in force, and its bytes.
+
         Raises:
-            EngineError: if they cannot be written; what was written before is unchanged.
+            EngineError: if they cannot be written; what is in force is unchanged.
         """
         folder = self.path / ("base" if full else f"{_UPDATE}{self._number + 1}")
         part = self.path / "part"
         shutil.rmtree(part, ignore_errors=True)
-        num_bytes = 0
+        self._staged, num_bytes, is_written = None, 0, False
         try:
             self._remove_updates()
             part.mkdir(mode=0o700)
-            for number, bucket in enumerate(buckets(weights, self._bucket_bytes)):
+            for number, bucket in enumerate(buckets(weights, self._bucket_bytes, dtype)):
                 num_bytes += sum(tensor.nbytes for tensor in bucket.values())
                 save_file(bucket, part / f"model-{number:05d}.safetensors")
                 bucket.clear()  # before the next one is copied
-            if full or num_bytes:
-                self._replace(folder, part, full=full)
+            is_written = full or num_bytes > 0
         except (OSError, SafetensorError) as error:
-            raise EngineError(
-                f"{num_bytes} bytes of weights cannot be written to {self.path}: {error}. "
-                f"{shutil.disk_usage(self.path.parent).free} bytes are free there."
-            ) from error
+            raise self._unwritable(num_bytes, error) from error
         finally:
-            shutil.rmtree(part, ignore_errors=True)
-            if self._lock_file is None:  # closed meanwhile, maybe before the last file
-                shutil.rmtree(self.path, ignore_errors=True)
+            if not is_written:
+                shutil.rmtree(part, ignore_errors=True)
+            self._remove_if_closed()
+        self._staged = (folder, full) if is_written else None
         return folder, num_bytes
+
+    def activate(self) -> None:
+        """Put in force what was staged last.
+
+        Raises:
+            EngineError: if its files are gone.
+        """
+        staged, self._staged = self._staged, None
+        if staged is not None:
+            try:
+                self._replace(staged[0], self.path / "part", full=staged[1])
+            except OSError as error:
+                raise self._unwritable(0, error) from error
+            finally:
+                self._remove_if_closed()
+
+    def write(self, weights: Weights, *, full: bool) -> tuple[Path, int]:
+        """Stage ``weights`` and put them in force; what ``stage`` returns and raises."""
+        written = self.stage(weights, full=full)
+        self.activate()
+        return written
+
+    def _remove_if_closed(self) -> None:
+        """Remove what came after a ``close`` in another thread, maybe with the last file."""
+        if self._lock_file is None:
+            shutil.rmtree(self.path, ignore_errors=True)
+
+    def _unwritable(self, num_bytes: int, error: Exception) -> EngineError:
+        with contextlib.suppress(OSError):
+            free = f" {shutil.disk_usage(self.path.parent).free} bytes are free there."
+            return EngineError(
+                f"{num_bytes} bytes of weights cannot be written to {self.path}: {error}.{free}"
+            )
+        return EngineError(f"weights cannot be written to {self.path}: {error}.")
 
     @property
     def folders(self) -> list[Path]:
@@ -146,12 +189,17 @@ class FileTransport:
 
     def __init__(self, root: Path | None = None, *, bucket_bytes: int = BUCKET_BYTES) -> None:
         self._files = WeightFolder(root, bucket_bytes=bucket_bytes)
+        self._staged: list[Path] = []
         self._latest: list[Path] = []
 
-    def stage(self, weights: Weights, *, full: bool) -> int:
-        folder, num_bytes = self._files.write(weights, full=full)
-        self._latest = [folder] if num_bytes else []
+    def stage(self, weights: Weights, *, full: bool, dtype: ServedType | None = None) -> int:
+        folder, num_bytes = self._files.stage(weights, full=full, dtype=dtype)
+        self._staged = [folder] if num_bytes else []
         return num_bytes
+
+    def activate(self) -> None:
+        self._files.activate()
+        self._latest = self._staged
 
     async def deliver(self, target: Target, *, whole: bool) -> None:
         for folder in self._files.folders if whole else readable(self._latest):
@@ -161,10 +209,13 @@ class FileTransport:
         self._files.close()
 
 
-def buckets(weights: Weights, num_bytes: int) -> Iterator[dict[str, Tensor]]:
+def buckets(
+    weights: Weights, num_bytes: int, dtype: ServedType | None = None
+) -> Iterator[dict[str, Tensor]]:
     """Copy ``weights`` to the CPU in order, in buckets of at most ``num_bytes``, or one tensor.
 
-    A tensor that the bucket already holds under another name is left out.
+    A tensor that the bucket already holds under another name is left out. Floating-point ones are
+    rounded to ``dtype`` where it is smaller, as a server of that type does when it loads them.
     """
     bucket: dict[str, Tensor] = {}
     held: dict[tuple[Any, ...], Tensor] = {}  # alive, so that no other tensor reuses its memory
@@ -177,10 +228,18 @@ def buckets(weights: Weights, num_bytes: int) -> Iterator[dict[str, Tensor]]:
             yield bucket
             bucket, held, size = {}, {}, 0
         held[storage] = tensor
-        bucket[name] = tensor.detach().cpu().contiguous()
+        bucket[name] = rounded(tensor.detach(), dtype).cpu().contiguous()
         size += tensor.nbytes
     if bucket:
         yield bucket
+
+
+def rounded(tensor: Tensor, dtype: ServedType | None) -> Tensor:
+    """``tensor`` in ``dtype``, if it holds floats and they take less room in it."""
+    served = None if dtype is None else _TYPES[dtype]
+    if served is None or not tensor.is_floating_point() or served.itemsize >= tensor.itemsize:
+        return tensor
+    return tensor.to(served)
 
 
 def readable(folders: Iterable[Path]) -> list[Path]:

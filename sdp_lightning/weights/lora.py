@@ -14,7 +14,14 @@ from torch import Tensor
 
 from sdp_lightning.errors import EngineError
 from sdp_lightning.weights.files import WeightFolder
-from sdp_lightning.weights.protocol import LoadAdapter, LoadFolder, Target, Weights, WeightStream
+from sdp_lightning.weights.protocol import (
+    LoadAdapter,
+    LoadFolder,
+    ServedType,
+    Target,
+    Weights,
+    WeightStream,
+)
 
 ADAPTER = "sdp-adapter"
 _PREFIX = "base_model.model."
@@ -38,9 +45,9 @@ class LoRATransport:
     def __init__(self, alpha: float, *, root: Path | None = None) -> None:
         self._alpha = alpha
         self._files = WeightFolder(root)
-        self._number = 0
+        self._number = self._staged = 0  # of the adapter in force, and of the one staged last
 
-    def stage(self, weights: Weights, *, full: bool) -> int:
+    def stage(self, weights: Weights, *, full: bool, dtype: ServedType | None = None) -> int:
         stream = weights if isinstance(weights, WeightStream) else WeightStream.of(weights)
         shapes = {name: tensor for name, tensor in stream.layout.items() if _NAME.match(name)}
         if len(shapes) < len(stream.layout) and not full:
@@ -49,14 +56,16 @@ class LoRATransport:
                 f"{other} changed, but transport='lora' sends an adapter only. Freeze it, or "
                 "use another transport."
             )
+        self._staged = self._number
         if not shapes and not full:
             return 0  # a skipped step: the adapter stays the same
         config = adapter_config(shapes, self._alpha)
         adapter: dict[str, Tensor] = {}
         folder = self._folder(self._number + 1)
         try:
+            shutil.rmtree(folder, ignore_errors=True)  # staged, and never put in force
             folder.mkdir(mode=0o700)
-            num_bytes = self._files.write(_base_of(stream, adapter), full=True)[1] if full else 0
+            num_bytes = self._files.stage(_base_of(stream, adapter), full=True)[1] if full else 0
             adapter |= {plain_name(n): tensor.detach().cpu().contiguous() for n, tensor in stream}
             save_file(adapter, folder / "adapter_model.safetensors")
             (folder / "adapter_config.json").write_text(json.dumps(config))
@@ -67,10 +76,14 @@ class LoRATransport:
         except EngineError:
             shutil.rmtree(folder, ignore_errors=True)
             raise
-        self._number += 1
-        # vLLM may read a folder again at any time: the previous adapter may still be in use.
-        shutil.rmtree(self._folder(self._number - 2), ignore_errors=True)
+        self._staged = self._number + 1
+        # vLLM may read a folder again at any time: the adapter in force may still be in use.
+        shutil.rmtree(self._folder(self._number - 1), ignore_errors=True)
         return num_bytes + sum(tensor.nbytes for tensor in adapter.values())
+
+    def activate(self) -> None:
+        self._files.activate()
+        self._number = self._staged
 
     async def deliver(self, target: Target, *, whole: bool) -> None:
         if whole:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 Weights = Iterable[tuple[str, "Tensor"]]
 TransportName = Literal["files", "tcp", "nccl", "ipc", "lora"]
+ServedType = Literal["float32", "bfloat16", "float16"]
 
 
 class WeightStream(Iterator[tuple[str, "Tensor"]]):
@@ -104,10 +105,12 @@ class Target:
 
 
 class WeightTransport(Protocol):
-    """Carries weights from the trainer to servers that sample nothing meanwhile.
+    """Carries weights from the trainer to servers that sample nothing while they load.
 
-    ``stage`` is called in the trainer's thread, ``deliver`` in an event loop in another one, for
-    several servers at once. All deliveries between two calls of ``stage`` are the same.
+    ``stage`` is called in the trainer's thread, while servers sample and one that returns is sent
+    the weights in force; ``activate`` puts in force what was staged last. ``deliver`` is called in
+    an event loop in another thread, for several servers at once. All deliveries between two calls
+    of ``activate`` are the same.
     """
 
     @property
@@ -115,24 +118,34 @@ class WeightTransport(Protocol):
         """Whether it sends the trainer's own tensors, which change outside a publish."""
         ...
 
-    def stage(self, weights: Weights, *, full: bool) -> int:
+    def stage(self, weights: Weights, *, full: bool, dtype: ServedType | None = None) -> int:
         """Stage ``weights``; returns their bytes, a tied tensor counted once.
 
         Args:
             weights: names and tensors; with ``full`` all of them, else the same ones at each call.
             full: True at the start of a run, fresh or resumed.
+            dtype: the one type in which servers hold them, if it is known. Transports that copy
+                weights send them in it where it is smaller; adapters and live ones do not.
 
         Raises:
-            EngineError: if they cannot be staged; previously staged weights are unchanged.
+            EngineError: if they cannot be staged; the weights in force are unchanged.
+        """
+        ...
+
+    def activate(self) -> None:
+        """Deliver what was staged last from now on. Without a stage since, it does nothing.
+
+        Raises:
+            EngineError: if the staged weights are gone.
         """
         ...
 
     async def deliver(self, target: Target, *, whole: bool) -> None:
-        """Load the staged weights into ``target``.
+        """Load the weights in force into ``target``.
 
         Args:
             target: the server.
-            whole: its state is unknown, so send all weights, not only those staged last.
+            whole: its state is unknown, so send all weights, not only those activated last.
 
         Raises:
             EngineError: if the transfer failed; the server's state is then unknown.

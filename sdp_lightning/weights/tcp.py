@@ -25,7 +25,7 @@ from sdp_lightning.distributed.listener import Listener, connect
 from sdp_lightning.distributed.messaging import authenticate
 from sdp_lightning.errors import EngineError, RankError
 from sdp_lightning.weights.files import WeightFolder, readable
-from sdp_lightning.weights.protocol import Receive, Target, Weights
+from sdp_lightning.weights.protocol import Receive, ServedType, Target, Weights
 
 _CHUNK_BYTES = 2**20
 _SIZE_BYTES, _TAG_BYTES = 8, 32
@@ -49,18 +49,23 @@ class TcpTransport:
         self._host, self._timeout_s = host, timeout_s
         self._listen().close()
         self._files = WeightFolder(root)
+        self._staged: list[Path] = []
         self._latest: list[Path] = []
         self._is_closed = False
 
-    def stage(self, weights: Weights, *, full: bool) -> int:
+    def stage(self, weights: Weights, *, full: bool, dtype: ServedType | None = None) -> int:
         try:
-            folder, num_bytes = self._files.write(weights, full=full)
+            folder, num_bytes = self._files.stage(weights, full=full, dtype=dtype)
         except EngineError as error:
             if self._is_closed:  # which removed the folder
                 raise EngineError("the engine was closed while weights were written.") from error
             raise
-        self._latest = [folder] if num_bytes else []
+        self._staged = [folder] if num_bytes else []
         return num_bytes
+
+    def activate(self) -> None:
+        self._files.activate()
+        self._latest = self._staged
 
     async def deliver(self, target: Target, *, whole: bool) -> None:
         folders = self._files.folders if whole else readable(self._latest)

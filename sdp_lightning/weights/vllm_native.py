@@ -21,7 +21,7 @@ from torch import Tensor, distributed
 from sdp_lightning.distributed.event_loop import settle
 from sdp_lightning.distributed.listener import family_of
 from sdp_lightning.errors import ConfigError, EngineError, SDPError
-from sdp_lightning.weights.protocol import EngineTransfer, Target, Weights
+from sdp_lightning.weights.protocol import EngineTransfer, ServedType, Target, Weights
 
 NativeName = Literal["nccl", "ipc"]
 _IPV4_ONLY = ". vLLM 0.32 listens on IPv4 only: set trainer_host to such an address, or use 'tcp'."
@@ -48,11 +48,12 @@ class NativeTransport:
             )
         self._kind: NativeName = kind
         self._host, self._timeout_s = host, timeout_s
+        self._staged: tuple[dict[str, Tensor], bool] | None = None  # are they all?
         self._base: dict[str, Tensor] = {}
         self._latest: dict[str, Tensor] = {}
         self._senders: dict[str, _Sender] = {}
 
-    def stage(self, weights: Weights, *, full: bool) -> int:
+    def stage(self, weights: Weights, *, full: bool, dtype: ServedType | None = None) -> int:
         staged = {name: tensor.detach() for name, tensor in weights}
         on_cpu = [name for name, tensor in staged.items() if not tensor.is_cuda]
         if on_cpu:
@@ -60,9 +61,13 @@ class NativeTransport:
                 f"{on_cpu[0]} is on the CPU, and transport={self._kind!r} moves weights between "
                 "GPUs. Use transport='files' or 'tcp'."
             )
-        self._latest = staged
-        self._base = staged if full else self._base | staged
+        self._staged = staged, full
         return sum({tensor.data_ptr(): tensor.nbytes for tensor in staged.values()}.values())
+
+    def activate(self) -> None:
+        if self._staged is not None:
+            (self._latest, full), self._staged = self._staged, None
+            self._base = self._latest if full else self._base | self._latest
 
     async def deliver(self, target: Target, *, whole: bool) -> None:
         weights = self._base if whole else self._latest
@@ -90,7 +95,7 @@ class NativeTransport:
 
     def close(self) -> None:
         self._senders.clear()
-        self._base, self._latest = {}, {}
+        self._base, self._latest, self._staged = {}, {}, None
 
     def _run(
         self,

@@ -23,6 +23,8 @@ class FakeWeights(FaultyServer):
         super().reset(settings)
         self.paused = self.dead = self.bad_load = False
         self.num_workers = int((vars(self.options) | settings).get("num_workers", 1))
+        # of its weights, as the worker extension says; True is the answer of an older one
+        self.types: list[str] | bool = settings.get("types", True)
         self.adapters: dict[str, dict[str, Any]] = {}
         self.receiving = 0
         self.loads: list[list[str]] = []
@@ -32,7 +34,7 @@ class FakeWeights(FaultyServer):
         body = await request.json()
         method, arguments = body["method"], body["kwargs"]
         if method == "sdp_hello" and not self.dead:
-            return web.json_response({"results": [True] * self.num_workers})
+            return web.json_response({"results": [self.types] * self.num_workers})
         if method not in ("sdp_load_folder", "sdp_receive") or self.dead:
             return error(500, DEAD if self.dead else f"no method {method}")
         if self.running and not self.paused:

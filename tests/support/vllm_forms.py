@@ -143,4 +143,7 @@ def read_first_values(file: Any) -> dict[str, float]:
 
     with safe_open(file, framework="np") as tensors:
         names = list(tensors.keys())
-        return {name: float(tensors.get_tensor(name).flat[0]) for name in names}
+        if "BF16" not in {tensors.get_slice(name).get_dtype() for name in names}:
+            return {name: float(tensors.get_tensor(name).flat[0]) for name in names}
+    with safe_open(file, framework="pt") as tensors:  # numpy has no such type
+        return {name: float(tensors.get_tensor(name).flatten()[0]) for name in names}

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from sdp_lightning.engines.remote.engine import RemoteInfEngine
+from sdp_lightning.weights.protocol import Weights, WeightTransport
 
 
 def update(
@@ -22,6 +23,13 @@ def update(
     report = engine.update_weights(named, version, reset=reset)
     engine.resume()
     return report
+
+
+def stage(transport: WeightTransport, named: Weights, *, full: bool) -> int:
+    """Stage weights and put them in force; returns their bytes."""
+    num_bytes = transport.stage(named, full=full)
+    transport.activate()
+    return num_bytes
 
 
 def load(folder: Path) -> dict[str, list[float]]:

@@ -131,6 +131,7 @@ def test_another_process_gets_by_cuda_ipc_what_was_staged() -> None:
             state = make_model(seed=version).to("cuda", dtype).state_dict()
             sent = {k: v for k, v in state.items() if version < 2 or "layers.2." in k}
             num_bytes = transport.stage(sent.items(), full=version < 2)
+            transport.activate()
             assert num_bytes == sum({v.data_ptr(): v.nbytes for v in sent.values()}.values())
             await transport.deliver(target, whole=version == 0)
             expected |= {name: tensor.cpu() for name, tensor in sent.items()}

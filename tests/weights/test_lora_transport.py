@@ -22,7 +22,7 @@ from support.fake_servers import (
     make_engine,
 )
 from support.remote_engines import Sending, generate, request
-from support.weight_transports import update
+from support.weight_transports import stage, update
 
 # LoRA ---------------------------------------------------------------------------------------------
 
@@ -61,7 +61,7 @@ def told(transport: LoRATransport, *, whole: bool) -> list[Instruction]:
 
 def test_an_adapter_is_written_as_peft_writes_it(tmp_path: Path):
     transport = LoRATransport(16.0, root=tmp_path)
-    num_bytes = transport.stage(base(1.0) + adapter(2.0), full=True)
+    num_bytes = stage(transport, base(1.0) + adapter(2.0), full=True)
     assert num_bytes == 4 * (6 + 36) + 4 * 4 * 24
     load, use = told(transport, whole=True)
     assert isinstance(load, LoadFolder) and isinstance(use, LoadAdapter)
@@ -104,10 +104,10 @@ def test_what_is_no_adapter_is_refused(tmp_path: Path):
 
 def test_weights_beside_the_adapter_may_not_change(tmp_path: Path):
     transport = LoRATransport(16.0, root=tmp_path)
-    transport.stage(base(1.0) + adapter(1.0), full=True)
+    stage(transport, base(1.0) + adapter(1.0), full=True)
     before = told(transport, whole=True)
     with pytest.raises(EngineError, match=r"model.norm.weight changed, but .* adapter only"):
-        transport.stage(adapter(2.0) + base(2.0), full=False)
+        stage(transport, adapter(2.0) + base(2.0), full=False)
     assert told(transport, whole=True) == before
 
 
@@ -116,7 +116,7 @@ def test_an_adapter_stays_until_the_one_after_the_next(tmp_path: Path):
     transport = LoRATransport(16.0, root=tmp_path)
     folders: list[Path] = []
     for number in range(4):
-        transport.stage(base(1.0) + adapter(1.0) if number == 0 else adapter(2.0), full=not number)
+        stage(transport, base(1.0) + adapter(1.0) if number == 0 else adapter(2.0), full=not number)
         use = told(transport, whole=False)[-1]
         assert isinstance(use, LoadAdapter) and use.name == ADAPTER
         folders.append(Path(use.folder))
@@ -128,21 +128,21 @@ def test_an_adapter_stays_until_the_one_after_the_next(tmp_path: Path):
 
 def test_a_step_without_an_adapter_tells_the_same_one_again(tmp_path: Path):
     transport = LoRATransport(16.0, root=tmp_path)
-    transport.stage(base(1.0) + adapter(1.0), full=True)
+    stage(transport, base(1.0) + adapter(1.0), full=True)
     before = told(transport, whole=True)
-    assert transport.stage([], full=False) == 0
+    assert stage(transport, [], full=False) == 0
     assert told(transport, whole=True) == before and told(transport, whole=False) == before[1:]
 
 
 @pytest.mark.parametrize("taken", ["adapter-2", "part"])
 def test_an_adapter_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, taken: str):
     transport = LoRATransport(16.0, root=tmp_path)
-    transport.stage(base(1.0) + adapter(1.0), full=True)
+    stage(transport, base(1.0) + adapter(1.0), full=True)
     before = told(transport, whole=True)
     [folder] = tmp_path.iterdir()
     (folder / taken).write_text("in the way")
     with pytest.raises(EngineError, match="cannot be written to"):
-        transport.stage(base(2.0) + adapter(2.0), full=True)
+        stage(transport, base(2.0) + adapter(2.0), full=True)
     assert told(transport, whole=True) == before
     values = load_file(folder / "base" / "model-00000.safetensors")[BASE_NAMES[1]]
     assert values.tolist() == [1.0] * 6

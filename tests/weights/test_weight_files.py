@@ -26,7 +26,7 @@ from sdp_lightning.weights.files import FileTransport, WeightFolder
 from sdp_lightning.weights.lora import LoRATransport
 from sdp_lightning.weights.protocol import Instruction, LoadFolder, Target
 from support.fake_servers import weights
-from support.weight_transports import load, names_in
+from support.weight_transports import load, names_in, stage
 
 
 def test_base_and_then_update_are_the_present_weights(tmp_path: Path):
@@ -268,10 +268,10 @@ def told(transport: FileTransport, *, whole: bool) -> list[dict[str, list[float]
 
 def test_a_server_gets_what_is_new_and_another_one_gets_all(tmp_path: Path):
     transport = FileTransport(tmp_path)
-    assert transport.stage(weights(1.0, "a", "b"), full=True) == 16
+    assert stage(transport, weights(1.0, "a", "b"), full=True) == 16
     base = {"a": [1.0, 1.0], "b": [1.0, 1.0]}
     assert told(transport, whole=True) == [base]
-    assert transport.stage(weights(2.0, "b"), full=False) == 8
+    assert stage(transport, weights(2.0, "b"), full=False) == 8
     for _ in range(2):  # the same, until the next stage
         assert told(transport, whole=False) == [{"b": [2.0, 2.0]}]
         assert told(transport, whole=True) == [base, {"b": [2.0, 2.0]}]
@@ -281,9 +281,9 @@ def test_a_server_gets_what_is_new_and_another_one_gets_all(tmp_path: Path):
 
 def test_a_step_without_weights_tells_nothing_and_forgets_nothing(tmp_path: Path):
     transport = FileTransport(tmp_path)
-    transport.stage(weights(1.0, "a"), full=True)
-    transport.stage(weights(2.0, "a"), full=False)
-    assert transport.stage([], full=False) == 0
+    stage(transport, weights(1.0, "a"), full=True)
+    stage(transport, weights(2.0, "a"), full=False)
+    assert stage(transport, [], full=False) == 0
     assert told(transport, whole=False) == []
     assert told(transport, whole=True) == [{"a": [1.0, 1.0]}, {"a": [2.0, 2.0]}]
 
@@ -292,8 +292,8 @@ def test_a_step_without_weights_tells_nothing_and_forgets_nothing(tmp_path: Path
 @pytest.mark.fault("corrupted data", "publish")
 def test_weights_that_something_else_removed_are_named(tmp_path: Path, whole: bool):
     transport = FileTransport(tmp_path)
-    transport.stage(weights(1.0), full=True)
-    transport.stage(weights(2.0), full=False)
+    stage(transport, weights(1.0), full=True)
+    stage(transport, weights(2.0), full=False)
     [folder] = tmp_path.iterdir()
     shutil.rmtree(folder)
     with pytest.raises(EngineError, match=f"weights of {folder}/.* cannot be read: .*No such file"):
@@ -302,14 +302,14 @@ def test_weights_that_something_else_removed_are_named(tmp_path: Path, whole: bo
 
 def test_a_server_that_comes_back_gets_all_while_the_next_update_is_staged(tmp_path: Path):
     transport = FileTransport(tmp_path)
-    transport.stage(weights(0.0, "a", "b"), full=True)
-    transport.stage(weights(1.0, "b"), full=False)
+    stage(transport, weights(0.0, "a", "b"), full=True)
+    stage(transport, weights(1.0, "b"), full=False)
     found: list[dict[str, list[float]]] = []
 
     async def tell(instruction: Instruction) -> None:
         assert isinstance(instruction, LoadFolder)
         if not found:  # between the two folders the trainer stages
-            transport.stage(weights(2.0, "b"), full=False)
+            stage(transport, weights(2.0, "b"), full=False)
         found.append(load(Path(instruction.folder)))
 
     asyncio.run(transport.deliver(Target("http://one", 1, tell), whole=True))

@@ -19,6 +19,7 @@ from sdp_lightning.weights.protocol import Instruction, Receive, Target
 from sdp_lightning.weights.tcp import TcpTransport, receive
 from support.listening import listening
 from support.network_page import check, places
+from support.weight_transports import stage
 
 DEADLINE_S = 60.0
 SECRET = torch.arange(2_000_000.0)
@@ -28,7 +29,7 @@ Tell = Callable[[Receive], Awaitable[None]]
 @pytest.fixture
 def transport(tmp_path: Path) -> Iterator[TcpTransport]:
     made = TcpTransport("127.0.0.1", timeout_s=DEADLINE_S, root=tmp_path)
-    made.stage([("secret", SECRET), ("b", torch.ones(3))], full=True)
+    stage(made, [("secret", SECRET), ("b", torch.ones(3))], full=True)
     yield made
     made.close()
     assert not [t for t in threading.enumerate() if t.name == "sdp-tcp" and t.join(DEADLINE_S)]
@@ -180,7 +181,7 @@ def test_a_worker_that_proves_nothing_of_what_it_received_is_not_believed(
 
 def test_a_worker_that_does_not_come_is_named(tmp_path: Path) -> None:
     transport = TcpTransport("127.0.0.1", timeout_s=0.2, root=tmp_path)
-    transport.stage([("a", torch.ones(2))], full=True)
+    stage(transport, [("a", torch.ones(2))], full=True)
 
     async def tell(instruction: Receive) -> None:
         patient = replace(instruction, timeout_s=DEADLINE_S)

@@ -26,7 +26,7 @@ from support.fake_servers import (
     weights,
 )
 from support.remote_engines import generate, publish, request
-from support.weight_transports import update
+from support.weight_transports import stage, update
 
 RPC = "/collective_rpc"
 
@@ -205,7 +205,7 @@ def test_a_server_that_says_it_has_what_it_never_fetched_is_not_believed(tmp_pat
         pass
 
     transport = TcpTransport("127.0.0.1", timeout_s=0.2, root=tmp_path)
-    transport.stage(weights(1.0), full=True)
+    stage(transport, weights(1.0), full=True)
     with pytest.raises(EngineError, match=r"http://liar confirmed .* not all sent within 0.2 s"):
         asyncio.run(transport.deliver(Target("http://liar", 1, tell), whole=True))
     await_no_senders()
@@ -261,6 +261,6 @@ def test_without_vllm_the_error_says_what_to_install(kind: Any):
         raise AssertionError("nothing is sent")
 
     transport = NativeTransport(kind, "127.0.0.1")
-    assert transport.stage([("a", torch.ones(2).as_subclass(OnGPU))], full=True) == 8
+    assert stage(transport, [("a", torch.ones(2).as_subclass(OnGPU))], full=True) == 8
     with pytest.raises(ConfigError, match=rf"transport='{kind}' uses vLLM's .* install vllm"):
         asyncio.run(transport.deliver(Target("http://one", 1, tell), whole=True))

@@ -84,6 +84,7 @@ def publish(rank: int, folder: str, num_layers: int, bucket_mib: int) -> None:
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak
         base, start = memory("VmRSS"), time.perf_counter()
         num_bytes = transport.stage(weights, full=True)
+        transport.activate()
         asyncio.run(transport.deliver(Target("nowhere", 1, tell), whole=True))
         seconds, extra = time.perf_counter() - start, memory("VmHWM") - base
         print(

@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 from sdp_lightning.engines.protocol import GenerationRequest
 from sdp_lightning.errors import EngineError
 from sdp_lightning.types import FinishReason, KVPolicy
-from sdp_lightning.weights.protocol import Instruction
+from sdp_lightning.weights.protocol import Instruction, ServedType
 
 OnUpdate = Literal["interrupt", "keep"]
 _ROUNDING = 1e-3  # nats above 0 that a log-prob may have
@@ -164,6 +164,7 @@ class ServerInfo:
             the version that it was sent under, and requests must not outlive a weight update.
         streams_deltas: whether a chunk of a streamed answer holds new tokens only.
         num_embeddings: number of token ids that it may sample; None: it is not known.
+        served_type: the one type of its floating-point weights; None: several, or not known.
     """
 
     model: str
@@ -172,6 +173,7 @@ class ServerInfo:
     has_spans: bool = True
     streams_deltas: bool = True
     num_embeddings: int | None = None
+    served_type: ServedType | None = None
 
 
 class RemoteInfBackend(Protocol):

@@ -29,7 +29,7 @@ from sdp_lightning.engines.remote.backend import Completion, RemoteInfBackend, s
 from sdp_lightning.engines.remote.http_client import HttpClient
 from sdp_lightning.engines.remote.make_transport import make_transport
 from sdp_lightning.engines.remote.options import RemoteOptions
-from sdp_lightning.engines.remote.replicas import Replica
+from sdp_lightning.engines.remote.replicas import Replica, served_type
 from sdp_lightning.engines.remote.server_client import ServerClient
 from sdp_lightning.engines.remote.server_pool import ServerPool
 from sdp_lightning.engines.servers.managed import ManagedServers, ServerConfig
@@ -87,6 +87,7 @@ class RemoteInfEngine:
         self._transport: WeightTransport | None = None
         self._pool: ServerPool | None = None
         self._num_generated = 0
+        self._staged = 0, 0.0  # bytes, and the seconds that staging them took
 
     @property
     def version(self) -> int | None:
@@ -206,15 +207,35 @@ class RemoteInfEngine:
     def update_weights(
         self, weights: NamedWeights, version: int, *, reset: bool = False
     ) -> PublishReport:
-        pool, options = self._running(), self.options
+        self.stage_weights(weights, version, reset=reset)
+        return self.load_weights(version, reset=reset)
+
+    @property
+    def stages_copies(self) -> bool:
+        return self._transport is not None and not self._transport.is_live
+
+    def stage_weights(self, weights: NamedWeights, version: int, *, reset: bool = False) -> None:
+        pool = self._running()
+        pool.raise_if_unusable()
         require_next_version(version, pool.version, holder="the pool of servers", reset=reset)
         assert self._transport is not None
         start = time.monotonic()
-        num_bytes = self._transport.stage(weights, full=reset)
+        if reset:
+            self._client.served_type = served_type(pool.replicas)
+        num_bytes = self._transport.stage(weights, full=reset, dtype=self._client.served_type)
+        self._staged = num_bytes, time.monotonic() - start
+
+    def load_weights(self, version: int, *, reset: bool = False) -> PublishReport:
+        pool, options, start = self._running(), self.options, time.monotonic()
+        require_next_version(version, pool.version, holder="the pool of servers", reset=reset)
+        assert self._transport is not None
+        (num_bytes, stage_s), self._staged = self._staged, (0, 0.0)
+        self._transport.activate()
         previous = None if reset else pool.version
         longest = 2 * options.control_timeout_s + 5 * options.answer_timeout_s
         self._run_phase(pool.update(previous, version), longest)
-        return PublishReport(version, num_bytes, transfer_s=time.monotonic() - start)
+        transfer_s = stage_s + time.monotonic() - start
+        return PublishReport(version, num_bytes, transfer_s=transfer_s, stage_s=stage_s)
 
     def prompt_logprobs(self, token_ids: IntArray) -> Mapping[str, FloatArray]:
         work = self._running().prompt_logprobs([int(token) for token in token_ids])

@@ -10,11 +10,12 @@ import contextlib
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Generator
+from collections.abc import Callable, Collection, Generator, Iterable
 from dataclasses import dataclass, field, replace
 
 from sdp_lightning.engines.remote.backend import Completion, ServerInfo
 from sdp_lightning.errors import EngineError
+from sdp_lightning.weights.protocol import ServedType
 
 logger = logging.getLogger(__name__)
 
@@ -227,3 +228,10 @@ class ReplicaSet:
         """URL and reason for each server that does not serve."""
         lost = [replica for replica in self.replicas if not replica.serving]
         return "; ".join(f"{r.url}: {r.why_out} {self._explain(r.url)}".rstrip() for r in lost)
+
+
+def served_type(replicas: Iterable[Replica]) -> ServedType | None:
+    """The one type of the weights of all servers; None if they differ, or do not say."""
+    kinds: set[ServedType | None] = set()
+    kinds.update(replica.info.served_type for replica in replicas if replica.info is not None)
+    return kinds.pop() if len(kinds) == 1 else None

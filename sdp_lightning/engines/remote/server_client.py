@@ -32,7 +32,13 @@ from sdp_lightning.engines.remote.options import RemoteOptions
 from sdp_lightning.engines.remote.replicas import Replica
 from sdp_lightning.engines.remote.responses import MAX_BYTES, ServerError, describe, reading_answer
 from sdp_lightning.errors import ConfigError, EngineError
-from sdp_lightning.weights.protocol import Instruction, LoadAdapter, Target, WeightTransport
+from sdp_lightning.weights.protocol import (
+    Instruction,
+    LoadAdapter,
+    ServedType,
+    Target,
+    WeightTransport,
+)
 
 logger = getLogger(__name__)
 
@@ -49,10 +55,12 @@ class ServerClient:
 
     Attributes:
         vocab_size: number of token ids of the model; None: it is not known.
+        served_type: the type in which weights are sent; None: as they are.
     """
 
     def __init__(self, http: HttpClient, backend: RemoteInfBackend, options: RemoteOptions) -> None:
         self.vocab_size = options.vocab_size
+        self.served_type: ServedType | None = None
         self._http, self._backend, self._options = http, backend, options
 
     @property
@@ -161,9 +169,10 @@ class ServerClient:
             if isinstance(instruction, LoadAdapter):
                 replica.adapter = instruction.name
 
-        num_workers = 1 if replica.info is None else replica.info.num_workers
         if whole:
             replica.adapter = None
+            await self._check_type(replica)
+        num_workers = 1 if replica.info is None else replica.info.num_workers
         await self._tell(replica, self._backend.set_version(LOADING))
         await transport.deliver(Target(replica.url, num_workers, tell), whole=whole)
         await self._tell(replica, self._backend.set_version(str(version)))
@@ -171,6 +180,17 @@ class ServerClient:
         if reported != str(version):
             raise ServerError(
                 f"{replica.url} reports version {describe(reported)} instead of {version}."
+            )
+
+    async def _check_type(self, replica: Replica) -> None:
+        """Refuse a server that would hold other values than those that the others are sent."""
+        if self.served_type is None:
+            return
+        held = (await self.describe(replica)).served_type
+        if held != self.served_type:
+            raise ServerError(
+                f"{replica.url} holds weights in {held or 'several types'}, and all others of this "
+                f"run in {self.served_type}: start it with --dtype {self.served_type}."
             )
 
     async def get_version(self, replica: Replica) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 from sdp_lightning.engines.protocol import GenerationRequest
 from sdp_lightning.engines.remote import answers
@@ -33,6 +33,7 @@ from sdp_lightning.weights.protocol import (
     LoadAdapter,
     LoadFolder,
     Receive,
+    ServedType,
 )
 
 TOKENS, COMPLETIONS = "/inference/v1/generate", "/v1/completions"
@@ -89,14 +90,18 @@ class VLLMBackend:
         return (models, world, _rpc("sdp_hello"))
 
     def read_description(self, replies: Sequence[Any]) -> ServerInfo:
-        models, world, _ = replies
+        models, world, hello = replies
         with _reading("/v1/models", "data[0].id and max_model_len", models):
             served = models["data"][0]
             model = answers.text(served["id"])
             max_length = answers.integer(served["max_model_len"], 1)
         with _reading("/get_world_size", "world_size", world):
             num_workers = answers.integer(world["world_size"], 1, answers.MAX_WORKERS)
-        return ServerInfo(model, max_length, num_workers)
+        with _reading("/collective_rpc", "a list of types of every worker", hello):
+            said = [kinds for kinds in hello["results"] if isinstance(kinds, list)]
+            held = {answers.text(kind) for kinds in said for kind in kinds}
+        one = next((kind for kind in get_args(ServedType) if held == {kind}), None)
+        return ServerInfo(model, max_length, num_workers, served_type=one)
 
     def fallback(self, info: ServerInfo) -> ServerInfo | None:
         return replace(info, has_spans=False) if info.has_spans else None

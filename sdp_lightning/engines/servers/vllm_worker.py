@@ -21,9 +21,11 @@ class WorkerExtension:
     vllm_config: Any
     rank: int
 
-    def sdp_hello(self) -> bool:
-        """Confirm that the extension is installed."""
-        return True
+    def sdp_hello(self) -> list[str]:
+        """Confirm that the extension is installed; the types of the model's floats, by name."""
+        weights: list[Tensor] = list(self.model_runner.get_model().parameters())
+        kinds = {w.dtype for w in weights if w.is_floating_point()}
+        return sorted(str(kind).removeprefix("torch.") for kind in kinds)
 
     def sdp_load_folder(self, folder: str) -> None:
         """Load the safetensors files of ``folder``; other weights stay as they are."""

@@ -96,7 +96,10 @@ def test_fit_through_a_server_trains_on_exactly_what_was_sampled(
     for metrics in recorder.metrics:
         assert 0 < metrics["time/paused_s"] <= metrics["time/publish_s"]
         assert metrics["publish/bytes"] == sum(w.nbytes for w in make_model().parameters())
-        assert metrics["publish/bytes"] / metrics["publish/bytes_per_s"] < metrics["time/paused_s"]
+        parts = [metrics[f"publish/{part}_s"] for part in ("drain", "load", "resume")]
+        assert min(parts) > 0 and sum(parts) == pytest.approx(metrics["time/paused_s"])
+        staged_s = metrics["publish/stage_s"]  # before the pause
+        assert 0 < staged_s < metrics["time/publish_s"] - metrics["time/paused_s"]
     drift = [metrics["drift/abs_log_mean"] for metrics in recorder.metrics]
     assert max(drift) < 1e-4 or max_head_lag > 0, drift
     groups = [group for step in recorder.steps for group in step.groups]
