@@ -15,12 +15,7 @@ from typing import Any
 from sdp_lightning.config import RolloutConfig
 from sdp_lightning.distributed.rank_group import RankGroup
 from sdp_lightning.engines.protocol import InferenceEngine, NamedWeights, PublishReport
-from sdp_lightning.errors import (
-    ConfigError,
-    InfrastructureError,
-    RolloutError,
-    RolloutTimeout,
-)
+from sdp_lightning.errors import ConfigError, InfrastructureError, RolloutError, RolloutTimeout
 from sdp_lightning.rollout.checkpoint.group_state import num_groups
 from sdp_lightning.rollout.checkpoint.saved_group import with_weights
 from sdp_lightning.rollout.evaluation import Evaluator
@@ -131,12 +126,10 @@ class WorkflowExecutor:
         return report
 
     def _commit(self, version: int, *, reset: bool) -> None:
-        if reset:
-            self.registry.resume(version)
-        else:
-            for group in self.registry.commit(version):
-                if group.task_id is not None:
-                    self._runner.cancel(group.task_id)
+        move = self.registry.resume if reset else self.registry.commit
+        for group in move(version):
+            if group.task_id is not None:
+                self._runner.cancel(group.task_id)
         with self.registry.changed:
             self._source.remove(self.registry.drop_if_overdue)
 
@@ -235,9 +228,13 @@ class WorkflowExecutor:
     # Checkpoints ---------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Position in the prompts and all groups, finished or not: one consistent snapshot."""
+        """Position in the prompts and all groups of one instant; rollouts go on while it is made.
+
+        A group that runs at that instant may have sampled more by then.
+        """
         with self.registry.changed:
-            return self._source.state_dict(self.registry.snapshot())
+            position = self._source.position(self.registry.snapshot())
+        return position.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from ``state``: finished groups are pending again, the others are resubmitted.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
@@ -20,7 +21,11 @@ from sdp_lightning.prompts.stream import PromptRow, PromptStream, derive_seed
 from sdp_lightning.rollout.checkpoint.group_state import read_groups
 from sdp_lightning.rollout.checkpoint.packed_groups import pack_groups
 from sdp_lightning.rollout.checkpoint.row_codec import decode, encode
-from sdp_lightning.rollout.checkpoint.saved_group import SavedGroup, save_group
+from sdp_lightning.rollout.checkpoint.saved_group import (
+    SavedGroup,
+    save_finished,
+    save_running,
+)
 from sdp_lightning.rollout.groups.in_flight import InFlightGroup
 from sdp_lightning.types import Row, TrajectoryGroup
 from sdp_lightning.workflows.episode import Episode
@@ -35,7 +40,7 @@ Prompts = PromptStream | IterableStream
 
 
 class GroupSource:
-    """Hands out groups to submit, each with its ``order`` of creation.
+    """Hands out groups to submit, in their ``order`` of creation.
 
     A group that a checkpoint interrupted keeps its order, versions and sampled tokens. Its workflow
     runs again and is given these tokens again (:class:`~sdp_lightning.workflows.episode.Episode`).
@@ -143,17 +148,17 @@ class GroupSource:
         """Remove the interrupted groups that are overdue."""
         self._interrupted = deque([g for g in self._interrupted if not is_overdue(g)])
 
-    def state_dict(self, groups: Sequence[InFlightGroup]) -> dict[str, Any]:
+    def position(self, groups: Sequence[InFlightGroup]) -> SourcePosition:
         """The position in the prompts, all ``groups``, and those not submitted again yet."""
+        prompts = self._prompts
         running = [*self._interrupted, *(g for g in groups if g.finished is None)]
-        running.sort(key=lambda group: group.order)
-        return {
-            "prompts": self._prompts_state(),
-            **self._rows_of([*running, *(g for g in groups if g.finished is not None)]),
-            "next_order": self._next_order,
-            "pending": pack_groups([save_group(g) for g in groups if g.finished is not None]),
-            "running": pack_groups([save_group(g) for g in running]),
-        }
+        return SourcePosition(
+            prompts=self._prompts_state(),
+            next_order=self._next_order,
+            running=sorted(running, key=lambda group: group.order),
+            finished=[g for g in groups if g.finished is not None],
+            returned=prompts.returned if isinstance(prompts, IterableStream) else None,
+        )
 
     def load_state_dict(
         self, state: Mapping[str, Any]
@@ -168,7 +173,8 @@ class GroupSource:
         kept = {(int(e), int(i)): decode(row) for e, i, row in state.get("rows", ())}
         self._prompts.load_state_dict(decode(state["prompts"]), kept)
         self._next_order = int(state["next_order"])
-        for saved in read_groups(state["running"], finished=False):
+        interrupted = read_groups(state["running"], finished=False)
+        for saved in sorted(interrupted, key=lambda group: group.order):
             place = saved.epoch, saved.index
             row = PromptRow(*place, kept[place]) if place in kept else self._prompts.read(*place)
             session = self.new_session(row, saved.logs)
@@ -195,9 +201,39 @@ class GroupSource:
             assert isinstance(self._prompts, IterableStream)
             return self._prompts.state_by_count()
 
-    def _rows_of(self, groups: Sequence[InFlightGroup]) -> dict[str, Any]:
+
+@dataclass(frozen=True)
+class SourcePosition:
+    """Where the prompts and all groups were at one instant; ``state_dict`` writes it at leisure.
+
+    Args:
+        prompts: state of the prompts.
+        next_order: number of the next new group.
+        running: groups that ran, or were not submitted again yet, in order of creation.
+        finished: groups that had finished.
+        returned: rows that were given back to a stream; None if the prompts are no stream.
+    """
+
+    prompts: dict[str, Any]
+    next_order: int
+    running: Sequence[InFlightGroup]
+    finished: Sequence[InFlightGroup]
+    returned: Sequence[PromptRow] | None
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds. Tensors are copies."""
+        return {
+            "prompts": self.prompts,
+            **self._rows(),
+            "next_order": self.next_order,
+            "pending": pack_groups([save_finished(group) for group in self.finished]),
+            "running": pack_groups([save_running(group) for group in self.running]),
+        }
+
+    def _rows(self) -> dict[str, Any]:
         """The rows that a stream cannot go back to, each once, as ``(epoch, index, row)``."""
-        if not isinstance(self._prompts, IterableStream):
+        if self.returned is None:
             return {}
-        rows = {(r.epoch, r.index): r for r in (*self._prompts.returned, *(g.row for g in groups))}
+        held = [group.row for group in (*self.running, *self.finished)]
+        rows = {(row.epoch, row.index): row for row in (*self.returned, *held)}
         return {"rows": [[*place, encode(r.data, f"row {r.row_id}")] for place, r in rows.items()]}

@@ -82,6 +82,8 @@ class ProximalRecomputer:
             versions = group.versions
             if group.in_training or versions is None:
                 continue
+            if not versions[0] <= version - 1 <= versions[1]:
+                continue  # nothing of it is wanted
             if not self._mask_overdue and version + 1 - versions[0] > self._max_head_lag:
                 continue  # the next commit purges it
             for parts in group.parts:

@@ -10,7 +10,7 @@ import functools
 import itertools
 import threading
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
@@ -68,10 +68,11 @@ class AsyncTaskRunner:
         self._max_failures, self._on_result = max_failures, on_result
         self._interrupted = interrupted
         self._ids = itertools.count()
-        self._inputs: deque[tuple[int, AsyncFunction, tuple[Any, ...]]] = deque()
+        self._inputs: OrderedDict[int, tuple[AsyncFunction, tuple[Any, ...]]] = OrderedDict()
         self._running: dict[int, asyncio.Task[object]] = {}
         self._cancelled: set[int] = set()
         self._results: deque[TaskResult] = deque()
+        self._failures: list[TaskResult] = []
         self._changed = threading.Condition()
         self._paused = self._closed = self._ending = False
         self._death: BaseException | None = None
@@ -106,7 +107,7 @@ class AsyncTaskRunner:
             if len(self._inputs) >= self._max_pending:
                 raise RolloutError(f"{self._max_pending} tasks wait already; take results first.")
             task_id = next(self._ids)
-            self._inputs.append((task_id, function, args))
+            self._inputs[task_id] = function, args
         self._poke(self._start_tasks)
         return task_id
 
@@ -203,7 +204,7 @@ class AsyncTaskRunner:
             if self._max_running is not None and len(self._running) >= self._max_running:
                 return
             with self._changed:
-                task_id, function, args = self._inputs.popleft()
+                task_id, (function, args) = self._inputs.popitem(last=False)
                 task = self._loop.create_task(_call(function, args), name=f"{self.name}-{task_id}")
                 self._running[task_id] = task
             task.add_done_callback(functools.partial(self._on_done, task_id))
@@ -214,7 +215,7 @@ class AsyncTaskRunner:
         with self._changed:
             self._running.pop(task_id, None)
             if result is not None and self._on_result is None:
-                self._results.append(result)
+                (self._results if result.error is None else self._failures).append(result)
             self._changed.notify_all()
         if result is not None and self._on_result is not None:
             self._deliver(result, self._on_result)
@@ -258,7 +259,7 @@ class AsyncTaskRunner:
             task.cancel()
         else:
             with self._changed:
-                self._inputs = deque(entry for entry in self._inputs if entry[0] != task_id)
+                self._inputs.pop(task_id, None)
                 self._changed.notify_all()
 
     # Helpers -------------------------------------------------------------------------------------
@@ -268,10 +269,9 @@ class AsyncTaskRunner:
             call_in(self._loop, callback, *args)
 
     def _raise_failures(self) -> None:
-        failures = [result for result in self._results if result.error is not None]
+        failures, self._failures = self._failures, []
         if not failures:
             return
-        self._results = deque(result for result in self._results if result.error is None)
         self.num_failed += len(failures)
         if self.num_failed > self._max_failures:
             first = failures[0]

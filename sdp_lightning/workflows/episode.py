@@ -32,8 +32,11 @@ from sdp_lightning.workflows.episode_log import (
     DivergenceError,
     EpisodeTimes,
     Event,
+    VersionRange,
     describe_event,
     log_parts,
+    versions_of,
+    widest,
 )
 from sdp_lightning.workflows.send_gate import SendGate
 
@@ -76,6 +79,7 @@ class Episode:
         self._seed, self._group_key = seed, group_key
         self._lock = threading.Lock()
         self._log: list[Event] = []
+        self._versions: VersionRange = None
         self._position = 0  # events from here on are still to be restored
         self._finish_reason: FinishReason = "stop"
         self._divergence = ""
@@ -98,6 +102,11 @@ class Episode:
         """All events so far, and those still to be restored."""
         with self._lock:
             return tuple(self._log)
+
+    @property
+    def versions(self) -> VersionRange:
+        """Oldest and newest version of its tokens, those still to be restored included."""
+        return self._versions
 
     @property
     def is_restoring(self) -> bool:
@@ -126,6 +135,7 @@ class Episode:
             if self._log:
                 raise RolloutError("restore() must come before the first add_context().")
             self._log = list(log)
+            self._versions = versions_of(self._log)
 
     def add_context(self, token_ids: ArrayLike) -> None:
         """Append tokens that the policy did not choose: a prompt, a tool's output."""
@@ -285,6 +295,8 @@ class Episode:
         if starts and self._log and isinstance(self._log[-1], CallStart):
             self._log.pop()  # it raised before its first token: as if it had not been called
         self._log.append(event)
+        if isinstance(event, Segment):
+            self._versions = widest([self._versions, (event.version, event.version)])
         self._position = len(self._log)
 
     def _diverge(self, done: str, saved: Event) -> NoReturn:

@@ -54,6 +54,20 @@ class EpisodeTimes:
         )
 
 
+VersionRange = tuple[int, int] | None  # oldest and newest; None if nothing was sampled
+
+
+def versions_of(log: Iterable[Event]) -> VersionRange:
+    """Oldest and newest version of the tokens of a log."""
+    return widest((e.version, e.version) for e in log if isinstance(e, Segment))
+
+
+def widest(ranges: Iterable[VersionRange]) -> VersionRange:
+    """The range that covers all ``ranges``."""
+    known = [each for each in ranges if each is not None]
+    return (min(low for low, _ in known), max(high for _, high in known)) if known else None
+
+
 def log_parts(log: Iterable[Event]) -> tuple[Context | Segment, ...]:
     """Contexts and segments of a log."""
     return tuple(event for event in log if isinstance(event, Context | Segment))

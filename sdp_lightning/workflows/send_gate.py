@@ -106,10 +106,10 @@ class SendGate:
         finally:
             with self._changed:
                 self._out.pop(task, None)
-                if not self._out:
-                    self._busy_s += time.monotonic() - self._busy_since
                 self._cancelled.discard(task)
-                self._changed.notify_all()
+                if not self._out:  # else a drain has more to wait for
+                    self._busy_s += time.monotonic() - self._busy_since
+                    self._changed.notify_all()
 
     async def _pass(self, request: Coroutine[Any, Any, FinishReason]) -> asyncio.Task[FinishReason]:
         loop = asyncio.get_running_loop()

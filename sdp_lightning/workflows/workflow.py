@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from sdp_lightning.config.plain_settings import GivenSettings
 from sdp_lightning.types import Row, SamplingParams, Trajectory
 from sdp_lightning.workflows.episode import Episode
-from sdp_lightning.workflows.episode_log import Event
+from sdp_lightning.workflows.episode_log import Event, VersionRange, versions_of, widest
 
 if TYPE_CHECKING:
     from sdp_lightning.workflows.prompt_lengths import PromptLength, PromptMeter
@@ -80,6 +80,7 @@ class RolloutSession:
         self._errors: list[str] = []
         self._new_episode = new_episode
         self._saved = tuple(tuple(log) for log in saved)
+        self._saved_versions = [versions_of(log) for log in self._saved]
         self._lock = threading.Lock()
         self._episodes: list[Episode] = []
         self._divergence = ""
@@ -95,6 +96,13 @@ class RolloutSession:
         """Log of every episode, those included that are still to be opened again."""
         episodes = self.episodes
         return [*(episode.log for episode in episodes), *self._saved[len(episodes) :]]
+
+    @property
+    def versions(self) -> VersionRange:
+        """Oldest and newest version of all tokens in ``logs``; costs nothing for each segment."""
+        episodes = self.episodes
+        saved = self._saved_versions[len(episodes) :]
+        return widest([*(episode.versions for episode in episodes), *saved])
 
     @property
     def divergence(self) -> str:

@@ -30,6 +30,7 @@ from sdp_lightning.rollout.groups.registry import GroupRegistry
 from sdp_lightning.testing import FakeEngine
 from sdp_lightning.types import Row
 from sdp_lightning.workflows.episode import Episode
+from sdp_lightning.workflows.episode_log import versions_of
 from sdp_lightning.workflows.send_gate import SendGate
 from sdp_lightning.workflows.workflow import RolloutSession
 from support.rollouts import (
@@ -168,6 +169,11 @@ class RegistryMachine(RuleBasedStateMachine):
         assert stat.consumed == list(self.verdicts.values()).count("trained")
         groups = [x for x in self.registry.snapshot() if not x.in_training]
         assert len(groups) == stat.running + stat.pending
+
+    @invariant()
+    def versions_are_those_of_the_tokens(self) -> None:
+        for group, episode in self.running:
+            assert group.versions == versions_of(episode.log)
 
     @invariant()
     def nothing_is_stuck(self) -> None:

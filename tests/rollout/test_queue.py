@@ -12,6 +12,7 @@ from hypothesis import given, strategies as st
 import sdp_lightning.rollout
 from sdp_lightning.errors import ConfigError
 from sdp_lightning.rollout.groups.queue import RolloutCache, RolloutQueue
+from sdp_lightning.rollout.groups.staleness import SegmentWisePPOStrategy
 from sdp_lightning.types import TrajectoryGroup
 from support.rollouts import Room, make_group, make_segment
 
@@ -20,8 +21,7 @@ def orders(groups: list[TrajectoryGroup]) -> list[int]:
     return [group.order for group in groups]
 
 
-def is_old(group: TrajectoryGroup) -> bool:
-    return group.head_version == 0
+OLD = {0, 4, 99}  # the last one is elsewhere
 
 
 def filled(*, queue: bool) -> RolloutQueue | RolloutCache:
@@ -36,28 +36,34 @@ def filled(*, queue: bool) -> RolloutQueue | RolloutCache:
 
 
 @pytest.mark.parametrize("queue", [True, False], ids=["queue", "cache"])
-def test_a_purge_returns_what_it_drops_and_keeps_the_order_of_the_rest(queue: bool) -> None:
+def test_a_removal_returns_what_it_drops_and_keeps_the_order_of_the_rest(queue: bool) -> None:
     container = filled(queue=queue)
     assert orders(container.snapshot()) == [0, 1, 2, 3, 4]
-    assert orders(container.purge(is_old)) == [0, 4]
+    assert container.remove(set()) == []
+    assert orders(container.remove(OLD)) == [0, 4]
     assert orders(container.snapshot()) == [1, 2, 3] and len(container) == 3
-    assert container.purge(is_old) == [], "a second purge drops nothing"
+    assert container.remove(OLD) == [], "a second removal drops nothing"
 
 
-@pytest.mark.parametrize("queue", [True, False], ids=["queue", "cache"])
 @pytest.mark.fault("exception", "queue")
-def test_a_purge_whose_verdict_fails_loses_nothing(queue: bool) -> None:
+def test_a_purge_whose_verdict_fails_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Faults: drain, process, put back; broad except and keep."""
-    container = filled(queue=queue)
+    room = Room(0, max_head_lag=0)
+    for _ in range(3):
+        room.add([make_segment(0)])
+    decide = SegmentWisePPOStrategy.is_stale
 
-    def fail_late(group: TrajectoryGroup) -> bool:
-        if group.order == 3:
+    def fail_late(self: SegmentWisePPOStrategy, group: TrajectoryGroup, version: int) -> bool:
+        if group.order == 2:
             raise ValueError("malformed")
-        return True
+        return decide(self, group, version)
 
-    with pytest.raises(ValueError, match="malformed"):
-        container.purge(fail_late)
-    assert orders(container.snapshot()) == [0, 1, 2, 3, 4]
+    with monkeypatch.context() as patched, pytest.raises(ValueError, match="malformed"):
+        patched.setattr(SegmentWisePPOStrategy, "is_stale", fail_late)
+        room.registry.commit(1)
+    assert room.manager.stat.dropped == 0
+    room.registry.commit(2)
+    assert room.manager.stat.dropped == 3, "what was not judged is judged by the next purge"
 
 
 @pytest.mark.fault("slow", "queue")
@@ -66,7 +72,7 @@ def test_a_full_queue_refuses_without_loss_and_has_room_after_a_purge_or_drain()
     late = make_group([1], order=9)
     assert queue.put(make_group([0], order=1)) and queue.put(make_group([1], order=0))
     assert not queue.put(late) and orders(queue.snapshot()) == [0, 1]
-    queue.purge(is_old)
+    queue.remove({1})
     assert queue.put(late) and not queue.put(late)
     assert orders(queue.drain()) == [0, 9] and len(queue) == 0 and queue.drain() == []
     with pytest.raises(ConfigError, match="maxsize=0"):
@@ -88,7 +94,7 @@ def test_any_order_of_arrival_is_taken_in_order_of_creation(arrival: list[int], 
     assert orders(cache.take(n)) == list(range(n))
 
 
-def test_purges_while_producers_add_lose_nothing_and_reorder_nothing() -> None:
+def test_removals_while_producers_add_lose_nothing_and_reorder_nothing() -> None:
     queue, num_producers, each = RolloutQueue(10**6), 4, 200
     starting = threading.Barrier(num_producers + 1)
 
@@ -96,8 +102,11 @@ def test_purges_while_producers_add_lose_nothing_and_reorder_nothing() -> None:
         rng = random.Random(first)
         starting.wait()
         for order in range(first, num_producers * each, num_producers):
-            assert queue.put(make_group([rng.randint(0, 1)], order=order))
+            assert queue.put(make_group([0], order=order))
+            if rng.random() < 0.5:
+                old.add(order)
 
+    old: set[int] = set()
     threads = [threading.Thread(target=produce, args=(n,)) for n in range(num_producers)]
     for thread in threads:
         thread.start()
@@ -105,7 +114,7 @@ def test_purges_while_producers_add_lose_nothing_and_reorder_nothing() -> None:
     dropped: list[TrajectoryGroup] = []
     kept: list[TrajectoryGroup] = []
     while any(thread.is_alive() for thread in threads) or len(queue):
-        dropped += queue.purge(is_old)
+        dropped += queue.remove(old.copy())
         out = queue.drain()
         assert orders(out) == sorted(orders(out))
         kept += out

@@ -65,19 +65,24 @@ class SavedGroup:
         )
 
 
-def save_group(group: InFlightGroup) -> SavedGroup:
-    """What a checkpoint is to know of ``group``; copies nothing."""
-    logs: Sequence[Sequence[Event]]
-    results: Sequence[SavedResult] | None
-    if group.finished is None:
-        logs, results = group.session.logs, None
-    else:
-        trajectories = group.finished.trajectories
-        logs = [t.parts for t in trajectories]
-        results = [
-            SavedResult(t.reward, t.finish_reason, t.rewards, t.reward_weights)
-            for t in trajectories
-        ]
+def save_running(group: InFlightGroup) -> SavedGroup:
+    """What a checkpoint is to know of a group under way, or of what it was; copies nothing."""
+    return _save(group, group.session.logs, None)
+
+
+def save_finished(group: InFlightGroup) -> SavedGroup:
+    """What a checkpoint is to know of a finished group; copies nothing."""
+    assert group.finished is not None
+    trajectories = group.finished.trajectories
+    results = [
+        SavedResult(t.reward, t.finish_reason, t.rewards, t.reward_weights) for t in trajectories
+    ]
+    return _save(group, [t.parts for t in trajectories], results)
+
+
+def _save(
+    group: InFlightGroup, logs: Sequence[Sequence[Event]], results: Sequence[SavedResult] | None
+) -> SavedGroup:
     row = group.row
     return SavedGroup(
         row.epoch, row.index, row.row_id, group.order, group.created_version, logs, results

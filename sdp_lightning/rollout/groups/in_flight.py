@@ -10,7 +10,7 @@ from typing import Literal
 from sdp_lightning.prompts.stream import PromptRow
 from sdp_lightning.rollout.groups.telemetry import GroupRecord
 from sdp_lightning.types import Context, Segment, Trajectory, TrajectoryGroup
-from sdp_lightning.workflows.episode_log import EpisodeTimes, log_parts
+from sdp_lightning.workflows.episode_log import EpisodeTimes, VersionRange, log_parts
 from sdp_lightning.workflows.workflow import RolloutSession
 
 Parts = tuple[Context | Segment, ...]
@@ -45,13 +45,12 @@ class InFlightGroup:
         return [log_parts(log) for log in self.session.logs]
 
     @property
-    def versions(self) -> tuple[int, int] | None:
+    def versions(self) -> VersionRange:
         """Head and tail version so far; None before the first closed segment."""
         if self.finished is not None:
             head, tail = self.finished.head_version, self.finished.tail_version
             return None if head is None or tail is None else (head, tail)
-        versions = [p.version for parts in self.parts for p in parts if isinstance(p, Segment)]
-        return (min(versions), max(versions)) if versions else None
+        return self.session.versions
 
     @property
     def num_sampled(self) -> int:

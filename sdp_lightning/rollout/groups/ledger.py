@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from sdp_lightning.errors import ConfigError, RolloutError
@@ -151,7 +151,7 @@ class StalenessManager:
         if n < 0:
             raise RolloutError(f"cannot count {n} groups.")
         with self._lock:
-            counts = asdict(self._stat)
+            counts: dict[str, int] = vars(self._stat)
             changes = {name: counts[name] + sign * n for name, sign in signs.items()}
             for name, count in changes.items():
                 if count < 0:

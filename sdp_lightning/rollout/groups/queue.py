@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import bisect
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Sequence
 
 from sdp_lightning.errors import ConfigError
 from sdp_lightning.types import TrajectoryGroup
-
-IsStale = Callable[[TrajectoryGroup], bool]
 
 
 class RolloutQueue:
@@ -45,11 +43,10 @@ class RolloutQueue:
             groups, self._groups = self._groups, []
             return groups
 
-    def purge(self, is_stale: IsStale) -> list[TrajectoryGroup]:
-        """Remove and return the stale groups."""
+    def remove(self, orders: Collection[int]) -> list[TrajectoryGroup]:
+        """Remove and return those of these groups that wait here, oldest first."""
         with self._lock:
-            dropped, self._groups = _split(self._groups, is_stale)
-            return dropped
+            return _remove(self._groups, orders)
 
     def snapshot(self) -> list[TrajectoryGroup]:
         """The waiting groups, oldest first."""
@@ -71,10 +68,9 @@ class RolloutCache:
         for group in groups:
             bisect.insort(self._groups, group, key=lambda g: g.order)
 
-    def purge(self, is_stale: IsStale) -> list[TrajectoryGroup]:
-        """Remove and return the stale groups."""
-        dropped, self._groups = _split(self._groups, is_stale)
-        return dropped
+    def remove(self, orders: Collection[int]) -> list[TrajectoryGroup]:
+        """Remove and return those of these groups that wait here, oldest first."""
+        return _remove(self._groups, orders)
 
     def take(self, count: int, *, fewer: bool = False) -> list[TrajectoryGroup]:
         """Remove and return the ``count`` oldest groups; none, or ``fewer``, if there are fewer."""
@@ -83,16 +79,21 @@ class RolloutCache:
         taken, self._groups = self._groups[:count], self._groups[count:]
         return taken
 
+    def first(self, count: int) -> list[TrajectoryGroup]:
+        """The ``count`` oldest groups, or as many as there are; they stay."""
+        return self._groups[:count]
+
     def snapshot(self) -> list[TrajectoryGroup]:
         """The waiting groups, oldest first."""
         return list(self._groups)
 
 
-def _split(
-    groups: list[TrajectoryGroup], is_stale: IsStale
-) -> tuple[list[TrajectoryGroup], list[TrajectoryGroup]]:
-    verdicts = [is_stale(group) for group in groups]
-    return (
-        [group for group, stale in zip(groups, verdicts, strict=True) if stale],
-        [group for group, stale in zip(groups, verdicts, strict=True) if not stale],
-    )
+def _remove(groups: list[TrajectoryGroup], orders: Collection[int]) -> list[TrajectoryGroup]:
+    """Looks at the groups from the first to the last of ``orders`` only: mostly the oldest ones."""
+    if not orders:
+        return []
+    begin = bisect.bisect_left(groups, min(orders), key=lambda group: group.order)
+    end = bisect.bisect_right(groups, max(orders), key=lambda group: group.order)
+    part = groups[begin:end]
+    groups[begin:end] = [group for group in part if group.order not in orders]
+    return [group for group in part if group.order in orders]

@@ -9,11 +9,13 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Literal
 
 from sdp_lightning.config import RolloutConfig
 from sdp_lightning.errors import RolloutError, error_text
+from sdp_lightning.rollout.groups.group_index import LookTimes, Untrained
 from sdp_lightning.rollout.groups.in_flight import InFlightGroup
 from sdp_lightning.rollout.groups.ledger import StalenessManager
 from sdp_lightning.rollout.groups.queue import RolloutCache, RolloutQueue
@@ -58,7 +60,9 @@ class GroupRegistry:
         self._config, self._strategy = config, strategy
         self._on_drop = on_drop
         self._in_flight: dict[int, InFlightGroup] = {}
-        self._held: list[InFlightGroup] = []
+        self._in_hand: list[InFlightGroup] = []
+        self._held: OrderedDict[int, TrajectoryGroup] = OrderedDict()
+        self._looks, self._untrained = LookTimes(), Untrained()
         self._queue = RolloutQueue((config.max_head_lag + 1) * config.batch_size)
         self._cache = RolloutCache()
         self._restored: list[TrajectoryGroup] = []
@@ -71,7 +75,8 @@ class GroupRegistry:
 
     def in_hand(self) -> list[InFlightGroup]:
         """The groups that the trainer has and has not committed, in the order of their batch."""
-        return sorted((g for g in self.snapshot() if g.in_training), key=lambda group: group.order)
+        with self.changed:
+            return sorted(self._in_hand, key=lambda group: group.order)
 
     def fail(self, error: Exception) -> None:
         """Keep the first error, for the trainer to raise."""
@@ -86,6 +91,7 @@ class GroupRegistry:
         with self.changed:
             self.manager.on_submitted()
             self._in_flight[group.order] = group
+            self._index_running(group)
             self.changed.notify_all()
 
     def restart(self, group: InFlightGroup, session: RolloutSession) -> None:
@@ -104,6 +110,8 @@ class GroupRegistry:
             group.session = session
             if self.clock.is_set:
                 group.created_version = self.clock.version
+                if group.order in self._in_flight:
+                    self._index_running(group)
 
     def finish(self, group: InFlightGroup, finished: TrajectoryGroup) -> None:
         """Queue what a workflow returned, or drop it if it is stale already."""
@@ -119,7 +127,7 @@ class GroupRegistry:
     def reject(self, group: InFlightGroup, reason: str) -> None:
         """Count a group out whose workflow returned nothing to train on."""
         with self.changed:
-            if self._in_flight.pop(group.order, None) is None:
+            if not self._remove(group):
                 return
             self.manager.on_rejected()
             self._count_errors(group)
@@ -138,7 +146,7 @@ class GroupRegistry:
     def record_failure(self, group: InFlightGroup, error: BaseException) -> None:
         """Count a group as failed; beyond ``max_failures`` the trainer raises ``error``."""
         with self.changed:
-            if self._in_flight.pop(group.order, None) is None:
+            if not self._remove(group):
                 return  # dropped as overdue before
             self.manager.on_failed()
             self._count_errors(group)
@@ -162,6 +170,7 @@ class GroupRegistry:
             for group, finished in groups:
                 group.finished, group.seconds = finished, 0.0
                 self._in_flight[group.order] = group
+                self._untrained.add(group.order, group.created_version, runs=False)
                 self._restored.append(finished)
 
     def drop_if_overdue(self, group: InFlightGroup) -> bool:
@@ -173,8 +182,8 @@ class GroupRegistry:
             self._drop_running(group)
             return True
 
-    def resume(self, version: int) -> None:
-        """Start at ``version``: set the clock, re-base the ledger, queue restored groups."""
+    def resume(self, version: int) -> list[InFlightGroup]:
+        """Start at any ``version``, and queue restored groups; returns overdue groups to cancel."""
         with self.changed:
             self.clock.set(version)
             self.manager.on_version_recovered(version)
@@ -182,8 +191,9 @@ class GroupRegistry:
             self.manager.on_submitted(len(restored))
             self.manager.on_accepted(len(restored))
             self._cache.add(restored)
-            self._purge(version)
-            self.changed.notify_all()
+            for order, group in self._in_flight.items():
+                self._looks.set(order, None if group.in_training else version)
+            return self._purge(version)
 
     def commit(self, version: int) -> list[InFlightGroup]:
         """Advance the clock by one and purge stale groups; returns overdue groups to cancel.
@@ -193,14 +203,10 @@ class GroupRegistry:
         """
         with self.changed:
             self.clock.advance(version)
-            for order in [group.order for group in self._in_flight.values() if group.in_training]:
-                del self._in_flight[order]
-            self._purge(version)
-            overdue = [group for group in self._running() if self._is_overdue(group, version)]
-            for group in overdue:
-                self._drop_running(group)
-            self.changed.notify_all()
-            return overdue
+            for group in self._in_hand:
+                del self._in_flight[group.order]
+            self._in_hand.clear()
+            return self._purge(version)
 
     def take(self, *, fewer: bool = False) -> list[TrajectoryGroup]:
         """The oldest ``batch_size`` groups, or none if they are not ready, or all if ``fewer``."""
@@ -216,51 +222,81 @@ class GroupRegistry:
             for finished in batch:
                 group = self._in_flight[finished.order]
                 group.in_training = True
+                self._in_hand.append(group)
+                self._looks.discard(group.order)
+                self._untrained.discard(group.order)
                 self.telemetry.on_ended(group.record("trained"))
             return batch
 
     # Helpers, under the lock ---------------------------------------------------------------------
 
-    def _running(self) -> list[InFlightGroup]:
-        return [group for group in self._in_flight.values() if group.finished is None]
+    def _index_running(self, group: InFlightGroup) -> None:
+        created = group.created_version  # no token of it is older
+        self._untrained.add(group.order, created, runs=True)
+        self._looks.set(group.order, self._strategy.overdue_from(created, created))
+
+    def _remove(self, group: InFlightGroup) -> bool:
+        """Whether the group was in flight, which it is no more."""
+        self._looks.discard(group.order)
+        self._untrained.discard(group.order)
+        return self._in_flight.pop(group.order, None) is not None
 
     def _is_overdue(self, group: InFlightGroup, version: int) -> bool:
+        created = group.created_version
+        if not self._strategy.is_overdue(created, created, version):
+            return False  # no token of it is older
         versions = group.versions
         return versions is not None and self._strategy.is_overdue(*versions, version)
 
     def _must_wait(self) -> bool:
         """Whether the oldest batch now would leave more old groups than later ones can take.
 
-        Each later batch takes ``batch_size`` groups, so after j of them at most ``j * batch_size``
-        of those left may be stale. A group counts from its creation: that is the order of batches.
+        A group counts from its creation: that is the order of batches.
         """
         size = self._config.batch_size
-        batch = self._cache.snapshot()[:size]
-        if len(batch) < size:
-            return False
-        if not any(group.order < batch[-1].order for group in self._running()):
+        batch, oldest = self._cache.first(size), self._untrained.oldest_running
+        if len(batch) < size or oldest is None or oldest > batch[-1].order:
             return False  # waiting would change nothing
-        after = self.clock.version + 1
-        taken = {group.order for group in batch}
-        left = [
-            group.created_version
-            for group in self._in_flight.values()
-            if not group.in_training and group.order not in taken
-        ]
-        return any(
-            sum(self._strategy.is_overdue(created, created, after + j) for created in left)
-            > j * size
-            for j in range(self._config.max_head_lag + 1)
+        return self._untrained.exceed(
+            size,
+            (group.order for group in batch),
+            self.clock.version + 1,
+            lambda created: self._strategy.overdue_from(created, created),
         )
 
-    def _purge(self, version: int) -> None:
-        def is_stale(group: TrajectoryGroup) -> bool:
-            return self._strategy.is_stale(group, version)
-
-        for group in [*self._queue.purge(is_stale), *self._cache.purge(is_stale)]:
-            self.manager.on_dropped()
-            self._record_drop(self._in_flight.pop(group.order), "stale")
+    def _purge(self, version: int) -> list[InFlightGroup]:
+        """Drop the stale groups, and queue held ones; returns those that still ran."""
+        overdue: list[InFlightGroup] = []
+        stale: dict[int, InFlightGroup] = {}
+        later: dict[int, int | None] = {}
+        for group in [self._in_flight[order] for order in self._looks.due(version)]:
+            if group.finished is None:
+                if self._is_overdue(group, version):
+                    overdue.append(group)
+                else:
+                    later[group.order] = version + 1
+            elif self._strategy.is_stale(group.finished, version):
+                stale[group.order] = group
+            else:
+                later[group.order] = self._strategy.stale_from(group.finished, version)
+        for order, first in later.items():
+            self._looks.set(order, first)
+        self._drop_finished(stale)
         self._admit_held()
+        for group in overdue:
+            self._drop_running(group)
+        self.changed.notify_all()
+        return overdue
+
+    def _drop_finished(self, stale: dict[int, InFlightGroup]) -> None:
+        for queued in [*self._queue.remove(stale.keys()), *self._cache.remove(stale.keys())]:
+            group = stale.pop(queued.order)
+            self.manager.on_dropped()
+            self._remove(group)
+            self._record_drop(group, "stale")
+        for group in stale.values():  # held back: the ledger has it running
+            del self._held[group.order]
+            self._drop_running(group)
 
     def _count_errors(self, group: InFlightGroup) -> None:
         """Count the infrastructure errors of a group that has ended, and name each cause once."""
@@ -277,16 +313,9 @@ class GroupRegistry:
         self._count_errors(group)
         self.manager.on_overdue()
         if group.finished is None and (aside_s := group.aside_s) is not None:
-            self.telemetry.num_aside += 1
-            if self.telemetry.num_aside == 1:
-                logger.warning(
-                    "row %r went stale while its reward or environment ran: nothing of it was "
-                    "sampled for %.1f s. Make that faster, or lower its deadline "
-                    "(reward_timeout_s): no max_head_lag helps one that hangs. Further ones are "
-                    "only counted.",
-                    *(group.row.row_id, aside_s),
-                )
-        self._record_drop(self._in_flight.pop(group.order), "overdue")
+            self.telemetry.on_aside(group.row.row_id, aside_s)
+        self._remove(group)
+        self._record_drop(group, "overdue")
 
     def _record_drop(self, group: InFlightGroup, fate: Literal["stale", "overdue"]) -> None:
         self.telemetry.on_ended(group.record(fate))
@@ -294,16 +323,26 @@ class GroupRegistry:
             self._on_drop(group)
 
     def _admit_held(self) -> None:
-        held, self._held = self._held, []
-        for group in held:
-            self._admit(group)
+        while self._held:
+            order, finished = next(iter(self._held.items()))
+            if not self._queue.put(finished):
+                return
+            del self._held[order]
+            self._on_queued()
 
     def _admit(self, group: InFlightGroup) -> None:
-        assert group.finished is not None
-        if self._strategy.is_stale(group.finished, self.clock.version):
+        finished, version = group.finished, self.clock.version
+        assert finished is not None
+        if self._strategy.is_stale(finished, version):
             self._drop_running(group)
-        elif self._queue.put(group.finished):
-            self.manager.on_accepted()
-            self._rejected_in_a_row = 0
+            return
+        self._untrained.on_finished(group.order)
+        self._looks.set(group.order, self._strategy.stale_from(finished, version))
+        if self._queue.put(finished):
+            self._on_queued()
         else:  # back-pressure: it stays running in the ledger until there is space
-            self._held.append(group)
+            self._held[group.order] = finished
+
+    def _on_queued(self) -> None:
+        self.manager.on_accepted()
+        self._rejected_in_a_row = 0

@@ -26,8 +26,20 @@ class StalenessControlStrategy(ABC):
         """
 
     @abstractmethod
+    def overdue_from(self, head_version: int, tail_version: int) -> int | None:
+        """First version at which a group with these versions is overdue; None if it never is.
+
+        It rises with both versions.
+        """
+
+    @abstractmethod
+    def stale_from(self, group: TrajectoryGroup, version: int) -> int | None:
+        """First version at which a finished group may be stale that is not at ``version``."""
+
     def is_overdue(self, head_version: int, tail_version: int, version: int) -> bool:
         """Whether a group that still runs, with these versions so far, is stale at ``version``."""
+        first = self.overdue_from(head_version, tail_version)
+        return first is not None and version >= first
 
 
 class StandardPPOStrategy(StalenessControlStrategy):
@@ -37,8 +49,11 @@ class StandardPPOStrategy(StalenessControlStrategy):
         versions_of(group, version)
         return False
 
-    def is_overdue(self, head_version: int, tail_version: int, version: int) -> bool:
-        return False
+    def overdue_from(self, head_version: int, tail_version: int) -> int | None:
+        return None
+
+    def stale_from(self, group: TrajectoryGroup, version: int) -> int | None:
+        return None
 
 
 class SegmentWisePPOStrategy(StalenessControlStrategy):
@@ -76,9 +91,16 @@ class SegmentWisePPOStrategy(StalenessControlStrategy):
             for segment in group.segments
         )
 
-    def is_overdue(self, head_version: int, tail_version: int, version: int) -> bool:
+    def overdue_from(self, head_version: int, tail_version: int) -> int:
         oldest = tail_version if self.mask_overdue else head_version
-        return version - oldest > self.max_head_lag
+        return oldest + self.max_head_lag + 1
+
+    def stale_from(self, group: TrajectoryGroup, version: int) -> int:
+        first = self.overdue_from(*versions_of(group, version))
+        if self.missing_proximal != "drop":
+            return first
+        closing = [s.version + 2 for s in group.segments if not s.proximal.is_set]
+        return min([first, *closing])
 
 
 def versions_of(group: TrajectoryGroup, version: int) -> tuple[int, int]:

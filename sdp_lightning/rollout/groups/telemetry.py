@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -11,6 +12,8 @@ from typing import Literal
 from sdp_lightning.rewards.call_threads import CallLoad
 from sdp_lightning.rollout.groups.ledger import RolloutStat
 from sdp_lightning.workflows.episode_log import EpisodeTimes
+
+logger = logging.getLogger(__name__)
 
 NUM_SLOWEST = 10
 MOST_NAMES = 20  # reasons or causes that are told apart
@@ -95,6 +98,17 @@ class RolloutTelemetry:
         self.timed_groups += 1
         self.group_s += seconds
         self.times += times
+
+    def on_aside(self, row_id: str, aside_s: float) -> None:
+        """A group went stale of which only a reward or an environment still ran."""
+        self.num_aside += 1
+        if self.num_aside == 1:
+            logger.warning(
+                "row %r went stale while its reward or environment ran: nothing of it was sampled "
+                "for %.1f s. Make that faster, or lower its deadline (reward_timeout_s): no "
+                "max_head_lag helps one that hangs. Further ones are only counted.",
+                *(row_id, aside_s),
+            )
 
     def on_ended(self, record: GroupRecord) -> None:
         """A group is handed to the trainer, or dropped."""
