@@ -110,6 +110,8 @@ def test_a_run_that_trains_nothing_says_why(job: Job, caplog: pytest.LogCaptureF
     assert job.run(2) == (2, 2)
     assert "this fit trained nothing: it began at step 2, and max_steps=2" in caplog.text
     assert "not those of the checkpoint" not in caplog.text
+    job.run(0, last=None)
+    assert "it began at step 0, and max_steps=0" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -76,9 +76,10 @@ def test_a_trial_trains_whole_batches(model_folder: str) -> None:
     assert fit(model_folder, minibatches=2, fast_dev_run=2).global_step == 4
 
 
-def test_overfitting_trains_on_the_first_rows_again(model_folder: str) -> None:
+@pytest.mark.parametrize("batches", [2, 0.5], ids=["number", "share"])
+def test_overfitting_trains_on_the_first_rows_again(model_folder: str, batches: float) -> None:
     recorder = Recorder()
-    fit(model_folder, sdp.WeightSyncCallback(), recorder, overfit_batches=2, max_epochs=2)
+    fit(model_folder, sdp.WeightSyncCallback(), recorder, overfit_batches=batches, max_epochs=2)
     assert {row for step in recorder.steps for row in step.row_ids} == {f"row{i}" for i in range(4)}
     assert len(recorder.steps) == 4
 
