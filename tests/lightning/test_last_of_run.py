@@ -124,7 +124,9 @@ def test_a_fit_whose_checkpoints_all_come_at_its_end_says_so(
 ) -> None:
     job.run(2, last=None, saver={"dirpath": job.folder} | saver)
     assert ("no checkpoint is saved before the end" in caplog.text) is is_said
-    assert ("ModelCheckpoint(every_n_train_steps=1)" in caplog.text) is is_said  # saves before step 2
+    assert (
+        "ModelCheckpoint(every_n_train_steps=1)" in caplog.text
+    ) is is_said  # saves before step 2
 
 
 def test_a_fit_of_one_batch_has_no_time_to_save_on_its_way(
