@@ -194,7 +194,7 @@ def with_passes(config: RolloutConfig, trainer: L.Trainer, *, goes_on: bool) -> 
     epochs, passes = trainer.max_epochs, config.num_epochs
     if epochs is None or epochs < 0:
         has_timer = any(isinstance(callback, Timer) for callback in trainer.callbacks)  # type: ignore
-        if passes is None and trainer.max_steps <= 0 and not has_timer:
+        if passes is None and trainer.max_steps < 0 and not has_timer:
             raise ConfigError(
                 "nothing ends this run: set the Trainer's max_steps, max_epochs or max_time, or "
                 "num_epochs of the RolloutConfig."
@@ -230,6 +230,8 @@ def overfitted(
                 "another, whose number is not known: give a number of batches."
             )
         limit = max(1, int(-(-len(rows) // config.batch_size) * limit))
+        assert trainer is not None
+        trainer.limit_train_batches = limit  # the fraction, which is taken of all rows once
     return first_rows(rows, limit * config.batch_size)
 
 

@@ -156,8 +156,8 @@ def _take_clipping(trainer: L.Trainer, optimizer: OptimizerConfig) -> OptimizerC
     algorithm: Any = trainer.gradient_clip_algorithm  # type: ignore[attr-defined]
     if clip and algorithm not in (None, "norm"):
         raise ConfigError(
-            f"gradient_clip_algorithm={str(algorithm)!r}: gradients are clipped by their norm. "
-            "Leave it out, and set gradient_clip_val of the OptimizerConfig."
+            f"gradient_clip_algorithm={str(algorithm.value)!r}: gradients are clipped by their "
+            "norm. Leave it out, and set gradient_clip_val of the OptimizerConfig."
         )
     trainer.gradient_clip_val = None  # type: ignore[attr-defined]  # refused with own steps
     logger.info("gradient_clip_val=%s of the Trainer is that of the OptimizerConfig now.", clip)

@@ -110,6 +110,8 @@ def test_a_run_that_trains_nothing_says_why(job: Job, caplog: pytest.LogCaptureF
     assert job.run(2) == (2, 2)
     assert "this fit trained nothing: it began at step 2, and max_steps=2" in caplog.text
     assert "not those of the checkpoint" not in caplog.text
+    job.run(0, last=None)
+    assert "it began at step 0, and max_steps=0" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -122,7 +124,9 @@ def test_a_fit_whose_checkpoints_all_come_at_its_end_says_so(
 ) -> None:
     job.run(2, last=None, saver={"dirpath": job.folder} | saver)
     assert ("no checkpoint is saved before the end" in caplog.text) is is_said
-    assert ("ModelCheckpoint(every_n_train_steps=1)" in caplog.text) is is_said  # saves before step 2
+    assert (
+        "ModelCheckpoint(every_n_train_steps=1)" in caplog.text
+    ) is is_said  # saves before step 2
 
 
 def test_a_fit_of_one_batch_has_no_time_to_save_on_its_way(

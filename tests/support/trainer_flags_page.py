@@ -46,7 +46,9 @@ FLAGS: dict[str, Case] = {
     ),
     "devices": Case("works", "ranks share every batch: counts are over all of them", None),
     "num_nodes": Case("works", "servers must be reachable by all", None),
-    "precision": Case("works", "`32-true`, `bf16-mixed`; others are refused by name", None),
+    "precision": Case(
+        "works", "`32-true`, `bf16-mixed`, `64-true`; `bf16-true` and float16 are refused", None
+    ),
     "logger": Case("works", "a logger that fails is set aside", None),
     "callbacks": Case("works", "see below; a `WeightSyncCallback` is added if there is none", None),
     "fast_dev_run": Case(

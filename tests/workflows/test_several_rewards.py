@@ -229,7 +229,9 @@ def test_a_config_sets_rewards_and_weights() -> None:
     }
     config = {"class_path": "sdp_lightning.RLVRWorkflow", "init_args": init}
     parsed = parser.parse_object({"workflow": config})
-    assert parser.parse_string(parser.dump(parsed)) == parsed and "Unable" not in parser.dump(parsed)
+    assert parser.parse_string(parser.dump(parsed)) == parsed and "Unable" not in parser.dump(
+        parsed
+    )
     made = parser.instantiate(parsed).workflow
     with closing(made):
         assert made.reward_weights == WEIGHTS and set(made.reward_pools) == {"form"}

@@ -120,8 +120,12 @@ def world_size(trainer: Mapping[str, Any], machine: Machine) -> int:
 def check_memory(config: Tree, machine: Machine, size: ModelSize | None) -> Iterator[Finding]:
     """Findings about the memory of trainer and servers, if the model's size is known."""
     if size is None:
-        text = "not estimated: the model is not on this machine, nor known, or made by a function."
-        yield Finding("note", "trainer memory", text)
+        model: object = part_of(config, "model").get("model")
+        name = model.get("name") if isinstance(model, Mapping) else model
+        why = "the model is neither on this machine nor known."
+        if isinstance(name, str) and ":" in name:
+            why = f"{name} makes the model, and doctor runs none: name the folder in model.model."
+        yield Finding("note", "trainer memory", f"not estimated: {why}")
         return
     if size.origin:
         text = f"{size.num_parameters / 1e9:.2f} billion weights, {size.origin}"

@@ -18,6 +18,8 @@ from sdp_lightning.errors import ConfigError
 _PACKAGE = Path(__file__).parents[2]
 _NAMED_FILE = re.compile(r"recipes/(\w+/(\w+\.py))")
 _COMMENTS_ON_TOP = re.compile(r"\A(?:#.*\n)+")
+_ON_CPU = "  accelerator: cpu\n"
+_VALIDATES_FIRST = "  num_sanity_val_steps: -1  # validates before training, too\n"
 _README = files("sdp_lightning.cli.init") / "README.md.txt"
 
 
@@ -118,8 +120,10 @@ def task_files(template: Template, run: str) -> dict[str, str]:
             texts[file] = (recipes_folder() / path).read_text(encoding="utf-8")
         config = _NAMED_FILE.sub(r"\2", _COMMENTS_ON_TOP.sub("", config))
         config = config.replace(f"name: {template.recipe}", f"name: {json.dumps(run)}")
+        config = config.replace(_ON_CPU, _ON_CPU + _VALIDATES_FIRST)
         texts[name] = config.replace(f"runs/{template.recipe}/", f"runs/{run}/")
     settings = {"title": template.title, "needs": template.needs, "run": run}
+    settings["gap"] = " " * max(2, 16 - len(run))  # comments of the commands below each other
     return texts | {"README.md": _README.read_text("utf-8").format_map(settings)}
 
 
