@@ -151,7 +151,7 @@ class RolloutDataModule(RunDataModule):
         )
         self._ranks = make_trainer_ranks(self.trainer, self.stop, batch_timeout_s=config.timeout_s)
         module.use_ranks(self._ranks)
-        self._rows.load(stage, self.trainer, self.rollout, self._num_predicted())
+        self._rows.load(stage, self.trainer, self.rollout, self._num_rows_predicted())
         used = {PROMPTS: self.workflow} if stage in ("fit", "predict") else {}
         used |= {VAL_PROMPTS: self.val_workflow} if stage != "predict" else {}
         self._rows.check(used, module, self.rollout, self._ranks)
@@ -179,6 +179,11 @@ class RolloutDataModule(RunDataModule):
         """Batches that ``predict`` makes at most; None is all."""
         limit: Any = None if self.trainer is None else self.trainer.limit_predict_batches
         return limit if isinstance(limit, int) else None
+
+    def _num_rows_predicted(self) -> int | None:
+        """Rows that ``predict`` rolls out at most, on all ranks; None is all."""
+        batches = self._num_predicted()
+        return None if batches is None else batches * self.rollout.batch_size * self._ranks.size
 
     def train_dataloader(self) -> RolloutLoader:
         module, trainer = self._module(), cast(Any, self.trainer)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from sdp_lightning.config import RolloutConfig
@@ -12,6 +13,7 @@ from sdp_lightning.lightning.prompt_epochs import overfitted
 from sdp_lightning.lightning.startup import say_unstopped
 from sdp_lightning.prompts.iterable_rows import IterableRows
 from sdp_lightning.prompts.sources import (
+    MOST_AT_ONCE,
     NUM_CHECKED,
     Prompts,
     first_rows,
@@ -20,6 +22,7 @@ from sdp_lightning.prompts.sources import (
     read_rows,
 )
 from sdp_lightning.rollout.row_checks import RowChecks
+from sdp_lightning.types import Row
 from sdp_lightning.workflows.workflow import RolloutWorkflow
 
 PROMPTS, VAL_PROMPTS = "prompts", "val_prompts"
@@ -44,6 +47,9 @@ class RunRows:
         )
         self.used: dict[str, Any] = {}
         self._checks: dict[str, RowChecks] = {}
+        self._check: dict[str, Callable[[Sequence[Row]], RowChecks]] = {}
+        self._stream: IterableRows | None = None  # what a predict reads,
+        self._wanted = 0  # until so many rows are good
 
     @property
     def has_val(self) -> bool:
@@ -55,15 +61,16 @@ class RunRows:
         """What a run's settings say of the rows."""
         return {PROMPTS: name_of(self._prompts), VAL_PROMPTS: name_of(self._val_prompts)}
 
-    def load(
-        self, stage: str, trainer: Any, rollout: RolloutConfig, num_batches: int | None
-    ) -> None:
-        """Load the rows that ``stage`` needs; of a ``predict``, those of ``num_batches``."""
+    def load(self, stage: str, trainer: Any, rollout: RolloutConfig, predicted: int | None) -> None:
+        """Load the rows that ``stage`` needs; of a stream, a ``predict`` reads ``predicted``."""
         assert self._prompts is not None
         if stage == "predict":
-            most = None if num_batches is None else num_batches * rollout.batch_size
-            self.used = {PROMPTS: read_rows(self._prompts, most)}
+            rows = load_rows(self._prompts)
+            self.used = {PROMPTS: read_rows(rows, predicted)}
+            self._stream = rows if isinstance(rows, IterableRows) and predicted else None
+            self._wanted = predicted or 0
             return
+        self._stream = None
         self.used = {PROMPTS: overfitted(load_rows(self._prompts), trainer, rollout)}
         if self._val_prompts is not None:
             self.used[VAL_PROMPTS] = read_rows(self._val_prompts)
@@ -93,13 +100,16 @@ class RunRows:
         chosen = {what: flow for what, flow in workflows.items() if what in self.used}
         for what, workflow in chosen.items():
             rows = self.used[what]
-            self._checks[what] = RowChecks(
-                first_rows(rows, NUM_CHECKED) if isinstance(rows, IterableRows) else rows,
-                workflow,
-                module.tokenizer,
+            self._check[what] = partial(
+                RowChecks,
+                workflow=workflow,
+                tokenizer=module.tokenizer,
                 mode=rollout.prompts_check,
                 ranks=ranks,
                 what=what,
+            )
+            self._checks[what] = self._check[what](
+                first_rows(rows, NUM_CHECKED) if isinstance(rows, IterableRows) else rows
             )
         for what, check in self._checks.items():
             check.refuse()
@@ -115,4 +125,15 @@ class RunRows:
             if isinstance(self.used[what], IterableRows):
                 check.refuse()
             else:
-                self.used[what] = check.kept()
+                self.used[what] = self._with_enough(what, check).kept()
+
+    def _with_enough(self, what: str, check: RowChecks) -> RowChecks:
+        """``check``, or that of more rows of a stream, if too few of those are good to predict."""
+        number, max_length = len(self.used[what]), check.max_length
+        while self._stream and check.num_good < self._wanted and number < MOST_AT_ONCE:
+            rows = self._stream.head(2 * number)
+            if len(rows) == number:
+                break  # it has no more
+            check, number = self._check[what](rows), len(rows)
+            check.max_length = max_length
+        return check

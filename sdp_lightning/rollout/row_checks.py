@@ -166,6 +166,11 @@ class RowChecks:
         return sorted(found.values())
 
     @property
+    def num_good(self) -> int:
+        """Number of rows without a fault."""
+        return len(self._rows) - len(self.faults)
+
+    @property
     def summary(self) -> str:
         """The number of rows and, if some have faults, how many by cause, and the first of them."""
         faults = self.faults

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +191,26 @@ def test_predict_returns_texts_and_rows(model_folder: str) -> None:
                 (segment,) = each.segments
                 ids = segment.token_ids.tolist()
                 assert text == module.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("is_one_shot", [True, False])
+def test_predict_reads_a_stream_until_it_has_the_good_rows_that_it_needs(
+    model_folder: str, is_one_shot: bool
+) -> None:
+    def rows() -> Iterator[dict[str, Any]]:
+        for number in range(40):
+            yield {"id": f"r{number}", "prompt": f"{number}=" if number % 4 == 3 else ""}
+
+    data = make_data(
+        rows=rows() if is_one_shot else rows,  # type: ignore[arg-type]
+        engine=FakeEngine(),
+        prompts_check="drop",
+        shuffle=False,
+    )
+    trainer = make_trainer(sdp.WeightSyncCallback(weight_check_every=0), limit_predict_batches=4)
+    batches: Any = trainer.predict(sdp.SegmentWisePPOModule(model_folder), data)
+    names = [row["id"] for batch in batches for row in batch.rows]
+    assert names == [f"r{number}" for number in range(3, 32, 4)]
 
 
 def test_the_loop_without_a_trainer_trains(model_folder: str) -> None:
