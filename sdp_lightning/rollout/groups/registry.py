@@ -103,7 +103,7 @@ class GroupRegistry:
             self._count_errors(group)
             group.session = session
             if self.clock.is_set:
-                group.created_version = self.clock.version
+                group.created_version = self.clock.served
 
     def finish(self, group: InFlightGroup, finished: TrajectoryGroup) -> None:
         """Queue what a workflow returned, or drop it if it is stale already."""
@@ -185,14 +185,17 @@ class GroupRegistry:
             self._purge(version)
             self.changed.notify_all()
 
-    def commit(self, version: int) -> list[InFlightGroup]:
+    def commit(self, version: int, *, served: bool = True) -> list[InFlightGroup]:
         """Advance the clock by one and purge stale groups; returns overdue groups to cancel.
 
+        Without ``served`` engines sample the version before until :meth:`serve`. What they sample
+        meanwhile has a lag of 1, so with ``max_head_lag >= 1`` nothing goes stale by it.
+
         Raises:
-            VersionError: if ``version`` is not the next one.
+            VersionError: if ``version`` is not the next one, or the present one is not served yet.
         """
         with self.changed:
-            self.clock.advance(version)
+            self.clock.advance(version, served=served)
             for order in [group.order for group in self._in_flight.values() if group.in_training]:
                 del self._in_flight[order]
             self._purge(version)
@@ -201,6 +204,12 @@ class GroupRegistry:
                 self._drop_running(group)
             self.changed.notify_all()
             return overdue
+
+    def serve(self) -> None:
+        """Note that engines sample the version that was committed."""
+        with self.changed:
+            self.clock.serve()
+            self.changed.notify_all()
 
     def take(self, *, fewer: bool = False) -> list[TrajectoryGroup]:
         """The oldest ``batch_size`` groups, or none if they are not ready, or all if ``fewer``."""
