@@ -34,6 +34,8 @@ class RolloutConfig:
             ``"wait"`` for it before a batch is handed out, or ``"mask"`` its stale tokens.
         timeout_s: longest wait for a batch.
         drain_s: longest wait, in a publish, for outstanding requests to come back.
+        overlap_publish: begin the next step once the weights are staged, and let servers load them
+            beside it, if they are of one process and ``max_head_lag`` is 1 or more.
         max_failures: rollouts that may fail before the error reaches the trainer.
         max_rejected_in_a_row: rejected groups, with none accepted between, that count as endless.
         min_group_size: samples that a group needs once infrastructure errors
@@ -72,6 +74,7 @@ class RolloutConfig:
     on_overdue: OnOverdue = "drop"
     timeout_s: float = 600.0
     drain_s: float = 30.0
+    overlap_publish: bool = False
     max_failures: int = 0
     max_rejected_in_a_row: int = 100
     min_group_size: int = 2
@@ -95,6 +98,11 @@ class RolloutConfig:
         at_least("min_group_size", self.min_group_size, 1)
         at_least("lost_retries", self.lost_retries, 0)
         at_least("log_completions", self.log_completions, 0)
+        if self.overlap_publish and self.max_head_lag == 0:
+            raise ConfigError(
+                "overlap_publish=True trains a step while servers load the version before it, so "
+                "its batch has a lag of 1: set max_head_lag to 1 or more, or leave it out."
+            )
         if self.max_concurrent is not None:
             at_least("max_concurrent", self.max_concurrent, 1)
         if self.num_epochs is not None:

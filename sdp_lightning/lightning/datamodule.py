@@ -41,7 +41,7 @@ from sdp_lightning.lightning.startup import (
 from sdp_lightning.lightning.stop_request import StopRequest
 from sdp_lightning.lightning.train_loader import RolloutLoader
 from sdp_lightning.prompts.sources import Prompts
-from sdp_lightning.rollout.checkpoint.resharding import reshard
+from sdp_lightning.rollout.checkpoint.resharding import count_discarded, reshard
 from sdp_lightning.rollout.executor import WorkflowExecutor
 from sdp_lightning.rollout.factory import create_workflow_executor
 from sdp_lightning.training.batch import SealedBatch
@@ -249,7 +249,7 @@ class RolloutDataModule(RunDataModule):
         self._leftover.discard()
         if self.rollout.prompts_on_resume == "restart":
             if self._ranks.rank == 0:
-                self.executor.discard(state_dict["ranks"])
+                count_discarded(state_dict["ranks"], self.executor.telemetry)
             return
         self._epochs.left = state_dict.get("epoch_left")
         parts = reshard(state_dict["ranks"], self._ranks.size)

@@ -12,9 +12,7 @@ from typing import Any, get_args
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
-from transformers import PreTrainedModel
 
-from sdp_lightning.engines.protocol import InferenceEngine, SharedServerEngine
 from sdp_lightning.errors import ConfigError, VersionError
 from sdp_lightning.lightning.checkpoint_io import use_atomic_checkpoints
 from sdp_lightning.lightning.checkpoint_names import keep_names_flat
@@ -28,15 +26,15 @@ from sdp_lightning.lightning.failing_callbacks import (
 from sdp_lightning.lightning.graceful_stop import GracefulStop
 from sdp_lightning.lightning.module import SegmentWisePPOModule
 from sdp_lightning.lightning.phase_timer import PHASES
+from sdp_lightning.lightning.published_weights import num_embeddings, weights_for
 from sdp_lightning.lightning.resumed import RunOfFit, say_if_unsaved, say_nothing_trained
 from sdp_lightning.lightning.rollout_hooks import tell_rollouts
+from sdp_lightning.lightning.score_window import ScoreWindow
 from sdp_lightning.lightning.startup import tell_vocabulary
 from sdp_lightning.lightning.weight_check import WeightCheck
 from sdp_lightning.rollout.executor import WorkflowExecutor
 from sdp_lightning.rollout.groups.telemetry import RolloutCounts
 from sdp_lightning.training.batch import Batch
-from sdp_lightning.training.policy.checkpoint_names import as_in_checkpoint
-from sdp_lightning.weights.protocol import WeightStream
 
 logger = logging.getLogger(__name__)
 
@@ -105,6 +103,7 @@ class WeightSyncCallback(Callback):
         self._checked: dict[str, float] = {}
         self._times: dict[str, float] = {}
         self._learned, self._busy_s = 0, 0.0
+        self._window = ScoreWindow()
         self._num_trained = 0  # batches of the fit
         self._drops = DropWarning()
         self._stop = GracefulStop(grace_s=stop_grace_s) if save_on_stop else None
@@ -160,10 +159,14 @@ class WeightSyncCallback(Callback):
         module, data, executor = _parts(trainer, pl_module)
         data.stop.saves.begin_step()
         tell_rollouts(trainer, pl_module, executor.registry.in_hand())
-        data.phase_timer.enter("score")
-        if module.loss.needs_segment_scores:
-            executor.recompute(module)
         data.phase_timer.enter("train")
+        self._window.open(module, executor, data.phase_timer)
+
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any
+    ) -> None:
+        module, data, executor = _parts(trainer, pl_module)
+        self._window.shut(module, executor, data.phase_timer)
 
     def on_train_batch_end(
         self,
@@ -179,8 +182,9 @@ class WeightSyncCallback(Callback):
                 f"the batch was taken at version {batch.version}, but the trainer is at "
                 f"{self.version}: was a publish skipped?"
             )
+        self._window.shut(module, executor, data.phase_timer)
         data.phase_timer.enter("publish")
-        weights = _weights_for(executor.engine, module, changed_only=True)
+        weights = weights_for(executor.engine, module, changed_only=True)
         report = executor.publish(weights, self.version + 1)
         self.version += 1
         self._num_trained += 1
@@ -196,6 +200,10 @@ class WeightSyncCallback(Callback):
             "time/sampling_s": max(0.0, busy_s - self._busy_s - paused_s),
             "publish/bytes": float(report.num_bytes),
             "publish/bytes_per_s": report.bytes_per_s,
+            "publish/stage_s": report.stage_s,
+            "publish/drain_s": report.drain_s,
+            "publish/load_s": report.load_s,
+            "publish/resume_s": report.resume_s,
         }
         self._busy_s = busy_s
         if self._check_every and (self.version == 1 or self.version % self._check_every == 0):
@@ -210,11 +218,12 @@ class WeightSyncCallback(Callback):
         _parts(trainer, pl_module)[1].phase_timer.enter("rest")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        _, data, executor = _parts(trainer, pl_module)
+        executor.publisher.finish()
         if trainer.enable_validation and self._start < self.version != self._validated:
             trainer.validating = True  # as Lightning's loop does, which skips the last version
             trainer.fit_loop.epoch_loop.val_loop.run()
             trainer.training = True
-        _, data, _ = _parts(trainer, pl_module)
         data.stop.saves.finish(data.ranks)
         if self._stop is not None:
             self._stop.end()
@@ -260,22 +269,24 @@ class WeightSyncCallback(Callback):
 
     def _publish_first(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         module, data, executor = _parts(trainer, pl_module)
+        executor.publisher.finish()
         if not executor.is_published:
             if trainer.state.fn == "fit":
                 data.resume(self.version)
-            tell_vocabulary(executor.engine, _num_embeddings(module.require_policy()))
-            weights = _weights_for(executor.engine, module)
+            tell_vocabulary(executor.engine, num_embeddings(module.require_policy()))
+            weights = weights_for(executor.engine, module)
             executor.publish(weights, self.version, reset=True)
             self._check_weights(module, executor)
 
     def _check_weights(self, module: SegmentWisePPOModule, executor: WorkflowExecutor) -> None:
         if self._weight_check is None:
             return
+        executor.publisher.finish()
         policy, start_s = module.require_policy(), time.perf_counter()
         with module.whole_vocabulary():  # as the engine's log-probs of a prompt
             difference = self._weight_check.check(
                 policy,
-                num_embeddings=_num_embeddings(policy),
+                num_embeddings=num_embeddings(policy),
                 score=lambda trajectory: module.score([trajectory])[0][0],
                 ask=executor.engine.prompt_logprobs,
                 own=module.own_logprobs,
@@ -311,20 +322,6 @@ class WeightSyncCallback(Callback):
 
 def _warn_of_rename(former: str, present: str) -> None:
     warnings.warn(f"{former} of WeightSyncCallback is now {present}.", FutureWarning, stacklevel=3)
-
-
-def _num_embeddings(policy: PreTrainedModel) -> int:
-    return int(policy.get_input_embeddings().weight.shape[0])  # type: ignore
-
-
-def _weights_for(
-    engine: InferenceEngine, module: SegmentWisePPOModule, *, changed_only: bool = False
-) -> WeightStream:
-    """Weights as ``engine`` reads them: servers know the names of checkpoints."""
-    if not isinstance(engine, SharedServerEngine):
-        return module.named_weights(changed_only=changed_only)
-    weights = module.named_weights(changed_only=changed_only, lora_alpha=engine.lora_alpha)
-    return as_in_checkpoint(module.require_policy(), weights)
 
 
 def _parts(

@@ -15,8 +15,12 @@ from typing import Any
 from sdp_lightning.config import RolloutConfig
 from sdp_lightning.distributed.rank_group import RankGroup
 from sdp_lightning.engines.protocol import InferenceEngine, NamedWeights, PublishReport
-from sdp_lightning.errors import ConfigError, InfrastructureError, RolloutError, RolloutTimeout
-from sdp_lightning.rollout.checkpoint.group_state import num_groups
+from sdp_lightning.errors import (
+    ConfigError,
+    InfrastructureError,
+    RolloutError,
+    RolloutTimeout,
+)
 from sdp_lightning.rollout.checkpoint.saved_group import with_weights
 from sdp_lightning.rollout.evaluation import Evaluator
 from sdp_lightning.rollout.group_source import GroupSource
@@ -29,7 +33,7 @@ from sdp_lightning.rollout.proximal_recompute import (
     ProximalRecomputer,
     RecomputeReport,
 )
-from sdp_lightning.rollout.publish import publish
+from sdp_lightning.rollout.publisher import Publisher
 from sdp_lightning.rollout.task_runner import STOP_CHECK_S, AsyncTaskRunner, TaskResult
 from sdp_lightning.types import Row, TrajectoryGroup
 from sdp_lightning.workflows.group_play import INFRASTRUCTURE
@@ -65,7 +69,13 @@ class WorkflowExecutor:
         self.config, self.engine, self.workflow = config, engine, workflow
         self.registry, self.manager, self.gate = registry, registry.manager, gate
         self.evaluator = Evaluator(source, registry.clock, timeout_s=config.timeout_s)
-        self._source, self._recomputer, self._ranks = source, recomputer, ranks
+        self._source, self._recomputer = source, recomputer
+        self.publisher = Publisher(
+            *(engine, gate, ranks, registry),
+            config=config,
+            commit=self._commit,
+            on_served=self._submit_rows,
+        )
         self._runner = AsyncTaskRunner(name="sdp-rollout", on_result=self._on_task_result)
         self._generating = self._closed = False
         source.watch(self._submit_rows)
@@ -102,32 +112,26 @@ class WorkflowExecutor:
         """Give the engine ``weights`` as ``version``, commit it, and drop stale groups.
 
         With ``reset`` (a start, fresh or resumed) any version goes, and the ledger is re-based.
-        When this returns, every token sampled before is in its Episode. If it raises, the engine
-        stays paused: no token is sampled by weights of an unknown version.
+        When this returns, every token sampled before is in its Episode. If it raises, no token is
+        sampled by weights of an unknown version. With ``overlap_publish`` it returns once the
+        weights are staged, with the report of the publish before
+        (:class:`~sdp_lightning.rollout.publisher.Publisher`).
 
         Raises:
             VersionError: if ``version`` is not the next one, or the engine reports another.
             EngineError: if the transfer failed.
             RolloutTimeout: if outstanding requests did not come back.
         """
-        if not reset:
-            self.registry.clock.require_next(version)
-        report = publish(
-            self.engine,
-            self.gate,
-            self._ranks,
-            weights,
-            version,
-            reset=reset,
-            drain_s=self.config.drain_s,
-            commit=lambda: self._commit(version, reset=reset),
-        )
+        report = self.publisher.publish(weights, version, reset=reset)
         self._submit_rows()
         return report
 
-    def _commit(self, version: int, *, reset: bool) -> None:
-        move = self.registry.resume if reset else self.registry.commit
-        for group in move(version):
+    def _commit(self, version: int, *, reset: bool, served: bool) -> None:
+        if reset:
+            overdue = self.registry.resume(version)
+        else:
+            overdue = self.registry.commit(version, served=served)
+        for group in overdue:
             if group.task_id is not None:
                 self._runner.cancel(group.task_id)
         with self.registry.changed:
@@ -205,6 +209,7 @@ class WorkflowExecutor:
         Rejected rows are left out. The errors are those of
         :meth:`Evaluator.roll_out <sdp_lightning.rollout.evaluation.Evaluator.roll_out>`.
         """
+        self.publisher.finish()
         return self.evaluator.evaluate(rows, workflow, timeout_s=timeout_s, interrupted=interrupted)
 
     def close(self) -> None:
@@ -214,6 +219,12 @@ class WorkflowExecutor:
             self.registry.changed.notify_all()
         self._source.close()
         self._runner.close()
+        self.publisher.close()
+
+    @property
+    def scores_segments(self) -> bool:
+        """Whether segments are scored at all: the mode is on, and tokens may be old enough."""
+        return self._recomputer is not None and self.config.max_head_lag > 1
 
     def recompute(self, scorer: LogprobScorer) -> RecomputeReport:
         """Score segments of groups in flight under the present version, which ``scorer`` holds.
@@ -221,8 +232,9 @@ class WorkflowExecutor:
         Call it after ``take`` and before the optimizer moves the weights. It does nothing when the
         segment-wise mode is off. Generation goes on meanwhile.
         """
-        if self._recomputer is None:
+        if self._recomputer is None or not self.scores_segments:
             return RecomputeReport()
+        self.publisher.finish()
         return self._recomputer.run(self.registry, scorer, self.version)
 
     # Checkpoints ---------------------------------------------------------------------------------
@@ -232,6 +244,7 @@ class WorkflowExecutor:
 
         A group that runs at that instant may have sampled more by then.
         """
+        self.publisher.wait()
         with self.registry.changed:
             position = self._source.position(self.registry.snapshot())
         return position.state_dict()
@@ -255,25 +268,16 @@ class WorkflowExecutor:
             self._source.give_back(group)
         self.registry.restore(kept)
 
-    def discard(self, parts: Sequence[Mapping[str, Any]]) -> None:
-        """Count the groups of the states ``parts``, which are not resumed, as discarded."""
-        counts = {kind: sum(num_groups(p[kind]) for p in parts) for kind in ("pending", "running")}
-        self.telemetry.num_discarded += sum(counts.values())
-        logger.warning(
-            "prompts_on_resume='restart': the prompts begin from their start; %d finished and %d "
-            "unfinished groups of the checkpoint are discarded.",
-            *counts.values(),
-        )
-
     # Submitting and finishing, in whichever thread -----------------------------------------------
 
     def _submit_rows(self) -> None:
         with self.registry.changed:
             while self._generating and not self._closed and self.registry.failure is None:
-                if self.manager.capacity(self.version) <= 0:
+                served = self.registry.clock.served
+                if self.manager.capacity(served) <= 0:
                     return
                 try:
-                    group = self._source.next(self.version)
+                    group = self._source.next(served)
                 except RolloutError as error:  # raised again in take()
                     self.registry.fail(error)
                     return

@@ -46,7 +46,11 @@ PICK = st.integers(0, 99)
 
 
 class RegistryMachine(RuleBasedStateMachine):
-    """Submit, sample, finish in any order, reject, fail, score, take, commit."""
+    """Submit, sample, finish in any order, reject, fail, score, take, commit, serve.
+
+    With ``overlap`` engines sample the version before (``served``) for a while after a commit, and
+    whatever happens, happens then, too: the next batch is taken. ``scores``: every window is used.
+    """
 
     on_overdue = "drop"
 
@@ -55,8 +59,12 @@ class RegistryMachine(RuleBasedStateMachine):
         H=st.integers(0, 3),
         C=st.integers(1, 9),
         missing=st.sampled_from(["behavior", "drop"]),
+        overlap=st.booleans(),
+        scores=st.booleans(),
     )
-    def start(self, B: int, H: int, C: int, missing: Any) -> None:
+    def start(self, B: int, H: int, C: int, missing: Any, overlap: bool, scores: bool) -> None:
+        self.overlap, self.scores = overlap and H > 0, scores
+        self.served, self.is_due = 0, False
         self.config = sdp.RolloutConfig(
             batch_size=B,
             max_head_lag=H,
@@ -93,14 +101,14 @@ class RegistryMachine(RuleBasedStateMachine):
         self.verdicts[group.order] = verdict
         self.running = [pair for pair in self.running if pair[0] is not group]
 
-    @precondition(lambda self: self.manager.capacity(self.version) > 0)
+    @precondition(lambda self: self.manager.capacity(self.served) > 0)
     @rule(at_once=st.integers(1, 6))
     def submit(self, at_once: int) -> None:
-        for _ in range(min(at_once, self.manager.capacity(self.version))):
+        for _ in range(min(at_once, self.manager.capacity(self.served))):
             episode = Episode(FakeEngine(), SendGate())
             session = RolloutSession(None, lambda n, e=episode: e)  # type: ignore[arg-type, misc]
             session.open().add_context([1])
-            group = InFlightGroup(self.num, PromptRow(0, self.num, {}), self.version, session)
+            group = InFlightGroup(self.num, PromptRow(0, self.num, {}), self.served, session)
             self.registry.add(group)
             self.running.append((group, episode))
             self.num += 1
@@ -108,7 +116,7 @@ class RegistryMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.running)
     @rule(index=PICK)
     def sample(self, index: int) -> None:
-        self.pick(index)[1]._append(make_segment(self.version))
+        self.pick(index)[1]._append(make_segment(self.served))
 
     @precondition(lambda self: self.running)
     @rule(index=PICK, turn=st.booleans())
@@ -117,7 +125,7 @@ class RegistryMachine(RuleBasedStateMachine):
         if turn:
             episode.add_context([1])
         if not any(hasattr(part, "version") for part in episode.parts):
-            episode._append(make_segment(self.version))
+            episode._append(make_segment(self.served))
         self.registry.finish(group, group.make_group([episode.finish(0.0)]))
         self.end(group, "finished")
 
@@ -143,17 +151,37 @@ class RegistryMachine(RuleBasedStateMachine):
             assert oldest is not None and self.version - oldest <= self.config.max_head_lag
             assert self.verdicts[group.order] == "finished" and group.order not in self.dropped
             self.verdicts[group.order] = "trained"
+            if self.scores and self.config.max_head_lag > 1:
+                old = [s for s in group.segments if self.version - s.version >= 2]
+                assert all(s.proximal.version == s.version + 1 for s in old), "missed its window"
         self.in_training = len(batch)
         if not batch and not self.running:
             assert self.manager.stat.pending < self.config.batch_size, "waits for nothing"
-        if score and self.recomputer is not None:
-            self.recomputer.run(self.registry, VersionScorer(), self.version)
+        self.is_due = score or self.scores
+        self.score()
 
-    @precondition(lambda self: self.in_training)
+    def score(self) -> None:
+        """Under the weights of ``version``, once all that ``version - 1`` sampled is there."""
+        if self.is_due and self.served == self.version and self.recomputer is not None:
+            self.recomputer.run(self.registry, VersionScorer(), self.version)
+            self.is_due = False
+
+    @precondition(lambda self: self.served < self.version)
     @rule()
-    def commit(self) -> None:
+    def serve(self) -> None:
+        with pytest.raises(sdp.errors.VersionError, match="not served yet"):
+            self.registry.commit(self.version + 1)
+        self.registry.serve()
+        self.served = self.version
+        self.score()
+
+    @precondition(lambda self: self.in_training and self.served == self.version)
+    @rule(beside=st.booleans())
+    def commit(self, beside: bool) -> None:
         self.version += 1
-        for group in self.registry.commit(self.version):
+        overdue = self.registry.commit(self.version, served=not (beside and self.overlap))
+        self.served = self.registry.clock.served
+        for group in overdue:
             self.end(group, "overdue")
             assert group.order in self.dropped
             self.registry.finish(group, group.make_group([group.session.episodes[0].finish(0.0)]))
@@ -179,7 +207,7 @@ class RegistryMachine(RuleBasedStateMachine):
     def nothing_is_stuck(self) -> None:
         stat = self.manager.stat
         if not stat.running and stat.pending < self.config.batch_size and not self.in_training:
-            assert self.manager.capacity(self.version) > 0, stat
+            assert self.manager.capacity(self.served) > 0 or self.served < self.version, stat
 
     @invariant()
     def waiting_drops_none(self) -> None:

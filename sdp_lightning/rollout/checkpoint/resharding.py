@@ -1,12 +1,16 @@
-"""Redistributes a checkpoint to another number of ranks: no row twice, none left out. Pure."""
+"""Redistributes a checkpoint to another number of ranks: no row twice, none left out."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sdp_lightning.prompts.stream import row_order
-from sdp_lightning.rollout.checkpoint.group_state import groups_as_dicts
+from sdp_lightning.rollout.checkpoint.group_state import groups_as_dicts, num_groups
+from sdp_lightning.rollout.groups.telemetry import RolloutTelemetry
+
+logger = logging.getLogger(__name__)
 
 
 def reshard(parts: Sequence[Mapping[str, Any]], num_ranks: int) -> list[dict[str, Any]]:
@@ -88,3 +92,14 @@ def _row_at(total: int, stream: Mapping[str, Any]) -> tuple[int, int]:
     epoch, position = divmod(total, num_rows)
     order = row_order(num_rows, epoch, seed=int(stream["seed"]), shuffle=bool(stream["shuffle"]))
     return epoch, order[position]
+
+
+def count_discarded(parts: Sequence[Mapping[str, Any]], telemetry: RolloutTelemetry) -> None:
+    """Count the groups of the states ``parts``, which are not resumed, as discarded."""
+    counts = {kind: sum(num_groups(p[kind]) for p in parts) for kind in ("pending", "running")}
+    telemetry.num_discarded += sum(counts.values())
+    logger.warning(
+        "prompts_on_resume='restart': the prompts begin from their start; %d finished and %d "
+        "unfinished groups of the checkpoint are discarded.",
+        *counts.values(),
+    )

@@ -109,7 +109,7 @@ class GroupRegistry:
             self._count_errors(group)
             group.session = session
             if self.clock.is_set:
-                group.created_version = self.clock.version
+                group.created_version = self.clock.served
                 if group.order in self._in_flight:
                     self._index_running(group)
 
@@ -195,18 +195,27 @@ class GroupRegistry:
                 self._looks.set(order, None if group.in_training else version)
             return self._purge(version)
 
-    def commit(self, version: int) -> list[InFlightGroup]:
+    def commit(self, version: int, *, served: bool = True) -> list[InFlightGroup]:
         """Advance the clock by one and purge stale groups; returns overdue groups to cancel.
 
+        Without ``served`` engines sample the version before until :meth:`serve`. What they sample
+        meanwhile has a lag of 1, so with ``max_head_lag >= 1`` nothing goes stale by it.
+
         Raises:
-            VersionError: if ``version`` is not the next one.
+            VersionError: if ``version`` is not the next one, or the present one is not served yet.
         """
         with self.changed:
-            self.clock.advance(version)
+            self.clock.advance(version, served=served)
             for group in self._in_hand:
                 del self._in_flight[group.order]
             self._in_hand.clear()
             return self._purge(version)
+
+    def serve(self) -> None:
+        """Note that engines sample the version that was committed."""
+        with self.changed:
+            self.clock.serve()
+            self.changed.notify_all()
 
     def take(self, *, fewer: bool = False) -> list[TrajectoryGroup]:
         """The oldest ``batch_size`` groups, or none if they are not ready, or all if ``fewer``."""

@@ -138,13 +138,17 @@ OTHERS: dict[str, tuple[Logged, ...]] = {
         ),
     ),
     "Time of a step, rank 0's clock, seconds; what is in no phase is the rest": (
-        Logged("time/step_s", "from the end of a publish to the end of the next"),
+        Logged(
+            "time/step_s",
+            "from the end of a publish to the end of the next; of their staging with "
+            "`overlap_publish`",
+        ),
         Logged("time/wait_s", "waiting for the batch"),
         Logged("time/score_s", "scoring segments that need their proximal log-probs now"),
         Logged("time/train_s", "`training_step`: all forward and backward passes and updates"),
-        Logged("time/publish_s", "publishing weights; the trainer waits"),
+        Logged("time/publish_s", "publishing weights; the trainer waits (exposed)"),
         Logged("time/evaluate_s", "evaluations since the last publish"),
-        Logged("time/paused_s", "of the publish: no token was sampled"),
+        Logged("time/paused_s", "of the publish: no token was sampled (drain, load, resume)"),
         Logged(
             "time/sampling_s", "at least one request of rank 0 was being sampled, beside the phases"
         ),
@@ -190,8 +194,12 @@ OTHERS: dict[str, tuple[Logged, ...]] = {
         Logged("run/callbacks_set_aside", "callbacks that failed and are set aside, of rank 0"),
     ),
     "Weights on their way": (
-        Logged("publish/bytes", "sent"),
-        Logged("publish/bytes_per_s", "of the transfer"),
+        Logged("publish/bytes", "sent; with `overlap_publish` all of the publish before"),
+        Logged("publish/bytes_per_s", "of the transfer: staging and loading"),
+        Logged("publish/stage_s", "gathering, casting and writing weights, while servers sample"),
+        Logged("publish/drain_s", "from closing the gate until no request is under way"),
+        Logged("publish/load_s", "loading weights, in all servers at once"),
+        Logged("publish/resume_s", "from the last server's report until requests are sent again"),
         Logged(
             "publish/echo",
             "mean difference of the log-probs of a text, engine against trainer, nats; as of the "
