@@ -27,7 +27,9 @@ class RolloutConfig:
             so ``on_overdue``, ``requeue_dropped`` and ``missing_proximal`` have no effect.
         batch_size: groups a training step consumes.
         max_head_lag: the most versions that a trained token may be old; 0 is exactly on-policy.
-        max_concurrent: the most groups at once; None: ``(max_head_lag + 1) * batch_size``.
+        max_concurrent: the most groups at once; None: ``(max_head_lag + 1) * batch_size``, more
+            than which cannot run; ``"auto"``: what trains the most tokens a second, found in the
+            first steps by trying (:class:`~sdp_lightning.rollout.concurrency.ConcurrencyTuner`).
         missing_proximal: substitute for a segment proximal whose window has passed:
             ``"behavior"`` (q := b), ``"loglinear"``, ``"decoupled"`` (q := x), or ``"drop"`` it.
         on_overdue: treatment of a group that still runs when it goes stale: ``"drop"`` it,
@@ -67,7 +69,7 @@ class RolloutConfig:
     enable_segment_wise_ppo: bool = True
     batch_size: int = 8
     max_head_lag: int = 2
-    max_concurrent: int | None = None
+    max_concurrent: int | Literal["auto"] | None = None
     missing_proximal: MissingProximal = "behavior"
     on_overdue: OnOverdue = "drop"
     timeout_s: float = 600.0
@@ -95,7 +97,7 @@ class RolloutConfig:
         at_least("min_group_size", self.min_group_size, 1)
         at_least("lost_retries", self.lost_retries, 0)
         at_least("log_completions", self.log_completions, 0)
-        if self.max_concurrent is not None:
+        if isinstance(self.max_concurrent, int):
             at_least("max_concurrent", self.max_concurrent, 1)
         if self.num_epochs is not None:
             at_least("num_epochs", self.num_epochs, 1)
@@ -124,13 +126,15 @@ class RolloutConfig:
         return replace(
             self,
             batch_size=self.batch_size // num_ranks,
-            max_concurrent=self.concurrency // num_ranks,
+            max_concurrent="auto"
+            if self.max_concurrent == "auto"
+            else self.concurrency // num_ranks,
         )
 
     @property
     def concurrency(self) -> int:
         """The most groups generated at once."""
-        if self.max_concurrent is not None:
+        if isinstance(self.max_concurrent, int):
             return self.max_concurrent
         return (self.max_head_lag + 1) * self.batch_size
 
