@@ -27,7 +27,9 @@ class RolloutConfig:
             so ``on_overdue``, ``requeue_dropped`` and ``missing_proximal`` have no effect.
         batch_size: groups a training step consumes.
         max_head_lag: the most versions that a trained token may be old; 0 is exactly on-policy.
-        max_concurrent: the most groups at once; None: ``(max_head_lag + 1) * batch_size``.
+        max_concurrent: the most groups at once; None: ``(max_head_lag + 1) * batch_size``, more
+            than which cannot run; ``"auto"``: what trains the most tokens a second, found in the
+            first steps by trying (:class:`~sdp_lightning.rollout.concurrency.ConcurrencyTuner`).
         missing_proximal: substitute for a segment proximal whose window has passed:
             ``"behavior"`` (q := b), ``"loglinear"``, ``"decoupled"`` (q := x), or ``"drop"`` it.
         on_overdue: treatment of a group that still runs when it goes stale: ``"drop"`` it,
@@ -69,7 +71,7 @@ class RolloutConfig:
     enable_segment_wise_ppo: bool = True
     batch_size: int = 8
     max_head_lag: int = 2
-    max_concurrent: int | None = None
+    max_concurrent: int | Literal["auto"] | None = None
     missing_proximal: MissingProximal = "behavior"
     on_overdue: OnOverdue = "drop"
     timeout_s: float = 600.0
@@ -103,7 +105,7 @@ class RolloutConfig:
                 "overlap_publish=True trains a step while servers load the version before it, so "
                 "its batch has a lag of 1: set max_head_lag to 1 or more, or leave it out."
             )
-        if self.max_concurrent is not None:
+        if isinstance(self.max_concurrent, int):
             at_least("max_concurrent", self.max_concurrent, 1)
         if self.num_epochs is not None:
             at_least("num_epochs", self.num_epochs, 1)
@@ -132,13 +134,15 @@ class RolloutConfig:
         return replace(
             self,
             batch_size=self.batch_size // num_ranks,
-            max_concurrent=self.concurrency // num_ranks,
+            max_concurrent="auto"
+            if self.max_concurrent == "auto"
+            else self.concurrency // num_ranks,
         )
 
     @property
     def concurrency(self) -> int:
         """The most groups generated at once."""
-        if self.max_concurrent is not None:
+        if isinstance(self.max_concurrent, int):
             return self.max_concurrent
         return (self.max_head_lag + 1) * self.batch_size
 

@@ -59,11 +59,15 @@ def _types(settings: type) -> dict[str, tuple[Any, ...]]:
 
 
 def _is_known(kind: Any) -> bool:
+    if get_origin(kind) is Literal:
+        return True
     parts = get_args(kind) if get_origin(kind) is tuple else (kind,)
     return all(part in (*_WORDS, type(None), ...) for part in parts)
 
 
 def _is(value: Any, kind: Any) -> bool:
+    if get_origin(kind) is Literal:
+        return isinstance(value, str) and value in get_args(kind)
     if get_origin(kind) is tuple:
         parts = get_args(kind)
         size = {len(value)} if isinstance(value, tuple | list) else set[int]()
@@ -79,6 +83,8 @@ def _is(value: Any, kind: Any) -> bool:
 def _words(kind: Any) -> str:
     if get_origin(kind) is tuple:
         return f"a sequence ({_WORDS[get_args(kind)[0]]} each)"
+    if get_origin(kind) is Literal:
+        return " or ".join(map(repr, get_args(kind)))
     return _WORDS.get(kind, "None")
 
 

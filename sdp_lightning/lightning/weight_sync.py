@@ -206,6 +206,7 @@ class WeightSyncCallback(Callback):
             "publish/resume_s": report.resume_s,
         }
         self._busy_s = busy_s
+        self._times |= executor.concurrency.on_step(self._times)
         if self._check_every and (self.version == 1 or self.version % self._check_every == 0):
             self._check_weights(module, executor)
         self._times |= self._checked

@@ -15,12 +15,8 @@ from typing import Any
 from sdp_lightning.config import RolloutConfig
 from sdp_lightning.distributed.rank_group import RankGroup
 from sdp_lightning.engines.protocol import InferenceEngine, NamedWeights, PublishReport
-from sdp_lightning.errors import (
-    ConfigError,
-    InfrastructureError,
-    RolloutError,
-    RolloutTimeout,
-)
+from sdp_lightning.errors import ConfigError, InfrastructureError, RolloutError, RolloutTimeout
+from sdp_lightning.rollout.auto_concurrency import AutoConcurrency
 from sdp_lightning.rollout.checkpoint.saved_group import with_weights
 from sdp_lightning.rollout.evaluation import Evaluator
 from sdp_lightning.rollout.group_source import GroupSource
@@ -68,6 +64,7 @@ class WorkflowExecutor:
     ) -> None:
         self.config, self.engine, self.workflow = config, engine, workflow
         self.registry, self.manager, self.gate = registry, registry.manager, gate
+        self.concurrency = AutoConcurrency(registry, config)
         self.evaluator = Evaluator(source, registry.clock, timeout_s=config.timeout_s)
         self._source, self._recomputer = source, recomputer
         self.publisher = Publisher(
@@ -247,7 +244,7 @@ class WorkflowExecutor:
         self.publisher.wait()
         with self.registry.changed:
             position = self._source.position(self.registry.snapshot())
-        return position.state_dict()
+        return position.state_dict() | self.concurrency.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from ``state``: finished groups are pending again, the others are resubmitted.
@@ -263,6 +260,7 @@ class WorkflowExecutor:
         if self.is_published:
             raise ConfigError("load_state_dict() must come before the first publish.")
         restored = self._source.load_state_dict(state)
+        self.concurrency.load_state_dict(state)
         kept, others = with_weights(restored, self.workflow.reward_weights)
         for group in others:
             self._source.give_back(group)

@@ -23,7 +23,7 @@ from sdp_lightning.observability.report.files import read_run
 from sdp_lightning.observability.report.learning import SIGNALS
 from sdp_lightning.testing import FakeEngine
 from sdp_lightning.training.batch import Batch
-from sdp_lightning.training.metrics.names import POOL, SEVERAL, logged_names
+from sdp_lightning.training.metrics.names import AUTO, POOL, SEVERAL, logged_names
 from support.reports import Page, make_step, write_run
 from support.trainers import Recorder, make_data, make_module, make_rows, make_trainer
 
@@ -87,7 +87,8 @@ def csv_rows(folder: Path) -> list[dict[str, float]]:
 
 def test_a_run_with_everything_on_logs_every_name_that_is_documented(fit: Fit) -> None:
     logged = {name for row in csv_rows(fit.folder) for name in row} - {"epoch", "step"}
-    assert logged == {name for name, when in logged_names().items() if when not in (POOL, SEVERAL)}
+    elsewhere = (POOL, SEVERAL, AUTO)
+    assert logged == {name for name, when in logged_names().items() if when not in elsewhere}
 
 
 def test_a_plain_run_logs_the_names_that_need_nothing(tmp_path: Path, model_folder: str) -> None:

@@ -12,6 +12,7 @@ from sdp_lightning.observability.report.advice import advice_on
 from sdp_lightning.observability.report.files import RunConfigs
 from sdp_lightning.observability.report.time_breakdown import (
     reward_share,
+    speeds_by_concurrency,
     time_breakdown,
     wait_parts,
 )
@@ -71,6 +72,42 @@ def test_sampling_for_an_evaluation_is_not_sampling_for_training() -> None:
     breakdown = time_breakdown([make_row(sampling=9.0, train=3.0, evaluate=5.0)])
     assert breakdown is not None
     assert breakdown.floor_s == pytest.approx(4.0 + 5.0)  # max(9 - 5, 3) + 5
+
+
+def tried_rows(*settings: tuple[int, int, float]) -> list[dict[str, float]]:
+    """Steps of 10 s: (groups at once, steps, tokens a second)."""
+    return [
+        make_row(sampling=9.0, wait=5.0, train=4.0)
+        | {"rollout/concurrency": float(at_once), "speed/train_tokens_per_s": speed}
+        for at_once, count, speed in settings
+        for _ in range(count)
+    ]
+
+
+def test_a_run_does_not_reach_its_floor_by_sampling_slowly() -> None:
+    """8 steps at 50 tokens/s hold 4,000 tokens: 40 s at the 100 tokens/s that 4 at once reach."""
+    rows = tried_rows((4, 5, 100.0), (2, 8, 50.0))
+    rows[5]["speed/train_tokens_per_s"] = 400.0  # a first step: its groups ran 4 at once
+    assert speeds_by_concurrency(rows) == {2: pytest.approx(50.0), 4: pytest.approx(100.0)}
+    rows[5]["speed/train_tokens_per_s"] = 50.0
+    alone = time_breakdown(rows[5:])
+    assert alone is not None and alone.speeds == {2: pytest.approx(50.0)}
+    assert alone.floor_share == pytest.approx(0.9), "nobody knows what another setting reaches"
+    both = time_breakdown(rows)
+    assert both is not None
+    # 5 * 10 * 100 + 8 * 10 * 50 tokens at 100 tokens/s
+    assert both.floor_s == pytest.approx(90.0) and both.floor_share == pytest.approx(9 / 13)
+
+
+def test_which_setting_would_be_faster_is_said_with_numbers() -> None:
+    slow = told(tried_rows((4, 20, 100.0), (2, 20, 50.0)))
+    assert "max_concurrent=4 would train 100% more tokens a second than 2" in slow["concurrency"]
+    fast = told(tried_rows((4, 20, 97.0), (2, 20, 50.0), (4, 20, 98.0)))
+    assert "ended at 4 groups at once, the fastest that it tried" in fast["concurrency"]
+    assert "concurrency" not in told(tried_rows((4, 40, 100.0)))
+    assert "near_floor" not in told(tried_rows((4, 40, 100.0))), "one setting shows no floor"
+    waits = told(tried_rows((4, 40, 1.0)), setting("rollout", max_concurrent="auto"))
+    assert "max_concurrent='auto' tries how many" in waits["trainer_waits"]
 
 
 def test_a_wait_is_divided_as_the_rollouts_time_is() -> None:

@@ -118,7 +118,8 @@ class ProgressLine(Observer, ProgressBar):
     def _parts(self) -> list[str]:
         trainer, now = self.trainer, time.monotonic()
         left_s, elapsed_s = seconds_left(trainer, self._pace, now), now - self._started
-        return progress_parts(self._row, trainer.global_step, trainer.max_steps, elapsed_s, left_s)
+        row, steps = self._row, (trainer.global_step, trainer.max_steps)
+        return progress_parts(row, *steps, elapsed_s, left_s) + concurrency_parts(trainer)
 
     def _show(self, parts: list[str]) -> None:
         if self._enabled and self.trainer.is_global_zero:
@@ -175,6 +176,18 @@ def activity_text(trainer: Trainer) -> str | None:
     return f"{DOING[phase]} {seconds:.0f} s: {stat.pending} of {size} ready, {stat.running} running"
 
 
+def concurrency_parts(trainer: Trainer) -> list[str]:
+    """The number of groups at once with its reason, where ``max_concurrent`` is ``"auto"``."""
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    if not isinstance(data, RolloutDataModule):
+        return []
+    try:
+        tuner = data.executor.concurrency.tuner
+    except ConfigError:  # the data module has just been closed
+        return []
+    return [] if tuner is None else [f"{tuner.setting} at once: {tuner.reason}"]
+
+
 def progress_parts(
     row: MetricRow, step: int, max_steps: int, elapsed_s: float, left_s: float | None = None
 ) -> list[str]:
@@ -202,7 +215,8 @@ def progress_parts(
     if "rollout/pending" in row:
         dropped = row.get("rollout/dropped_stale", 0) + row.get("rollout/dropped_overdue", 0)
         ready, running = row["rollout/pending"], row.get("rollout/running", 0)
-        parts.append(f"{ready:.0f} ready, {running:.0f} running, {dropped:.0f} dropped")
+        at_most = f" of {row['rollout/concurrency']:.0f}" if "rollout/concurrency" in row else ""
+        parts.append(f"{ready:.0f} ready, {running:.0f}{at_most} running, {dropped:.0f} dropped")
     if "time/step_s" in row:
         parts.append(f"{row['time/step_s']:.1f} s")
     speeds = (row.get(f"speed/{side}_tokens_per_s") for side in ("generated", "train"))

@@ -16,6 +16,7 @@ from sdp_lightning.observability.report.time_breakdown import (
     REST,
     TimeBreakdown,
     reward_share,
+    speeds_by_concurrency,
     time_breakdown,
 )
 from sdp_lightning.training.metrics.health import health_warnings
@@ -69,6 +70,7 @@ def advice_on(rows: Sequence[MetricRow], configs: RunConfigs) -> list[Advice]:
         *_bottleneck(late, breakdown, configs),
         *_overheads(breakdown),
         *_rollouts(rows, configs.rollout),
+        *_concurrency(rows),
         *_learning(rows),
         *(Advice(w.kind, "bad", w.text[0].upper() + w.text[1:]) for w in warnings),
     ]
@@ -107,7 +109,7 @@ def _bottleneck(
                 "fresher at the same speed."
             )
             yield Advice("old_tokens", "hint", text)
-    if floor >= 0.9:
+    if floor >= 0.9 and (wait <= LONG_WAIT or len(breakdown.speeds) > 1):
         text = (
             f"Sampling and training overlap: steps are at {floor:.0%} of the floor that the "
             "slower of the two sets."
@@ -121,6 +123,21 @@ def _bottleneck(
         yield Advice("gaps", "bad", text)
 
 
+def _concurrency(rows: Sequence[MetricRow]) -> Iterator[Advice]:
+    """Which ``max_concurrent`` was the fastest, where several were tried."""
+    speeds, last = speeds_by_concurrency(rows), int(rows[-1].get("rollout/concurrency", 0))
+    if len(speeds) < 2 or last not in speeds:
+        return
+    best = max(speeds, key=lambda setting: speeds[setting])
+    gain = speeds[best] / speeds[last] - 1
+    if gain < 0.05:
+        text = f"max_concurrent='auto' ended at {last} groups at once, the fastest that it tried"
+        yield Advice("concurrency", "good", f"{text}, or within 5 % of it.")
+    else:
+        text = f"max_concurrent={best} would train {gain:.0%} more tokens a second than {last}"
+        yield Advice("concurrency", "hint", f"{text}, where max_concurrent='auto' ended.")
+
+
 def _faster_rollouts(rows: Sequence[MetricRow], rollout: RolloutConfig | None) -> str:
     running = mean(rows, "rollout/running")
     if reward_share(rows[-1]) > 0.3:
@@ -130,6 +147,11 @@ def _faster_rollouts(rows: Sequence[MetricRow], rollout: RolloutConfig | None) -
         )
     if rollout is None:
         return "Raise max_concurrent or add a replica."
+    if rollout.max_concurrent == "auto" and rollout.max_head_lag:
+        return (
+            "max_concurrent='auto' tries how many groups at once are the fastest: what is left is "
+            "a faster engine, or a replica."
+        )
     if running >= 0.8 * rollout.concurrency:
         return (
             f"All of max_concurrent={rollout.concurrency} groups run: raise it if the engine has "

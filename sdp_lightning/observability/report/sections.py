@@ -161,7 +161,25 @@ def _floor(breakdown: TimeBreakdown) -> str:
         f"evaluations: <b>{value('floor.s', floor, duration(floor))}</b>. It takes "
         f"<b>{value('step.s', step, duration(step))}</b>, so this run reaches "
         f"<b>{breakdown.floor_share:.0%}</b> of that floor. The floor moves with the speed that "
-        "sampling has: a faster engine or more requests at once lower it.</p>"
+        f"sampling has. {_tried(breakdown.speeds)}</p>"
+    )
+
+
+def _tried(speeds: Mapping[int, float]) -> str:
+    """What the numbers of groups at once that were tried are worth."""
+    if len(speeds) < 2:
+        return (
+            "Only one max_concurrent was measured: a faster engine or another one may lower it, "
+            "and max_concurrent=&quot;auto&quot; tries several."
+        )
+    best = max(speeds, key=lambda setting: speeds[setting])
+    tried = ", ".join(
+        f"{setting}: {value(f'speed.at.{setting}', speed, f'{speed:,.0f}')}"
+        for setting, speed in speeds.items()
+    )
+    return (
+        f"Trained tokens a second by groups at once: {tried}. {best} were the fastest, and the "
+        "floor is not above what these tokens take with them."
     )
 
 

@@ -6,9 +6,10 @@ A step lasts from the end of a publish to the end of the next. Each of its momen
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from sdp_lightning.lightning.phase_timer import PHASES
+from sdp_lightning.rollout.concurrency import SETTLE
 from sdp_lightning.training.metrics.names import MetricRow
 
 _WAITS = {  # parts of a rollout's time, in whose proportion a wait is divided
@@ -36,7 +37,10 @@ class TimeBreakdown:
         wait_s: the part of it that the trainer waited for batches.
         sampling_s: time in which at least one request was being sampled, beside the phases.
         floor_s: max(T_gen, T_score + T_train) + publish + evaluations: what the steps would take if
-            sampling, at the speed that it had, and training overlapped without a gap.
+            sampling, at the speed that it had, and training overlapped without a gap. Where several
+            numbers of groups at once were tried, it is not above what the tokens of these steps
+            would take at the fastest of them: a run does not reach its floor by sampling slowly.
+        speeds: trained tokens a second by groups at once, of a run that tried several.
     """
 
     num_steps: int
@@ -45,6 +49,7 @@ class TimeBreakdown:
     wait_s: float
     sampling_s: float
     floor_s: float
+    speeds: Mapping[int, float] = field(default_factory=dict[int, float])
 
     def share(self, label: str) -> float:
         """Share of the time that one phase took."""
@@ -88,7 +93,29 @@ def time_breakdown(rows: Sequence[MetricRow]) -> TimeBreakdown | None:
     generation = max(0.0, sampling - spent["evaluate"])
     floor = max(generation, spent["score"] + spent["train"])
     floor = min(total, floor + spent["publish"] + spent["evaluate"])
-    return TimeBreakdown(len(rows), total, phases, spent["wait"], sampling, floor)
+    if len(speeds := speeds_by_concurrency(rows)) > 1:
+        tokens = sum(row["speed/train_tokens_per_s"] * row["time/step_s"] for row in rows)
+        floor = min(floor, tokens / max(speeds.values()) + spent["evaluate"])
+    return TimeBreakdown(len(rows), total, phases, spent["wait"], sampling, floor, speeds)
+
+
+def speeds_by_concurrency(rows: Sequence[MetricRow]) -> dict[int, float]:
+    """Trained tokens a second of each ``max_concurrent`` that ``"auto"`` tried for some steps.
+
+    The first steps of each are left out: their groups began at another one.
+    """
+    sums: dict[int, tuple[float, float]] = {}
+    before, num_same = 0.0, 0
+    for row in rows:
+        setting = row.get("rollout/concurrency", 0.0)
+        num_same = num_same + 1 if setting == before else 0
+        before = setting
+        if setting and num_same >= SETTLE and row["speed/train_tokens_per_s"] > 0:
+            step_s = row["time/step_s"]
+            tokens, seconds = sums.get(int(setting), (0.0, 0.0))
+            tokens += row["speed/train_tokens_per_s"] * step_s
+            sums[int(setting)] = tokens, seconds + step_s - row.get("time/evaluate_s", 0.0)
+    return {setting: tokens / s for setting, (tokens, s) in sorted(sums.items()) if s > 0}
 
 
 def wait_parts(row: MetricRow) -> dict[str, float]:

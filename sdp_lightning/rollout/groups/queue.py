@@ -76,7 +76,8 @@ class RolloutCache:
         """Remove and return the ``count`` oldest groups; none, or ``fewer``, if there are fewer."""
         if len(self._groups) < count and not fewer:
             return []
-        taken, self._groups = self._groups[:count], self._groups[count:]
+        taken = self._groups[:count]
+        del self._groups[:count]
         return taken
 
     def first(self, count: int) -> list[TrajectoryGroup]:

@@ -106,6 +106,7 @@ class Logged:
 
 POOL = "`reward_workers` or a `RewardPool`"
 SEVERAL = "several rewards"
+AUTO = '`max_concurrent="auto"`'
 EXTRA = "a module with `extra_loss`"
 REFERENCE = "a KL term: `loss.kl_coefficient`"
 OTHERS: dict[str, tuple[Logged, ...]] = {
@@ -166,6 +167,7 @@ OTHERS: dict[str, tuple[Logged, ...]] = {
     "Groups, all ranks, when they took the batch; counts of the run so far": (
         Logged("rollout/version", "the policy version after the publish"),
         Logged("rollout/running", "being rolled out then"),
+        Logged("rollout/concurrency", "the most at once in this step, of rank 0", AUTO),
         Logged("rollout/pending", "finished, waiting for the trainer then, less the batch"),
         Logged("rollout/dropped_stale", "dropped: too old when they had waited"),
         Logged("rollout/dropped_overdue", "dropped: too old while they ran"),
