@@ -105,6 +105,17 @@ class Episode:
         return self._position < len(self._log)
 
     @property
+    def to_restore(self) -> tuple[Event, ...]:
+        """Events of an interrupted run that are still to be restored."""
+        with self._lock:
+            return tuple(self._log[self._position :])
+
+    def forget(self) -> None:
+        """Drop the events that are still to be restored: the workflow goes another way."""
+        with self._lock:
+            del self._log[self._position :]
+
+    @property
     def divergence(self) -> str:
         """How the workflow diverged from its interrupted run; empty if it did not."""
         return self._divergence
