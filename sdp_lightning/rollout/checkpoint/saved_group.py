@@ -24,6 +24,7 @@ class SavedResult(NamedTuple):
     finish_reason: FinishReason
     rewards: Mapping[str, float] = _NONE
     reward_weights: Mapping[str, float] = _NONE
+    sample: int | None = None
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def save_group(group: InFlightGroup) -> SavedGroup:
         trajectories = group.finished.trajectories
         logs = [t.parts for t in trajectories]
         results = [
-            SavedResult(t.reward, t.finish_reason, t.rewards, t.reward_weights)
+            SavedResult(t.reward, t.finish_reason, t.rewards, t.reward_weights, t.sample)
             for t in trajectories
         ]
     row = group.row
