@@ -32,7 +32,7 @@ def play(tree: TurnTree, *requests: Any, params: SamplingParams = PARAMS) -> lis
 def kinds(tree: TurnTree) -> list[list[tuple[str, list[int]]]]:
     """Runs of contexts and of segments of each trajectory."""
     found: list[list[tuple[str, list[int]]]] = []
-    for trajectory in tree.trajectories(0.0, {}):
+    for trajectory in tree.trajectories(0.0, {}, sample=0):
         runs: list[tuple[str, list[int]]] = []
         for part in trajectory.parts:
             kind, tokens = type(part).__name__, part.token_ids.tolist()
@@ -113,7 +113,7 @@ def test_a_turn_that_is_ended_or_fails_is_not_trained_and_nothing_continues_its_
             await tree.take_turn(longer, PARAMS)
 
     asyncio.run(run())
-    [trajectory] = tree.trajectories(0.0, {})
+    [trajectory] = tree.trajectories(0.0, {}, sample=0)
     assert trajectory.token_ids.tolist() == first[0].token_ids.tolist()
     assert tree.num_unfinished == 2 and tree.num_turns == 1
 
@@ -138,7 +138,7 @@ def test_an_interrupted_sample_repeats_its_turns_until_one_differs() -> None:
     assert not any(branch.episode.is_restoring for branch in tree._branches)
 
 
-# Random trees ---------------------------------------------------------------------------------------
+# Random trees -------------------------------------------------------------------------------------
 
 REQUESTS = st.lists(
     st.lists(
@@ -195,7 +195,7 @@ def test_in_any_tree_each_sampled_token_is_trained_once_after_exactly_what_was_r
 
     asyncio.run(run())
     counts: Counter[int] = Counter()
-    for trajectory in tree.trajectories(1.0, {}):
+    for trajectory in tree.trajectories(1.0, {}, sample=0):
         whole, at = trajectory.token_ids.tolist(), 0
         for part in trajectory.parts:
             first = int(part.token_ids[0])

@@ -60,7 +60,7 @@ class _Branch:
     is_open: bool = False
 
     def deepest(self, tokens: IntArray) -> int:
-        """Length of the longest turn's end of which ``tokens`` are an extension; 0: there is none."""
+        """Length of the longest turn that ``tokens`` extend; 0: there is none."""
         size = min(self.tokens.size, tokens.size)
         differs = np.flatnonzero(self.tokens[:size] != tokens[:size])
         shared = int(differs[0]) if differs.size else size
@@ -123,6 +123,7 @@ class TurnTree:
         reward: float | Mapping[str, float],
         weights: Mapping[str, float],
         *,
+        sample: int,
         truncated: bool = False,
     ) -> list[Trajectory]:
         """One trajectory for each branch, up to the end of its last turn; side requests have none.
@@ -130,6 +131,7 @@ class TurnTree:
         Args:
             reward: reward of the sample, or several by name.
             weights: weights of several by name.
+            sample: number of the sample in its group.
             truncated: whether a bound ended the sample.
         """
         made: list[Trajectory] = []
@@ -139,10 +141,10 @@ class TurnTree:
             parts = branch.episode.parts[: branch.num_parts]
             reason: FinishReason = "length" if truncated else branch.finish_reason
             if isinstance(reward, Mapping):
-                plain = Trajectory(parts, finish_reason=reason)
+                plain = Trajectory(parts, finish_reason=reason, sample=sample)
                 made.append(plain.with_rewards(reward, weights))
             else:
-                made.append(Trajectory(parts, reward=reward, finish_reason=reason))
+                made.append(Trajectory(parts, reward, reason, sample=sample))
         return made
 
     def forget(self) -> None:
