@@ -115,8 +115,42 @@ async def with_anthropic_streamed(row: Any, endpoint: Any) -> float:
     return await with_anthropic(row, endpoint, streamed=True)
 
 
+async def with_responses(row: Any, endpoint: Any, *, streamed: bool = False) -> float:
+    history: list[Any] = [{"role": "user", "content": row["prompt"]}]
+    tool: Any = {"type": "function", "strict": False, **TOOL}
+    given: Any = {"model": endpoint.model, "tools": [tool]}
+    async with openais(endpoint) as client:
+        while True:
+            if streamed:
+                async with client.responses.stream(input=history, **given) as stream:
+                    answer = await stream.get_final_response()
+            else:
+                answer = await client.responses.create(input=history, **given)
+            assert answer.status == "completed" and answer.usage is not None
+            history += [item.model_dump(exclude_none=True) for item in answer.output]
+            calls = [item for item in answer.output if item.type == "function_call"]
+            if not calls:
+                assert answer.usage.output_tokens == len("It is 2.") + 1
+                return float(answer.output_text == "It is 2.")
+            assert answer.output_text == "Wait." and json.loads(calls[0].arguments) == {"a": 1}
+            result = {"type": "function_call_output", "call_id": calls[0].call_id, "output": "2"}
+            history.append(result)
+
+
+async def with_responses_streamed(row: Any, endpoint: Any) -> float:
+    return await with_responses(row, endpoint, streamed=True)
+
+
 @pytest.mark.parametrize(
-    "agent", [with_openai, with_openai_streamed, with_anthropic, with_anthropic_streamed]
+    "agent",
+    [
+        with_responses,
+        with_responses_streamed,
+        with_openai,
+        with_openai_streamed,
+        with_anthropic,
+        with_anthropic_streamed,
+    ],
 )
 def test_an_agent_with_a_tool_is_one_trajectory_token_for_token(agent: Any) -> None:
     [group] = roll_agent(agent, SayingEngine(says))

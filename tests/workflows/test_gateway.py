@@ -6,12 +6,15 @@ import asyncio
 import gc
 import logging
 import threading
+import traceback
 from typing import Any
 
 import aiohttp
 import openai
 import pytest
+from jsonargparse import ArgumentParser
 
+import sdp_lightning as sdp
 from sdp_lightning.errors import ConfigError, EngineError, RolloutError
 from sdp_lightning.testing import FakeEngine
 from sdp_lightning.types import SamplingParams
@@ -56,6 +59,7 @@ def test_what_makes_no_request_is_an_error_of_the_api_and_what_was_sampled_stays
             assert status == 400 and text in answer["error"]["message"], (body, answer)
         for body in ({"token_ids": [-1]}, {"token_ids": []}, {"token_ids": ["a"]}):
             assert (await post(endpoint, body, "/inference/v1/generate"))[0] == 400
+        assert (await post(endpoint, chat("a"), content_encoding="gzip"))[0] == 400
         status, answer = await post(endpoint, chat("a"), "/v1/messages")
         assert status == 400 and answer["type"] == "error" and "max_tokens" in str(answer)
         status, answer = await post(endpoint, {}, "/v1/embeddings")
@@ -73,8 +77,8 @@ def test_a_key_opens_its_own_sample_until_it_ends_and_is_in_no_log(
     caplog.set_level(logging.DEBUG)
     seen: list[Any] = []
 
-    async def status_of(endpoint: Any) -> int:
-        headers = {"x-api-key": endpoint.api_key}
+    async def status_of(endpoint: Any, times: int = 1) -> int:
+        headers = {"x-api-key": endpoint.api_key * times}
         async with (
             aiohttp.ClientSession() as client,
             client.get(f"{endpoint.base_url}/models", headers=headers) as answer,
@@ -91,6 +95,7 @@ def test_a_key_opens_its_own_sample_until_it_ends_and_is_in_no_log(
             return 1.0
         again = await post(endpoint, chat("a"), x_stainless_retry_count="1")
         assert again[1]["id"] == mine["id"], "the answer of its own first request"
+        assert await status_of(endpoint, 400) == 400, "a header too long for HTTP"
         while await status_of(seen[0]) != 403:
             await asyncio.sleep(0)
         status, answer = await post(seen[0], chat("a"))
@@ -158,6 +163,13 @@ def test_an_agent_that_raises_fails_its_group_unless_that_has_a_reward() -> None
         roll_agent(agent, fresh())
     [group] = roll_agent(agent, fresh(), error_reward=-2.0)
     assert [t.reward for t in group.trajectories] == [-2.0] * 2
+
+    async def tells(row: Any, endpoint: Any) -> float:
+        raise RuntimeError(f"headers: {endpoint.api_key}")
+
+    with pytest.raises(RolloutError, match=r"RuntimeError\('headers: <its key>'\)") as caught:
+        roll_agent(tells, fresh())
+    assert "sk-sdp-" not in "".join(traceback.format_exception(caught.value))
 
     async def silent(row: Any, endpoint: Any) -> None:
         await post(endpoint, chat("a"))
@@ -298,6 +310,8 @@ def test_a_resume_runs_the_agent_again_and_gives_it_the_answers_that_it_had(repe
     ("settings", "text"),
     [
         ({"agent": 3}, "agent must be a function"),
+        ({"port": 65536}, "port must be in"),
+        ({"side_request": 3}, "side_request must be a function"),
         ({"reward": 3}, "reward must be a function"),
         ({"group_size": 0}, "group_size must be at least 1"),
         ({"max_turns": 0}, "max_turns must be at least 1"),
@@ -311,6 +325,21 @@ def test_settings_out_of_range_are_refused(settings: Any, text: str) -> None:
     given = {"agent": test_settings_out_of_range_are_refused, **settings}
     with pytest.raises(ConfigError, match=text):
         AgentWorkflow(**given)
+
+
+def silent(row: Any, endpoint: Any) -> float:
+    return 1.0
+
+
+def test_a_config_names_agent_and_predicate_by_their_import_paths() -> None:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--workflow", type=sdp.RolloutWorkflow)
+    init: dict[str, Any] = {"agent": f"{__file__}:silent", "side_request": f"{__file__}:fresh"}
+    init |= {"group_size": 2, "timeout_s": 5, "stop": ["x"], "error_reward": 0.0, "port": 0}
+    config = {"class_path": "sdp_lightning.AgentWorkflow", "init_args": init}
+    workflow = parser.instantiate(parser.parse_object({"workflow": config})).workflow
+    assert isinstance(workflow, AgentWorkflow) and workflow.stop == ("x",)
+    assert dict(workflow.given_settings)["side_request"] == f"{__file__}:fresh"
 
 
 def test_an_address_that_cannot_be_had_is_one_named_error() -> None:

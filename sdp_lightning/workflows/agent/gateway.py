@@ -27,17 +27,26 @@ from sdp_lightning.workflows.agent.apis.api import Api, Event
 from sdp_lightning.workflows.agent.apis.chat_completions import ChatCompletions
 from sdp_lightning.workflows.agent.apis.completions import Completions, Generate
 from sdp_lightning.workflows.agent.apis.messages import Messages
+from sdp_lightning.workflows.agent.apis.responses import Responses
 from sdp_lightning.workflows.agent.request import AgentRequest, Answer, RefusedRequest
 from sdp_lightning.workflows.agent.session import AgentSession
 
 logger = logging.getLogger(__name__)
+_WIRE = logging.getLogger(f"{__name__}.wire")  # of aiohttp: what strangers send, keys among it
+_WIRE.setLevel(logging.CRITICAL)
 
 MAX_BODY = 16 * 2**20  # bytes
 KEEP_ALIVE_S = 10.0  # between comments of a stream that has no answer yet
 _BODY_S = 60.0  # to read a body
 _WRITE_S = 60.0  # to write a piece to a client that reads slowly
 _MOST_ENDED = 10_000  # ended sessions that are told from unknown keys
-_APIS: tuple[Api, ...] = (ChatCompletions(), Completions(), Messages(), Generate())
+_APIS: tuple[Api, ...] = (
+    ChatCompletions(),
+    Completions(),
+    Messages(),
+    Responses(),
+    Generate(),
+)
 
 
 @dataclass(frozen=True)
@@ -85,12 +94,11 @@ class Gateway:
     async def close(self, endpoint: Endpoint) -> None:
         """End a session: what is under way is cancelled, and its key opens nothing."""
         digest = _digest(endpoint.api_key)
-        _, session = self._sessions[digest]
-        await session.end()
-        del self._sessions[digest]
+        _, session = self._sessions.pop(digest)
         self._ended[digest] = None
         if len(self._ended) > _MOST_ENDED:
             self._ended.popitem(last=False)
+        await session.end()
 
     async def _serve(self) -> None:
         app = web.Application(client_max_size=MAX_BODY)
@@ -101,7 +109,7 @@ class Gateway:
         app.router.add_get("/v1/models/{name}", self._models)
         app.router.add_route("*", "/{rest:.*}", self._nowhere)
         runner = web.AppRunner(
-            app, access_log=None, handler_cancellation=True, shutdown_timeout=1.0
+            app, access_log=None, logger=_WIRE, handler_cancellation=True, shutdown_timeout=1.0
         )
         await runner.setup()
         try:
@@ -115,6 +123,7 @@ class Gateway:
                 return
             await asyncio.get_running_loop().create_future()  # until the loop ends
         finally:
+            self._started.cancel()  # whoever waits for a start that did not come
             _GATEWAYS.get(asyncio.get_running_loop(), {}).pop((self._host, self._port), None)
             await runner.cleanup()
             for _ in range(3):  # in which connections that were closed let go of their sockets
@@ -194,9 +203,10 @@ class _Handler:
             return refusal(self.api, refused)
         except RolloutError as error:  # of its messages; that of a sample is also its session's
             return refusal(self.api, RefusedRequest(400, "invalid_request", str(error)))
-        except Exception as error:  # which the sample's own task raises
-            if session is None or not session.failed.done():
+        except Exception as error:  # the sample fails with it
+            if session is None:
                 raise
+            session.fail(error)
             return refusal(self.api, _broken(error))
 
     async def _body(self, request: web.Request) -> bytes:
@@ -209,6 +219,9 @@ class _Handler:
         except TimeoutError:
             late = f"the body was not sent within {_BODY_S:g} s."
             raise RefusedRequest(408, "timeout", late) from None
+        except Exception as error:  # whatever is wrong with a body is its client's
+            wrong = f"the body cannot be read: {type(error).__name__}."
+            raise RefusedRequest(400, "invalid_request", wrong) from error
 
     def _read(self, raw: bytes) -> tuple[AgentRequest, Mapping[str, Any], str]:
         try:

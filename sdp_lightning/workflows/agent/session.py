@@ -154,6 +154,11 @@ class AgentSession:
         if not self.failed.cancel() and not self.failed.cancelled():
             self.failed.exception()  # it was seen
 
+    def fail(self, error: BaseException) -> None:
+        """End the sample with an error, unless it has one."""
+        if not self.failed.done():
+            self.failed.set_exception(error)
+
     def refuse_if_ended(self) -> None:
         """Raise ``RefusedRequest`` once the sample has ended."""
         if self._is_ended:
@@ -181,8 +186,8 @@ class AgentSession:
         error = None if task.cancelled() else task.exception()
         if isinstance(error, RefusedRequest):
             self._asked[digest].remove(asked)  # it is no turn, and may be asked again
-        elif error is not None and not self.failed.done():
-            self.failed.set_exception(error)
+        elif error is not None:
+            self.fail(error)
 
     async def _answer(self, request: AgentRequest, body: Mapping[str, Any]) -> Answer:
         is_side = self.settings.is_side is not None and bool(self.settings.is_side(body))

@@ -48,7 +48,7 @@ class AgentSettings(TextSettings, total=False):
         client_sampling: what becomes of a temperature, top_p or other setting that an agent asks
             for and the run decides: ``"override"`` (counted, and said once) or ``"refuse"``.
         side_request: tells, from the body of a request, whether it is left out of training, such as
-            one for a title.
+            one for a title; a function or its import path.
         error_reward: reward of a sample whose agent raises; None: its group fails.
         timeout_reward: reward of a sample that ran out of a budget, if there is no ``reward``.
         host: address that the gateway listens at; other machines reach only what is not loopback.
@@ -59,7 +59,7 @@ class AgentSettings(TextSettings, total=False):
     stop: str | Sequence[str]
     tool_call_format: str | Mapping[str, Any]
     client_sampling: ClientSampling
-    side_request: SideRequest
+    side_request: str | SideRequest
     error_reward: float | None
     timeout_reward: float
     host: str
@@ -133,6 +133,8 @@ class AgentWorkflow(RolloutWorkflow):
             raise ConfigError(f"max_total_tokens must be at least 2, got {max_total_tokens}.")
         if not timeout_s > 0:
             raise ConfigError(f"timeout_s must be positive, got {timeout_s}.")
+        if not 0 <= more.get("port", 0) <= 65535:
+            raise ConfigError(f"port must be in [0, 65535], got {more.get('port')}.")
         self.client_sampling: ClientSampling = more.get("client_sampling", "override")
         if self.client_sampling not in ("override", "refuse"):
             raise ConfigError(
@@ -141,6 +143,8 @@ class AgentWorkflow(RolloutWorkflow):
         self._agent, self._reward = _function(agent, "agent"), None
         if reward is not None:
             self._reward = _function(reward, "reward")
+        side = more.get("side_request")
+        self._is_side = None if side is None else _function(side, "side_request")
         self.group_size, self.max_turns, self.timeout_s = group_size, max_turns, timeout_s
         self.max_total_tokens = max_total_tokens
         self._sampling = sampling if sampling is not None else SamplingParams()
@@ -242,7 +246,10 @@ class AgentWorkflow(RolloutWorkflow):
                 self._counts["over_budget"] += 1
                 return None, served.over_budget
             if self._more.get("error_reward") is None or not served.answers:
-                raise RolloutError(f"{self._name} failed: {error!r}") from error
+                text = repr(error)
+                shown = text.replace(endpoint.api_key, "<its key>")  # of a client's headers
+                cause = error if shown == text else None
+                raise RolloutError(f"{self._name} failed: {shown}") from cause
             self._counts["raised"] += 1
             return None, "error"
         finally:
@@ -288,7 +295,7 @@ class AgentWorkflow(RolloutWorkflow):
             max_total_tokens=self.max_total_tokens,
             tool_call_format=self.tool_call_format,
             client_sampling=self.client_sampling,
-            is_side=self._more.get("side_request"),
+            is_side=self._is_side,
         )
 
     def _count(self, served: AgentSession) -> None:
