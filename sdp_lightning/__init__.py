@@ -122,6 +122,7 @@ if TYPE_CHECKING:
         TrajectoryGroup as TrajectoryGroup,
     )
     from sdp_lightning.workflows import (
+        AgentWorkflow as AgentWorkflow,
         Environment as Environment,
         Episode as Episode,
         MultiTurnWorkflow as MultiTurnWorkflow,

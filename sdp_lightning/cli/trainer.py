@@ -209,9 +209,10 @@ def recording_of(trainer: Trainer) -> Recording:
 def describe(recording: Recording) -> str:
     """One line about a recording."""
     groups = [group for batch in recording for group in batch.groups]
-    rewards = [t.reward for group in groups for t in group.trajectories]
+    rewards = [t.reward for group in groups for t in group.attempts]
+    num_trajectories = sum(len(group.trajectories) for group in groups)
     return (
-        f"{len(recording)} batches: {len(groups)} groups, {len(rewards)} trajectories, "
+        f"{len(recording)} batches: {len(groups)} groups, {num_trajectories} trajectories, "
         f"{count_sampled_tokens(groups):,} sampled tokens, mean reward "
         f"{sum(rewards) / len(rewards):.3f}; recorded in {recording.folder}"
     )

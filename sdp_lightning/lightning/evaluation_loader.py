@@ -165,7 +165,7 @@ class EvaluationLoader:
             if self._stop.signum is None:
                 raise
             groups = []
-        return [[(t.reward, t.rewards) for t in group.trajectories] for group in groups]
+        return [[(t.reward, t.rewards) for t in group.attempts] for group in groups]
 
     def _is_interrupted(self) -> bool:
         return self._stop.look() or self._trainer.received_sigterm

@@ -14,7 +14,9 @@ from torch import Tensor
 from sdp_lightning.config import LossConfig
 
 
-def loss_denominator(loss_mask: Tensor, config: LossConfig) -> Tensor:
+def loss_denominator(
+    loss_mask: Tensor, config: LossConfig, sample_ids: Tensor | None = None
+) -> Tensor:
     r"""This piece's share of the denominator N of an optimizer step.
 
     .. math:: N = \sum_i |o_i| \;\text{(token)}, \quad \#\{i : |o_i| > 0\} \;\text{(sequence)},
@@ -27,6 +29,7 @@ def loss_denominator(loss_mask: Tensor, config: LossConfig) -> Tensor:
     Args:
         loss_mask: [B, T] bool, before any rejection.
         config: aggregation and its length.
+        sample_ids: [B], equal among rows that together are one sequence; None: each row is one.
 
     Returns:
         [] int64.
@@ -34,6 +37,8 @@ def loss_denominator(loss_mask: Tensor, config: LossConfig) -> Tensor:
     if config.aggregation == "token":
         return loss_mask.sum()
     sequences = loss_mask.any(-1).sum()
+    if sample_ids is not None:
+        sequences = torch.as_tensor(sample_ids[loss_mask.any(-1)].unique().numel())
     if config.aggregation == "sequence":
         return sequences
     if config.aggregation == "constant":
@@ -42,10 +47,18 @@ def loss_denominator(loss_mask: Tensor, config: LossConfig) -> Tensor:
 
 
 def token_shares(
-    loss_mask: Tensor, config: LossConfig, dtype: torch.dtype = torch.float32
+    loss_mask: Tensor,
+    config: LossConfig,
+    dtype: torch.dtype = torch.float32,
+    sequence_tokens: Tensor | None = None,
 ) -> Tensor:
-    """Factor of a row's tokens in the numerator: 1, or 1/|o_i| for means of sequences. [B, 1]."""
+    """Factor of a row's tokens in the numerator: 1, or 1/|o_i| for means of sequences. [B, 1].
+
+    ``sequence_tokens`` [B] are |o_i| where a sequence has several rows; None: those of the row.
+    """
     tokens = loss_mask.sum(-1, keepdim=True)
+    if sequence_tokens is not None:
+        tokens = sequence_tokens[:, None]
     if config.aggregation == "sequence":
         return tokens.clamp(min=1).to(dtype).reciprocal()
     return torch.ones_like(tokens, dtype=dtype)

@@ -6,7 +6,7 @@ One pure function. Shapes: B trajectories, T tokens, arrays aligned on the token
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -82,10 +82,37 @@ def segment_wise_ppo_loss(
             ``trust_region="past"`` has no ``lags``.
     """
     tensors = (target_logprobs, proximal_logprobs, segment_logprobs, behavior_logprobs, advantages)
+    return loss_of_rows(tensors, loss_mask, config=config, num_tokens=num_tokens, lags=lags)
+
+
+def loss_of_rows(
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    loss_mask: Tensor,
+    *,
+    config: LossConfig,
+    num_tokens: float | None = None,
+    lags: Tensor | None = None,
+    sequence_tokens: Tensor | None = None,
+) -> PolicyLoss:
+    """:func:`segment_wise_ppo_loss` of rows of which several may be one sequence.
+
+    Args:
+        tensors: n, x, q, b and advantages, each [B, T].
+        loss_mask: [B, T] bool.
+        config: the estimator.
+        num_tokens: the denominator N of the whole step.
+        lags: [B, T] integers.
+        sequence_tokens: [B] tokens of the whole sequence of a row; None: a row is a sequence.
+
+    Raises:
+        ValueError: as :func:`segment_wise_ppo_loss`.
+    """
     _check(tensors, loss_mask, num_tokens, lags)
     target, *others = map(at_least_float32, tensors)
     *policies, advantage = (tensor.detach() for tensor in others)
-    return _policy_loss((target, *policies), advantage, loss_mask, config, num_tokens, lags)
+    made = _policy_loss((target, *policies), advantage, loss_mask, config, lags)
+    shares = token_shares(loss_mask, config, made.loss.dtype, sequence_tokens)
+    return replace(made, loss=_mean(made.loss, shares, loss_mask, config, num_tokens))
 
 
 def _policy_loss(
@@ -93,10 +120,9 @@ def _policy_loss(
     advantage: Tensor,
     loss_mask: Tensor,
     config: LossConfig,
-    num_tokens: float | None,
     lags: Tensor | None,
 ) -> PolicyLoss:
-    """The loss of n, x, q and b, all but n detached, in the precision of the result."""
+    """That of n, x, q and b, all but n detached; its ``loss`` [B, T] is not yet a mean."""
     target, proximal, segment, behavior = policies
     centre, log_weight = centre_and_log_weight(proximal, segment, behavior, config, lags)
     log_ratio = target - centre
@@ -105,7 +131,7 @@ def _policy_loss(
     kept, log_weight = correct(proximal - behavior, log_weight, advantage, loss_mask, config)
     value, bounded = surrogate(target, log_weight, log_ratio, advantage, kept, config)
     return PolicyLoss(
-        loss=_mean(value, loss_mask, config, num_tokens),
+        loss=value,
         kept=kept,
         clipped=kept & bounded,
         log_weight=torch.where(loss_mask, log_weight, 0.0),
@@ -113,9 +139,14 @@ def _policy_loss(
     )
 
 
-def _mean(value: Tensor, loss_mask: Tensor, config: LossConfig, num_tokens: float | None) -> Tensor:
+def _mean(
+    value: Tensor,
+    shares: Tensor,
+    loss_mask: Tensor,
+    config: LossConfig,
+    num_tokens: float | None,
+) -> Tensor:
     """This piece's share of the mean, negated. []."""
-    shares = token_shares(loss_mask, config, value.dtype)
     count = loss_denominator(loss_mask, config) if num_tokens is None else num_tokens
     count = torch.as_tensor(count, dtype=value.dtype, device=value.device)  # not the default type
     return -(value * shares).sum() / count.clamp(min=1)

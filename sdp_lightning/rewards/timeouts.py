@@ -19,6 +19,10 @@ Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 
+class CallTimeout(RolloutError):
+    """A call took longer than it may."""
+
+
 def is_long(value: object) -> bool:
     """Whether ``value`` has more than ``LONG`` characters and items; no more are counted."""
     left, stack = LONG, [value]
@@ -105,7 +109,8 @@ async def call_with_timeout(
         setting: what it says behind the seconds.
 
     Raises:
-        RolloutError: if it takes longer than ``timeout_s``, or raises what is no ``Exception``
+        CallTimeout: if it takes longer than ``timeout_s``.
+        RolloutError: if it raises what is no ``Exception``
             (``SystemExit``, ``KeyboardInterrupt``), or what means something else to its caller
             (``TimeoutError``, ``StopIteration``). Its other errors pass through.
     """
@@ -127,7 +132,7 @@ async def call_with_timeout(
                 f"{what} raised {error!r} itself: a deadline of its own, not the {timeout_s} s "
                 f"that it is given{setting}."
             ) from error
-        raise RolloutError(f"{what} took longer than {timeout_s} s{setting}.") from error
+        raise CallTimeout(f"{what} took longer than {timeout_s} s{setting}.") from error
 
 
 async def _in_thread(

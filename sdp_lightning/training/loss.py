@@ -24,12 +24,12 @@ from sdp_lightning.objective import (
     loglinear_segment,
     second_moment_bound,
     second_moment_set,
-    segment_wise_ppo_loss,
     within_second_moment,
 )
 from sdp_lightning.objective.aggregation import token_shares
 from sdp_lightning.objective.kl import kl_estimate, kl_penalised_rewards
-from sdp_lightning.training.batch import Batch
+from sdp_lightning.objective.loss import loss_of_rows
+from sdp_lightning.training.batch import Batch, one_row_a_sample
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,23 +72,20 @@ def batch_loss(
     assert batch.advantages is not None
     proximal = _proximal(target, batch, config, share_done)
     segment = segment_policy(proximal, batch, config)
-    policy = segment_wise_ppo_loss(
-        target,
-        proximal,
-        segment,
-        batch.behavior_logprobs,
-        batch.advantages,
+    policy = loss_of_rows(
+        (target, proximal, segment, batch.behavior_logprobs, batch.advantages),
         batch.loss_mask if batch.rejected is None else batch.loss_mask & ~batch.rejected,
         config=config,
         num_tokens=denominator,
         lags=batch.lags,
+        sequence_tokens=batch.sample_tokens,
     )
     loss, kl = policy.loss, torch.zeros_like(proximal)
     if batch.reference_logprobs is not None:
         kl = _kl(target.detach(), batch, batch.loss_mask, config)
         if config.kl_in == "loss":
             mask = policy.kept if config.kl_tokens == "kept" else batch.loss_mask
-            shares = token_shares(batch.loss_mask, config, kl.dtype)
+            shares = token_shares(batch.loss_mask, config, kl.dtype, batch.sample_tokens)
             total = (_kl(target, batch, mask, config) * shares).sum()
             loss = loss + config.kl_coefficient * total / max(denominator, 1.0)
     return BatchLoss(loss, policy, proximal, segment, kl)
@@ -166,10 +163,11 @@ def batch_advantages(
             coefficient=loss.kl_coefficient,
             estimator=loss.kl_estimator,
         )
+    whole, sample = one_row_a_sample(replace(batch, rewards=rewards))
     if update.advantages == "gdpo":
-        per_row = gdpo_advantages(batch, update, sums)
+        per_row = gdpo_advantages(whole, update, sums)[sample]
     else:
-        per_row = row_advantages(rewards, batch.group_ids, update)
+        per_row = row_advantages(whole.rewards, whole.group_ids, update)[sample]
     per_token = per_row[:, None].expand(batch.loss_mask.shape)
     if batch.max_lag is not None:
         per_token = torch.where(batch.lags > batch.max_lag, 0.0, per_token)
@@ -177,10 +175,10 @@ def batch_advantages(
 
 
 def gdpo_advantages(batch: Batch, update: UpdateConfig, sums: RankSums) -> Tensor:
-    """[B] advantages of trajectories by GDPO, over the batch of all ranks. A collective.
+    """[B] advantages of samples by GDPO, over the batch of all ranks. A collective.
 
     Args:
-        batch: whole groups of this rank.
+        batch: whole groups of this rank, a row for each sample.
         update: names the standard deviation.
         sums: sums over ranks.
 

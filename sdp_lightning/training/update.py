@@ -20,7 +20,7 @@ from sdp_lightning.distributed.reductions import RankSums
 from sdp_lightning.errors import ConfigError
 from sdp_lightning.objective import loss_denominator
 from sdp_lightning.objective.effective_sample_size import effective_share, ess_scale
-from sdp_lightning.training.batch import Batch, split_minibatches
+from sdp_lightning.training.batch import Batch, split_minibatches, tokens_of_samples
 from sdp_lightning.training.loss import (
     BatchLoss,
     batch_advantages,
@@ -176,8 +176,9 @@ class PolicyUpdate:
         """
         if self.loss.second_moment_cap is not None:
             batch = reject_by_second_moment(batch, self.loss.second_moment_cap, loop.sums)
+        batch = replace(batch, sample_tokens=tokens_of_samples(batch))
         pieces, size = loop.forward.cut(batch), loop.sums.size
-        share = float(loss_denominator(batch.loss_mask, self.loss))
+        share = float(loss_denominator(batch.loss_mask, self.loss, batch.sample_ids))
         counts = loop.sums.table(share, batch.num_tokens, len(pieces))
         denominator, num_tokens, _ = map(sum, zip(*counts, strict=True))
         pieces = add_idle(pieces, int(max(number for *_, number in counts)))

@@ -175,6 +175,7 @@ class Trajectory(Displayed):
         finish_reason: reason why sampling ended.
         rewards: several rewards by name; empty if there is only the one.
         reward_weights: weight of each of ``rewards`` in the sum; empty is 1 for all.
+        sample: number of the attempt that it is a branch of, in its group; None: it is one alone.
 
     Attributes:
         head_version: oldest version among the sampled tokens; None if there are none.
@@ -186,6 +187,7 @@ class Trajectory(Displayed):
     finish_reason: FinishReason = "stop"
     rewards: Mapping[str, float] = field(default_factory=dict[str, float])
     reward_weights: Mapping[str, float] = field(default_factory=dict[str, float])
+    sample: int | None = None
     head_version: int | None = field(init=False)
     tail_version: int | None = field(init=False)
 
@@ -201,6 +203,11 @@ class Trajectory(Displayed):
             )
         if not np.isfinite(self.reward):
             raise RolloutError(f"the reward of a Trajectory must be finite, got {self.reward}.")
+        number: object = self.sample
+        if number is not None and (type(number) is not int or number < 0):
+            raise RolloutError(
+                f"the sample of a Trajectory must be an integer of 0 or more, got {number!r}."
+            )
         if self.rewards or self.reward_weights:
             check_sum(self.reward, self.rewards, self.reward_weights)
         versions = [part.version for part in self.segments]
@@ -277,9 +284,24 @@ class TrajectoryGroup(Displayed):
         return sum(t.num_sampled for t in self.trajectories)
 
     @property
+    def samples(self) -> list[list[int]]:
+        """Indices of the trajectories of each sample, in order."""
+        found: dict[tuple[str, int], list[int]] = {}
+        for index, each in enumerate(self.trajectories):
+            key = ("alone", index) if each.sample is None else ("sample", each.sample)
+            found.setdefault(key, []).append(index)
+        return list(found.values())
+
+    @property
+    def attempts(self) -> tuple[Trajectory, ...]:
+        """The first trajectory of each sample, whose reward is the sample's."""
+        return tuple(self.trajectories[members[0]] for members in self.samples)
+
+    @property
     def reward(self) -> float:
-        """Mean reward of the members."""
-        return float(np.mean([t.reward for t in self.trajectories]))
+        """Mean reward of the samples."""
+        own = [t.reward for t in self.trajectories]
+        return float(np.mean([np.mean([own[i] for i in each]) for each in self.samples]))
 
 
 def count_sampled_tokens(groups: Iterable[TrajectoryGroup]) -> int:

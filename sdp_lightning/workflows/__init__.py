@@ -1,5 +1,6 @@
 """Workflows: the steps of one rollout. They write to episodes, and know no engine."""
 
+from sdp_lightning.workflows.agent.workflow import AgentWorkflow
 from sdp_lightning.workflows.environment import Environment, StepResult
 from sdp_lightning.workflows.episode import Episode
 from sdp_lightning.workflows.multi_turn import MultiTurnWorkflow
@@ -20,6 +21,7 @@ from sdp_lightning.workflows.tools import ToolEnvironment
 from sdp_lightning.workflows.workflow import RolloutSession, RolloutWorkflow, Tokenizer
 
 __all__ = [
+    "AgentWorkflow",
     "AllEqual",
     "AllRight",
     "AllWrong",

@@ -74,9 +74,8 @@ class Episode:
         find_stops: Callable[[tuple[str, ...]], StopFinder] | None = None,
         num_tokens: int | None = None,
     ) -> None:
-        self._num_tokens = num_tokens
         self._engine, self._gate, self._find_stops = engine, gate, find_stops
-        self._seed, self._group_key = seed, group_key
+        self._seed, self._group_key, self._num_tokens = seed, group_key, num_tokens
         self._lock = threading.Lock()
         self._log: list[Event] = []
         self._versions: VersionRange = None
@@ -112,6 +111,16 @@ class Episode:
     def is_restoring(self) -> bool:
         """Whether events of an interrupted run are still to be restored."""
         return self._position < len(self._log)
+
+    @property
+    def to_restore(self) -> tuple[Event, ...]:
+        """Events of an interrupted run that are still to be restored."""
+        return tuple(self._log[self._position :])
+
+    def forget(self) -> None:
+        """Drop the events that are still to be restored: the workflow goes another way."""
+        with self._lock:
+            del self._log[self._position :]
 
     @property
     def divergence(self) -> str:
@@ -165,7 +174,7 @@ class Episode:
         """
         if not self.parts:
             raise RolloutError("generate() needs a context first: call add_context(prompt_tokens).")
-        start, before = time.monotonic(), self._num_sampled()
+        start, before = time.monotonic(), self.sampled_token_ids.size
         if self._returned_at is not None:
             self._times += EpisodeTimes(tool_s=start - self._returned_at)
             self._returned_at = None
@@ -302,9 +311,6 @@ class Episode:
     def _diverge(self, done: str, saved: Event) -> NoReturn:
         self._divergence = f"{done} where there had been {describe_event(saved)}"
         raise DivergenceError(f"the workflow does not repeat its saved steps: {self._divergence}.")
-
-    def _num_sampled(self) -> int:
-        return sum(len(part) for part in self.parts if isinstance(part, Segment))
 
 
 @dataclass

@@ -79,8 +79,8 @@ class RolloutSession:
         self.num_left_out = 0
         self._errors: list[str] = []
         self._new_episode = new_episode
-        self._saved = tuple(tuple(log) for log in saved)
-        self._saved_versions = [versions_of(log) for log in self._saved]
+        # Of episodes that are still to be opened, each with the versions of its tokens.
+        self._saved = [(tuple(log), versions_of(log)) for log in saved]
         self._lock = threading.Lock()
         self._episodes: list[Episode] = []
         self._divergence = ""
@@ -94,15 +94,15 @@ class RolloutSession:
     @property
     def logs(self) -> list[tuple[Event, ...]]:
         """Log of every episode, those included that are still to be opened again."""
-        episodes = self.episodes
-        return [*(episode.log for episode in episodes), *self._saved[len(episodes) :]]
+        with self._lock:
+            return [*(episode.log for episode in self._episodes), *(log for log, _ in self._saved)]
 
     @property
     def versions(self) -> VersionRange:
         """Oldest and newest version of all tokens in ``logs``; costs nothing for each segment."""
-        episodes = self.episodes
-        saved = self._saved_versions[len(episodes) :]
-        return widest([*(episode.versions for episode in episodes), *saved])
+        with self._lock:
+            opened = [episode.versions for episode in self._episodes]
+            return widest([*opened, *(versions for _, versions in self._saved)])
 
     @property
     def divergence(self) -> str:
@@ -112,12 +112,33 @@ class RolloutSession:
     def open(self) -> Episode:
         """A new episode; the n-th one of a group always gets the same random numbers."""
         with self._lock:
-            index = len(self._episodes)
-            episode = self._new_episode(index)
-            if index < len(self._saved):
-                episode.restore(self._saved[index])
+            episode = self._new_episode(len(self._episodes))
+            if self._saved:
+                episode.restore(self._saved.pop(0)[0])
             self._episodes.append(episode)
             return episode
+
+    def open_like(self, number: int, is_like: Callable[[Sequence[Event]], bool]) -> Episode:
+        """A new episode that restores the first saved log that is like it, if there is one.
+
+        Args:
+            number: its random numbers are those of the sample with this number.
+            is_like: whether the episode will repeat a log.
+        """
+        with self._lock:
+            episode = self._new_episode(number)
+            place = next((n for n, (log, _) in enumerate(self._saved) if is_like(log)), None)
+            if place is not None:
+                episode.restore(self._saved.pop(place)[0])
+            self._episodes.append(episode)
+            return episode
+
+    def forget(self) -> int:
+        """Drop the saved logs that no episode has restored; returns their number."""
+        with self._lock:
+            count = len(self._saved)
+            self._saved.clear()
+            return count
 
     def reopen(self, index: int, *, keep: bool = True) -> Episode:
         """An episode in place of the one of this ``index``, whose sample was lost.
@@ -151,8 +172,7 @@ class RolloutSession:
 
     def end(self) -> None:
         """Close the session when the workflow has returned: by then it must have restored all."""
-        episodes = self.episodes
-        if len(episodes) < len(self._saved) or any(e.is_restoring for e in episodes):
+        if self._saved or any(episode.is_restoring for episode in self.episodes):
             self._divergence = "it ended before it had repeated all saved steps"
 
 

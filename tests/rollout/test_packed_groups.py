@@ -65,7 +65,8 @@ def group_lists(draw: st.DrawFn, *, finished: bool) -> list[SavedGroup]:
             for _ in logs:
                 values = {name: draw(finite) for name in named}
                 reward = weighted_sum(values, named) if named else draw(finite)
-                results.append(SavedResult(reward, draw(reasons), values, named))
+                sample = draw(st.none() | st.integers(0, 3))
+                results.append(SavedResult(reward, draw(reasons), values, named, sample))
         place = draw(st.integers(0, 3)), draw(st.integers(0, 2**40))
         version = draw(st.integers(0, 9))
         groups.append(SavedGroup(*place, draw(texts), order, version, logs, results))
@@ -99,7 +100,10 @@ def test_all_that_is_known_of_groups_comes_back_bit_for_bit(
 ) -> None:
     groups = data.draw(group_lists(finished=finished))
     packed = through_torch(pack_groups(groups))
-    assert as_dicts(read_groups(packed, finished=finished)) == as_dicts(groups)
+    read = read_groups(packed, finished=finished)
+    assert as_dicts(read) == as_dicts(groups)
+    found, expected = ([[r.sample for r in g.results or ()] for g in x] for x in (read, groups))
+    assert found == expected
 
 
 @settings(deadline=None)
@@ -135,7 +139,7 @@ def count_tensors(value: Any) -> int:
 
 def test_the_number_of_tensors_and_settings_is_that_of_one_group() -> None:
     one, many = pack_groups(make_groups(1)), pack_groups(make_groups(300))
-    assert count_tensors(one) == count_tensors(many) <= 14
+    assert count_tensors(one) == count_tensors(many) <= 15
     assert len(many["params"]) == 1 and many["texts"] == ["recompute"]
 
 

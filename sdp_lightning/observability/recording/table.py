@@ -8,6 +8,7 @@ column              meaning
 ``rank``            process that trained on it
 ``group``           index of its group in the batch of that process
 ``member``          index in the group
+``sample``          number of the attempt that it is a branch of; null if it is one alone
 ``row_id``          id of the dataset row, as text; a lone surrogate as its escape
 ``epoch``           pass over the dataset
 ``row_index``       index of the row in the dataset
@@ -50,7 +51,7 @@ from sdp_lightning.errors import ConfigError, RecordingError, RolloutError, Vers
 from sdp_lightning.rollout.checkpoint.segment_codec import part_from_fields, part_to_fields
 from sdp_lightning.types import Context, Segment, Trajectory, TrajectoryGroup
 
-LATER = ("rewards",)  # columns that recordings of earlier releases lack
+LATER = ("rewards", "sample")  # columns that recordings of earlier releases lack
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,7 +115,7 @@ def schema() -> Any:
     counts = ("num_tokens", "num_sampled", "head_version", "tail_version")
     return pa.schema(
         [
-            *((name, pa.int64()) for name in whole),
+            *((name, pa.int64()) for name in (*whole, "sample")),
             ("row_id", pa.string()),
             *((name, pa.int64()) for name in ("epoch", "row_index", "order", "created_version")),
             ("reward", pa.float64()),
@@ -137,6 +138,7 @@ def rows_of(batch: RecordedBatch, rank: int) -> Iterator[dict[str, Any]]:
                 "rank": rank,
                 "group": number,
                 "member": member,
+                "sample": trajectory.sample,
                 "row_id": storable(group.row_id),
                 "epoch": epoch,
                 "row_index": index,
@@ -227,6 +229,7 @@ def _trajectory_of(row: Mapping[str, Any]) -> Trajectory:
         finish_reason=row["finish_reason"],
         rewards={each["name"]: each["value"] for each in named},
         reward_weights={each["name"]: each["weight"] for each in named},
+        sample=row.get("sample"),
     )
 
 

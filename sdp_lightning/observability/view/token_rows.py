@@ -144,19 +144,25 @@ def _group_advantages(
     A KL in the reward needs log-probs of the reference policy, which a group does not have, and
     GDPO its batch.
     """
-    rewards = torch.tensor([t.reward for t in group.trajectories], dtype=torch.float64)
+    own = [t.reward for t in group.trajectories]
+    samples = group.samples
+    rewards = torch.tensor(
+        [sum(own[i] for i in each) / len(each) for each in samples], dtype=torch.float64
+    )
     if (
         update is None
         or len(rewards) < 2
         or _takes_kl_off_reward(loss)
         or update.advantages == "gdpo"
     ):
-        return [float("nan")] * len(rewards)
-    return row_advantages(rewards, torch.zeros(len(rewards)), update).tolist()
+        return [float("nan")] * len(own)
+    found = row_advantages(rewards, torch.zeros(len(rewards)), update).tolist()
+    of = {member: value for each, value in zip(samples, found, strict=True) for member in each}
+    return [of[member] for member in range(len(own))]
 
 
 def _title(group: TrajectoryGroup) -> str:
-    count = len(group.trajectories)
+    count = len(group.samples)
     title = f"row {visible(group.row_id)}" if group.row_id else "group"
     return f"{title}, {count} sample{'s' * (count != 1)}, mean reward {group.reward:.3g}"
 

@@ -31,9 +31,10 @@ def pack_groups(groups: Sequence[SavedGroup]) -> dict[str, Any]:
         [L], ``events`` [E, 3] (kind, number of tokens, and the version of a segment, or the place
         in ``params`` or ``texts``), ``segments`` [S, 3] (place of ``kv_on_update`` in ``texts``,
         version of the proximal or -1, whether there is one), ``temperatures`` [S], ``token_ids``,
-        ``logprobs``, ``proximals``, ``rewards``, ``finish_reasons`` and ``num_named`` [L] (empty if
-        under way); of the N rewards with names, ``reward_names`` [N] (places in ``texts``) and
-        ``named_rewards`` [N, 2] (reward, weight); and the lists ``row_ids``, ``params``, ``texts``.
+        ``logprobs``, ``proximals``, ``rewards``, ``finish_reasons``, ``samples`` (-1 is alone) and
+        ``num_named`` [L] (empty if under way); of the N rewards with names, ``reward_names`` [N]
+        (places in ``texts``) and ``named_rewards`` [N, 2] (reward, weight); and the lists
+        ``row_ids``, ``params``, ``texts``.
     """
     packer = _Packer()
     for group in groups:
@@ -50,6 +51,7 @@ def pack_groups(groups: Sequence[SavedGroup]) -> dict[str, Any]:
         "rewards": torch.tensor([each.reward for each in results], dtype=torch.float64),
         "finish_reasons": _integers(packer.text(each.finish_reason) for each in results),
         "num_named": _integers(len(each.rewards) for each in results),
+        "samples": _integers(-1 if each.sample is None else each.sample for each in results),
         "reward_names": _integers(packer.text(name) for each in results for name in each.rewards),
         "named_rewards": torch.tensor(
             [
@@ -97,13 +99,16 @@ def _results(packed: Mapping[str, Any]) -> list[SavedResult]:
         return [SavedResult(r, texts[why]) for r, why in zip(rewards, reasons, strict=True)]
     names = [texts[place] for place in _numbers(packed["reward_names"])]
     named = list(zip(names, _numbers(packed["named_rewards"]), strict=True))
+    alone = torch.full((len(rewards),), -1)  # written before samples had branches
+    samples = _numbers(packed.get("samples", alone))
     results, begin = list[SavedResult](), 0
-    for reward, reason, count in zip(rewards, reasons, _numbers(packed["num_named"]), strict=True):
+    counts = _numbers(packed["num_named"])
+    for reward, reason, count, sample in zip(rewards, reasons, counts, samples, strict=True):
         own = named[begin : begin + count]
         values = {name: value for name, (value, _) in own}
-        results.append(
-            SavedResult(reward, texts[reason], values, {name: weight for name, (_, weight) in own})
-        )
+        weights = {name: weight for name, (_, weight) in own}
+        place = None if sample < 0 else sample
+        results.append(SavedResult(reward, texts[reason], values, weights, place))
         begin += count
     return results
 

@@ -24,6 +24,7 @@ class SavedResult(NamedTuple):
     finish_reason: FinishReason
     rewards: Mapping[str, float] = _NONE
     reward_weights: Mapping[str, float] = _NONE
+    sample: int | None = None
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,8 @@ def save_finished(group: InFlightGroup) -> SavedGroup:
     assert group.finished is not None
     trajectories = group.finished.trajectories
     results = [
-        SavedResult(t.reward, t.finish_reason, t.rewards, t.reward_weights) for t in trajectories
+        SavedResult(t.reward, t.finish_reason, t.rewards, t.reward_weights, t.sample)
+        for t in trajectories
     ]
     return _save(group, [t.parts for t in trajectories], results)
 

@@ -9,6 +9,7 @@ from sdp_lightning.training.batch.microbatches import (
     share_microbatches,
     split_minibatches,
 )
+from sdp_lightning.training.batch.samples import one_row_a_sample, tokens_of_samples
 
 __all__ = [
     "NO_VERSION",
@@ -18,9 +19,11 @@ __all__ = [
     "SealedBatch",
     "blank_batch",
     "collate",
+    "one_row_a_sample",
     "pack_microbatches",
     "pad_microbatches",
     "share_microbatches",
     "split_minibatches",
+    "tokens_of_samples",
     "trial_batch",
 ]

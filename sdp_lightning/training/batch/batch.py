@@ -61,6 +61,9 @@ class Batch(Displayed):
         max_lag: tokens older than this get weight 0, and still count in N; None is no bound.
         most_groups: the most groups that a rank has, of which there may be fewer than minibatches;
             None is at least as many as those.
+        sample_ids: [B] int64, equal among the rows of one sample; None: each row is a sample.
+        sample_tokens: [B] int64, tokens of the loss mask of the row's sample in the whole optimizer
+            step; None: those of the row.
         is_blank: whether the rank has no group, and its one row is there for the others' sake.
     """
 
@@ -87,6 +90,8 @@ class Batch(Displayed):
     missing_proximal: MissingProximal = "behavior"
     max_lag: int | None = None
     most_groups: int | None = None
+    sample_ids: Tensor | None = None
+    sample_tokens: Tensor | None = None
     is_blank: bool = False
 
     def __len__(self) -> int:
@@ -114,7 +119,7 @@ class Batch(Displayed):
 
         A row without loss tokens has nothing to compute and does not count.
         """
-        _, group, first = _group_index(self.group_ids)
+        _, group, first = index_of_groups(self.group_ids)
         same = self.input_ids == self.input_ids[first[group]]
         before = self.loss_mask.cumsum(1) == 0
         shared = (same & before).long().cumprod(1).sum(1)
@@ -191,7 +196,7 @@ class SealedBatch:
         return SealedBatch(self.batch.to(device, non_blocking=non_blocking))
 
 
-def _group_index(group_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def index_of_groups(group_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Ids [G], the index of each row's id [B], the first row of each group [G]."""
     ids, group = torch.unique(group_ids, return_inverse=True)
     rows = torch.arange(group_ids.numel(), device=group_ids.device)

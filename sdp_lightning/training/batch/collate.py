@@ -55,9 +55,24 @@ def collate(
         rewards=torch.tensor([t.reward for _, t in owned], dtype=torch.float32),
         **_named_rewards(owned, groups),
         group_ids=torch.tensor([index for index, _ in owned]),
+        sample_ids=_sample_ids(groups),
         truncated=torch.tensor([t.finish_reason != "stop" for _, t in owned]),
         **tensors,
     )
+
+
+def _sample_ids(groups: Sequence[TrajectoryGroup]) -> torch.Tensor | None:
+    """[B] of each trajectory's sample; None if each is one."""
+    if all(t.sample is None for group in groups for t in group.trajectories):
+        return None
+    ids: list[int] = []
+    for group in groups:
+        start, own = max(ids, default=-1) + 1, [0] * len(group.trajectories)
+        for number, members in enumerate(group.samples):
+            for member in members:
+                own[member] = start + number
+        ids += own
+    return torch.tensor(ids)
 
 
 def _named_rewards(

@@ -105,6 +105,7 @@ class Logged:
 
 
 POOL = "`reward_workers` or a `RewardPool`"
+AGENTS = "an `AgentWorkflow`"
 SEVERAL = "several rewards"
 AUTO = '`max_concurrent="auto"`'
 EXTRA = "a module with `extra_loss`"
@@ -191,6 +192,15 @@ OTHERS: dict[str, tuple[Logged, ...]] = {
         Logged("rollout/reward_out_of_memory", "rewards that ran out of memory", POOL),
         Logged("rollout/reward_crashed", "rewards that ended their process", POOL),
         Logged("rollout/verifier_raised", "answers on which a verifier raised: they are 0", POOL),
+        Logged("rollout/agent_turns", "answers that agents got", AGENTS),
+        Logged("rollout/agent_retried", "requests sent again, and answered as before", AGENTS),
+        Logged("rollout/agent_refused", "requests that got an error", AGENTS),
+        Logged("rollout/agent_overridden", "requests sampled by the run's own settings", AGENTS),
+        Logged("rollout/agent_unfinished", "answers ended with their agent: not trained", AGENTS),
+        Logged("rollout/agent_diverged", "branches that a resume did not repeat whole", AGENTS),
+        Logged("rollout/agent_over_budget", "samples ended by turns or tokens", AGENTS),
+        Logged("rollout/agent_timed_out", "samples ended by `timeout_s`", AGENTS),
+        Logged("rollout/agent_raised", "samples whose agent raised: `error_reward`", AGENTS),
     ),
     "The run": (
         Logged("run/callbacks_set_aside", "callbacks that failed and are set aside, of rank 0"),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sdp_lightning.objective.advantages import group_std, uniform_share
-from sdp_lightning.training.batch import NO_VERSION, Batch
+from sdp_lightning.training.batch import NO_VERSION, Batch, one_row_a_sample
 from sdp_lightning.training.metrics.names import NAMED_REWARD
 
 
@@ -26,18 +26,20 @@ def step_values(
     means = {name: torch.stack([step[name] for step in steps]).mean() for name in steps[0]}
     rows = 0 if batch.is_blank else len(batch)
     groups = 0 if batch.is_blank else int(batch.group_ids.unique().numel())
+    whole, _ = one_row_a_sample(batch)
+    samples = 0 if batch.is_blank else len(whole)
     masked = ~batch.loss_mask.any(1) & (not batch.is_blank)
     lengths = (batch.versions != NO_VERSION).sum(1)  # of masked rows, too
     return {
-        "train/reward": (batch.rewards.mean(), rows),
-        "train/reward_std": (group_std(batch.rewards, batch.group_ids), groups),
-        **{name: (mean, rows) for name, mean in _named_means(batch).items()},
+        "train/reward": (whole.rewards.mean(), samples),
+        "train/reward_std": (group_std(whole.rewards, whole.group_ids), groups),
+        **{name: (mean, samples) for name, mean in _named_means(whole).items()},
         **{f"train/{name}": (value, 1) for name, value in means.items()},
         "train/tokens": (batch.loss_mask.sum() * num_ranks, 1),
         "train/length": (lengths.float().mean(), rows),
         "train/truncated": (batch.truncated.float().mean(), rows),
         "train/masked_truncated": (masked.sum() * num_ranks, 1),
-        "train/uniform": (uniform_share(_signals(batch, apart), batch.group_ids), groups),
+        "train/uniform": (uniform_share(_signals(whole, apart), whole.group_ids), groups),
     }
 
 

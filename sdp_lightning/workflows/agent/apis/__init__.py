@@ -1,0 +1,1 @@
+"""The forms of the APIs that agents speak: bodies of requests, answers, events and errors."""
