@@ -106,7 +106,7 @@ class GroupRegistry:
                     group.session.divergence,
                 )
             self.telemetry.num_diverged += 1
-            self._count_errors(group)
+            self.telemetry.on_errors(group.row.row_id, group.session)
             group.session = session
             if self.clock.is_set:
                 group.created_version = self.clock.served
@@ -120,7 +120,7 @@ class GroupRegistry:
                 group.finished = finished
                 group.seconds = time.monotonic() - group.started_at
                 self.telemetry.on_finished(group.seconds, group.times)
-                self._count_errors(group)
+                self.telemetry.on_errors(group.row.row_id, group.session)
                 self._admit(group)
             self.changed.notify_all()
 
@@ -130,7 +130,7 @@ class GroupRegistry:
             if not self._remove(group):
                 return
             self.manager.on_rejected()
-            self._count_errors(group)
+            self.telemetry.on_errors(group.row.row_id, group.session)
             count_name(self.telemetry.rejections, reason)
             self._rejected_in_a_row += 1
             if self._rejected_in_a_row >= self._config.max_rejected_in_a_row:
@@ -149,7 +149,7 @@ class GroupRegistry:
             if not self._remove(group):
                 return  # dropped as overdue before
             self.manager.on_failed()
-            self._count_errors(group)
+            self.telemetry.on_errors(group.row.row_id, group.session)
             failure = RolloutError(
                 f"the rollout of row {group.row.row_id!r}, submitted at version "
                 f"{group.created_version}, failed: {error_text(error)}"
@@ -307,19 +307,8 @@ class GroupRegistry:
             del self._held[group.order]
             self._drop_running(group)
 
-    def _count_errors(self, group: InFlightGroup) -> None:
-        """Count the infrastructure errors of a group that has ended, and name each cause once."""
-        self.telemetry.num_left_out += group.session.num_left_out
-        for cause in group.session.take_errors():
-            if count_name(self.telemetry.errors, cause) == 1:
-                logger.warning(
-                    "infrastructure failed for a sample of row %r: %s. It is tried again, or left "
-                    "out of its group. Further ones are only counted.",
-                    *(group.row.row_id, cause),
-                )
-
     def _drop_running(self, group: InFlightGroup) -> None:
-        self._count_errors(group)
+        self.telemetry.on_errors(group.row.row_id, group.session)
         self.manager.on_overdue()
         if group.finished is None and (aside_s := group.aside_s) is not None:
             self.telemetry.on_aside(group.row.row_id, aside_s)

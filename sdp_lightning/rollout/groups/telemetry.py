@@ -12,6 +12,7 @@ from typing import Literal
 from sdp_lightning.rewards.call_threads import CallLoad
 from sdp_lightning.rollout.groups.ledger import RolloutStat
 from sdp_lightning.workflows.episode_log import EpisodeTimes
+from sdp_lightning.workflows.workflow import RolloutSession
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +99,17 @@ class RolloutTelemetry:
         self.timed_groups += 1
         self.group_s += seconds
         self.times += times
+
+    def on_errors(self, row_id: str, session: RolloutSession) -> None:
+        """A group has ended: count its infrastructure errors, and name each cause once."""
+        self.num_left_out += session.num_left_out
+        for cause in session.take_errors():
+            if count_name(self.errors, cause) == 1:
+                logger.warning(
+                    "infrastructure failed for a sample of row %r: %s. It is tried again, or left "
+                    "out of its group. Further ones are only counted.",
+                    *(row_id, cause),
+                )
 
     def on_aside(self, row_id: str, aside_s: float) -> None:
         """A group went stale of which only a reward or an environment still ran."""
