@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Weights = Iterable[tuple[str, "Tensor"]]
-TransportName = Literal["files", "tcp", "nccl", "ipc", "lora"]
+TransportName = Literal["files", "tcp", "nccl", "ipc", "lora", "delta"]
+Use = Literal["load", "anchor", "delta"]  # load weights; keep a copy, too; or change that copy
 ServedType = Literal["float32", "bfloat16", "float16"]
 
 
@@ -47,7 +48,18 @@ class WeightStream(Iterator[tuple[str, "Tensor"]]):
 
 @dataclass(frozen=True)
 class LoadFolder:
-    """Load the safetensors files of a folder that the server sees; other weights stay."""
+    """Load the safetensors files of a folder that the server sees; other weights stay.
+
+    ``keep``: each worker keeps a copy of what it read, which :class:`ApplyDelta` changes.
+    """
+
+    folder: str
+    keep: bool = False
+
+
+@dataclass(frozen=True)
+class ApplyDelta:
+    """Change the copy that was kept by the delta in ``folder``, and load all of it."""
 
     folder: str
 
@@ -69,6 +81,7 @@ class Receive:
         key: secret of this transfer, in hexadecimal: who knows it may have the weights.
         num_workers: workers of this server.
         timeout_s: timeout of each step, in seconds.
+        use: what to do with what it sends.
     """
 
     host: str
@@ -76,6 +89,7 @@ class Receive:
     key: str = field(repr=False)
     num_workers: int
     timeout_s: float
+    use: Use = "load"
 
 
 @dataclass(frozen=True)
@@ -86,7 +100,7 @@ class EngineTransfer:
     info: Mapping[str, Any]
 
 
-Instruction = LoadFolder | LoadAdapter | Receive | EngineTransfer
+Instruction = LoadFolder | ApplyDelta | LoadAdapter | Receive | EngineTransfer
 
 
 @dataclass(frozen=True)

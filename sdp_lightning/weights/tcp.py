@@ -25,7 +25,7 @@ from sdp_lightning.distributed.listener import Listener, connect
 from sdp_lightning.distributed.messaging import authenticate
 from sdp_lightning.errors import EngineError, RankError
 from sdp_lightning.weights.files import WeightFolder, readable
-from sdp_lightning.weights.protocol import Receive, ServedType, Target, Weights
+from sdp_lightning.weights.protocol import Receive, ServedType, Target, Use, Weights
 
 _CHUNK_BYTES = 2**20
 _SIZE_BYTES, _TAG_BYTES = 8, 32
@@ -46,8 +46,7 @@ class TcpTransport:
     is_live = False
 
     def __init__(self, host: str, *, timeout_s: float = 120.0, root: Path | None = None) -> None:
-        self._host, self._timeout_s = host, timeout_s
-        self._listen().close()
+        self._sender = FolderSender(host, timeout_s=timeout_s)
         self._files = WeightFolder(root)
         self._staged: list[Path] = []
         self._latest: list[Path] = []
@@ -69,28 +68,43 @@ class TcpTransport:
 
     async def deliver(self, target: Target, *, whole: bool) -> None:
         folders = self._files.folders if whole else readable(self._latest)
-        files = [file for folder in folders for file in sorted(folder.glob("*.safetensors"))]
-        if not files:
-            return
-        listener = self._listen()
-        port, secret = listener.address
-        transfer = Receive(self._host, int(port), secret.hex(), target.num_workers, self._timeout_s)
-        sending = _Sending(files, listener, transfer)
-        try:
-            await target.tell(transfer)
-            async with asyncio.timeout(self._timeout_s):
-                await asyncio.shield(sending.done)
-        except TimeoutError as error:
-            raise EngineError(
-                f"{target.url} confirmed the weights, but they were not all sent within "
-                f"{self._timeout_s:g} s."
-            ) from error
-        finally:
-            sending.cancelled.set()
+        await self._sender.send(folders, target)
 
     def close(self) -> None:
         self._is_closed = True
         self._files.close()
+
+
+class FolderSender:
+    """Sends the files of folders to one server after another, each transfer on its own connections.
+
+    Arguments and errors are those of :class:`TcpTransport`.
+    """
+
+    def __init__(self, host: str, *, timeout_s: float) -> None:
+        self._host, self._timeout_s = host, timeout_s
+        self._listen().close()
+
+    async def send(self, folders: Sequence[Path], target: Target, use: Use = "load") -> None:
+        """Send the files of ``folders`` to all workers of ``target``, for ``use``."""
+        files = [file for folder in folders for file in sorted(folder.glob("*.safetensors"))]
+        if not files:
+            return
+        listener, timeout_s = self._listen(), self._timeout_s
+        port, secret = listener.address
+        transfer = Receive(self._host, int(port), secret.hex(), target.num_workers, timeout_s, use)
+        sending = _Sending(files, listener, transfer)
+        try:
+            await target.tell(transfer)
+            async with asyncio.timeout(timeout_s):
+                await asyncio.shield(sending.done)
+        except TimeoutError as error:
+            raise EngineError(
+                f"{target.url} confirmed the weights, but they were not all sent within "
+                f"{timeout_s:g} s."
+            ) from error
+        finally:
+            sending.cancelled.set()
 
     def _listen(self) -> Listener:
         try:

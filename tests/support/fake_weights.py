@@ -27,6 +27,7 @@ class FakeWeights(FaultyServer):
         self.types: list[str] | bool = settings.get("types", True)
         self.adapters: dict[str, dict[str, Any]] = {}
         self.receiving = 0
+        self.worker: Any = None
         self.loads: list[list[str]] = []
         self.weights: dict[str, float] = {}
 
@@ -35,7 +36,8 @@ class FakeWeights(FaultyServer):
         method, arguments = body["method"], body["kwargs"]
         if method == "sdp_hello" and not self.dead:
             return web.json_response({"results": [self.types] * self.num_workers})
-        if method not in ("sdp_load_folder", "sdp_receive") or self.dead:
+        uses = {"sdp_load_folder": "load", "sdp_load_anchor": "anchor", "sdp_apply_delta": "delta"}
+        if method not in (*uses, "sdp_receive") or self.dead:
             return error(500, DEAD if self.dead else f"no method {method}")
         if self.running and not self.paused:
             self.dead = True  # weights changed under running requests
@@ -49,7 +51,26 @@ class FakeWeights(FaultyServer):
         if not files:
             self.bad_load = True
             return error(500, f"cannot find any safetensors in {arguments['folder']}")
+        if method != "sdp_load_folder":
+            from safetensors.torch import load_file
+
+            sent = {name: t for file in files for name, t in load_file(file).items()}
+            return await self.use(sent, uses[method])
         self.take_in([read_first_values(file) for file in files])
+        return web.json_response({"results": [None] * self.num_workers})
+
+    async def use(self, sent: dict[str, Any], use: str) -> web.Response:
+        """As the worker extension does, whose own code it is."""
+        from support.delta_worker import DeltaWorker
+
+        self.worker = self.worker or DeltaWorker()
+        try:
+            self.worker._sdp_use(sent, use)
+        except Exception as found:
+            return error(500, f"Worker failed with error '{found}'")
+        loaded = {name: float(t.flatten()[0]) for name, t in self.worker.held.items()}
+        self.take_in([loaded])
+        self.loads[-1] = [use, *sorted(sent)]
         return web.json_response({"results": [None] * self.num_workers})
 
     def take_in(self, files: list[dict[str, float]]) -> None:
@@ -67,10 +88,10 @@ class FakeWeights(FaultyServer):
         what, loop = Receive(**arguments), asyncio.get_running_loop()
         stalls = self.take_fault("/collective_rpc", "stall")
 
-        def work(worker: int) -> dict[str, float]:
-            loaded: dict[str, float] = {}
+        def work(worker: int) -> dict[str, Any]:
+            loaded: dict[str, Any] = {}
             for name, tensor in receive(what, worker):
-                loaded[name] = float(tensor.flatten()[0])
+                loaded[name] = tensor
                 if stalls:
                     asyncio.run_coroutine_threadsafe(self.note_receiving(), loop).result()
                     threading.Event().wait()
@@ -81,8 +102,11 @@ class FakeWeights(FaultyServer):
             loaded = await asyncio.gather(*workers)
         except EngineError as found:
             return error(500, f"Worker failed with error '{found}'")
-        assert all(one == loaded[0] for one in loaded)
-        self.take_in([loaded[0]])
+        if what.use != "load":
+            return await self.use(loaded[0], what.use)
+        firsts = [{name: float(t.flatten()[0]) for name, t in one.items()} for one in loaded]
+        assert all(one == firsts[0] for one in firsts)
+        self.take_in([firsts[0]])
         return web.json_response({"results": [None] * self.num_workers})
 
     async def note_receiving(self) -> None:

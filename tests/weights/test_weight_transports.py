@@ -37,10 +37,15 @@ RPC = "/collective_rpc"
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"transport": "pigeon"}, "one of files, tcp, nccl, ipc, lora; got 'pigeon'"),
+        ({"transport": "pigeon"}, "one of files, tcp, nccl, ipc, lora, delta; got 'pigeon'"),
         ({"transport": "lora"}, "lora_alpha=None and transport='lora'"),
         ({"lora_alpha": 16.0}, r"lora_alpha=16.0 and transport='files'"),
         ({"lora_alpha": 16.0, "transport": "tcp"}, r"lora_alpha=16.0 and transport='tcp'"),
+        ({"anchor_every": 7}, r"anchor_every=7 are for transport='delta', and it is 'files'"),
+        (
+            {"anchor_every": 0, "transport": "delta"},
+            "anchor_every must be an integer of at least 1",
+        ),
     ],
 )
 def test_a_transport_and_its_options_go_together(options: dict[str, Any], said: str):

@@ -310,8 +310,12 @@ def _check_servers(urls: list[str], options: RemoteOptions) -> None:
             f"{', '.join(far)} is on another host, and transport='ipc' shares a GPU's memory: use "
             "'nccl' or 'tcp'."
         )
-    if far and options.transport in ("files", "lora") and options.weight_folder is None:
+    by_files = options.transport in ("files", "lora") or (
+        options.transport == "delta" and options.delta_over == "files"
+    )
+    if far and by_files and options.weight_folder is None:
         raise ConfigError(
             f"{', '.join(far)} is on another host and cannot see weights in this one's shared "
-            "memory: use transport='tcp' or 'nccl', or name a weight_folder that all hosts share."
+            "memory: use transport='tcp' or 'nccl' (or delta_over='tcp'), or name a weight_folder "
+            "that all hosts share."
         )

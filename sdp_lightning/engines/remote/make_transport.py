@@ -35,6 +35,15 @@ def make_transport(options: RemoteOptions, urls: list[str]) -> WeightTransport:
             from sdp_lightning.weights.tcp import TcpTransport
 
             return TcpTransport(_trainer_host(options, urls), timeout_s=limit, root=folder)
+        case "delta":
+            from sdp_lightning.weights.delta_transport import DeltaTransport, tell_folder
+            from sdp_lightning.weights.tcp import FolderSender
+
+            deliver = tell_folder
+            if options.delta_over == "tcp":
+                deliver = FolderSender(_trainer_host(options, urls), timeout_s=limit).send
+            every = options.anchor_every
+            return DeltaTransport(anchor_every=every, deliver=deliver, root=folder)
         case "nccl" | "ipc":
             from sdp_lightning.weights.vllm_native import NativeTransport
 

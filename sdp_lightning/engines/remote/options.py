@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, field, fields
+from typing import Literal
 
 from sdp_lightning.config.server_keys import key_source
 from sdp_lightning.config.validation import at_least, check_types, not_negative, positive
@@ -49,10 +50,13 @@ class RemoteOptions:
             dies. Costs the client time for every chunk.
         transport: how weights travel. ``"files"`` in shared memory, or in ``weight_folder``;
             ``"tcp"`` over the network from CPU to CPU; ``"nccl"`` and ``"ipc"`` between GPUs, by
-            vLLM's own engines; ``"lora"`` only an adapter, by its path.
+            vLLM's own engines; ``"lora"`` only an adapter, by its path; ``"delta"`` only the values
+            that changed, as files or by TCP.
         weight_folder: folder of weight files; None is this host's shared memory. Other hosts must
             see it under the same name.
         trainer_host: this host's address for servers that fetch weights from it; None detects it.
+        delta_over: ``"files"`` or ``"tcp"``: how ``"delta"`` travels.
+        anchor_every: ``"delta"`` sends all trained weights with every so many updates.
         lora_alpha: ``alpha`` of the adapter that ``"lora"`` sends.
         api_key: bearer token: ``env:NAME``, ``file:PATH`` or the key; None is the value of
             ``SDP_API_KEY``. Servers on other hosts need one; those that a run starts are given it.
@@ -82,6 +86,8 @@ class RemoteOptions:
     weight_folder: str | None = None
     trainer_host: str | None = None
     lora_alpha: float | None = None
+    delta_over: Literal["files", "tcp"] = "files"
+    anchor_every: int = 50
     api_key: str | None = field(default=None, repr=False)
     ca_file: str | None = None
     vocab_size: int | None = None
@@ -94,7 +100,12 @@ class RemoteOptions:
             warnings.warn("transport='gloo' is now 'tcp'.", FutureWarning, stacklevel=3)
             object.__setattr__(self, "transport", "tcp")
         check_types(self)
-        for name in ("min_replicas", "max_tries", "max_requests"):
+        if self.transport != "delta" and (self.delta_over, self.anchor_every) != ("files", 50):
+            raise ConfigError(
+                f"delta_over={self.delta_over!r} and anchor_every={self.anchor_every} are for "
+                f"transport='delta', and it is {self.transport!r}."
+            )
+        for name in ("min_replicas", "max_tries", "max_requests", "anchor_every"):
             at_least(name, getattr(self, name), 1)
         if self.vocab_size is not None:
             at_least("vocab_size", self.vocab_size, 1)

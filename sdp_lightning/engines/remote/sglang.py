@@ -170,7 +170,7 @@ class SGLangBackend:
 
     def load(self, instruction: Instruction) -> Call:
         match instruction:
-            case LoadFolder(folder):
+            case LoadFolder(folder, keep=False):
                 body = {"model_path": folder, "load_format": "auto", "flush_cache": True}
                 return Call("POST", "/update_weights_from_disk", body)
             case _:

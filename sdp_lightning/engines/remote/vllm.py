@@ -28,6 +28,7 @@ from sdp_lightning.engines.remote.backend import (
 )
 from sdp_lightning.types import KVPolicy
 from sdp_lightning.weights.protocol import (
+    ApplyDelta,
     EngineTransfer,
     Instruction,
     LoadAdapter,
@@ -180,8 +181,10 @@ class VLLMBackend:
 
     def load(self, instruction: Instruction) -> Call:
         match instruction:
-            case LoadFolder(folder):
-                return _rpc("sdp_load_folder", folder=folder)
+            case LoadFolder(folder, keep):
+                return _rpc("sdp_load_anchor" if keep else "sdp_load_folder", folder=folder)
+            case ApplyDelta(folder):
+                return _rpc("sdp_apply_delta", folder=folder)
             case Receive():
                 return _rpc("sdp_receive", **asdict(instruction))
             case LoadAdapter(name, folder):

@@ -230,7 +230,7 @@ class ServerConfig:
                 return ["--enable-lora", "--max-lora-rank", rank, *modules]
             case "nccl" | "ipc":
                 return ["--weight-transfer-config", json.dumps({"backend": self.transport})]
-            case "files" | "tcp":
+            case "files" | "tcp" | "delta":
                 return []
 
     def _devices_of(self, index: int) -> list[str]:

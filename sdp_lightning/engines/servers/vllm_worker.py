@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ class WorkerExtension:
     model_runner: Any
     vllm_config: Any
     rank: int
+    _sdp_kept: dict[str, Tensor] | None = None  # the trained weights as they were sent, in order
 
     def sdp_hello(self) -> list[str]:
         """Confirm that the extension is installed; the types of the model's floats, by name."""
@@ -29,10 +31,25 @@ class WorkerExtension:
 
     def sdp_load_folder(self, folder: str) -> None:
         """Load the safetensors files of ``folder``; other weights stay as they are."""
+        self._sdp_kept = None
         self._sdp_reload(weights_path=folder)
 
+    def sdp_load_anchor(self, folder: str) -> None:
+        """Load the files of ``folder``, and keep a copy for deltas."""
+        self._sdp_use(_read(folder), "anchor")
+
+    def sdp_apply_delta(self, folder: str) -> None:
+        """Change the copy by the delta in ``folder``, and load it."""
+        self._sdp_use(_read(folder), "delta")
+
     def sdp_receive(
-        self, host: str, port: int, key: str, num_workers: int, timeout_s: float
+        self,
+        host: str,
+        port: int,
+        key: str,
+        num_workers: int,
+        timeout_s: float,
+        use: Literal["load", "anchor", "delta"] = "load",
     ) -> None:
         """Load weights that the trainer sends; see :mod:`sdp_lightning.weights.tcp`."""
         from sdp_lightning.weights.protocol import Receive
@@ -42,7 +59,22 @@ class WorkerExtension:
         worker = parallel.data_parallel_index * parallel.world_size + self.rank
         # All are received before the first is loaded: an interrupted load destroys the model.
         weights = list(receive(Receive(host, port, key, num_workers, timeout_s), worker))
-        self._sdp_reload(weights_iterator=iter(weights))
+        self._sdp_use(dict(weights), use)
+
+    def _sdp_use(self, sent: dict[str, Tensor], use: str) -> None:
+        """Load what was sent, by its use; the copy stays only if it is what the model has."""
+        kept, self._sdp_kept = self._sdp_kept, None
+        if use == "delta":
+            from sdp_lightning.weights.delta import apply
+
+            if kept is None:
+                raise RuntimeError("a delta came to a worker that has kept no weights to change.")
+            apply(kept, sent)
+            sent = kept
+        self._sdp_reload(weights_iterator=iter(sent.items()))
+        if use == "anchor":
+            kept = {name: tensor.clone() for name, tensor in sent.items()}
+        self._sdp_kept = None if use == "load" else kept
 
     def _sdp_reload(self, **source: Any) -> None:
         """Load weights; after a failure the model mixes old and new ones, and loads again."""
@@ -97,6 +129,14 @@ class WorkerExtension:
             method: Any = getattr(module, "quant_method", None)
             if isinstance(method, UnquantizedEmbeddingMethod):
                 method.process_weights_after_loading(module)
+
+
+def _read(folder: str) -> dict[str, Tensor]:
+    """The weights in the safetensors files of ``folder``, in order."""
+    from safetensors.torch import load_file
+
+    files = sorted(Path(folder).glob("*.safetensors"))
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
 @contextmanager

@@ -61,6 +61,7 @@ def server_url(vllm_folder: str, tmp_path_factory: pytest.TempPathFactory) -> It
         {"on_update": "keep", "stream": True},
         {"on_update": "interrupt", "transport": "tcp"},
         {"on_update": "keep", "transport": "tcp"},
+        {"on_update": "interrupt", "transport": "delta", "anchor_every": 2},
     ],
     ids=lambda options: "-".join(f"{name}-{value}" for name, value in options.items()),
 )
@@ -73,33 +74,75 @@ def test_requests_in_flight_across_three_publishes_lose_nothing_and_are_exact(
     assert_exact(Judge(vllm_folder), weights, trajectories)
 
 
-@pytest.mark.parametrize(("max_head_lag", "on_update"), [(0, "interrupt"), (2, "keep")])
+@pytest.mark.parametrize("over", ["files", "tcp"])
+def test_deltas_give_a_server_the_bits_of_full_transfers(server_url: str, over: str) -> None:
+    model, text = make_model(seed=50), np.arange(5, 40)
+    generator = torch.Generator().manual_seed(1)
+    states: list[dict[str, torch.Tensor]] = []
+    for _ in range(5):
+        states.append({name: weight.clone() for name, weight in model.state_dict().items()})
+        with torch.no_grad():
+            for weight in model.parameters():
+                is_changed = torch.rand(weight.shape, generator=generator) < 0.05
+                weight.add_(1e-3 * torch.randn(weight.shape, generator=generator) * is_changed)
+
+    def echo(**options: Any) -> tuple[list[Any], list[int]]:
+        engine, found, sizes = sdp.connect_engine(engine_url(server_url), **options), [], []
+        engine.start()
+        try:
+            for version, state in enumerate(states):
+                engine.pause()
+                report = engine.update_weights(state.items(), version, reset=version == 0)
+                engine.resume()
+                sizes.append(report.num_bytes)
+                [logprobs] = engine.prompt_logprobs(text).values()
+                found.append(logprobs.tolist())
+        finally:
+            engine.close()
+        return found, sizes
+
+    by_delta, sizes = echo(transport="delta", delta_over=over, anchor_every=3)
+    in_full, _ = echo()
+    assert by_delta == in_full and len({tuple(one) for one in in_full}) == 5
+    anchor, later = sizes[1], [sizes[n] for n in (2, 3)]
+    assert sizes[4] == anchor and max(later) < 0.07 * anchor  # 4 + 1 bytes of 5 % of the values
+
+
+@pytest.mark.parametrize(
+    ("max_head_lag", "on_update", "overlap"),
+    [(0, "interrupt", False), (2, "keep", False), (2, "interrupt", True)],
+)
 def test_fit_through_a_server_trains_on_exactly_what_was_sampled(
-    server_url: str, vllm_folder: str, max_head_lag: int, on_update: str
+    server_url: str, vllm_folder: str, max_head_lag: int, on_update: str, overlap: bool
 ) -> None:
     data = sdp.RolloutDataModule(
         make_rows(64),
         make_workflow(max_new_tokens=24),
         engine=engine_url(server_url),
         engine_options={"on_update": on_update},
-        rollout=sdp.RolloutConfig(batch_size=4, max_head_lag=max_head_lag, timeout_s=240.0),
+        rollout=sdp.RolloutConfig(
+            batch_size=4, max_head_lag=max_head_lag, timeout_s=240.0, overlap_publish=overlap
+        ),
     )
     recorder = Recorder()
     trainer = make_trainer(sdp.WeightSyncCallback(), recorder, max_steps=6)
     trainer.fit(make_module(vllm_folder), data)
     assert [step.batch.version for step in recorder.steps] == list(range(6))
-    assert recorder.engine_versions == list(range(7))
+    ahead = [t - (s or 0) for t, s in enumerate(recorder.engine_versions)]
+    assert set(ahead) <= ({0, 1} if overlap else {0}) and ahead[0] == 0
     embedding = "model.embed_tokens.weight"
     assert not recorder.weights[0][embedding].equal(recorder.weights[6][embedding])
     lags = {lag for step in recorder.lags for lag in step}
     assert lags == {0} if max_head_lag == 0 else 0 < max(lags) <= max_head_lag
     for metrics in recorder.metrics:
-        assert 0 < metrics["time/paused_s"] <= metrics["time/publish_s"]
+        assert metrics["time/paused_s"] > 0
+        assert overlap or metrics["time/paused_s"] <= metrics["time/publish_s"]
         assert metrics["publish/bytes"] == sum(w.nbytes for w in make_model().parameters())
         parts = [metrics[f"publish/{part}_s"] for part in ("drain", "load", "resume")]
         assert min(parts) > 0 and sum(parts) == pytest.approx(metrics["time/paused_s"])
         staged_s = metrics["publish/stage_s"]  # before the pause
-        assert 0 < staged_s < metrics["time/publish_s"] - metrics["time/paused_s"]
+        assert staged_s > 0
+        assert overlap or staged_s < metrics["time/publish_s"] - metrics["time/paused_s"]
     drift = [metrics["drift/abs_log_mean"] for metrics in recorder.metrics]
     assert max(drift) < 1e-4 or max_head_lag > 0, drift
     groups = [group for step in recorder.steps for group in step.groups]

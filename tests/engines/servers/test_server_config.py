@@ -188,7 +188,7 @@ def test_devices_are_dealt_out_and_several_for_one_server_are_tensor_parallel(
         ({"startup_timeout_s": 0}, "startup_timeout_s"),
         ({"extra_args": ("--api-key", "k")}, "would show --api-key .* Set SDP_API_KEY"),
         ({"extra_args": ("--api-key=k",)}, "would show --api-key .* Set SDP_API_KEY"),
-        ({"transport": "pigeon"}, "one of files, tcp, nccl, ipc, lora; got 'pigeon'"),
+        ({"transport": "pigeon"}, "one of files, tcp, nccl, ipc, lora, delta; got 'pigeon'"),
         (
             {"transport": "lora", "max_lora_rank": 0},
             "max_lora_rank must be an integer of at least 1, got 0",
