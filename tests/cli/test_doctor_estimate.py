@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from sdp_lightning.cli.doctor.absent_models import _known, known_size, size_of_config
+from sdp_lightning.cli.doctor.config_checks import Machine, examine_configs
 from sdp_lightning.cli.doctor.estimate import (
     check_division,
     check_engine_memory,
@@ -260,3 +262,19 @@ def test_the_hub_is_asked_before_the_table(
     known = size_of_model(ModelSource("Qwen/Qwen2.5-7B"))
     assert known == known_size("Qwen/Qwen2.5-7B")
     assert size_of_model(ModelSource("Qwen/Qwen9")) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("make.py:model", "make.py:model makes the model, and doctor runs none"),
+        ("/no", "nor known"),
+    ],
+)
+def test_why_a_model_is_not_estimated_is_said(tmp_path: Path, name: str, why: str) -> None:
+    file = tmp_path / "config.yaml"
+    for model in (name, {"name": name}):
+        file.write_text(yaml.safe_dump({"model": {"model": model}}))
+        found = examine_configs([str(file)], Machine((), ()))
+        (text,) = [each.text for each in found if each.subject == "trainer memory"]
+        assert text.startswith("not estimated: ") and why in text
