@@ -18,10 +18,11 @@ SERVER_PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
 
 def main() -> None:
     default = str(SERVER_PYTHON) if SERVER_PYTHON.exists() else sys.executable
-    parser = argparse.ArgumentParser(description=__doc__)
+    more = "Settings of `sdp-lightning fit` are passed on: --trainer.limit_val_batches=2"
+    parser = argparse.ArgumentParser(description=__doc__, epilog=more)
     parser.add_argument("--python", default=default, help="the interpreter that has vLLM")
     parser.add_argument("--steps", type=int, default=24)
-    arguments = parser.parse_args()
+    arguments, flags = parser.parse_known_args()
     from lightning.pytorch.callbacks import LambdaCallback  # slow to import
 
     quiet_logs()
@@ -29,12 +30,13 @@ def main() -> None:
     server = f"python={arguments.python}&devices=cpu&max_model_len=64&log_folder={LOGS}"
     trainer, model, data = sdp.from_config(
         CONFIG,
-        {
-            "trainer.max_steps": arguments.steps,
-            "trainer.num_sanity_val_steps": -1,
-            "data.engine": f"vllm://launch?{server}",
-            "data.val_prompts": "recipes/arithmetic_cpu/task.py:some_rows",
-        },
+        [
+            f"--trainer.max_steps={arguments.steps}",
+            "--trainer.num_sanity_val_steps=-1",
+            f"--data.engine=vllm://launch?{server}",
+            "--data.val_prompts=recipes/arithmetic_cpu/task.py:some_rows",
+            *flags,
+        ],
     )
     print(f"A vLLM server starts (a minute on an idle CPU); its log is in {LOGS}.", flush=True)
     before: list[float] = []  # measured by the sanity check: a `validate` would start a server
@@ -48,7 +50,7 @@ def main() -> None:
     after = float(trainer.callback_metrics["val/reward"])
     print(
         f"Accuracy on 27 sums, 8 samples each: {before[0]:.3f} before, {after:.3f} after "
-        f"{arguments.steps} steps."
+        f"{trainer.global_step} steps."
     )
 
 

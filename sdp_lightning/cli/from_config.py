@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 from lightning.pytorch import Trainer
 
+from sdp_lightning.cli.kept_texts import KeptText, keep_texts
 from sdp_lightning.cli.trainer import OneLineParser, RolloutCLI
 from sdp_lightning.errors import ConfigError
 from sdp_lightning.lightning.datamodule import RolloutDataModule
@@ -46,7 +47,9 @@ def from_config(
     Args:
         config: a file, or several of which later ones take precedence.
         overrides: settings by dotted name, such as ``{"trainer.max_steps": 2}``: texts, numbers,
-            booleans, None, or lists and dicts of these; or flags of ``sdp-lightning fit``.
+            booleans, None, or lists and dicts of these; or flags of ``sdp-lightning fit``. A text
+            is a text, as one in quotes in a file: ``"3"`` is a number only where the setting's type
+            is. What follows the ``=`` of a flag is read as YAML.
 
     Raises:
         ConfigError: if a setting is unknown or refused, or the config names a checkpoint, which
@@ -58,8 +61,13 @@ def from_config(
         flags += overrides
         overrides = None
     for name, value in (overrides or {}).items():
-        text = value if isinstance(value, str) else json.dumps(value)
-        flags.append(f"--{name}={text}")
+        text = keep_texts(value)
+        if isinstance(text, KeptText) and text.startswith("-") and not text[1:].isdigit():
+            raise ConfigError(f"the text {text!r} of {name} begins as a flag: set it in a file.")
+        if isinstance(text, KeptText):
+            flags += [f"--{name}", text]  # as it is: what follows "=" is read as YAML
+        else:
+            flags.append(f"--{name}={value if isinstance(value, str) else json.dumps(value)}")
     cli = _ConfigCLI(flags, run=False)
     if cli.config["ckpt_path"] is not None:
         raise ConfigError(

@@ -19,7 +19,7 @@ from sdp_lightning.config.server_keys import hide_keys, without_keys
 from sdp_lightning.errors import ConfigError
 from sdp_lightning.lightning.datamodule import RolloutDataModule
 from sdp_lightning.lightning.module import SegmentWisePPOModule
-from sdp_lightning.lightning.weight_sync import WeightSyncCallback
+from sdp_lightning.lightning.trainer_flags import add_weight_sync
 from sdp_lightning.observability.recording import Recording
 from sdp_lightning.observability.recording.recorder import Recorder
 from sdp_lightning.types import count_sampled_tokens
@@ -161,6 +161,16 @@ class RolloutCLI(LightningCLI):
         """Parse the arguments; the base class would warn if ``sys.argv`` has some, too."""
         self.config = parser.parse_args(args)
 
+    def _set_seed(self) -> None:
+        """Seed random numbers; a seed that NumPy does not take is a ``ConfigError``."""
+        seed = self._get(self.config, "seed_everything")
+        if type(seed) is int and not 0 <= seed < 2**32:
+            raise ConfigError(
+                f"seed_everything={seed}: NumPy takes 0 to {2**32 - 1}. Choose one of these, true "
+                "for a random one, or false for none."
+            )
+        super()._set_seed()
+
     def _parse_ckpt_path(self) -> None:
         """Leave the settings as they are: Lightning's CLI would take those of the checkpoint."""
 
@@ -194,9 +204,7 @@ class RolloutCLI(LightningCLI):
                 "this strategy sends model and data to its processes as pickles, which those of a "
                 "run cannot be: use trainer.strategy=ddp, which starts the command once a process."
             )
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        if not any(isinstance(callback, WeightSyncCallback) for callback in callbacks):
-            callbacks.insert(0, WeightSyncCallback())
+        add_weight_sync(trainer)
         return trainer
 
 

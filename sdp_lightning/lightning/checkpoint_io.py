@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import pickle
+import re
 import shutil
 from pathlib import Path
 from typing import Any, cast
@@ -19,7 +20,12 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from sdp_lightning.config.atomic_files import atomic_file, remove_leftovers
 from sdp_lightning.errors import CheckpointError, error_text
-from sdp_lightning.lightning.checkpoint_digest import DigestWriter, remedy_beside, require_whole
+from sdp_lightning.lightning.checkpoint_digest import (
+    DigestWriter,
+    newest_whole_beside,
+    remedy_beside,
+    require_whole,
+)
 
 _FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota of this user is used up"}
 
@@ -77,8 +83,10 @@ class AtomicCheckpointIO(CheckpointIO):
         target = _to_cpu if map_location is None else map_location
         try:
             return self._plain.load_checkpoint(path, target, weights_only)
-        except FileNotFoundError:
-            raise
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"there is no checkpoint {str(path)!r}. {_instead(file)}"
+            ) from error
         except pickle.UnpicklingError as error:
             raise CheckpointError(
                 f"cannot load the checkpoint {str(path)!r}, which is whole: {error}"
@@ -97,6 +105,15 @@ def use_atomic_checkpoints(trainer: L.Trainer) -> None:
     """Give the trainer an :class:`AtomicCheckpointIO`, unless the user chose another plugin."""
     if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
         trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+
+
+def _instead(path: Path) -> str:
+    """What to pass in place of a checkpoint that is not there."""
+    if re.fullmatch("registry(:.*)?", str(path).lower()):  # and Lightning did not look into it
+        return "For Lightning's model registry, `pip install litmodels`; a file needs another name."
+    beside = newest_whole_beside(path)
+    chosen = "Pass the path of one" if beside is None else f"Pass {str(beside)!r}"
+    return f"{chosen}, or ckpt_path='last' for the newest of the run."
 
 
 def _refuse_folder(path: Path) -> None:

@@ -24,6 +24,8 @@ from sdp_lightning.types import Row
 
 logger = logging.getLogger(__name__)
 
+_EPOCHS_DEFAULT = 1000  # of Lightning
+
 ENDLESS = 10**9  # batches
 
 
@@ -78,6 +80,13 @@ class PromptEpochs:
             groups = self._num_rows * passes
             is_short = config.last_batch != "drop"
             ends.append(self._batches(groups) if is_short else groups // self._batch_size)
+        is_default = (epochs, trainer.max_steps) == (_EPOCHS_DEFAULT, -1)
+        if is_default and ends and trainer.state.fn == "fit" and trainer.is_global_zero:
+            text = (
+                "max_epochs=%d, which Lightning takes where no end is set: this run has %d steps "
+                "of a batch. Set max_steps or max_epochs of the Trainer."
+            )
+            logger.warning(text, epochs, min(ends))
         return min(ends, default=None)
 
     def next_length(self, trainer: L.Trainer, steps_per_batch: int) -> int:

@@ -101,7 +101,7 @@ def prepare_trainer(
     """
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     refuse_callbacks(callbacks)
-    _add_weight_sync(trainer, callbacks)
+    _publish_weights(trainer)
     if trainer.state.fn != "fit":
         return optimizer
     _refuse_accumulation(trainer)
@@ -125,16 +125,23 @@ def refuse_callbacks(callbacks: Sequence[Any]) -> None:
                 raise ConfigError(f"{type(callback).__name__} {reason}")
 
 
-def _add_weight_sync(trainer: L.Trainer, callbacks: list[Any]) -> None:
+def _publish_weights(trainer: L.Trainer) -> None:
     from sdp_lightning.lightning.datamodule import RolloutDataModule
-    from sdp_lightning.lightning.weight_sync import WeightSyncCallback
 
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
-    if not isinstance(data, RolloutDataModule):
-        return
-    if not any(isinstance(callback, WeightSyncCallback) for callback in callbacks):
+    if isinstance(data, RolloutDataModule) and add_weight_sync(trainer):
         logger.info("A WeightSyncCallback() is added to the callbacks: it publishes the weights.")
-        callbacks.insert(0, WeightSyncCallback())
+
+
+def add_weight_sync(trainer: L.Trainer) -> bool:
+    """Put a ``WeightSyncCallback`` before the other callbacks if there is none; whether it did."""
+    from sdp_lightning.lightning.weight_sync import WeightSyncCallback
+
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    if any(isinstance(callback, WeightSyncCallback) for callback in callbacks):
+        return False
+    callbacks.insert(0, WeightSyncCallback())
+    return True
 
 
 def _refuse_accumulation(trainer: L.Trainer) -> None:

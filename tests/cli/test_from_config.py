@@ -48,6 +48,28 @@ def test_the_last_of_several_files_decides(small: dict[str, Any]) -> None:
     assert (data.rollout.max_head_lag, data.rollout.max_concurrent) == (5, 4)
 
 
+def test_a_text_of_the_overrides_is_a_text_and_a_number_where_the_type_is_one(
+    small: dict[str, Any],
+) -> None:
+    texts = {"a": "3", "b": "null", "c": "[1]", "d": "-3", "e": "plain"}
+    options = {f"data.engine_options.{key}": text for key, text in texts.items()}
+    more = {"trainer.max_steps": "4", "trainer.default_root_dir": "12"} | options
+    trainer, _, data = sdp.from_config(CONFIG, small | more)
+    assert dict(data.hparams)["engine_options"] == texts
+    assert (trainer.max_steps, trainer.default_root_dir) == (4, "12")
+    _, _, data = sdp.from_config(
+        CONFIG, [f"--{k}={v}" for k, v in small.items() if v] + ["--data.engine_options.a=3"]
+    )
+    assert dict(data.hparams)["engine_options"] == {"a": 3}
+
+
+def test_a_row_inline_may_have_a_field_of_the_name_class_path(small: dict[str, Any]) -> None:
+    rows = [{"prompt": "1+1=", "class_path": "os.path", "init_args": {"a": "3"}}] * 2
+    _, _, data = sdp.from_config(CONFIG, small | {"data.prompts": rows})
+    data._rows.load("predict", None, data.rollout, None)
+    assert data._rows.used == {"prompts": rows}
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -57,9 +79,18 @@ def test_the_last_of_several_files_decides(small: dict[str, Any]) -> None:
         ),
         ({"data.rollout.max_head_lag": "two"}, "max_head_lag"),
         ({"data.rollout.batch_size": -1}, "batch_size"),
+        ({"seed_everything": -1}, r"seed_everything=-1: NumPy takes 0 to 4294967295\. Choose"),
+        ({"data.engine_options.a": "-1e3"}, r"'-1e3' of data.engine_options.a begins as a flag"),
         ({"ckpt_path": "last.ckpt"}, r"ckpt_path='last.ckpt'.*pass it to trainer.fit"),
     ],
-    ids=["unknown setting", "wrong type", "refused value", "a checkpoint"],
+    ids=[
+        "unknown setting",
+        "wrong type",
+        "refused value",
+        "a seed",
+        "a text with a dash",
+        "a checkpoint",
+    ],
 )
 def test_a_refused_config_is_an_exception(
     small: dict[str, Any],

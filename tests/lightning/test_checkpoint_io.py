@@ -103,8 +103,12 @@ def test_what_a_whole_file_may_not_hold_is_said_as_torch_says_it(tmp_path: Path)
     torch.save({"callback": Path}, tmp_path / "other.ckpt")
     with pytest.raises(sdp.CheckpointError, match=r"other\.ckpt', which is whole: Weights only"):
         load(tmp_path / "other.ckpt")
-    with pytest.raises(FileNotFoundError, match=r"nowhere\.ckpt"):
+    with pytest.raises(
+        FileNotFoundError, match=r"nowhere\.ckpt'\. Pass '.*other\.ckpt', or .*last"
+    ):
         load(tmp_path / "nowhere.ckpt")
+    with pytest.raises(FileNotFoundError, match=r"'registry:x'\. .* `pip install litmodels`"):
+        load(Path("registry:x"))
 
 
 def test_a_trainer_gets_it_unless_it_has_a_way_of_its_own() -> None:

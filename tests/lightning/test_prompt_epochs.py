@@ -11,6 +11,7 @@ import pytest
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 
 import sdp_lightning as sdp
+from sdp_lightning.lightning.prompt_epochs import PromptEpochs
 from sdp_lightning.testing import FakeEngine
 from support.trainers import Recorder, make_data, make_module, make_rows, make_trainer
 
@@ -190,3 +191,14 @@ def test_a_checkpoint_of_any_kind_leads_to_the_same_end(
         again = Run(model_folder, ckpt_path=path, **ends)
         assert again.steps == 8, path
         assert times(whole.rows[: done * 4] + again.rows) == {3}
+
+
+def test_the_1000_epochs_of_a_trainer_without_an_end_are_said_in_steps(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    for settings, said in (({}, True), ({"max_steps": 4}, False), ({"max_epochs": 999}, False)):
+        trainer = make_trainer(**({"max_epochs": 1000} | settings))
+        trainer.state.fn = "fit"  # type: ignore[assignment]
+        caplog.clear()
+        PromptEpochs(make_rows(10), 4).plan(trainer, sdp.RolloutConfig(batch_size=4))
+        assert ("this run has 2500 steps of a batch. Set max_steps" in caplog.text) is said
