@@ -121,6 +121,7 @@ class Episode:
         """Drop the events that are still to be restored: the workflow goes another way."""
         with self._lock:
             del self._log[self._position :]
+            self._versions = versions_of(self._log)
 
     @property
     def divergence(self) -> str:
