@@ -276,6 +276,11 @@ def _check_names(named: Mapping[str, Any] | None, argument: str) -> None:
     for name in named or ():
         if why := why_no_name(name):
             raise ConfigError(f"{argument} has the name {name!r}; {why}.")
+    if argument == "rewards" and named is not None and set(named) == {"class_path"}:
+        raise ConfigError(
+            f"rewards: {{class_path: {named['class_path']}}} is a reward with the name class_path. "
+            "If it is to be an object of that class, add init_args: {}."
+        )
 
 
 def checked_weights(

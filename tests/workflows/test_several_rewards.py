@@ -189,6 +189,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "both": ({"reward": correct, "rewards": BOTH}, r"either reward= .* got both"),
     "no rewards": ({"rewards": {}}, r"rewards must be a mapping of one name or more, got \{\}"),
     "no name": ({"rewards": {"": correct}}, r"rewards has the name ''; it must have 1 to 80"),
+    "a class": ({"rewards": {"class_path": "task.Judge"}}, r"class_path: task\.Judge.*init_args"),
     "a number": ({"rewards": {"correct": 1.0}}, r"reward must be a function, got 1\.0"),
     "unknown": (
         {"rewards": BOTH, "reward_weights": WEIGHTS | {"speed": 1.0}},
