@@ -23,7 +23,7 @@ from sdp_lightning.observability.report.files import read_run
 from sdp_lightning.observability.report.learning import SIGNALS
 from sdp_lightning.testing import FakeEngine
 from sdp_lightning.training.batch import Batch
-from sdp_lightning.training.metrics.names import AUTO, POOL, SEVERAL, logged_names
+from sdp_lightning.training.metrics.names import AGENTS, AUTO, POOL, SEVERAL, logged_names
 from support.reports import Page, make_step, write_run
 from support.trainers import Recorder, make_data, make_module, make_rows, make_trainer
 
@@ -87,7 +87,7 @@ def csv_rows(folder: Path) -> list[dict[str, float]]:
 
 def test_a_run_with_everything_on_logs_every_name_that_is_documented(fit: Fit) -> None:
     logged = {name for row in csv_rows(fit.folder) for name in row} - {"epoch", "step"}
-    elsewhere = (POOL, SEVERAL, AUTO)
+    elsewhere = (POOL, SEVERAL, AUTO, AGENTS)
     assert logged == {name for name, when in logged_names().items() if when not in elsewhere}
 
 
@@ -100,11 +100,14 @@ def test_a_plain_run_logs_the_names_that_need_nothing(tmp_path: Path, model_fold
     assert logged == {name for name, when in logged_names().items() if not when}
 
 
-def test_the_rest_of_the_names_are_what_a_pool_of_rewards_counts() -> None:
+def test_the_rest_of_the_names_are_what_pools_of_rewards_and_agents_count() -> None:
     workflow = sdp.RLVRWorkflow("support.trainers:weigh_letters", reward_workers=1)
     counted = {f"rollout/{name}" for name in workflow.counts}
     workflow.close()
     assert counted == {name for name, when in logged_names().items() if when == POOL}
+    agents = sdp.AgentWorkflow(lambda row, endpoint: 1.0)
+    counted = {f"rollout/{name}" for name in agents.counts}
+    assert counted == {name for name, when in logged_names().items() if when == AGENTS}
 
 
 def test_tensorboard_holds_what_the_csv_file_does(fit: Fit) -> None:

@@ -64,7 +64,10 @@ def page(run: Run) -> str:
         f"<header><h1>{name}</h1><p>{_headline(run)}</p></header>",
         sections.cards(run, breakdown),
         section(
-            "advice", "What to change", _advice(advice_on(run.steps, RunConfigs.read(run.settings)))
+            "advice",
+            "What to change",
+            _advice(advice_on(run.steps, RunConfigs.read(run.settings))),
+            "Judged by the later half of the steps; the numbers above are of all of them.",
         ),
         learning.rewards(run),
         learning.signals(run),
