@@ -108,8 +108,7 @@ MUTATIONS = [
     # change the denominator
     Mutation("loss._mean", "loss_denominator(A, B) if C else D", "A.numel() if C else D"),
     Mutation("loss._mean", "A if B is None else B", "A if B is None else loss_mask.sum()"),
-    Mutation(LOSS, "PolicyLoss(loss=_mean(A, B, C, D), kept=E, clipped=F, log_weight=G, log_ratio=H)",  # noqa: E501
-             "PolicyLoss(loss=_mean(A, E, C, D), kept=E, clipped=F, log_weight=G, log_ratio=H)"),
+    Mutation("loss.loss_of_rows", "_mean(A, B, C, D, E)", "_mean(A, B, made.kept, D, None)"),
     Mutation("loss._mean", "A * B", "A"),
     Mutation("loss._mean", "-A / B", "A / B"),
     Mutation("aggregation.loss_denominator", "return loss_mask.sum()",

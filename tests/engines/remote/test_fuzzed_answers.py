@@ -24,6 +24,7 @@ PLAIN = replace(vllm.INFO, has_spans=False)
 ECHO = [None, {"2": {"logprob": -3.5, "rank": 6}}, {"3": {"logprob": -4, "rank": 1}}]
 STREAMED = vllm.completion(finish_reason=None, weight_versions=None)
 TOP = [[-1.0, 0, None], [-2.0, 1, None]]
+TYPES = {"results": [["bfloat16", "float32"]]}
 # What a server was asked for: its true answer, and how that is read.
 CALLS: dict[str, tuple[Any, Callable[[Any], Any]]] = {
     "vllm completion": (
@@ -48,12 +49,18 @@ CALLS: dict[str, tuple[Any, Callable[[Any], Any]]] = {
     ),
     "vllm models": (
         {"data": [{"id": "m", "max_model_len": 256}]},
-        lambda answer: vllm.BACKEND.read_description([answer, {"world_size": 1}, None]),
+        lambda answer: vllm.BACKEND.read_description([answer, {"world_size": 1}, TYPES]),
     ),
     "vllm world": (
         {"world_size": 1},
         lambda answer: vllm.BACKEND.read_description(
-            [{"data": [{"id": "m", "max_model_len": 256}]}, answer, None]
+            [{"data": [{"id": "m", "max_model_len": 256}]}, answer, TYPES]
+        ),
+    ),
+    "vllm types": (
+        TYPES,
+        lambda answer: vllm.BACKEND.read_description(
+            [{"data": [{"id": "m", "max_model_len": 256}]}, {"world_size": 1}, answer]
         ),
     ),
     "vllm version": ({"weight_version": "3"}, vllm.BACKEND.read_version),

@@ -242,7 +242,7 @@ def test_logprobs_that_follow_the_temperature_pass_and_others_name_the_flag():
                     "method": "sdp_receive",
                     "kwargs": {
                         **{"host": "10.0.0.1", "port": 7, "key": "k"},
-                        **{"num_workers": 2, "timeout_s": 5.0},
+                        **{"num_workers": 2, "timeout_s": 5.0, "use": "load"},
                     },
                 },
             ),
