@@ -323,17 +323,18 @@ class ServerPool:
     async def _bring_back(self, replica: Replica, version: int) -> None:
         """Bring ``replica`` to ``version``, whatever it held, and let it serve.
 
-        If a publish starts meanwhile, the next publish includes it. A server that completes nothing
-        between two returns is tried less and less often while enough others serve.
+        If a publish starts meanwhile, the next publish includes it, or the next try, whichever
+        comes first. A server that completes nothing between two returns is tried less and less
+        often while enough others serve.
         """
-        if self._transport is None or replica.waits_for_publish:
+        if self._transport is None or (self._transport.is_live and replica.waits_for_publish):
             return  # without a transport: the leading rank does, see ``follow``
         rest_s = self._options.health_interval_s * 2 ** min(replica.num_returns, _MOST_DOUBLINGS)
         is_needed = self.num_serving < self._options.min_replicas or not replica.num_returns
         if not is_needed and monotonic() < replica.tried_s + rest_s:
             return
         replica.num_returns += 1
-        replica.tried_s = monotonic()
+        replica.tried_s, replica.waits_for_publish = monotonic(), False
         await self._client.pause(replica, "interrupt")
         if replica.info is None:  # it was not well at the start
             await self._client.describe(replica)
