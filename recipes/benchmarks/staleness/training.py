@@ -323,6 +323,7 @@ def record(cell: Cell, scale: Scale, course: Course) -> dict[str, Any]:
         "steps": course.steps,
         "success": [round(value, 5) for value in course.success],
         **({"trained": [round(value, 5) for value in course.trained]} if course.trained else {}),
+        "sampled": [round(value, 4) for value in course.sampled],
         "max_lag": max(course.max_lags),
         **{name: round(value, 6) for name, value in course.measures.items()},
     }
