@@ -24,7 +24,7 @@ from staleness import ablation  # noqa: E402
 from staleness.methods import DEFAULT, METHODS  # noqa: E402
 from staleness.net import Layout, TinyLlama  # noqa: E402
 from staleness.plan import Results, cell_of, representative  # noqa: E402
-from staleness.probe import probe, summed_up  # noqa: E402
+from staleness.probe import GradientSums, probe, summed_up  # noqa: E402
 from staleness.rollouts import Rollouts, rounded, segment_scores  # noqa: E402
 from staleness.task import SORTING  # noqa: E402
 from staleness.training import Cell, Run, Scale, run  # noqa: E402
@@ -291,7 +291,10 @@ def test_bias_and_noise_of_gradients_are_told_apart() -> None:
     def noisy(mean: torch.Tensor, count: int, noise: float) -> torch.Tensor:
         return mean + noise * torch.randn(count, 400, generator=generator)
 
-    found = summed_up([(row, 0.5) for row in noisy(0.5 * truth, 30, 2.0)], noisy(truth, 30, 1.0))
+    fresh = GradientSums()
+    for row in noisy(truth, 30, 1.0):
+        fresh.add(row)
+    found = summed_up(((row, 0.5) for row in noisy(0.5 * truth, 30, 2.0)), fresh)
     assert found.cosine_of_mean == pytest.approx(1, abs=0.1)
     assert found.length == pytest.approx(0.5, abs=0.1)
     assert found.noise == pytest.approx(2.0, abs=0.2)

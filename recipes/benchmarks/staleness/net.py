@@ -111,7 +111,7 @@ class Layers(nn.Module):
         bias = self.bias[start : start + width, : start + width]
         num_q, num_k, _ = self._heads
         for number, layer in enumerate(self.layers):
-            qkv = functional.linear(self._normed(x), layer.qkv * layer.norm)
+            qkv = _scaled(self._normed(x), layer.norm, layer.qkv)
             qk, v = qkv.view(len(place), -1, self._width).split((num_q + num_k, num_k), 1)
             packed = torch.cat([_turned(qk, cos, sin), v], 1)
             q, k, v = spread(packed, real).transpose(1, 2).split(self._heads, 1)
@@ -124,7 +124,7 @@ class Layers(nn.Module):
             mixed = (q @ k.mT + bias).softmax(-1) @ v  # so short, faster than the fused kernel
             mixed = mixed.transpose(1, 2).flatten(2).flatten(0, 1)[place]
             x = x + functional.linear(mixed, layer.out)
-            opened = functional.linear(self._normed(x), layer.gate_up * layer.mlp_norm)
+            opened = _scaled(self._normed(x), layer.mlp_norm, layer.gate_up)
             gate, up = opened.chunk(2, 1)
             x = x + functional.linear(functional.silu(gate) * up, layer.down)
         return x
@@ -135,7 +135,6 @@ class Layers(nn.Module):
         return [(torch.zeros(shape), torch.zeros(shape)) for _ in self.layers]
 
     def _normed(self, x: Tensor) -> Tensor:
-        # The weight of the norm goes into the next matrix, which is smaller than the batch.
         return x * (x.square().mean(-1, keepdim=True) + self.eps).rsqrt()
 
 
@@ -274,6 +273,13 @@ class _Layer(nn.Module):
 
 def _copy(weight: Tensor) -> nn.Parameter:
     return nn.Parameter(weight.detach().clone())
+
+
+def _scaled(x: Tensor, norm: Tensor, matrix: Tensor) -> Tensor:
+    """X times a norm's weight, through a matrix. The smaller of the two is scaled."""
+    if len(x) < len(matrix):
+        return functional.linear(x * norm, matrix)
+    return functional.linear(x, matrix * norm)
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

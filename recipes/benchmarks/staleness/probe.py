@@ -7,12 +7,14 @@ are held against the policy gradient of fresh samples of the present policy, unc
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from statistics import fmean
 from typing import Any
 
 import torch
-from staleness.methods import METHODS, Method
+from staleness.methods import METHODS, ON_REAL_MODELS, Method
 from staleness.net import TinyLlama
 from staleness.rollouts import Rollouts, sample
 from staleness.training import (
@@ -52,32 +54,70 @@ class Gradients:
     acting: float
 
 
+class GradientSums:
+    """Sums over gradients [D], of which one at a time is held."""
+
+    def __init__(self) -> None:
+        self._total, self._squares, self._count = torch.zeros(()), 0.0, 0
+
+    def add(self, gradient: Tensor) -> None:
+        self._total = self._total + gradient
+        self._squares += float(gradient.square().sum())
+        self._count += 1
+
+    @property
+    def mean(self) -> Tensor:
+        """[D] the mean."""
+        return self._total / self._count
+
+    @property
+    def mean_square(self) -> float:
+        """Mean squared length."""
+        return self._squares / self._count
+
+    @property
+    def square_of_mean(self) -> float:
+        """Squared length of the mean that they are drawn around, without bias.
+
+        It is of products of different gradients, which have no noise in common.
+        """
+        products = float(self._total.square().sum()) - self._squares
+        return max(products / (self._count * (self._count - 1)), 1e-30)
+
+
 def probe(
-    this: Run, steps: Sequence[int], *, num_batches: int, num_fresh: int
+    this: Run,
+    steps: Sequence[int],
+    *,
+    num_batches: int,
+    num_fresh: int,
+    methods: Iterable[str] = METHODS,
 ) -> Iterator[dict[str, Any]]:
     """A line for each method at each of ``steps`` of a run, whose own method must read scores."""
+    names = [name for name in methods if not ON_REAL_MODELS[name].scale_lr_by_ess]  # an equal one
     for step in range(max(steps) + 1):
         if step in steps:
-            for name, found in compare(this, step, num_batches, num_fresh).items():
+            for name, found in compare(this, step, num_batches, num_fresh, names).items():
                 yield {**asdict(this.cell), "method": name, "step": step, **vars(found)}
         this.step(step)
 
 
-def compare(this: Run, step: int, num_batches: int, num_fresh: int) -> dict[str, Gradients]:
+def compare(
+    this: Run, step: int, num_batches: int, num_fresh: int, methods: Iterable[str]
+) -> dict[str, Gradients]:
     """Every method on ``num_batches`` old batches, against ``num_fresh`` fresh ones."""
-    fresh = [this.rollouts(step, stream=500 + i) for i in range(num_fresh)]
-    present = [renewed(this, rollouts) for rollouts in fresh]
-    target = torch.stack([gradient(this, this.batch(r), FRESH)[0] for r in present])
-    old = [this.rollouts(step, stream=1 + i) for i in range(num_batches)]
-    scored = [this.batch(r) for r in old]
+    fresh = GradientSums()
+    for i in range(num_fresh):
+        present = renewed(this, this.rollouts(step, stream=500 + i))
+        fresh.add(gradient(this, this.batch(present), FRESH)[0])
+    old = [this.batch(this.rollouts(step, stream=1 + i)) for i in range(num_batches)]
     found = {
-        name: summed_up([gradient(this, batch, method) for batch in scored], target)
-        for name, method in METHODS.items()
-        if not method.scale_lr_by_ess  # which changes no gradient
+        name: summed_up((gradient(this, batch, ON_REAL_MODELS[name]) for batch in old), fresh)
+        for name in methods
     }
     for name, present_baseline in (("old baseline", False), ("present baseline", True)):
-        whole = [(sequence_gradient(this, batch, present_baseline), 1.0) for batch in scored]
-        found[f"sequence weights, {name}"] = summed_up(whole, target)
+        whole = ((sequence_gradient(this, batch, present_baseline), 1.0) for batch in old)
+        found[f"sequence weights, {name}"] = summed_up(whole, fresh)
     return found
 
 
@@ -145,27 +185,21 @@ def flat_gradient(net: TinyLlama) -> Tensor:
     return torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None]).clone()
 
 
-def summed_up(found: Sequence[tuple[Tensor, float]], fresh: Tensor) -> Gradients:
-    """The mean and spread of gradients against fresh ones [n, D], noise of both taken off.
-
-    Squared lengths of means are of products of different batches, which have no noise in common.
-    """
-    each = torch.stack([values for values, _ in found])
-    truth = fresh.mean(0)
-    truth_square, square = _square_of_mean(fresh), _square_of_mean(each)
-    along = each @ truth
-    own = each.square().sum(1).mean()
+def summed_up(found: Iterable[tuple[Tensor, float]], fresh: GradientSums) -> Gradients:
+    """The mean and spread of gradients against fresh ones, noise of both taken off."""
+    truth, each = fresh.mean, GradientSums()
+    along, cosines, acting = list[float](), list[float](), list[float]()
+    for values, share in found:
+        each.add(values)
+        along.append(float(values @ truth))
+        cosines.append(along[-1] / max(float(values.norm()), 1e-30))
+        acting.append(share)
+    square, mean_along = fresh.square_of_mean, fmean(along)
+    noise = max(each.mean_square - each.square_of_mean, 0.0)
     return Gradients(
-        cosine_of_mean=float(along.mean() / (truth_square * square).clamp(min=1e-30).sqrt()),
-        cosine=float((along / each.norm(dim=1).clamp(min=1e-30)).mean() / truth_square.sqrt()),
-        length=float(along.mean() / truth_square),
-        noise=float((own - square).clamp(min=0).sqrt() / truth_square.sqrt()),
-        acting=sum(acting for _, acting in found) / len(found),
+        cosine_of_mean=mean_along / math.sqrt(square * each.square_of_mean),
+        cosine=fmean(cosines) / math.sqrt(square),
+        length=mean_along / square,
+        noise=math.sqrt(noise / square),
+        acting=fmean(acting),
     )
-
-
-def _square_of_mean(each: Tensor) -> Tensor:
-    """[] squared length of the mean that rows [n, D] are drawn around, without bias."""
-    count = len(each)
-    total = each.sum(0).square().sum() - each.square().sum()
-    return (total / (count * (count - 1))).clamp(min=1e-30)

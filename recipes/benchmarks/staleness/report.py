@@ -24,12 +24,12 @@ MEASURES = {
 }
 
 
-def expanded(lines: Iterable[Line]) -> list[Line]:
-    """The lines, repeated for every cell that a line stands for."""
+def expanded(lines: Iterable[Line], methods: Iterable[str] = METHODS) -> list[Line]:
+    """The lines, repeated for every cell of ``methods`` that a line stands for."""
     found: list[Line] = []
     for line in lines:
         cell = cell_of(line)
-        for method in METHODS:
+        for method in methods:
             for staleness in STALENESS:
                 twin = replace(cell, method=method, staleness=staleness)
                 if twin == cell or representative(twin) == cell:
@@ -44,7 +44,14 @@ def exact(lines: Iterable[Line]) -> list[Line]:
 
 def write(lines: Sequence[Line], path: Path, probed: Sequence[Line] = ()) -> None:
     """Write all tables to ``path``."""
-    table = Table(expanded(exact(lines)))
+    path.write_text(tables(lines, probed))
+
+
+def tables(
+    lines: Sequence[Line], probed: Sequence[Line] = (), methods: Sequence[str] = tuple(METHODS)
+) -> str:
+    """All tables of one task, in Markdown."""
+    table = Table(expanded(exact(lines), methods), methods)
     parts: list[str] = []
     for minibatches, rate in sorted({(p.minibatches, p.rate) for p in table.places}):
         places = [p for p in table.places if (p.minibatches, p.rate) == (minibatches, rate)]
@@ -64,20 +71,21 @@ def write(lines: Sequence[Line], path: Path, probed: Sequence[Line] = ()) -> Non
             for place in (p for p in places if p.lag >= 2):
                 parts += [f"### What happened to tokens: {_name(place)}", _measures(table, place)]
     if len(exact(lines)) < len(lines):
-        parts += ["## An engine that rounds its weights", engines(lines)]
+        parts += ["## An engine that rounds its weights", engines(lines, methods)]
     if probed:
         parts += ["## Gradients against those of fresh samples", gradients(probed)]
-    path.write_text("\n\n".join(parts) + "\n")
+    return "\n\n".join(parts) + "\n"
 
 
-def engines(lines: Sequence[Line]) -> str:
+def engines(lines: Sequence[Line], methods: Sequence[str]) -> str:
     """Levels, and differences to the default, by lag and by what engine and trainer differ."""
     rows = [["lag", "bits", "mean abs(x - b) at lag 0, nats", "method"]]
     rows[0] += ["clipped", "end", f"less {DEFAULT}'s", "course"]
     for bits in sorted({line["engine_bits"] for line in lines if "engine_bits" in line})[::-1]:
-        table = Table(expanded(line for line in lines if line.get("engine_bits") == bits))
+        rounded = (line for line in lines if line.get("engine_bits") == bits)
+        table = Table(expanded(rounded, methods), methods)
         for place in table.places:
-            for method in METHODS:
+            for method in methods:
                 level = table.level(place, method)
                 if level is None:
                     continue
@@ -116,7 +124,7 @@ def _levels(table: Table, places: Sequence[Place], score: Callable[[Line], float
 def _differences(table: Table, places: Sequence[Place], score: Callable[[Line], float]) -> str:
     stale = [place for place in places if place.lag >= 2]
     rows = [["", *map(_name, places), "mean of lags from 2 on"]]
-    for method in METHODS:
+    for method in table.order:
         found = [table.difference(place, method, DEFAULT, score) for place in places]
         if method == DEFAULT or not any(found):
             continue
@@ -135,7 +143,7 @@ def difference_text(found: Estimate) -> str:
 
 def _measures(table: Table, place: Place) -> str:
     rows = [["", *MEASURES.values()]]
-    for method in METHODS:
+    for method in table.order:
         values = [table.measure(place, method, name) for name in MEASURES]
         if any(value is not None for value in values):
             rows.append([method, *("" if v is None else f"{v:.3f}" for v in values)])
@@ -144,7 +152,7 @@ def _measures(table: Table, place: Place) -> str:
 
 def _grid(table: Table, places: Sequence[Place], cell: Callable[[Place, str], str]) -> str:
     rows = [["", *map(_name, places)]]
-    for method in METHODS:
+    for method in table.order:
         if any(table.runs(place, method) for place in places):
             rows.append([method, *(cell(place, method) for place in places)])
     return _markdown(rows)

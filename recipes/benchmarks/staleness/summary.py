@@ -76,9 +76,11 @@ class Table:
 
     Args:
         lines: of the file.
+        order: of methods in tables.
     """
 
-    def __init__(self, lines: Iterable[Line]) -> None:
+    def __init__(self, lines: Iterable[Line], order: Iterable[str] = ()) -> None:
+        self.order = tuple(order)
         self._runs: dict[tuple[Place, str], dict[int, Line]] = {}
         for line in lines:
             place = Place(

@@ -88,13 +88,14 @@ def load_model(path_function: str) -> Any:
         return LlamaForCausalLM.from_pretrained(path(), dtype=torch.float32)
 
 
-REAL_TASKS = ("sums", "counting")
+REAL_TASKS = ("sums", "all sums", "counting")
 
 
 def real_task(name: str) -> Task:
     """A task of SmolLM2-135M, of which the last 8 layers are trained, as the demo trains them.
 
     ``"sums"``: the demo's; a quarter is held out, whose terms are learned the other way round.
+    ``"all sums"``: as the demo trains and judges them: none is held out.
     ``"counting"``: the five numbers after the given one; its reward is the share of them that are
     written before the first wrong one.
 
@@ -103,17 +104,19 @@ def real_task(name: str) -> Task:
     """
     rows, judge, max_new_tokens = {
         "sums": (_sums, _is_sum, 4),
+        "all sums": (_sums, _is_sum, 4),
         "counting": (_counting, _counted, 21),
     }[name]
     tokenizer = _tokenizer()
     every, held_out = rows()
+    is_all = name == "all sums"
     prompt = tokenizer(every[0]["prompt"])["input_ids"]
     texts = [tokenizer.decode([i]) for i in range(len(tokenizer))]
     ends = torch.tensor([_ends(text) for text in texts])
     ends[tokenizer.eos_token_id] = True
     return Task(
-        train_rows=[row for row in every if row not in held_out],
-        test_rows=held_out,
+        train_rows=every if is_all else [row for row in every if row not in held_out],
+        test_rows=every if is_all else held_out,
         judge=judge,
         encode=lambda texts: torch.tensor(tokenizer(list(texts))["input_ids"]),
         decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True),

@@ -136,10 +136,8 @@ class Learner:
         sums = StepSums()
         loop = training_loop(self.net, self.forward, self._optimizer, self._schedule, sums.add)
         batch = prepare(self.update, self.forward, batch, self.method)
-        if (bound := self.method.least_ess) is not None:
-            exponent = tempered_exponent(batch, bound)
-            self.update.loss = replace(self.method.loss, bridge_exponent=exponent)
-            sums.note_exponent(exponent)
+        if self.method.least_ess is not None:
+            sums.note_exponent(self.update.loss.bridge_exponent)
         for values in self.update.train(batch, loop):
             sums.note(values)
         return sums
@@ -156,7 +154,8 @@ def prepare(update: PolicyUpdate, forward: NetForward, batch: Batch, method: Met
     """The batch with advantages and, unless the method does without, x under the present weights.
 
     x is also computed where one step follows, which else takes it from its own pass: methods that
-    are equal at a lag are so bit by bit.
+    are equal at a lag are so bit by bit. The loss of ``update`` gets the exponent of a tempered
+    bridge.
     """
     batch = update.prepare(batch, forward)
     if method.loss.proximal == "recompute" and batch.proximal_logprobs is None:
@@ -164,6 +163,9 @@ def prepare(update: PolicyUpdate, forward: NetForward, batch: Batch, method: Met
     if not method.corrected:
         assert batch.proximal_logprobs is not None
         batch = replace(batch, behavior_logprobs=batch.proximal_logprobs)
+    if method.least_ess is not None:
+        exponent = tempered_exponent(batch, method.least_ess)
+        update.loss = replace(method.loss, bridge_exponent=exponent)
     return batch
 
 
@@ -321,6 +323,7 @@ def record(cell: Cell, scale: Scale, course: Course) -> dict[str, Any]:
         "steps": course.steps,
         "success": [round(value, 5) for value in course.success],
         **({"trained": [round(value, 5) for value in course.trained]} if course.trained else {}),
+        "sampled": [round(value, 4) for value in course.sampled],
         "max_lag": max(course.max_lags),
         **{name: round(value, 6) for name, value in course.measures.items()},
     }
