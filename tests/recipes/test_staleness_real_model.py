@@ -15,7 +15,7 @@ from support.paths import ROOT
 
 sys.path.insert(0, str(ROOT / "recipes/benchmarks"))
 
-from staleness import real_model
+from staleness import asynchronous, real_model
 from staleness.methods import ON_REAL_MODELS
 from staleness.net import Layout, TinyLlama, Trunk
 from staleness.plan import Results
@@ -116,7 +116,8 @@ def test_the_driver_goes_on_where_it_stopped(
 
     def compute(cell: Cell, scale: Scale) -> dict[str, Any]:
         computed.append(cell)
-        return {**vars(cell), "final": 0.5, "steps": [0], "success": [0.5], "max_lag": 0}
+        line = {**vars(cell), "final": 0.5, "steps": [0, 4], "success": [0.5, 0.5], "max_lag": 0}
+        return line | {"abs_drift": 0.08, "mean_lag": 7.5}
 
     class Here:
         """A pool that computes at once, in this process."""
@@ -138,6 +139,7 @@ def test_the_driver_goes_on_where_it_stopped(
     monkeypatch.setattr(real_model, "compute", compute)
     monkeypatch.setattr(real_model, "ProcessPoolExecutor", Here)
     arguments = ["--file", str(tmp_path / "results.jsonl.gz"), "--seeds", "1"]
+    arguments += ["--tables", str(tmp_path / "tables.md"), "--figure", str(tmp_path / "drift.png")]
     real_model.main([*arguments, "--methods", "segment", "TIS", "--lags", "0", "8"])
     # Without staleness the two are one run, at each of two rates.
     assert len(computed) == 6
@@ -145,7 +147,31 @@ def test_the_driver_goes_on_where_it_stopped(
     assert [cell.method for cell in computed[6:]] == ["origin"] * 2
     assert len(Results(tmp_path / "results.jsonl.gz").runs) == 8
     assert "sums, Place(staleness='whole', lag=8" in capsys.readouterr().out
+    (told,) = [
+        x
+        for x in (tmp_path / "tables.md").read_text().splitlines()
+        if "sums | whole 8, 2 minibatches, x 1 |" in x
+    ]
+    assert told.startswith("| 0.0107 | 0.080 | sums") and "| +0.000 ± inf (1) |" in told
+    assert (tmp_path / "drift.png").stat().st_size > 10_000
     assert set(real_model.MANY) <= set(ON_REAL_MODELS)
+
+
+def test_a_fit_is_held_against_the_harness_by_the_batches_of_the_last_quarter(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def line(kind: str, seed: int, end: float) -> dict[str, Any]:
+        rewards = [0.0] * 6 + [end - 0.1, end + 0.1]
+        return {"kind": kind, "lag": 8, "seed": seed, "rewards": rewards, "lags": [0.0] * 7 + [8.0]}
+
+    fits = [line("fit", seed, end) for seed, end in enumerate((0.4, 0.5))]
+    near = [line("harness", seed, end) for seed, end in enumerate((0.45, 0.55))]
+    asynchronous.show([*fits, *near])
+    assert "lag 8: fit less harness -0.050" in (told := capsys.readouterr().out)
+    assert "agree; mean lag of the fits 4.00" in told
+    far = [line("harness", seed, end) for seed, end in enumerate((0.951, 0.95))]
+    asynchronous.show([*[line("fit", seed, 0.4 + seed / 1000) for seed in range(2)], *far])
+    assert "DISAGREE" in capsys.readouterr().out
 
 
 def test_tasks_are_of_one_length_and_hold_rows_out() -> None:

@@ -39,7 +39,7 @@ def expanded(lines: Iterable[Line], methods: Iterable[str] = METHODS) -> list[Li
 
 def exact(lines: Iterable[Line]) -> list[Line]:
     """Lines of runs whose engine has the trainer's weights exactly."""
-    return [line for line in lines if "engine_bits" not in line]
+    return [line for line in lines if line.get("engine_bits") is None]
 
 
 def write(lines: Sequence[Line], path: Path, probed: Sequence[Line] = ()) -> None:
