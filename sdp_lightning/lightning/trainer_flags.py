@@ -167,7 +167,10 @@ def _take_clipping(trainer: L.Trainer, optimizer: OptimizerConfig) -> OptimizerC
             "norm. Leave it out, and set gradient_clip_val of the OptimizerConfig."
         )
     trainer.gradient_clip_val = None  # type: ignore[attr-defined]  # refused with own steps
-    logger.info("gradient_clip_val=%s of the Trainer is that of the OptimizerConfig now.", clip)
+    own, default = optimizer.gradient_clip_val, OptimizerConfig().gradient_clip_val
+    level = logging.INFO if own in (default, clip or None) else logging.WARNING
+    told = "gradient_clip_val=%s of the Trainer is in force, in place of %s of the OptimizerConfig."
+    logger.log(level, told, clip, own)
     return replace(optimizer, gradient_clip_val=clip or None)
 
 

@@ -65,6 +65,7 @@ def test_flags_are_translated(
     module = trainer.lightning_module
     assert isinstance(module, sdp.SegmentWisePPOModule)
     assert module.optimizer.gradient_clip_val == 1e-9
+    assert "gradient_clip_val=1e-09 of the Trainer is in force, in place of 1.0" in caplog.text
     added = [r.getMessage() for r in caplog.records if "WeightSyncCallback" in r.getMessage()]
     assert len(added) == 1 and "is added" in added[0]
     assert isinstance(trainer.callbacks[0], sdp.WeightSyncCallback)  # type: ignore[attr-defined]
