@@ -135,6 +135,9 @@ Updates = Sequence[Iterable[tuple[str, Tensor]]]
 Weights = Mapping[int, Mapping[str, Tensor]]  # of each version
 
 
+_TRIES = 8
+
+
 def generate_across(
     server_url: str,
     updates: Updates,
@@ -150,10 +153,10 @@ def generate_across(
     both sides of every publish; what they sampled is returned. Where other programs have the cores,
     all may have ended before one is published: then it is tried again.
     """
-    for _ in range(3):
+    for _ in range(_TRIES):
         with contextlib.suppress(_AllEnded):
             return _generate_across(server_url, updates, num_requests, budget, temperature, options)
-    raise AssertionError("three times all requests ended before the last publish")
+    raise AssertionError(f"{_TRIES} times all requests ended before the last publish")
 
 
 class _AllEnded(Exception):
