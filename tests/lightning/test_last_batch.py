@@ -17,7 +17,8 @@ def fit(folder: str, **rollout: Any) -> tuple[list[list[str]], int]:
     recorder = Recorder()
     trainer = make_trainer(sdp.WeightSyncCallback(), recorder, max_epochs=-1)
     module = make_module(folder, update=sdp.UpdateConfig(num_minibatches=2))
-    data = make_data(rows=make_rows(5), engine=FakeEngine(), batch_size=3, shuffle=False, **rollout)
+    order = {"shuffle": False, "max_concurrent": 1}  # one group after another
+    data = make_data(rows=make_rows(5), engine=FakeEngine(), batch_size=3, **order, **rollout)
     trainer.fit(module, data)
     return [step.row_ids for step in recorder.steps], trainer.global_step
 
