@@ -122,7 +122,7 @@ def _policy_loss(
     config: LossConfig,
     lags: Tensor | None,
 ) -> PolicyLoss:
-    """That of n, x, q and b, all but n detached; its ``loss`` [B, T] is not yet a mean."""
+    """The loss of n, x, q and b, all but n detached; ``loss`` [B, T] is not yet a mean."""
     target, proximal, segment, behavior = policies
     centre, log_weight = centre_and_log_weight(proximal, segment, behavior, config, lags)
     log_ratio = target - centre

@@ -204,7 +204,7 @@ class GroupSource:
 
 @dataclass(frozen=True)
 class SourcePosition:
-    """Where the prompts and all groups were at one instant; ``state_dict`` writes it at leisure.
+    """The prompts and all groups of one instant, which ``state_dict`` writes at leisure.
 
     Args:
         prompts: state of the prompts.

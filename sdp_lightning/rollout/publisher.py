@@ -17,7 +17,7 @@ from sdp_lightning.engines.protocol import (
     PublishReport,
     SharedServerEngine,
 )
-from sdp_lightning.errors import ConfigError
+from sdp_lightning.errors import ConfigError, EngineError
 from sdp_lightning.rollout.groups.registry import GroupRegistry
 from sdp_lightning.rollout.publish import Load, publish, stage
 from sdp_lightning.workflows.send_gate import SendGate
@@ -144,9 +144,11 @@ class Publisher:
         try:
             report = load(self._registry.serve)
             self._on_served()
-        except Exception as error:  # raised where it is waited for, or a batch is
-            self._registry.fail(error)
-            done.set_exception(error)
+        except BaseException as error:  # raised where it is waited for, or a batch is
+            ended = EngineError(f"the publish was ended by {error!r}.")
+            failure = error if isinstance(error, Exception) else ended
+            self._registry.fail(failure)
+            done.set_exception(failure)
         else:
             done.set_result(report)
 

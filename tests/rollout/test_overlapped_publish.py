@@ -102,6 +102,15 @@ def test_a_failed_publish_is_the_error_of_whatever_comes_next(then: str) -> None
         assert "stage 2" not in engine.events
 
 
+def test_whatever_ends_a_publish_beside_the_step_nobody_waits_for_it_for_ever() -> None:
+    engine = StagingEngine()
+    with rolling(engine, max_head_lag=1, **OVERLAP) as executor:
+        engine.fails = SystemExit("at its exit")
+        executor.publish([], 1)
+        with pytest.raises(sdp.errors.EngineError, match=r"ended by SystemExit\('at its exit'\)"):
+            executor.publisher.finish()
+
+
 @pytest.mark.fault("exception", "publish")
 def test_weights_that_cannot_be_staged_commit_nothing() -> None:
     def broken() -> Any:

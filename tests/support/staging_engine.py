@@ -13,7 +13,7 @@ from support.rollouts import DEADLINE_S
 
 
 class StagingEngine(FakeEngine):
-    """Shared servers in this process; ``held``: loads wait for ``let_load``; ``fails``: why."""
+    """Shared servers here; ``held``: loads wait for ``let_load``; ``fails``: why, or by what."""
 
     stages_copies = True
     server_urls: Sequence[str] = ()
@@ -21,7 +21,8 @@ class StagingEngine(FakeEngine):
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, updates_in_flight=False, **settings)
-        self.held, self.fails = False, ""
+        self.held = False
+        self.fails: str | BaseException = ""
         self.events: list[str] = []
         self._staged: list[tuple[str, Any]] = []
         self._may_load = threading.Semaphore(0)
@@ -34,7 +35,7 @@ class StagingEngine(FakeEngine):
         if self.held and not reset and not self._may_load.acquire(timeout=DEADLINE_S):
             raise EngineError("the test never let it load")
         if self.fails and not reset:
-            raise EngineError(self.fails)
+            raise EngineError(self.fails) if isinstance(self.fails, str) else self.fails
         self.events.append(f"load {version}")
         return self.update_weights(self._staged, version, reset=reset)
 

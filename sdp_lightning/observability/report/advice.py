@@ -124,7 +124,7 @@ def _bottleneck(
 
 
 def _concurrency(rows: Sequence[MetricRow]) -> Iterator[Advice]:
-    """Which ``max_concurrent`` was the fastest, where several were tried."""
+    """Name the fastest ``max_concurrent`` of a run that tried several."""
     speeds, last = speeds_by_concurrency(rows), int(rows[-1].get("rollout/concurrency", 0))
     if len(speeds) < 2 or last not in speeds:
         return

@@ -51,7 +51,7 @@ _APIS: tuple[Api, ...] = (
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where an agent finds the policy: what clients of OpenAI's API are made with.
+    """The address of a policy for one agent: what clients of OpenAI's API are made with.
 
     Attributes:
         base_url: ends with ``/v1``.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-import math
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -29,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 ClientSampling = Literal["override", "refuse"]
 SideRequest = Callable[[Mapping[str, Any]], bool]
+_MOST_TOKENS = 2**31  # of a tokenizer that does not say how many it has
 MOST_AT_ONCE = 64  # requests of one sample that are answered at the same time
 
 
@@ -277,9 +277,9 @@ _RUNS: Mapping[str, Callable[[SamplingParams], Any]] = {
 
 
 @functools.lru_cache(maxsize=8)
-def _num_tokens(tokenizer: Tokenizer) -> float:
+def _num_tokens(tokenizer: Tokenizer) -> int:
     found = count_tokens(tokenizer)
-    return math.inf if found is None else found
+    return _MOST_TOKENS if found is None else found
 
 
 def _listed(asked: Mapping[str, Any]) -> str:
