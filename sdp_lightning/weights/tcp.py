@@ -50,15 +50,9 @@ class TcpTransport:
         self._files = WeightFolder(root)
         self._staged: list[Path] = []
         self._latest: list[Path] = []
-        self._is_closed = False
 
     def stage(self, weights: Weights, *, full: bool, dtype: ServedType | None = None) -> int:
-        try:
-            folder, num_bytes = self._files.stage(weights, full=full, dtype=dtype)
-        except EngineError as error:
-            if self._is_closed:  # which removed the folder
-                raise EngineError("the engine was closed while weights were written.") from error
-            raise
+        folder, num_bytes = self._files.stage(weights, full=full, dtype=dtype)
         self._staged = [folder] if num_bytes else []
         return num_bytes
 
@@ -71,7 +65,6 @@ class TcpTransport:
         await self._sender.send(folders, target)
 
     def close(self) -> None:
-        self._is_closed = True
         self._files.close()
 
 

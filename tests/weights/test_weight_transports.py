@@ -14,7 +14,7 @@ from sdp_lightning.engines.remote.engine import RemoteInfEngine
 from sdp_lightning.engines.remote.options import RemoteOptions
 from sdp_lightning.engines.remote.vllm import VLLMBackend
 from sdp_lightning.errors import ConfigError, EngineError
-from sdp_lightning.weights.protocol import Instruction, Target
+from sdp_lightning.weights.protocol import Instruction, Target, WeightStream
 from sdp_lightning.weights.tcp import TcpTransport, address_towards
 from sdp_lightning.weights.vllm_native import NativeTransport
 from support.fake_servers import (
@@ -196,11 +196,35 @@ def test_closing_under_a_transfer_leaves_no_sender(one: Server):
 
     thread = threading.Thread(target=work)
     thread.start()
-    one.wait(**{RPC: 1})
+    one.wait(**{RPC: 2})  # it said hello, too
     engine.close()
     thread.join(30.0)
     assert "closed" in str(failed[0])
     await_no_senders()
+    assert_nothing_left()
+
+
+@pytest.mark.fault("hang", "teardown")
+@pytest.mark.parametrize("transport", ["files", "tcp", "delta", "lora"])
+@pytest.mark.parametrize("moment", ["before", "half", "after"])
+def test_closing_beside_staging_is_what_the_publish_says(one: Server, transport: str, moment: str):
+    alpha = 16.0 if transport == "lora" else None
+    engine = make_engine(one, transport=transport, lora_alpha=alpha)
+    engine.start()
+
+    layout = {f"m.q.lora_{kind}.weight": torch.ones(2, 2) for kind in "AB"}
+
+    def make(name: str) -> torch.Tensor:
+        if moment == "half":
+            engine.close()
+        return layout[name]
+
+    if moment == "before":
+        engine.close()
+    with pytest.raises(EngineError, match=r"^the engine was closed meanwhile\.$"):
+        engine.stage_weights(WeightStream(layout, make), 0, reset=True)
+        engine.close()
+        engine.load_weights(0, reset=True)
     assert_nothing_left()
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Generator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -87,6 +88,7 @@ class RemoteInfEngine:
         self._transport: WeightTransport | None = None
         self._pool: ServerPool | None = None
         self._num_generated = 0
+        self._is_closed = False
         self._staged = 0, 0.0  # bytes, and the seconds that staging them took
 
     @property
@@ -222,7 +224,8 @@ class RemoteInfEngine:
         start = time.monotonic()
         if reset:
             self._client.served_type = served_type(pool.replicas)
-        num_bytes = self._transport.stage(weights, full=reset, dtype=self._client.served_type)
+        with self._unless_closed():
+            num_bytes = self._transport.stage(weights, full=reset, dtype=self._client.served_type)
         self._staged = num_bytes, time.monotonic() - start
 
     def load_weights(self, version: int, *, reset: bool = False) -> PublishReport:
@@ -230,10 +233,11 @@ class RemoteInfEngine:
         require_next_version(version, pool.version, holder="the pool of servers", reset=reset)
         assert self._transport is not None
         (num_bytes, stage_s), self._staged = self._staged, (0, 0.0)
-        self._transport.activate()
         previous = None if reset else pool.version
         longest = 2 * options.control_timeout_s + 5 * options.answer_timeout_s
-        self._run_phase(pool.update(previous, version), longest)
+        with self._unless_closed():
+            self._transport.activate()
+            self._run_phase(pool.update(previous, version), longest)
         transfer_s = stage_s + time.monotonic() - start
         return PublishReport(version, num_bytes, transfer_s=transfer_s, stage_s=stage_s)
 
@@ -243,11 +247,22 @@ class RemoteInfEngine:
         return {url: np.asarray(logprobs, dtype=np.float32) for url, logprobs in answers.items()}
 
     def close(self) -> None:
+        self._is_closed = True
         self._http.close()
         if self._transport is not None:
             self._transport.close()
         if self._managed is not None:
             self._managed.close()
+
+    @contextmanager
+    def _unless_closed(self) -> Generator[None]:
+        """Context of work on weights, whose files ``close`` removes under it, in another thread."""
+        try:
+            yield
+        except EngineError as error:
+            if self._is_closed:
+                raise EngineError("the engine was closed meanwhile.") from error
+            raise
 
     def _running(self) -> ServerPool:
         if self._pool is None:
