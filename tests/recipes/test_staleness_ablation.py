@@ -21,8 +21,9 @@ FOLDER = ROOT / "recipes/benchmarks"
 sys.path.insert(0, str(FOLDER))
 
 from staleness import ablation  # noqa: E402
+from staleness.layers import Layout  # noqa: E402
 from staleness.methods import DEFAULT, METHODS  # noqa: E402
-from staleness.net import Layout, TinyLlama  # noqa: E402
+from staleness.net import TinyLlama  # noqa: E402
 from staleness.plan import Results, cell_of, representative  # noqa: E402
 from staleness.probe import GradientSums, probe, summed_up  # noqa: E402
 from staleness.rollouts import Rollouts, rounded, segment_scores  # noqa: E402

@@ -16,12 +16,14 @@ from support.paths import ROOT
 sys.path.insert(0, str(ROOT / "recipes/benchmarks"))
 
 from staleness import asynchronous, real_model
+from staleness.layers import Layout
 from staleness.methods import ON_REAL_MODELS
-from staleness.net import Layout, TinyLlama, Trunk
+from staleness.net import TinyLlama
 from staleness.plan import Results
 from staleness.policies import Shared, tempered_exponent
 from staleness.task import SORTING, Task
 from staleness.training import Cell, Run, Scale, prepare, run
+from staleness.trunk import Trunk
 
 SMALL = Scale(num_steps=4, num_groups=3, group_size=4, learning_rate=2e-2, evaluate_every=4,
               num_final=1, num_tests=4, num_trained=4)  # fmt: skip

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from staleness.net import TinyLlama
 from staleness.task import Row, Task
+from staleness.tree import Tree
 from torch import Tensor
 
 from sdp_lightning.objective.kl import kl_estimate
@@ -34,8 +35,10 @@ def success(net: TinyLlama, task: Task, rows: Sequence[Row]) -> Tensor:
         index = [i for i, answer in enumerate(answers) if len(answer) == length]
         prompts = task.encode([rows[i]["prompt"] for i in index])
         own = torch.stack([answers[i] for i in index])
-        tokens = torch.cat([prompts, own], 1)
-        hidden = net.hidden(net.inputs(tokens), torch.ones_like(tokens, dtype=torch.bool))
+        tree = Tree(net.layout, own[:, None])
+        real = tree.real(torch.ones_like(own[:, None], dtype=torch.bool))
+        read = net.inputs(prompts)(own[:, None], tree, real)
+        hidden = net.hidden(read, real, tree.bias(length))
         logprobs = net.logits(hidden[:, prompts.shape[1] - 1 :]).log_softmax(-1)
         digits = logprobs[:, :-1].gather(-1, own[..., None])[..., 0].sum(-1)
         ends = logprobs[:, -1, task.ends].logsumexp(-1)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from staleness.net import Layout, TinyLlama, Trunk
+from staleness.layers import Layout
+from staleness.net import TinyLlama
 from staleness.rollouts import Rollouts
 from staleness.task import Task
+from staleness.trunk import Trunk
 
 from sdp_lightning.objective.effective_sample_size import effective_share
 from sdp_lightning.training.batch import Batch
@@ -30,9 +32,8 @@ class Nets:
         alone = Layout(1, task.prompt_length, task.max_new_tokens)
         self._alone, self._trunks = alone, dict[Layout, Trunk]()
         if task.num_frozen:
-            judged = len(task.test_rows) + len(task.train_rows)
             self._trunks[self.layout] = Trunk(model, self.layout, task.num_frozen)
-            self._trunks[alone] = Trunk(model, alone, task.num_frozen, num_kept=judged)
+            self._trunks[alone] = Trunk(model, alone, task.num_frozen)
 
     def policy(self) -> TinyLlama:
         """One that samples and learns groups."""

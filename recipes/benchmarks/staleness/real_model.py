@@ -46,6 +46,7 @@ MANY = [
     *BEST, "bridge^0.25", "bridge^0.75", "segment, log-linear q", "TIS", "segment, ESS rate",
     "uncorrected",
 ]  # fmt: skip
+KEEPING_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}  # of glibc
 LAGS = {"1": (2, 8), "2": (0, 2, 4, 8, 16)}
 
 
@@ -137,6 +138,7 @@ def _compute_all(
 ) -> None:
     """Compute cells side by side; each is written as it ends."""
     start, number = time.monotonic(), len(left)
+    os.environ.update(KEEPING_MEMORY)  # a fresh page costs as much as what is written to it
     spawn = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
     with ProcessPoolExecutor(options.workers, spawn, _end_with_the_parent) as pool:
         running: set[Future[dict[str, Any]]] = set()

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from staleness.net import KVCache, TinyLlama, columns_of
+from staleness.net import TinyLlama
 from staleness.task import Row, Task
+from staleness.tree import Tree
 from torch import Tensor
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from sdp_lightning.training.batch import Batch, collate
 from sdp_lightning.types import Context, Segment, Trajectory, TrajectoryGroup
@@ -102,9 +104,8 @@ class History:
 
     def append(self, net: TinyLlama) -> None:
         """Commit the next version."""
-        weights = torch.nn.utils.parameters_to_vector(net.parameters())
         self.version += 1
-        self._weights[self.version] = weights.detach().clone()
+        self._weights[self.version] = parameters_to_vector(net.parameters()).detach()  # a copy
         if self._num_kept is not None:
             self._weights.pop(self.version - self._num_kept, None)
 
@@ -120,7 +121,7 @@ class History:
         )
 
     def _with(self, weights: Tensor) -> TinyLlama:
-        torch.nn.utils.vector_to_parameters(weights, self._reader.parameters())
+        vector_to_parameters(weights, self._reader.parameters())
         return self._reader
 
 
@@ -150,74 +151,45 @@ def sample(
     behavior, lengths = torch.zeros(uniforms.shape), torch.zeros(groups, num_answers).long()
     alive = torch.ones(groups, num_answers, dtype=torch.bool)
     net = history.engine(versions[0])
-    below, cache = Below(net, groups), net.new_cache(groups)
+    inputs, cache = net.inputs(prompts), net.new_cache(groups)
     for place in range(budget):
         changed = place == 0 or versions[place] != versions[place - 1]
         net = history.engine(versions[place])
         start = 0 if changed else net.layout.end(place - 1)
-        tokens, real = _columns(prompts, answers, alive, start, place, net)
-        hidden = net.hidden(below(tokens, real, start, place), real, start=start, cache=cache)
-        last = hidden[:, -1:] if place == 0 else hidden[:, -num_answers:]
-        logprobs = net.logits(last.expand(-1, num_answers, -1)[alive]).log_softmax(-1)
-        chosen = _chosen(logprobs, uniforms[:, :, place][alive])
+        tree = Tree(net.layout, answers[:, :, : place + 1])  # of the next token only what is before
+        real = tree.real(alive[..., None].expand(-1, -1, place))
+        read = inputs(answers[:, :, :place], tree, real)[:, start:]
+        hidden = net.hidden(read, real[:, start:], tree.bias(place), start=start, cache=cache)
+        column = tree.before()[:, :, place] - start
+        state, which = _different(column, alive)
+        logprobs = net.logits(hidden[state]).log_softmax(-1)
+        chosen = _chosen(logprobs, which, uniforms[:, :, place][alive])
         answers[:, :, place][alive] = chosen
-        behavior[:, :, place][alive] = logprobs.gather(-1, chosen[:, None])[:, 0]
+        behavior[:, :, place][alive] = logprobs[which, chosen]
         lengths += alive
         alive[alive.clone()] = ~task.ends[chosen]
         if not alive.any():
             break
-    below.keep(prompts, answers)
     return Rollouts(rows, prompts, answers, lengths, behavior, versions)
 
 
-class Below:
-    """States of the trunk while groups are sampled; tokens themselves where there is none.
+def _different(column: Tensor, alive: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """Groups and columns [n] of the states that predict for those alive; [N] which one for each."""
+    group = torch.arange(len(column))[:, None].expand_as(column)
+    pairs = torch.stack([group[alive], column[alive]])
+    states, which = pairs.unique(dim=1, return_inverse=True)
+    return (states[0], states[1]), which
+
+
+def _chosen(logprobs: Tensor, which: Tensor, uniform: Tensor) -> Tensor:
+    """[N] tokens: where the cumulated probabilities pass the random number.
 
     Args:
-        net: with the trunk.
-        groups: number of groups.
+        logprobs: [n, V] of different states.
+        which: [N] the state of each.
+        uniform: [N] random numbers.
     """
-
-    def __init__(self, net: TinyLlama, groups: int) -> None:
-        self._trunk = net.trunk[0] if net.trunk else None
-        self._cache: KVCache = []
-        self._states = torch.zeros(0)
-        if self._trunk is not None:
-            self._cache = self._trunk.new_cache(groups)
-            self._states = torch.zeros(groups, net.layout.num_columns, net.embedding.shape[1])
-
-    def __call__(self, tokens: Tensor, real: Tensor, start: int, place: int) -> Tensor:
-        """Inputs of the columns [G, S'] from ``start`` on; those of ``place`` are new."""
-        if self._trunk is None:
-            return tokens
-        new = 0 if place == 0 else self._trunk.layout.end(place - 1)
-        end, skip = start + tokens.shape[1], new - start
-        self._states[:, new:end] = self._trunk.extend(
-            tokens[:, skip:], real[:, skip:], new, self._cache
-        )
-        return self._states[:, start:end]
-
-    def keep(self, prompts: Tensor, answers: Tensor) -> None:
-        """Keep the states for whoever scores these answers."""
-        if self._trunk is not None:
-            self._trunk.keep(columns_of(prompts, answers), self._states)
-
-
-def _columns(
-    prompts: Tensor, answers: Tensor, alive: Tensor, start: int, place: int, net: TinyLlama
-) -> tuple[Tensor, Tensor]:
-    """[G, S'] tokens of the columns from ``start`` to ``place``, and which of them are needed."""
-    first = 0 if start == 0 else place - 1
-    own = answers[:, :, first:place].transpose(1, 2).reshape(len(prompts), -1)
-    real = alive[:, None].expand(-1, place - first, -1).reshape(len(prompts), -1)
-    if start > 0:
-        return own, real
-    return torch.cat([prompts, own], 1), torch.cat([torch.ones_like(prompts).bool(), real], 1)
-
-
-def _chosen(logprobs: Tensor, uniform: Tensor) -> Tensor:
-    """[N] tokens: where the cumulated probabilities pass the random number."""
-    cumulated = logprobs.exp().cumsum(-1)
+    cumulated = logprobs.exp().cumsum(-1)[which]
     threshold = (uniform * cumulated[:, -1])[:, None]
     return torch.searchsorted(cumulated, threshold, right=True)[:, 0].clamp(
         max=logprobs.shape[1] - 1
