@@ -130,7 +130,6 @@ class Learner:
         self._optimizer, self._schedule = make_optimizer(
             self.net.parameters(), optimizer, max_steps=scale.num_steps * cell.minibatches
         )
-        self._optimizer.param_groups[0]["fused"] = True  # the same step in a third of the time
 
     def learn(self, batch: Batch) -> StepSums:
         """One batch, as the module's ``training_step``."""
