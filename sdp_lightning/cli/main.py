@@ -1,7 +1,8 @@
 """The command ``sdp-lightning``.
 
-``--version``, ``init`` and ``doctor`` import neither Lightning nor transformers, ``export`` and
-``report`` no Lightning; ``fit``, ``validate``, ``test`` and ``rollout`` run a ``LightningCLI``.
+``--version``, ``init``, ``bench`` and ``doctor`` import neither Lightning nor transformers,
+``export`` and ``report`` no Lightning; ``fit``, ``validate``, ``test`` and ``rollout`` run a
+``LightningCLI``.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if command in TRAINER_COMMANDS:
         return run_trainer(arguments)
-    others = {"export": export, "report": report, "doctor": doctor, "init": init}
+    others = {"export": export, "report": report, "doctor": doctor, "init": init, "bench": bench}
     if command in others:
         return others[command](arguments[1:])
     near = difflib.get_close_matches(command, (*TRAINER_COMMANDS, *others, "--version"), n=1)
@@ -120,6 +121,27 @@ def init(arguments: Sequence[str]) -> int:
     except (ConfigError, OSError) as error:
         return refuse(error)
     return 0
+
+
+def bench(arguments: Sequence[str]) -> int:
+    """Run benchmarks and write their report. Status 1: one failed; status 2: there is no such."""
+    from pathlib import Path
+
+    from sdp_lightning.cli.bench import bench as run
+
+    parser = argparse.ArgumentParser(prog="sdp-lightning bench", allow_abbrev=False)
+    parser.add_argument("names", metavar="NAME", nargs="*", help="of scripts; none is all")
+    parser.add_argument("--out", metavar="FILE", type=Path, default=Path("RESULTS.md"))
+    parser.add_argument(
+        "--limit-s", metavar="S", type=float, default=300.0, help="seconds of one script"
+    )
+    own, more = list(arguments), list[str]()
+    if "--" in own:
+        own, more = own[: own.index("--")], own[own.index("--") + 1 :]
+    options = parser.parse_args(own)
+    return in_one_line(
+        lambda: int(not run(options.names, options.out, arguments=more, limit_s=options.limit_s))
+    )
 
 
 def run_trainer(arguments: list[str]) -> int:
