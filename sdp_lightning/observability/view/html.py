@@ -15,7 +15,7 @@ import numpy as np
 from sdp_lightning.observability.view.palette import DARK, HUES, LIGHT, Theme, hue_of, underline_of
 from sdp_lightning.observability.view.text import PART, Decoder, token_texts, visible
 from sdp_lightning.observability.view.token_rows import CONTEXT, NAMES, Section, TokenRow
-from sdp_lightning.observability.view.words import facts_of, legend_of, window_of
+from sdp_lightning.observability.view.words import facts_of, legend_of, parts_of
 
 
 def fragment(
@@ -74,8 +74,10 @@ def _row(row: TokenRow, tokenizer: Decoder | None, max_tokens: int) -> str:
         for name, value in facts.numbers
     )
     notes = "".join(f'<div class="sdp-small">{_escaped(note)}</div>' for note in facts.notes)
+    depth = 0 if row.branch is None else row.branch.depth
+    branch = f' sdp-branch" style="--sdp-depth:{depth}' if depth else ""
     return (
-        f'<div class="sdp-row"><div class="sdp-side">{side}{notes}</div>'
+        f'<div class="sdp-row{branch}"><div class="sdp-side">{side}{notes}</div>'
         f'<div class="sdp-main">{_strip(row)}{_tokens(row, tokenizer, max_tokens)}</div></div>'
     )
 
@@ -91,13 +93,9 @@ def _strip(row: TokenRow) -> str:
 
 
 def _tokens(row: TokenRow, tokenizer: Decoder | None, max_tokens: int) -> str:
-    head, tail = window_of(len(row), max_tokens)
     parts: list[str] = []
-    for start, end in ((0, head), (tail, len(row))):
-        if start == end:
-            continue
-        if start:
-            note = f"{tail - head:,} tokens not shown"
+    for start, end, note in parts_of(row, max_tokens):
+        if note:
             parts.append(f'<div class="sdp-note sdp-cut">{note}</div>')
         texts = token_texts(row.token_ids[start:end].tolist(), tokenizer)
         for version, first, last in row.runs:
@@ -111,7 +109,7 @@ def _tokens(row: TokenRow, tokenizer: Decoder | None, max_tokens: int) -> str:
 def _run(row: TokenRow, version: int, first: int, texts: list[str], *, is_ids: bool) -> str:
     gap = " " if is_ids else ""
     if version == CONTEXT:
-        kind = "prompt" if first == 0 else "tool"
+        kind = "prompt" if first == 0 else "history" if first == row.num_shared else "tool"
         text = _escaped(gap.join(texts))
         return f'<div class="sdp-context" data-kind="{kind}">{text}</div>'
     spans = [

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from sdp_lightning.observability.view.palette import TERMINAL, hue_of
 from sdp_lightning.observability.view.text import Decoder, token_texts, visible
 from sdp_lightning.observability.view.token_rows import CONTEXT, Section, TokenRow
-from sdp_lightning.observability.view.words import facts_of, legend_of, window_of
+from sdp_lightning.observability.view.words import facts_of, legend_of, parts_of
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -33,7 +33,9 @@ def renderable(
         if section.title:
             parts.append(Text(f"\n{visible(section.title)}", style="bold"))
         for row in section.rows:
-            parts += [_facts(row), Padding(_tokens(row, tokenizer, max_tokens), (0, 0, 1, 2))]
+            depth = 0 if row.branch is None else row.branch.depth
+            tokens = Padding(_tokens(row, tokenizer, max_tokens), (0, 0, 1, 2))
+            parts += [Padding(part, (0, 0, 0, 2 * min(depth, 8))) for part in (_facts(row), tokens)]
     parts += [Text(note, style="italic") for note in notes]
     return Group(*parts)
 
@@ -64,14 +66,11 @@ def _facts(row: TokenRow) -> Text:
 def _tokens(row: TokenRow, tokenizer: Decoder | None, max_tokens: int) -> Text:
     from rich.text import Text
 
-    head, tail = window_of(len(row), max_tokens)
     gap = " " if tokenizer is None else ""
     text = Text(overflow="fold")
-    for start, end in ((0, head), (tail, len(row))):
-        if start == end:
-            continue
-        if start:
-            text.append(f"\n[{tail - head:,} tokens not shown]\n", "italic")
+    for start, end, note in parts_of(row, max_tokens):
+        if note:
+            text.append(f"{_line_before(text)}[{note}]\n", "italic")
         texts = token_texts(row.token_ids[start:end].tolist(), tokenizer)
         for version, first, last in row.runs:
             first, last = max(first, start), min(last, end)
@@ -79,13 +78,16 @@ def _tokens(row: TokenRow, tokenizer: Decoder | None, max_tokens: int) -> Text:
                 continue
             piece = gap.join(texts[first - start : last - start])
             if version == CONTEXT:  # contexts have lines of their own
-                before = "\n" if text and not text.plain.endswith("\n") else ""
                 after = "" if piece.endswith("\n") else "\n"
-                text.append(f"{before}{piece}{after}", "dim italic")
+                text.append(f"{_line_before(text)}{piece}{after}", "dim italic")
             else:
                 text.append(f"v{version}\u2502", _style(version, bold=True))
                 text.append(piece, _style(version))
     return text
+
+
+def _line_before(text: Text) -> str:
+    return "\n" if text and not text.plain.endswith("\n") else ""
 
 
 def _style(version: int, *, bold: bool = False) -> Style:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from sdp_lightning.config import LossConfig, UpdateConfig
 from sdp_lightning.objective.trust_region import centre_and_log_weight
+from sdp_lightning.observability.view.branches import Branch, branches_of
 from sdp_lightning.observability.view.text import visible
 from sdp_lightning.training.batch import Batch
 from sdp_lightning.training.loss import row_advantages, segment_policy
@@ -41,6 +42,7 @@ class TokenRow:
         advantage: NaN if unknown.
         version: policy version c that trains on it; None if unknown.
         note: why it ended.
+        branch: where it leaves the others of its sample; None: there are none.
     """
 
     token_ids: NDArray[np.int64]
@@ -51,9 +53,15 @@ class TokenRow:
     version: int | None = None
     note: str = ""
     rewards: Mapping[str, float] = field(default_factory=dict[str, float])
+    branch: Branch | None = None
 
     def __len__(self) -> int:
         return int(self.token_ids.size)
+
+    @property
+    def num_shared(self) -> int:
+        """Leading tokens that another row shows."""
+        return 0 if self.branch is None else self.branch.shared
 
     @property
     def sampled(self) -> NDArray[np.bool_]:
@@ -108,12 +116,24 @@ def sections_of(
         if left <= 0:
             break
         rows = [_of_trajectory(t, version, loss) for t in group.trajectories[:left]]
+        members = [[i for i in each if i < len(rows)] for each in group.samples]
+        rows = _with_branches(rows, members)
         pairs = zip(rows, _group_advantages(group, loss, update), strict=False)
         shown = tuple(replace(row, advantage=advantage) for row, advantage in pairs)
         sections.append(Section(_title(group), shown))
         left -= len(rows)
     total = sum(len(group.trajectories) for group in groups)
     return sections, total - sum(len(section.rows) for section in sections)
+
+
+def _with_branches(rows: list[TokenRow], samples: Sequence[Sequence[int]]) -> list[TokenRow]:
+    """The rows, of which those of one sample know where they leave each other."""
+    found = list(rows)
+    for members in samples:
+        branches = branches_of([rows[index].token_ids for index in members])
+        for index, branch in zip(members, branches, strict=True):
+            found[index] = replace(rows[index], branch=branch)
+    return found
 
 
 def advantage_note(data: Viewable, *, loss: LossConfig, update: UpdateConfig | None) -> str:
@@ -219,7 +239,7 @@ def _unknown(size: int | tuple[int, ...]) -> Numbers:
 def _of_batch(batch: Batch, loss: LossConfig, most_rows: int) -> tuple[list[Section], int]:
     total, batch = len(batch), batch.select(range(min(len(batch), most_rows))).to("cpu")
     numbers = _numbers_of(batch, loss)
-    sections: dict[int, list[TokenRow]] = {}
+    rows: list[TokenRow] = []
     for index, length in enumerate(batch.lengths.tolist()):
         mask = batch.loss_mask[index, :length].numpy()
         advantage = float("nan")
@@ -237,7 +257,15 @@ def _of_batch(batch: Batch, loss: LossConfig, most_rows: int) -> tuple[list[Sect
             if batch.named_rewards is None
             else dict(zip(batch.reward_names, batch.named_rewards[index].tolist(), strict=True)),
         )
-        sections.setdefault(int(batch.group_ids[index]), []).append(row)
+        rows.append(row)
+    if batch.sample_ids is not None:
+        samples: dict[int, list[int]] = {}
+        for index, sample in enumerate(batch.sample_ids.tolist()):
+            samples.setdefault(sample, []).append(index)
+        rows = _with_branches(rows, list(samples.values()))
+    sections: dict[int, list[TokenRow]] = {}
+    for row, group in zip(rows, batch.group_ids.tolist(), strict=True):
+        sections.setdefault(group, []).append(row)
     titled = [Section(f"group {group}", tuple(rows)) for group, rows in sections.items()]
     return titled, total - len(batch)
 

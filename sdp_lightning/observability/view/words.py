@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sdp_lightning.observability.view.branches import Branch
 from sdp_lightning.observability.view.token_rows import CONTEXT, Section, TokenRow
 
 
@@ -30,7 +31,8 @@ def facts_of(row: TokenRow) -> Facts:
     if not np.isnan(row.advantage):
         numbers.append(("advantage", f"{row.advantage:+.2f}"))
     versions = row.versions[row.sampled]
-    notes = [f"{count_of(versions.size, 'token', 'tokens')} sampled"]
+    notes = [] if row.branch is None else [branch_text(row.branch)]
+    notes += [f"{count_of(versions.size, 'token', 'tokens')} sampled"]
     if versions.size:
         low, high = int(versions.min()), int(versions.max())
         notes.append(f"version{'s' * (low != high)} {span_of(low, high)}")
@@ -41,6 +43,27 @@ def facts_of(row: TokenRow) -> Facts:
     elif row.note:
         notes.append({"length": "out of budget", "abort": "aborted"}.get(row.note, row.note))
     return Facts(tuple(numbers), tuple(notes))
+
+
+def branch_text(branch: Branch) -> str:
+    """Which branch it is, and where it begins."""
+    if branch.leaves is None:
+        return f"branch {branch.number}" + (", shares nothing" if branch.number > 1 else "")
+    shared = count_of(branch.shared, "token", "tokens")
+    return f"branch {branch.number}, leaves branch {branch.leaves} after {shared}"
+
+
+def parts_of(row: TokenRow, most: int) -> list[tuple[int, int, str]]:
+    """(start, end, note before it) of the parts of a row to show: most tokens, less the shared."""
+    begin = row.num_shared
+    head, tail = window_of(len(row) - begin, most)
+    parts = [(begin, begin + head, "")]
+    if row.branch is not None and row.branch.leaves is not None:
+        shared = count_of(begin, "token", "tokens")
+        parts[0] = begin, begin + head, f"{shared} as in branch {row.branch.leaves}"
+    if tail > head:
+        parts.append((begin + tail, len(row), f"{tail - head:,} tokens not shown"))
+    return parts
 
 
 def legend_of(sections: Sequence[Section]) -> tuple[list[tuple[int, int | None]], bool, bool]:
