@@ -22,6 +22,7 @@ LIFE = "02_life_of_a_rollout.ipynb"
 TRAIN = "03_train_in_a_notebook.ipynb"
 READING = "04_reading_the_metrics.ipynb"
 FROM_TRL = "05_from_trl.ipynb"
+AGENT = "06_train_an_agent.ipynb"
 
 
 @pytest.fixture
@@ -174,12 +175,28 @@ def check_from_trl(notebook: Any) -> None:
     assert text.endswith("threads left: 0\n")
 
 
+def check_train_an_agent(notebook: Any) -> None:
+    text, page = printed(notebook), pages(notebook)
+    assert pictures(notebook) == 1
+    ((first, last),) = re.findall(r"reward ([\d.]+) in the first .*, ([\d.]+) in the last", text)
+    assert float(last) > float(first) + 0.2
+    ((samples, branches, mixed),) = re.findall(r"(\d+) samples, (\d+) branches; (\d+) of", text)
+    assert int(samples) == 24 * 64 < int(branches) and 0 < int(mixed) < int(branches)
+    errors = dict(re.findall(r"^version (\d+): \d+ tokens, .* up to ([\d.]+)$", text, re.M))
+    assert float(errors["12"]) < 1e-4
+    assert all(float(error) > 0.01 for version, error in errors.items() if version != "12")
+    assert "leaves branch 1 after 7 tokens" in page and "7 tokens as in branch 1" in page
+    assert 'data-kind="tool"' in page, "what the tool said, in the middle of a branch"
+    assert text.endswith("threads left: 0\n")
+
+
 CLAIMS = {
     BY_HAND: check_the_loss_by_hand,
     LIFE: check_life_of_a_rollout,
     TRAIN: check_train_in_a_notebook,
     READING: check_reading_the_metrics,
     FROM_TRL: check_from_trl,
+    AGENT: check_train_an_agent,
 }
 
 

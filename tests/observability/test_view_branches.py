@@ -22,18 +22,19 @@ ALONE = text_trajectory("sys ask>", (0, "six"), reward=0.0, sample=1)
 
 
 @pytest.mark.parametrize(
-    ("rows", "expected"),
+    ("rows", "num_read", "expected"),
     [
-        (["abc"], [None]),
-        (["abcd", "abx", "abxy", "zz"],
+        (["abc"], [1], [None]),
+        (["abcd", "abx", "abxy", "zz"], [1, 2, 3, 1],
          [Branch(1), Branch(2, 1, 2, 1), Branch(3, 2, 3, 2), Branch(4)]),
-        (["ab", "ab"], [Branch(1), Branch(2, 1, 2, 1)]),
+        (["abcd", "abce"], [1, 1], [Branch(1), Branch(2, 1, 1, 1)]),  # each has said "bc" itself
     ],
 )  # fmt: skip
-def test_a_branch_leaves_the_one_with_which_it_shares_most(
-    rows: list[str], expected: list[Branch | None]
+def test_a_branch_leaves_the_one_with_which_it_has_read_most(
+    rows: list[str], num_read: list[int], expected: list[Branch | None]
 ) -> None:
-    assert branches_of([np.array([ord(c) for c in row]) for row in rows]) == expected
+    tokens = [np.array([ord(c) for c in row]) for row in rows]
+    assert branches_of(tokens, num_read) == expected
 
 
 def test_a_group_shows_the_branches_of_a_sample_as_a_tree() -> None:

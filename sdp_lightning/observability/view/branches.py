@@ -16,7 +16,7 @@ class Branch:
     Args:
         number: from 1, in the order of the sample.
         leaves: number of the branch before it with which it shares most; None: it shares nothing.
-        shared: leading tokens that the two share.
+        shared: leading tokens that the two share, of those that it read before it said anything.
         depth: number of branches between it and one that shares nothing.
     """
 
@@ -26,13 +26,18 @@ class Branch:
     depth: int = 0
 
 
-def branches_of(rows: Sequence[NDArray[np.int64]]) -> list[Branch | None]:
-    """Branches of the trajectories of one sample, by their tokens; None for one that is alone."""
+def branches_of(rows: Sequence[NDArray[np.int64]], num_read: Sequence[int]) -> list[Branch | None]:
+    """Branches of the trajectories of one sample; None for one that is alone.
+
+    Args:
+        rows: tokens of each.
+        num_read: number of tokens of each before its first sampled one.
+    """
     if len(rows) < 2:
         return [None] * len(rows)
     found: list[Branch] = []
-    for number, tokens in enumerate(rows, start=1):
-        lengths = [_num_shared(tokens, other) for other in rows[: number - 1]]
+    for number, (tokens, read) in enumerate(zip(rows, num_read, strict=True), start=1):
+        lengths = [_num_shared(tokens[:read], other) for other in rows[: number - 1]]
         shared = max(lengths, default=0)
         if not shared:
             found.append(Branch(number))

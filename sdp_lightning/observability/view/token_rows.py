@@ -130,7 +130,8 @@ def _with_branches(rows: list[TokenRow], samples: Sequence[Sequence[int]]) -> li
     """The rows, of which those of one sample know where they leave each other."""
     found = list(rows)
     for members in samples:
-        branches = branches_of([rows[index].token_ids for index in members])
+        tokens = [rows[index].token_ids for index in members]
+        branches = branches_of(tokens, [int(rows[index].sampled.argmax()) for index in members])
         for index, branch in zip(members, branches, strict=True):
             found[index] = replace(rows[index], branch=branch)
     return found
