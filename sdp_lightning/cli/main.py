@@ -1,7 +1,8 @@
 """The command ``sdp-lightning``.
 
-``--version``, ``init`` and ``doctor`` import neither Lightning nor transformers, ``export`` and
-``report`` no Lightning; ``fit``, ``validate``, ``test`` and ``rollout`` run a ``LightningCLI``.
+``--version``, ``init`` and ``doctor`` import neither Lightning nor transformers, ``export``,
+``report``, ``simulate`` and ``plan`` no Lightning; ``fit``, ``validate``, ``test`` and ``rollout``
+run a ``LightningCLI``.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command in TRAINER_COMMANDS:
         return run_trainer(arguments)
     others = {"export": export, "report": report, "doctor": doctor, "init": init}
+    others |= {"simulate": simulate, "plan": plan}
     if command in others:
         return others[command](arguments[1:])
     near = difflib.get_close_matches(command, (*TRAINER_COMMANDS, *others, "--version"), n=1)
@@ -120,6 +122,20 @@ def init(arguments: Sequence[str]) -> int:
     except (ConfigError, OSError) as error:
         return refuse(error)
     return 0
+
+
+def simulate(arguments: Sequence[str]) -> int:
+    """Print what a run would come to. Status 2: an option is refused."""
+    from sdp_lightning.cli.simulate import run_simulate
+
+    return in_one_line(lambda: print(run_simulate(arguments)))
+
+
+def plan(arguments: Sequence[str]) -> int:
+    """Print how to split GPUs. Status 2: an option is refused."""
+    from sdp_lightning.cli.simulate import run_plan
+
+    return in_one_line(lambda: print(run_plan(arguments)))
 
 
 def run_trainer(arguments: list[str]) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sdp_lightning.config import RolloutConfig
 from sdp_lightning.config.validation import at_least
@@ -100,6 +100,7 @@ def simulate(
             "segments are not scored in a simulated run: missing_proximal='drop' "
             "would drop all of lag 2. Use another one."
         )
+    rollout = replace(rollout, shuffle=False)  # its one row begins an epoch with every group
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
         return runner.run(_Run(rollout, engines, trainer, lengths, reward_s).train(num_steps))
 

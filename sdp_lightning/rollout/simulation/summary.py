@@ -31,7 +31,8 @@ class SimulationSummary:
         wait_share: share of the time that the trainer waited for a batch: it is idle.
         train_share: share of the time that it trained.
         publish_share: share of the time that it waited for a publish.
-        engine_idle_share: share of the time that a replica stood still, or had no row.
+        engine_idle_share: share of the time that a replica stood still, or had no row; None is not
+            known.
         rows: mean rows of a replica while it had any.
         concurrency: most groups at once in the last step.
         max_pending: most finished groups that waited, those of the next batch included.
@@ -49,7 +50,7 @@ class SimulationSummary:
     wait_share: float
     train_share: float
     publish_share: float
-    engine_idle_share: float
+    engine_idle_share: float | None
     rows: float
     concurrency: int
     max_pending: int
