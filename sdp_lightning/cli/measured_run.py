@@ -155,6 +155,7 @@ def _summary_of(steps: Sequence[MetricRow], rollout: RolloutConfig) -> Simulatio
         mean_lag=_mean(steps, "lag/mean"),
         dropped_share=dropped / max(1.0, dropped + trained),
         dropped_groups=int(_dropped_groups(last) - _dropped_groups(first)),
+        length_ratio=last.get("rollout/length_ratio", 1.0),
         masked_share=0.0,
         wait_share=sum(values_of(steps, "time/wait_s")) / span_s,
         train_share=_share(steps, span_s),

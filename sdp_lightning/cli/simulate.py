@@ -292,6 +292,7 @@ def _cells(summary: SimulationSummary) -> dict[str, str]:
         "lags": lags or "-",
         "dropped, of sampled tokens": f"{summary.dropped_share:.1%}",
         "dropped groups": f"{summary.dropped_groups:,}",
+        "length of trained / all": f"{summary.length_ratio:.3g}",
         "masked, of trained tokens": f"{summary.masked_share:.1%}",
         "trainer waits": f"{summary.wait_share:.1%}",
         "trainer trains": f"{summary.train_share:.1%}",

@@ -68,13 +68,26 @@ def test_a_full_queue_has_the_lag_of_its_bound_and_the_step_of_its_trainer(
     assert summary.mean_lag == bound and summary.lag_shares == {bound: 1.0}
 
 
-@pytest.mark.parametrize("load_s", [0.0, 3.0])
-def test_a_step_that_waits_for_tokens_lasts_as_long_as_they_are_sampled(load_s: float) -> None:
+def test_a_load_that_outlasts_the_step_beside_it_holds_up_the_next_publish() -> None:
+    """The trainer is one version ahead at most: it trains 10 s, waits 10 s, stages 1 s."""
+    config = rollout(max_head_lag=3, overlap_publish=True)
+    trainer = TrainerModel(0.0, step_s=10.0, stage_s=1.0, load_s=20.0)
+    steps = simulate(config, EngineModel(4, 1e-4), trainer, equal(10, 2), num_steps=9)
+    assert [step.step_s for step in steps[3:]] == [exactly(21.0)] * 6
+    assert steps[-1].publish_s == exactly(11.0)
+
+
+@pytest.mark.parametrize(("load_s", "overlap"), [(0.0, False), (3.0, False), (3.0, True)])
+def test_a_step_that_waits_for_tokens_lasts_as_long_as_they_are_sampled(
+    load_s: float, overlap: bool
+) -> None:
     """100 passes of 0.01 + 4 * 0.01 s sample a batch: 5 s, and 3 s more if a load is between."""
-    config, engines = rollout(max_head_lag=1, max_concurrent=2), EngineModel(1, 0.01, 0.01)
+    config = rollout(max_head_lag=1, max_concurrent=2, overlap_publish=overlap)
+    engines = EngineModel(1, 0.01, 0.01)
     trainer = TrainerModel(0.001, stage_s=0.5, load_s=load_s)
     steps = simulate(config, engines, trainer, equal(100, 2), num_steps=8)
     assert [step.step_s for step in steps[2:]] == [exactly(5.0 + load_s)] * 6
+    assert steps[-1].publish_s == exactly(0.5 + (0.0 if overlap else load_s))
     if not load_s:  # sampling never pauses: nothing trains more tokens a second
         speed = summarize(steps, config, engines, warmup=2).tokens_per_s
         assert speed == exactly(most_tokens_per_s(config, engines, trainer, equal(100, 2)))
@@ -148,6 +161,9 @@ def test_what_becomes_of_long_rollouts_is_what_the_executor_does_with_them() -> 
     assert drop[-1].end_s < wait[-1].end_s  # waiting for stragglers costs time
     long = [sum(step.num_tokens for step in steps) for steps in (drop, wait)]
     assert long[0] < long[1]  # and dropping them makes batches shorter
+    config = rollout(batch_size=4, max_head_lag=1)
+    ratios = [summarize(steps, config, FEW, warmup=2).length_ratio for steps in (drop, wait)]
+    assert ratios[0] < 1 and ratios[1] == 1
     for steps in (drop, wait, mask, free):
         trained = sum(step.num_tokens for step in steps)
         alive = steps[-1].generated - trained - steps[-1].dropped

@@ -73,13 +73,10 @@ class _Replica:
         return len(self.rows) + len(self.waiting)
 
     @property
-    def pass_s(self) -> float:
-        return self.model.pass_s + self.model.row_s * len(self.rows)
-
-    @property
     def next_end_s(self) -> float:
         """Seconds until the first row ends, if there is one and no other comes."""
-        return self.debt_s + max(0.0, self.rows[0][0] - self.progress) * self.pass_s
+        pass_s = self.model.pass_s + self.model.row_s * len(self.rows)
+        return self.debt_s + max(0.0, self.rows[0][0] - self.progress) * pass_s
 
     def settle(self, now: float) -> None:
         """Decode up to the engine time ``now``."""
@@ -87,11 +84,14 @@ class _Replica:
         if not self.rows:
             self.debt_s = 0.0
         elif seconds > 0:
+            num_rows = len(self.rows)
             self.busy_s += seconds
-            self.row_seconds += seconds * len(self.rows)
-            prefilled = min(self.debt_s, seconds)
-            self.debt_s -= prefilled
-            self.progress += (seconds - prefilled) / self.pass_s
+            self.row_seconds += seconds * num_rows
+            if self.debt_s:
+                prefilled = min(self.debt_s, seconds)
+                self.debt_s -= prefilled
+                seconds -= prefilled
+            self.progress += seconds / (self.model.pass_s + self.model.row_s * num_rows)
 
     def admit(self, ids: itertools.count[int]) -> None:
         """Begin the rows that wait, as far as there is room; the replica is settled."""
@@ -273,7 +273,7 @@ class ModelledEngine:
             replica.timer.cancel()
         if replica.rows and self._paused_at is None:
             loop = asyncio.get_running_loop()
-            replica.timer = loop.call_later(replica.next_end_s, self._end_rows, replica)
+            replica.timer = loop.call_at(loop.time() + replica.next_end_s, self._end_rows, replica)
 
     def _end_rows(self, replica: _Replica) -> None:
         self._settle(replica)

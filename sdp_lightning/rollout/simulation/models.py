@@ -103,13 +103,13 @@ class Lengths:
     """
 
     def __init__(
-        self, groups: Sequence[Sequence[int]] | _LogNormal, *, prompt_tokens: int, seed: int
+        self, groups: Sequence[tuple[int, ...]] | _LogNormal, *, prompt_tokens: int, seed: int
     ) -> None:
         at_least("prompt_tokens", prompt_tokens, 0)
         at_least("seed", seed, 0)
         self.prompt_tokens = prompt_tokens
         self._groups, self._seed = groups, seed
-        self._block = lru_cache(maxsize=64)(self._draw)
+        self._block = lru_cache(maxsize=8)(self._draw)
 
     @classmethod
     def recorded(
@@ -169,14 +169,15 @@ class Lengths:
     def of(self, number: int) -> Sequence[int]:
         """Sampled tokens of each trajectory of the group with this number."""
         block, place = divmod(number, _BLOCK)
-        return self._block(block)[place]
+        group = self._block(block)[place]
+        return group if isinstance(group, tuple) else group.tolist()
 
     @property
     def mean_tokens(self) -> float:
         """Mean sampled tokens of a group, of all recorded ones or 16,384 drawn ones."""
         groups = self._groups
         if isinstance(groups, _LogNormal):
-            return sum(sum(group) for n in range(16) for group in self._block(n)) / (16 * _BLOCK)
+            return sum(int(np.sum(self._block(n))) for n in range(16)) / (16 * _BLOCK)
         return sum(map(sum, groups)) / len(groups)
 
     @property
@@ -187,11 +188,11 @@ class Lengths:
             return groups.group_size
         return sum(map(len, groups)) / len(groups)
 
-    def _draw(self, block: int) -> Sequence[Sequence[int]]:
+    def _draw(self, block: int) -> Sequence[tuple[int, ...]] | IntArray:
         random = np.random.default_rng([self._seed, block])
         groups = self._groups
         if isinstance(groups, _LogNormal):
-            return groups.draw(random).tolist()
+            return groups.draw(random)
         return [groups[int(n)] for n in random.integers(len(groups), size=_BLOCK)]
 
 

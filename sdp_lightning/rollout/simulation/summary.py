@@ -27,6 +27,8 @@ class SimulationSummary:
         mean_lag: mean lag of the trained tokens.
         dropped_share: tokens of dropped groups, of those trained on or dropped.
         dropped_groups: number of these groups.
+        length_ratio: mean tokens of a trained group over the mean of trained and dropped ones:
+            below 1, long rollouts starve.
         masked_share: tokens of the batches beyond the lag bound, which are masked in the loss.
         wait_share: share of the time that the trainer waited for a batch: it is idle.
         train_share: share of the time that it trained.
@@ -46,6 +48,7 @@ class SimulationSummary:
     mean_lag: float
     dropped_share: float
     dropped_groups: int
+    length_ratio: float
     masked_share: float
     wait_share: float
     train_share: float
@@ -79,6 +82,8 @@ def summarize(
     busy_s = last.busy_s - (start.busy_s if start else 0.0)
     row_seconds = last.row_seconds - (start.row_seconds if start else 0.0)
     dropped = last.dropped - (start.dropped if start else 0)
+    dropped_groups = last.dropped_groups - (start.dropped_groups if start else 0)
+    num_groups = rollout.batch_size * len(measured)
     lags: dict[int, int] = {}
     for step in measured:
         for lag, count in step.tokens.items():
@@ -96,7 +101,10 @@ def summarize(
         lag_shares=shares,
         mean_lag=sum(lag * share for lag, share in shares.items()),
         dropped_share=dropped / max(1, dropped + num_batch),
-        dropped_groups=last.dropped_groups - (start.dropped_groups if start else 0),
+        dropped_groups=dropped_groups,
+        length_ratio=num_batch
+        / num_groups
+        / ((num_batch + dropped) / (num_groups + dropped_groups)),
         masked_share=1 - num_trained / num_batch,
         wait_share=sum(step.wait_s for step in measured) / span_s,
         train_share=sum(step.train_s for step in measured) / span_s,
