@@ -102,7 +102,9 @@ def simulate(
         )
     rollout = replace(rollout, shuffle=False)  # its one row begins an epoch with every group
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
-        return runner.run(_Run(rollout, engines, trainer, lengths, reward_s).train(num_steps))
+        return runner.run(
+            SimulatedRun(rollout, engines, trainer, lengths, reward_s).train(num_steps)
+        )
 
 
 class _NoText:
@@ -147,7 +149,9 @@ class _Workflow(RolloutWorkflow):
         return [episode.finish(0.0)]
 
 
-class _Run:
+class SimulatedRun:
+    """One run, to be trained in a :class:`VirtualLoop`. Arguments are those of :func:`simulate`."""
+
     def __init__(
         self,
         rollout: RolloutConfig,
@@ -158,7 +162,7 @@ class _Run:
     ) -> None:
         self._rollout, self._trainer = rollout, trainer
         self._engine = ModelledEngine(engines, lengths)
-        self._executor: WorkflowExecutor = create_workflow_executor(
+        self.executor: WorkflowExecutor = create_workflow_executor(
             config=rollout,
             engine=self._engine,
             workflow=_Workflow(reward_s, self._on_group),
@@ -170,7 +174,8 @@ class _Run:
         self._most_pending = self._dropped = self._num_swept = 0
 
     async def train(self, num_steps: int) -> list[SimulatedStep]:
-        executor = self._executor
+        """Train so many steps from version 0, and close the executor."""
+        executor = self.executor
         executor.runner.run_in(asyncio.get_running_loop())
         executor.publisher.start_beside = self._start_beside
         executor.publish((), 0, reset=True)
@@ -182,7 +187,7 @@ class _Run:
             executor.close()
 
     async def _step(self) -> SimulatedStep:
-        executor, trainer, begin = self._executor, self._trainer, _now()
+        executor, trainer, begin = self.executor, self._trainer, _now()
         concurrency = executor.manager.max_concurrent
         tokens = self._tokens_by_lag(await self._take())
         taken = _now()
@@ -212,16 +217,16 @@ class _Run:
     async def _take(self) -> list[TrajectoryGroup]:
         while True:
             self._more.clear()
-            if self._executor.stat.pending >= self._rollout.batch_size:
+            if self.executor.stat.pending >= self._rollout.batch_size:
                 try:
-                    return self._executor.take(0.0) or []
+                    return self.executor.take(0.0) or []
                 except RolloutTimeout:  # it waits for an older group
                     pass
             await self._more.wait()
 
     async def _publish(self) -> None:
         """Publish the next version; the engine stands still while it loads."""
-        executor, trainer = self._executor, self._trainer
+        executor, trainer = self.executor, self._trainer
         await self._loaded.wait()
         await asyncio.sleep(trainer.stage_s)
         if not self._rollout.overlap_publish:
@@ -239,7 +244,7 @@ class _Run:
         asyncio.get_running_loop().call_later(self._trainer.load_s, end)
 
     def _on_group(self) -> None:
-        self._most_pending = max(self._most_pending, self._executor.stat.pending)
+        self._most_pending = max(self._most_pending, self.executor.stat.pending)
         self._more.set()
 
     def _tokens_by_lag(self, batch: Sequence[TrajectoryGroup]) -> dict[int, int]:
@@ -248,18 +253,18 @@ class _Run:
         for group in batch:
             sampled = self._engine.sampled.pop(_number_of(group.trajectories[0].parts))
             for version, count in sampled.items():
-                lag = self._executor.version - version
+                lag = self.executor.version - version
                 tokens[lag] = tokens.get(lag, 0) + count
-            self._executor.telemetry.trained_tokens += sum(sampled.values()) - group.num_sampled
+            self.executor.telemetry.trained_tokens += sum(sampled.values()) - group.num_sampled
         return dict(sorted(tokens.items()))
 
     def _sweep(self) -> None:
         """Count the tokens of groups that were dropped since the last time."""
-        dropped = self._executor.stat.dropped
+        dropped = self.executor.stat.dropped
         if dropped == self._num_swept:
             return
         self._num_swept = dropped
-        alive = {_number_in(group) for group in self._executor.registry.snapshot()}
+        alive = {_number_in(group) for group in self.executor.registry.snapshot()}
         for number in [n for n in self._engine.sampled if n not in alive]:
             self._dropped += sum(self._engine.sampled.pop(number).values())
 
