@@ -13,6 +13,7 @@ from sdp_lightning.cli.measured_run import fit_decode, read_lengths, read_measur
 from sdp_lightning.errors import ConfigError
 from sdp_lightning.observability.report.files import RunWriter
 from support.recordings import write
+from support.reports import Page
 
 SETTINGS = {"--batch-size": "2", "--max-head-lag": "1"}
 LENGTHS = {"--median-tokens": "10", "--p95-tokens": "10", "--max-tokens": "20"}
@@ -41,14 +42,19 @@ def test_a_simulated_run_is_printed_as_a_table_and_as_json(
     assert found["inputs"]["pass_s"] == pytest.approx(1) and found["inputs"]["batch_size"] == 2
 
 
-def test_a_plan_marks_one_line_and_names_its_settings(capsys: pytest.CaptureFixture[str]) -> None:
-    options = GIVEN | {"--steps": "6", "--gpus": "3"}
+def test_a_plan_marks_one_line_and_names_its_settings(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    options = GIVEN | {"--steps": "6", "--gpus": "3", "--html": str(tmp_path / "plan.html")}
     assert run("plan", options) == 0
     out = capsys.readouterr().out
     assert out.count("\n* ") == 2 and "of 3 GPUs sample, max_concurrent=" in out
     assert run("plan", options, "--json") == 0
     plans = json.loads(capsys.readouterr().out)["plans"]
     best = next(plan for plan in plans if plan["is_best"])
+    page = Page((tmp_path / "plan.html").read_text())
+    assert "Plans for 3 GPUs" in page.text and "GPUs that sample" in page.text
+    assert all(f"{plan['max_concurrent']} groups at once" in page.text for plan in plans)
     assert (
         f"* {best['sample_gpus']} of 3 GPUs sample, max_concurrent={best['max_concurrent']}" in out
     )
