@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,14 +27,15 @@ def run_simulate(arguments: Sequence[str]) -> str:
     options = parser.parse_args(arguments)
     inputs = Inputs.read(options, options.replicas)
     trainer, engines = inputs.trainer, inputs.engines
-    steps = simulate(
-        inputs.rollout,
-        engines,
-        trainer,
-        inputs.lengths,
-        num_steps=options.steps,
-        reward_s=inputs.reward_s,
-    )
+    with _modules_set_aside():
+        steps = simulate(
+            inputs.rollout,
+            engines,
+            trainer,
+            inputs.lengths,
+            num_steps=options.steps,
+            reward_s=inputs.reward_s,
+        )
     summary = summarize(steps, inputs.rollout, engines, warmup=inputs.warmup)
     measured = inputs.run.summary if inputs.run is not None else None
     if options.json:
@@ -74,20 +77,31 @@ def run_plan(arguments: Sequence[str]) -> str:
     )
     if options.max_concurrent is None:
         inputs = replace(inputs, rollout=replace(inputs.rollout, max_concurrent=None))
-    plans = make_plans(
-        pool,
-        inputs.rollout,
-        inputs.lengths,
-        num_steps=options.steps,
-        warmup=inputs.warmup,
-        reward_s=inputs.reward_s,
-        on_plan=_progress,
-    )
+    with _modules_set_aside():
+        plans = make_plans(
+            pool,
+            inputs.rollout,
+            inputs.lengths,
+            num_steps=options.steps,
+            warmup=inputs.warmup,
+            reward_s=inputs.reward_s,
+            on_plan=_progress,
+        )
     if options.html is not None:
         write_plan_page(plans, options.html, f"Plans for {options.gpus} GPUs")
     if options.json:
         return json.dumps({"plans": [_plan_dict(plan, plans) for plan in plans.plans]})
     return "\n".join([*inputs.notes, *_plan_table(plans, options.gpus)])
+
+
+@contextlib.contextmanager
+def _modules_set_aside() -> Generator[None]:
+    """Keep the garbage collector from what is imported: a fifth of the time goes into that."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 # Tables -------------------------------------------------------------------------------------------

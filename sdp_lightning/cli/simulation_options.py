@@ -58,6 +58,8 @@ class Inputs:
                 "--decode ROWS:SECONDS is not given: seconds of a token at a number of rows of one "
                 f"engine, at two of them at least; or --run of a finished run. {PAGE}."
             )
+        if options.decode and runs[1:]:
+            raise ConfigError("a second --run tells the speed of decoding only: --decode has it.")
         pass_s, row_s = fit_decode(points)
         engines = EngineModel(
             num_replicas=replicas,
@@ -73,6 +75,10 @@ class Inputs:
                 f"It was measured at {points[0][0]:.3g} rows only: with many more or fewer rows "
                 "this run is wrong. Give a second point."
             )
+        if options.prompt_tokens and not options.prefill_token_s:
+            notes.append("--prompt-tokens has no effect: --prefill-token-s is 0.")
+        if run is not None and run.rollout.missing_proximal == "drop":
+            notes.append("missing_proximal='drop' of the run is left out: no segment is scored.")
         reward_s = options.reward_s if run is None or options.reward_s else run.reward_s
         rollout = _rollout(options, run)
         return cls(
@@ -166,7 +172,11 @@ def _rollout(options: argparse.Namespace, run: MeasuredRun | None) -> RolloutCon
     if run is None and (missing := [n for n in _SETTINGS[:2] if n not in given]):
         flag = missing[0].replace("_", "-")
         raise ConfigError(f"--{flag} is not given: {missing[0]} of the rollout settings.")
-    base = RolloutConfig() if run is None else replace(run.rollout, num_epochs=None)
+    base = (
+        RolloutConfig()
+        if run is None
+        else replace(run.rollout, num_epochs=None, missing_proximal="behavior")
+    )
     return replace(base, **given)
 
 

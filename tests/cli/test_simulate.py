@@ -82,6 +82,7 @@ def test_what_is_not_given_is_not_made_up(
         ("simulate", {"--replicas": "0"}, "num_replicas must be an integer of at least 1, got 0"),
         ("simulate", {"--recording": "there"}, "--recording has the lengths already"),
         ("simulate", {"--run": "there"}, "no run to report"),
+        ("simulate", {"--prefill-token-s": "0 --recompute-kv"}, "recompute_kv has no effect"),
     ],
 )
 def test_a_bad_option_is_refused_in_one_line(
@@ -188,6 +189,21 @@ def test_the_lengths_of_a_recording_are_those_of_its_groups(tmp_path: Path) -> N
     lengths = read_lengths(str(tmp_path), prompt_tokens=None, seed=0)
     assert lengths.of(5) == (4, 4, 4) and lengths.prompt_tokens == 3
     assert read_lengths(str(tmp_path), prompt_tokens=7, seed=0).prompt_tokens == 7
+
+
+def test_what_has_no_effect_is_said_or_refused(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings: dict[str, Any] = {"batch_size": 4, "max_head_lag": 1, "missing_proximal": "drop"}
+    RunWriter(finished).settings({"rollout": settings | {"num_epochs": 1}})
+    options = LENGTHS | {"--group-size": "5", "--run": str(finished), "--steps": "8"}
+    assert run("simulate", options | {"--prompt-tokens": "9"}) == 0
+    out = capsys.readouterr().out
+    assert "--prompt-tokens has no effect: --prefill-token-s is 0.\n" in out
+    assert "missing_proximal='drop' of the run is left out" in out
+    twice = ["--run", str(finished), "--decode", "1:1", "8:2"]
+    assert run("simulate", options, *twice) == 2
+    assert "a second --run tells the speed of decoding only" in capsys.readouterr().err
 
 
 def test_a_run_of_too_few_steps_is_refused(tmp_path: Path) -> None:

@@ -223,6 +223,7 @@ def test_recorded_lengths_are_whole_groups() -> None:
         (lambda: EngineModel(0, 1.0), "num_replicas"),
         (lambda: EngineModel(1, 0.0), "pass_s and row_s are both 0"),
         (lambda: EngineModel(1, float("nan")), "pass_s must be a number of 0 or more, got nan"),
+        (lambda: EngineModel(1, 1.0, recompute_kv=True), "recompute_kv has no effect"),
         (lambda: TrainerModel(0.0), "must take some time"),
         (lambda: TrainerModel(1.0, load_s=-1.0), "load_s must be a number of 0 or more"),
         (lambda: Lengths.recorded([]), "at least one group"),

@@ -52,6 +52,8 @@ class EngineModel:
         _not_negative(self, "pass_s", "row_s", "prefill_token_s")
         if self.pass_s + self.row_s <= 0:
             raise ConfigError("pass_s and row_s are both 0: a decode pass must take some time.")
+        if self.recompute_kv and not self.prefill_token_s:
+            raise ConfigError("recompute_kv has no effect while prefill_token_s is 0: give both.")
 
     def tokens_per_s(self, rows: float) -> float:
         """Most tokens a second that all replicas sample with ``rows`` rows at once over all."""
