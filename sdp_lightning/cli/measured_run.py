@@ -95,7 +95,9 @@ def fit_decode(points: Sequence[DecodePoint]) -> tuple[float, float]:
     Raises:
         ConfigError: if there is no point, or one that is no time.
     """
-    if not points or not all(rows > 0 and 0 < seconds < np.inf for rows, seconds in points):
+    if not points or not all(
+        0 < rows < np.inf and 0 < seconds < np.inf for rows, seconds in points
+    ):
         raise ConfigError(
             f"--decode needs points ROWS:SECONDS of numbers above 0, got {list(points)}."
         )

@@ -158,9 +158,9 @@ class Lengths:
         Raises:
             ConfigError: if the percentiles are out of order.
         """
-        if not 1 <= median <= p95 < math.inf or not median <= maximum:
+        if not 1 <= median <= p95 < math.inf or not median <= maximum < 2**31:
             raise ConfigError(
-                "lengths need 1 <= median <= p95, and a maximum of at least the median; got "
+                "lengths need 1 <= median <= p95, and a maximum from the median to 2**31 - 1; got "
                 f"median {median}, p95 {p95} and maximum {maximum}."
             )
         at_least("group_size", group_size, 1)

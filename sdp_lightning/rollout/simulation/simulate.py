@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -93,6 +94,8 @@ def simulate(
         RolloutError: what the executor raises.
     """
     at_least("num_steps", num_steps, 1)
+    if not 0 <= reward_s < math.inf:
+        raise ConfigError(f"reward_s must be a number of 0 or more, got {reward_s!r}.")
     if rollout.num_epochs is not None:
         raise ConfigError("a simulated run has no rows that could end: leave num_epochs out.")
     if rollout.missing_proximal == "drop":
