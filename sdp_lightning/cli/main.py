@@ -1,8 +1,8 @@
 """The command ``sdp-lightning``.
 
 ``--version``, ``init``, ``bench`` and ``doctor`` import neither Lightning nor transformers,
-``export`` and ``report`` no Lightning; ``fit``, ``validate``, ``test`` and ``rollout`` run a
-``LightningCLI``.
+``export``, ``report``, ``simulate`` and ``plan`` no Lightning; ``fit``, ``validate``, ``test`` and
+``rollout`` run a ``LightningCLI``.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if command in TRAINER_COMMANDS:
         return run_trainer(arguments)
-    others = {"export": export, "report": report, "doctor": doctor, "init": init, "bench": bench}
+    others = {"export": export, "report": report, "doctor": doctor, "init": init}
+    others |= {"simulate": simulate, "plan": plan, "bench": bench}
     if command in others:
         return others[command](arguments[1:])
     near = difflib.get_close_matches(command, (*TRAINER_COMMANDS, *others, "--version"), n=1)
@@ -142,6 +143,20 @@ def bench(arguments: Sequence[str]) -> int:
     return in_one_line(
         lambda: int(not run(options.names, options.out, arguments=more, limit_s=options.limit_s))
     )
+
+
+def simulate(arguments: Sequence[str]) -> int:
+    """Print what a run would come to. Status 2: an option is refused."""
+    from sdp_lightning.cli.simulate import run_simulate
+
+    return in_one_line(lambda: print(run_simulate(arguments)))
+
+
+def plan(arguments: Sequence[str]) -> int:
+    """Print how to split GPUs. Status 2: an option is refused."""
+    from sdp_lightning.cli.simulate import run_plan
+
+    return in_one_line(lambda: print(run_plan(arguments)))
 
 
 def run_trainer(arguments: list[str]) -> int:

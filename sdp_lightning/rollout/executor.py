@@ -47,7 +47,7 @@ class WorkflowExecutor:
 
     Life: ``publish(weights, version, reset=True)`` sets the clock; ``resume`` starts generation;
     then ``take``, train, ``publish(weights, version + 1)``, and so on; ``close`` at the end, also
-    after an exception. No token is sampled before the first publish.
+    after an exception. No token is sampled before the first publish. ``runner`` runs the rollouts.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class WorkflowExecutor:
             commit=self._commit,
             on_served=self._submit_rows,
         )
-        self._runner = AsyncTaskRunner(name="sdp-rollout", on_result=self._on_task_result)
+        self.runner = AsyncTaskRunner(name="sdp-rollout", on_result=self._on_task_result)
         self._generating = self._closed = False
         source.watch(self._submit_rows)
 
@@ -130,7 +130,7 @@ class WorkflowExecutor:
             overdue = self.registry.commit(version, served=served)
         for group in overdue:
             if group.task_id is not None:
-                self._runner.cancel(group.task_id)
+                self.runner.cancel(group.task_id)
         with self.registry.changed:
             self._source.remove(self.registry.drop_if_overdue)
 
@@ -215,7 +215,7 @@ class WorkflowExecutor:
             self._closed, self._generating = True, False
             self.registry.changed.notify_all()
         self._source.close()
-        self._runner.close()
+        self.runner.close()
         self.publisher.close()
 
     @property
@@ -283,7 +283,7 @@ class WorkflowExecutor:
                     self.registry.changed.notify_all()
                     return
                 try:
-                    group.task_id = self._runner.submit(self._roll_out, group)
+                    group.task_id = self.runner.submit(self._roll_out, group)
                 except RolloutError:
                     self._source.put_back(group)
                     raise
@@ -335,7 +335,7 @@ class WorkflowExecutor:
             raise self.registry.failure
         if self._closed:
             raise RolloutError("the executor is closed.")
-        self._runner.raise_if_dead()
+        self.runner.raise_if_dead()
 
     def _describe(self, version: int) -> str:
         stat, awaited_s = self.stat, self._source.awaited_s

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
+from functools import partial
 from typing import Protocol
 
 from sdp_lightning.config import RolloutConfig
@@ -33,6 +34,10 @@ class Commit(Protocol):
 
 class Publisher:
     """Publishes versions, each after the one before has ended.
+
+    Attributes:
+        start_beside: has the loading of staged weights done beside the trainer's step, by default
+            in a thread. The simulation has it done after a virtual time.
 
     With ``overlap_publish``, ``publish`` returns once the weights are staged. The trainer goes on
     at version t, while engines sample t - 1 until their load has ended beside it. It holds that
@@ -70,6 +75,7 @@ class Publisher:
         self._beside: Future[PublishReport] | None = None
         self._latest = PublishReport(0, 0)
         self._waited_s = 0.0
+        self.start_beside: Callable[[Callable[[], None]], None] = _start_thread
 
     @property
     def is_under_way(self) -> bool:
@@ -136,8 +142,7 @@ class Publisher:
         )
         self._commit(version, reset=False, served=False)
         self._beside, self._waited_s = Future(), 0.0
-        arguments = load, self._beside
-        threading.Thread(target=self._load, args=arguments, name="sdp-publish", daemon=True).start()
+        self.start_beside(partial(self._load, load, self._beside))
         return self._latest
 
     def _load(self, load: Load, done: Future[PublishReport]) -> None:
@@ -171,3 +176,7 @@ class Publisher:
                 "changes them: use transport='files', 'tcp', 'delta' or 'lora'."
             )
         return engine
+
+
+def _start_thread(work: Callable[[], None]) -> None:
+    threading.Thread(target=work, name="sdp-publish", daemon=True).start()

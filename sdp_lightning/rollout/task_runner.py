@@ -44,7 +44,7 @@ class AsyncTaskRunner:
         interrupted: polled while ``wait`` waits; True ends the wait.
 
     The thread starts with the first ``submit`` or ``start``, never in the constructor. If it dies,
-    every waiter raises its error.
+    every waiter raises its error. After ``run_in`` there is no thread: tasks run in that loop.
     """
 
     def __init__(
@@ -84,12 +84,18 @@ class AsyncTaskRunner:
         """Number of tasks that wait or run."""
         return len(self._inputs) + len(self._running)
 
+    def run_in(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Run tasks in ``loop``, which its owner runs in this thread, so nothing may ``wait``."""
+        if self._loop is not None:
+            raise RolloutError(f"runner {self.name!r} has started: run_in() must come first.")
+        self._loop = loop
+
     def start(self) -> None:
-        """Start the thread, if it does not run yet."""
+        """Start the thread, if it does not run yet and is needed."""
         with self._changed:
             if self._closed:
                 raise RolloutError(f"runner {self.name!r} is closed.")
-            if self._thread is not None:
+            if self._loop is not None:
                 return
             self._loop = asyncio.new_event_loop()
             self._thread = threading.Thread(target=self._serve, name=self.name, daemon=True)
@@ -249,8 +255,12 @@ class AsyncTaskRunner:
             self._stop()
 
     def _stop(self) -> None:
-        if self._loop is not None and not self._ending:
+        if self._loop is None or self._ending:
+            return
+        if self._thread is not None:
             self._loop.stop()
+        for task_id in [*self._running, *self._inputs] if self._thread is None else ():
+            self._cancel_now(task_id)
 
     def _cancel_now(self, task_id: int) -> None:
         task = self._running.get(task_id)

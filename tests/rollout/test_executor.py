@@ -321,7 +321,7 @@ def test_a_row_whose_submission_fails_is_not_lost(monkeypatch: pytest.MonkeyPatc
             raise RolloutError("full")
 
         with monkeypatch.context() as patched:
-            patched.setattr(executor._runner, "submit", refuse)
+            patched.setattr(executor.runner, "submit", refuse)
             with pytest.raises(RolloutError, match="full"):
                 executor.resume()
         assert executor.stat.submitted == 0
@@ -337,7 +337,7 @@ def test_nothing_grows_with_the_number_of_requests() -> None:
             executor.publish([], version + 1)
         wait_until(executor, lambda: executor.stat.running == 0)
         assert len(executor.registry.snapshot()) == executor.stat.pending <= 6
-        assert executor.gate.num_outstanding == 0 and not executor._runner._results
+        assert executor.gate.num_outstanding == 0 and not executor.runner._results
 
 
 def test_an_empty_data_set_is_refused() -> None:

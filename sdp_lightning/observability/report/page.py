@@ -78,14 +78,24 @@ def page(run: Run) -> str:
         section("all", "Everything", _settings(run.settings) + _metrics(run.steps)),
         f"<footer>{_footer(run)}</footer>",
     ]
+    return document(f"{name}: run report", "".join(body), run.state.get("style", ""))
+
+
+def document(title: str, body: str, style: str = "") -> str:
+    """A self-contained page in the style of a report.
+
+    Args:
+        title: title, as HTML.
+        body: content, as HTML.
+        style: further style elements.
+    """
     css = (files("sdp_lightning.observability.report") / "style.css").read_text("utf-8")
-    style = f"<style>\n{css}</style>{run.state.get('style', '')}"
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<link rel="icon" href="data:,">'
-        f"<title>{name}: run report</title>{style}</head>"
-        f"<body><main>{''.join(body)}</main></body></html>\n"
+        f"<title>{title}</title><style>\n{css}</style>{style}</head>"
+        f"<body><main>{body}</main></body></html>\n"
     )
 
 
