@@ -154,7 +154,8 @@ def test_a_command_that_never_asks_is_an_error_with_its_output(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("how", "name"), [("die=SIGSEGV", "SIGSEGV"), ("exit=137", "SIGKILL"), ("die=SIGRTMAX", "64")]
+    ("how", "name"),
+    [("die=SIGSEGV", "SIGSEGV"), ("exit=137", "SIGKILL"), ("exit=168", "signal 40")],
 )
 @pytest.mark.fault("process killed", "generate")
 def test_a_command_that_dies_of_a_signal_is_left_out(
@@ -180,7 +181,7 @@ def test_a_wait_for_a_place_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process, "_SLACK_S", 0.0)
 
     async def wait() -> None:
-        places = process._Places(1)
+        places = process.Places(1)
         await places.take(1.0)
         await places.take(0.0)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,9 +18,11 @@ from sdp_lightning.workflows.agent.workflow import AgentWorkflow
 from support import asking_agent
 from support.agents import SayingEngine, roll_agent
 from support.conversations import ROWS
+from support.fork_server import ForkServer
+from support.forked_processes import forked
 from support.paths import ROOT
 from support.rollouts import rolling, wait_until
-from support.waiting import wait_for
+from support.waiting import DEADLINE_S, wait_for
 
 if sys.platform != "linux":
     pytest.skip("only Linux finds processes that called setsid", allow_module_level=True)
@@ -101,30 +102,35 @@ def test_a_command_that_runs_out_of_time_is_ended_with_all_that_it_started(tmp_p
 
 TRAINER = """
 import sys
-sys.path[:0] = sys.argv[1:3]
-from pathlib import Path
+sys.path[:0] = {paths!r}
 from support.conversations import ROWS
 from support.rollouts import FakeEngine, rolling
-from support.waiting import wait_for
 from workflows.test_command_ends import workflow_that
 
-folder = Path(sys.argv[3])
-workflow = workflow_that("ask=a", f"leave={folder / 'left'}", "hang", folder=folder)
-with rolling(FakeEngine(3), workflow, rows=ROWS[:1], batch_size=1, num_epochs=1) as executor:
+acts = ["ask=a", "leave={folder}/left", "hang"]
+with rolling(FakeEngine(3), workflow_that(*acts, folder={folder!r}), rows=ROWS[:1]) as executor:
     executor.take()
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 @pytest.mark.fault("process killed", "teardown")
 def test_a_trainer_that_is_killed_or_interrupted_leaves_nothing(
-    number: signal.Signals, tmp_path: Path
+    fork_server: ForkServer, tmp_path: Path
 ) -> None:
-    command = [sys.executable, "-c", TRAINER, str(ROOT), str(ROOT / "tests"), str(tmp_path)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as trainer:
-        numbers = started(tmp_path / "left")
-        trainer.send_signal(number)
-        _, said = trainer.communicate()
-    assert trainer.returncode in (-number, 1), said
-    wait_for(lambda: not any(Path(f"/proc/{each}").exists() for each in numbers))
-    wait_for(lambda: not running_below(tmp_path))
+    signals = {"killed": signal.SIGKILL, "interrupted": signal.SIGINT}
+    paths = [str(ROOT), str(ROOT / "tests")]
+    scripts = {how: TRAINER.format(paths=paths, folder=str(tmp_path / how)) for how in signals}
+    for how in signals:
+        (tmp_path / how).mkdir()
+    with forked(fork_server, scripts, tmp_path) as forks:
+        numbers = [
+            *started(tmp_path / "killed" / "left"),
+            *started(tmp_path / "interrupted" / "left"),
+        ]
+        for how, number in signals.items():
+            os.kill(forks.running[how].pid, number)
+        ended = forks.wait(DEADLINE_S)
+        assert ended["killed"].returncode == -signal.SIGKILL
+        assert ended["interrupted"].stderr.rstrip().endswith("KeyboardInterrupt")
+        wait_for(lambda: not any(Path(f"/proc/{each}").exists() for each in numbers))
+        wait_for(lambda: not running_below(tmp_path))

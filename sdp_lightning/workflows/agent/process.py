@@ -10,16 +10,10 @@ import asyncio
 import contextlib
 import errno
 import functools
-import json
 import logging
-import os
-import shutil
 import signal
-import stat
 import sys
-import tempfile
 import weakref
-from collections import deque
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -30,16 +24,14 @@ from sdp_lightning.errors import ConfigError, InfrastructureError, RolloutError
 from sdp_lightning.rewards.timeouts import call_with_timeout
 from sdp_lightning.types import Row
 from sdp_lightning.workflows.agent.command import EXIT, CommandAgent, CommandLine, refuse_rows
+from sdp_lightning.workflows.agent.folders import FILES_S, SampleFolders, end_of, read_reward
 from sdp_lightning.workflows.agent.gateway import Endpoint
 from sdp_lightning.workflows.agent.transcript import AgentProcess
 
 logger = logging.getLogger(__name__)
 
 _STOP_S = 3.0  # added to the grace
-_FILES_S = 60.0  # to make or remove a folder
 _SLACK_S = 60.0  # added to a wait for other processes, of what is not in their own time
-_TAIL_BYTES, _TAIL_LINES = 2**13, 20
-_MOST_REWARD = 2**16  # bytes of a file with a reward
 
 
 class CommandFailedError(RolloutError):
@@ -58,10 +50,9 @@ class CommandRunner:
         self.line = CommandLine(agent.command, agent.environment.get("PATH"))
         if shown := sorted(self.line.fields.intersection(agent.hide)):
             raise ConfigError(f"hide has {shown[0]!r}, which the command itself has in its words.")
-        self._base: str | None = None
+        self.folders = SampleFolders(agent)
         self._shown: set[str] = set()
-        self._kept: dict[bool, deque[Path]] = {True: deque(), False: deque()}
-        self._running: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Places] = (
+        self._running: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Places] = (
             weakref.WeakKeyDictionary()
         )
 
@@ -75,43 +66,13 @@ class CommandRunner:
     def sample(self, timeout_s: float) -> CommandSample:
         """A process that may run for ``timeout_s``, once it is entered: when there is room."""
         loop, most = asyncio.get_running_loop(), self.agent.max_processes
-        return CommandSample(self, self._running.setdefault(loop, _Places(most)), timeout_s)
-
-    def make_folder(self, row: Row) -> Path:
-        """A new folder of a sample, for its output, with one in it for its agent, with its row."""
-        if self._base is None:
-            base = self.agent.folder
-            self._base = tempfile.mkdtemp(prefix="sdp-agents-") if base is None else base
-            os.makedirs(self._base, exist_ok=True)
-            logger.info(
-                "agents run in folders of their own in %s. Those of the last %d samples, and of "
-                "the last %d that failed, are kept, each with output.log.",
-                *(self._base, self.agent.keep, self.agent.keep),
-            )
-        folder = Path(tempfile.mkdtemp(prefix="sample-", dir=self._base)).absolute()
-        (folder / "work").mkdir()
-        (folder / "work" / "row.json").write_text(self.agent.row_text(row))
-        return folder
+        return CommandSample(self, self._running.setdefault(loop, Places(most)), timeout_s)
 
     def show_once(self, cause: str, told: str) -> None:
         """Log what is told of the first sample of a cause; all are counted."""
         if cause not in self._shown:
             self._shown.add(cause)
             logger.warning("%s. %s", cause, told)
-
-    def keep(self, folder: Path, *, is_failed: bool) -> None:
-        """Keep the folder of a sample that has ended."""
-        self._kept[is_failed].append(folder)
-
-    async def remove_old(self) -> None:
-        """Remove the folders that are kept no more."""
-        old = [
-            kept.popleft()
-            for kept in self._kept.values()
-            for _ in range(len(kept) - self.agent.keep)
-        ]
-        if old:
-            await call_with_timeout(_remove, old, timeout_s=_FILES_S, what="removing old folders")
 
 
 def runner_of(agent: object, *, has_reward: bool) -> CommandRunner | None:
@@ -140,7 +101,7 @@ def runner_of(agent: object, *, has_reward: bool) -> CommandRunner | None:
     return CommandRunner(agent)
 
 
-class _Places:
+class Places:
     """So many processes at once, in the order in which they asked; of one event loop."""
 
     def __init__(self, most: int) -> None:
@@ -170,7 +131,7 @@ class CommandSample:
         process: how the process ended; None before.
     """
 
-    def __init__(self, runner: CommandRunner, places: _Places, timeout_s: float) -> None:
+    def __init__(self, runner: CommandRunner, places: Places, timeout_s: float) -> None:
         self._agent, self._runner, self._places = runner.agent, runner, places
         self._each_s = timeout_s + runner.agent.grace_s + _STOP_S
         self._has_place, self._folder = False, None
@@ -190,9 +151,9 @@ class CommandSample:
         self._leave()
         if self._folder is None:
             return
-        self._runner.keep(self._folder, is_failed=isinstance(error, Exception))
+        self._runner.folders.keep(self._folder, is_failed=isinstance(error, Exception))
         if not isinstance(error, asyncio.CancelledError):  # else a later sample does it
-            await self._runner.remove_old()
+            await self._runner.folders.remove_old()
 
     async def run(self, row: Row, endpoint: Endpoint) -> Any:
         """Run the command to its end; the reward that it gives, if it is to give one.
@@ -203,7 +164,7 @@ class CommandSample:
         """
         words = self._runner.line.words(row)
         self._folder = folder = await call_with_timeout(
-            self._runner.make_folder, row, timeout_s=_FILES_S, what="making a folder for an agent"
+            self._runner.folders.make, row, timeout_s=FILES_S, what="making a folder for an agent"
         )
         status: int | None = None
         try:
@@ -215,7 +176,7 @@ class CommandSample:
                     await self._stop(guard)
         finally:
             self._leave()
-            told = _end_of(folder / "output.log").replace(endpoint.api_key, "<its key>")
+            told = end_of(folder / "output.log").replace(endpoint.api_key, "<its key>")
             self.process = AgentProcess(status, folder / "work", told)
         assert status is not None
         return await self._judge(folder, status)
@@ -301,9 +262,9 @@ class CommandSample:
             raise CommandFailedError(self.told)
         if not self._agent.reward_from:
             return None
-        read = functools.partial(_read_reward, folder / "work" / self._agent.reward_from)
+        read = functools.partial(read_reward, folder / "work" / self._agent.reward_from)
         try:
-            return await call_with_timeout(read, timeout_s=_FILES_S, what="reading a reward")
+            return await call_with_timeout(read, timeout_s=FILES_S, what="reading a reward")
         except (OSError, ValueError, RecursionError) as error:
             raise CommandFailedError(
                 f"it left no reward in {self._agent.reward_from!r} (reward_from): {error}. "
@@ -311,42 +272,8 @@ class CommandSample:
             ) from error
 
 
-def _read_reward(path: Path) -> Any:
-    """JSON of a file that an agent wrote, which may be no plain file at all."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
-    with open(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise ValueError("it is no file")
-        data = file.read(_MOST_REWARD + 1)
-    if len(data) > _MOST_REWARD:
-        raise ValueError(f"it has more than {_MOST_REWARD} bytes")
-    return json.loads(data)
-
-
-def _remove(folders: list[Path]) -> None:
-    for folder in folders:
-        shutil.rmtree(folder, ignore_errors=True)
-        if folder.exists():
-            _say_unremovable(folder)
-
-
-@functools.lru_cache(maxsize=1)
-def _say_unremovable(folder: Path) -> None:
-    logger.warning("the folder of an agent cannot be removed, and is left: %s", folder)
-
-
 def _name(number: int) -> str:
     try:
         return signal.Signals(number).name
     except ValueError:
         return f"signal {number}"
-
-
-def _end_of(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - _TAIL_BYTES))
-            lines = file.read().decode(errors="replace").splitlines()
-    except OSError as error:
-        return f"(it cannot be read: {error})"
-    return "\n".join(lines[-_TAIL_LINES:])
