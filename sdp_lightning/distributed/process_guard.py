@@ -242,6 +242,21 @@ def descendants(root: int, at_most: int | None = None) -> list[int]:
     return found[1:]
 
 
+def kill_all_with(variable: str) -> None:
+    """Kill every process of this user that was started with ``NAME=value`` in its environment.
+
+    It finds what a guard can no more end that was killed itself (Linux).
+    """
+    for _ in range(100):  # what is killed may have forked before it was stopped
+        found = [process for process in _all() if variable.encode() in _environment(process)]
+        for end_it in (stop, kill):
+            for process in found:
+                end_it(process)
+        if not found:
+            return
+        time.sleep(_POLL_S / 10)
+
+
 def kill(process: int) -> None:
     """Kill a process and its process group."""
     for kill_it in (os.killpg, os.kill):
@@ -268,14 +283,24 @@ def _children(process: int) -> list[int]:
     return numbers
 
 
+def _all() -> list[int]:
+    names = os.listdir(_PROC) if os.path.isdir(_PROC) else []
+    return [int(name) for name in names if name.isdecimal() and int(name) != os.getpid()]
+
+
+def _environment(process: int) -> list[bytes]:
+    with contextlib.suppress(OSError), open(f"{_PROC}/{process}/environ", "rb") as file:
+        return file.read().split(b"\0")
+    return []  # it has ended, or is another user's
+
+
 def _children_of_all() -> dict[int, list[int]]:
     """The children of every process, by its id: for kernels without ``children`` files."""
     children: dict[int, list[int]] = {}
-    for name in os.listdir(_PROC) if os.path.isdir(_PROC) else []:
-        if name.isdecimal():
-            with contextlib.suppress(OSError), open(f"{_PROC}/{name}/stat", errors="replace") as f:
-                parent = int(f.read().rpartition(")")[2].split()[1])
-                children.setdefault(parent, []).append(int(name))
+    for process in _all():
+        with contextlib.suppress(OSError), open(f"{_PROC}/{process}/stat", errors="replace") as f:
+            parent = int(f.read().rpartition(")")[2].split()[1])
+            children.setdefault(parent, []).append(process)
     return children
 
 

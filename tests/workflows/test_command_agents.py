@@ -223,7 +223,10 @@ def test_a_resume_runs_the_command_again_with_the_answers_that_it_had(tmp_path: 
         ({"command": ["cat", "{prompt"]}, r"cannot be read.*\{\{ or \}\}"),
         ({"command": ["cat", "{}"]}, "no name"),
         ({"command": ["cat", "{a!r}"]}, "no name"),
-        ({"command": []}, "must have a program"),
+        ({"command": []}, "must be a program and its words"),
+        ({"command": ["cat", 3]}, r"texts; got \['cat', 3\]"),
+        ({"command": "cat", "statuses": [0, 137]}, r"statuses must be in \[0, 128\], got 137"),
+        ({"command": "cat", "environment": {"A": 1}}, "environment must have texts by name"),
         ({"command": ["bash", "-lc", "echo {prompt}"]}, "fields of a row in code"),
         ({"command": ["env", "sh", "-c", "{prompt}"]}, "fields of a row in code"),
         ({"command": ["cat", "{prompt}"], "hide": ["prompt"]}, "hide has 'prompt'"),
@@ -252,16 +255,17 @@ def test_a_command_has_one_reward(tmp_path: Path) -> None:
     ("row", "text"),
     [
         ({"question": "x"}, r"row 1: it has no 'prompt'.*it has \['question'\]"),
+        ({"prompt": "x", "cwd": "y"}, "it has a 'cwd'.*another name"),
         ({"prompt": None}, "row 1: its 'prompt' is None"),
         ({"prompt": "a\0b"}, "has a NUL"),
         ({"prompt": "a\ud800"}, "half a character"),
         ({"prompt": "x" * 200_000}, r"200000 bytes.*\$SDP_ROW"),
         ({"prompt": "x", "image": object()}, r"'image', a object, .*hide=\['image'\]"),
     ],
-    ids=["no field", "None", "NUL", "surrogate", "long", "no JSON"],
+    ids=["no field", "a folder of the row", "None", "NUL", "surrogate", "long", "no JSON"],
 )
 def test_rows_that_no_command_can_be_given_are_named_before_the_run(row: Any, text: str) -> None:
-    workflow = AgentWorkflow(command(), reward=fine)
+    workflow = AgentWorkflow(command("{cwd}"), reward=fine)
     with pytest.raises(RowsError, match=text) as caught:
         workflow.check_rows([(0, ROWS[0]), (1, row)])
     assert list(caught.value.faults) == [1]

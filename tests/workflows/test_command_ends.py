@@ -100,6 +100,19 @@ def test_a_command_that_runs_out_of_time_is_ended_with_all_that_it_started(tmp_p
     assert ended == [("timeout_s", None, [])]
 
 
+@pytest.mark.fault("process killed", "generate")
+def test_an_agent_that_kills_its_guard_ends_with_all_that_it_started(tmp_path: Path) -> None:
+    file = tmp_path / "left"
+    workflow = workflow_that("ask=a", f"leave={file}", "unguard", "hang", folder=tmp_path)
+    settings: dict[str, Any] = {"rows": ROWS[:1], "batch_size": 1, "num_epochs": 1}
+    with rolling(FakeEngine(3), workflow, lost_retries=0, **settings) as executor:
+        assert executor.take() is None
+        assert list(executor.telemetry.errors) == ["the guard of an agent's process was killed"]
+        numbers = json.loads(file.read_text())
+        wait_for(lambda: not any(Path(f"/proc/{each}").exists() for each in numbers))
+    assert not running_below(tmp_path)
+
+
 TRAINER = """
 import sys
 sys.path[:0] = {paths!r}

@@ -89,6 +89,12 @@ class CommandAgent:
                 raise ConfigError(f"{name} must be a list, got {getattr(self, name)!r}.")
         if self.reward_from == EXIT and tuple(self.statuses) != (0,):
             raise ConfigError(f"statuses have no effect with reward_from={EXIT!r}: leave them out.")
+        for status in self.statuses:
+            if not 0 <= status <= 128:  # what is above is a signal's
+                raise ConfigError(f"statuses must be in [0, 128], got {status}.")
+        for name, value in self.environment.items():
+            if not name or set(name) & {"=", "\0"} or not isinstance(value, str | None):
+                raise ConfigError(f"environment must have texts by name, got {name!r}: {value!r}.")
         unset = [n for n, v in self.environment.items() if v is None and n not in os.environ]
         if unset:
             raise ConfigError(
@@ -147,8 +153,8 @@ class CommandLine:
 
     def __init__(self, command: str | Sequence[str], path: str | None = None) -> None:
         words = _split(command) if isinstance(command, str) else [*command]
-        if not words or not all(isinstance(word, str) and word for word in words[:1]):
-            raise ConfigError(f"a command must have a program and its arguments, got {command!r}.")
+        if not words or not words[0] or not all(isinstance(word, str) for word in words):
+            raise ConfigError(f"a command must be a program and its words, texts; got {command!r}.")
         self._words = [_parse(word) for word in words]
         for number in range(1, len(words)):
             word, before = words[number], words[:number]
@@ -187,6 +193,11 @@ class CommandLine:
         word = ""
         for text, name in parts:
             word += text
+            if name == CWD and CWD in row:
+                raise RolloutError(
+                    f"it has a {CWD!r}, and {{{CWD}}} in the command is the folder of the run: "
+                    "give that field another name."
+                )
             if name == CWD:
                 word += self._cwd
             elif name is not None:

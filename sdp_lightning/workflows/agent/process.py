@@ -174,6 +174,12 @@ class CommandSample:
             finally:
                 if status is None:
                     await self._stop(guard)
+                if (guard.returncode or 0) < 0:
+                    await call_with_timeout(
+                        *(process_guard.kill_all_with, f"SDP_ROW={folder / 'work' / 'row.json'}"),
+                        timeout_s=_SLACK_S,
+                        what="ending what an agent left",
+                    )
         finally:
             self._leave()
             told = end_of(folder / "output.log").replace(endpoint.api_key, "<its key>")
