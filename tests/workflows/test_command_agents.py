@@ -104,6 +104,14 @@ def test_a_reward_of_the_exit_status_or_of_a_file(
     assert [t.reward for t in group.trajectories] == [expected]
 
 
+def test_a_command_that_fails_over_a_budget_is_cut_off(tmp_path: Path) -> None:
+    """Its second request is refused, and it raises; an exit status of 0 would be its own end."""
+    settings: dict[str, Any] = {"max_turns": 1, "timeout_reward": -0.5, "reward_from": "exit"}
+    [group] = roll("ask=b", folder=tmp_path, **settings)
+    [trajectory] = group.trajectories
+    assert (trajectory.reward, trajectory.finish_reason) == (-0.5, "length")
+
+
 def test_rewards_by_name_of_a_file_and_an_exit_status_that_a_reward_judges(tmp_path: Path) -> None:
     weights = {"right": 1.0, "short": 2.0}
     written = 'write=r.json:{{"right": 1, "short": 0.5}}'

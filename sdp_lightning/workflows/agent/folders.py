@@ -94,8 +94,9 @@ def end_of(path: Path) -> str:
     """The last lines of an output, for a message."""
     try:
         with path.open("rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - _TAIL_BYTES))
-            lines = file.read().decode(errors="replace").splitlines()
+            start = max(0, os.fstat(file.fileno()).st_size - _TAIL_BYTES)
+            file.seek(start)
+            lines = file.read().decode(errors="replace").splitlines()[start > 0 :]  # whole ones
     except OSError as error:
         return f"(it cannot be read: {error})"
     return "\n".join(lines[-_TAIL_LINES:])

@@ -35,7 +35,13 @@ _SLACK_S = 60.0  # added to a wait for other processes, of what is not in their 
 
 
 class CommandFailedError(RolloutError):
-    """An agent's command ended as it must not, or left no reward."""
+    """An agent's command ended as it must not, or left no reward.
+
+    Attributes:
+        reward: what its sample has for it; None: as for an agent that raises.
+    """
+
+    reward: float | None = None
 
 
 class CommandRunner:
@@ -262,10 +268,12 @@ class CommandSample:
             cause = f"an agent died of {_name(status - 128)}"
             self._runner.show_once(cause, self.told)
             raise InfrastructureError(cause)
-        if self._agent.reward_from == EXIT:
-            return float(status == 0)
         if status not in self._agent.statuses:
-            raise CommandFailedError(self.told)
+            error = CommandFailedError(self.told)
+            error.reward = 0.0 if self._agent.reward_from == EXIT else None
+            raise error
+        if self._agent.reward_from == EXIT:
+            return 1.0
         if not self._agent.reward_from:
             return None
         read = functools.partial(read_reward, folder / "work" / self._agent.reward_from)

@@ -240,6 +240,8 @@ class AgentWorkflow(RolloutWorkflow):
             if served.over_budget:
                 self._counts["over_budget"] += 1
                 return None, served.over_budget
+            if isinstance(error, CommandFailedError) and error.reward is not None:
+                return error.reward, "agent"
             if self._more.get("error_reward") is None or not served.answers:
                 text = str(error) if isinstance(error, CommandFailedError) else repr(error)
                 shown = text.replace(endpoint.api_key, "<its key>")  # of a client's headers
