@@ -123,6 +123,7 @@ if TYPE_CHECKING:
     )
     from sdp_lightning.workflows import (
         AgentWorkflow as AgentWorkflow,
+        CommandAgent as CommandAgent,
         Environment as Environment,
         Episode as Episode,
         MultiTurnWorkflow as MultiTurnWorkflow,

@@ -20,8 +20,8 @@ import sys
 import time
 from collections.abc import Mapping
 
+from sdp_lightning.distributed.process_guard import descendants, kill, stop
 from sdp_lightning.rewards import worker_reward
-from sdp_lightning.rewards.process_tree import descendants, kill, stop
 from sdp_lightning.rewards.worker_channel import (
     ANSWERED,
     ENDED,

@@ -1,5 +1,6 @@
 """Workflows: the steps of one rollout. They write to episodes, and know no engine."""
 
+from sdp_lightning.workflows.agent.command import CommandAgent
 from sdp_lightning.workflows.agent.workflow import AgentWorkflow
 from sdp_lightning.workflows.environment import Environment, StepResult
 from sdp_lightning.workflows.episode import Episode
@@ -25,6 +26,7 @@ __all__ = [
     "AllEqual",
     "AllRight",
     "AllWrong",
+    "CommandAgent",
     "Environment",
     "Episode",
     "GroupFilter",

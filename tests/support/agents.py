@@ -79,9 +79,10 @@ class SayingEngine(FakeEngine):
 def roll_agent(
     agent: Any, engine: FakeEngine | None = None, **settings: Any
 ) -> list[sdp.TrajectoryGroup]:
-    """The group of one row."""
+    """The group of one row, which is ``row=`` or a sum."""
+    row = settings.pop("row", ROWS[0])
     given = {"group_size": 2, "sampling": SamplingParams(max_new_tokens=200)} | settings
-    rows: dict[str, Any] = {"rows": ROWS[:1], "num_epochs": 1, "batch_size": 1}
+    rows: dict[str, Any] = {"rows": [row], "num_epochs": 1, "batch_size": 1}
     with rolling(engine or FakeEngine(3), AgentWorkflow(agent, **given), **rows) as executor:
         return executor.take() or []
 

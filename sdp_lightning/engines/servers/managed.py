@@ -1,8 +1,8 @@
 """vLLM servers that this process starts, and that never outlive it.
 
-Each runs in its own process group under :mod:`sdp_lightning.engines.servers.process_guard`, which
-ends the whole group when this process closes it or dies. The guard has its own session, so Ctrl-C
-reaches the trainer only.
+Each runs in its own process group under :mod:`sdp_lightning.distributed.process_guard`, which
+ends all that it started when this process closes it or dies. The guard has its own session, so
+Ctrl-C reaches the trainer only.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sdp_lightning.engines.servers import process_guard
+from sdp_lightning.distributed import process_guard
 from sdp_lightning.engines.servers.config import ServerConfig
 from sdp_lightning.errors import EngineError
 
@@ -123,7 +123,7 @@ class ManagedServers:
         return ""
 
     def _launch(self, index: int, port: int, log: Path, environment: Mapping[str, str]) -> _Server:
-        guard = [sys.executable, "-I", process_guard.__file__, str(self.grace_s)]
+        guard = [sys.executable, "-I", process_guard.__file__, str(self.grace_s), "-", "0"]
         with log.open("wb") as output:
             process = subprocess.Popen(
                 [*guard, *self.config.command(index, port)],

@@ -5,24 +5,26 @@ from __future__ import annotations
 import asyncio
 import functools
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, Unpack
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AsyncExitStack
+from typing import Any, Unpack
 
 from sdp_lightning.config.import_path import load_object
 from sdp_lightning.errors import ConfigError, InfrastructureError, RolloutError
 from sdp_lightning.rewards.timeouts import CallTimeout, call_with_timeout
 from sdp_lightning.rewards.value import Score, as_score
 from sdp_lightning.types import Row, SamplingParams, Trajectory
+from sdp_lightning.workflows.agent.command import CommandAgent
 from sdp_lightning.workflows.agent.gateway import Endpoint, gateway_at
+from sdp_lightning.workflows.agent.process import CommandFailedError, CommandSample, runner_of
 from sdp_lightning.workflows.agent.session import (
     AgentSession,
     ClientSampling,
     SessionSettings,
     SideRequest,
 )
+from sdp_lightning.workflows.agent.transcript import AgentTranscript, EndedBy, transcript_of
 from sdp_lightning.workflows.agent.tree import TurnTree
-from sdp_lightning.workflows.chat.messages import Message
 from sdp_lightning.workflows.chat.turn_ends import unstopped_turn
 from sdp_lightning.workflows.completion import TextSettings, chat_settings, check_settings
 from sdp_lightning.workflows.episode import Episode
@@ -33,7 +35,6 @@ from sdp_lightning.workflows.stops import stop_texts, with_stops
 from sdp_lightning.workflows.tool_format import check_format
 from sdp_lightning.workflows.workflow import RolloutSession, RolloutWorkflow, Tokenizer
 
-EndedBy = Literal["agent", "max_turns", "max_total_tokens", "timeout_s", "error"]
 Agent = Callable[[Row, Endpoint], Any]
 
 
@@ -66,26 +67,6 @@ class AgentSettings(TextSettings, total=False):
     port: int
 
 
-@dataclass(frozen=True)
-class AgentTranscript:
-    """What an agent did, for a reward.
-
-    Attributes:
-        conversations: the messages of each request with its answer, in the order of the answers.
-        returned: what the agent returned; None if it did not return.
-        ended_by: ``"agent"`` if it returned, else the budget that ran out, or ``"error"``.
-    """
-
-    conversations: Sequence[Sequence[Message]]
-    returned: Any
-    ended_by: EndedBy
-
-    @property
-    def answer(self) -> str:
-        """The text of the last answer of the policy."""
-        return self.conversations[-1][-1]["content"]
-
-
 class AgentWorkflow(RolloutWorkflow):
     """Runs an agent ``group_size`` times for a row, and trains on what it asked of the policy.
 
@@ -97,7 +78,8 @@ class AgentWorkflow(RolloutWorkflow):
     Args:
         agent: ``agent(row, endpoint)``, plain or async, or its import path. ``endpoint`` has
             ``base_url``, ``api_key`` and ``model``. It may return the reward of its sample: a
-            number, or numbers by name. A plain function runs in one of 256 threads.
+            number, or numbers by name. A plain function runs in one of 256 threads. Or a
+            :class:`CommandAgent`, or the words of its command.
         reward: ``reward(row, transcript)``, plain or async, or its import path, of an
             :class:`AgentTranscript`; None: what the agent returns is the reward.
         group_size: number of samples for each row.
@@ -115,7 +97,7 @@ class AgentWorkflow(RolloutWorkflow):
 
     def __init__(
         self,
-        agent: str | Agent,
+        agent: str | Agent | CommandAgent | Sequence[str],
         *,
         reward: str | Callable[..., Any] | None = None,
         group_size: int = 8,
@@ -140,9 +122,9 @@ class AgentWorkflow(RolloutWorkflow):
             raise ConfigError(
                 f"client_sampling must be 'override' or 'refuse', got {self.client_sampling!r}."
             )
-        self._agent, self._reward = _function(agent, "agent"), None
-        if reward is not None:
-            self._reward = _function(reward, "reward")
+        self._reward = None if reward is None else _function(reward, "reward")
+        self._commands = runner_of(agent, has_reward=reward is not None)
+        self._agent: Any = None if self._commands is not None else _function(agent, "agent")
         side = more.get("side_request")
         self._is_side = None if side is None else _function(side, "side_request")
         self.group_size, self.max_turns, self.timeout_s = group_size, max_turns, timeout_s
@@ -172,6 +154,10 @@ class AgentWorkflow(RolloutWorkflow):
         params = with_stops(self._sampling, tokenizer, self.stop, eos_token_ids)
         return unstopped_turn(tokenizer, self.chat, params)
 
+    def check_rows(self, rows: Iterable[tuple[int, Row]]) -> None:
+        if self._commands is not None:
+            self._commands.check_rows(rows)
+
     async def run(self, row: Row, session: RolloutSession) -> Sequence[Trajectory] | None:
         samples = await play_group(
             session, self.group_size, functools.partial(self._play, row, session)
@@ -182,6 +168,15 @@ class AgentWorkflow(RolloutWorkflow):
         return [trajectory for sample in samples for trajectory in sample]
 
     async def _play(self, row: Row, session: RolloutSession, episode: Episode) -> list[Trajectory]:
+        async with AsyncExitStack() as stack:
+            command = None
+            if self._commands is not None:
+                command = await stack.enter_async_context(self._commands.sample(self.timeout_s))
+            return await self._play_with(command, row, session, episode)
+
+    async def _play_with(
+        self, command: CommandSample | None, row: Row, session: RolloutSession, episode: Episode
+    ) -> list[Trajectory]:
         index = session.episodes.index(episode)
 
         def open_episode(number: int, is_like: Any) -> Episode:
@@ -193,17 +188,17 @@ class AgentWorkflow(RolloutWorkflow):
         served = AgentSession(tree, session.tokenizer, self._settings(session))
         gateway = gateway_at(self._more.get("host", "127.0.0.1"), self._more.get("port", 0))
         endpoint = await gateway.open(served)
+        agent = self._agent if command is None else command.run
         try:
-            returned, ended_by = await self._run_agent(row, endpoint, served)
+            returned, ended_by = await self._run_agent(agent, row, endpoint, served)
         finally:
             await gateway.close(endpoint)
             self._count(served)
         if not served.answers:
-            raise RolloutError(
-                f"{self._name} ended without an answer of the policy: give its client "
-                "base_url=endpoint.base_url and api_key=endpoint.api_key."
-            )
-        reward = await self._score(row, _transcript(served, returned, ended_by))
+            hint = _BY_ARGUMENT if command is None else f"{_BY_VARIABLE} {command.told}"
+            raise RolloutError(f"{self._name} ended without an answer of the policy: {hint}")
+        process = None if command is None else command.process
+        reward = await self._score(row, transcript_of(served, returned, ended_by, process))
         trajectories = tree.trajectories(
             reward, self._weights, sample=index, truncated=ended_by not in ("agent", "error")
         )
@@ -215,11 +210,11 @@ class AgentWorkflow(RolloutWorkflow):
         return trajectories
 
     async def _run_agent(
-        self, row: Row, endpoint: Endpoint, served: AgentSession
+        self, agent: Agent, row: Row, endpoint: Endpoint, served: AgentSession
     ) -> tuple[Any, EndedBy]:
         """What the agent returned, and what ended it. The sample's own failure goes on."""
         call = call_with_timeout(
-            self._agent,
+            agent,
             await own_copy(row),
             endpoint,
             timeout_s=self.timeout_s,
@@ -245,8 +240,10 @@ class AgentWorkflow(RolloutWorkflow):
             if served.over_budget:
                 self._counts["over_budget"] += 1
                 return None, served.over_budget
+            if isinstance(error, CommandFailedError) and error.reward is not None:
+                return error.reward, "agent"
             if self._more.get("error_reward") is None or not served.answers:
-                text = repr(error)
+                text = str(error) if isinstance(error, CommandFailedError) else repr(error)
                 shown = text.replace(endpoint.api_key, "<its key>")  # of a client's headers
                 cause = error if shown == text else None
                 raise RolloutError(f"{self._name} failed: {shown}") from cause
@@ -310,6 +307,8 @@ class AgentWorkflow(RolloutWorkflow):
 
     @property
     def _name(self) -> str:
+        if self._commands is not None:
+            return f"agent {self._commands.line.program!r}"
         # foreign: a callable may have no name
         return f"agent {getattr(self._agent, '__name__', type(self._agent).__name__)!r}"
 
@@ -320,15 +319,15 @@ _COUNTED = (
 )
 
 
+_BY_ARGUMENT = "give its client base_url=endpoint.base_url and api_key=endpoint.api_key."
+_BY_VARIABLE = (
+    "its client must take address and key from OPENAI_BASE_URL and OPENAI_API_KEY, or from "
+    "ANTHROPIC_BASE_URL and ANTHROPIC_API_KEY, of its environment."
+)
+
+
 def _function(given: Any, name: str) -> Callable[..., Any]:
     function: Any = load_object(given) if isinstance(given, str) else given
     if not callable(function):
         raise ConfigError(f"{name} must be a function, or its import path, got {given!r}.")
     return function
-
-
-def _transcript(served: AgentSession, returned: Any, ended_by: EndedBy) -> AgentTranscript:
-    conversations = [
-        [*(request.messages or ()), answer.message] for request, answer in served.answers
-    ]
-    return AgentTranscript(conversations, returned, ended_by)
