@@ -114,13 +114,15 @@ def draw(regimes: Sequence[Regime], path: Path) -> None:
         _panel(axis, [regime for regime in regimes if regime.place.lag == lag])
         axis.set_title(f"{lag} versions old")
         handles |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
-    axes[0][0].set_ylabel("chance of a right answer at the end, less the default's")
+    axes[0][0].set_ylabel("right at the end, less the default's")
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=9)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
 def _panel(axis: Any, regimes: Sequence[Regime]) -> None:
+    from matplotlib import ticker
+
     axis.axhline(0, color="#0072B2", linewidth=1.2)
     for name, (color, marker, label) in COMPARED.items():
         for is_toy, kind in ((True, "toy"), (False, "SmolLM2-135M")):
@@ -137,4 +139,7 @@ def _panel(axis: Any, regimes: Sequence[Regime]) -> None:
                     markersize=7, elinewidth=0.8, capsize=2,
                 )  # fmt: skip
     axis.set(xscale="log", xlabel="drift a version of the default, nats")
+    axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+    axis.xaxis.set_minor_locator(ticker.NullLocator())
     axis.grid(alpha=0.25)
