@@ -145,6 +145,8 @@ def test_back_pressure_holds_groups_as_running_and_loses_and_reorders_none(go_on
 def test_nothing_in_the_rollout_stack_sleeps(folder: str) -> None:
     """Fault: polling sleeps of half a second."""
     package = Path(sdp_lightning.rollout.__file__).parent.parent
-    files = list((package / folder).rglob("*.py"))
+    files = [
+        f for f in (package / folder).rglob("*.py") if "simulation" not in f.parts
+    ]  # own clock
     sleeps = re.compile(r"sleep\((?!0\))")  # of 0 s it lets the loop go on
     assert len(files) > 1 and not [f.name for f in files if sleeps.search(f.read_text())]
