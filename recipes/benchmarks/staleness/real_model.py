@@ -6,7 +6,7 @@
 Samples of a known age come from a history of weights, as in ablation.py; the layers that are not
 trained are computed once a token. Runs are added to real_model.jsonl.gz as they end, and those that
 are in it are not repeated: it may be stopped at any moment. Two runs go side by side, one thread
-each; one of sums takes some 90 s of CPU, and one of counting some 6 minutes.
+each; one of sums takes 80 to 130 s of CPU, most of it waiting for memory, and one of counting more.
 """
 
 from __future__ import annotations
