@@ -7,6 +7,7 @@ print: numbers of a machine that did other things meanwhile are worth less.
 from __future__ import annotations
 
 import ast
+import math
 import os
 import platform
 import shlex
@@ -20,10 +21,12 @@ from importlib import metadata
 from pathlib import Path
 
 import sdp_lightning
+from sdp_lightning.distributed import process_guard
 from sdp_lightning.errors import ConfigError
 
 FOLDER = "recipes/benchmarks/speed"
 PACKAGES = ("sdp-lightning", "torch", "transformers", "lightning", "numpy", "vllm", "trl")
+_GRACE_S, _END_S = 2.0, 30.0  # from SIGTERM to SIGKILL; and until all is gone
 BUSY = 0.5  # load of a core before the first script from which on it is said
 
 
@@ -90,20 +93,23 @@ def bench(
         Whether all scripts ended well.
 
     Raises:
-        ConfigError: naming an unknown script, or if arguments are given to several.
+        ConfigError: naming an unknown script; or if arguments are given to several, the limit is
+            none, or the file cannot be written.
     """
+    if not 0 < limit_s < math.inf:
+        raise ConfigError(f"--limit-s must be a positive number of seconds, got {limit_s:g}.")
     known = scripts()
     if unknown := [name for name in names if name not in known]:
         raise ConfigError(f"there is no benchmark {unknown[0]!r}; there are {', '.join(known)}.")
     if arguments and len(names) != 1:
         raise ConfigError(f"arguments are of one benchmark, and {len(names) or 'all'} are to run.")
     outcomes: list[Outcome] = []
+    _write(out, outcomes)  # before anything slow
     for name in names or known:
         say(f"{name} ...")
         outcome = run(known[name], arguments, limit_s)
         outcomes.append(outcome)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text("\n".join(page(outcomes)) + "\n", "utf-8")
+        _write(out, outcomes)
         say(f"{outcome.output}\n{name}: {_ended(outcome, limit_s)}")
     return all(outcome.status == 0 for outcome in outcomes)
 
@@ -113,15 +119,36 @@ def run(path: Path, arguments: Sequence[str], limit_s: float) -> Outcome:
     root = path.parents[3]
     command = [str(path.relative_to(root)), *arguments]
     load, start = os.getloadavg()[0] / (os.cpu_count() or 1), time.monotonic()
+    guard = [sys.executable, "-I", "-S", process_guard.__file__, str(_GRACE_S), "-", "0"]
+    held, end = os.pipe()  # the guard ends the script, with all that it started, once it is closed
     try:
-        done = subprocess.run(
-            [sys.executable, *command], cwd=root, capture_output=True, text=True, timeout=limit_s
+        script = subprocess.Popen(
+            [*guard, sys.executable, *command],
+            cwd=root,
+            stdin=held,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
         )
-        status, output = done.returncode, done.stdout
-        if status:
-            output += "".join(done.stderr.splitlines(keepends=True)[-20:])
-    except subprocess.TimeoutExpired as error:
-        status, output = None, (error.stdout or b"").decode(errors="replace")
+    except BaseException:
+        os.close(end)
+        raise
+    finally:
+        os.close(held)
+    status: int | None = None
+    try:
+        output, errors = script.communicate(timeout=limit_s)
+        status = script.returncode
+    except subprocess.TimeoutExpired:
+        os.close(end)
+        end = -1
+        output, errors = script.communicate(timeout=_GRACE_S + _END_S)
+    finally:
+        if end >= 0:
+            os.close(end)
+    if status:
+        output += "".join(errors.splitlines(keepends=True)[-20:])
     seconds = time.monotonic() - start
     return Outcome(path.stem, _about(path), command, output.rstrip(), status, seconds, load)
 
@@ -160,6 +187,14 @@ def environment() -> dict[str, str]:
     root = str(Path(sdp_lightning.__file__).parent)
     found["commit"] = _first_line("git", "-C", root, "describe", "--always", "--dirty") or "unknown"
     return found
+
+
+def _write(out: Path, outcomes: Sequence[Outcome]) -> None:
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text("\n".join(page(outcomes)) + "\n", "utf-8")
+    except OSError as error:
+        raise ConfigError(f"--out: the report cannot be written to {out}: {error}.") from error
 
 
 def _ended(outcome: Outcome, limit_s: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,10 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     )
     (folder / "broken.py").write_text('"""What fails."""\nprint("first", flush=True)\n1 / 0\n')
     (folder / "endless.py").write_text(
-        '"""What does not end."""\nimport time\nprint("begun", flush=True)\ntime.sleep(600)\n'
+        '"""What does not end, and has a child of its own session."""\nimport subprocess, time\n'
+        'child = ["sh", "-c", "echo $$ > child; exec sleep 600"]\n'
+        "subprocess.Popen(child, start_new_session=True)\n"
+        'print("begun", flush=True)\ntime.sleep(600)\n'
     )
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -49,10 +53,15 @@ def test_one_that_fails_is_named_and_the_others_are_run(
     assert "broken: failed with status 1" in capsys.readouterr().out
 
 
-def test_one_that_does_not_end_is_stopped_and_keeps_what_it_printed(checkout: Path) -> None:
-    assert main(["bench", "endless", "--limit-s", "1"]) == 1
+def test_one_that_does_not_end_is_stopped_with_its_children_and_keeps_what_it_printed(
+    checkout: Path,
+) -> None:
+    assert main(["bench", "endless", "--limit-s", "5"]) == 1
     told = (checkout / "RESULTS.md").read_text()
     assert "**stopped after" in told and "begun\n```" in told
+    child = int((checkout / "child").read_text())
+    with pytest.raises(ProcessLookupError):
+        os.kill(child, 0)
 
 
 @pytest.mark.parametrize(
@@ -60,6 +69,8 @@ def test_one_that_does_not_end_is_stopped_and_keeps_what_it_printed(checkout: Pa
     [
         (["quik"], "there is no benchmark 'quik'; there are broken, endless, quick."),
         (["--", "--rounds", "3"], "arguments are of one benchmark, and all are to run."),
+        (["quick", "--limit-s", "nan"], "--limit-s must be a positive number of seconds, got nan."),
+        (["quick", "--out", "recipes"], "--out: the report cannot be written to recipes: "),
         (["quick", "broken", "--", "-x"], "arguments are of one benchmark, and 2 are to run."),
     ],
 )

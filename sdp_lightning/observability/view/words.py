@@ -46,7 +46,7 @@ def facts_of(row: TokenRow) -> Facts:
 
 
 def branch_text(branch: Branch) -> str:
-    """Which branch it is, and where it begins."""
+    """The number of a branch, and where it leaves another."""
     if branch.leaves is None:
         return f"branch {branch.number}" + (", shares nothing" if branch.number > 1 else "")
     shared = count_of(branch.shared, "token", "tokens")
