@@ -58,20 +58,33 @@ def model() -> Any:
         return LlamaForCausalLM(config).eval()
 
 
-def test_log_probs_above_a_trunk_are_those_of_transformers(model: Any) -> None:
-    layout = Layout(num_answers=3)
-    net = TinyLlama(model, layout, Trunk(model, layout, num_layers=1))
-    assert {name.split(".")[0] for name, _ in net.named_parameters()} == {"layers"}
-    assert len(net.layers) == 2
+@pytest.mark.parametrize("num_frozen", [0, 1])
+def test_log_probs_and_gradients_of_answers_that_begin_alike_are_those_of_transformers(
+    model: Any, num_frozen: int
+) -> None:
+    layout = Layout(num_answers=4)
+    trunk = Trunk(model, layout, num_layers=num_frozen) if num_frozen else None
+    net = TinyLlama(model, layout, trunk)
+    if num_frozen:
+        assert {name.split(".")[0] for name, _ in net.named_parameters()} == {"layers"}
+    assert len(net.layers) == 3 - num_frozen
     generator = torch.Generator().manual_seed(1)
     prompts = torch.randint(3, 50, (2, 7), generator=generator)
-    answers = torch.randint(3, 50, (2, 3, 9), generator=generator)
-    whole = torch.cat([prompts[:, None].expand(-1, 3, -1), answers], -1).flatten(0, 1)
-    with torch.no_grad():
+    answers = torch.randint(3, 50, (2, 4, 9), generator=generator)
+    answers[:, 1, :3], answers[:, 2, :6], answers[0, 3] = (
+        answers[:, 0, :3], answers[:, 1, :6], answers[0, 2]
+    )  # fmt: skip
+    weight = torch.rand(answers.shape, generator=generator)
+    whole = torch.cat([prompts[:, None].expand(-1, 4, -1), answers], -1).flatten(0, 1)
+    for _ in range(2):  # the second time a trunk has all states
         found = net.logprobs(prompts, answers, torch.ones_like(answers, dtype=torch.bool))
-        table = model(input_ids=whole, use_cache=False).logits.log_softmax(-1)[:, 6:-1]
-    expected = table.gather(-1, whole[:, 7:, None])[..., 0].view(2, 3, 9)
+    table = model(input_ids=whole, use_cache=False).logits.log_softmax(-1)[:, 6:-1]
+    expected = table.gather(-1, whole[:, 7:, None])[..., 0].view(2, 4, 9)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    own, theirs = net.layers[-1].down, model.model.layers[-1].mlp.down_proj.weight  # pyright: ignore
+    (gradient,) = torch.autograd.grad((found * weight).sum(), [own])
+    (wanted,) = torch.autograd.grad((expected * weight).sum(), [theirs])
+    torch.testing.assert_close(gradient, wanted, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("staleness", ["whole", "mixed"])
